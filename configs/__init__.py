@@ -1,0 +1,1 @@
+"""Experiments, one module each: `jaxspec train NAME` reads the module of that name."""

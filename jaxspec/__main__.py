@@ -1,0 +1,83 @@
+"""The one console script: `jaxspec VERB ...` runs the program behind a verb."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxspec import __version__
+from jaxspec.cli import EXIT_USAGE, run
+
+
+class Verb(NamedTuple):
+    module: str  # imported only when the verb is called, so that help is instant; offers main(argv) -> exit code
+    help: str
+
+
+VERBS = {
+    "quickstart": Verb("jaxspec.infer.quickstart", "train a drafter for the bundled tiny model, then decode with it"),
+    "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
+    "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
+    "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
+    "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
+    "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
+}
+
+EXAMPLES = """\
+examples:
+  jaxspec quickstart
+  jaxspec train CONFIG optimizer.learning_rate=3e-4 --json runs/train.json
+  jaxspec bench decode --help
+
+Every verb explains its flags with --help and writes its result with --json PATH.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 preempted (resume with the same command).
+JAXSPEC_TRACEBACK=1 shows the traceback of a failure."""
+
+
+def usage() -> str:
+    """Returns the text of `jaxspec --help`."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return f"usage: jaxspec VERB ...\n\nSpeculative decoding in JAX.\n\nverbs:\n{verbs}\n\n{EXAMPLES}\n"
+
+
+def split_verb(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns the verb that `argv` starts with, of one or two words, and the rest; None if it starts with no verb."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if len(argv) >= words and name in VERBS:
+            return name, list(argv[words:])
+    return None, list(argv)
+
+
+def complain(argv: Sequence[str]) -> str:
+    """Returns one sentence about an unknown verb, with the verbs that look like it."""
+    words = [word for word in argv[:2] if not word.startswith("-")] or list(argv[:1])
+    name = " ".join(words[:1] if words[0] not in {verb.split()[0] for verb in VERBS} else words)
+    close = difflib.get_close_matches(name, VERBS, n=3, cutoff=0.5) or [verb for verb in VERBS if name in verb.split()]
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see jaxspec --help."
+    return f"jaxspec: there is no verb {name!r}; {hint}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb named by `argv` (default: the command line); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] in (["--help"], ["-h"]):
+        sys.stdout.write(usage())
+        return 0
+    if argv == ["--version"]:
+        sys.stdout.write(f"jaxspec {__version__}\n")
+        return 0
+    if not argv:
+        sys.stderr.write(usage())
+        return EXIT_USAGE
+    name, rest = split_verb(argv)
+    if name is None:
+        sys.stderr.write(complain(argv))
+        return EXIT_USAGE
+    return run(lambda rest: importlib.import_module(VERBS[name].module).main(rest), rest, prog=f"jaxspec {name}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

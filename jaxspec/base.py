@@ -1,0 +1,172 @@
+"""The legend of dimension letters and every contract: what a target, a drafter and a tree are to each other.
+
+Arrays of two or more axes carry their axes as a suffix (`logits_BLV`); einsum strings use the same letters.
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| `B` | batch row | `K` | key-value heads |
+| `L` | tokens in one call | `G` | query heads a key-value head serves |
+| `M` | keys computed in the same call (or draft scratch slots) | `C` | channels of one head |
+| `S` | cache slots | `J` | `G + 2`: queries, key and value of one group |
+| `D` | model width | `F` | MLP width |
+| `V` | vocabulary | `Y` | layers |
+| `N` | tree nodes, root included | `W` | frontier: nodes drafted together |
+| `T` | tree depth or draft steps | `P` | `T + 1`: nodes of a deepest path, root included |
+| `R` | stop ids of a row | `O` | output slots |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+Array = jax.Array
+Params = Any
+"""A nested dict of arrays."""
+
+ROOT = -1
+"""Parent (or draft slot) sentinel: the parent is the root's own context, not a drafted node."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of committed tokens. Keys are stored channel-major: both products then read contiguous rows."""
+
+    k_YBKCS: Array
+    v_YBKSC: Array
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row has; one committed token takes one."""
+        return self.k_YBKCS.shape[-1]
+
+
+class TargetOutput(NamedTuple):
+    """What a target returns for `L` tokens: the input of its LM head, and the keys and values it computed."""
+
+    features_BLD: Array
+    """Hidden states after the final norm: `logits = features @ head.T` (EAGLE paper section 3.1; what drafters read)."""
+    fresh: KVCache | None
+    """The call's own keys and values, `S = L`. The caller commits the rows it accepts; None when not asked for."""
+
+
+class Borrowed(NamedTuple):
+    """The target's frozen tables that a drafter uses and does not own."""
+
+    embed_VD: Array
+    head_VD: Array
+
+
+class Frontier(NamedTuple):
+    """One level of the tree, to be drafted from in one call."""
+
+    token_BW: Array
+    """The nodes' own tokens."""
+    parent_BW: Array
+    """Scratch slot of each node's parent; `ROOT` for children of the root."""
+    visible_BWM: Array
+    """Which of the `M` scratch slots up to and including this level each node sees: its drafted ancestors and itself."""
+    depth: int
+    """Depth of these nodes; the root has 0."""
+    slot: int
+    """First scratch slot of this level; the level takes `W` slots from here, so `M = slot + W`."""
+
+
+class Tree(NamedTuple):
+    """A draft tree in fixed arrays. Node 0 is the root; a parent always stands before its children."""
+
+    token_BN: Array
+    parent_BN: Array
+    """Node index of the parent; `ROOT` for node 0 and for padding."""
+    depth_BN: Array
+    score_BN: Array
+    """Cumulative draft log-probability of the path to the node; 0 at the root, -inf on padding."""
+    valid_BN: Array
+    ancestors_BNN: Array
+    """`[b, n, m]`: node `m` is `n` or an ancestor of `n`. The attention mask among the tree's nodes."""
+
+
+DraftLogits = Callable[[Any, Frontier], tuple[Array, Any]]
+"""`(scratch, frontier) -> (logits_BWV of the frontier's children, scratch)`."""
+
+
+@runtime_checkable
+class TreePolicy(Protocol):
+    """Decides which nodes are drafted. A frozen, hashable dataclass: static to `jit`."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes `N` of every tree it grows, root and padding included."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Greatest depth `T` a node can have."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Draft scratch slots it fills: nodes that are expanded."""
+        ...
+
+    def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
+        """The tree below `root_token_B`, whose children have the draft logits `root_logits_BV`."""
+        ...
+
+
+class Target(Protocol):
+    """A frozen LM. One call serves prefill, plain decoding and tree verification; only the mask differs."""
+
+    def forward(
+        self,
+        params: Params,
+        tokens_BL: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        prefix: tuple[KVCache, Array] | None = None,
+        *,
+        keep_kv: bool = False,
+    ) -> TargetOutput:
+        """Features (and fresh keys and values) of `L` tokens that see the committed prefix and, by mask, each other."""
+        ...
+
+    def logits(self, params: Params, features_BLD: Array) -> Array:
+        """fp32 next-token logits `[B, L, V]` of features."""
+        ...
+
+    def borrowed(self, params: Params) -> Borrowed:
+        """The embedding and LM head that drafters share."""
+        ...
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A zeroed cache for `batch` rows of `capacity` tokens."""
+        ...
+
+
+class Drafter(Protocol):
+    """A trainable head as the engine sees it: `extend` is the root, `expand` one level of the tree."""
+
+    def init_state(self, batch: int, capacity: int) -> Any:
+        """Empty per-row state for contexts of up to `capacity` tokens."""
+        ...
+
+    def extend(
+        self, params: Params, borrowed: Borrowed, state: Any, tokens_BL: Array, features_BLD: Array, count_B: Array
+    ) -> tuple[Any, Array]:
+        """Take in what the target just read and return the draft logits `[B, V]` of the new root's children.
+
+        Row `l` pairs the target's feature at some position with the token at the *next* one; the last of the
+        `count_B` pairs carries the root token. Rows with count 0 keep their state.
+        """
+        ...
+
+    def scratch(self, state: Any, slots: int) -> Any:
+        """Working memory of one tree; thrown away after the round."""
+        ...
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: Any, scratch: Any, frontier: Frontier
+    ) -> tuple[Array, Any]:
+        """Draft logits `[B, W, V]` of the children of a level's nodes; writes their slots of the scratch."""
+        ...

@@ -1,0 +1,57 @@
+"""The key-value cache of committed tokens: made empty, and extended by the rows of an accepted path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec.base import Array, KVCache
+
+
+def empty(layers: int, batch: int, kv_heads: int, channels: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """A zeroed cache: `k [Y, B, K, C, S]`, `v [Y, B, K, S, C]`."""
+    return KVCache(
+        jnp.zeros((layers, batch, kv_heads, channels, capacity), dtype),
+        jnp.zeros((layers, batch, kv_heads, capacity, channels), dtype),
+    )
+
+
+def take_rows(fresh: KVCache, path_BP: Array) -> KVCache:
+    """The fresh keys and values of the nodes on each row's path, in path order."""
+    path = path_BP[None, :, None, None, :]
+    return KVCache(
+        jnp.take_along_axis(fresh.k_YBKCS, path, axis=4),
+        jnp.take_along_axis(fresh.v_YBKSC, jnp.swapaxes(path, 3, 4), axis=3),
+    )
+
+
+def commit(cache: KVCache, rows: KVCache, start_B: Array) -> KVCache:
+    """Write each row's new keys and values behind its `start_B` committed tokens.
+
+    All rows of `rows` are written; those past a row's accepted count are garbage that its length hides and the next
+    commit overwrites. The caller leaves room for them: `start + rows.capacity <= cache.capacity`, or the write
+    would be shifted onto committed slots.
+    """
+    if rows.capacity > cache.capacity:
+        raise ValueError(
+            f"{rows.capacity} new tokens do not fit a cache of {cache.capacity} slots: raise the capacity or shorten "
+            "the prompt"
+        )
+    zero = jnp.zeros((), start_B.dtype)
+
+    def write(b: int | Array, into: KVCache) -> KVCache:
+        k = lax.dynamic_slice_in_dim(rows.k_YBKCS, b, 1, axis=1).astype(cache.k_YBKCS.dtype)
+        v = lax.dynamic_slice_in_dim(rows.v_YBKSC, b, 1, axis=1).astype(cache.v_YBKSC.dtype)
+        row = jnp.asarray(b, start_B.dtype)
+        return KVCache(
+            lax.dynamic_update_slice(into.k_YBKCS, k, (zero, row, zero, zero, start_B[b])),
+            lax.dynamic_update_slice(into.v_YBKSC, v, (zero, row, zero, start_B[b], zero)),
+        )
+
+    batch = start_B.shape[0]
+    if batch > 8:
+        return jax.lax.fori_loop(0, batch, write, cache)
+    for b in range(batch):
+        cache = write(b, cache)
+    return cache

@@ -1,0 +1,60 @@
+"""What every program shares at its command line: flags into a frozen dataclass, exceptions into exit codes."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+Args = TypeVar("Args")
+
+
+class Preempted(Exception):
+    """The machine was taken away after the state was saved: the same command resumes."""
+
+
+def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
+    """Returns an instance of the frozen dataclass `args` filled from `argv`.
+
+    The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2 on wrong usage.
+    """
+    return tyro.cli(args, args=list(argv), prog=prog, description=description)
+
+
+def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Returns the exit code of `main(argv)`; an expected failure becomes one sentence on stderr.
+
+    Expected are `ValueError` and `OSError` (exit 1), `Preempted` (exit 75) and an interrupt (exit 130). Anything else
+    is a bug and keeps its traceback, as does every failure under `JAXSPEC_TRACEBACK=1`. `argv` is the command line
+    and `prog` the name of the running file, unless given.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    prog = Path(sys.argv[0]).stem if prog is None else prog
+    try:
+        return main(list(argv))
+    except Preempted as stop:
+        reason = sentence(stop) or "stopped by preemption"
+        sys.stderr.write(f"{prog}: {reason.rstrip('.')}; resume with the same command.\n")
+        return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted.\n")
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError) as failure:
+        if os.environ.get("JAXSPEC_TRACEBACK") == "1":
+            raise
+        sys.stderr.write(f"{prog}: {sentence(failure) or type(failure).__name__}\n")
+        return EXIT_FAILED
+
+
+def sentence(failure: BaseException) -> str:
+    """Returns the message of an exception on one line, without the number of a system error."""
+    if isinstance(failure, OSError) and failure.strerror and failure.filename is not None:
+        return f"{failure.filename}: {failure.strerror}"
+    return " ".join(str(failure).split())

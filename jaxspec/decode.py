@@ -1,0 +1,394 @@
+"""Decoding: prefill, then whole generations of draft -> verify -> accept -> commit rounds as one fused XLA program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import cache as kv
+from jaxspec import verify
+from jaxspec.base import Array, Drafter, KVCache, Params, Target, TargetOutput, TreePolicy
+from jaxspec.sampling import Sampling, draw
+
+RUNNING, STOPPED, LENGTH = 0, 1, 2
+"""Why a row ended: not yet, on a stop id, or at its budget of new tokens."""
+FINISH_REASONS = ("running", "stop", "length")
+NO_STOP = -1
+"""Padding of a row's stop ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What decodes: static to `jit`, so one engine is one set of compiled programs.
+
+    Without a drafter (and tree) it decodes plainly, `rows` tokens wide: 1 is ordinary decoding; the node count of a
+    tree makes every matmul as wide as verification's, so that fp32 results compare bit for bit.
+    """
+
+    target: Target
+    drafter: Drafter | None = None
+    tree: TreePolicy | None = None
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.drafter is None) != (self.tree is None):
+            raise ValueError("a drafter and a tree come together: give both, or neither for plain decoding")
+
+    @property
+    def path(self) -> int:
+        """Most tokens a round can add: `P = T + 1`."""
+        return 1 if self.tree is None else self.tree.depth + 1
+
+
+class Weights(NamedTuple):
+    """The parameters of an engine's models."""
+
+    target: Params
+    drafter: Params = None
+
+
+class Requests(NamedTuple):
+    """A batch of prompts, padded on the right, and how each row decodes."""
+
+    tokens_BL: Array
+    length_B: Array
+    sampling: Sampling
+    stop_BR: Array
+    """Ids that end a row (and are its last token), padded with `NO_STOP`."""
+    budget_B: Array
+    """Most new tokens of each row, at least 1."""
+
+
+class DecodeState(NamedTuple):
+    """Everything a generation carries from round to round."""
+
+    requests: Requests
+    cache: KVCache
+    length_B: Array
+    """Tokens committed to the target's cache: all but the root."""
+    root_B: Array
+    """The newest token: already emitted, not yet read by the target."""
+    draft: Any
+    """The drafter's state; None when decoding plainly."""
+    root_logits_BV: Array | None
+    """Draft logits of the root's children."""
+    output_BO: Array
+    produced_B: Array
+    finish_B: Array
+    calls_B: Array
+    """Target calls spent on the row, prefill not counted."""
+    accepted_BP: Array
+    """Rounds in which the row accepted 0, 1, .. T drafted tokens."""
+
+
+class Generation(NamedTuple):
+    """The finished rows of a batch, on the host."""
+
+    tokens: list[np.ndarray]
+    """New tokens of each row; a stop id is included."""
+    finish: list[str]
+    calls: np.ndarray
+    accepted: np.ndarray
+    """`[B, P]` rounds by accept length."""
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target call, bonus tokens included; the prefill call and the token it gives are not counted."""
+        return tau(sum(len(t) for t in self.tokens) - len(self.tokens), int(self.calls.sum()))
+
+
+def tau(tokens: int, calls: int) -> float:
+    """Tokens per target call; 0 where no round was needed."""
+    return tokens / calls if calls else 0.0
+
+
+def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
+    """Read the prompts, draw each row's first token, and let the drafter read the same.
+
+    `capacity` is the cache's slots a row, `slots` the output's; see `sizes`.
+    """
+    batch, width = requests.tokens_BL.shape
+    positions_BL = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    causal = jnp.tril(jnp.ones((1, width, width), bool))
+    out = engine.target.forward(weights.target, requests.tokens_BL, positions_BL, causal, keep_kv=True)
+    start_B = jnp.zeros(batch, jnp.int32)
+    cache = kv.commit(engine.target.empty_cache(batch, capacity), _fresh(out), start_B)
+    last_BLD = jnp.take_along_axis(out.features_BLD, requests.length_B[:, None, None] - 1, axis=1)
+    logits_BLV = engine.target.logits(weights.target, last_BLD)
+    root_B = draw(logits_BLV, jnp.zeros((batch, 1), jnp.int32), requests.length_B, 1, requests.sampling)[:, 0]
+    draft, root_logits_BV = None, None
+    if engine.drafter is not None:
+        next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
+        next_BL = next_BL.at[jnp.arange(batch), requests.length_B - 1].set(root_B)
+        draft, root_logits_BV = engine.drafter.extend(
+            weights.drafter,
+            engine.target.borrowed(weights.target),
+            engine.drafter.init_state(batch, capacity),
+            next_BL,
+            out.features_BLD,
+            requests.length_B,
+        )
+    state = DecodeState(
+        requests=requests,
+        cache=cache,
+        length_B=requests.length_B,
+        root_B=root_B,
+        draft=draft,
+        root_logits_BV=root_logits_BV,
+        output_BO=jnp.zeros((batch, slots), jnp.int32),
+        produced_B=jnp.zeros(batch, jnp.int32),
+        finish_B=jnp.zeros(batch, jnp.int32),
+        calls_B=jnp.zeros(batch, jnp.int32),
+        accepted_BP=jnp.zeros((batch, engine.path), jnp.int32),
+    )
+    return emit(state, root_B[:, None], jnp.ones(batch, jnp.int32))
+
+
+def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
+    """Append each row's first `count` tokens, cut behind a stop id or at the budget; finished rows add nothing."""
+    running_B = state.finish_B == RUNNING
+    is_stop_BP = jnp.any(token_BP[:, :, None] == state.requests.stop_BR[:, None, :], axis=-1)
+    index_P = jnp.arange(token_BP.shape[1])
+    is_stop_BP &= index_P < count_B[:, None]
+    to_stop_B = jnp.where(jnp.any(is_stop_BP, axis=1), jnp.argmax(is_stop_BP, axis=1) + 1, token_BP.shape[1] + 1)
+    room_B = state.requests.budget_B - state.produced_B
+    kept_B = jnp.where(running_B, jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B), 0)
+    rows = jnp.arange(token_BP.shape[0])[:, None]
+    # Slots behind the kept tokens take garbage that the next round overwrites; `sizes` leaves room for the last one.
+    output_BO = state.output_BO.at[rows, state.produced_B[:, None] + index_P].set(token_BP)
+    stopped_B = running_B & (kept_B == to_stop_B)
+    full_B = running_B & (kept_B == room_B)
+    finish_B = jnp.where(stopped_B, STOPPED, jnp.where(full_B, LENGTH, state.finish_B))
+    return state._replace(output_BO=output_BO, produced_B=state.produced_B + kept_B, finish_B=finish_B)
+
+
+def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
+    """One round: grow the tree, score it, follow the target's draws, commit the path, extend the drafter."""
+    if engine.tree is None or engine.drafter is None:
+        return plain_step(engine, weights, state)
+    borrowed = engine.target.borrowed(weights.target)
+    running_B = state.finish_B == RUNNING
+
+    # draft
+    def draft(scratch: Any, frontier: Any) -> tuple[Array, Any]:
+        return engine.drafter.expand(weights.drafter, borrowed, state.draft, scratch, frontier)  # type: ignore[union-attr]
+
+    assert state.root_logits_BV is not None
+    scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
+    tree = engine.tree.grow(draft, scratch, state.root_logits_BV, state.root_B)
+
+    # target
+    positions_BN = state.length_B[:, None] + tree.depth_BN
+    prefix = (state.cache, state.length_B)
+    out = engine.target.forward(
+        weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True
+    )
+    logits_BNV = engine.target.logits(weights.target, out.features_BLD)
+
+    # sample, verify
+    drawn_BN = draw(logits_BNV, tree.depth_BN, state.length_B + 1, engine.path, state.requests.sampling)
+    accepted = verify.follow(tree, drawn_BN, engine.tree.depth)
+
+    # commit
+    cache = kv.commit(state.cache, kv.take_rows(_fresh(out), accepted.path_BP), state.length_B)
+    added_B = jnp.where(running_B, accepted.count_B + 1, 0)
+    bonus_B = accepted.token_BP[:, -1]
+    features_BPD = jnp.take_along_axis(out.features_BLD, accepted.path_BP[:, :, None], axis=1)
+
+    # extend
+    draft_state, root_logits_BV = engine.drafter.extend(
+        weights.drafter, borrowed, state.draft, accepted.token_BP, features_BPD, added_B
+    )
+    took_BP = (jnp.arange(engine.path) == accepted.count_B[:, None]) & running_B[:, None]
+    state = state._replace(
+        cache=cache,
+        length_B=state.length_B + added_B,
+        root_B=jnp.where(running_B, bonus_B, state.root_B),
+        draft=draft_state,
+        root_logits_BV=root_logits_BV,
+        calls_B=state.calls_B + running_B,
+        accepted_BP=state.accepted_BP + took_BP,
+    )
+    return emit(state, accepted.token_BP, accepted.count_B + 1)
+
+
+def plain_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
+    """One token by one target call, `engine.rows` tokens wide; rows behind the first are padding that nothing sees."""
+    batch, rows = state.root_B.shape[0], engine.rows
+    running_B = state.finish_B == RUNNING
+    token_BL = jnp.zeros((batch, rows), jnp.int32).at[:, 0].set(state.root_B)
+    positions_BL = jnp.broadcast_to(state.length_B[:, None], (batch, rows))
+    only_itself = jnp.eye(rows, dtype=bool)[None]
+    prefix = (state.cache, state.length_B)
+    out = engine.target.forward(weights.target, token_BL, positions_BL, only_itself, prefix, keep_kv=True)
+    logits_BLV = engine.target.logits(weights.target, out.features_BLD)[:, :1]
+    root_B = draw(logits_BLV, jnp.zeros((batch, 1), jnp.int32), state.length_B + 1, 1, state.requests.sampling)[:, 0]
+    first = jnp.zeros((batch, 1), jnp.int32)
+    cache = kv.commit(state.cache, kv.take_rows(_fresh(out), first), state.length_B)
+    state = state._replace(
+        cache=cache,
+        length_B=state.length_B + running_B,
+        root_B=jnp.where(running_B, root_B, state.root_B),
+        calls_B=state.calls_B + running_B,
+        accepted_BP=state.accepted_BP + running_B[:, None],
+    )
+    return emit(state, root_B[:, None], jnp.ones(batch, jnp.int32))
+
+
+def _fresh(out: TargetOutput) -> KVCache:
+    assert out.fresh is not None
+    return out.fresh
+
+
+def decode_rounds(engine: Engine, weights: Weights, state: DecodeState, limit: Array) -> DecodeState:
+    """Rounds until every row has finished or `limit` of them are done: one `while_loop`, no host in it."""
+
+    def going(carry: tuple[Array, DecodeState]) -> Array:
+        return (carry[0] < limit) & jnp.any(carry[1].finish_B == RUNNING)
+
+    def round_(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        return carry[0] + 1, decode_step(engine, weights, carry[1])
+
+    return jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1]
+
+
+run_prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
+run_rounds = jax.jit(decode_rounds, static_argnames="engine", donate_argnames="state")
+
+NO_LIMIT = np.int32(np.iinfo(np.int32).max)
+
+
+def bucket(length: int, step: int = 64) -> int:
+    """The padded size that stands for `length`: powers of two up to `8 * step`, then multiples of `4 * step`.
+
+    Few sizes, so few compiled programs.
+    """
+    size = step
+    while size < length and size < 8 * step:
+        size *= 2
+    return size if size >= length else -(-length // (4 * step)) * 4 * step
+
+
+def sizes(engine: Engine, prompt: int, max_new: int) -> tuple[int, int, int]:
+    """Padded prompt length, cache capacity and output slots that a batch needs, from its longest row and budget.
+
+    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots.
+    """
+    width = bucket(prompt)
+    slots = bucket(max_new + engine.path)
+    return width, bucket(width + slots), slots
+
+
+def make_requests(
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int | Sequence[int],
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    seed: int | Sequence[int] = 0,
+    stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+    vocab: int | None = None,
+) -> Requests:
+    """A batch from prompts of any lengths. A single setting holds for all rows.
+
+    Raises ValueError naming the row and field for an empty prompt, a token outside `vocab`, or a setting out of range.
+    """
+    batch = len(prompts)
+    if not batch:
+        raise ValueError("no prompts given: pass at least one")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty: give at least one token")
+        if min(prompt) < 0 or (vocab is not None and max(prompt) >= vocab):
+            raise ValueError(f"prompt {i} has a token outside the target's vocabulary of {vocab}")
+
+    def each(name: str, value: Any, dtype: Any, low: float, high: float) -> np.ndarray:
+        row = np.broadcast_to(np.asarray(value), (batch,))
+        for i, v in enumerate(row):
+            if not low <= v <= high:
+                raise ValueError(f"{name}={v} of row {i} is outside [{low}, {high}]")
+        return row.astype(dtype)
+
+    stops = [tuple(s) for s in stop_ids] if stop_ids and not isinstance(stop_ids[0], (int, np.integer)) else None
+    stops = stops if stops is not None else [tuple(stop_ids)] * batch
+    stop_BR = np.full((batch, max(1, *(len(s) for s in stops))), NO_STOP, np.int32)
+    for row, stop in zip(stop_BR, stops, strict=True):
+        row[: len(stop)] = stop
+    width = bucket(max(len(p) for p in prompts))
+    tokens_BL = np.zeros((batch, width), np.int32)
+    for row, prompt in zip(tokens_BL, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    infinite = float("inf")
+    return Requests(
+        jnp.asarray(tokens_BL),
+        jnp.asarray([len(p) for p in prompts], jnp.int32),
+        Sampling(
+            jnp.asarray(each("temperature", temperature, np.float32, 0, infinite)),
+            jnp.asarray(each("top_k", top_k, np.int32, 0, infinite)),
+            jnp.asarray(each("top_p", top_p, np.float32, 1e-9, 1)),
+            jnp.asarray(each("seed", seed, np.uint32, 0, 2**32 - 1)),
+        ),
+        jnp.asarray(stop_BR),
+        jnp.asarray(each("max_new_tokens", max_new_tokens, np.int32, 1, infinite)),
+    )
+
+
+class Chunk(NamedTuple):
+    """What some rounds added, on the host."""
+
+    added: list[np.ndarray]
+    """The new tokens of each row since the last chunk."""
+    generation: Generation
+    """Everything so far."""
+
+
+def stream(engine: Engine, weights: Weights, requests: Requests, *, rounds: int = 8) -> Iterator[Chunk]:
+    """Decode in chunks of `rounds` rounds, one call of the same compiled program each; yields what each added."""
+    state = start(engine, weights, requests)
+    seen = np.zeros(requests.length_B.shape[0], np.int64)
+    while True:
+        generation = collect(state)
+        added = [t[n:] for t, n in zip(generation.tokens, seen, strict=True)]
+        seen = np.array([len(t) for t in generation.tokens])
+        yield Chunk(added, generation)
+        if all(f != FINISH_REASONS[RUNNING] for f in generation.finish):
+            return
+        state = run_rounds(engine, weights, state, np.int32(rounds))
+
+
+def start(engine: Engine, weights: Weights, requests: Requests) -> DecodeState:
+    """Prefill with the sizes the batch needs."""
+    longest = int(np.max(np.asarray(requests.budget_B)))
+    _, capacity, slots = sizes(engine, requests.tokens_BL.shape[1], longest)
+    return run_prefill(engine, weights, requests, capacity, slots)
+
+
+def collect(state: DecodeState) -> Generation:
+    """A state's rows as host arrays."""
+    output, produced, finish, calls, accepted = jax.device_get(
+        (state.output_BO, state.produced_B, state.finish_B, state.calls_B, state.accepted_BP)
+    )
+    tokens = [row[:n] for row, n in zip(output, produced, strict=True)]
+    return Generation(tokens, [FINISH_REASONS[f] for f in finish], calls, accepted)
+
+
+def generate(engine: Engine, weights: Weights, requests: Requests) -> Generation:
+    """Decode every row to its end: one prefill program, then one program for all rounds."""
+    return collect(run_rounds(engine, weights, start(engine, weights, requests), NO_LIMIT))
+
+
+def generate_plain(engine: Engine, weights: Weights, requests: Requests, *, rows: int = 1) -> Generation:
+    """The baseline: the same target and requests, one token a call.
+
+    `rows` is the width of its matmuls: 1 is ordinary decoding. With a tree's node count, rows of a matmul are
+    bit-identical to the verifier's and fp32 outputs can be compared exactly.
+    """
+    plain = dataclasses.replace(engine, drafter=None, tree=None, rows=rows)
+    return generate(plain, Weights(weights.target), requests)
+

@@ -1,0 +1,16 @@
+"""Losses between a drafted feature and the target's."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxspec.base import Array
+
+
+def smooth_l1(draft: Array, target: Array) -> Array:
+    """`mean_d h(draft - target)`, `h(x) = x^2 / 2` where `|x| < 1`, else `|x| - 1/2` (EAGLE section 4.2).
+
+    `[..., D], [..., D] -> [...]`, fp32.
+    """
+    gap = jnp.abs(draft.astype(jnp.float32) - target.astype(jnp.float32))
+    return jnp.mean(jnp.where(gap < 1.0, 0.5 * gap * gap, gap - 0.5), axis=-1)

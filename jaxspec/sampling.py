@@ -1,0 +1,115 @@
+"""One path from logits to a token, shared by plain and speculative decoding: warp, then draw with a position's key.
+
+A row's noise at an absolute position depends on its seed and that position alone. So a token is the same whether it
+was decoded one at a time or found inside a tree, and independent of the other rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec.base import Array
+
+
+class Sampling(NamedTuple):
+    """How each row draws its tokens."""
+
+    temperature_B: Array
+    """0 decodes greedily."""
+    top_k_B: Array
+    """Keep the `k` likeliest tokens, and those that tie with the last; 0 keeps all."""
+    top_p_B: Array
+    """Keep the likeliest tokens up to the one whose mass reaches `top_p`, and its ties; 1 keeps all."""
+    seed_B: Array
+
+
+def _ordered_bits(x: Array) -> Array:
+    """int32 keys that compare as the fp32 values do."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _greatest_key(keys: Array, holds: object) -> Array:
+    """The greatest int32 `t` for which `holds(t)`, by bisection over all 32 bits; `holds` is true up to some `t`."""
+    shape = (*keys.shape[:-1], 1)
+    low = jnp.full(shape, jnp.iinfo(jnp.int32).min, jnp.int32)
+
+    def step(i: Array, low: Array) -> Array:
+        # The first step crosses from the negative keys to zero; the others set one bit each.
+        trial = jnp.where(i == 0, 0, low + lax.shift_left(jnp.int32(1), 31 - i))
+        return jnp.where(holds(trial), trial, low)  # type: ignore[operator]
+
+    return lax.fori_loop(0, 32, step, low)
+
+
+def keep_top_k(logits_BNV: Array, top_k_B: Array) -> Array:
+    """-inf outside each row's `k` greatest logits (ties with the `k`-th kept); 0 keeps all.
+
+    Sort-free: the `k`-th value is found by bisection over its bits, exactly.
+    """
+    keys = _ordered_bits(logits_BNV)
+    k = top_k_B[:, None, None]
+    threshold = _greatest_key(keys, lambda t: jnp.sum(keys >= t, axis=-1, keepdims=True) >= k)
+    return jnp.where((keys >= threshold) | (k <= 0), logits_BNV, -jnp.inf)
+
+
+def keep_top_p(logits_BNV: Array, top_p_B: Array) -> Array:
+    """-inf outside each row's nucleus: tokens with less than `top_p` probability strictly above them (Holtzman 2020).
+
+    The likeliest token always stays. Sort-free as `keep_top_k`.
+    """
+    p = jax.nn.softmax(logits_BNV.astype(jnp.float32), axis=-1)
+    top_p = top_p_B[:, None, None]
+
+    def too_low(t: Array) -> Array:
+        return jnp.sum(jnp.where(_ordered_bits(p) > t, p, 0.0), axis=-1, keepdims=True) >= top_p
+
+    threshold = _greatest_key(p, too_low) + 1
+    peak = jnp.max(p, axis=-1, keepdims=True)
+    return jnp.where((_ordered_bits(p) >= threshold) | (p == peak) | (top_p >= 1), logits_BNV, -jnp.inf)
+
+
+def warp_logits(logits_BNV: Array, sampling: Sampling) -> Array:
+    """Log-probabilities up to a constant after temperature, then top-k, then top-p: the order of `transformers`.
+
+    Rows at temperature 0 are returned unwarped; their token is the argmax.
+    """
+    temperature = sampling.temperature_B[:, None, None]
+    x = logits_BNV / jnp.where(temperature > 0, temperature, 1.0).astype(logits_BNV.dtype)
+    x = lax.cond(jnp.any(sampling.top_k_B > 0), lambda x: keep_top_k(x, sampling.top_k_B), lambda x: x, x)
+    x = lax.cond(jnp.any(sampling.top_p_B < 1), lambda x: keep_top_p(x, sampling.top_p_B), lambda x: x, x)
+    return jnp.where(temperature > 0, x, logits_BNV)
+
+
+def position_noise(seed_B: Array, position_BP: Array, vocab: int) -> Array:
+    """Gumbel noise `[B, P, V]`, keyed by (seed, absolute position of the token it will draw)."""
+
+    def one(seed: Array, position: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,), jnp.float32)
+
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(seed_B, position_BP)
+
+
+def draw(logits_BNV: Array, depth_BN: Array, first_position_B: Array, depths: int, sampling: Sampling) -> Array:
+    """The target's token at every node, `[B, N]`: argmax of the warped logits plus its position's Gumbel noise.
+
+    A node at depth `d` draws the token at position `first_position + d`, for `d < depths`. Nodes of one depth lie on
+    different paths and share their noise, so `depths` rows of it are made, not `N`; along any one path the draws are
+    independent. Greedy rows take the argmax of their logits; if all rows are greedy no noise is made.
+    """
+
+    def greedy(logits: Array) -> Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sampled(logits: Array) -> Array:
+        position_BP = first_position_B[:, None] + jnp.arange(depths)
+        noise = position_noise(sampling.seed_B, position_BP, logits.shape[-1])
+        noise = jnp.take_along_axis(noise, depth_BN[:, :, None], axis=1)
+        noise = jnp.where(sampling.temperature_B[:, None, None] > 0, noise, 0.0)
+        return jnp.argmax(warp_logits(logits, sampling) + noise, axis=-1).astype(jnp.int32)
+
+    return lax.cond(jnp.any(sampling.temperature_B > 0), sampled, greedy, logits_BNV)

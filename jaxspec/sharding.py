@@ -1,0 +1,102 @@
+"""Where every array lives: logical axis -> mesh axis rules, and the meshes they name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+AXIS_RULES: dict[str | None, Any] = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "width": "fsdp",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    None: None,
+}
+"""Logical axis -> mesh axis (or axes)."""
+
+PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed": ("vocab", "width"),
+    "head": ("vocab", "width"),
+    "qkv": ("width", "kv_heads", None, None),
+    "out": ("kv_heads", None, None, "width"),
+    "gate_up": ("width", None, "mlp"),
+    "down": ("mlp", "width"),
+    "fc": (None, "width"),
+}
+"""Leaf name -> its logical axes, trailing axes first matched; stacked layers add one unsharded axis in front."""
+
+CACHE_AXES = {
+    "k_YBKCS": (None, "batch", "kv_heads", None, None),
+    "v_YBKSC": (None, "batch", "kv_heads", None, None),
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over `data x fsdp x tensor` devices; -1 for `data` takes what the others leave.
+
+    Raises ValueError where the device count does not divide.
+    """
+    devices = list(jax.devices()) if devices is None else devices
+    if data == -1:
+        data = max(1, len(devices) // (fsdp * tensor))
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} needs {data * fsdp * tensor} devices, "
+            f"but there are {len(devices)}: change the mesh sizes so that their product is {len(devices)}"
+        )
+    grid = np.asarray(devices).reshape(data, fsdp, tensor)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The last named key of a pytree path (`layers/0/qkv` -> `qkv`)."""
+    names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+    return next((n for n in reversed(names) if n), "")
+
+
+def spec(name: str, ndim: int) -> P:
+    """The partition of an array called `name`: its rule, or replicated when it has none."""
+    axes = CACHE_AXES.get(name) or PARAMETER_AXES.get(name)
+    if axes is None:
+        return P()
+    axes = (None,) * (ndim - len(axes)) + axes
+    return P(*(AXIS_RULES[a] for a in axes))
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """The `NamedSharding` of every leaf by its name; optimizer moments follow the parameter they belong to.
+
+    Raises ValueError naming the array and axis where a sharded axis does not divide over its mesh axis.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        shape = tuple(getattr(leaf, "shape", ()))
+        name = leaf_name(path)
+        part = spec(name, len(shape)) if shape else P()
+        for size, axis in zip(shape, part, strict=False):
+            over = int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())]))
+            if size % over:
+                raise ValueError(
+                    f"axis {axis!r} splits `{name}` of shape {shape} into {over} parts, which {size} is not divisible "
+                    "by: choose a smaller mesh axis"
+                )
+        return NamedSharding(mesh, part)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over `data` and `fsdp`, every other axis whole."""
+    return NamedSharding(mesh, P(AXIS_RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())

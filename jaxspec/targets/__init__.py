@@ -1,0 +1,1 @@
+"""Frozen language models, one family a file."""

@@ -1,0 +1,233 @@
+"""The Llama family (Llama 2, 3.x, Vicuna, and any decoder of that shape) as a frozen target."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as kv
+from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
+from jaxspec.layers import (
+    RopeScaling,
+    attend,
+    attend_causal,
+    gated_mlp,
+    merge_heads,
+    project_qkv,
+    rms_norm,
+    rope,
+    rope_frequencies,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama-family model, and the ids that end its text."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+    max_positions: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head, `G`."""
+        return self.heads // self.kv_heads
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of one decoder layer."""
+    c = config
+    return {
+        "attention_norm": (c.width,),
+        "qkv": (c.width, c.kv_heads, c.group + 2, c.head_dim),
+        "out": (c.kv_heads, c.group, c.head_dim, c.width),
+        "mlp_norm": (c.width,),
+        "gate_up": (c.width, 2, c.mlp),
+        "down": (c.mlp, c.width),
+    }
+
+
+def init_weight(key: Array, name: str, shape: tuple[int, ...], config: LlamaConfig, dtype: Any) -> Array:
+    """Ones for norms, else normal(0.02), residual outputs scaled by `1 / sqrt(2 * layers)` (GPT-2's rule)."""
+    if name.endswith("norm"):
+        return jnp.ones(shape, dtype)
+    scale = 0.02 / math.sqrt(2 * config.layers) if name in ("out", "down") else 0.02
+    return scale * jax.random.normal(key, shape, dtype)
+
+
+def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
+    """Fresh weights of one layer."""
+    shapes = layer_shapes(config)
+    keys = jax.random.split(key, len(shapes))
+    return {n: init_weight(k, n, s, config, dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+class Llama(nn.Module):
+    """A Llama decoder as pure functions of its weights.
+
+    Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, either one dict of arrays stacked on a
+    leading `Y` axis (`stacked=True`: training, sharding) or a list of one dict a layer (`stacked=False`: decoding,
+    where a stacked weight would be copied every step; see `unstack`).
+    """
+
+    config: LlamaConfig
+    stacked: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    """Dtype of activations and of the cache; softmax, norms and logits are fp32 throughout."""
+    param_dtype: Any = jnp.float32
+    query_block: int | None = None
+    """Training only (no prefix, a causal mask): attend in blocks of so many queries, see `attend_causal`."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_table = self.param("embed", self._init_table)
+        self.layers = self.param("layers", self._init_layers)
+        self.norm = self.param("norm", lambda key: jnp.ones((c.width,), self.param_dtype))
+        if not c.tied:
+            self.head_table = self.param("head", self._init_table)
+
+    def _init_table(self, key: Array) -> Array:
+        return 0.02 * jax.random.normal(key, (self.config.vocab, self.config.width), self.param_dtype)
+
+    def _init_layers(self, key: Array) -> Any:
+        keys = jax.random.split(key, self.config.layers)
+        if self.stacked:
+            return jax.vmap(lambda k: init_layer(k, self.config, self.param_dtype))(keys)
+        return [init_layer(k, self.config, self.param_dtype) for k in keys]
+
+    def __call__(
+        self,
+        tokens_BL: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        prefix: tuple[KVCache, Array] | None = None,
+        keep_kv: bool = False,
+    ) -> TargetOutput:
+        """See `forward`."""
+        c = self.config
+        x = self.embed_table[tokens_BL].astype(self.dtype)
+        cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
+        def block(x: Array, layer: Params, past: tuple[Array, Array, Array] | None) -> tuple[Array, Any]:
+            q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
+            if self.query_block and past is None:
+                mixed = attend_causal(q, k, v, mask_BLM, self.query_block)
+            else:
+                mixed = attend(q, k, v, mask_BLM, past)
+            x = x + merge_heads(layer, mixed)
+            x = x + gated_mlp(layer, rms_norm(x, layer["mlp_norm"], c.norm_eps))
+            return x, ((k, v) if keep_kv else None)
+
+        if self.remat:
+            block = jax.checkpoint(block)
+        if self.stacked:
+            past = None if prefix is None else (prefix[0], prefix[1])
+            x, fresh = self._scan(block, x, past)
+        else:
+            rows = []
+            for i, layer in enumerate(self.layers):
+                past = None if prefix is None else (prefix[0].k_YBKCS[i], prefix[0].v_YBKSC[i], prefix[1])
+                x, row = block(x, layer, past)
+                rows.append(row)
+            fresh = jax.tree.map(lambda *a: jnp.stack(a), *rows) if keep_kv else None
+        features = rms_norm(x, self.norm, c.norm_eps)
+        return TargetOutput(features, KVCache(*fresh) if keep_kv else None)
+
+    def _scan(self, block: Any, x: Array, past: tuple[KVCache, Array] | None) -> tuple[Array, Any]:
+        if past is None:
+            return jax.lax.scan(lambda x, layer: block(x, layer, None), x, self.layers)
+        cache, length = past
+
+        def step(x: Array, layer: Any) -> tuple[Array, Any]:
+            weights, k, v = layer
+            return block(x, weights, (k, v, length))
+
+        return jax.lax.scan(step, x, (self.layers, cache.k_YBKCS, cache.v_YBKSC))
+
+    def score(self, features_BLD: Array) -> Array:
+        """See `logits`."""
+        table = self.embed_table if self.config.tied else self.head_table
+        return jnp.einsum(
+            "BLD,VD->BLV", features_BLD, table.astype(features_BLD.dtype), preferred_element_type=jnp.float32
+        )
+
+    def init_params(self, key: Array) -> Params:
+        """Random weights (normal 0.02; residual outputs scaled by depth)."""
+        token = jnp.zeros((1, 1), jnp.int32)
+        return self.init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
+
+    def forward(
+        self,
+        params: Params,
+        tokens_BL: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        prefix: tuple[KVCache, Array] | None = None,
+        *,
+        keep_kv: bool = False,
+    ) -> TargetOutput:
+        """Features `[B, L, D]` of `L` tokens at absolute `positions`, and with `keep_kv` their keys and values.
+
+        `mask_BLM` says which of the call's own tokens each one sees (`[1, L, L]` for all rows alike); `prefix` is
+        `(cache, length_B)`, seen by every token up to `length`.
+        """
+        out = self.apply({"params": params}, tokens_BL, positions_BL, mask_BLM, prefix, keep_kv)
+        assert isinstance(out, TargetOutput)
+        return out
+
+    def logits(self, params: Params, features_BLD: Array) -> Array:
+        """fp32 logits `[B, L, V]` of the token after each feature."""
+        out = self.apply({"params": params}, features_BLD, method="score")
+        assert isinstance(out, jax.Array)
+        return out
+
+    def borrowed(self, params: Params) -> Borrowed:
+        """The embedding and LM head (one table when tied)."""
+        return Borrowed(params["embed"], params["embed"] if self.config.tied else params["head"])
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A zeroed cache in the activations' dtype."""
+        c = self.config
+        return kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+
+
+def unstack(params: Params) -> Params:
+    """The same weights with `layers` as a list of one dict a layer, for `Llama(stacked=False)`.
+
+    Done once before decoding: slicing a stacked weight inside the decode loop copies it at every step.
+    """
+    if isinstance(params["layers"], list):
+        return params
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = [jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(count)]
+    return {**params, "layers": layers}
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Weights of the model; a tied table counts once."""
+    per_layer = sum(math.prod(s) for s in layer_shapes(config).values())
+    return config.layers * per_layer + config.vocab * config.width * (1 if config.tied else 2) + config.width

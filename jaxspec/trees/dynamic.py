@@ -1,0 +1,103 @@
+"""EAGLE-2's context-aware draft tree: a beam grown by cumulative confidence, then the best nodes of all levels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
+from jaxspec.trees.shape import ancestor_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2 (section 4): at each level the `beam` best of `beam^2` continuations are expanded; all enter a pool.
+
+    The tree is the root and the `nodes - 1` best of the pool by cumulative log-probability, ties to the shallower node
+    and then to the earlier one, so that a node is never kept without its parent. `depth` is the paper's: the deepest a
+    node can be (the reference code's `depth` argument + 1).
+    Raises ValueError where the pool is smaller than the tree.
+    """
+
+    nodes: int = 60
+    depth: int = 6
+    beam: int = 10
+
+    def __post_init__(self) -> None:
+        if min(self.nodes, self.depth, self.beam) < 1:
+            raise ValueError(f"a dynamic tree needs nodes, depth and beam of at least 1, not {self}")
+        if self.pool < self.nodes - 1:
+            raise ValueError(
+                f"a beam of {self.beam} over depth {self.depth} drafts {self.pool} nodes, fewer than the "
+                f"{self.nodes - 1} wanted: raise beam or depth, or lower nodes"
+            )
+
+    @property
+    def pool(self) -> int:
+        """Candidates drafted: `beam + (depth - 1) * beam^2`."""
+        return self.beam + (self.depth - 1) * self.beam**2
+
+    @property
+    def slots(self) -> int:
+        """Expanded nodes: `beam` at every depth but the last."""
+        return self.beam * (self.depth - 1)
+
+    @property
+    def spec(self) -> str:
+        """The tree as `parse_tree` reads it."""
+        return f"dynamic:{self.nodes}x{self.depth}x{self.beam}"
+
+    def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
+        """Draft `depth` levels and keep the best `nodes - 1` of all candidates."""
+        beam, batch = self.beam, root_token_B.shape[0]
+        if beam > root_logits_BV.shape[-1]:
+            raise ValueError(f"a beam of {beam} exceeds the draft vocabulary of {root_logits_BV.shape[-1]} tokens")
+        score, token = jax.lax.top_k(jax.nn.log_softmax(root_logits_BV), beam)
+        pool = [(token, score, jnp.full((batch, beam), ROOT))]
+        front_token, front_score, front_pool = token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam))
+        parent_slot = jnp.full((batch, beam), ROOT)
+        visible = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
+        for d in range(1, self.depth):
+            frontier = Frontier(front_token, parent_slot, visible, d, beam * (d - 1))
+            logits_BWV, scratch = draft(scratch, frontier)
+            step, token = jax.lax.top_k(jax.nn.log_softmax(logits_BWV), beam)
+            score = (front_score[..., None] + step).reshape(batch, beam * beam)
+            token = token.reshape(batch, beam * beam)
+            pool.append((token, score, jnp.repeat(front_pool, beam, axis=1)))
+            front_score, chosen = jax.lax.top_k(score, beam)
+            front_token = jnp.take_along_axis(token, chosen, axis=1)
+            front_pool = beam + (d - 1) * beam**2 + chosen
+            row = chosen // beam
+            parent_slot = beam * (d - 1) + row
+            own = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
+            visible = jnp.concatenate([jnp.take_along_axis(visible, row[..., None], axis=1), own], axis=2)
+        return self._rerank(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)), root_token_B)
+
+    def _rerank(self, token_BQ: Array, score_BQ: Array, parent_BQ: Array, root_token_B: Array) -> Tree:
+        """The tree of the best `nodes - 1` candidates of the pool (axis `Q`), in pool order."""
+        beam, batch = self.beam, token_BQ.shape[0]
+        # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
+        _, chosen = jax.lax.top_k(score_BQ, self.nodes - 1)
+        chosen = jnp.sort(chosen, axis=1)
+        rows = jnp.arange(batch)[:, None]
+        node_of = jnp.zeros((batch, self.pool), jnp.int32).at[rows, chosen].set(jnp.arange(1, self.nodes))
+        parent = jnp.take_along_axis(parent_BQ, chosen, axis=1)
+        parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
+        levels = np.concatenate([np.ones(beam, np.int32), np.repeat(np.arange(2, self.depth + 1), beam**2)])
+        depth_BN = _prepend(jnp.asarray(levels, jnp.int32)[chosen], 0)
+        parent_BN = _prepend(parent, ROOT)
+        score_BN = _prepend(jnp.take_along_axis(score_BQ, chosen, axis=1), 0.0)
+        token_BN = jnp.concatenate([root_token_B[:, None], jnp.take_along_axis(token_BQ, chosen, axis=1)], axis=1)
+        valid_BN = score_BN > -jnp.inf
+        return Tree(
+            token_BN.astype(jnp.int32), parent_BN, depth_BN, score_BN, valid_BN, ancestor_mask(parent_BN, self.depth)
+        )
+
+
+def _prepend(x_BN: Array, root: float) -> Array:
+    """`x_BN` behind the root's entry."""
+    return jnp.concatenate([jnp.full((x_BN.shape[0], 1), root, x_BN.dtype), x_BN], axis=1)

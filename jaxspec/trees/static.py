@@ -1,0 +1,168 @@
+"""Trees of one fixed shape: lists of rank paths, chains, and the single node; masks are built once, on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
+
+EAGLE1_PATHS = (
+    "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
+)
+"""The 25-node tree of EAGLE-1 (its `mc_sim_7b_63`): one digit a depth, the child's rank in its parent's draft."""
+
+
+class Level(NamedTuple):
+    """The nodes of one depth that have children, and those children."""
+
+    expanded: np.ndarray
+    """Node indices, ascending; they take consecutive scratch slots."""
+    slot: int
+    parent_slot: np.ndarray
+    visible: np.ndarray
+    """`[W, slot + W]` scratch slots each expanded node sees."""
+
+
+class Shape(NamedTuple):
+    """The host-side arrays of a static tree of `N` nodes."""
+
+    parent: np.ndarray
+    depth: np.ndarray
+    rank: np.ndarray
+    valid: np.ndarray
+    ancestors: np.ndarray
+    levels: tuple[Level, ...]
+
+
+def parse_paths(text: str) -> tuple[tuple[int, ...], ...]:
+    """Rank paths from words of digits (`"0 1 00"`), or of numbers joined by dots (`"0.12.3"`)."""
+    words = text.replace(",", " ").split()
+    try:
+        return tuple(tuple(int(r) for r in (w.split(".") if "." in w else w)) for w in words)
+    except ValueError:
+        raise ValueError(
+            f"tree paths {text!r} must be words of digits such as '0 1 00', or numbers joined by dots"
+        ) from None
+
+
+def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> Shape:
+    """Masks and levels of the tree with these paths, padded to `rows` nodes."""
+    order = sorted(paths, key=lambda p: (len(p), p))
+    index = {(): 0} | {p: i + 1 for i, p in enumerate(order)}
+    parent = np.full(rows, ROOT, np.int32)
+    depth = np.zeros(rows, np.int32)
+    rank = np.zeros(rows, np.int32)
+    valid = np.arange(rows) <= len(order)
+    ancestors = np.eye(rows, dtype=bool)
+    for path in order:
+        i = index[path]
+        parent[i], depth[i], rank[i] = index[path[:-1]], len(path), path[-1]
+        ancestors[i] |= ancestors[parent[i]]
+    inner = sorted({int(parent[index[p]]) for p in order} - {0})
+    slot_of = {node: s for s, node in enumerate(inner)}
+    levels = []
+    for d in range(1, int(depth.max(initial=0)) + 1):
+        expanded = np.array([n for n in inner if depth[n] == d], np.int32)
+        if not expanded.size:
+            break
+        slot = slot_of[int(expanded[0])]
+        seen = np.array(inner[: slot + expanded.size])
+        parents = np.array([slot_of.get(int(parent[n]), ROOT) for n in expanded], np.int32)
+        levels.append(Level(expanded, slot, parents, ancestors[expanded][:, seen]))
+    return Shape(parent, depth, rank, valid, ancestors, tuple(levels))
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticTree:
+    """A tree given by rank paths: `(0, 2)` is the third-best child of the best child of the root.
+
+    `rows` pads the node count, so that programs of different trees share their matmul shapes.
+    Raises ValueError for a path without its parent, twice, or with a negative rank, and for too few `rows`.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        known = {(), *self.paths}
+        for path in self.paths:
+            if not path or min(path) < 0 or path[:-1] not in known:
+                raise ValueError(f"tree path {path} needs non-negative ranks and its parent path {path[:-1]} in the list")
+        if len(known) != len(self.paths) + 1:
+            raise ValueError("a tree path stands twice in the list: keep one of each")
+        if self.rows and self.rows < len(known):
+            raise ValueError(f"rows={self.rows} is fewer than the tree's {len(known)} nodes")
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the tree, root and padding included."""
+        return max(self.rows, len(self.paths) + 1)
+
+    @property
+    def depth(self) -> int:
+        """Length of the longest path."""
+        return max((len(p) for p in self.paths), default=0)
+
+    @property
+    def slots(self) -> int:
+        """Nodes that are expanded: those with children, the root aside."""
+        return len({p[:-1] for p in self.paths} - {()})
+
+    @property
+    def spec(self) -> str:
+        """The tree as `parse_tree` reads it."""
+        if self.depth == len(self.paths) and all(set(p) <= {0} for p in self.paths):
+            return f"chain:{self.depth}" if self.depth else "none"
+        return "static:" + ",".join(".".join(map(str, p)) if max(p) > 9 else "".join(map(str, p)) for p in self.paths)
+
+    def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
+        """The tree with each node's token taken at its rank in its parent's draft distribution."""
+        shape = build_shape(self.paths, self.nodes)
+        batch = root_token_B.shape[0]
+        token_BN = jnp.zeros((batch, self.nodes), jnp.int32).at[:, 0].set(root_token_B)
+        score_BN = jnp.full((batch, self.nodes), -jnp.inf).at[:, 0].set(0.0)
+        token_BN, score_BN = self._place(shape, np.array([0]), root_logits_BV[:, None], token_BN, score_BN)
+        for d, level in enumerate(shape.levels):
+            visible = np.broadcast_to(level.visible, (batch, *level.visible.shape))
+            parent = np.broadcast_to(level.parent_slot, (batch, level.parent_slot.size))
+            frontier = Frontier(
+                token_BN[:, level.expanded], jnp.asarray(parent), jnp.asarray(visible), d + 1, level.slot
+            )
+            logits_BWV, scratch = draft(scratch, frontier)
+            token_BN, score_BN = self._place(shape, level.expanded, logits_BWV, token_BN, score_BN)
+        fixed = [jnp.asarray(a)[None] for a in (shape.parent, shape.depth, shape.valid, shape.ancestors)]
+        parent, depth, valid, ancestors = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in fixed)
+        return Tree(token_BN, parent, depth, score_BN, valid, ancestors)
+
+    def _place(
+        self, shape: Shape, expanded: np.ndarray, logits_BWV: Array, token_BN: Array, score_BN: Array
+    ) -> tuple[Array, Array]:
+        """Fill in the children of `expanded` from those nodes' draft logits."""
+        children = np.flatnonzero(np.isin(shape.parent, expanded) & shape.valid)
+        if not children.size:
+            return token_BN, score_BN
+        row = np.searchsorted(expanded, shape.parent[children])
+        rank = shape.rank[children]
+        if rank.max() >= logits_BWV.shape[-1]:
+            raise ValueError(f"tree rank {rank.max()} exceeds the draft vocabulary of {logits_BWV.shape[-1]} tokens")
+        if rank.max() == 0:
+            token_BW1 = jnp.argmax(logits_BWV, axis=-1)[..., None]
+            best_BW1 = jnp.max(logits_BWV, axis=-1, keepdims=True)
+        else:
+            best_BW1, token_BW1 = jax.lax.top_k(logits_BWV, int(rank.max()) + 1)
+        logp = best_BW1 - jax.nn.logsumexp(logits_BWV, axis=-1, keepdims=True)
+        score = score_BN[:, shape.parent[children]] + logp[:, row, rank]
+        return (
+            token_BN.at[:, children].set(token_BW1[:, row, rank].astype(jnp.int32)),
+            score_BN.at[:, children].set(score),
+        )
+
+
+def chain(depth: int, rows: int = 0) -> StaticTree:
+    """The `depth` best-first tokens in a row; depth 0 is the single node, plain decoding."""
+    return StaticTree(tuple((0,) * d for d in range(1, depth + 1)), rows)

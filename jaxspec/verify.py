@@ -1,0 +1,43 @@
+"""The lossless acceptance rule for trees whose shape and tokens are chosen deterministically.
+
+The target draws its own token at every node; the path that carries those tokens is kept, and the draw at its end is
+the bonus token. Whatever the tree holds, each kept token *is* a draw from the target's (warped) law, so the output has
+exactly that law, greedy and sampled alike. (EAGLE-2's point-mass rejection loop has the same law and needs more code.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxspec.base import Array, Tree
+
+
+class Accepted(NamedTuple):
+    """The longest path on which draft and target agree."""
+
+    count_B: Array
+    """Accept length: drafted tokens accepted, 0 to T."""
+    path_BP: Array
+    """Node of each depth, root first; behind the last accepted node its index repeats."""
+    token_BP: Array
+    """What the round adds to the text: the accepted tokens, then the bonus token, which repeats to the end."""
+
+
+def follow(tree: Tree, drawn_BN: Array, depth: int) -> Accepted:
+    """Follow the target's draws down the tree. `drawn_BN` is the target's token at each node; `depth` is `T`.
+
+    Siblings carry different tokens, so at most one child matches and the path is unique.
+    """
+    parent_BN = jnp.maximum(tree.parent_BN, 0)
+    match_BN = tree.valid_BN & (tree.token_BN == jnp.take_along_axis(drawn_BN, parent_BN, axis=1))
+    match_BN = match_BN.at[:, 0].set(True)
+    reached_BN = tree.valid_BN & jnp.all(match_BN[:, None, :] | ~tree.ancestors_BNN, axis=-1)
+    last_B = jnp.argmax(jnp.where(reached_BN, tree.depth_BN, -1), axis=1)
+    count_B = jnp.take_along_axis(tree.depth_BN, last_B[:, None], axis=1)[:, 0]
+    on_path_BN = jnp.take_along_axis(tree.ancestors_BNN, last_B[:, None, None], axis=1)[:, 0]
+    wanted_BP = jnp.minimum(jnp.arange(depth + 1), count_B[:, None])
+    is_node_BPN = on_path_BN[:, None, :] & (tree.depth_BN[:, None, :] == wanted_BP[:, :, None])
+    path_BP = jnp.argmax(is_node_BPN, axis=-1)
+    return Accepted(count_B, path_BP, jnp.take_along_axis(drawn_BN, path_BP, axis=1))

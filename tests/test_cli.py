@@ -1,0 +1,143 @@
+"""Tests of the command line: verbs, flags, and the exit code of every kind of ending."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import tyro
+
+from jaxspec import __main__ as program
+from jaxspec import __version__, cli
+
+
+@dataclass(frozen=True)
+class Settings:
+    config: tyro.conf.Positional[str]
+    """Name of an experiment."""
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Settings to replace, as a.b=v."""
+    json: str | None = None
+    """File for the result."""
+    seed: int = 0
+    """Seed of all randomness."""
+
+
+def parse(*argv: str) -> Settings:
+    return cli.parse(argv, Settings, prog="jaxspec train", description="Distill.")
+
+
+def ending(exception: BaseException | None = None):
+    """Returns a verb that ends with `exception`."""
+
+    def main(argv: list[str]) -> int:
+        if exception is not None:
+            raise exception
+        return len(argv)
+
+    return main
+
+
+def test_help_lists_every_verb_and_loads_no_jax():
+    code = (
+        "import sys, jaxspec.__main__ as m; status = m.main(['--help'])\n"
+        "raise SystemExit(status or ('jax' in sys.modules and 3))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"  {verb} " in shown.stdout for verb in program.VERBS)
+
+
+def test_module_runs_as_a_program_and_exits_with_2_on_an_unknown_verb():
+    shown = subprocess.run([sys.executable, "-m", "jaxspec", "generat"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 2
+    assert shown.stderr == "jaxspec: there is no verb 'generat'; did you mean 'generate' or 'regenerate'?\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"), [(["bench"], "'bench decode'"), (["bench", "decoed"], "'bench decode'"), (["zzz"], "--help")]
+)
+def test_unknown_verb_names_close_matches(argv, hint, capsys):
+    assert program.main(argv) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_no_verb_is_wrong_usage(capsys):
+    assert program.main([]) == 2
+    assert "verbs:" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert program.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxspec {__version__}\n"
+
+
+def test_verb_of_two_words_receives_the_rest_and_returns_its_exit_code(monkeypatch):
+    seen = []
+    module = SimpleNamespace(main=lambda argv: seen.append(argv) or 7)
+    monkeypatch.setattr(program.importlib, "import_module", {"jaxspec.infer.bench_decode": module}.__getitem__)
+    assert program.main(["bench", "decode", "--batch", "4"]) == 7
+    assert seen == [["--batch", "4"]]
+
+
+@pytest.mark.parametrize(
+    ("exception", "code", "said"),
+    [
+        (None, 0, ""),
+        (ValueError("batch must be positive,\n  got 0"), 1, "jaxspec x: batch must be positive, got 0\n"),
+        (FileNotFoundError(2, "No such file", "a.json"), 1, "jaxspec x: a.json: No such file\n"),
+        (OSError("the disk is full"), 1, "jaxspec x: the disk is full\n"),
+        (ValueError(), 1, "jaxspec x: ValueError\n"),
+        (KeyboardInterrupt(), 130, "jaxspec x: interrupted.\n"),
+        (cli.Preempted("saved step 30"), 75, "jaxspec x: saved step 30; resume with the same command.\n"),
+        (cli.Preempted(), 75, "jaxspec x: stopped by preemption; resume with the same command.\n"),
+    ],
+)
+def test_every_ending_has_its_exit_code_and_sentence(exception, code, said, capsys):
+    assert cli.run(ending(exception), [], prog="jaxspec x") == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        cli.run(ending(KeyError("layers")), [], prog="jaxspec x")
+
+
+def test_traceback_of_a_failure_is_shown_on_request(monkeypatch):
+    monkeypatch.setenv("JAXSPEC_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="got 0"):
+        cli.run(ending(ValueError("got 0")), [], prog="jaxspec x")
+
+
+def test_run_takes_the_command_line_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train/distill.py", "one", "two"])
+    assert cli.run(ending()) == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("tiny", "model.depth=2", "seed=1", "--json", "out.json"),
+        ("tiny", "--json", "out.json", "model.depth=2", "seed=1"),
+        ("--json", "out.json", "tiny", "model.depth=2", "seed=1"),
+    ],
+)
+def test_overrides_and_flags_come_in_any_order(argv):
+    assert parse(*argv) == Settings("tiny", ("model.depth=2", "seed=1"), json="out.json")
+
+
+@pytest.mark.parametrize("argv", [(), ("tiny", "--sede", "1"), ("tiny", "--seed", "one")])
+def test_wrong_flags_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    capsys.readouterr()
+
+
+def test_help_of_a_verb_shows_the_docstrings_of_its_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "Seed of all randomness." in shown and "Distill." in shown and "jaxspec train" in shown

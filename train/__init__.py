@@ -1,0 +1,1 @@
+"""Programs that train: each module is one verb of the `jaxspec` command."""
