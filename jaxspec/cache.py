@@ -26,18 +26,24 @@ def take_rows(fresh: KVCache, path_BP: Array) -> KVCache:
     )
 
 
-def commit(cache: KVCache, rows: KVCache, start_B: Array) -> KVCache:
+def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None = None) -> KVCache:
     """Write each row's new keys and values behind its `start_B` committed tokens.
 
     All rows of `rows` are written; those past a row's accepted count are garbage that its length hides and the next
     commit overwrites. The caller leaves room for them: `start + rows.capacity <= cache.capacity`, or the write
     would be shifted onto committed slots.
+
+    In a loop, XLA writes in place only where every read of the old cache comes first by data dependency (it drops
+    optimization barriers before it decides); otherwise it copies the whole cache, each round. Where `rows` and
+    `start_B` do not already follow from those reads, `after_B` orders the write: integers >= 0 computed from them.
     """
     if rows.capacity > cache.capacity:
         raise ValueError(
             f"{rows.capacity} new tokens do not fit a cache of {cache.capacity} slots: raise the capacity or shorten "
             "the prompt"
         )
+    if after_B is not None:
+        start_B = start_B + jnp.minimum(after_B, 0)
     zero = jnp.zeros((), start_B.dtype)
 
     def write(b: int | Array, into: KVCache) -> KVCache:

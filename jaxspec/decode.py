@@ -229,7 +229,7 @@ def plain_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeSt
     logits_BLV = engine.target.logits(weights.target, out.features_BLD)[:, :1]
     root_B = draw(logits_BLV, jnp.zeros((batch, 1), jnp.int32), state.length_B + 1, 1, state.requests.sampling)[:, 0]
     first = jnp.zeros((batch, 1), jnp.int32)
-    cache = kv.commit(state.cache, kv.take_rows(_fresh(out), first), state.length_B)
+    cache = kv.commit(state.cache, kv.take_rows(_fresh(out), first), state.length_B, root_B)
     state = state._replace(
         cache=cache,
         length_B=state.length_B + running_B,

@@ -63,9 +63,9 @@ class Batch(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Totals over tokens, to be divided by their counts after all batches and devices are added."""
+    """Totals over tokens, by draft step; to be divided by their counts after all batches and devices are added."""
 
-    losses: dict[str, Array]
+    loss_T: dict[str, Array]
     agree_T: Array
     """Positions whose argmaxes agree, by draft step."""
     accept_T: Array
@@ -77,20 +77,29 @@ class Sums(NamedTuple):
     count_T: Array
     """Tokens at each draft step."""
 
-    def summary(self) -> dict[str, float]:
-        """Means: each loss part, `top1_agreement` and `expected_acceptance` of the first step, and simulated tau.
+    def mean_loss(self, objective: Objective) -> Array:
+        """The objective: each step's weighted losses over that step's tokens, summed over the steps it trains."""
+        mean_T = sum(weight * self.loss_T[name] for name, weight in objective.weights) / jnp.maximum(self.count_T, 1)
+        return jnp.sum(mean_T[: objective.steps])
 
-        Simulated tau is `1 + sum_t mean(prod of the first t acceptances)` for a chain of `T` drafts whose context is
-        the text itself: expected acceptances for temperature 1, agreements for greedy.
+    def summary(self, objective: Objective) -> dict[str, float]:
+        """Means for people: the loss, its parts, `top1_agreement` and `expected_acceptance` at the first draft step, and
+        simulated tau.
+
+        Simulated tau is `1 + sum_t mean(product of the first t acceptances)`, a chain of `T` drafts whose context is
+        the text itself: expected acceptances stand for temperature 1, agreements for greedy decoding.
         """
         count_T = jnp.maximum(self.count_T, 1)
-        out = {name: float(value / jnp.sum(count_T)) for name, value in self.losses.items()}
-        out["top1_agreement"] = float(self.agree_T[0] / count_T[0])
-        out["expected_acceptance"] = float(self.accept_T[0] / count_T[0])
-        out["simulated_tau"] = float(1 + jnp.sum(self.chain_sampled_T / count_T))
-        out["simulated_tau_greedy"] = float(1 + jnp.sum(self.chain_greedy_T / count_T))
-        out["tokens"] = int(self.count_T[0])
-        return out
+        parts = {name: float(value[0] / count_T[0]) for name, value in self.loss_T.items()}
+        return {
+            "loss": float(self.mean_loss(objective)),
+            **parts,
+            "top1_agreement": float(self.agree_T[0] / count_T[0]),
+            "expected_acceptance": float(self.accept_T[0] / count_T[0]),
+            "simulated_tau": float(1 + jnp.sum(self.chain_sampled_T / count_T)),
+            "simulated_tau_greedy": float(1 + jnp.sum(self.chain_greedy_T / count_T)),
+            "tokens": int(self.count_T[0]),
+        }
 
 
 def shift(x_BL: Array, by: int) -> Array:
@@ -125,8 +134,8 @@ def add_noise(features_BLD: Array, segments_BL: Array, key: Array, noise: float)
 
 def loss_sums(
     target: Target, drafter: Any, frozen: Params, params: Params, batch: Batch, key: Array | None, objective: Objective
-) -> tuple[Array, Sums]:
-    """The objective as a sum over tokens (divide by `count_T[0]`, or differentiate as is) and all measured sums.
+) -> Sums:
+    """All sums of one batch; differentiate its `mean_loss`. `key` draws the input noise; None adds none.
 
     Logits of target and draft live for `chunk` positions at a time; none of shape `[B, L, V]` is ever made.
     """
@@ -154,7 +163,7 @@ def loss_sums(
         losses = {}
         for name, _ in objective.weights:
             value = FEATURE_LOSSES[name](hidden, wanted) if name in FEATURE_LOSSES else LOGIT_LOSSES[name](draft, teacher)
-            losses[name] = jnp.sum(jnp.where(mask_TBL, value, 0.0))
+            losses[name] = jnp.sum(jnp.where(mask_TBL, value, 0.0), axis=(1, 2))
         draft = jax.lax.stop_gradient(draft)
         return losses, agreement(draft, teacher), expected_acceptance(draft, teacher)
 
@@ -166,8 +175,7 @@ def loss_sums(
     losses = jax.tree.map(lambda *x: sum(x), *(p[0] for p in parts))
     agree, accept = (jnp.concatenate([p[i] for p in parts], axis=-1) for i in (1, 2))
     chain = jnp.cumprod(mask_TBL, axis=0)
-    total = sum(weight * losses[name] for name, weight in objective.weights)
-    sums = Sums(
+    return Sums(
         losses,
         jnp.sum(agree * mask_TBL, axis=(1, 2)),
         jnp.sum(accept * mask_TBL, axis=(1, 2)),
@@ -175,7 +183,6 @@ def loss_sums(
         jnp.sum(jnp.cumprod(accept, axis=0) * chain, axis=(1, 2)),
         jnp.sum(mask_TBL, axis=(1, 2)),
     )
-    return jnp.asarray(total), sums
 
 
 def train_step(
@@ -195,8 +202,8 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params: Params) -> tuple[Array, Sums]:
-        total, sums = loss_sums(target, drafter, frozen, params, batch, key, objective)
-        return total / jnp.maximum(sums.count_T[0], 1), sums
+        sums = loss_sums(target, drafter, frozen, params, batch, key, objective)
+        return sums.mean_loss(objective), sums
 
     (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -212,7 +219,7 @@ def eval_step(
     target: Target, drafter: Any, objective: Objective, frozen: Params, params: Params, batch: Batch
 ) -> Sums:
     """The sums of one held-out batch, without noise."""
-    return loss_sums(target, drafter, frozen, params, batch, None, objective)[1]
+    return loss_sums(target, drafter, frozen, params, batch, None, objective)
 
 
 def init_state(drafter: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:

@@ -29,7 +29,8 @@ class Sampling(NamedTuple):
 
 def _ordered_bits(x: Array) -> Array:
     """int32 keys that compare as the fp32 values do."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    x = jnp.where(x == 0, 0.0, x).astype(jnp.float32)  # -0 and 0 are one value
+    bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
@@ -43,7 +44,7 @@ def _greatest_key(keys: Array, holds: object) -> Array:
         trial = jnp.where(i == 0, 0, low + lax.shift_left(jnp.int32(1), 31 - i))
         return jnp.where(holds(trial), trial, low)  # type: ignore[operator]
 
-    return lax.fori_loop(0, 32, step, low)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(32), step, low)
 
 
 def keep_top_k(logits_BNV: Array, top_k_B: Array) -> Array:
@@ -79,7 +80,9 @@ def warp_logits(logits_BNV: Array, sampling: Sampling) -> Array:
     Rows at temperature 0 are returned unwarped; their token is the argmax.
     """
     temperature = sampling.temperature_B[:, None, None]
-    x = logits_BNV / jnp.where(temperature > 0, temperature, 1.0).astype(logits_BNV.dtype)
+    # The likeliest token at 0, so that a small temperature cannot overflow it.
+    x = logits_BNV - jnp.max(logits_BNV, axis=-1, keepdims=True)
+    x = x / jnp.where(temperature > 0, temperature, 1.0).astype(logits_BNV.dtype)
     x = lax.cond(jnp.any(sampling.top_k_B > 0), lambda x: keep_top_k(x, sampling.top_k_B), lambda x: x, x)
     x = lax.cond(jnp.any(sampling.top_p_B < 1), lambda x: keep_top_p(x, sampling.top_p_B), lambda x: x, x)
     return jnp.where(temperature > 0, x, logits_BNV)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -32,10 +34,12 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 }
 """Leaf name -> its logical axes, trailing axes first matched; stacked layers add one unsharded axis in front."""
 
-CACHE_AXES = {
+STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "k_YBKCS": (None, "batch", "kv_heads", None, None),
     "v_YBKSC": (None, "batch", "kv_heads", None, None),
+    "root_logits_BV": ("batch", "vocab"),
 }
+"""The same for the large arrays of a decoding state."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list[Any] | None = None) -> Mesh:
@@ -63,11 +67,26 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 def spec(name: str, ndim: int) -> P:
     """The partition of an array called `name`: its rule, or replicated when it has none."""
-    axes = CACHE_AXES.get(name) or PARAMETER_AXES.get(name)
+    axes = STATE_AXES.get(name) or PARAMETER_AXES.get(name)
     if axes is None:
         return P()
     axes = (None,) * (ndim - len(axes)) + axes
     return P(*(AXIS_RULES[a] for a in axes))
+
+
+def splits(axis: str) -> int:
+    """Into how many parts the mesh in context (`jax.set_mesh`) splits a logical axis; 1 where there is no mesh."""
+    over = AXIS_RULES[axis]
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(a, 1) for a in ((over,) if isinstance(over, str) else over or ()))
+
+
+def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
+    """`x`, held to its logical axes (`...`: as XLA likes) in a program traced under `jax.set_mesh`; else untouched."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    parts = (P.UNCONSTRAINED if isinstance(a, EllipsisType) else AXIS_RULES[a] for a in axes)
+    return jax.lax.with_sharding_constraint(x, P(*parts))
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

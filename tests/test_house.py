@@ -20,9 +20,11 @@ FLOORS = (
     {"layers", "sampling"},
     {"targets", "drafters", "losses", "trees"},
     {"verify"},
-    {"data", "decode", "distill", "checkpoint", "interchange", "cost", "report"},
-    {"config"},
+    {"data", "decode", "distill", "checkpoint", "interchange", "cost", "report", "optimizer", "pretraining"},
+    {"config", "serving"},
+    {"regeneration"},
     {"cli", "configs"},
+    {"training"},
     {"train", "infer"},
     {"__main__"},
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -56,7 +56,11 @@ class ChatTokenizer:
         tokenizer.no_padding()
         config_path = folder / "tokenizer_config.json"
         config = _read_json(config_path)
-        names = {name: _token_text(config[name]) for name in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(name)}
+        names = {
+            name: _token_text(config[name])
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if config.get(name)
+        }
         ids = {name: _token_id(tokenizer, config_path, name, text) for name, text in names.items()}
         if "eos_token" not in ids:
             raise ValueError(f"{config_path}: field `eos_token` is missing")
@@ -182,7 +186,7 @@ def _mask_turns(encoding: Encoding, turns: Sequence[tuple[int, int]]) -> np.ndar
 class _GenerationBlock(jinja2.ext.Extension):
     """Lets `{% generation %}...{% endgeneration %}` render as its body; masks come from spans, not from this tag."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)
@@ -243,7 +247,9 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str:
         if isinstance(template, list):  # several named templates
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if not isinstance(template, str):
-            raise ValueError(f"{folder}: has no chat template; add chat_template.jinja or `chat_template` in tokenizer_config.json")
+            raise ValueError(
+                f"{folder}: has no chat template; add chat_template.jinja or `chat_template` in tokenizer_config.json"
+            )
     try:
         _compile_template(template)
     except jinja2.TemplateError as error:

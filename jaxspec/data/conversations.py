@@ -41,7 +41,7 @@ def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Co
 
 
 def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
-    """`record` checked and brought to one form; `id` and `source` stand in where it names none. ValueError if malformed."""
+    """`record` in one form; `id` and `source` stand in where it names none. ValueError if it is malformed."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if "messages" in record:

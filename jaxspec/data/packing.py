@@ -4,7 +4,7 @@ import functools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import count
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Cha
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, length: int) -> list[list[int]]:
-    """Rows of document indices whose lengths sum to at most `length`: online best fit over `order`, nothing split or lost."""
+    """Rows of documents that sum to at most `length` tokens: online best fit over `order`, nothing split or lost."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for document in order.tolist():
@@ -129,12 +129,14 @@ class PackedBatches:
             raise ValueError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'assistant'")
         longest = int(self.corpus.lengths.max())
         if longest > self.length:
-            raise ValueError(f"length is {self.length} but the corpus has a document of {longest} tokens; tokenize it with this length")
+            raise ValueError(
+                f"length is {self.length} but a document has {longest} tokens; tokenize the corpus for this length"
+            )
 
     def __len__(self) -> int:
         if self.epochs is None:
             return _ENDLESS
-        return -(-self._epoch_ends(self.epochs)[-1] // self.batch)
+        return -(-sum(map(self._row_count, range(self.epochs))) // self.batch)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rows = self.batch // self.shard_count
@@ -147,17 +149,13 @@ class PackedBatches:
         return -(-len(self._plan(0)) // self.batch)
 
     def _row(self, index: int) -> list[int]:
-        """The documents of row `index` of the endless sequence of epochs; none past the last epoch."""
-        epoch, start = 0, 0
-        while self.epochs is None or epoch < self.epochs:
-            end = self._epoch_ends(epoch + 1)[-1]
-            if index < end:
-                return self._plan(epoch)[index - start]
-            epoch, start = epoch + 1, end
+        """The documents of row `index` of the sequence of all epochs; none past the last epoch."""
+        for epoch in count() if self.epochs is None else range(self.epochs):
+            rows = self._row_count(epoch)
+            if index < rows:
+                return self._plan(epoch)[index]
+            index -= rows
         return []
-
-    def _epoch_ends(self, epochs: int) -> list[int]:
-        return list(accumulate(self._row_count(epoch) for epoch in range(epochs)))
 
     @functools.cached_property
     def _row_counts(self) -> dict[int, int]:
@@ -206,7 +204,9 @@ class PackedBatches:
                 batch["positions"][here] = np.arange(end - start)
                 batch["documents"][here] = document
                 batch["sources"][here] = self.corpus.source[document]
-                batch["loss_mask"][here] = self.corpus.assistant_mask[start:end] if self.loss_on == "assistant" else True
+                batch["loss_mask"][here] = (
+                    self.corpus.assistant_mask[start:end] if self.loss_on == "assistant" else True
+                )
                 batch["loss_mask"][r, at] = False
                 at += end - start
         return batch

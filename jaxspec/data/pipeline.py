@@ -21,7 +21,7 @@ class BatchIterator(Protocol):
 
 
 def iterate(batches: PackedBatches, *, threads: int = 1, prefetch: int = 4) -> BatchIterator:
-    """A Grain iterator over `batches`, assembled ahead of need in `threads`; its state is small JSON and resume is exact.
+    """A Grain iterator over `batches`, assembled ahead of need; its state is small JSON and resume is exact.
 
     A global batch does not depend on the number of processes, so neither does the state.
     """
@@ -47,6 +47,13 @@ def packed_batches(
     corpus = tokenize_conversations(conversations, tokenizer, length=length)
     return iterate(
         PackedBatches(
-            corpus, length, batch, seed=seed, epochs=epochs, loss_on=loss_on, shard_index=shard_index, shard_count=shard_count
+            corpus,
+            length,
+            batch,
+            seed=seed,
+            epochs=epochs,
+            loss_on=loss_on,
+            shard_index=shard_index,
+            shard_count=shard_count,
         )
     )

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 def train_bpe(texts: Iterable[str], *, size: int = 4096, special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:
     """A byte-level BPE tokenizer of exactly `size` ids, special tokens first; digits stand alone.
 
-    The same texts give the same tokenizer. Raises ValueError if `size` cannot hold the bytes, or `texts` are too few for it.
+    The same texts give the same tokenizer. ValueError if `size` cannot hold the bytes, or `texts` are too few.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(alphabet) + len(special_tokens):
@@ -37,12 +37,16 @@ def train_bpe(texts: Iterable[str], *, size: int = 4096, special_tokens: tuple[s
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != size:
-        raise ValueError(f"the texts yield only {tokenizer.get_vocab_size()} of {size} ids; give more text or a smaller size")
+        raise ValueError(
+            f"the texts yield only {tokenizer.get_vocab_size()} of {size} ids; give more text or a smaller size"
+        )
     return tokenizer
 
 
-def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer, *, template: str = CHAT_TEMPLATE, max_length: int = 1024) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, which transformers' AutoTokenizer loads.
+def write_tokenizer_folder(
+    folder: str | Path, tokenizer: Tokenizer, *, template: str = CHAT_TEMPLATE, max_length: int = 1024
+) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` as transformers loads them.
 
     `max_length` is the number of positions the model was trained for.
     """

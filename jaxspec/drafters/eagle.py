@@ -20,6 +20,7 @@ from jaxspec.layers import (
     MASKED,
     RopeScaling,
     attend,
+    attend_causal,
     gated_mlp,
     merge_heads,
     project_qkv,
@@ -111,6 +112,10 @@ class Eagle(nn.Module):
     config: EagleConfig
     dtype: Any = jnp.float32
     """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
+    query_block: int | None = None
+    """Training only: the first unrolled step attends in blocks of so many queries, see `attend_causal`."""
+    row_by_row: bool = False
+    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
 
     def setup(self) -> None:
         self.weights = {
@@ -159,7 +164,7 @@ class Eagle(nn.Module):
         last = jnp.maximum(count_B - 1, 0)[:, None, None]
         hidden_BD = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
         hidden_BD = jnp.where((count_B > 0)[:, None], hidden_BD, state.hidden_BD)
-        cache = kv.commit(state.cache, KVCache(k[None], v[None]), state.length_B)
+        cache = kv.commit(state.cache, KVCache(k[None], v[None]), state.length_B, jnp.argmax(hidden_BD, axis=-1))
         logits_BV = self.score(hidden_BD[:, None], borrowed.head_VD)[:, 0]
         return EagleState(cache, state.length_B + count_B, hidden_BD), logits_BV
 
@@ -190,7 +195,7 @@ class Eagle(nn.Module):
         for step in range(steps):
             fused = self.fuse(borrowed.embed_VD[token], feature)
             q, k, v = self.project(fused, positions_BL + step)
-            mixed = attend(q, k, v, mask_BLM) if step == 0 else self._attend_row(q, keys, values, k, v, mask_BLM)
+            mixed = self._attend_row(q, k, v, mask_BLM, keys, values)
             keys.append(k)
             values.append(v)
             hidden = self.finish(fused, mixed)
@@ -200,9 +205,13 @@ class Eagle(nn.Module):
         return jnp.stack(outputs)
 
     def _attend_row(
-        self, q: Array, keys: list[Array], values: list[Array], k: Array, v: Array, mask_BLM: Array
+        self, q: Array, k: Array, v: Array, mask_BLM: Array, keys: list[Array], values: list[Array]
     ) -> Array:
         """Causal attention over step 0's keys plus one key per later step at the row's own index, in one softmax."""
+        if not keys and self.query_block and self.query_block < q.shape[1]:
+            return attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
+        if not keys:
+            return attend(q, k, v, mask_BLM)
         q = q * jnp.asarray(self.config.head_dim**-0.5, q.dtype)
         causal = jnp.einsum("BLKGC,BKCM->BKGLM", q, keys[0], preferred_element_type=jnp.float32)
         causal = jnp.where(mask_BLM[:, None, None], causal, MASKED)

@@ -101,6 +101,8 @@ class Llama(nn.Module):
     param_dtype: Any = jnp.float32
     query_block: int | None = None
     """Training only (no prefix, a causal mask): attend in blocks of so many queries, see `attend_causal`."""
+    row_by_row: bool = False
+    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
 
     def setup(self) -> None:
         c = self.config
@@ -135,7 +137,7 @@ class Llama(nn.Module):
         def block(x: Array, layer: Params, past: tuple[Array, Array, Array] | None) -> tuple[Array, Any]:
             q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
             if self.query_block and past is None:
-                mixed = attend_causal(q, k, v, mask_BLM, self.query_block)
+                mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
             else:
                 mixed = attend(q, k, v, mask_BLM, past)
             x = x + merge_heads(layer, mixed)

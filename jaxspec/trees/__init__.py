@@ -17,14 +17,14 @@ def parse_tree(text: str) -> StaticTree | DynamicTree:
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
         return chain(0)
-    if kind == "chain" and rest.isdigit():
+    if kind == "chain" and rest.isdecimal():
         return chain(int(rest))
     if kind == "static" and rest:
         return StaticTree(parse_paths(EAGLE1_PATHS if rest == "eagle1" else rest))
     if kind == "dynamic":
-        sizes = [int(w) for w in (rest or "60x6x10").split("x") if w.isdigit()]
-        if len(sizes) == 3:
-            return DynamicTree(*sizes)
+        sizes = (rest or "60x6x10").split("x")
+        if len(sizes) == 3 and all(w.isdecimal() for w in sizes):
+            return DynamicTree(*map(int, sizes))
     raise ValueError(
         f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM"
     )

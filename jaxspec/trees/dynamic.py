@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
-from jaxspec.trees.shape import ancestor_mask
+from jaxspec.trees.shape import ancestor_mask, likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,7 @@ class DynamicTree:
     def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
         """Draft `depth` levels and keep the best `nodes - 1` of all candidates."""
         beam, batch = self.beam, root_token_B.shape[0]
-        if beam > root_logits_BV.shape[-1]:
-            raise ValueError(f"a beam of {beam} exceeds the draft vocabulary of {root_logits_BV.shape[-1]} tokens")
-        score, token = jax.lax.top_k(jax.nn.log_softmax(root_logits_BV), beam)
+        token, score = (x[:, 0] for x in likeliest(root_logits_BV[:, None], beam))
         pool = [(token, score, jnp.full((batch, beam), ROOT))]
         front_token, front_score, front_pool = token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam))
         parent_slot = jnp.full((batch, beam), ROOT)
@@ -64,7 +62,7 @@ class DynamicTree:
         for d in range(1, self.depth):
             frontier = Frontier(front_token, parent_slot, visible, d, beam * (d - 1))
             logits_BWV, scratch = draft(scratch, frontier)
-            step, token = jax.lax.top_k(jax.nn.log_softmax(logits_BWV), beam)
+            token, step = likeliest(logits_BWV, beam)
             score = (front_score[..., None] + step).reshape(batch, beam * beam)
             token = token.reshape(batch, beam * beam)
             pool.append((token, score, jnp.repeat(front_pool, beam, axis=1)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
+from jaxspec.trees.shape import likeliest
 
 EAGLE1_PATHS = (
     "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
@@ -40,10 +40,10 @@ class Shape(NamedTuple):
 
 
 def parse_paths(text: str) -> tuple[tuple[int, ...], ...]:
-    """Rank paths from words of digits (`"0 1 00"`), or of numbers joined by dots (`"0.12.3"`)."""
+    """Rank paths from words of digits (`"0 1 00"`), or of numbers joined by dots (`"0.12.3"`; alone, `"12."`)."""
     words = text.replace(",", " ").split()
     try:
-        return tuple(tuple(int(r) for r in (w.split(".") if "." in w else w)) for w in words)
+        return tuple(tuple(int(r) for r in (w.removesuffix(".").split(".") if "." in w else w)) for w in words)
     except ValueError:
         raise ValueError(
             f"tree paths {text!r} must be words of digits such as '0 1 00', or numbers joined by dots"
@@ -118,7 +118,8 @@ class StaticTree:
         """The tree as `parse_tree` reads it."""
         if self.depth == len(self.paths) and all(set(p) <= {0} for p in self.paths):
             return f"chain:{self.depth}" if self.depth else "none"
-        return "static:" + ",".join(".".join(map(str, p)) if max(p) > 9 else "".join(map(str, p)) for p in self.paths)
+        words = ["".join(map(str, p)) if max(p) <= 9 else ".".join(map(str, p)) for p in self.paths]
+        return "static:" + ",".join(w + "." if len(p) == 1 < len(w) else w for w, p in zip(words, self.paths, strict=True))
 
     def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
         """The tree with each node's token taken at its rank in its parent's draft distribution."""
@@ -148,17 +149,10 @@ class StaticTree:
             return token_BN, score_BN
         row = np.searchsorted(expanded, shape.parent[children])
         rank = shape.rank[children]
-        if rank.max() >= logits_BWV.shape[-1]:
-            raise ValueError(f"tree rank {rank.max()} exceeds the draft vocabulary of {logits_BWV.shape[-1]} tokens")
-        if rank.max() == 0:
-            token_BW1 = jnp.argmax(logits_BWV, axis=-1)[..., None]
-            best_BW1 = jnp.max(logits_BWV, axis=-1, keepdims=True)
-        else:
-            best_BW1, token_BW1 = jax.lax.top_k(logits_BWV, int(rank.max()) + 1)
-        logp = best_BW1 - jax.nn.logsumexp(logits_BWV, axis=-1, keepdims=True)
-        score = score_BN[:, shape.parent[children]] + logp[:, row, rank]
+        token_BWR, logp_BWR = likeliest(logits_BWV, int(rank.max()) + 1)
+        score = score_BN[:, shape.parent[children]] + logp_BWR[:, row, rank]
         return (
-            token_BN.at[:, children].set(token_BW1[:, row, rank].astype(jnp.int32)),
+            token_BN.at[:, children].set(token_BWR[:, row, rank]),
             score_BN.at[:, children].set(score),
         )
 

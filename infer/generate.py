@@ -1,0 +1,238 @@
+"""Answer prompts with a target, with or without a drafter.
+
+One prompt is streamed; several are decoded in batches of like length and printed in the order given. A prompt that
+cannot be answered is named in one sentence and skipped, and the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from jaxspec import cli, report, serving
+from jaxspec.data.chat import IncrementalDecoder
+from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
+from jaxspec.decode import stream, tau
+from jaxspec.serving import Answer, Job, Models, Queue, Settings
+from jaxspec.trees import parse_tree
+
+TAU = "tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted"
+
+
+@dataclass(frozen=True)
+class Args:
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to answer; several prompts are answered in batches."""
+    prompts: str | None = None
+    """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line."""
+    target: str = "tiny"
+    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    drafter: str = "none"
+    """Folder of a drafter; `none` decodes plainly, one token a target call."""
+    tree: str | None = None
+    """What is drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM.
+    Default: the tree saved with the drafter, else EAGLE-2's dynamic:60x6x10."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer; one that reaches the target's last position ends there."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 draws from the target's own distribution."""
+    top_k: int = 0
+    """Draw among the likeliest K tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the draws; with it a drafter and tree change the speed and not the text."""
+    batch: int = 8
+    """Prompts decoded together."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations."""
+    raw: bool = False
+    """Continue the prompt's text as it stands, without the chat template."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        _ = self.settings
+        if bool(self.prompt) == (self.prompts is not None):
+            raise ValueError("give prompts as words in quotes or a file with --prompts, one of the two")
+        if self.tree is not None:
+            parse_tree(self.tree)
+            if self.drafter == "none":
+                raise ValueError("--tree needs a --drafter, for plain decoding drafts nothing")
+        if self.batch < 1:
+            raise ValueError(f"--batch is {self.batch}; it must be at least 1")
+        if not 0 <= self.seed < serving.SEEDS:
+            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
+
+    @property
+    def settings(self) -> Settings:
+        """How answers are drawn."""
+        return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+
+
+class Outcome(NamedTuple):
+    """Answers by prompt index, and the seconds they took."""
+
+    answers: dict[int, Answer]
+    seconds: float
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns 1 if a prompt could not be answered."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec generate", description=__doc__ or "")
+    given = [text_prompt(str(number), text) for number, text in enumerate(args.prompt, 1)]
+    prompts = given or read_prompts(args.prompts or "")
+    drafter = None if args.drafter == "none" else args.drafter
+    models = serving.load_models(args.target, drafter=drafter, tree=args.tree, dtype=serving.DTYPES[args.dtype])
+    jobs, failures = make_jobs(prompts, models, raw=args.raw, seed=args.seed)
+    if len(prompts) == 1 and jobs:
+        outcome = answer_one(models, jobs[0], args.settings)
+    else:
+        outcome = answer_many(models, jobs, args)
+        print_answers(prompts, models, outcome.answers)
+    for index, problem in failures.items():
+        sys.stderr.write(f"jaxspec generate: prompt {prompts[index].id!r} {problem}\n")
+    if outcome.answers:
+        print_summary(models, outcome)
+    if args.json:
+        report.write_json(args.json, make_result(args, prompts, models, outcome, failures, started))
+    return cli.EXIT_FAILED if failures else 0
+
+
+def make_jobs(
+    prompts: Sequence[Prompt], models: Models, *, raw: bool, seed: int
+) -> tuple[list[Job], dict[int, str]]:
+    """The prompts that can be answered, and by index a sentence on each that cannot."""
+    jobs, failures = [], {}
+    for index, prompt in enumerate(prompts):
+        try:
+            tokens = encode_prompt(prompt, models.tokenizer, raw=raw)
+            serving.check_length(tokens, models.config)
+        except ValueError as error:
+            failures[index] = cli.sentence(error)
+        else:
+            jobs.append(Job(index, tokens, serving.row_seed(seed, index)))
+    return jobs, failures
+
+
+def answer_one(models: Models, job: Job, settings: Settings) -> Outcome:
+    """Streams the answer to stdout; the programs are compiled before the clock starts."""
+    requests = serving.batch_requests(models, [job], settings, batch=1)
+    serving.warm_up(models, requests, settings)
+    decoder = IncrementalDecoder(models.tokenizer)
+    rounds = max(1, 8 // models.engine.path)  # about a word or two at a time
+    started, done = time.perf_counter(), None
+    for chunk in stream(models.engine, models.weights, requests, rounds=rounds):
+        sys.stdout.write(decoder.push(chunk.added[0]))
+        sys.stdout.flush()
+        done = chunk.generation
+    seconds = time.perf_counter() - started
+    sys.stdout.write(decoder.flush() + "\n\n")
+    assert done is not None
+    answer = Answer(done.tokens[0], done.finish[0], int(done.calls[0]), done.accepted[0])
+    return Outcome({job.key: answer}, seconds)
+
+
+def answer_many(models: Models, jobs: list[Job], args: Args) -> Outcome:
+    """Answers the jobs in batches, with a progress bar."""
+    answers: dict[int, Answer] = {}
+    seconds, tokens = 0.0, 0
+    queue = Queue(jobs, batch=max(1, min(args.batch, len(jobs))))
+    with report.progress("answering", len(jobs), "prompts") as bar:
+        for done in serving.answer(models, queue, args.settings, warm=True):
+            answers.update(zip((job.key for job in done.jobs), done.answers, strict=True))
+            seconds, tokens = seconds + done.seconds, tokens + done.tokens
+            bar.advance(len(done.jobs), f"{report.four_digits(tokens / seconds)} tokens/s")
+    return Outcome(answers, seconds)
+
+
+def print_answers(prompts: Sequence[Prompt], models: Models, answers: dict[int, Answer]) -> None:
+    """Prints what was answered, in the order of the prompts, each under its id."""
+    for index in sorted(answers):
+        prompt, text = prompts[index], models.tokenizer.decode(answers[index].tokens)
+        sys.stdout.write(f"[{prompt.id}] {json.dumps(prompt.messages[-1]['content'], ensure_ascii=False)}\n{text}\n\n")
+
+
+def total_tau(answers: Sequence[Answer]) -> float:
+    """Tokens per target call over all answers, as `TAU` defines them."""
+    return tau(sum(len(a.tokens) - 1 for a in answers), sum(a.calls for a in answers))
+
+
+def tokens_per_second(outcome: Outcome) -> float:
+    """New tokens of all answers by the time from prompt to last token, prefill included, compilation not."""
+    return sum(len(a.tokens) for a in outcome.answers.values()) / outcome.seconds
+
+
+def print_summary(models: Models, outcome: Outcome) -> None:
+    """Prints speed, tau and the accept lengths."""
+    answers = list(outcome.answers.values())
+    rows = [
+        ["new tokens", sum(len(a.tokens) for a in answers)],
+        ["tokens/s", tokens_per_second(outcome)],
+        ["tau", total_tau(answers)],
+    ]
+    report.print_table("Decoding", ["measure", "value"], rows)
+    sys.stdout.write(f"tokens/s: from prompt to last token, prefill included, compilation not\n{TAU}\n")
+    if models.engine.drafter is not None:
+        rounds = np.sum([a.accepted for a in answers], axis=0)
+        shares = rounds / max(1, rounds.sum())
+        table = [[n, int(r), f"{share:.1%}"] for n, (r, share) in enumerate(zip(rounds, shares, strict=True))]
+        report.print_table("Accept lengths", ["drafted tokens accepted", "rounds", "share"], table)
+
+
+def make_result(
+    args: Args,
+    prompts: Sequence[Prompt],
+    models: Models,
+    outcome: Outcome,
+    failures: dict[int, str],
+    started: float,
+) -> dict[str, Any]:
+    """The verb's JSON; a prompt that failed has its sentence in `error` and no text."""
+    rows = [make_row(p, models, outcome.answers.get(i), failures.get(i)) for i, p in enumerate(prompts)]
+    answers = list(outcome.answers.values())
+    tree = models.engine.tree
+    return report.result(
+        "generate",
+        dtype=serving.DTYPES[args.dtype],
+        seed=args.seed,
+        started=started,
+        target=args.target,
+        drafter=None if args.drafter == "none" else args.drafter,
+        tree=None if tree is None else getattr(tree, "spec", str(tree)),
+        temperature=args.temperature,
+        rows=rows,
+        failed=len(failures),
+        tokens_per_second=tokens_per_second(outcome) if answers else None,
+        tau=total_tau(answers) if answers else None,
+        accept_histogram=np.sum([a.accepted for a in answers], axis=0) if answers else [],
+    )
+
+
+def make_row(prompt: Prompt, models: Models, answer: Answer | None, error: str | None) -> dict[str, Any]:
+    """One prompt's entry of `rows`; `tokens` counts `token_ids`, the stop id included."""
+    if answer is None:
+        row = {"text": "", "tokens": 0, "token_ids": [], "finish_reason": "error", "tau": None, "target_calls": 0}
+        return {"id": prompt.id, **row, "error": error}
+    return {
+        "id": prompt.id,
+        "text": models.tokenizer.decode(answer.tokens),
+        "tokens": len(answer.tokens),
+        "token_ids": answer.tokens,
+        "finish_reason": answer.finish,
+        "tau": answer.tau,
+        "target_calls": answer.calls,
+        "error": None,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

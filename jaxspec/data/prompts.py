@@ -1,0 +1,86 @@
+"""Prompts in files: JSON Lines of texts or conversations, or plain text with one prompt a line."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxspec.data.chat import ChatTokenizer, Message
+from jaxspec.data.conversations import parse_conversation
+
+
+class Prompt(NamedTuple):
+    """What a target is to answer."""
+
+    id: str
+    messages: tuple[Message, ...]
+    """The conversation up to the turn to be written."""
+    problem: str = ""
+    """Why it cannot be answered; empty where it can."""
+
+
+def text_prompt(id: str, text: str) -> Prompt:
+    """A conversation of one user turn."""
+    problem = "" if text.strip() else "is empty"
+    return Prompt(id, ({"role": "user", "content": text},), problem)
+
+
+def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a file in file order, at most `limit` of them.
+
+    Lines of JSON are `{"id"?, "prompt"}` or `{"id"?, "messages"}` (or ShareGPT's `conversations`), of which assistant
+    turns at the end are left off, so that a data set's own answers are never shown. Any other file holds one prompt a
+    line. `id` defaults to the line number; blank lines are skipped. A line that cannot be used becomes a prompt with a
+    `problem`. ValueError if there is no such file, or nothing in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give JSON Lines, or plain text with one prompt a line")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = [(str(n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: holds no prompt")
+    is_json = path.suffix in (".jsonl", ".json") or lines[0][1].lstrip().startswith("{")
+    return [parse_prompt(line, n) if is_json else text_prompt(n, line.strip()) for n, line in lines[:limit]]
+
+
+def parse_prompt(line: str, id: str) -> Prompt:
+    """The prompt of one line of JSON; `id` stands in where the line names none."""
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+            return text_prompt(str(record.get("id", id)), record["prompt"])
+        conversation = parse_conversation(record, id=id, source="")
+    except ValueError as error:
+        return Prompt(id, (), f"is malformed: {error}")
+    messages = drop_answers(conversation.messages)
+    problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else "has no user turn"
+    return Prompt(conversation.id, messages, problem)
+
+
+def drop_answers(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """`messages` without the assistant turns at their end."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return tuple(messages[:end])
+
+
+def encode_prompt(prompt: Prompt, tokenizer: ChatTokenizer, *, raw: bool = False) -> np.ndarray:
+    """int32 [L]: the prompt as the target reads it, in the chat template or, `raw`, as text behind the first token.
+
+    Raises ValueError, a sentence without its subject, if the prompt has a problem.
+    """
+    if prompt.problem:
+        raise ValueError(prompt.problem)
+    if not raw:
+        return tokenizer.encode_prompt(prompt.messages)
+    if len(prompt.messages) != 1:
+        raise ValueError("is a conversation, which has no raw text: leave out --raw")
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return np.concatenate([np.asarray(begin, np.int32), tokenizer.encode(prompt.messages[0]["content"])])

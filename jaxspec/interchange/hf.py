@@ -1,0 +1,236 @@
+"""HuggingFace Llama folders: weights read straight into (sharded) arrays one at a time, and written back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxspec.base import Params
+from jaxspec.interchange.hf_config import read_config, write_config
+from jaxspec.interchange.tensors import (
+    DTYPE_CODES,
+    Bounds,
+    check_tensors,
+    copy_region,
+    open_tensors,
+    place,
+    safetensors_chunks,
+    write_atomically,
+)
+from jaxspec.sharding import shardings
+from jaxspec.targets.llama import Llama, LlamaConfig, layer_shapes
+
+
+class Part(NamedTuple):
+    """Where a stored `[out, in]` tensor lies inside a weight of this library."""
+
+    weight: str
+    axes: tuple[int, ...]
+    """The weight's axis behind the stored rows, and behind the columns: the only axes that may be sharded."""
+    view: Callable[[Any], Any]
+    """The piece of the weight that the tensor fills, its axes in stored order: the rows' first, then the columns'."""
+
+
+def whole(weight: Any) -> Any:
+    """The weight as it is stored."""
+    return weight
+
+
+# Stored query head h is (k, g) = divmod(h, G), so splitting the rows into [K, G, C] needs no reordering.
+LAYER_PARTS = {
+    "input_layernorm": Part("attention_norm", (0,), whole),
+    "self_attn.q_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, :-2].transpose(1, 2, 3, 0)),
+    "self_attn.k_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -2].transpose(1, 2, 0)),
+    "self_attn.v_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0)),
+    "self_attn.o_proj": Part("out", (3, 0), lambda w_KGCD: w_KGCD.transpose(3, 0, 1, 2)),
+    "post_attention_layernorm": Part("mlp_norm", (0,), whole),
+    "mlp.gate_proj": Part("gate_up", (2, 0), lambda w_DEF: w_DEF[:, 0].transpose(1, 0)),
+    "mlp.up_proj": Part("gate_up", (2, 0), lambda w_DEF: w_DEF[:, 1].transpose(1, 0)),
+    "mlp.down_proj": Part("down", (1, 0), lambda w_FD: w_FD.transpose(1, 0)),
+}
+TOP_PARTS = {
+    "model.embed_tokens": Part("embed", (0, 1), whole),
+    "model.norm": Part("norm", (0,), whole),
+    "lm_head": Part("head", (0, 1), whole),
+}
+
+
+class LoadedTarget(NamedTuple):
+    """A target read from a folder."""
+
+    module: Llama
+    params: Params
+    config: LlamaConfig
+
+
+def load_target(folder: str | Path, *, dtype: Any, mesh: Mesh | None = None, stacked: bool = False) -> LoadedTarget:
+    """The model in a HuggingFace Llama folder, weights and activations in `dtype`; see `read_llama`."""
+    module, params = read_llama(folder, dtype=dtype, mesh=mesh, stacked=stacked)
+    return LoadedTarget(module, params, module.config)
+
+
+def read_llama(
+    folder: str | Path, *, dtype: Any, param_dtype: Any = None, mesh: Mesh | None = None, stacked: bool = False
+) -> tuple[Llama, Params]:
+    """The module and weights in a HuggingFace Llama folder: `model.safetensors`, or the shards its index lists.
+
+    Weights are cast to `param_dtype` (by default `dtype`). The host holds about one weight beside those already
+    placed: it is assembled in one buffer from pieces of 16 MiB and moved before the next is begun; with
+    `stacked=True` one weight spans all layers. With a mesh a buffer holds one device's block, and only that block is
+    read. Raises ValueError or OSError, one sentence naming the file or tensor, where one is missing, unexpected, of a
+    wrong shape, of a dtype that is not supported, or corrupt.
+    """
+    folder, config = Path(folder), read_config(folder)
+    param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
+    plan = weight_shapes(config, stacked)
+    homes = jax.tree.map(lambda _: None, plan) if mesh is None else shardings(mesh, plan)
+    with contextlib.ExitStack() as stack:
+        tensors = open_tensors(folder, stack)
+        check_tensors(tensors, tensor_shapes(config), folder)
+        _refuse_extra(tensors, config, folder)
+
+        def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> jax.Array:
+            sources, shape = _sources(path, config.layers), weight.shape
+            return place(shape, home, lambda block: _assemble(tensors, sources, shape, block, param_dtype))
+
+        flat, tree = jax.tree_util.tree_flatten_with_path(plan)
+        arrays = [
+            read(path, weight, home) for (path, weight), home in zip(flat, tree.flatten_up_to(homes), strict=True)
+        ]
+    return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), tree.unflatten(arrays)
+
+
+def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtype: str = "bfloat16") -> None:
+    """Write a folder that transformers and `read_llama` load: weights, `generation_config.json`, last `config.json`.
+
+    `params` are stacked or a list of layers, jax or numpy; one weight of one layer at a time is brought to the host and
+    cast to `dtype` (float32, bfloat16, float16). Each file appears whole or not at all. Raises ValueError naming the
+    weight whose shape is not the config's.
+    """
+    if dtype not in DTYPE_CODES:
+        raise ValueError(f"dtype={dtype!r} cannot be written: choose one of {', '.join(DTYPE_CODES)}")
+    _check_params(params, config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = tensor_shapes(config)
+    write_atomically(
+        folder / "model.safetensors", safetensors_chunks(shapes, _stored_arrays(params, config, list(shapes)), dtype)
+    )
+    write_config(folder, config, dtype)
+
+
+def weight_shapes(config: LlamaConfig, stacked: bool) -> Params:
+    """The tree of weights that `Llama(config, stacked)` takes, as shapes."""
+
+    def one(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    shapes = layer_shapes(config)
+    layers: Any = [{name: one(*shape) for name, shape in shapes.items()} for _ in range(config.layers)]
+    if stacked:
+        layers = {name: one(config.layers, *shape) for name, shape in shapes.items()}
+    plan = {"embed": one(config.vocab, config.width), "layers": layers, "norm": one(config.width)}
+    return plan if config.tied else {**plan, "head": one(config.vocab, config.width)}
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a HuggingFace Llama folder stores."""
+    width, mlp, vocab = config.width, config.mlp, config.vocab
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (query, width),
+        "self_attn.k_proj": (key, width),
+        "self_attn.v_proj": (key, width),
+        "self_attn.o_proj": (width, query),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }
+    shapes = {"model.embed_tokens": (vocab, width), "model.norm": (width,)}
+    if not config.tied:
+        shapes["lm_head"] = (vocab, width)
+    for i in range(config.layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+class Source(NamedTuple):
+    tensor: str
+    layer: int | None  # its row of a stacked weight
+    part: Part
+
+
+def _sources(path: tuple[Any, ...], layers: int) -> list[Source]:
+    """The stored tensors that the weight at a path of the tree is made of."""
+    keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
+    parts = LAYER_PARTS if keys[0] == "layers" else TOP_PARTS
+    parts = {name: part for name, part in parts.items() if part.weight == keys[-1]}
+    if keys[0] != "layers":
+        return [Source(f"{name}.weight", None, part) for name, part in parts.items()]
+    if len(keys) == 3:
+        return [Source(f"model.layers.{keys[1]}.{name}.weight", None, part) for name, part in parts.items()]
+    return [Source(f"model.layers.{i}.{name}.weight", i, part) for i in range(layers) for name, part in parts.items()]
+
+
+def _assemble(
+    tensors: dict[str, Any], sources: list[Source], shape: tuple[int, ...], block: Bounds, dtype: Any
+) -> np.ndarray:
+    """One block of a weight of this shape; layers are never split."""
+    buffer = np.empty([stop - start for start, stop in block], dtype)
+    for name, layer, part in sources:
+        stacked = layer is not None
+        region = []
+        for stored, axis in zip(tensors[name].get_shape(), part.axes, strict=True):
+            start, stop = block[axis + stacked]
+            per = stored // shape[axis + stacked]  # stored rows (or columns) of one step along the weight's axis
+            region.append((start * per, stop * per))
+        copy_region(part.view(buffer[layer] if stacked else buffer), tensors[name], tuple(region))
+    return buffer
+
+
+def _refuse_extra(tensors: dict[str, Any], config: LlamaConfig, folder: Path) -> None:
+    """Old folders store rotary buffers, and some a tied head a second time: both are ignored."""
+    known = tensor_shapes(config).keys() | ({"lm_head.weight"} if config.tied else set())
+    extra = sorted(name for name in tensors if name not in known and "rotary_emb." not in name)
+    if extra:
+        raise ValueError(
+            f"{folder} has the tensor {extra[0]}, which its config.json does not call for ({len(extra)} such)"
+        )
+
+
+def _check_params(params: Params, config: LlamaConfig) -> None:
+    def named(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    found, expected = named(params), named(weight_shapes(config, isinstance(params.get("layers"), dict)))
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"weight {name} has shape {found.get(name, 'absent')}, but the config calls for "
+                f"{expected.get(name, 'none')}: write the weights with the config they were made with"
+            )
+
+
+def _stored_arrays(params: Params, config: LlamaConfig, names: list[str]) -> Iterator[np.ndarray]:
+    """The tensors of these names in stored form."""
+    held: tuple[Any, Any] = (None, None)  # the q, k and v tensors follow each other and share one weight
+    for name in (n.removesuffix(".weight") for n in names):
+        if name in TOP_PARTS:
+            yield np.asarray(params[TOP_PARTS[name].weight])
+            continue
+        number, stem = name.removeprefix("model.layers.").split(".", 1)
+        part, layers = LAYER_PARTS[stem], params["layers"]
+        if held[0] != (number, part.weight):
+            weight = layers[part.weight][int(number)] if isinstance(layers, dict) else layers[int(number)][part.weight]
+            held = ((number, part.weight), np.asarray(weight))
+        yield part.view(held[1])

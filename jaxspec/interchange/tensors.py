@@ -1,0 +1,153 @@
+"""Folders of safetensors files: opened by tensor name, placed on devices slice by slice, written all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from safetensors import SafetensorError, safe_open
+
+DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+CHUNK_BYTES = 16 * 2**20
+"""A stored tensor is copied in pieces of about this size, so that it never stands whole beside its destination."""
+
+Bounds = tuple[tuple[int, int], ...]
+"""`(start, stop)` of every axis of a block of an array."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; one sentence naming the file where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a folder in HuggingFace layout that holds {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as failure:
+        raise ValueError(f"{path} is not valid JSON ({failure}): it may be truncated; download it again") from failure
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is expected")
+    return found
+
+
+def write_atomically(path: Path, chunks: Iterable[Any]) -> None:
+    """Write the byte chunks to `path` under another name, then rename: a reader sees the old file or the new one."""
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        with draft.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Name -> handle (`get_shape`, `get_dtype`, slicing) of every tensor in a folder; files close with `stack`.
+
+    Reads `model.safetensors`, else the shards that `model.safetensors.index.json` lists. Nothing but the headers is
+    read yet. Raises ValueError or FileNotFoundError naming the file that is missing or corrupt.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return open_file(whole, stack)
+    if not index.is_file():
+        if any(folder.glob("*.bin")):
+            raise ValueError(
+                f"{folder} holds only pickled .bin weights, which are not read because loading them can run code: "
+                "convert them to safetensors, for example with transformers' save_pretrained"
+            )
+        raise FileNotFoundError(f"{folder} holds no weights: neither {whole.name} nor {index.name}")
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ValueError(f"{index} has no field weight_map, which says which file holds which tensor")
+    found: dict[str, Any] = {}
+    for shard in sorted(set(listed.values())):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} is listed in {index.name} but missing: download it again")
+        found |= open_file(folder / shard, stack)
+    return found
+
+
+def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Name -> handle of every tensor in one safetensors file."""
+    try:
+        file = stack.enter_context(safe_open(path, framework="numpy"))
+        return {name: file.get_slice(name) for name in file.keys()}
+    except SafetensorError as failure:
+        raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
+
+
+def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise ValueError naming the first tensor that is missing, or of another shape, or of a dtype not read."""
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder} has no tensor {name}, which its config.json calls for")
+        if tuple(tensors[name].get_shape()) != shape:
+            found = tuple(tensors[name].get_shape())
+            raise ValueError(f"{folder}: tensor {name} has shape {found}, but config.json calls for {shape}")
+        if tensors[name].get_dtype() not in DTYPE_CODES.values():
+            known = ", ".join(DTYPE_CODES.values())
+            raise ValueError(f"{folder}: tensor {name} has dtype {tensors[name].get_dtype()}; supported: {known}")
+
+
+def copy_region(view: np.ndarray, tensor: Any, region: Bounds) -> None:
+    """Fill `view` with the region of a stored tensor; the view's axes only split the stored ones, in order."""
+    (start, stop), columns = region[0], tuple(slice(*bounds) for bounds in region[1:])
+    rows = (stop - start) // view.shape[0]
+    width = math.prod(bounds[1] - bounds[0] for bounds in region[1:])
+    step = max(1, CHUNK_BYTES // (4 * rows * width))
+    for i in range(0, view.shape[0], step):
+        into = view[i : i + step]
+        first = start + i * rows
+        into[...] = tensor[(slice(first, first + len(into) * rows), *columns)].reshape(into.shape)
+
+
+def place(shape: tuple[int, ...], home: Sharding | None, assemble: Callable[[Bounds], np.ndarray]) -> jax.Array:
+    """The array whose blocks `assemble(bounds)` returns, one block on the host at a time.
+
+    Without `home` it goes whole to the default device. Replicas are assembled once, and a process asks only for blocks
+    of its own devices. On a CPU device a block may itself become the array's memory.
+    """
+    if home is None:
+        return _move(assemble(tuple((0, n) for n in shape)), [None])[0]
+    owners: dict[Bounds, list[Any]] = {}
+    for device, index in home.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
+        owners.setdefault(bounds, []).append(device)
+    blocks = [block for bounds, devices in owners.items() for block in _move(assemble(bounds), devices)]
+    return jax.make_array_from_single_device_arrays(shape, home, blocks)
+
+
+def _move(block: np.ndarray, devices: list[Any]) -> list[jax.Array]:
+    """Copies of the block on these devices, the block itself freed."""
+    copies = jax.block_until_ready([jax.device_put(block, device) for device in devices])
+    del block
+    gc.collect(0)  # JAX drops its reference to the block only at its next call or, as here, collection
+    return copies
+
+
+def safetensors_chunks(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Iterator[np.ndarray], dtype: str
+) -> Iterator[bytes | np.ndarray]:
+    """The bytes of a safetensors file whose tensors, in the order of `shapes`, `arrays` yields one at a time.
+
+    Each is cast to `dtype`. Layout: 8 bytes of header length, JSON header padded to 8 bytes, row-major data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, size = 0, jnp.dtype(dtype).itemsize
+    for name, shape in shapes.items():
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, array in zip(shapes, arrays, strict=True):
+        yield np.array(array, jnp.dtype(dtype), order="C").reshape(-1).view(np.uint8)

@@ -1,0 +1,177 @@
+"""The target as its own teacher: it answers the user turns of a data set, and writes user turns where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec.data.chat import ChatTokenizer, Message
+from jaxspec.data.conversations import Conversation
+from jaxspec.serving import Answer, Batch, Job, Models, Queue, Settings, answer, check_length, row_seed
+
+STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
+
+
+class Rewritten(NamedTuple):
+    """A conversation whose assistant turns are the target's."""
+
+    conversation: Conversation
+    finish: str
+    """`stop`: every answer ended by itself; `length`: the last one was cut at the budget, and what follows is missing;
+    `unfit`: the next turn has no room in the target's positions, or its template refuses it, and is missing."""
+    turns: int
+    """Answers, a cut one included."""
+    tokens: int
+    """Tokens of the answers, stop ids included."""
+
+    @property
+    def complete(self) -> bool:
+        """It holds answers, all of them whole."""
+        return self.turns > 0 and self.finish != LENGTH
+
+    def record(self) -> dict[str, Any]:
+        """Its line of JSON: a conversation as `read_conversations` reads it, with `finish` and `tokens`."""
+        id, source, messages = self.conversation
+        return {"id": id, "source": source, "messages": messages, "finish": self.finish, "tokens": self.tokens}
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A conversation being rewritten."""
+
+    original: Conversation
+    seed: int
+    messages: list[Message]
+    runs: list[tuple[Message, ...]]
+    """What is still to be said to the target, one run a turn."""
+    tokens: int = 0
+    turns: int = 0
+
+    def finished(self, finish: str) -> Rewritten:
+        conversation = self.original._replace(messages=tuple(self.messages))
+        return Rewritten(conversation, finish, self.turns, self.tokens)
+
+
+def user_runs(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """The messages of others before each assistant turn, and behind the last one; each run holds a user turn."""
+    runs: list[tuple[Message, ...]] = []
+    run: list[Message] = []
+    for message in [*messages, {"role": "assistant", "content": ""}]:
+        if message["role"] != "assistant":
+            run.append(message)
+        elif any(m["role"] == "user" for m in run):
+            runs.append(tuple(run))
+            run = []
+    return runs
+
+
+def rewrite(
+    models: Models, numbered: Iterable[tuple[int, Conversation]], settings: Settings, *, seed: int, batch: int
+) -> Iterator[tuple[Batch | None, list[Rewritten]]]:
+    """Let the target write every assistant turn anew, its own earlier answers before it.
+
+    `numbered` pairs each conversation with its index in the whole data set. A row's noise comes from `(seed, index)`,
+    and a batch holds one padded length, so a conversation's answers depend neither on shards nor on the others.
+    Yields after each batch what it finished; first, with None, those that cannot be begun.
+    """
+    drafts: dict[int, _Draft] = {}
+    queue, unfit = Queue([], batch=batch), []
+    for index, conversation in numbered:
+        drafts[index] = _Draft(conversation, row_seed(seed, index), [], user_runs(conversation.messages))
+        if not _ask(models, queue, index, drafts[index]):
+            unfit.append(drafts.pop(index).finished(UNFIT))
+    yield None, unfit
+    for done in answer(models, queue, settings):
+        finished = []
+        for job, written in zip(done.jobs, done.answers, strict=True):
+            draft = drafts[job.key]
+            draft.messages.append({"role": "assistant", "content": _text(models, written)})
+            draft.turns += 1
+            draft.tokens += len(written.tokens)
+            if written.finish != STOPPED:
+                finished.append(drafts.pop(job.key).finished(LENGTH))
+            elif not draft.runs:
+                finished.append(drafts.pop(job.key).finished(STOPPED))
+            elif not _ask(models, queue, job.key, draft):
+                finished.append(drafts.pop(job.key).finished(UNFIT))
+        yield done, finished
+
+
+def _ask(models: Models, queue: Queue, index: int, draft: _Draft) -> bool:
+    """Queue the draft's next turn; False, the draft unchanged, where the target cannot read it."""
+    if not draft.runs:
+        return False
+    messages = [*draft.messages, *draft.runs[0]]
+    try:
+        tokens = models.tokenizer.encode_prompt(messages)
+        check_length(tokens, models.config)
+    except ValueError:
+        return False
+    draft.messages = messages
+    draft.runs.pop(0)
+    queue.add(Job(index, tokens, draft.seed))
+    return True
+
+
+def _text(models: Models, written: Answer) -> str:
+    """The answer's text without the stop id, whether or not that is a special token."""
+    return models.tokenizer.decode(written.tokens[:-1] if written.finish == STOPPED else written.tokens)
+
+
+class UserTurn(NamedTuple):
+    """A prompt that the target wrote itself."""
+
+    attempt: int
+    """How many were drawn before it, dropped ones included."""
+    text: str
+
+
+def user_header(tokenizer: ChatTokenizer) -> tuple[str, str]:
+    """What the chat template puts before a first user turn, and between that turn and its answer."""
+    mark = "USERTURN"
+    text = tokenizer.render([{"role": "user", "content": mark}], add_generation_prompt=True)
+    before, found, after = text.partition(mark)
+    if not found:
+        raise ValueError("the chat template does not show the user's turn, so there is no header to continue")
+    return before, after
+
+
+def write_user_turns(
+    models: Models, count: int, *, seed: int, settings: Settings | None = None, batch: int = 16
+) -> Iterator[UserTurn]:
+    """User turns that the target samples behind its bare template header; at most `count`, as they come.
+
+    Dropped are turns that are empty, came before, hold special tokens or did not end. Gives up after `8 * count`
+    attempts. The same `seed` gives the same turns in the same order. By default at temperature 1, up to 192 tokens.
+    """
+    settings = settings or Settings(max_new_tokens=192, temperature=1.0)
+    before, after = user_header(models.tokenizer)
+    header = models.tokenizer.encode(before)
+    check_length(header, models.config)
+    special = {i for i, token in models.tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
+    ending = [int(i) for i in models.tokenizer.encode(after)[:1] if int(i) in special]
+    models = models._replace(config=dataclasses.replace(models.config, eos_ids=(*models.config.eos_ids, *ending)))
+    seen: set[str] = set()
+    for first in range(0, 8 * count, batch):
+        jobs = [Job(i, header, row_seed(seed, i)) for i in range(first, first + batch)]
+        for done in answer(models, Queue(jobs, batch=batch), settings):
+            for job, written in zip(done.jobs, done.answers, strict=True):
+                text = _whole_turn(models, written, after.strip(), special)
+                if text and text not in seen:
+                    seen.add(text)
+                    yield UserTurn(job.key, text)
+                if len(seen) == count:
+                    return
+
+
+def _whole_turn(models: Models, written: Answer, closing: str, special: set[int]) -> str:
+    """The text of a turn that ended and holds no special token; empty if it did not, or does."""
+    stopped = written.finish == STOPPED
+    body: np.ndarray = written.tokens[:-1] if stopped else written.tokens
+    text = models.tokenizer.decode(body)
+    if closing and closing in text:  # a template whose turns end with plain words
+        text, stopped = text[: text.index(closing)], True
+    return text.strip() if stopped and not special & set(body.tolist()) else ""

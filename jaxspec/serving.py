@@ -1,0 +1,256 @@
+"""From folders and prompts to answers: models loaded and matched, and a queue decoded in batches of like length."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import models as bundled
+from jaxspec.base import Drafter, Params, TreePolicy
+from jaxspec.checkpoint import load_drafter
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.decode import (
+    NO_LIMIT,
+    Engine,
+    Requests,
+    Weights,
+    bucket,
+    collect,
+    make_requests,
+    run_prefill,
+    run_rounds,
+    sizes,
+    tau,
+)
+from jaxspec.interchange.hf import load_target
+from jaxspec.targets.llama import LlamaConfig
+from jaxspec.trees import parse_tree
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+DEFAULT_TREE = "dynamic:60x6x10"
+"""EAGLE-2's own, for a drafter that was saved without a tree."""
+SEEDS = 2**32
+"""Seeds are below this."""
+
+
+class Models(NamedTuple):
+    """A target with its tokenizer, and perhaps a drafter with its tree, ready to decode."""
+
+    engine: Engine
+    weights: Weights
+    tokenizer: ChatTokenizer
+    config: LlamaConfig
+    """The target's shape."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer, as the model's and the tokenizer's files list them."""
+        return tuple(sorted({*self.config.eos_ids, *self.tokenizer.stop_ids}))
+
+    def plain(self) -> Models:
+        """The target alone."""
+        return self._replace(engine=Engine(self.engine.target), weights=Weights(self.weights.target))
+
+    def with_drafter(self, drafter: Drafter, params: Params, tree: TreePolicy) -> Models:
+        """The same target drafted for by `drafter`."""
+        return self._replace(
+            engine=Engine(self.engine.target, drafter, tree), weights=Weights(self.weights.target, params)
+        )
+
+    def with_tree(self, tree: TreePolicy) -> Models:
+        """The same models with another tree."""
+        return self._replace(engine=dataclasses.replace(self.engine, tree=tree))
+
+
+def target_folder(name: str) -> Path:
+    """The HuggingFace folder that `name` stands for: `tiny` is the bundled target, anything else a path."""
+    if name != "tiny":
+        return Path(name)
+    folder = bundled.tiny_path()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: the bundled tiny target is not there; reinstall, or give --target a folder")
+    return folder
+
+
+def load_models(
+    target: str, *, drafter: str | Path | None = None, tree: str | None = None, dtype: Any = jnp.float32
+) -> Models:
+    """The target of a HuggingFace folder (or `tiny`), with the drafter that `save_drafter` wrote and the tree `tree`.
+
+    `tree` defaults to the one saved with the drafter. Raises ValueError naming what is missing or does not match.
+    """
+    if drafter is None and tree is not None:
+        raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
+    folder = target_folder(target)
+    loaded = load_target(folder, dtype=dtype, stacked=False)
+    plain = Models(Engine(loaded.module), Weights(loaded.params), ChatTokenizer.load(folder), loaded.config)
+    if drafter is None:
+        return plain
+    head = load_drafter(drafter, dtype=dtype)
+    width = getattr(head.module.config, "width", plain.config.width)
+    if width != plain.config.width:
+        raise ValueError(
+            f"{drafter}: the drafter reads features of width {width}, but the target {folder} has width "
+            f"{plain.config.width}; it was made for another target"
+        )
+    return plain.with_drafter(head.module, head.params, parse_tree(tree or head.about.get("tree") or DEFAULT_TREE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How answers are drawn. ValueError names a field out of range."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 decodes greedily."""
+    top_k: int = 0
+    """0 keeps all tokens."""
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, holds, range_ in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (keep all) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {range_}")
+
+
+def row_seed(seed: int, index: int) -> int:
+    """The seed of prompt `index` of a run: the same in whatever batch, shard or order it is decoded."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+
+
+def check_length(tokens: np.ndarray, config: LlamaConfig) -> None:
+    """ValueError, a sentence without its subject, if the target has no position left for a single new token."""
+    if not len(tokens):
+        raise ValueError("is empty")
+    if len(tokens) >= config.max_positions:
+        raise ValueError(
+            f"has {len(tokens):,} tokens, and the target has {config.max_positions:,} positions: shorten it"
+        )
+
+
+class Job(NamedTuple):
+    """One prompt in the queue."""
+
+    key: Any
+    """The caller's own name for it."""
+    tokens: np.ndarray
+    seed: int = 0
+
+
+class Answer(NamedTuple):
+    """What the target wrote."""
+
+    tokens: np.ndarray
+    """New tokens, the stop id included."""
+    finish: str
+    """`stop`, or `length` at the budget or the target's last position."""
+    calls: int
+    accepted: np.ndarray
+    """Rounds that accepted 0, 1, .. T drafted tokens."""
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target call, bonus tokens included; the prefill call and the token it gives are not counted."""
+        return tau(len(self.tokens) - 1, self.calls)
+
+
+class Batch(NamedTuple):
+    """Jobs that were decoded together."""
+
+    jobs: list[Job]
+    answers: list[Answer]
+    seconds: float
+    """From the prompts to the last token, on the host's clock."""
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all answers."""
+        return sum(len(a.tokens) for a in self.answers)
+
+
+class Queue:
+    """Prompts that wait, by padded length: a batch holds one length only, so what a prompt gets does not depend on
+    which others stand beside it, and few programs are compiled."""
+
+    def __init__(self, jobs: Iterable[Job], *, batch: int) -> None:
+        self.batch = batch
+        self._waiting: dict[int, list[Job]] = {}
+        for job in jobs:
+            self.add(job)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def add(self, job: Job) -> None:
+        """Let `job` wait; jobs may be added while the queue is being decoded."""
+        self._waiting.setdefault(bucket(len(job.tokens)), []).append(job)
+
+    def take(self) -> list[Job]:
+        """The next batch: a full one of the longest prompts, else what waits of the shortest.
+
+        So conversations that have begun are finished before others are begun, and batches fill up.
+        """
+        full = [width for width, jobs in self._waiting.items() if len(jobs) >= self.batch]
+        width = max(full) if full else min(self._waiting)
+        taken, left = self._waiting[width][: self.batch], self._waiting[width][self.batch :]
+        self._waiting[width] = left
+        if not left:
+            del self._waiting[width]
+        return taken
+
+
+def answer(models: Models, queue: Queue, settings: Settings, *, warm: bool = False) -> Iterator[Batch]:
+    """Decode the queue until it is empty, a batch at a time; yields each batch when it is done.
+
+    The last batch of a length is padded with rows that end at once. With `warm`, a batch of a new length is prepared
+    before its clock starts, so that `seconds` hold no compilation.
+    """
+    warmed: set[int] = set()
+    while queue:
+        jobs = queue.take()
+        requests = batch_requests(models, jobs, settings, batch=queue.batch)
+        if warm and requests.tokens_BL.shape[1] not in warmed:
+            warm_up(models, requests, settings)
+            warmed.add(requests.tokens_BL.shape[1])
+        started = time.perf_counter()
+        capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], settings.max_new_tokens)[1:]
+        state = run_prefill(models.engine, models.weights, requests, capacity, slots)
+        done = collect(run_rounds(models.engine, models.weights, state, NO_LIMIT))
+        seconds = time.perf_counter() - started
+        rows = zip(done.tokens, done.finish, done.calls.tolist(), done.accepted, strict=True)
+        yield Batch(jobs, [Answer(*row) for row in rows][: len(jobs)], seconds)
+
+
+def batch_requests(models: Models, jobs: list[Job], settings: Settings, *, batch: int) -> Requests:
+    """`jobs` as `batch` rows; answers end at the target's last position, rows that pad with their first token."""
+    padding = batch - len(jobs)
+    budgets = [min(settings.max_new_tokens, models.config.max_positions - len(job.tokens)) for job in jobs]
+    return make_requests(
+        [job.tokens for job in jobs] + [jobs[-1].tokens] * padding,
+        max_new_tokens=budgets + [1] * padding,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=[job.seed for job in jobs] + [0] * padding,
+        stop_ids=models.stop_ids,
+        vocab=models.config.vocab,
+    )
+
+
+def warm_up(models: Models, requests: Requests, settings: Settings) -> None:
+    """Compile what decoding `requests` runs, at the price of one prefill."""
+    capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], settings.max_new_tokens)[1:]
+    state = run_prefill(models.engine, models.weights, requests, capacity, slots)
+    jax.block_until_ready(run_rounds(models.engine, models.weights, state, np.int32(0)))

@@ -1,0 +1,293 @@
+"""What every training program runs: the loop with its checkpoints and preemption, and the pieces around it."""
+
+import dataclasses
+import functools
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from jaxspec.base import Params
+from jaxspec.checkpoint import RunCheckpoints, abstract_like
+from jaxspec.cli import Preempted
+from jaxspec.config import DistillConfig, OptimizerConfig, differences, to_dict
+from jaxspec.data.packing import Corpus, PackedBatches
+from jaxspec.data.pipeline import BatchIterator, iterate
+from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
+from jaxspec.drafters import DRAFTERS, EagleConfig
+from jaxspec.optimizer import make_optimizer, make_schedule
+from jaxspec.report import progress
+from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxspec.targets.llama import Llama, LlamaConfig
+
+HostBatch = Mapping[str, np.ndarray]
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    state: Any
+    loss: float  # mean of the last logged steps
+    evaluation: dict[str, Any]  # of the final state
+    tokens: int  # real tokens of this process's part of the run, padding apart
+    tokens_per_second: float
+
+
+def train(
+    update: Callable[[Any, HostBatch], tuple[Any, Any]],
+    evaluate: Callable[[Any], dict[str, Any]],
+    state: Any,
+    batches: BatchIterator,
+    checkpoints: RunCheckpoints,
+    *,
+    name: str,
+    start: int,
+    steps: int,
+    document_ids: Callable[[HostBatch], list[str]],
+    config: dict[str, Any],
+    save_every: int,
+    eval_every: int,
+    log_every: int,
+) -> Outcome:
+    """Run `update` from step `start` to `steps` and leave a checkpoint of the last one.
+
+    `update` returns the new state, or the old one where the loss it returns is not finite; then this raises ValueError
+    naming the step and its documents. SIGTERM saves and raises Preempted. `batches` stands where `start` left it.
+    Metrics are appended to `metrics.jsonl` beside the checkpoints every `log_every` steps.
+    """
+    log = MetricLog(checkpoints.folder / "metrics.jsonl", start)
+    losses, tokens, evaluation = [], 0, {}
+    began = time.monotonic()
+
+    def save(step: int) -> None:
+        checkpoints.save(step, state, batches.get_state(), config)
+
+    with termination_notice() as noticed, progress(name, steps - start, "steps") as shown:
+        for step in range(start + 1, steps + 1):
+            batch = next(batches)
+            state, loss = update(state, batch)
+            losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(_explain(step, losses[-1], document_ids(batch), checkpoints))
+            tokens += int(np.count_nonzero(batch["segments"]))
+            rate = tokens / (time.monotonic() - began)
+            losses = losses[-log_every:]
+            shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
+            if step % log_every == 0:
+                log.write(step=step, loss=float(np.mean(losses)), tokens_per_second=rate)
+            if step % eval_every == 0 and step != steps:
+                log.write(step=step, eval=evaluate(state))
+            if step % save_every == 0 or step == steps:
+                save(step)
+            if noticed(step):
+                save(step)
+                raise Preempted(f"stopped at step {step:,} of {steps:,}, saved in {checkpoints.folder}")
+    seconds = time.monotonic() - began
+    evaluation = evaluate(state)
+    log.write(step=steps, eval=evaluation)
+    mean = float(np.mean(losses)) if losses else math.nan
+    return Outcome(state, mean, evaluation, tokens, tokens / seconds if tokens else 0.0)
+
+
+class MetricLog:
+    """A JSONL file of metrics; lines past the step a run resumes from are dropped, for they will come again."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path if jax.process_index() == 0 else None
+        if self.path is not None and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
+
+    def write(self, **metrics: Any) -> None:
+        """Append one line."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+
+@contextmanager
+def termination_notice() -> Iterator[Callable[[int], bool]]:
+    """Yields `noticed(step)`: whether SIGTERM has come, agreed on by all processes of a distributed run."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield lambda _: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheckpoints) -> str:
+    last = checkpoints.latest_step()
+    good = (
+        "no checkpoint was saved" if last is None else f"the last good checkpoint is {checkpoints.folder / str(last)}"
+    )
+    shown = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
+    return f"the loss is {loss} at step {step}, whose documents are {shown}; {good}; lower the learning rate or mend the data"
+
+
+RESUMABLE = ("target", "drafter", "head", "objective", "data", "optimizer", "seed", "dtype")
+"""Settings of a distillation that may not change under a run's feet."""
+EVAL_STEPS = 5
+"""Draft steps that evaluation unrolls at least, for simulated tau."""
+
+
+class Distilled(NamedTuple):
+    """A drafter at the end of its training."""
+
+    module: Any
+    params: Params
+    outcome: Outcome
+    steps: int
+    checkpoint: str
+    resumed_from: int | None
+
+
+def drafter_for(config: DistillConfig, target: LlamaConfig) -> Any:
+    """The drafter module that `config` names, one layer of the target's shape unless `config.head` says otherwise."""
+    if config.drafter not in DRAFTERS:
+        raise ValueError(f"drafter {config.drafter!r} is not one of {', '.join(DRAFTERS)}")
+    shape = config.head or EagleConfig(
+        width=target.width,
+        heads=target.heads,
+        kv_heads=target.kv_heads,
+        head_dim=target.head_dim,
+        mlp=target.mlp,
+        rope_theta=target.rope_theta,
+        rope_scaling=target.rope_scaling,
+        norm_eps=target.norm_eps,
+    )
+    if shape.width != target.width:
+        raise ValueError(
+            f"head.width is {shape.width}, but the target's features are {target.width} wide: make them equal"
+        )
+    return DRAFTERS[config.drafter][0](shape, dtype=jnp.dtype(config.dtype))
+
+
+def distill(
+    config: DistillConfig, target: Llama, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
+) -> Distilled:
+    """Train the drafter of `config` on a frozen target, from the run's last checkpoint if it has one.
+
+    The target's forward pass and the drafter's update are one jitted program on the config's mesh.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    blocks = {
+        "query_block": config.query_block,
+        "row_by_row": mesh.size == 1 and jax.default_backend() == "cpu",
+    }
+    drafter = drafter_for(config, target.config)
+    target, learner = target.clone(**blocks), drafter.clone(**blocks)
+    steps = config.optimizer.steps or len(train_data)
+    optimizer = optimizer_of(config.optimizer, steps)
+    init = functools.partial(init_state, drafter, optimizer, jax.random.key(config.seed))
+    abstract = jax.eval_shape(init)
+    layout = shardings(mesh, abstract)
+    frozen = jax.device_put(frozen, shardings(mesh, frozen))
+    settings = to_dict(config)
+    objective = config.objective
+    judged = dataclasses.replace(objective, steps=max(objective.steps, EVAL_STEPS))
+    update = jax.jit(functools.partial(train_step, target, learner, optimizer, objective), donate_argnums=1)
+    sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
+    place = functools.partial(place_rows, batch_sharding(mesh))
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        parts = [jax.device_get(sums_of(frozen, state.params, place(eval_data[i]))) for i in range(len(eval_data))]
+        return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
+
+    def step(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
+        state, loss, _ = update(frozen, state, place(batch))
+        return state, loss
+
+    with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
+        batches = iterate(train_data)
+        resumed_from = checkpoints.latest_step()
+        if resumed_from is None:
+            state = jax.jit(init, out_shardings=layout)()
+        else:
+            restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
+            refuse_other_settings(restored.config, settings, RESUMABLE, checkpoints.folder)
+            state = restored.state
+            batches.set_state(restored.data_state)
+            say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
+        try:
+            outcome = train(
+                step,
+                evaluate,
+                state,
+                batches,
+                checkpoints,
+                name=f"train {config.name}",
+                start=resumed_from or 0,
+                steps=steps,
+                document_ids=functools.partial(document_ids, train_data.corpus),
+                config=settings,
+                save_every=config.checkpoint.save_every,
+                eval_every=config.eval_every,
+                log_every=config.log_every,
+            )
+        finally:
+            batches.close()
+        checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
+    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
+    return Distilled(drafter, whole, outcome, steps, checkpoint, resumed_from)
+
+
+def place_rows(sharding: jax.sharding.Sharding, batch: HostBatch) -> Batch:
+    """A packed batch on the mesh, rows split as `sharding` says."""
+    names = ("tokens", "segments", "positions", "loss_mask")
+    return Batch(*(jax.make_array_from_process_local_data(sharding, batch[name]) for name in names))
+
+
+def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW as the config says, over `steps` updates."""
+    rate = make_schedule(
+        peak_lr=c.peak_lr,
+        steps=steps,
+        warmup_steps=c.warmup_steps,
+        schedule=c.schedule,
+        final_lr_fraction=c.final_lr_fraction,
+    )
+    return make_optimizer(
+        rate,
+        weight_decay=c.weight_decay,
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        clip_norm=c.clip_norm,
+        clip_value=c.clip_value,
+    )
+
+
+def document_ids(corpus: Corpus, batch: HostBatch) -> list[str]:
+    """The ids of the conversations in a batch."""
+    return [corpus.ids[i] for i in np.unique(batch["documents"]) if i >= 0]
+
+
+def refuse_other_settings(saved: dict[str, Any], now: dict[str, Any], fields: Sequence[str], folder: Path) -> None:
+    """ValueError if a run would go on with settings that change what it computes."""
+    changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
+    if changed:
+        raise ValueError(
+            f"{folder}: belongs to a run with other settings ({'; '.join(changed)}); choose another checkpoint.folder"
+        )
+
+
+def say(line: str) -> None:
+    """One line for the reader of the log."""
+    if jax.process_index() == 0:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()

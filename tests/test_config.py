@@ -1,0 +1,125 @@
+"""Finding experiments and overriding their fields."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from jaxspec import config as configs
+from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, differences, load, override, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.99)
+    sizes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    name: str = "x"
+    count: int = 1
+    limit: int | None = None
+    fast: bool = False
+    mode: Literal["a", "b"] = "a"
+    inner: Inner = Inner()
+
+
+@pytest.mark.parametrize(
+    ("item", "field", "value"),
+    [
+        ("name=a=b", "name", "a=b"),
+        ("count=7", "count", 7),
+        ("count=1e3", "count", 1000),
+        ("limit=3", "limit", 3),
+        ("limit=none", "limit", None),
+        ("fast=true", "fast", True),
+        ("mode=b", "mode", "b"),
+        ("inner.rate=1e-3", "inner", Inner(rate=1e-3)),
+        ("inner.betas=0.8,0.9", "inner", Inner(betas=(0.8, 0.9))),
+        ("inner.sizes=(1,2,3)", "inner", Inner(sizes=(1, 2, 3))),
+    ],
+)
+def test_an_override_is_read_by_the_fields_type(item: str, field: str, value: object):
+    assert override(Outer(), [item]) == dataclasses.replace(Outer(), **{field: value})
+
+
+def test_the_last_override_of_a_field_wins_and_others_stay():
+    assert override(Outer(), ["inner.rate=1", "count=2", "inner.rate=3"]) == Outer(count=2, inner=Inner(rate=3.0))
+
+
+@pytest.mark.parametrize(
+    ("item", "match"),
+    [
+        ("cout=1", "unknown field 'cout' in Outer; did you mean count"),
+        ("inner.rat=1", "unknown field 'inner.rat' in Inner; did you mean rate"),
+        ("count=many", "field 'count' cannot be 'many'; it takes a whole number"),
+        ("count=1.5", "field 'count' cannot be '1.5'"),
+        ("limit=x", "it takes a whole number or none"),
+        ("fast=maybe", "it takes true or false"),
+        ("mode=c", "it takes a or b"),
+        ("inner.betas=1", "field 'inner.betas' cannot be '1'"),
+        ("inner=1", "field 'inner' is a group; set one of its fields: rate, betas, sizes"),
+        ("count.x=1", "field 'count' has no fields of its own"),
+        ("count", "not of the form field=value"),
+        ("=1", "not of the form field=value"),
+    ],
+)
+def test_a_wrong_override_is_named(item: str, match: str):
+    with pytest.raises(ValueError, match=match):
+        override(Outer(), [item])
+
+
+@pytest.mark.parametrize("name", configs.experiments())
+def test_every_experiment_loads_and_is_json(name: str):
+    assert json.loads(json.dumps(to_dict(load(name)))) == to_dict(load(name))
+
+
+def test_an_override_that_breaks_a_rule_names_the_group():
+    with pytest.raises(ValueError, match=r"data: .*'batch' cannot be 0"):
+        load("tiny", ["data.batch=0"])
+
+
+def test_a_config_is_found_by_path(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text("from jaxspec.configs.tiny import config\n")
+    assert load(str(path), ["seed=5"]) == dataclasses.replace(load("tiny"), seed=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("tinny", None, "did you mean tiny"),
+        ("no.py", None, "no such config file"),
+        ("bad.py", "x = 1", "has no dataclass"),
+    ],
+)
+def test_a_config_that_is_not_there_is_named(tmp_path: Path, name: str, text: str | None, match: str):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=match):
+        load(str(tmp_path / name) if name.endswith(".py") else name)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: OptimizerConfig(peak_lr=1e-3),
+        lambda: OptimizerConfig(peak_lr=1e-3, steps=1, epochs=1),
+        lambda: OptimizerConfig(peak_lr=-1.0, steps=1),
+        lambda: DataConfig("a", "b", length=1),
+        lambda: CheckpointConfig("a", save_every=0),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(build):
+    with pytest.raises(ValueError, match=r"optimizer|peak_lr|length|save_every"):
+        build()
+
+
+def test_differences_name_the_fields():
+    other = dataclasses.replace(Outer(), count=2, inner=Inner(rate=0.1))
+    assert differences(to_dict(Outer()), to_dict(other)) == ["count was 1, is 2", "inner.rate was 0.5, is 0.1"]
+    assert differences(to_dict(Outer()), to_dict(Outer())) == []

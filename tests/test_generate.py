@@ -1,0 +1,134 @@
+"""Tests of `jaxspec generate` on a random tiny target: what it prints, what it writes, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from random_models import POSITIONS, write_drafter, write_target
+
+from jaxspec.__main__ import main
+
+PROMPTS = ["how much is 2 and 3?", "what does everybody know", "say it again, " * 3, "1", "and 12 and 14 make?"]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory) -> Path:
+    return write_drafter(tmp_path_factory.mktemp("drafter") / "head")
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"id": f"p{i}", "prompt": p}) for i, p in enumerate(PROMPTS)))
+    return path
+
+
+def generate(tmp_path: Path, *flags: object, code: int = 0) -> dict:
+    """The JSON of a run."""
+    path = tmp_path / "out.json"
+    assert main(["generate", *map(str, flags), "--max-new-tokens", "24", "--json", str(path)]) == code
+    return json.loads(path.read_text())
+
+
+def test_one_prompt_is_streamed_and_the_pieces_are_the_text(tmp_path, target, drafter, capsys):
+    result = generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", drafter)
+    assert capsys.readouterr().out.startswith(result["rows"][0]["text"] + "\n")
+    assert result["rows"][0]["text"]
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--top-k", "50", "--seed", "3")])
+def test_a_drafter_changes_the_speed_and_not_the_tokens(tmp_path, target, drafter, prompts, sampling):
+    common = ("--target", target, "--prompts", prompts, "--batch", "4", *sampling)
+    plain = generate(tmp_path, *common)
+    drafted = generate(tmp_path, *common, "--drafter", drafter, "--tree", "dynamic:6x2x3")
+    assert [r["token_ids"] for r in drafted["rows"]] == [r["token_ids"] for r in plain["rows"]]
+    assert plain["tau"] == 1.0 <= drafted["tau"]
+
+
+def test_rows_come_in_input_order_and_do_not_depend_on_the_batch(tmp_path, target, prompts):
+    rows = [generate(tmp_path, "--target", target, "--prompts", prompts, "--batch", b)["rows"] for b in (2, 5)]
+    assert [r["id"] for r in rows[0]] == [f"p{i}" for i in range(len(PROMPTS))]
+    assert [r["text"] for r in rows[0]] == [r["text"] for r in rows[1]]
+
+
+def test_json_holds_the_agreed_keys(tmp_path, target, drafter):
+    result = generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", drafter)
+    assert {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"} <= result.keys()
+    assert {"id", "text", "tokens", "finish_reason", "tau", "target_calls"} <= result["rows"][0].keys()
+    row = result["rows"][0]
+    assert result["tree"] == "dynamic:8x3x3"
+    assert result["tokens_per_second"] > 0
+    assert result["tau"] == row["tau"] == pytest.approx((row["tokens"] - 1) / row["target_calls"])
+    assert sum(result["accept_histogram"]) == row["target_calls"]
+
+
+def test_a_bad_prompt_is_named_and_the_others_are_answered(tmp_path, target, capsys):
+    path = tmp_path / "mixed.jsonl"
+    lines = [{"id": "long", "prompt": "all of it " * POSITIONS}, {"id": "none", "prompt": " "}, {"prompt": "1 and 2"}]
+    no_question = {"messages": [{"role": "assistant", "content": "x"}]}
+    path.write_text("\n".join([*map(json.dumps, lines), '{"prompt": 3', json.dumps(no_question)]))
+    result = generate(tmp_path, "--target", target, "--prompts", path, code=1)
+    shown = capsys.readouterr().err
+    assert "prompt 'long' has" in shown and f"the target has {POSITIONS} positions" in shown
+    assert "prompt 'none' is empty" in shown and "prompt '4' is malformed" in shown and "'5' has no user turn" in shown
+    assert [bool(r["error"]) for r in result["rows"]] == [True, True, False, True, True]
+    assert result["rows"][2]["tokens"] > 0 and result["failed"] == 4
+
+
+def test_a_data_set_is_a_prompt_file_and_its_own_answers_are_left_out(tmp_path, target):
+    messages = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "no"}]
+    path, plain = tmp_path / "data.jsonl", tmp_path / "plain.txt"
+    path.write_text(json.dumps({"id": "a", "messages": messages}))
+    plain.write_text(PROMPTS[0] + "\n\n")
+    rows = [generate(tmp_path, "--target", target, "--prompts", p)["rows"] for p in (path, plain)]
+    assert rows[0][0]["text"] == rows[1][0]["text"]
+
+
+def test_raw_leaves_the_chat_template_out(tmp_path, target):
+    texts = [generate(tmp_path, PROMPTS[0], "--target", target, *f)["rows"][0]["text"] for f in ((), ("--raw",))]
+    assert texts[0] != texts[1]
+
+
+def test_an_answer_ends_at_the_last_position(tmp_path, target):
+    path = tmp_path / "out.json"
+    prompt = "1 " * 118  # two tokens each, template aside
+    flags = ["--target", str(target), "--max-new-tokens", "200", "--temperature", "5", "--json", str(path)]
+    assert main(["generate", prompt, *flags]) == 0
+    assert json.loads(path.read_text())["rows"][0]["tokens"] <= POSITIONS - 2 * 118
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "give prompts"),
+        (["x", "--temperature", "-1"], "temperature is -1.0; it must be 0"),
+        (["x", "--top-p", "0"], "top-p is 0.0"),
+        (["x", "--max-new-tokens", "0"], "max-new-tokens is 0"),
+        (["x", "--tree", "bush:3", "--drafter", "d"], "tree 'bush:3' is not one of"),
+        (["x", "--tree", "chain:2"], "--tree needs a --drafter"),
+        (["x", "--batch", "0"], "--batch is 0"),
+        (["x", "--seed", "-1"], "--seed is -1"),
+        (["x", "--dtype", "fp8"], "fp8"),
+    ],
+)
+def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", *flags])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err.replace("│", " ")
+    assert sentence in " ".join(shown.split())
+
+
+def test_missing_or_unfit_models_are_one_sentence(tmp_path, target, capsys):
+    other = write_drafter(tmp_path / "other", width=16)
+    assert main(["generate", "x", "--target", str(target), "--drafter", str(other)]) == 1
+    assert "features of width 16" in capsys.readouterr().err
+    assert main(["generate", "x", "--target", str(target), "--drafter", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: no such folder" in capsys.readouterr().err
+    assert main(["generate", "x", "--target", str(tmp_path / "nothing")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,179 @@
+"""Pretraining: the loss, and runs that are killed and go on as if they had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec.checkpoint import RunCheckpoints, abstract_like
+from jaxspec.config import load
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.distill import TrainState
+from jaxspec.layers import segment_mask
+from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
+from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.training import optimizer_of
+
+STEPS = 80
+EXPERIMENT = """
+from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
+from jaxspec.targets.llama import LlamaConfig
+
+config = PretrainConfig(
+    name="toy",
+    model=LlamaConfig(vocab=270, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32, tied=True),
+    data=DataConfig("train.jsonl", "train.jsonl", length=64, batch=4, eval_limit=20),
+    optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=10, steps={steps}, weight_decay=0.1, clip_norm=1.0),
+    checkpoint=CheckpointConfig("run", save_every=10),
+    export_folder="export",
+    eval_every=50,
+)
+"""
+
+
+def test_a_token_is_a_target_only_within_its_document_and_where_the_mask_allows():
+    batch = TokenBatch(
+        tokens_BL=jnp.arange(8)[None],
+        segments_BL=jnp.asarray([[1, 1, 1, 2, 2, 2, 0, 0]]),
+        positions_BL=jnp.asarray([[0, 1, 2, 0, 1, 2, 0, 0]]),
+        loss_mask_BL=jnp.asarray([[False, True, True, True, False, True, True, True]]),
+    )
+    assert target_weights(batch).tolist() == [[1, 1, 0, 0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("block", [4, 16])
+def test_the_loss_in_blocks_is_the_dense_one(block: int):
+    model = Llama(LlamaConfig(vocab=50, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=32))
+    params = model.init_params(jax.random.key(0))
+    segments = jnp.asarray([[1] * 9 + [2] * 7, [1] * 5 + [2] * 8 + [0] * 3])
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
+    batch = TokenBatch(tokens, segments, jnp.arange(16)[None].repeat(2, 0), jnp.ones((2, 16), bool))
+
+    def dense(params: Any) -> jax.Array:
+        out = model.forward(params, tokens, batch.positions_BL, segment_mask(segments))
+        log_p = jax.nn.log_softmax(model.logits(params, out.features_BLD))
+        chosen = jnp.take_along_axis(log_p, jnp.roll(tokens, -1, 1)[..., None], -1)[..., 0]
+        return jnp.sum(-chosen * target_weights(batch))
+
+    def blocked(params: Any) -> jax.Array:
+        return jnp.sum(next_token_loss(model, params, batch, block=block))
+
+    value, gradient = jax.jit(jax.value_and_grad(blocked))(params)
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(dense))(params)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, wanted_gradient)
+
+
+def test_a_block_that_does_not_divide_the_row_is_named():
+    model = Llama(LlamaConfig(vocab=50, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32))
+    zeros = jnp.zeros((1, 10), jnp.int32)
+    with pytest.raises(ValueError, match="loss_block is 4, which does not divide the row length 10"):
+        next_token_loss(model, {}, TokenBatch(zeros, zeros, zeros, zeros == 0), block=4)
+
+
+def prepare(folder: Path) -> None:
+    folder.mkdir()
+    draw = random.Random(0)
+    words = "red green blue one two three cat dog bird sees hears likes".split()
+    with (folder / "train.jsonl").open("w") as file:
+        for i in range(200):
+            user, answer = (" ".join(draw.choices(words, k=draw.randint(2, 5))) for _ in range(2))
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"id": str(i), "source": "ab"[i % 2], "messages": messages}) + "\n")
+    (folder / "toy.py").write_text(EXPERIMENT.format(steps=STEPS))
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "jaxspec", "pretrain", "toy.py", *overrides, "--json", "result.json"]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def stop_at(run: subprocess.Popen[str], reached: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
+    while not reached():
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.005)
+    run.send_signal(number)
+    errors = run.communicate()[1]
+    return run.returncode, errors
+
+
+def final_state(folder: Path) -> TrainState:
+    config = load(str(folder / "toy.py"))
+    model, optimizer = Llama(config.model), optimizer_of(config.optimizer, STEPS)
+
+    def init() -> TrainState:
+        params = model.init_params(jax.random.key(0))
+        return TrainState(params, optimizer.init(params), jnp.int32(0), jax.random.key(0))
+
+    abstract = jax.eval_shape(init)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with RunCheckpoints(folder / "run") as run:
+        assert run.latest_step() == STEPS
+        return run.restore(None, abstract_like(abstract, jax.tree.map(lambda _: device, abstract))).state
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    prepare(folder)
+    run = start(folder)
+    errors = run.communicate()[1]
+    assert run.returncode == 0, errors
+    return folder
+
+
+def test_a_run_killed_and_preempted_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Path):
+    folder = tmp_path / "torn"
+    prepare(folder)
+    code, _ = stop_at(start(folder), (folder / "run" / "20").is_dir, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    second = start(folder)
+    code, errors = stop_at(second, (folder / "run" / "40").is_dir, signal.SIGTERM)
+    assert code == 75 and "resumed from step" in errors and "resume with the same command" in errors
+    third = start(folder)
+    errors = third.communicate()[1]
+    assert third.returncode == 0, errors
+    assert json.loads((folder / "result.json").read_text())["resumed_from"] >= 40
+    torn, whole = final_state(folder), final_state(uninterrupted)
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), torn, whole)
+    assert all(jax.tree.leaves(same))
+    export = "export/model.safetensors"
+    assert (folder / export).read_bytes() == (uninterrupted / export).read_bytes()
+
+
+def test_the_result_says_what_happened(uninterrupted: Path):
+    result = json.loads((uninterrupted / "result.json").read_text())
+    assert result["steps"] == STEPS and result["resumed_from"] is None and result["checkpoint"].endswith(f"/{STEPS}")
+    assert result["tokens"] > 0 and result["tokens_per_second"] > 0
+    assert set(result["eval"]["by_source"]) == {"a", "b"}
+    assert result["eval"]["loss"] < 0.7 * np.log(270)
+
+
+def test_the_export_has_what_transformers_reads(uninterrupted: Path):
+    names = {p.name for p in (uninterrupted / "export").iterdir()}
+    wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert wanted <= names
+    settings = json.loads((uninterrupted / "export" / "config.json").read_text())
+    chat = ChatTokenizer.load(uninterrupted / "export")
+    assert settings["bos_token_id"] == chat.bos_id and settings["vocab_size"] == chat.vocab_size
+
+
+def test_other_settings_are_refused_on_resume(uninterrupted: Path):
+    run = start(uninterrupted, "optimizer.peak_lr=1e-3")
+    errors = run.communicate()[1]
+    assert run.returncode == 1
+    assert "belongs to a run with other settings (optimizer.peak_lr was 0.01, is 0.001)" in errors

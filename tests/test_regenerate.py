@@ -1,0 +1,187 @@
+"""Tests of `jaxspec regenerate`: whose words it keeps, and that kills, shards and batches leave no trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+from random_models import write_target
+
+from jaxspec import serving
+from jaxspec.__main__ import main
+from jaxspec.data.conversations import read_conversations
+from jaxspec.regeneration import user_header, user_runs, write_user_turns
+
+QUESTIONS = ("how much is 2 and 3?", "what does everybody know", "1", "and 12 and 14 make?", "say so again", "why")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    """Twelve conversations of two sources, every third of two turns."""
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    lines = []
+    for i in range(12):
+        messages = [message("system", "be brief"), message("user", f"{i}: {QUESTIONS[i % 6]}"), message("assistant", "NO")]
+        if i % 3 == 0:
+            messages += [message("user", "and then?"), message("assistant", "NO")]
+        lines.append({"id": f"c{i}", "source": "ab"[i % 2], "messages": messages})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def regenerate(out: Path, target: Path, *flags: object, code: int = 0) -> dict:
+    """The JSON of a run into `out`."""
+    path = out.with_suffix(".result")
+    common = ["--out", str(out), "--target", str(target), "--max-new-tokens", "40", "--json", str(path)]
+    assert main(["regenerate", *common, *map(str, flags)]) == code
+    return json.loads(path.read_text())
+
+
+def lines_of(path: Path) -> list[str]:
+    return sorted(path.read_text().split("\n")[:-1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, target, prompts) -> Path:
+    """What one run writes, unfinished answers included."""
+    out = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    regenerate(out, target, "--prompts", prompts, "--batch", "4", "--keep-unfinished")
+    return out
+
+
+def test_user_turns_are_kept_and_answers_are_the_targets(whole, prompts):
+    given = {c.id: c for c in read_conversations(prompts)}
+    written = read_conversations(whole)
+    finish = {r["id"]: r["finish"] for r in map(json.loads, lines_of(whole))}
+    assert sorted(given) == sorted(c.id for c in written)
+    for c in written:
+        others = [m for m in c.messages if m["role"] != "assistant"]
+        assert others == [m for m in given[c.id].messages if m["role"] != "assistant"][: len(others)]
+        assert all(m["content"] != "NO" for m in c.messages)
+        if finish[c.id] == "stop":
+            assert [m["role"] for m in c.messages] == [m["role"] for m in given[c.id].messages]
+    assert "stop" in finish.values()
+
+
+def test_a_second_answer_reads_the_first(whole, target):
+    models = serving.load_models(str(target))
+    two = next(c for c in read_conversations(whole) if sum(m["role"] == "assistant" for m in c.messages) == 2)
+    tokens = models.tokenizer.encode_prompt(two.messages[:-1])
+    queue = serving.Queue([serving.Job(0, tokens)], batch=4)
+    (done,) = serving.answer(models, queue, serving.Settings(max_new_tokens=40))
+    assert models.tokenizer.decode(done.answers[0].tokens) == two.messages[-1]["content"]
+
+
+def test_the_batch_leaves_no_trace(tmp_path, target, prompts, whole):
+    out = tmp_path / "out.jsonl"
+    regenerate(out, target, "--prompts", prompts, "--batch", "3", "--keep-unfinished")
+    assert lines_of(out) == lines_of(whole)
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "5")])
+def test_shards_together_are_the_whole(tmp_path, target, prompts, whole, sampling):
+    flags = ("--prompts", prompts, "--batch", "4", "--keep-unfinished", *sampling)
+    if sampling:
+        whole = tmp_path / "whole.jsonl"
+        regenerate(whole, target, *flags)
+    parts = [tmp_path / f"part{i}.jsonl" for i in range(2)]
+    for i, part in enumerate(parts):
+        regenerate(part, target, *flags, "--shard", f"{i}/2")
+    assert sorted(lines_of(parts[0]) + lines_of(parts[1])) == lines_of(whole)
+
+
+def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, target, prompts, whole):
+    out = tmp_path / "out.jsonl"
+    flags = ("--prompts", prompts, "--batch", "4", "--keep-unfinished")
+    regenerate(out, target, *flags, "--limit", "5")
+    torn = out.read_bytes()[:-20]
+    out.write_bytes(torn)
+    result = regenerate(out, target, *flags)
+    assert result["resumed_from"] == 4
+    assert lines_of(out) == lines_of(whole)
+    assert regenerate(out, target, *flags)["tokens"] == 0
+    assert lines_of(out) == lines_of(whole)
+
+
+def test_unfinished_answers_are_counted_and_dropped_and_not_tried_again(tmp_path, target, prompts, whole):
+    out = tmp_path / "out.jsonl"
+    first = regenerate(out, target, "--prompts", prompts, "--batch", "4")
+    finished = [line for line in lines_of(whole) if json.loads(line)["finish"] == "stop"]
+    assert lines_of(out) == finished
+    assert first["unfinished"] == 12 - len(finished) > 0
+    again = regenerate(out, target, "--prompts", prompts, "--batch", "4")
+    assert (again["resumed_from"], again["tokens"], again["sources"]) == (12, 0, first["sources"])
+
+
+def test_counts_are_by_source(tmp_path, target, prompts):
+    result = regenerate(tmp_path / "out.jsonl", target, "--prompts", prompts, "--batch", "4")
+    assert [row["source"] for row in result["sources"]] == ["a", "b"]
+    assert sum(row["conversations"] + row["unfinished"] for row in result["sources"]) == 12
+    assert result["tokens_per_second"] > 0
+
+
+def test_other_settings_or_a_foreign_file_are_refused(tmp_path, target, prompts, whole, capsys):
+    flags = ["regenerate", "--target", str(target), "--prompts", str(prompts)]
+    assert main([*flags, "--out", str(whole), "--seed", "9"]) == 1
+    assert "was begun with" in capsys.readouterr().err
+    foreign = tmp_path / "mine.jsonl"
+    foreign.write_text('{"a": 1}\n')
+    assert main([*flags, "--out", str(foreign)]) == 1
+    assert "no run of this verb began it" in capsys.readouterr().err
+    assert foreign.read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "--prompts, or a number with --from-scratch"),
+        (["--prompts", "p", "--shard", "4/4"], "--shard is '4/4'"),
+        (["--prompts", "p", "--shard", "x"], "--shard is 'x'"),
+        (["--prompts", "p", "--limit", "0"], "--limit is 0"),
+        (["--from-scratch", "-3"], "--from-scratch is -3"),
+        (["--prompts", "p", "--temperature", "-1"], "temperature is -1.0"),
+    ],
+)
+def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["regenerate", "--out", "o", *flags])
+    assert stop.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_two_conversations_of_one_id_are_refused(tmp_path, target, capsys):
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join([json.dumps({"id": "x", "messages": [message("user", "hi")]})] * 2))
+    assert main(["regenerate", "--out", str(tmp_path / "o"), "--target", str(target), "--prompts", str(path)]) == 1
+    assert "two conversations have the id 'x'" in capsys.readouterr().err
+
+
+def test_runs_hold_what_is_said_before_each_answer():
+    system, user, answer = message("system", "s"), message("user", "u"), message("assistant", "a")
+    assert user_runs([answer, system, answer, user, answer, answer, user]) == [(system, user), (user,)]
+    assert user_runs([system]) == []
+
+
+def test_the_target_writes_different_user_turns_behind_its_own_header(target):
+    models = serving.load_models(str(target))
+    assert user_header(models.tokenizer) == ("<|begin|><|user|>", "<|end|><|assistant|>")
+    turns = list(write_user_turns(models, 6, seed=1, batch=8))
+    assert len({t.text for t in turns}) == 6
+    assert all(t.text and "<|" not in t.text for t in turns)
+    assert list(write_user_turns(models, 6, seed=1, batch=4)) == turns
+
+
+def test_from_scratch_needs_no_data(tmp_path, target):
+    out = tmp_path / "out.jsonl"
+    regenerate(out, target, "--from-scratch", "4", "--batch", "4", "--keep-unfinished")
+    written = read_conversations(out)
+    assert len(written) == 4 and all(c.source == "scratch" for c in written)
+    assert all([m["role"] for m in c.messages] == ["user", "assistant"] for c in written)

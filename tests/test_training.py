@@ -1,0 +1,82 @@
+"""The training loop: it stops where the loss is not finite, and keeps its metrics straight."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxspec.checkpoint import RunCheckpoints
+from jaxspec.data.pipeline import BatchIterator
+from jaxspec.training import MetricLog, train
+
+
+class Numbers:
+    """Batches 1, 2, 3 ... that say which documents they hold."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> "Numbers":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.at += 1
+        return {"segments": np.ones((1, 4), np.int32), "documents": np.full((1, 4), self.at)}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+    def close(self) -> None: ...
+
+
+def run(folder: Path, losses: list[float], *, save_every: int = 2) -> Any:
+    batches: BatchIterator = Numbers()
+    remaining = iter(losses)
+    with RunCheckpoints(folder) as checkpoints:
+        return train(
+            lambda state, batch: ({"a": state["a"] + 1}, next(remaining)),
+            lambda state: {"loss": float(state["a"][0])},
+            {"a": np.zeros(1)},
+            batches,
+            checkpoints,
+            name="toy",
+            start=0,
+            steps=len(losses),
+            document_ids=lambda batch: [f"doc-{batch['documents'][0, 0]}"],
+            config={},
+            save_every=save_every,
+            eval_every=2,
+            log_every=2,
+        )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_step_documents_and_last_good_checkpoint(tmp_path: Path, bad: float):
+    with pytest.raises(ValueError, match=rf"is {bad} at step 4, whose documents are doc-4; .*good checkpoint is .*/2;"):
+        run(tmp_path, [1.0, 1.0, 1.0, bad])
+
+
+def test_without_a_checkpoint_the_stop_says_so(tmp_path: Path):
+    with pytest.raises(ValueError, match="no checkpoint was saved"):
+        run(tmp_path, [math.nan])
+
+
+def test_the_outcome_and_the_log_agree(tmp_path: Path):
+    outcome = run(tmp_path, [4.0, 3.0, 2.0, 1.0])
+    assert outcome.loss == 1.5 and outcome.tokens == 16 and outcome.evaluation == {"loss": 4.0}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["loss"]) for x in lines if "loss" in x] == [(2, 3.5), (4, 1.5)]
+    assert [(x["step"], x["eval"]["loss"]) for x in lines if "eval" in x] == [(2, 2.0), (4, 4.0)]
+
+
+def test_metrics_past_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricLog(path, 2).write(step=3, loss=1.0)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n'

@@ -1,0 +1,282 @@
+"""Trees: the dynamic one against EAGLE-2 written out in NumPy, the static ones against their paths."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import Tables, code_of, draft_from, grow, node_paths, path_tables
+
+from jaxspec.base import ROOT, Frontier, Tree, TreePolicy
+from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths, parse_tree
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def grow_jitted(policy: TreePolicy, tables: Tables, root: int = 7) -> Tree:
+    return grow(policy, tables, root)
+
+
+def quantised(tables: Tables, values: tuple[float, ...], seed: int = 0) -> Tables:
+    """Every logit one of a few values: almost everything ties."""
+    rng = np.random.default_rng(seed)
+    return [rng.choice(np.float32(values), size=x.shape) for x in tables]
+
+
+def log_probabilities(tables: Tables) -> Tables:
+    """By the library's own log-softmax, so that equal scores tie in both implementations."""
+    return [np.asarray(jax.jit(jax.nn.log_softmax)(x)) for x in tables]
+
+
+def best(scores: list[np.float32], count: int) -> list[int]:
+    """Indices of the greatest, the earlier first among equals."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+
+
+def eagle2(logp: Tables, row: int, nodes: int, depth: int, beam: int):
+    """Section 5.3 of the reference: `(path, score)` of each kept node, in the order the pool was drafted."""
+    vocab = logp[0].shape[-1]
+
+    def children(path, score):
+        step = logp[len(path)][row, code_of(path, vocab)]
+        return [((*path, int(t)), np.float32(score + step[t])) for t in best(list(step), beam)]
+
+    level = children((), np.float32(0))
+    pool, frontier = list(level), level
+    for _ in range(1, depth):
+        level = [c for path, score in frontier for c in children(path, score)]
+        pool += level
+        frontier = [level[i] for i in best([s for _, s in level], beam)]
+    return [pool[i] for i in sorted(best([s for _, s in pool], nodes - 1))]
+
+
+KINDS = {
+    "smooth": lambda t: t,
+    "peaked": lambda t: [8 * x for x in t],
+    "flat": lambda t: [0 * x for x in t],
+    "two values": lambda t: quantised(t, (0.0, -200.0)),
+    "certain": lambda t: quantised(t, (0.0, -200.0, -200.0, -200.0), 1),
+    "impossible": lambda t: [np.where(x < -1, -np.inf, x) for x in t],
+}
+SIZES = [(1, 1, 1), (2, 1, 1), (3, 1, 2), (4, 3, 1), (9, 3, 2), (14, 4, 3), (22, 3, 3), (17, 4, 5)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dynamic_tree_is_eagle_2s(kind: str, size: tuple[int, int, int]):
+    nodes, depth, beam = size
+    batch, vocab = 4, 5
+    tables = KINDS[kind](path_tables(nodes, vocab, depth, batch))
+    tree = jax.device_get(grow_jitted(DynamicTree(*size), tables))
+    logp = log_probabilities(tables)
+    for b in range(batch):
+        want = eagle2(logp, b, nodes, depth, beam)
+        real = [(p, s) for p, s in want if s > -np.inf]
+        assert tree.token_BN[b, 0] == 7 and tree.score_BN[b, 0] == 0 and tree.parent_BN[b, 0] == ROOT
+        assert tree.valid_BN[b].tolist() == [True, *(s > -np.inf for _, s in want)]
+        found = [p for p in node_paths(tree, b) if p is not None][1:]
+        assert found == [p for p, _ in real]
+        np.testing.assert_allclose(tree.score_BN[b, 1:][tree.valid_BN[b, 1:]], [s for _, s in real], rtol=2e-6)
+        assert tree.depth_BN[b, tree.valid_BN[b]].tolist() == [0, *(len(p) for p, _ in real)]
+
+
+@pytest.mark.parametrize("kind", ["smooth", "two values", "flat", "certain"])
+def test_a_kept_nodes_parent_is_kept_and_stands_before_it(kind: str):
+    batch, policy = 200, DynamicTree(12, 4, 3)
+    tables = KINDS[kind](path_tables(5, 4, 4, batch))
+    tree = jax.device_get(grow_jitted(policy, tables))
+    for b in range(batch):
+        paths = node_paths(tree, b)
+        assert len(set(paths)) == policy.nodes, "a path stands twice"
+        for n in range(1, policy.nodes):
+            parent = tree.parent_BN[b, n]
+            assert 0 <= parent < n
+            assert tree.depth_BN[b, n] == tree.depth_BN[b, parent] + 1
+            assert tree.score_BN[b, n] <= tree.score_BN[b, parent]
+
+
+def brute_ancestors(parent: np.ndarray) -> np.ndarray:
+    mask = np.eye(len(parent), dtype=bool)
+    for n in range(len(parent)):
+        above = parent[n]
+        while above != ROOT:
+            mask[n, above] = True
+            above = parent[above]
+    return mask
+
+
+POLICIES: list[TreePolicy] = [
+    chain(0),
+    chain(1),
+    chain(5),
+    chain(2, rows=6),
+    StaticTree(parse_paths(EAGLE1_PATHS)),
+    StaticTree(((0,), (2,), (2, 1), (2, 1, 0), (2, 1, 3)), rows=9),
+    DynamicTree(1, 1, 1),
+    DynamicTree(6, 5, 1),
+    DynamicTree(11, 4, 3),
+    DynamicTree(30, 6, 3),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_attention_mask_is_the_nodes_and_their_ancestors(policy: TreePolicy):
+    tree = jax.device_get(grow_jitted(policy, path_tables(1, 5, policy.depth, 3)))
+    assert tree.token_BN.shape == (3, policy.nodes)
+    assert tree.depth_BN.max() <= policy.depth
+    for b in range(3):
+        np.testing.assert_array_equal(tree.ancestors_BNN[b], brute_ancestors(tree.parent_BN[b]))
+        assert all(tree.parent_BN[b, n] < n for n in range(policy.nodes))
+        assert tree.ancestors_BNN[b, tree.valid_BN[b], 0].all()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_level_sees_its_drafted_ancestors_and_itself(policy: TreePolicy):
+    """Slots are filled in order, and a node's visible slots hold exactly the prefixes of its path."""
+    tables = path_tables(2, 5, policy.depth, 2)
+    draft, seen = draft_from(tables), []
+
+    def watch(scratch, frontier: Frontier):
+        seen.append(frontier)
+        return draft(scratch, frontier)
+
+    scratch = jnp.full((2, policy.slots), -1)
+    policy.grow(watch, scratch, jnp.asarray(tables[0])[:, 0], jnp.zeros(2, jnp.int32))
+    paths: list[list[tuple[int, ...]]] = [[], []]
+    for level, frontier in enumerate(seen, start=1):
+        assert frontier.depth == level and frontier.slot == len(paths[0])
+        for b in range(2):
+            for w, token in enumerate(np.asarray(frontier.token_BW[b])):
+                parent = int(frontier.parent_BW[b, w])
+                paths[b].append((*(() if parent == ROOT else paths[b][parent]), int(token)))
+        for b in range(2):
+            assert len({*paths[b]}) == len(paths[b])
+            for w, visible in enumerate(np.asarray(frontier.visible_BWM[b])):
+                path = paths[b][frontier.slot + w]
+                assert len(path) == level
+                assert visible.tolist() == [path[: len(p)] == p for p in paths[b]]
+    assert len(paths[0]) == policy.slots
+
+
+@pytest.mark.parametrize("paths", [EAGLE1_PATHS, "0 1 2 00 02 10 020", "3 1 30 31 310 3100"])
+def test_a_static_tree_holds_the_ranked_tokens_of_its_paths(paths: str):
+    policy = StaticTree(parse_paths(paths))
+    tables = path_tables(4, 5, policy.depth, 2)
+    logp = log_probabilities(tables)
+    tree = jax.device_get(grow_jitted(policy, tables))
+    for b in range(2):
+        want = {}
+        for ranks in sorted(policy.paths, key=len):
+            above, score = want[ranks[:-1]] if ranks[:-1] else ((), 0.0)
+            step = logp[len(above)][b, code_of(above, 5)]
+            token = best(list(step), 5)[ranks[-1]]
+            want[ranks] = ((*above, token), score + step[token])
+        scores = dict(zip(node_paths(tree, b), tree.score_BN[b], strict=True))
+        assert set(scores) == {(), *(p for p, _ in want.values())}
+        for path, score in want.values():
+            np.testing.assert_allclose(scores[path], score, rtol=1e-5)
+
+
+def test_eagle_1s_tree_has_its_25_drafts_in_five_levels_and_15_leaves():
+    policy = StaticTree(parse_paths(EAGLE1_PATHS))
+    lengths = [len(p) for p in policy.paths]
+    inner = {p[:-1] for p in policy.paths} - {()}
+    assert policy.nodes == 26
+    assert [lengths.count(d) for d in range(1, 7)] == [4, 8, 8, 3, 2, 0]
+    assert [sum(len(p) == d for p in inner) for d in range(1, 6)] == [4, 4, 1, 1, 0]
+    assert len(set(policy.paths) - inner) == 15 and policy.slots == len(inner)
+
+
+def test_a_chain_is_the_greedy_path():
+    tables = path_tables(6, 4, 4, 3)
+    tree = jax.device_get(grow_jitted(chain(4), tables))
+    np.testing.assert_array_equal(tree.parent_BN, np.broadcast_to(np.arange(-1, 4), (3, 5)))
+    for b in range(3):
+        path: tuple[int, ...] = ()
+        for d in range(4):
+            path = (*path, int(np.argmax(tables[d][b, code_of(path, 4)])))
+        assert tuple(tree.token_BN[b, 1:]) == path
+
+
+def test_a_chain_is_a_beam_of_one():
+    tables = path_tables(8, 5, 4, 3)
+    for x, y in zip(grow_jitted(chain(4), tables), grow_jitted(DynamicTree(5, 4, 1), tables), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_a_tree_without_drafts_calls_no_drafter():
+    def refuse(scratch, frontier):
+        raise AssertionError("drafted")
+
+    for policy in (chain(0), chain(1), DynamicTree(1, 1, 2), DynamicTree(3, 1, 2)):
+        tree = policy.grow(refuse, None, jnp.ones((2, 4)), jnp.array([3, 1]))
+        assert tree.token_BN[:, 0].tolist() == [3, 1] and tree.token_BN.shape == (2, policy.nodes)
+
+
+def test_padding_rows_are_invalid_and_see_only_themselves():
+    tables = path_tables(1, 5, 2, 2)
+    bare, padded = (jax.device_get(grow_jitted(chain(2, rows=r), tables)) for r in (0, 7))
+    for name in ("token_BN", "parent_BN", "depth_BN", "score_BN"):
+        np.testing.assert_array_equal(getattr(padded, name)[:, :3], getattr(bare, name))
+    assert not padded.valid_BN[:, 3:].any() and (padded.score_BN[:, 3:] == -np.inf).all()
+    assert (padded.ancestors_BNN[:, 3:] == np.eye(7, dtype=bool)[3:]).all()
+    assert (padded.parent_BN[:, 3:] == ROOT).all()
+
+
+ROUND_TRIPS = [
+    "none",
+    "chain:1",
+    "chain:4",
+    "static:0,1,00,01",
+    "static:1,10",
+    "static:0,12.,12.0,12.11",
+    "static:0,15.",
+    "dynamic:60x6x10",
+    "dynamic:8x3x3",
+]
+
+
+@pytest.mark.parametrize("text", ROUND_TRIPS)
+def test_a_tree_reads_back_what_it_writes(text: str):
+    tree = parse_tree(text)
+    assert tree.spec == text
+    assert parse_tree(tree.spec) == tree
+
+
+def test_tree_names_stand_for_the_papers_trees():
+    assert parse_tree("static:eagle1") == StaticTree(parse_paths(EAGLE1_PATHS))
+    assert parse_tree("dynamic") == DynamicTree(60, 6, 10)
+    assert parse_tree(" none ") == chain(0)
+    assert parse_tree(parse_tree("static:eagle1").spec) == parse_tree("static:eagle1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "tree", "chain", "chain:", "chain:-1", "chain:x", "chain:²", "none:3", "static", "static:", "static:00",
+        "static:0,0", "static:a", "static:0..1", "static:.", "dynamic:60x6", "dynamic:8x3x3x3", "dynamic:8x3x3xfoo",
+        "dynamic:8x-3x3", "dynamic:0x3x3", "dynamic:100x2x3",
+    ],
+)  # fmt: skip
+def test_a_tree_that_cannot_be_is_refused(text: str):
+    with pytest.raises(ValueError, match=r"tree|beam"):
+        parse_tree(text)
+
+
+def test_a_pool_smaller_than_the_tree_is_refused():
+    DynamicTree(nodes=13, depth=2, beam=3)
+    with pytest.raises(ValueError, match="12 nodes, fewer than the 13 wanted"):
+        DynamicTree(nodes=14, depth=2, beam=3)
+
+
+@pytest.mark.parametrize("policy", [DynamicTree(4, 2, 6), StaticTree(((0,), (5,)))], ids=str)
+def test_a_rank_beyond_the_draft_vocabulary_is_refused(policy: TreePolicy):
+    with pytest.raises(ValueError, match="vocabulary of 5"):
+        grow(policy, path_tables(0, 5, 2))
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(ValueError, match="rows=3"):
+        chain(3, rows=3)

@@ -1,0 +1,105 @@
+"""Language models small enough to write down: next-token tables over every path, and a drafter that reads a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.base import ROOT, Array, Borrowed, Frontier, Params, Tree
+
+Tables = list[np.ndarray]
+"""`tables[d][b, code]` are the next-token logits behind the path of `d` tokens whose digits in base V make `code`."""
+
+
+def path_tables(seed: int, vocab: int, depth: int, batch: int = 1, scale: float = 1.5) -> Tables:
+    """Random logits for every path of up to `depth` tokens."""
+    rng = np.random.default_rng(seed)
+    return [scale * rng.standard_normal((batch, vocab**d, vocab)).astype(np.float32) for d in range(depth + 1)]
+
+
+def code_of(path: tuple[int, ...], vocab: int) -> int:
+    """The row of a path in its table."""
+    code = 0
+    for token in path:
+        code = code * vocab + token
+    return code
+
+
+def draft_from(tables: Tables) -> Any:
+    """A `DraftLogits` whose scratch holds the path code of every expanded node."""
+    vocab = tables[0].shape[-1]
+
+    def draft(scratch_BM: Array, frontier: Frontier) -> tuple[Array, Array]:
+        parent = jnp.take_along_axis(scratch_BM, jnp.maximum(frontier.parent_BW, 0), axis=1)
+        code_BW = jnp.where(frontier.parent_BW == ROOT, 0, parent) * vocab + frontier.token_BW
+        width = code_BW.shape[1]
+        assert frontier.visible_BWM.shape == (*code_BW.shape, frontier.slot + width)
+        scratch_BM = scratch_BM.at[:, frontier.slot : frontier.slot + width].set(code_BW)
+        return jnp.take_along_axis(jnp.asarray(tables[frontier.depth]), code_BW[..., None], axis=1), scratch_BM
+
+    return draft
+
+
+def grow(policy: Any, tables: Tables, root: int = 0) -> Any:
+    """The policy's tree for table drafts."""
+    batch = tables[0].shape[0]
+    scratch = jnp.full((batch, policy.slots), -1, jnp.int32)
+    return policy.grow(draft_from(tables), scratch, jnp.asarray(tables[0])[:, 0], jnp.full(batch, root, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class TableDrafter:
+    """A bigram drafter under the `Drafter` contract. Its params are logits `[V, V]`, its state the newest token."""
+
+    def init_state(self, batch: int, capacity: int) -> Array:
+        return jnp.zeros(batch, jnp.int32)
+
+    def extend(
+        self, params: Params, borrowed: Borrowed, state: Array, tokens_BL: Array, features_BLD: Array, count_B: Array
+    ) -> tuple[Array, Array]:
+        last = jnp.take_along_axis(tokens_BL, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
+        state = jnp.where(count_B > 0, last, state)
+        return state, params[state]
+
+    def scratch(self, state: Array, slots: int) -> Array:
+        return jnp.zeros(0)
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: Array, scratch: Array, frontier: Frontier
+    ) -> tuple[Array, Array]:
+        return params[frontier.token_BW], scratch
+
+
+def random_tree(rng: np.random.Generator, nodes: int, vocab: int, depth: int, padding: int = 0) -> Any:
+    """A random `Tree` of batch 1 whose siblings carry different tokens, with invalid rows at the end."""
+    paths: list[tuple[int, ...]] = [()]
+    children = [(p, t) for p in [()] for t in range(vocab)]
+    while len(paths) < nodes and children:
+        p, t = children.pop(int(rng.integers(len(children))))
+        paths.append((*p, t))
+        if len(p) + 1 < depth:
+            children += [((*p, t), u) for u in range(vocab)]
+    paths.sort(key=len)
+    rows = len(paths) + padding
+    token, parent, level = (np.full(rows, fill, np.int32) for fill in (0, ROOT, 0))
+    ancestors = np.eye(rows, dtype=bool)
+    for i, path in enumerate(paths[1:], start=1):
+        parent[i], token[i], level[i] = paths.index(path[:-1]), path[-1], len(path)
+        ancestors[i] |= ancestors[parent[i]]
+    valid = np.arange(rows) < len(paths)
+    score = np.where(valid, -level.astype(np.float32), -np.inf)
+    return jax.tree.map(lambda a: jnp.asarray(a)[None], Tree(token, parent, level, score, valid, ancestors))
+
+
+def node_paths(tree: Any, row: int = 0) -> list[tuple[int, ...] | None]:
+    """The tokens from below the root to every node, by walking the parents; None for padding."""
+    token, parent, valid = (np.asarray(a[row]) for a in (tree.token_BN, tree.parent_BN, tree.valid_BN))
+    paths: list[tuple[int, ...] | None] = [()]
+    for n in range(1, len(token)):
+        above = paths[parent[n]] if valid[n] else None
+        paths.append(None if above is None else (*above, int(token[n])))
+    return paths

@@ -1,0 +1,227 @@
+"""Train a small target language model from scratch: tokenizer, next-token loss, checkpoints, HuggingFace export."""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tyro.conf import Positional
+
+from jaxspec import cli
+from jaxspec.checkpoint import RunCheckpoints, abstract_like
+from jaxspec.config import PretrainConfig, load, to_dict
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import Conversation, read_conversations
+from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.data.pipeline import iterate
+from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
+from jaxspec.distill import TrainState
+from jaxspec.interchange.hf import write_llama
+from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
+from jaxspec.report import print_table, result, write_json
+from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxspec.targets.llama import Llama
+from jaxspec.training import HostBatch, document_ids, optimizer_of, refuse_other_settings, say, train
+
+RESUMABLE = ("model", "data", "optimizer", "seed", "dtype")  # settings that may not change under a run's feet
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec pretrain`."""
+
+    config: Positional[str]
+    """Name of an experiment in configs/, or path of a Python file."""
+    overrides: Positional[tuple[str, ...]] = ()
+    """Changes such as optimizer.peak_lr=1e-3."""
+    json: Path | None = None
+    """Write the result here."""
+
+
+class Data(NamedTuple):
+    """Everything read from disk before the first step."""
+
+    tokenizer: ChatTokenizer
+    train: PackedBatches
+    eval: PackedBatches
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec pretrain", description=__doc__ or "")
+    config = load(args.config, args.overrides)
+    if not isinstance(config, PretrainConfig):
+        raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a PretrainConfig")
+    found = pretrain(config)
+    written = result("pretrain", dtype=config.dtype, seed=config.seed, started=started, **found)
+    if args.json:
+        write_json(args.json, written)
+    by_source = found["eval"]["by_source"]
+    print_table(
+        f"{config.name}: held-out loss after {found['steps']:,} steps",
+        ("source", "nats a token"),
+        [*by_source.items(), ("all", found["eval"]["loss"])],
+    )
+    return 0
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Train and export; returns the verb's own JSON keys."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    data = read_data(config)
+    steps = config.optimizer.steps or len(data.train)
+    shape = dataclasses.replace(
+        config.model, bos_id=data.tokenizer.bos_id, eos_ids=data.tokenizer.stop_ids, pad_id=data.tokenizer.pad_id
+    )
+    model = Llama(
+        shape,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+        query_block=config.query_block,
+        row_by_row=mesh.size == 1 and jax.default_backend() == "cpu",
+    )
+    optimizer = optimizer_of(config.optimizer, steps)
+
+    def init() -> TrainState:
+        init_key, train_key = jax.random.split(jax.random.key(config.seed))
+        params = model.init_params(init_key)
+        return TrainState(params, optimizer.init(params), jnp.int32(0), train_key)
+
+    abstract = jax.eval_shape(init)
+    layout = shardings(mesh, abstract)
+    settings = to_dict(config)
+    with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
+        batches = iterate(data.train)
+        resumed_from = checkpoints.latest_step()
+        if resumed_from is None:
+            state = jax.jit(init, out_shardings=layout)()
+        else:
+            restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
+            refuse_other_settings(restored.config, settings, RESUMABLE, checkpoints.folder)
+            state = restored.state
+            batches.set_state(restored.data_state)
+            say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
+        place = functools.partial(place_batch, batch_sharding(mesh))
+        update = jax.jit(functools.partial(train_step, model, optimizer, config.loss_block), donate_argnums=0)
+        sums = jax.jit(
+            functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
+            out_shardings=replicated(mesh),
+        )
+        try:
+            outcome = train(
+                lambda state, batch: update(state, place(batch)[0]),
+                lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
+                state,
+                batches,
+                checkpoints,
+                name=f"pretrain {config.name}",
+                start=resumed_from or 0,
+                steps=steps,
+                document_ids=functools.partial(document_ids, data.train.corpus),
+                config=settings,
+                save_every=config.checkpoint.save_every,
+                eval_every=config.eval_every,
+                log_every=config.log_every,
+            )
+        finally:
+            batches.close()
+        checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
+    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
+    if jax.process_index() == 0:
+        write_llama(config.export_folder, whole, shape, dtype="bfloat16")
+    return {
+        "steps": steps,
+        "tokens": outcome.tokens,
+        "loss": outcome.loss,
+        "eval": outcome.evaluation,
+        "tokens_per_second": outcome.tokens_per_second,
+        "checkpoint": checkpoint,
+        "resumed_from": resumed_from,
+        "export": config.export_folder,
+    }
+
+
+def read_data(config: PretrainConfig) -> Data:
+    """Conversations, tokenizer (trained on them unless the export folder has one) and packed batches."""
+    conversations = read_conversations(config.data.train, limit=config.data.limit)
+    tokenizer = find_tokenizer(config, conversations)
+    held_out = read_conversations(config.data.eval, limit=config.data.eval_limit)
+    length, batch, loss_on = config.data.length, config.data.batch, config.data.loss_on
+    corpora = [tokenize_conversations(c, tokenizer, length=length) for c in (conversations, held_out)]
+    for what, corpus in zip(("train", "eval"), corpora, strict=True):
+        say(f"{what}: {corpus.summary}")
+    # Optimizer steps decide when to stop unless epochs do.
+    epochs = config.optimizer.epochs
+    shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    return Data(
+        tokenizer,
+        PackedBatches(corpora[0], length, batch, seed=config.seed, epochs=epochs, loss_on=loss_on, **shard),
+        PackedBatches(corpora[1], length, batch, shuffle=False, loss_on=loss_on, **shard),
+    )
+
+
+def find_tokenizer(config: PretrainConfig, conversations: Sequence[Conversation]) -> ChatTokenizer:
+    """The tokenizer of the export folder, trained first if there is none."""
+    folder, vocab = Path(config.export_folder), config.model.vocab
+    if not (folder / "tokenizer.json").is_file():
+        say(f"training a tokenizer of {vocab:,} ids")
+        texts = (message["content"] for c in conversations for message in c.messages)
+        write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
+    tokenizer = ChatTokenizer.load(folder)
+    if tokenizer.vocab_size != vocab:
+        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but model.vocab is {vocab}")
+    return tokenizer
+
+
+def train_step(
+    model: Llama, optimizer: optax.GradientTransformation, block: int, state: TrainState, batch: TokenBatch
+) -> tuple[TrainState, jax.Array]:
+    """One update on one global batch and its mean loss; the state stays as it was if the loss is not finite."""
+    count = jnp.maximum(jnp.sum(target_weights(batch)), 1.0)
+    loss, gradient = jax.value_and_grad(lambda p: jnp.sum(next_token_loss(model, p, batch, block=block)) / count)(
+        state.params
+    )
+    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+    updated = TrainState(optax.apply_updates(state.params, updates), moments, state.step + 1, state.key)
+    fine = jnp.isfinite(loss)
+    return jax.tree.map(lambda new, old: jnp.where(fine, new, old), updated, state), loss
+
+
+def eval_sums(
+    model: Llama, block: int, sources: int, params: Any, batch: TokenBatch, sources_BL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and target tokens of a batch, summed by source: two `[sources]`."""
+    loss_BL = next_token_loss(model, params, batch, block=block)
+    which = jnp.where(sources_BL < 0, sources, sources_BL).ravel()
+
+    def total(x_BL: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(x_BL.ravel(), which, sources + 1)[:sources]
+
+    return total(loss_BL), total(target_weights(batch))
+
+
+def evaluate(sums: Callable[[HostBatch], tuple[jax.Array, jax.Array]], batches: PackedBatches) -> dict[str, Any]:
+    """Mean held-out loss in nats a token, over all and by source."""
+    parts = [jax.device_get(sums(batches[i])) for i in range(len(batches))]
+    loss, count = np.asarray(parts, np.float64).sum(axis=0)
+    by_source = {s: float(x / max(n, 1)) for s, x, n in zip(batches.corpus.sources, loss, count, strict=True)}
+    return {"loss": float(loss.sum() / max(count.sum(), 1)), "by_source": by_source, "tokens": int(count.sum())}
+
+
+def place_batch(sharding: jax.sharding.Sharding, batch: HostBatch) -> tuple[TokenBatch, jax.Array]:
+    """The batch and its source ids on the mesh, rows split as `sharding` says."""
+    names = ("tokens", "segments", "positions", "loss_mask", "sources")
+    *fields, sources = (jax.make_array_from_process_local_data(sharding, batch[name]) for name in names)
+    return TokenBatch(*fields), sources
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,278 @@
+"""Let the target write the answers of a data set: what a drafter is distilled on.
+
+User turns are kept; every assistant turn is the target's, its own earlier answers before it. A run that was stopped
+goes on where it was: give the same command. For many machines give each its --shard i/n and its own --out; the files
+together hold what one run without shards writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jaxspec import cli, report, serving
+from jaxspec.data.conversations import Conversation, read_conversations
+from jaxspec.regeneration import LENGTH, UNFIT, Rewritten, rewrite, write_user_turns
+from jaxspec.serving import Models, Settings
+
+SETTINGS = (
+    "target", "prompts", "from_scratch", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "shard", "dtype",
+    "keep_unfinished",
+)  # fmt: skip
+"""Flags that must stay the same when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class Args:
+    out: str
+    """JSON Lines of {"id", "source", "messages", "finish", "tokens"}, appended as conversations are finished."""
+    target: str = "tiny"
+    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    prompts: str | None = None
+    """JSON Lines of conversations, {"id", "source", "messages"} or ShareGPT's form; their answers are not read."""
+    from_scratch: int = 0
+    """Without --prompts: so many single user turns that the target itself writes, at temperature 1."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 draws from the target's own distribution."""
+    top_k: int = 0
+    """Draw among the likeliest K tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the draws; each conversation has its own noise, whatever batch or shard it is in."""
+    max_new_tokens: int = 256
+    """Most tokens of one answer."""
+    batch: int = 16
+    """Conversations decoded together."""
+    shard: str = "0/1"
+    """Take only every n-th conversation, beginning with the i-th: 0/4, 1/4, 2/4 or 3/4."""
+    limit: int | None = None
+    """Take only the first N conversations of the file, before they are sharded."""
+    keep_unfinished: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Keep conversations whose last answer was cut at --max-new-tokens; they are dropped otherwise."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        _ = self.settings, self.part
+        if (self.prompts is None) == (self.from_scratch == 0):
+            raise ValueError("give a file with --prompts, or a number with --from-scratch, one of the two")
+        for name, value in (("batch", self.batch), ("limit", self.limit), ("from-scratch", self.from_scratch or 1)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if not 0 <= self.seed < serving.SEEDS:
+            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
+
+    @property
+    def settings(self) -> Settings:
+        """How answers are drawn."""
+        return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which shard of how many."""
+        words = self.shard.split("/")
+        if len(words) == 2 and all(w.isdecimal() for w in words) and int(words[0]) < int(words[1]):
+            return int(words[0]), int(words[1])
+        raise ValueError(f"--shard is {self.shard!r}; it must be i/n with i below n, from 0/4 to 3/4 for four shards")
+
+
+class Output:
+    """The file of conversations, and beside it `FILE.state`: the run's settings, then the conversations left out.
+
+    Lines are whole or absent: what a kill left half-written is cut off when the file is opened again.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.state_path = path, path.with_name(f"{path.name}.state")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(path)
+        drop_torn_line(self.state_path)
+        state = read_lines(self.state_path)
+        begun = state[0] if state else None
+        if begun is None and path.exists() and path.stat().st_size:
+            raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
+        changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun and begun.get(k) != v]
+        if changed:
+            raise ValueError(f"{path}: was begun with {', '.join(changed)}; give another --out or the same flags")
+        if begun is None:
+            append(self.state_path, [settings])
+        self.kept = [summarize(record) for record in read_lines(path)]
+        self.dropped = state[1:]
+
+    @property
+    def ids(self) -> set[str]:
+        """Conversations that need no more work."""
+        return {record["id"] for record in [*self.kept, *self.dropped]}
+
+    def add(self, finished: Iterable[Rewritten], *, keep_unfinished: bool) -> None:
+        """Append what is finished; on disk when this returns."""
+        keep, drop = [], []
+        for item in finished:
+            kept = item.complete or (keep_unfinished and item.turns > 0)
+            (keep if kept else drop).append(item.record())
+        if keep:
+            append(self.path, keep)
+        if drop:
+            append(self.state_path, [summarize(record) for record in drop])
+        self.kept += map(summarize, keep)
+        self.dropped += map(summarize, drop)
+
+
+def summarize(record: dict[str, Any]) -> dict[str, Any]:
+    """What the counts need of a line."""
+    turns = sum(message["role"] == "assistant" for message in record["messages"])
+    return {k: record[k] for k in ("id", "source", "finish", "tokens")} | {"turns": turns}
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts off what stands behind the last line break."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file; none if it does not exist."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is not valid JSON ({error}); give another --out") from error
+
+
+def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Appends one line a record, and waits until they are on disk."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns 1 if not one conversation is finished."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec regenerate", description=__doc__ or "")
+    output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
+    already = output.ids
+    conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
+    models = serving.load_models(args.target, dtype=serving.DTYPES[args.dtype])
+    if conversations is None:
+        conversations = write_conversations(models, args)
+    todo = [(i, c) for i, c in select(conversations, args) if c.id not in already]
+    if already:
+        sys.stderr.write(f"{args.out}: {len(already):,} conversations are done, {len(todo):,} are left\n")
+    seconds, tokens = run(models, todo, output, args)
+    rows = count(output)
+    print_counts(rows, output, args)
+    result = report.result(
+        "regenerate",
+        dtype=serving.DTYPES[args.dtype],
+        seed=args.seed,
+        started=started,
+        **{name: getattr(args, name) for name in SETTINGS if name not in ("dtype", "seed")},
+        out=args.out,
+        conversations=len(output.kept),
+        resumed_from=len(already),
+        unfinished=sum(row["unfinished"] for row in rows),
+        unfit=sum(row["unfit"] for row in rows),
+        tokens=tokens,
+        tokens_per_second=tokens / seconds if tokens else None,
+        sources=rows,
+    )
+    if args.json:
+        report.write_json(args.json, result)
+    if output.kept:
+        return 0
+    sys.stderr.write("jaxspec regenerate: no answer was finished; raise --max-new-tokens or use --keep-unfinished\n")
+    return cli.EXIT_FAILED
+
+
+def write_conversations(models: Models, args: Args) -> list[Conversation]:
+    """Conversations of one user turn each, written by the target. The same in every shard."""
+    turns = []
+    with report.progress("writing user turns", args.from_scratch, "turns") as bar:
+        for turn in write_user_turns(models, args.from_scratch, seed=args.seed, batch=args.batch):
+            turns.append(turn)
+            bar.advance(1, f"{turn.attempt + 1 - len(turns):,} dropped")
+    if not turns:
+        raise ValueError("the target wrote no user turn that ended; it may not have been trained on user turns")
+    if len(turns) < args.from_scratch:
+        sys.stderr.write(f"jaxspec regenerate: the target wrote only {len(turns):,} different user turns\n")
+    return [
+        Conversation(f"scratch-{turn.attempt}", "scratch", ({"role": "user", "content": turn.text},)) for turn in turns
+    ]
+
+
+def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int, Conversation]]:
+    """This shard's conversations with their indices; ValueError if two of the file have one id."""
+    seen: set[str] = set()
+    for conversation in conversations:
+        if conversation.id in seen:
+            raise ValueError(f"{args.prompts}: two conversations have the id {conversation.id!r}; give each its own")
+        seen.add(conversation.id)
+    part, parts = args.part
+    return islice(enumerate(conversations), part, None, parts)
+
+
+def run(
+    models: Models, todo: list[tuple[int, Conversation]], output: Output, args: Args
+) -> tuple[float, int]:
+    """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
+    started, tokens = time.perf_counter(), 0
+    with report.progress("regenerating", len(todo), "conversations") as bar:
+        for done, finished in rewrite(models, todo, args.settings, seed=args.seed, batch=args.batch):
+            output.add(finished, keep_unfinished=args.keep_unfinished)
+            tokens += done.tokens if done else 0
+            speed = tokens / (time.perf_counter() - started)
+            bar.advance(len(finished), f"{report.four_digits(speed)} tokens/s")
+    return time.perf_counter() - started, tokens
+
+
+def count(output: Output) -> list[dict[str, Any]]:
+    """One row a source over the whole file: what is kept, and what was not finished, kept or not."""
+    rows = []
+    for source in sorted({r["source"] for r in [*output.kept, *output.dropped]}):
+        kept = [r for r in output.kept if r["source"] == source]
+        both = kept + [r for r in output.dropped if r["source"] == source]
+        rows.append(
+            {
+                "source": source,
+                "conversations": len(kept),
+                "turns": sum(r["turns"] for r in kept),
+                "tokens": sum(r["tokens"] for r in kept),
+                "unfinished": sum(r["finish"] == LENGTH for r in both),
+                "unfit": sum(r["finish"] == UNFIT for r in both),
+            }
+        )
+    return rows
+
+
+def print_counts(rows: list[dict[str, Any]], output: Output, args: Args) -> None:
+    """Prints the counts and what they mean."""
+    total = {k: sum(row[k] for row in rows) for k in ("conversations", "turns", "tokens", "unfinished", "unfit")}
+    table = [list(row.values()) for row in [*rows, {"source": "all", **total}]]
+    report.print_table(args.out, ["source", "kept", "answers", "tokens", "unfinished", "unfit"], table)
+    fate = "kept" if args.keep_unfinished else "dropped"
+    sys.stdout.write(
+        f"unfinished: an answer reached {args.max_new_tokens} tokens or the target's last position; {fate}.\n"
+        "unfit: a turn has no room in the target's positions, or its template refuses it; cut there, "
+        "or dropped if it is the first.\n"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
