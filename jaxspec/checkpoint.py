@@ -46,7 +46,7 @@ class RunCheckpoints:
             "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
         }
-        about = {"format": FORMAT, "kind": "run"}
+        about: dict[str, Any] = {"format": FORMAT, "kind": "run"}
         self._checkpointer = ocp.training.Checkpointer(str(self.folder), custom_metadata=about, **policies)
 
     def __enter__(self) -> "RunCheckpoints":

@@ -14,6 +14,7 @@ from jaxspec import cache as kv
 from jaxspec import verify
 from jaxspec.base import Array, Drafter, KVCache, Params, Target, TargetOutput, TreePolicy
 from jaxspec.sampling import Sampling, draw
+from jaxspec.trees import chain
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
 """Why a row ended: not yet, on a stop id, or at its budget of new tokens."""
@@ -257,8 +258,17 @@ def decode_rounds(engine: Engine, weights: Weights, state: DecodeState, limit: A
     return jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1]
 
 
-run_prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
+_prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
 run_rounds = jax.jit(decode_rounds, static_argnames="engine", donate_argnames="state")
+
+
+
+def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
+    """`prefill`, compiled once for all trees: reading a prompt does not depend on what will be drafted."""
+    reader = dataclasses.replace(engine, tree=None if engine.tree is None else chain(0), rows=1)
+    state = _prefill(reader, weights, requests, capacity, slots)
+    return state._replace(accepted_BP=jnp.zeros((requests.length_B.shape[0], engine.path), jnp.int32))
+
 
 NO_LIMIT = np.int32(np.iinfo(np.int32).max)
 

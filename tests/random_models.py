@@ -45,7 +45,7 @@ def write_target(folder: Path) -> Path:
     params["head"][:, 0] = 0.0
     params["head"][: len(SPECIAL_TOKENS)] = 0.0
     params["head"][: len(SPECIAL_TOKENS), 0] = -20.0
-    params["head"][end, 0] = 4.0
+    params["head"][end, 0] = 5.0
     write_llama(folder, params, config, dtype="float32")
     return folder
 

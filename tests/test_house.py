@@ -21,7 +21,7 @@ FLOORS = (
     {"targets", "drafters", "losses", "trees"},
     {"verify"},
     {"data", "decode", "distill", "checkpoint", "interchange", "cost", "report", "optimizer", "pretraining"},
-    {"config", "serving"},
+    {"config", "serving", "identity", "aot"},
     {"regeneration"},
     {"cli", "configs"},
     {"training"},

@@ -27,7 +27,10 @@ def quantised(tables: Tables, values: tuple[float, ...], seed: int = 0) -> Table
 
 def log_probabilities(tables: Tables) -> Tables:
     """By the library's own log-softmax, so that equal scores tie in both implementations."""
-    return [np.asarray(jax.jit(jax.nn.log_softmax)(x)) for x in tables]
+    return jax.device_get(log_softmax_each(tables))
+
+
+log_softmax_each = jax.jit(lambda tables: [jax.nn.log_softmax(x) for x in tables])
 
 
 def best(scores: list[np.float32], count: int) -> list[int]:
@@ -55,12 +58,12 @@ def eagle2(logp: Tables, row: int, nodes: int, depth: int, beam: int):
 KINDS = {
     "smooth": lambda t: t,
     "peaked": lambda t: [8 * x for x in t],
-    "flat": lambda t: [0 * x for x in t],
+    "flat": lambda t: [np.zeros_like(x) for x in t],
     "two values": lambda t: quantised(t, (0.0, -200.0)),
     "certain": lambda t: quantised(t, (0.0, -200.0, -200.0, -200.0), 1),
     "impossible": lambda t: [np.where(x < -1, -np.inf, x) for x in t],
 }
-SIZES = [(1, 1, 1), (2, 1, 1), (3, 1, 2), (4, 3, 1), (9, 3, 2), (14, 4, 3), (22, 3, 3), (17, 4, 5)]
+SIZES = [(1, 1, 1), (3, 1, 2), (4, 3, 1), (9, 3, 2), (22, 3, 3), (17, 4, 5)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -110,8 +113,7 @@ def brute_ancestors(parent: np.ndarray) -> np.ndarray:
 POLICIES: list[TreePolicy] = [
     chain(0),
     chain(1),
-    chain(5),
-    chain(2, rows=6),
+    chain(5, rows=8),
     StaticTree(parse_paths(EAGLE1_PATHS)),
     StaticTree(((0,), (2,), (2, 1), (2, 1, 0), (2, 1, 3)), rows=9),
     DynamicTree(1, 1, 1),
@@ -135,26 +137,32 @@ def test_the_attention_mask_is_the_nodes_and_their_ancestors(policy: TreePolicy)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_every_level_sees_its_drafted_ancestors_and_itself(policy: TreePolicy):
     """Slots are filled in order, and a node's visible slots hold exactly the prefixes of its path."""
-    tables = path_tables(2, 5, policy.depth, 2)
-    draft, seen = draft_from(tables), []
+    depths_and_slots = []
 
-    def watch(scratch, frontier: Frontier):
-        seen.append(frontier)
-        return draft(scratch, frontier)
+    @jax.jit
+    def frontiers(tables: Tables) -> list[tuple]:
+        draft, seen = draft_from(tables), []
 
-    scratch = jnp.full((2, policy.slots), -1)
-    policy.grow(watch, scratch, jnp.asarray(tables[0])[:, 0], jnp.zeros(2, jnp.int32))
+        def watch(scratch, frontier: Frontier):
+            seen.append((frontier.token_BW, frontier.parent_BW, frontier.visible_BWM))
+            depths_and_slots.append((frontier.depth, frontier.slot))
+            return draft(scratch, frontier)
+
+        scratch = jnp.full((2, policy.slots), -1)
+        policy.grow(watch, scratch, jnp.asarray(tables[0])[:, 0], jnp.zeros(2, jnp.int32))
+        return seen
+
+    found = jax.device_get(frontiers(path_tables(2, 5, policy.depth, 2)))
     paths: list[list[tuple[int, ...]]] = [[], []]
-    for level, frontier in enumerate(seen, start=1):
-        assert frontier.depth == level and frontier.slot == len(paths[0])
+    for level, (token_BW, parent_BW, visible_BWM) in enumerate(found, start=1):
+        begin = len(paths[0])
+        assert depths_and_slots[level - 1] == (level, begin)
         for b in range(2):
-            for w, token in enumerate(np.asarray(frontier.token_BW[b])):
-                parent = int(frontier.parent_BW[b, w])
+            for token, parent in zip(token_BW[b], parent_BW[b], strict=True):
                 paths[b].append((*(() if parent == ROOT else paths[b][parent]), int(token)))
         for b in range(2):
             assert len({*paths[b]}) == len(paths[b])
-            for w, visible in enumerate(np.asarray(frontier.visible_BWM[b])):
-                path = paths[b][frontier.slot + w]
+            for path, visible in zip(paths[b][begin:], visible_BWM[b], strict=True):
                 assert len(path) == level
                 assert visible.tolist() == [path[: len(p)] == p for p in paths[b]]
     assert len(paths[0]) == policy.slots
@@ -211,7 +219,7 @@ def test_a_tree_without_drafts_calls_no_drafter():
         raise AssertionError("drafted")
 
     for policy in (chain(0), chain(1), DynamicTree(1, 1, 2), DynamicTree(3, 1, 2)):
-        tree = policy.grow(refuse, None, jnp.ones((2, 4)), jnp.array([3, 1]))
+        tree = jax.jit(lambda root, p=policy: p.grow(refuse, None, jnp.ones((2, 4)), root))(jnp.array([3, 1]))
         assert tree.token_BN[:, 0].tolist() == [3, 1] and tree.token_BN.shape == (2, policy.nodes)
 
 

@@ -1,0 +1,531 @@
+"""Time speculative against plain decoding, and one round phase by phase.
+
+All arms run in one process on the same prompts and budgets, taking turns; figures are medians over the repeats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxspec import cache as kv
+from jaxspec import cli, cost, report, serving, verify
+from jaxspec.base import Array, KVCache, Tree
+from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
+from jaxspec.decode import (
+    NO_LIMIT,
+    DecodeState,
+    Engine,
+    Generation,
+    Requests,
+    Weights,
+    collect,
+    emit,
+    run_prefill,
+    run_rounds,
+    sizes,
+    tau,
+)
+from jaxspec.regeneration import write_user_turns
+from jaxspec.sampling import draw
+from jaxspec.serving import Job, Models, Settings
+from jaxspec.trees import parse_tree
+
+NOTES = """\
+tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; {repeats} repeats, median
+tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
+efficiency: speed-up / tau: the share of the longer steps that is left after drafting and wider target calls
+same: share of prompts whose tokens are those of the plain arm; fp32 differs only at near ties
+draft, target, verify, commit: the parts of a round as separate programs on the same shapes, dispatch subtracted;
+overhead: what is left of the round's time in the fused program; below 0 where fusion saves more than the rest costs"""
+
+
+@dataclass(frozen=True)
+class Args:
+    target: str = "tiny"
+    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    drafter: str = "none"
+    """Folder of a drafter; `none` times plain decoding alone."""
+    tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A tree to time, an arm each: chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM. Repeat the
+    flag, or join trees by commas. Default: the tree saved with the drafter."""
+    prompts: str | None = None
+    """File of prompts, as `jaxspec generate` reads it; default: user turns that the target writes itself."""
+    limit: int = 16
+    """Prompts taken; those that do not fill a batch are left out."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    batch: int = 1
+    """Prompts decoded together."""
+    repeats: int = 3
+    """Times each arm runs all prompts."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 draws from the target's own distribution."""
+    seed: int = 0
+    """Seed of the draws."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations."""
+    peer: Literal["none", "transformers"] = "none"
+    """Also time this library on the same folder, prompts and budgets: greedy, fp32, a thread a core."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        _ = self.settings
+        for spec in self.trees:
+            parse_tree(spec)
+        if self.trees and self.drafter == "none":
+            raise ValueError("--tree needs a --drafter, for plain decoding drafts nothing")
+        for name in ("limit", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.peer != "none" and (self.temperature or self.dtype != "fp32"):
+            raise ValueError(f"--peer {self.peer} is greedy and in fp32: leave out --temperature and --dtype")
+        if not 0 <= self.seed < serving.SEEDS:
+            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
+
+    @property
+    def settings(self) -> Settings:
+        """How answers are drawn."""
+        return Settings(self.max_new_tokens, self.temperature)
+
+    @property
+    def trees(self) -> list[str]:
+        """The trees named, in order; a comma inside a static tree's paths joins no trees."""
+        return [spec for item in self.tree for spec in re.split(r",\s*(?=none|chain|static|dynamic)", item)]
+
+
+class Run(NamedTuple):
+    """One pass of an arm over all batches."""
+
+    prefill_seconds: float
+    round_seconds: float
+    rounds: int
+    """Rounds of the loop; a batch goes on until its last row ends."""
+    generations: list[Generation]
+
+    @property
+    def tokens(self) -> list[np.ndarray]:
+        """New tokens of every prompt."""
+        return [row for generation in self.generations for row in generation.tokens]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens by all the time."""
+        return sum(map(len, self.tokens)) / (self.prefill_seconds + self.round_seconds)
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target call; prefill and its token are not counted."""
+        tokens = self.tokens
+        return tau(sum(map(len, tokens)) - len(tokens), sum(int(g.calls.sum()) for g in self.generations))
+
+
+class Peer(NamedTuple):
+    """Another library's pass over the same batches."""
+
+    seconds: float
+    tokens: list[np.ndarray]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
+    drafter = None if args.drafter == "none" else args.drafter
+    models = serving.load_models(
+        args.target, drafter=drafter, tree=args.trees[0] if args.trees else None, dtype=serving.DTYPES[args.dtype]
+    )
+    peer = load_peer(args, models) if args.peer != "none" else None
+    batches = make_batches(models, args)
+    arms = make_arms(models, args)
+    runs, peers = time_arms(arms, batches, args, peer)
+    with report.progress("timing parts", len(arms), "arms") as bar:
+        rows = []
+        for name, arm in arms.items():
+            rows.append(make_row(name, arm, runs, batches, args))
+            bar.advance()
+    result = make_result(args, rows, make_peer(args, runs, peers), started)
+    print_result(result, args)
+    if args.json:
+        report.write_json(args.json, result)
+    return 0
+
+
+def make_batches(models: Models, args: Args) -> list[Requests]:
+    """Full batches of like length; prompts that cannot be read are named and left out."""
+    if args.prompts is None:
+        turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed), args.limit)
+        prompts = [text_prompt(str(turn.attempt), turn.text) for turn in turns]
+    else:
+        prompts = read_prompts(args.prompts, limit=args.limit)
+    jobs = []
+    for index, prompt in enumerate(prompts):
+        try:
+            tokens = encode_prompt(prompt, models.tokenizer)
+            serving.check_length(tokens, models.config)
+        except ValueError as error:
+            sys.stderr.write(f"jaxspec bench decode: prompt {prompt.id!r} {cli.sentence(error)}\n")
+        else:
+            jobs.append(Job(index, tokens, serving.row_seed(args.seed, index)))
+    jobs.sort(key=lambda job: len(job.tokens))
+    count = len(jobs) // args.batch
+    if not count:
+        raise ValueError(f"{len(jobs)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
+    rows = [jobs[i * args.batch : (i + 1) * args.batch] for i in range(count)]
+    return [serving.batch_requests(models, row, args.settings, batch=args.batch) for row in rows]
+
+
+def make_arms(models: Models, args: Args) -> dict[str, Models]:
+    """`plain`, then one arm a tree."""
+    arms = {"plain": models.plain()}
+    if models.engine.tree is not None:
+        trees = [parse_tree(spec) for spec in args.trees] or [models.engine.tree]
+        arms |= {getattr(tree, "spec", str(tree)): models.with_tree(tree) for tree in trees}
+    return arms
+
+
+def time_arms(
+    arms: dict[str, Models], batches: list[Requests], args: Args, peer: Callable[[Requests], list[np.ndarray]] | None
+) -> tuple[dict[str, list[Run]], list[Peer]]:
+    """Every arm's passes over all batches, arms taking turns; the first pass of each compiles and is not kept."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    peers: list[Peer] = []
+    passes = (len(arms) + (peer is not None)) * (args.repeats + 1)
+    with report.progress("timing", passes, "passes") as bar:
+        for repeat in range(args.repeats + 1):
+            for name, arm in arms.items():
+                run = decode_all(arm, batches, args.settings)
+                runs[name] += [run] if repeat else []
+                bar.advance(1, f"{name}: {report.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
+            if peer is not None:
+                run = peer_all(peer, batches)
+                peers += [run] if repeat else []
+                bar.advance(1, args.peer)
+    return runs, peers
+
+
+def decode_all(models: Models, batches: list[Requests], settings: Settings) -> Run:
+    """One pass."""
+    prefill = rounds = 0.0
+    states = []
+    for requests in batches:
+        started = time.perf_counter()
+        state = jax.block_until_ready(begin(models, requests, settings))
+        between = time.perf_counter()
+        state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, NO_LIMIT))
+        prefill, rounds = prefill + between - started, rounds + time.perf_counter() - between
+        states.append(collect(state))
+    return Run(prefill, rounds, sum(int(g.calls.max()) for g in states), states)
+
+
+def begin(models: Models, requests: Requests, settings: Settings) -> DecodeState:
+    """The prefilled state of a batch."""
+    capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], settings.max_new_tokens)[1:]
+    return run_prefill(models.engine, models.weights, requests, capacity, slots)
+
+
+# The parts of `decode.decode_step` and `decode.plain_step`, each a program of its own.
+
+
+class Scored(NamedTuple):
+    """What the target makes of a tree."""
+
+    fresh: KVCache
+    features_BLD: Array
+    logits_BLV: Array
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def grow_part(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
+    """The tree of one round."""
+    drafter, tree = engine.drafter, engine.tree
+    assert drafter is not None and tree is not None and state.root_logits_BV is not None
+    borrowed = engine.target.borrowed(weights.target)
+
+    def draft(scratch: Any, frontier: Any) -> tuple[Array, Any]:
+        return drafter.expand(weights.drafter, borrowed, state.draft, scratch, frontier)
+
+    return tree.grow(draft, drafter.scratch(state.draft, tree.slots), state.root_logits_BV, state.root_B)
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def target_part(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
+    """The target's call on the nodes of a tree."""
+    positions_BN = state.length_B[:, None] + tree.depth_BN
+    prefix = (state.cache, state.length_B)
+    out = engine.target.forward(
+        weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True
+    )
+    assert out.fresh is not None
+    return Scored(out.fresh, out.features_BLD, engine.target.logits(weights.target, out.features_BLD))
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def verify_part(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
+    """The target's draws, and the path that carries them."""
+    drawn_BN = draw(logits_BNV, tree.depth_BN, state.length_B + 1, engine.path, state.requests.sampling)
+    return verify.follow(tree, drawn_BN, engine.path - 1)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def commit_part(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> DecodeState:
+    """The accepted path written to the cache, its tokens to the output."""
+    cache = kv.commit(state.cache, kv.take_rows(fresh, accepted.path_BP), state.length_B)
+    return emit(state._replace(cache=cache), accepted.token_BP, accepted.count_B + 1)
+
+
+@functools.partial(jax.jit, static_argnames="engine", donate_argnames="draft")
+def extend_part(
+    engine: Engine, weights: Weights, draft: Any, features_BND: Array, accepted: verify.Accepted
+) -> tuple[Any, Array]:
+    """The drafter takes in the accepted path."""
+    assert engine.drafter is not None
+    features_BPD = jnp.take_along_axis(features_BND, accepted.path_BP[:, :, None], axis=1)
+    borrowed = engine.target.borrowed(weights.target)
+    return engine.drafter.extend(
+        weights.drafter, borrowed, draft, accepted.token_BP, features_BPD, accepted.count_B + 1
+    )
+
+
+def one_node(state: DecodeState) -> Tree:
+    """The root alone, as plain decoding scores it."""
+    batch = state.root_B.shape[0]
+    column = jnp.zeros((batch, 1), jnp.int32)
+    here = jnp.ones((batch, 1), bool)
+    return Tree(state.root_B[:, None], column - 1, column, column.astype(jnp.float32), here, here[:, None])
+
+
+@jax.jit
+def nothing(*arguments: Any) -> Array:
+    """What handing a program its arguments costs."""
+    return jnp.zeros(())
+
+
+def time_parts(models: Models, requests: Requests, settings: Settings, rounds: int) -> dict[str, float]:
+    """Seconds of each part of a round, in the middle of decoding `requests`."""
+    engine, weights = models.engine, models.weights
+    state = run_rounds(engine, weights, begin(models, requests, settings), np.int32(max(1, rounds // 2)))
+    speculative = engine.drafter is not None
+    tree = grow_part(engine, weights, state) if speculative else one_node(state)
+    scored = target_part(engine, weights, state, tree)
+    accepted = verify_part(engine, state, tree, scored.logits_BLV)
+    parts = {
+        "target": part_seconds(functools.partial(target_part, engine), weights, state, tree),
+        "verify": part_seconds(functools.partial(verify_part, engine), state, tree, scored.logits_BLV),
+        "commit": part_seconds(commit_part, state, scored.fresh, accepted, donated=0),
+        "draft": 0.0,
+    }
+    if speculative:
+        extend = functools.partial(extend_part, engine)
+        parts["draft"] = part_seconds(functools.partial(grow_part, engine), weights, state)
+        parts["draft"] += part_seconds(extend, weights, state.draft, scored.features_BLD, accepted, donated=1)
+    return parts
+
+
+def part_seconds(part: Callable[..., Any], *arguments: Any, donated: int | None = None, repeats: int = 15) -> float:
+    """The median time of `part` without that of its dispatch; argument `donated` is given up, so a copy of it is."""
+    times = []
+    for program in (nothing, part):
+        samples = []
+        for _ in range(repeats + 1):
+            given = [jax.tree.map(jnp.copy, a) if i == donated else a for i, a in enumerate(arguments)]
+            jax.block_until_ready(given)
+            started = time.perf_counter()
+            jax.block_until_ready(program(*given))
+            samples.append(time.perf_counter() - started)
+        times.append(float(np.median(samples[1:])))
+    return max(0.0, times[1] - times[0])
+
+
+def make_row(
+    name: str, models: Models, runs: dict[str, list[Run]], batches: list[Requests], args: Args
+) -> dict[str, Any]:
+    """One arm's row: medians of its runs, the parts of a round, and the work a second by the models' sizes."""
+    mine = runs[name]
+    middle = len(batches) // 2
+    rounds = int(mine[0].generations[middle].calls.max())
+    parts = time_parts(models, batches[middle], args.settings, rounds) if rounds else {}
+    round_seconds = float(np.median([run.round_seconds / max(1, run.rounds) for run in mine]))
+    prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
+    prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
+    work = round_work(models, args.batch, float(prefix))
+    speed = float(np.median([run.tokens_per_second for run in mine]))
+    plain = float(np.median([run.tokens_per_second for run in runs["plain"]]))
+    tree = models.engine.tree
+    same = [np.array_equal(a, b) for a, b in zip(mine[0].tokens, runs["plain"][0].tokens, strict=True)]
+    return {
+        "arm": name,
+        "batch": args.batch,
+        "prefix": round(float(prefix)),
+        "nodes": 1 if tree is None else tree.nodes,
+        "tokens_per_second": speed,
+        "tau": mine[0].tau,
+        "speedup": speed / plain,
+        "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
+        "identical_fraction": float(np.mean(same)),
+        "round_ms": 1e3 * round_seconds,
+        **{f"{part}_ms": 1e3 * parts[part] if parts else None for part in ("draft", "target", "verify", "commit")},
+        "overhead_ms": 1e3 * (round_seconds - sum(parts.values())) if parts else None,
+        "prefill_ms": 1e3 * float(np.median([run.prefill_seconds for run in mine])) / len(batches),
+        "bytes_per_second": work.bytes / round_seconds if parts else None,
+        "flops_per_second": work.flops / round_seconds if parts else None,
+    }
+
+
+def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
+    """Bytes and FLOPs of one round: the target's call and, with a drafter, the tree's growth."""
+    engine, weights = models.engine, models.weights
+    itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
+    nodes = 1 if engine.tree is None else engine.tree.nodes
+    work = cost.target_work(
+        weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize
+    )
+    if engine.tree is None:
+        return work
+    head_VD = engine.target.borrowed(weights.target).head_VD
+    return work + cost.draft_work(weights.drafter, head_VD, engine.tree, batch=batch)
+
+
+def load_peer(args: Args, models: Models) -> Callable[[Requests], list[np.ndarray]]:
+    """A function from a batch to its tokens by `transformers`' greedy `generate`: same folder, fp32, a thread a core."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"--peer transformers needs {error.name}, which is not installed: install jaxspec-decoding[parity]"
+        ) from error
+    torch.set_num_threads(report.machine_facts()["cores"] or 1)
+    folder = serving.target_folder(args.target)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    pad = models.tokenizer.pad_id
+    stops = list(models.stop_ids)
+
+    def generate(requests: Requests) -> list[np.ndarray]:
+        lengths, budgets = np.asarray(requests.length_B), np.asarray(requests.budget_B)
+        width = int(lengths.max())
+        tokens, mask = np.full((len(lengths), width), pad), np.zeros((len(lengths), width), np.int64)
+        for row, seen, prompt, length in zip(tokens, mask, np.asarray(requests.tokens_BL), lengths, strict=True):
+            row[width - length :], seen[width - length :] = prompt[:length], 1
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=torch.from_numpy(tokens),
+                attention_mask=torch.from_numpy(mask),
+                do_sample=False,
+                max_new_tokens=int(budgets.max()),
+                eos_token_id=stops,
+                pad_token_id=pad,
+            )
+        rows = out[:, width:].numpy()
+        return [cut(row[:budget], stops) for row, budget in zip(rows, budgets, strict=True)]
+
+    return generate
+
+
+def cut(row: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    """`row` up to its first stop id, which is kept."""
+    found = np.flatnonzero(np.isin(row, stops))
+    return row[: found[0] + 1] if found.size else row
+
+
+def peer_all(peer: Callable[[Requests], list[np.ndarray]], batches: list[Requests]) -> Peer:
+    """The peer's pass."""
+    started = time.perf_counter()
+    tokens = [row for requests in batches for row in peer(requests)]
+    return Peer(time.perf_counter() - started, tokens)
+
+
+def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[Peer]) -> dict[str, Any] | None:
+    """The peer's entry in the result; None without one."""
+    if not peers:
+        return None
+    plain = runs["plain"]
+    speed = float(np.median([sum(map(len, p.tokens)) / p.seconds for p in peers]))
+    same = [np.array_equal(a, b) for a, b in zip(peers[0].tokens, plain[0].tokens, strict=True)]
+    return {
+        "name": args.peer,
+        "version": importlib.metadata.version(args.peer),
+        "tokens_per_second": speed,
+        "identical_fraction": float(np.mean(same)),
+        "plain_speedup": float(np.median([run.tokens_per_second for run in plain])) / speed,
+    }
+
+
+def make_result(
+    args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float
+) -> dict[str, Any]:
+    """The verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
+    best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
+    dtype = serving.DTYPES[args.dtype]
+    return report.result(
+        "bench decode",
+        dtype=dtype,
+        seed=args.seed,
+        started=started,
+        **{k: v for k, v in dataclasses.asdict(args).items() if k in ("target", "max_new_tokens", "repeats", "temperature")},
+        drafter=None if args.drafter == "none" else args.drafter,
+        rows=rows,
+        best=best and best["arm"],
+        speedup=best and best["speedup"],
+        efficiency=best and best["efficiency"],
+        peer=peer,
+        machine_copy_bytes_per_second=cost.copy_bandwidth(),
+        machine_matmul_flops_per_second=cost.matmul_rate(dtype),
+    )
+
+
+def print_result(result: dict[str, Any], args: Args) -> None:
+    """Prints the arms, the parts of their rounds, the peer, and what every figure means."""
+    rows, peer = result["rows"], result["peer"]
+    columns = {
+        "arm": "arm",
+        "nodes": "nodes",
+        "tokens/s": "tokens_per_second",
+        "x plain": "speedup",
+        "tau": "tau",
+        "efficiency": "efficiency",
+        "same": "identical_fraction",
+    }
+    table = [[row[key] for key in columns.values()] for row in rows]
+    if peer:
+        theirs = peer["tokens_per_second"]
+        name = f"{peer['name']} {peer['version']}"
+        table.append([name, 1, theirs, theirs / rows[0]["tokens_per_second"], 1.0, None, peer["identical_fraction"]])
+    report.print_table(f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}", list(columns), table)
+    parts = ["round", "draft", "target", "verify", "commit", "overhead"]
+    table = [
+        [row["arm"], *(row[f"{part}_ms"] for part in parts), per(row["bytes_per_second"], 1e9), per(row["flops_per_second"], 1e9)]
+        for row in rows
+    ]
+    report.print_table("One round, ms", ["arm", *parts, "GB/s", "GFLOP/s"], table)
+    sys.stdout.write(
+        f"this machine: copies {result['machine_copy_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; GB/s and GFLOP/s above are what the "
+        "models' sizes ask for\n"
+    )
+    if peer:
+        sys.stdout.write(f"plain decoding is {peer['plain_speedup']:.2f} times as fast as {peer['name']}\n")
+    sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")
+
+
+def per(value: float | None, unit: float) -> float | None:
+    """`value` in `unit`s."""
+    return None if value is None else value / unit
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,261 @@
+"""The main job on the bundled tiny target, start to end: distil an EAGLE-2 head, then decode losslessly with it.
+
+The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the fastest tree on this machine
+is picked from a handful, and held-out questions are decoded plainly and speculatively. No network, no other data.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxspec import cli, report, serving
+from jaxspec.checkpoint import save_drafter
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+from jaxspec.data.conversations import Conversation
+from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.decode import Generation, make_requests
+from jaxspec.identity import Divergence, divergences
+from jaxspec.regeneration import rewrite, write_user_turns
+from jaxspec.serving import Job, Models, Queue, Settings
+from jaxspec.training import Distilled, distill, say
+from jaxspec.trees import parse_tree
+
+TREES = ("chain:2", "chain:3", "chain:5", "chain:7", "static:0,1,00,01,000,0000", "dynamic:12x5x3")
+"""Candidates: on a CPU each verified node costs, so chains and small trees win."""
+
+
+@dataclass(frozen=True)
+class Args:
+    target: str = "tiny"
+    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    folder: Path = Path("runs/quickstart")
+    """Where the drafter and the training run are kept; a second call resumes or replaces what is there."""
+    conversations: int = 600
+    """Conversations that the target writes and the drafter learns from."""
+    held_out: int = 20
+    """Further questions, kept apart, that both arms answer at the end."""
+    steps: int = 240
+    """Training steps of 8 rows of 256 tokens."""
+    trees: tuple[str, ...] = TREES
+    """Trees to measure; the fastest is used."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        for name in ("conversations", "held_out", "steps", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for tree in self.trees:
+            parse_tree(tree)
+
+
+class Arm(NamedTuple):
+    """One way of decoding the held-out questions."""
+
+    generation: Generation
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the seconds they took, prefill included, compilation not."""
+        return sum(map(len, self.generation.tokens)) / self.seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec quickstart", description=__doc__ or "")
+    models = serving.load_models(args.target)
+    say("1/5 the target writes questions")
+    questions = write_questions(models, args)
+    held_out, asked = questions[: args.held_out], questions[args.held_out :]
+    say("2/5 the target answers them")
+    conversations = write_answers(models, asked, args)
+    say("3/5 an EAGLE-2 head is distilled")
+    began = time.monotonic()
+    done = train_head(models, conversations, args)
+    train_seconds = time.monotonic() - began
+    say("4/5 trees are measured on this machine")
+    tree, speeds = pick_tree(models, done, asked[:6], args)
+    drafter = args.folder / "drafter"
+    save_drafter(drafter, "eagle", done.module, done.params, {"target": args.target, "tree": tree})
+    say("5/5 held-out questions are decoded, plainly and speculatively")
+    fast = models.with_drafter(done.module, done.params, parse_tree(tree))
+    plain, speculative = measure(models, held_out, args), measure(fast, held_out, args)
+    sampled = measure(fast, held_out, args, temperature=1.0)
+    parted = compare(models, held_out, plain, speculative, args)
+    keys = {
+        "tau": speculative.generation.tau,
+        "tau_sampled": sampled.generation.tau,
+        "accept_histogram": speculative.generation.accepted.sum(axis=0).tolist(),
+        "identical_fraction": 1 - len(parted) / len(held_out),
+        "near_ties": [d._asdict() for d in parted],
+        "tokens_per_second_plain": plain.tokens_per_second,
+        "tokens_per_second_speculative": speculative.tokens_per_second,
+        "speedup": speculative.tokens_per_second / plain.tokens_per_second,
+        "tree": tree,
+        "tree_tokens_per_second": speeds,
+        "drafter_checkpoint": str(drafter),
+        "train_tokens": done.outcome.tokens,
+        "train_seconds": train_seconds,
+        "conversations": len(conversations),
+        "eval": done.outcome.evaluation,
+        "held_out_prompts": len(held_out),
+    }
+    found = report.result("quickstart", dtype="float32", seed=args.seed, started=started, **keys)
+    show(models, held_out, plain, speculative, parted, found)
+    if args.json:
+        report.write_json(args.json, found)
+    return 0
+
+
+def write_questions(models: Models, args: Args) -> list[str]:
+    """User turns that the target samples from its bare template header."""
+    count = args.conversations + args.held_out
+    questions = []
+    with report.progress("questions", count, "questions") as bar:
+        for turn in write_user_turns(models, count, seed=args.seed, batch=32):
+            questions.append(turn.text)
+            bar.advance()
+    if len(questions) <= args.held_out:
+        raise ValueError(
+            f"{args.target}: the target wrote only {len(questions)} whole questions from its template's header; "
+            "give it prompts with `jaxspec regenerate` and train with `jaxspec train` instead"
+        )
+    return questions
+
+
+def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[Conversation]:
+    """The questions with the target's own answers; those it did not finish are left out."""
+    asked = [
+        Conversation(str(i), "self", ({"role": "user", "content": question},)) for i, question in enumerate(questions)
+    ]
+    settings = Settings(max_new_tokens=max(192, args.max_new_tokens))
+    answered: list[Conversation] = []
+    with report.progress("answers", len(asked), "answers") as bar:
+        for _, finished in rewrite(models, enumerate(asked), settings, seed=args.seed, batch=32):
+            answered += [r.conversation for r in finished if r.complete]
+            bar.advance(len(finished))
+    if len(answered) < 10:
+        raise ValueError(f"{args.target}: the target finished only {len(answered)} answers, too few to learn from")
+    return sorted(answered, key=lambda c: int(c.id))
+
+
+def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> Distilled:
+    """An EAGLE-2 head trained with EAGLE's losses on the target's answers."""
+    config = DistillConfig(
+        name="quickstart",
+        target=args.target,
+        data=DataConfig(train="", eval="", length=256, batch=8, loss_on="assistant"),
+        optimizer=OptimizerConfig(
+            peak_lr=2e-3,
+            warmup_steps=min(20, args.steps),
+            steps=args.steps,
+            weight_decay=0.01,
+            clip_value=0.5,
+            schedule="linear",
+        ),
+        checkpoint=CheckpointConfig(str(args.folder / "run"), save_every=max(1, args.steps // 4)),
+        export_folder=str(args.folder / "drafter"),
+        seed=args.seed,
+        eval_every=args.steps,
+    )
+    data = config.data
+    judged = max(1, len(conversations) // 20)
+    corpora = [
+        tokenize_conversations(part, models.tokenizer, length=data.length)
+        for part in (conversations[judged:], conversations[:judged])
+    ]
+    train_data = PackedBatches(corpora[0], data.length, data.batch, seed=args.seed, epochs=None, loss_on="assistant")
+    eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
+    return distill(config, models.engine.target, models.weights.target, train_data, eval_data)  # type: ignore[arg-type]
+
+
+def pick_tree(models: Models, done: Distilled, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:
+    """The fastest tree by tokens a second on a few training questions, and every tree's speed."""
+    speeds = {}
+    with report.progress("trees", len(args.trees), "trees") as bar:
+        for tree in args.trees:
+            drafted = models.with_drafter(done.module, done.params, parse_tree(tree))
+            speeds[tree] = max(measure(drafted, questions, args).tokens_per_second for _ in range(2))
+            bar.advance(status=f"{tree} {speeds[tree]:,.0f} tokens/s")
+    return max(speeds, key=lambda tree: speeds[tree]), speeds
+
+
+def measure(models: Models, questions: Sequence[str], args: Args, *, temperature: float = 0.0) -> Arm:
+    """The questions one at a time, as a single user would wait for them; programs are compiled before the clock."""
+    jobs = [Job(i, prompt(models, question), args.seed + i) for i, question in enumerate(questions)]
+    settings = Settings(max_new_tokens=args.max_new_tokens, temperature=temperature)
+    answers, seconds = {}, 0.0
+    for batch in serving.answer(models, Queue(jobs, batch=1), settings, warm=True):
+        answers[batch.jobs[0].key] = batch.answers[0]
+        seconds += batch.seconds
+    rows = [answers[i] for i in range(len(jobs))]
+    generation = Generation(
+        [r.tokens for r in rows],
+        [r.finish for r in rows],
+        np.array([r.calls for r in rows]),
+        np.stack([r.accepted for r in rows]),
+    )
+    return Arm(generation, seconds)
+
+
+def prompt(models: Models, question: str) -> np.ndarray:
+    """A question as the target reads it."""
+    return models.tokenizer.encode_prompt([{"role": "user", "content": question}])
+
+
+def compare(models: Models, questions: Sequence[str], plain: Arm, fast: Arm, args: Args) -> list[Divergence]:
+    """Where the two arms' texts part, if anywhere."""
+    requests = make_requests([prompt(models, q) for q in questions], max_new_tokens=args.max_new_tokens)
+    return divergences(models.engine, models.weights, requests, plain.generation, fast.generation)
+
+
+def show(
+    models: Models, questions: Sequence[str], plain: Arm, fast: Arm, parted: list[Divergence], found: dict
+) -> None:
+    """Both texts of one question, and the table."""
+    longest = int(np.argmax([len(t) for t in plain.generation.tokens]))
+    for name, text in (
+        ("question", questions[longest]),
+        ("plain", models.tokenizer.decode(plain.generation.tokens[longest])),
+        ("speculative", models.tokenizer.decode(fast.generation.tokens[longest])),
+    ):
+        sys.stdout.write(f"\n[{name}]\n{text.strip()}\n")
+    sys.stdout.write("\n")
+    histogram = ", ".join(f"{n}: {count}" for n, count in enumerate(found["accept_histogram"]))
+    report.print_table(
+        f"{len(questions)} held-out questions, one at a time, fp32",
+        ("measure", "plain", "speculative"),
+        [
+            ("tokens/s, greedy", f"{plain.tokens_per_second:,.0f}", f"{fast.tokens_per_second:,.0f}"),
+            ("speed-up", "1.00", f"{found['speedup']:.2f}"),
+            ("tau, greedy", "1.00", f"{found['tau']:.2f}"),
+            ("tau, temperature 1", "1.00", f"{found['tau_sampled']:.2f}"),
+            ("texts identical", "", f"{found['identical_fraction']:.0%}"),
+            ("rounds by drafted tokens accepted", "", histogram),
+            ("tree", "", found["tree"]),
+        ],
+    )
+    sys.stdout.write("tau: tokens per target call, bonus token included; prefill and the token it gives not counted\n")
+    for d in parted:
+        verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
+        sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")
+    sys.stdout.write(f'next: jaxspec generate --drafter {found["drafter_checkpoint"]} "{questions[longest][:60]}"\n')
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,191 @@
+"""The decode program compiled for TPUs that are not here: whether it fits, what it copies, what it sends."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib.util
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxspec.base import KVCache
+from jaxspec.decode import DecodeState, Engine, Requests, Weights, prefill, run_rounds
+from jaxspec.sampling import Sampling
+from jaxspec.sharding import make_mesh, replicated, shardings
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+class Plan(NamedTuple):
+    """What one chip needs for a compiled decode program, in bytes, and what its loop does besides computing."""
+
+    arguments: int
+    """Weights, caches and the rest of the decode state."""
+    temporaries: int
+    peak: int
+    """The most that is held at one time, program included."""
+    aliased: int
+    """Arguments whose buffers the results take over: the caches, if they are updated in place."""
+    cache_bytes: int
+    """This chip's part of all caches."""
+    cache_copies: tuple[str, ...]
+    """Instructions in the loop that write another buffer of a cache's shape. A move of a whole cache between HBM and
+    on-chip memory is not one: XLA chooses that for caches that fit, to read them there."""
+    sent: dict[str, int]
+    """Collectives in the loop, as `all-reduce bf16[1,60,4096]` -> how many of them the program text has."""
+
+    @property
+    def largest_message(self) -> int:
+        """Elements of the largest collective result in the loop."""
+        return max((_elements(s) for name in self.sent for _, s, _ in _shapes(name)), default=0)
+
+
+def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the chips of a TPU slice such as `v6e:2x4`, known to the compiler only.
+
+    Raises ModuleNotFoundError without libtpu, and ValueError for a mesh that does not take all chips.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError('compiling for a TPU that is not here needs libtpu: pip install "jax[tpu]"')
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return make_mesh(data, fsdp, tensor, devices=list(described.devices))
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """`tree` as abstract arrays that live on the mesh by the rules of `jaxspec.sharding`."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(mesh, tree))
+
+
+def abstract_state(engine: Engine, weights: Weights, *, batch: int, capacity: int, slots: int) -> DecodeState:
+    """The state that prefill would hand to the rounds, as shapes; nothing is allocated."""
+    row = functools.partial(jax.ShapeDtypeStruct, (batch,))
+    prompt = jax.ShapeDtypeStruct((batch, min(64, capacity)), jnp.int32)
+    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.uint32))
+    stop = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    requests = Requests(prompt, row(jnp.int32), sampling, stop, row(jnp.int32))
+    return jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
+
+
+def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, capacity: int, slots: int = 512) -> Plan:
+    """Compile `decode.run_rounds` for the mesh and read what it needs.
+
+    `weights` are abstract (`jax.eval_shape` of an initialisation, cast to what decoding uses); `capacity` is the
+    cache's slots a row and `slots` the output's. Raises ValueError, with XLA's numbers, where a chip's memory does not
+    hold the program.
+    """
+    state = abstract_state(engine, weights, batch=batch, capacity=capacity, slots=slots)
+    caches = [c for c in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KVCache)) if isinstance(c, KVCache)]
+    buffers = jax.tree.leaves(place(mesh, caches))
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    with jax.set_mesh(mesh):
+        lowered = run_rounds.lower(engine, place(mesh, weights), place(mesh, state), limit)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        held = _bytes_a_chip(jax.tree.leaves(place(mesh, (weights, state)))) / 2**30
+        raise ValueError(
+            f"decoding batch={batch} with capacity={capacity} on a mesh of {dict(mesh.shape)} does not fit a chip: "
+            f"weights and state alone take {held:.2f} GiB of it; use more chips, a smaller batch or a smaller capacity "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    memory = compiled.memory_analysis()
+    loop = _loop_instructions(compiled.as_text() or "")
+    shapes = {_dims(s) for b in buffers for s in (b.shape, b.sharding.shard_shape(b.shape))}
+    return Plan(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        cache_bytes=_bytes_a_chip(buffers),
+        cache_copies=tuple(line for line in loop if _copies(line, shapes)),
+        sent=dict(collections.Counter(filter(None, map(_sent, loop)))),
+    )
+
+
+def _bytes_a_chip(arrays: list[Any]) -> int:
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+
+
+# Reading HLO text. An instruction is `%name = shape opcode(operands), attributes`; a shape ends in `{layout}`, where
+# `S(1)` marks on-chip memory.
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computation)=(%[\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+def _loop_instructions(text: str) -> list[str]:
+    """The instructions that run in the outermost loops, nested loops and branches included, insides of fusions not.
+
+    A fusion that writes a whole buffer keeps its root's opcode: `fusion` lines get `writes=OPCODE` appended.
+    """
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name = line.split()[1] if line.startswith("ENTRY") else line.split()[0]
+            entry = name if line.startswith("ENTRY") else entry
+            lines = computations.setdefault(name, [])
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
+    found, seen = [], {entry}
+    waiting = [name for line in computations.get(entry, []) if " while(" in line for name in _CALLED.findall(line)]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in computations.get(name, []):
+            if match := re.search(r" fusion\(.*calls=(%[\w.\-]+)", line):
+                inside = computations.get(match[1], [])
+                in_place = any(" dynamic-update-slice(" in x for x in inside)
+                line += f" writes={'a slice' if in_place else 'all'}"
+            elif not re.search(r" (all-reduce|reduce|reduce-scatter|sort|scatter|reduce-window)(-start)?\(", line):
+                waiting += _CALLED.findall(line)
+                waiting += [b.strip() for group in _BRANCHES.findall(line) for b in group.split(",")]
+            found.append(line.strip())
+    return found
+
+
+def _shapes(text: str) -> list[tuple[str, str, str]]:
+    return _SHAPE.findall(text)
+
+
+def _elements(sizes: str) -> int:
+    return math.prod(int(n) for n in sizes.split(",") if n)
+
+
+def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape up to transposition and axes of size one, so that a relaid copy is recognised."""
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def _copies(line: str, shapes: set[tuple[int, ...]]) -> bool:
+    """Whether an instruction fills a second buffer of one of these shapes."""
+    match = _INSTRUCTION.match("  " + line)
+    assert match is not None
+    results = _shapes(match["result"])
+    hit = [r for r in results if _dims(tuple(int(n) for n in r[1].split(",") if n)) in shapes]
+    if not hit:
+        return False
+    if match["opcode"] == "copy-start":
+        return "S(" not in match["result"]
+    return match["opcode"] in ("copy", "transpose", *COLLECTIVES) or line.endswith("writes=all")
+
+
+def _sent(line: str) -> str | None:
+    match = _INSTRUCTION.match("  " + line)
+    assert match is not None
+    opcode = match["opcode"].removesuffix("-start")
+    if opcode not in COLLECTIVES:
+        return None
+    kind, sizes, _ = _shapes(match["result"])[-1 if opcode == "all-gather" else 0]
+    return f"{opcode} {kind}[{sizes}]"

@@ -1,0 +1,98 @@
+"""What a round of decoding costs on paper, and what this machine can do: the two sides of every efficiency figure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.base import Frontier, TreePolicy
+from jaxspec.targets.llama import LlamaConfig
+
+
+class Work(NamedTuple):
+    """Memory traffic and arithmetic that a computation cannot do without."""
+
+    bytes: float
+    flops: float
+
+    def __add__(self, other: tuple[Any, ...]) -> Work:
+        more = Work(*other)
+        return Work(self.bytes + more.bytes, self.flops + more.flops)
+
+
+def matmul_weights(params: Any) -> tuple[int, int]:
+    """Elements and bytes of all weights but the embedding, of which a call reads only some rows."""
+    leaves = jax.tree.leaves({name: p for name, p in params.items() if name != "embed"})
+    return sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+
+
+def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, prefix: float, itemsize: int) -> Work:
+    """One call of the target: every weight read once; 2 FLOPs a weight and token; attention over `prefix` and `tokens`.
+
+    A tied head counts as the matmul it is. The cache is read up to `prefix`, not to its capacity.
+    """
+    count, size = matmul_weights(params)
+    if config.tied:
+        count, size = count + params["embed"].size, size + params["embed"].nbytes
+    c, seen = config, prefix + tokens
+    cache = 2 * c.layers * batch * c.kv_heads * c.head_dim * prefix * itemsize
+    attention = 4 * c.layers * batch * tokens * c.heads * c.head_dim * seen
+    return Work(size + cache, 2.0 * count * batch * tokens + attention)
+
+
+def draft_work(params: Any, head: Any, tree: TreePolicy, *, batch: int) -> Work:
+    """One round of a drafter with the target's LM `head [V, D]`: `extend` of a path, then one call a level of the tree.
+
+    Its attention, of one layer, is left out.
+    """
+    count, size = matmul_weights(params)
+    widths = frontier_widths(tree, head.shape[0], batch)
+    calls = len(widths) + 1
+    rows = batch * (tree.depth + 1 + sum(widths))
+    scored = batch * (1 + sum(widths))
+    return Work(calls * (size + head.nbytes), 2.0 * count * rows + 2.0 * head.size * scored)
+
+
+def frontier_widths(tree: TreePolicy, vocab: int, batch: int = 1) -> list[int]:
+    """Nodes that each call of `expand` drafts from while the tree grows."""
+    widths = []
+
+    def draft(scratch: Any, frontier: Frontier) -> tuple[Any, Any]:
+        widths.append(frontier.token_BW.shape[1])
+        return jnp.zeros((*frontier.token_BW.shape, vocab)), scratch
+
+    def grow() -> Any:
+        return tree.grow(draft, (), jnp.zeros((batch, vocab)), jnp.zeros(batch, jnp.int32))
+
+    jax.eval_shape(grow)
+    return widths
+
+
+def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
+    """The median time of `call`, results awaited, after one call that is not timed."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second, read and written counted both, of a copy far larger than any cache."""
+    x = jnp.ones(megabytes * 2**18, jnp.float32)
+    seconds = median_seconds(lambda copy=jax.jit(lambda x: x + 1): copy(x))
+    return 2 * x.nbytes / seconds
+
+
+def matmul_rate(dtype: Any = jnp.float32, size: int | None = None) -> float:
+    """FLOPs a second of a square matmul in `dtype`, by default of 1,536 rows on a CPU and of 8,192 elsewhere."""
+    size = size or (1536 if jax.devices()[0].platform == "cpu" else 8192)
+    x = jnp.ones((size, size), dtype)
+    return 2.0 * size**3 / median_seconds(lambda product=jax.jit(lambda x: x @ x): product(x))

@@ -1,0 +1,123 @@
+"""Tests of `jaxspec bench decode`: the keys and sums of its result, and of the paper costs behind it."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from random_models import write_drafter, write_target
+
+from jaxspec import cost, serving
+from jaxspec.__main__ import main
+from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
+
+ROW_KEYS = {
+    "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "round_ms", "draft_ms", "target_ms", "verify_ms",
+    "commit_ms", "overhead_ms", "bytes_per_second", "flops_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, target) -> dict:
+    """Plain, a chain and a static tree against transformers."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bench")
+    prompts, path = folder / "prompts.txt", folder / "out.json"
+    prompts.write_text("how much is 2 and 3?\nwhat does everybody know\n\nsay it again\n")
+    drafter = write_drafter(folder / "head")
+    flags = ["--target", target, "--drafter", drafter, "--tree", "chain:2,static:0,1,00", "--prompts", prompts]
+    flags += ["--max-new-tokens", "12", "--repeats", "2", "--peer", "transformers", "--json", path]
+    assert main(["bench", "decode", *map(str, flags)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_json_holds_the_agreed_keys(result):
+    assert {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"} <= result.keys()
+    assert {"efficiency", "speedup", "machine_copy_bytes_per_second", "machine_matmul_flops_per_second"} <= result.keys()
+    assert all(ROW_KEYS <= row.keys() for row in result["rows"])
+    assert [row["arm"] for row in result["rows"]] == ["plain", "chain:2", "static:0,1,00"]
+
+
+def test_the_parts_and_the_rest_are_the_round(result):
+    for row in result["rows"]:
+        parts = [row[f"{part}_ms"] for part in ("draft", "target", "verify", "commit", "overhead")]
+        assert sum(parts) == pytest.approx(row["round_ms"])
+        assert min(parts[:-1]) >= 0
+    assert result["rows"][0]["draft_ms"] == 0 < result["rows"][1]["draft_ms"]
+
+
+def test_speedup_and_efficiency_are_the_fastest_arms(result):
+    plain, *drafted = result["rows"]
+    best = max(drafted, key=lambda row: row["tokens_per_second"])
+    assert result["speedup"] == pytest.approx(best["tokens_per_second"] / plain["tokens_per_second"])
+    assert result["efficiency"] == pytest.approx(result["speedup"] / best["tau"])
+
+
+def test_arms_and_peer_decode_the_same_tokens(result):
+    assert all(row["identical_fraction"] == 1 for row in result["rows"])
+    peer = result["peer"]
+    assert peer["name"] == "transformers" and peer["version"] and peer["identical_fraction"] == 1
+    assert peer["plain_speedup"] == pytest.approx(result["rows"][0]["tokens_per_second"] / peer["tokens_per_second"])
+
+
+def test_a_missing_peer_is_one_sentence(target, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["bench", "decode", "--target", str(target), "--peer", "transformers"]) == 1
+    shown = capsys.readouterr().err
+    assert "needs torch, which is not installed: install jaxspec-decoding[parity]" in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_prompts_that_do_not_fill_a_batch_are_refused(tmp_path, target, capsys):
+    prompts = tmp_path / "one.txt"
+    prompts.write_text("one\n")
+    assert main(["bench", "decode", "--target", str(target), "--prompts", str(prompts), "--batch", "2"]) == 1
+    assert "1 prompts do not fill a batch of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--tree", "chain:2"], "--tree needs a --drafter"),
+        (["--drafter", "d", "--tree", "chain:2,chian:3"], "tree 'chain:2,chian:3' is not one of"),
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--peer", "transformers", "--temperature", "1"], "--peer transformers is greedy and in fp32"),
+    ],
+)
+def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "decode", *flags])
+    assert stop.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_frontiers_are_the_nodes_with_children():
+    assert cost.frontier_widths(chain(4), 50) == [1, 1, 1]
+    assert cost.frontier_widths(DynamicTree(8, 3, 3), 50) == [3, 3]
+    paths = parse_paths(EAGLE1_PATHS)
+    inner = {p[:-1] for p in paths} - {()}
+    widths = cost.frontier_widths(StaticTree(paths), 50)
+    assert widths == [sum(len(p) == d for p in inner) for d in range(1, len(widths) + 1)]
+
+
+def test_a_target_call_reads_every_weight_once(target):
+    models = serving.load_models(str(target))
+    c, params = models.config, models.weights.target
+    weights = sum(np.size(leaf) for leaf in jax.tree.leaves(params)) - c.vocab * c.width
+    one = cost.target_work(params, c, batch=1, tokens=1, prefix=0, itemsize=4)
+    assert one == (4 * weights, 2 * weights + 4 * c.layers * c.heads * c.head_dim)
+    four = cost.target_work(params, c, batch=2, tokens=2, prefix=10, itemsize=4)
+    assert four.bytes - one.bytes == 2 * c.layers * 2 * c.kv_heads * c.head_dim * 10 * 4
+    assert four.flops == 2 * weights * 4 + 4 * c.layers * 4 * c.heads * c.head_dim * 12
+
+
+def test_the_machine_moves_and_multiplies():
+    assert cost.copy_bandwidth(1) > 0
+    assert cost.matmul_rate(size=64) > 0

@@ -1,0 +1,158 @@
+"""Distillation: which pairs are trained, what the sums mean, and that only the drafter learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxspec.distill import Batch, Objective, add_noise, eval_step, init_state, loss_sums, step_masks, train_step
+from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.layers import causal_mask
+from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
+from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.targets.llama import Llama, LlamaConfig
+
+VOCAB, LENGTH = 61, 24
+TARGET = Llama(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
+DRAFTER = Eagle(EagleConfig(16, 2, 1, 8, 32))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    params = TARGET.init_params(jax.random.key(0))
+    return jax.tree.map(lambda a: a * 4, params)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1] * 11 + [2] * 9 + [0] * 4], 4, axis=0)
+    positions = np.repeat([[*range(11), *range(9), 0, 0, 0, 0]], 4, axis=0)
+    return Batch(
+        jnp.asarray(rng.integers(0, VOCAB, (4, LENGTH))),
+        jnp.asarray(segments),
+        jnp.asarray(positions),
+        jnp.asarray((segments > 0) & (positions >= 4)),
+    )
+
+
+def test_a_pair_is_trained_where_the_token_it_predicts_is_the_assistants(batch: Batch):
+    masks = np.asarray(step_masks(batch, Objective(steps=3)))
+    segments, wanted = np.asarray(batch.segments_BL), np.asarray(batch.loss_mask_BL)
+    for j in range(3):
+        for i in range(LENGTH):
+            at = i + j + 2
+            expected = at < LENGTH and segments[0, i] > 0 and segments[0, at] == segments[0, i] and wanted[0, at]
+            assert masks[j, 0, i] == bool(expected), (j, i)
+
+
+def test_the_first_assistant_token_is_predicted_and_the_reference_mask_starts_later(batch: Batch):
+    first = 4  # of the first document
+    ours = np.asarray(step_masks(batch, Objective()))[0, 0]
+    reference = np.asarray(step_masks(batch, Objective(reference_mask=True)))[0, 0]
+    assert np.flatnonzero(ours)[0] == first - 2
+    assert np.flatnonzero(reference)[0] == first
+
+
+def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batch: Batch):
+    objective = Objective(steps=2, chunk=7)
+    params = DRAFTER.init_params(jax.random.key(1))
+    sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective)
+    totals = {"smooth_l1": np.zeros(2), "soft_cross_entropy": np.zeros(2)}
+    accept, count = np.zeros(2), np.zeros(2)
+    borrowed = TARGET.borrowed(frozen)
+    for row in range(4):
+        for begin, length in ((0, 11), (11, 9)):
+            tokens = batch.tokens_BL[row : row + 1, begin : begin + length]
+            at = jnp.arange(length)[None]
+            features = TARGET.forward(frozen, tokens, at, causal_mask(length)).features_BLD
+            logits = TARGET.logits(frozen, features)
+            following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+            hidden = DRAFTER.unroll(params, borrowed, following, features, at, causal_mask(length), 2)
+            for j in range(2):
+                draft = DRAFTER.logits(params, borrowed, hidden[j])
+                for i in range(length - j - 2):
+                    if i + j + 2 < 4:
+                        continue
+                    p, q = logits[0, i + j + 1], draft[0, i]
+                    totals["smooth_l1"][j] += float(smooth_l1(hidden[j][0, i], features[0, i + j + 1]))
+                    totals["soft_cross_entropy"][j] += float(soft_cross_entropy(q, p))
+                    accept[j] += float(expected_acceptance(q, p))
+                    count[j] += 1
+    np.testing.assert_array_equal(sums.count_T, count)
+    for name, value in totals.items():
+        np.testing.assert_allclose(sums.loss_T[name], value, rtol=1e-4)
+    np.testing.assert_allclose(sums.accept_T, accept, rtol=1e-4)
+
+
+def test_tokens_outside_the_mask_do_not_matter(frozen, batch: Batch):
+    params = DRAFTER.init_params(jax.random.key(1))
+    padding = np.asarray(batch.segments_BL) == 0
+    other = batch._replace(tokens_BL=jnp.where(padding, (batch.tokens_BL + 7) % VOCAB, batch.tokens_BL))
+    a, b = (loss_sums(TARGET, DRAFTER, frozen, params, x, None, Objective(steps=2)) for x in (batch, other))
+    np.testing.assert_allclose(a.mean_loss(Objective(steps=2)), b.mean_loss(Objective(steps=2)), rtol=1e-6)
+
+
+def test_a_perfect_drafter_would_have_simulated_tau_of_steps_plus_one(frozen, batch: Batch):
+    sums = eval_step(TARGET, DRAFTER, Objective(steps=3), frozen, DRAFTER.init_params(jax.random.key(1)), batch)
+    perfect = sums._replace(chain_sampled_T=sums.count_T, chain_greedy_T=sums.count_T)
+    assert perfect.summary(Objective(steps=3))["simulated_tau"] == pytest.approx(4.0)
+    assert 1.0 <= sums.summary(Objective(steps=3))["simulated_tau"] <= 4.0
+
+
+def test_training_lowers_the_loss_and_leaves_the_target_alone(frozen, batch: Batch):
+    optimizer = optax.adamw(3e-3)
+    step = jax.jit(functools.partial(train_step, TARGET, DRAFTER, optimizer, Objective()))
+    state = init_state(DRAFTER, optimizer, jax.random.key(2))
+    losses = []
+    for _ in range(60):
+        state, loss, _ = step(frozen, state, batch)
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    assert int(state.step) == 60
+
+
+def test_a_loss_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(frozen, batch: Batch):
+    optimizer = optax.adamw(1e-3)
+    state = init_state(DRAFTER, optimizer, jax.random.key(2))
+    broken = jax.tree.map(lambda a: a * jnp.nan, frozen)
+    after, loss, _ = train_step(TARGET, DRAFTER, optimizer, Objective(), broken, state, batch)
+    assert not np.isfinite(loss)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, (after.params, after.optimizer), (state.params, state.optimizer)))
+
+
+def test_noise_is_bounded_by_the_documents_own_length(batch: Batch):
+    clean = jnp.zeros((4, LENGTH, 16))
+    noisy = np.abs(np.asarray(add_noise(clean, batch.segments_BL, jax.random.key(0), 0.2)))
+    assert 0 < noisy[:, :11].max() <= 0.1 * 512 / 11
+    assert 0.1 * 512 / 11 < noisy[:, 11:20].max() <= 0.1 * 512 / 9
+    assert np.array_equal(add_noise(clean, batch.segments_BL, jax.random.key(0), 0.0), clean)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])
+def test_one_update_on_a_mesh_equals_one_device(frozen, batch: Batch, mesh: tuple[int, int, int]):
+    target = TARGET.clone(config=LlamaConfig(64, 16, 2, 4, 2, 4, 32))
+    drafter = Eagle(EagleConfig(16, 4, 2, 4, 32))
+    frozen = jax.tree.map(lambda a: a * 4, target.init_params(jax.random.key(0)))
+    batch = Batch(*(jnp.concatenate([x, x]) for x in batch))
+    optimizer = optax.sgd(0.1)
+    step = functools.partial(train_step, target, drafter, optimizer, Objective(steps=2))
+    state = init_state(drafter, optimizer, jax.random.key(2))
+    alone, loss, _ = jax.jit(step)(frozen, state, batch)
+    devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
+    grid = make_mesh(*mesh, devices=devices)
+    place = jax.device_put
+    spread, spread_loss, _ = jax.jit(step)(
+        place(frozen, shardings(grid, frozen)), place(state, shardings(grid, state)), place(batch, batch_sharding(grid))
+    )
+    assert float(spread_loss) == pytest.approx(float(loss), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(spread.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_unknown_losses_are_named():
+    with pytest.raises(ValueError, match="'nll' is unknown: choose from smooth_l1, soft_cross_entropy"):
+        Objective(weights=(("nll", 1.0),))
