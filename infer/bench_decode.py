@@ -5,7 +5,6 @@ All arms run in one process on the same prompts and budgets, taking turns; figur
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import re
@@ -45,7 +44,7 @@ from jaxspec.serving import Job, Models, Settings
 from jaxspec.trees import parse_tree
 
 NOTES = """\
-tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; {repeats} repeats, median
+tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
 efficiency: speed-up / tau: the share of the longer steps that is left after drafting and wider target calls
 same: share of prompts whose tokens are those of the plain arm; fp32 differs only at near ties
@@ -401,7 +400,7 @@ def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
 
 
 def load_peer(args: Args, models: Models) -> Callable[[Requests], list[np.ndarray]]:
-    """A function from a batch to its tokens by `transformers`' greedy `generate`: same folder, fp32, a thread a core."""
+    """From a batch to its tokens by the greedy `generate` of transformers: same folder, fp32, a thread a core."""
     try:
         import torch
         import transformers
@@ -411,7 +410,7 @@ def load_peer(args: Args, models: Models) -> Callable[[Requests], list[np.ndarra
         ) from error
     torch.set_num_threads(report.machine_facts()["cores"] or 1)
     folder = serving.target_folder(args.target)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     pad = models.tokenizer.pad_id
     stops = list(models.stop_ids)
 
@@ -476,7 +475,10 @@ def make_result(
         dtype=dtype,
         seed=args.seed,
         started=started,
-        **{k: v for k, v in dataclasses.asdict(args).items() if k in ("target", "max_new_tokens", "repeats", "temperature")},
+        target=args.target,
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        temperature=args.temperature,
         drafter=None if args.drafter == "none" else args.drafter,
         rows=rows,
         best=best and best["arm"],
@@ -505,26 +507,22 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         theirs = peer["tokens_per_second"]
         name = f"{peer['name']} {peer['version']}"
         table.append([name, 1, theirs, theirs / rows[0]["tokens_per_second"], 1.0, None, peer["identical_fraction"]])
-    report.print_table(f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}", list(columns), table)
+    title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
+    report.print_table(title, list(columns), table)
     parts = ["round", "draft", "target", "verify", "commit", "overhead"]
+    rates = ("bytes_per_second", "flops_per_second")
     table = [
-        [row["arm"], *(row[f"{part}_ms"] for part in parts), per(row["bytes_per_second"], 1e9), per(row["flops_per_second"], 1e9)]
-        for row in rows
+        [row["arm"], *(row[f"{part}_ms"] for part in parts), *(row[k] and row[k] / 1e9 for k in rates)] for row in rows
     ]
     report.print_table("One round, ms", ["arm", *parts, "GB/s", "GFLOP/s"], table)
     sys.stdout.write(
         f"this machine: copies {result['machine_copy_bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; GB/s and GFLOP/s above are what the "
-        "models' sizes ask for\n"
+        f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; "
+        "GB/s and GFLOP/s above are what the models' sizes ask for\n"
     )
     if peer:
         sys.stdout.write(f"plain decoding is {peer['plain_speedup']:.2f} times as fast as {peer['name']}\n")
     sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")
-
-
-def per(value: float | None, unit: float) -> float | None:
-    """`value` in `unit`s."""
-    return None if value is None else value / unit
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import importlib.util
 import math
 import re
@@ -64,11 +63,15 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 def abstract_state(engine: Engine, weights: Weights, *, batch: int, capacity: int, slots: int) -> DecodeState:
     """The state that prefill would hand to the rounds, as shapes; nothing is allocated."""
-    row = functools.partial(jax.ShapeDtypeStruct, (batch,))
-    prompt = jax.ShapeDtypeStruct((batch, min(64, capacity)), jnp.int32)
-    sampling = Sampling(row(jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.uint32))
-    stop = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    requests = Requests(prompt, row(jnp.int32), sampling, stop, row(jnp.int32))
+    requests = jax.eval_shape(
+        lambda: Requests(
+            jnp.zeros((batch, min(64, capacity)), jnp.int32),
+            jnp.zeros(batch, jnp.int32),
+            Sampling(*(jnp.zeros(batch, t) for t in (jnp.float32, jnp.int32, jnp.float32, jnp.uint32))),
+            jnp.zeros((batch, 1), jnp.int32),
+            jnp.zeros(batch, jnp.int32),
+        )
+    )
     return jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
 
 
@@ -97,6 +100,7 @@ def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, cap
             f"({str(error).splitlines()[0]})"
         ) from error
     memory = compiled.memory_analysis()
+    assert memory is not None
     loop = _loop_instructions(compiled.as_text() or "")
     shapes = {_dims(s) for b in buffers for s in (b.shape, b.sharding.shard_shape(b.shape))}
     return Plan(
@@ -177,7 +181,7 @@ def _copies(line: str, shapes: set[tuple[int, ...]]) -> bool:
     if not hit:
         return False
     if match["opcode"] == "copy-start":
-        return "S(" not in match["result"]
+        return len({"S(" in layout for _, _, layout in results[:2]}) == 1
     return match["opcode"] in ("copy", "transpose", *COLLECTIVES) or line.endswith("writes=all")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -46,18 +45,13 @@ def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None 
         start_B = start_B + jnp.minimum(after_B, 0)
     zero = jnp.zeros((), start_B.dtype)
 
-    def write(b: int | Array, into: KVCache) -> KVCache:
-        k = lax.dynamic_slice_in_dim(rows.k_YBKCS, b, 1, axis=1).astype(cache.k_YBKCS.dtype)
-        v = lax.dynamic_slice_in_dim(rows.v_YBKSC, b, 1, axis=1).astype(cache.v_YBKSC.dtype)
+    # Unrolled: XLA fails to compile a loop over the rows for TPUs (RET_CHECK: "shape doesn't match when replacing").
+    for b in range(start_B.shape[0]):
+        k = rows.k_YBKCS[:, b : b + 1].astype(cache.k_YBKCS.dtype)
+        v = rows.v_YBKSC[:, b : b + 1].astype(cache.v_YBKSC.dtype)
         row = jnp.asarray(b, start_B.dtype)
-        return KVCache(
-            lax.dynamic_update_slice(into.k_YBKCS, k, (zero, row, zero, zero, start_B[b])),
-            lax.dynamic_update_slice(into.v_YBKSC, v, (zero, row, zero, start_B[b], zero)),
+        cache = KVCache(
+            lax.dynamic_update_slice(cache.k_YBKCS, k, (zero, row, zero, zero, start_B[b])),
+            lax.dynamic_update_slice(cache.v_YBKSC, v, (zero, row, zero, start_B[b], zero)),
         )
-
-    batch = start_B.shape[0]
-    if batch > 8:
-        return jax.lax.fori_loop(0, batch, write, cache)
-    for b in range(batch):
-        cache = write(b, cache)
     return cache

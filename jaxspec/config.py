@@ -113,7 +113,7 @@ class DistillConfig:
     export_folder: str  # Orbax folder of the finished drafter, for `jaxspec generate --drafter`
     drafter: str = "eagle"  # a name of jaxspec.drafters.DRAFTERS
     head: EagleConfig | None = None  # its shape; None: one layer of the target's shape
-    objective: Objective = Objective()
+    objective: Objective = dataclasses.field(default_factory=Objective)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of the target; masters are fp32

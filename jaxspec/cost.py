@@ -87,12 +87,13 @@ def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
 def copy_bandwidth(megabytes: int = 256) -> float:
     """Bytes a second, read and written counted both, of a copy far larger than any cache."""
     x = jnp.ones(megabytes * 2**18, jnp.float32)
-    seconds = median_seconds(lambda copy=jax.jit(lambda x: x + 1): copy(x))
-    return 2 * x.nbytes / seconds
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / median_seconds(lambda: copy(x))
 
 
 def matmul_rate(dtype: Any = jnp.float32, size: int | None = None) -> float:
     """FLOPs a second of a square matmul in `dtype`, by default of 1,536 rows on a CPU and of 8,192 elsewhere."""
     size = size or (1536 if jax.devices()[0].platform == "cpu" else 8192)
     x = jnp.ones((size, size), dtype)
-    return 2.0 * size**3 / median_seconds(lambda product=jax.jit(lambda x: x @ x): product(x))
+    product = jax.jit(lambda x: x @ x)
+    return 2.0 * size**3 / median_seconds(lambda: product(x))

@@ -28,7 +28,7 @@ def random_weights(module: Any, scale: float, seed: int) -> Any:
 
 
 def write_target(folder: Path) -> Path:
-    """A target whose answers end after some twenty tokens and hold no other special token."""
+    """A target whose answers end after some thirty tokens and hold hardly any other special token."""
     fillers = ("they say", "as is well known", "or so it seems to everyone here", "which nobody would deny")
     texts = [f"{a} and {b} make {a + b}, {filler}" for a in range(20) for b in range(20) for filler in fillers]
     tokenizer = train_bpe(texts, size=SIZE)
@@ -39,13 +39,11 @@ def write_target(folder: Path) -> Path:
         bos_id=0, eos_ids=(end,), pad_id=SPECIAL_TOKENS.index(PAD),
     )  # fmt: skip
     params = random_weights(Llama(config), 0.5, 1)
-    # Channel 0 is the same at every position, so the head's weights on it are a bias.
-    params["embed"][:, 0] = 20.0
-    params["layers"]["out"][..., 0] = params["layers"]["down"][..., 0] = 0.0
+    # A constant channel of the embedding, which the layer disturbs: the end is likely, and where depends on the text.
+    params["embed"][:, 0] = 3.0
     params["head"][:, 0] = 0.0
     params["head"][: len(SPECIAL_TOKENS)] = 0.0
-    params["head"][: len(SPECIAL_TOKENS), 0] = -20.0
-    params["head"][end, 0] = 5.0
+    params["head"][end, 0] = 4.0
     write_llama(folder, params, config, dtype="float32")
     return folder
 

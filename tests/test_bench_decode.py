@@ -40,7 +40,8 @@ def result(tmp_path_factory, target) -> dict:
 
 def test_json_holds_the_agreed_keys(result):
     assert {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"} <= result.keys()
-    assert {"efficiency", "speedup", "machine_copy_bytes_per_second", "machine_matmul_flops_per_second"} <= result.keys()
+    assert {"efficiency", "speedup", "peer"} <= result.keys()
+    assert {"machine_copy_bytes_per_second", "machine_matmul_flops_per_second"} <= result.keys()
     assert all(ROW_KEYS <= row.keys() for row in result["rows"])
     assert [row["arm"] for row in result["rows"]] == ["plain", "chain:2", "static:0,1,00"]
 

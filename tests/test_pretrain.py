@@ -52,10 +52,9 @@ def test_a_token_is_a_target_only_within_its_document_and_where_the_mask_allows(
     assert target_weights(batch).tolist() == [[1, 1, 0, 0, 1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("block", [4, 16])
-def test_the_loss_in_blocks_is_the_dense_one(block: int):
-    model = Llama(LlamaConfig(vocab=50, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=32))
-    params = model.init_params(jax.random.key(0))
+def test_the_loss_in_blocks_is_the_dense_one():
+    model = Llama(LlamaConfig(vocab=50, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     segments = jnp.asarray([[1] * 9 + [2] * 7, [1] * 5 + [2] * 8 + [0] * 3])
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
     batch = TokenBatch(tokens, segments, jnp.arange(16)[None].repeat(2, 0), jnp.ones((2, 16), bool))
@@ -67,7 +66,7 @@ def test_the_loss_in_blocks_is_the_dense_one(block: int):
         return jnp.sum(-chosen * target_weights(batch))
 
     def blocked(params: Any) -> jax.Array:
-        return jnp.sum(next_token_loss(model, params, batch, block=block))
+        return jnp.sum(next_token_loss(model, params, batch, block=4))
 
     value, gradient = jax.jit(jax.value_and_grad(blocked))(params)
     wanted, wanted_gradient = jax.jit(jax.value_and_grad(dense))(params)

@@ -25,7 +25,8 @@ def prompts(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "chat.jsonl"
     lines = []
     for i in range(12):
-        messages = [message("system", "be brief"), message("user", f"{i}: {QUESTIONS[i % 6]}"), message("assistant", "NO")]
+        messages = [message("system", "be brief"), message("user", f"{i}: {QUESTIONS[i % 6]}")]
+        messages += [message("assistant", "NO")]
         if i % 3 == 0:
             messages += [message("user", "and then?"), message("assistant", "NO")]
         lines.append({"id": f"c{i}", "source": "ab"[i % 2], "messages": messages})

@@ -1,0 +1,162 @@
+"""The bundled target decodes the same text with and without speculation; where rounding decides, it is a near tie."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import serving
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+from jaxspec.data.conversations import Conversation
+from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.decode import Engine, Requests, Weights, generate, generate_plain, make_requests
+from jaxspec.identity import divergences
+from jaxspec.regeneration import rewrite, write_user_turns
+from jaxspec.serving import Models, Settings
+from jaxspec.training import distill
+from jaxspec.trees import parse_tree
+
+TREES = ("chain:4", "static:eagle1", "dynamic:24x4x6")
+WARPS = ({}, {"top_p": 0.9}, {"top_k": 20})
+TEMPERATURES = (0.3, 0.7, 1.0, 1.5)
+
+
+class Head(NamedTuple):
+    """The bundled target, a head distilled from it for a minute, and questions the target wrote."""
+
+    models: Models
+    questions: list[str]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Head:
+    models = serving.load_models("tiny")
+    questions = [turn.text for turn in write_user_turns(models, 340, seed=7, batch=32)]
+    asked = [Conversation(str(i), "self", ({"role": "user", "content": q},)) for i, q in enumerate(questions[300:])]
+    answered = []
+    for _, done in rewrite(models, enumerate(asked), Settings(128), seed=7, batch=20):
+        answered += [r.conversation for r in done]
+    folder = tmp_path_factory.mktemp("identity")
+    config = DistillConfig(
+        "identity",
+        "tiny",
+        DataConfig("", "", length=128, batch=8, loss_on="assistant"),
+        OptimizerConfig(3e-3, warmup_steps=5, steps=60, clip_value=0.5),
+        CheckpointConfig(str(folder / "run"), save_every=60),
+        str(folder / "drafter"),
+    )
+    corpus = tokenize_conversations(answered, models.tokenizer, length=128)
+    data = [PackedBatches(corpus, 128, 8, epochs=e, loss_on="assistant") for e in (None, 1)]
+    target = models.engine.target
+    done = distill(config, target, models.weights.target, *data)  # type: ignore[arg-type]
+    return Head(models.with_drafter(done.module, done.params, parse_tree("chain:4")), questions[:300])
+
+
+def batches(head: Head, count: int, batch: int, **settings: object) -> list[Requests]:
+    """The first `count` questions in batches; every row has its own seed."""
+    models = head.models
+    prompts = [models.tokenizer.encode_prompt([{"role": "user", "content": q}]) for q in head.questions[:count]]
+    return [
+        make_requests(
+            prompts[i : i + batch],
+            max_new_tokens=64,
+            stop_ids=models.stop_ids,
+            seed=list(range(i, i + len(prompts[i : i + batch]))),
+            **settings,  # type: ignore[arg-type]
+        )
+        for i in range(0, count - count % batch, batch)
+    ]
+
+
+def differing(head: Head, tree: str, requests: list[Requests], rows: int | None) -> tuple[int, list[float]]:
+    """Rows whose text differs from plain decoding `rows` wide (None: as wide as the tree), and their margins."""
+    models = head.models.with_tree(parse_tree(tree))
+    engine, weights = models.engine, models.weights
+    assert engine.tree is not None
+    margins = []
+    for request in requests:
+        fast = generate(engine, weights, request)
+        plain = generate_plain(engine, weights, request, rows=rows or engine.tree.nodes)
+        margins += [d.margin for d in divergences(engine, weights, request, plain, fast)]
+    return len(margins), margins
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tree", TREES)
+def test_greedy_text_is_plain_decodings_token_for_token(head: Head, tree: str, batch: int):
+    assert differing(head, tree, batches(head, 12, batch), None) == (0, [])
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_sampled_text_is_plain_decodings_token_for_token_with_the_same_seed(head: Head, temperature: float):
+    for tree, warp in zip(TREES, WARPS, strict=True):
+        requests = batches(head, 8, 4, temperature=temperature, **warp)
+        assert differing(head, tree, requests, None) == (0, []), (tree, warp)
+
+
+def test_the_head_is_good_enough_for_these_tests_to_mean_something(head: Head):
+    done = generate(head.models.engine, head.models.weights, batches(head, 12, 12)[0])
+    assert done.tau > 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tree", TREES)
+def test_300_greedy_texts_are_plain_decodings_and_one_row_programs_part_only_at_near_ties(
+    head: Head, tree: str, batch: int, record_property
+):
+    requests = batches(head, 300, batch)
+    assert differing(head, tree, requests, None) == (0, [])
+    count, margins = differing(head, tree, requests, 1)
+    record_property("one_row_divergences", count)
+    assert all(m < 1e-3 for m in margins), margins
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("tree", TREES)
+def test_sampled_texts_are_plain_decodings_under_every_warp(head: Head, tree: str, temperature: float):
+    for warp in WARPS:
+        requests = batches(head, 60, 4, temperature=temperature, **warp)
+        assert differing(head, tree, requests, None) == (0, []), warp
+
+
+def test_bf16_texts_part_only_at_near_ties(head: Head):
+    models = head.models
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), models.weights)
+    engine = Engine(
+        models.engine.target.clone(dtype=jnp.bfloat16),  # type: ignore[attr-defined]
+        models.engine.drafter.clone(dtype=jnp.bfloat16),  # type: ignore[union-attr]
+        parse_tree("chain:4"),
+    )
+    exact = Engine(models.engine.target)
+    whole = Weights(jax.tree.map(lambda a: a.astype(jnp.float32), half.target))
+    for requests in batches(head, 12, 4):
+        fast = generate(engine, half, requests)
+        plain = generate_plain(engine, half, requests, rows=5)
+        assert all(np.isin(t, np.arange(models.config.vocab)).all() for t in fast.tokens)
+        margins = [d.margin for d in divergences(exact, whole, requests, plain, fast)]
+        assert all(m < 0.5 for m in margins), margins  # a logit of 16 has steps of 0.125 in bf16
+
+
+def test_a_row_that_parts_is_reported_with_its_place_and_margin(head: Head):
+    requests = batches(head, 2, 2)[0]
+    models = head.models
+    plain = generate_plain(models.engine, models.weights, requests)
+    other = plain.tokens[1].copy()
+    other[3] = (other[3] + 1) % models.config.vocab
+    changed = plain._replace(tokens=[plain.tokens[0], other])
+    (found,) = divergences(models.engine, models.weights, requests, plain, changed)
+    assert (found.row, found.index) == (1, 3) and found.margin > 0
+
+
+def test_the_bundled_folder_is_small_enough_to_ship():
+    folder = Path(serving.target_folder("tiny"))
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 14 * 2**20
+    assert dataclasses.asdict(serving.load_models("tiny").config)["vocab"] == 4096

@@ -1,0 +1,77 @@
+"""Speculative decoding of an 8B target compiles for a TPU v6e 2x4 slice, fits it, and updates its caches in place."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxspec import aot
+from jaxspec.decode import Engine, Weights
+from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.layers import RopeScaling
+from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.trees import DynamicTree, chain
+
+HBM = 32e9
+VOCAB = 128256
+
+
+def llama3_engine(layers: int, tree: object) -> tuple[Engine, Weights]:
+    """Returns an engine shaped as Llama-3.1-8B with its EAGLE-2 head, and its bf16 weights as shapes."""
+    scaling = RopeScaling("llama3", 8.0)
+    target = Llama(
+        LlamaConfig(VOCAB, 4096, layers, 32, 8, 128, 14336, rope_theta=5e5, rope_scaling=scaling),
+        stacked=False,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+    )
+    head = EagleConfig(4096, 32, 8, 128, 14336, rope_theta=5e5, bias=False)
+    drafter = Eagle(head, dtype=jnp.bfloat16)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: Weights(target.init_params(key), drafter.init_params(key)))
+    weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), shapes)
+    return Engine(target, drafter, tree), weights  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    pytest.importorskip("libtpu")
+    # Nothing here touches a TPU, so neither its metadata nor its lock is wanted.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return aot.tpu_mesh("v6e:2x4", tensor=8)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 8])
+def plan(request: pytest.FixtureRequest, mesh: jax.sharding.Mesh) -> aot.Plan:
+    engine, weights = llama3_engine(32, DynamicTree(60, 6, 10))
+    return aot.plan_rounds(engine, weights, mesh, batch=request.param, capacity=4096)
+
+
+def test_the_8b_decode_program_fits_a_v6e_chip(plan: aot.Plan):
+    assert plan.peak < HBM, f"a chip needs {plan.peak / 1e9:.2f} GB: {plan}"
+    assert plan.peak < 9e9, f"a chip needs {plan.peak / 1e9:.2f} GB, three times what it needed in 2026: {plan}"
+
+
+def test_the_loop_makes_no_copy_of_a_cache(plan: aot.Plan):
+    assert not plan.cache_copies
+    assert plan.aliased >= plan.cache_bytes
+
+
+def test_no_message_in_the_loop_carries_a_row_of_the_vocabulary(plan: aot.Plan):
+    assert plan.sent
+    assert plan.largest_message < VOCAB * 16, f"{plan.sent}"
+
+
+def test_a_cache_beyond_the_chips_is_refused_in_one_sentence(mesh: jax.sharding.Mesh):
+    engine, weights = llama3_engine(1, chain(1))
+    with pytest.raises(ValueError, match=r"batch=8 .* does not fit a chip: weights and state alone take 6\d\.\d\d GiB"):
+        aot.plan_rounds(engine, weights, mesh, batch=8, capacity=2**23)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "jax\[tpu\]"'):
+        aot.tpu_mesh("v6e:2x4", tensor=8)
