@@ -53,7 +53,7 @@ class Args:
     """Prompts decoded together."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations."""
-    raw: bool = False
+    raw: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue the prompt's text as it stands, without the chat template."""
     json: str | None = None
     """File for the result."""
@@ -145,7 +145,9 @@ def answer_many(models: Models, jobs: list[Job], args: Args) -> Outcome:
     """Answers the jobs in batches, with a progress bar."""
     answers: dict[int, Answer] = {}
     seconds, tokens = 0.0, 0
-    queue = Queue(jobs, batch=max(1, min(args.batch, len(jobs))))
+    if not jobs:
+        return Outcome(answers, seconds)
+    queue = Queue(jobs, batch=min(args.batch, len(jobs)))
     with report.progress("answering", len(jobs), "prompts") as bar:
         for done in serving.answer(models, queue, args.settings, warm=True):
             answers.update(zip((job.key for job in done.jobs), done.answers, strict=True))

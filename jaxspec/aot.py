@@ -127,9 +127,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 def _loop_instructions(text: str) -> list[str]:
-    """The instructions that run in the outermost loops, nested loops and branches included, insides of fusions not.
+    """The instructions of the program's loops, nested loops and branches included.
 
-    A fusion that writes a whole buffer keeps its root's opcode: `fusion` lines get `writes=OPCODE` appended.
+    A fusion is one instruction; its line gets `writes=a slice` appended where it updates a buffer in place, else
+    `writes=all`.
     """
     computations: dict[str, list[str]] = {}
     entry, lines = "", []

@@ -274,24 +274,30 @@ NO_LIMIT = np.int32(np.iinfo(np.int32).max)
 
 
 def bucket(length: int, step: int = 64) -> int:
-    """The padded size that stands for `length`: powers of two up to `8 * step`, then multiples of `4 * step`.
+    """The padded size that stands for a prompt of `length`: powers of two up to `8 * step`, then multiples of `4 * step`.
 
     Few sizes, so few compiled programs.
     """
     size = step
     while size < length and size < 8 * step:
         size *= 2
-    return size if size >= length else -(-length // (4 * step)) * 4 * step
+    return size if size >= length else round_up(length, 4 * step)
+
+
+def round_up(length: int, step: int = 64) -> int:
+    """The least multiple of `step` that holds `length`."""
+    return -(-length // step) * step
 
 
 def sizes(engine: Engine, prompt: int, max_new: int) -> tuple[int, int, int]:
     """Padded prompt length, cache capacity and output slots that a batch needs, from its longest row and budget.
 
-    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots.
+    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots. Attention reads
+    the whole capacity, so it is no rounder than it must be.
     """
     width = bucket(prompt)
-    slots = bucket(max_new + engine.path)
-    return width, bucket(width + slots), slots
+    slots = round_up(max_new + engine.path)
+    return width, width + slots, slots
 
 
 def make_requests(
@@ -318,15 +324,22 @@ def make_requests(
         if min(prompt) < 0 or (vocab is not None and max(prompt) >= vocab):
             raise ValueError(f"prompt {i} has a token outside the target's vocabulary of {vocab}")
 
+    def one_each(name: str, count: int) -> None:
+        if count not in (1, batch):
+            raise ValueError(f"{name} has {count} values for {batch} prompts: give one for all, or one for each")
+
     def each(name: str, value: Any, dtype: Any, low: float, high: float) -> np.ndarray:
+        one_each(name, np.size(value))
         row = np.broadcast_to(np.asarray(value), (batch,))
         for i, v in enumerate(row):
             if not low <= v <= high:
                 raise ValueError(f"{name}={v} of row {i} is outside [{low}, {high}]")
         return row.astype(dtype)
 
-    stops = [tuple(s) for s in stop_ids] if stop_ids and not isinstance(stop_ids[0], (int, np.integer)) else None
-    stops = stops if stops is not None else [tuple(stop_ids)] * batch
+    one_list = all(isinstance(s, (int, np.integer)) for s in stop_ids)
+    stops: list[Any] = [stop_ids] if one_list else list(stop_ids)
+    one_each("stop_ids", len(stops))
+    stops *= batch // len(stops)
     stop_BR = np.full((batch, max(1, *(len(s) for s in stops))), NO_STOP, np.int32)
     for row, stop in zip(stop_BR, stops, strict=True):
         row[: len(stop)] = stop
@@ -334,18 +347,18 @@ def make_requests(
     tokens_BL = np.zeros((batch, width), np.int32)
     for row, prompt in zip(tokens_BL, prompts, strict=True):
         row[: len(prompt)] = prompt
-    infinite = float("inf")
+    infinite, most = float("inf"), np.iinfo(np.int32).max
     return Requests(
         jnp.asarray(tokens_BL),
         jnp.asarray([len(p) for p in prompts], jnp.int32),
         Sampling(
             jnp.asarray(each("temperature", temperature, np.float32, 0, infinite)),
-            jnp.asarray(each("top_k", top_k, np.int32, 0, infinite)),
+            jnp.asarray(each("top_k", top_k, np.int32, 0, most)),
             jnp.asarray(each("top_p", top_p, np.float32, 1e-9, 1)),
             jnp.asarray(each("seed", seed, np.uint32, 0, 2**32 - 1)),
         ),
         jnp.asarray(stop_BR),
-        jnp.asarray(each("max_new_tokens", max_new_tokens, np.int32, 1, infinite)),
+        jnp.asarray(each("max_new_tokens", max_new_tokens, np.int32, 1, most)),
     )
 
 

@@ -11,6 +11,7 @@ from random_models import write_drafter, write_target
 
 from jaxspec import cost, serving
 from jaxspec.__main__ import main
+from jaxspec.infer import bench_decode
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
 
 ROW_KEYS = {
@@ -26,13 +27,13 @@ def target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, target) -> dict:
-    """Plain, a chain and a static tree against transformers."""
+    """Plain decoding, a static tree and transformers."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bench")
     prompts, path = folder / "prompts.txt", folder / "out.json"
     prompts.write_text("how much is 2 and 3?\nwhat does everybody know\n\nsay it again\n")
     drafter = write_drafter(folder / "head")
-    flags = ["--target", target, "--drafter", drafter, "--tree", "chain:2,static:0,1,00", "--prompts", prompts]
+    flags = ["--target", target, "--drafter", drafter, "--tree", "static:0,1,00", "--prompts", prompts]
     flags += ["--max-new-tokens", "12", "--repeats", "2", "--peer", "transformers", "--json", path]
     assert main(["bench", "decode", *map(str, flags)]) == 0
     return json.loads(path.read_text())
@@ -43,7 +44,7 @@ def test_json_holds_the_agreed_keys(result):
     assert {"efficiency", "speedup", "peer"} <= result.keys()
     assert {"machine_copy_bytes_per_second", "machine_matmul_flops_per_second"} <= result.keys()
     assert all(ROW_KEYS <= row.keys() for row in result["rows"])
-    assert [row["arm"] for row in result["rows"]] == ["plain", "chain:2", "static:0,1,00"]
+    assert [row["arm"] for row in result["rows"]] == ["plain", "static:0,1,00"]
 
 
 def test_the_parts_and_the_rest_are_the_round(result):
@@ -97,6 +98,11 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
         main(["bench", "decode", *flags])
     assert stop.value.code == 2
     assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
+    args = bench_decode.Args(drafter="d", tree=("chain:2,static:0,1,00", "dynamic:8x3x3,none"))
+    assert args.trees == ["chain:2", "static:0,1,00", "dynamic:8x3x3", "none"]
 
 
 def test_frontiers_are_the_nodes_with_children():

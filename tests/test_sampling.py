@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ keep_top_k = jax.jit(sampling.keep_top_k)
 keep_top_p = jax.jit(sampling.keep_top_p)
 
 
-def settings(batch, temperature=1.0, top_k=0, top_p=1.0, seed=0) -> Sampling:
+def settings(batch: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, seed: Any = 0) -> Sampling:
     row = lambda value, dtype: jnp.asarray(np.broadcast_to(np.asarray(value), (batch,)).astype(dtype))  # noqa: E731
     return Sampling(row(temperature, np.float32), row(top_k, np.int32), row(top_p, np.float32), row(seed, np.uint32))
 

@@ -44,7 +44,7 @@ def mesh() -> jax.sharding.Mesh:
     return aot.tpu_mesh("v6e:2x4", tensor=8)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.fixture(scope="module", params=[1, pytest.param(8, marks=pytest.mark.slow)])
 def plan(request: pytest.FixtureRequest, mesh: jax.sharding.Mesh) -> aot.Plan:
     engine, weights = llama3_engine(32, DynamicTree(60, 6, 10))
     return aot.plan_rounds(engine, weights, mesh, batch=request.param, capacity=4096)
@@ -67,7 +67,8 @@ def test_no_message_in_the_loop_carries_a_row_of_the_vocabulary(plan: aot.Plan):
 
 def test_a_cache_beyond_the_chips_is_refused_in_one_sentence(mesh: jax.sharding.Mesh):
     engine, weights = llama3_engine(1, chain(1))
-    with pytest.raises(ValueError, match=r"batch=8 .* does not fit a chip: weights and state alone take 6\d\.\d\d GiB"):
+    engine, weights = Engine(engine.target), Weights(weights.target)
+    with pytest.raises(ValueError, match=r"batch=8 .* does not fit a chip: weights and state alone take 3\d\.\d\d GiB"):
         aot.plan_rounds(engine, weights, mesh, batch=8, capacity=2**23)
 
 
@@ -75,3 +76,37 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "jax\[tpu\]"'):
         aot.tpu_mesh("v6e:2x4", tensor=8)
+
+
+HLO = """HloModule drawn_by_hand
+%update (p: bf16[2,8,128]) -> bf16[2,8,128] {
+  ROOT %u = bf16[2,8,128]{2,1,0} dynamic-update-slice(%p, %row, %zero)
+}
+%rewrite (p: bf16[2,8,128]) -> bf16[2,8,128] {
+  %inner = bf16[2,8,128]{2,1,0} copy(%p)
+  ROOT %m = bf16[2,8,128]{2,1,0} multiply(%inner, %inner)
+}
+%branch (p: bf16[2,8,128]) -> bf16[2,128,8] {
+  ROOT %swapped = bf16[2,128,8]{1,2,0} copy(%p)
+}
+%body (p: (s32[], bf16[2,8,128])) -> (s32[], bf16[2,8,128]) {
+  %in_place = bf16[2,8,128]{2,1,0} fusion(%p), kind=kLoop, calls=%update
+  %rewritten = bf16[2,8,128]{2,1,0} fusion(%p), kind=kLoop, calls=%rewrite
+  %fetch = (bf16[2,8,128]{2,1,0:S(1)}, bf16[2,8,128]{2,1,0}, u32[]) copy-start(%p)
+  %twin = (bf16[2,8,128]{2,1,0}, bf16[2,8,128]{2,1,0}, u32[]) copy-start(%p)
+  %small = bf16[8,128]{1,0} copy(%q)
+  %sum = f32[4,8]{1,0} all-reduce(%x), to_apply=%add
+  %choice = bf16[2,128,8]{1,2,0} conditional(%i, %p, %p), branch_computations={%branch, %branch}
+}
+ENTRY %main (p: bf16[2,8,128]) -> bf16[2,8,128] {
+  %relaid = bf16[2,8,128]{1,2,0} copy(%p)
+  %loop = (s32[], bf16[2,8,128]{1,2,0}) while(%start), condition=%going, body=%body
+}
+"""
+
+
+def test_copies_are_found_in_a_hand_drawn_program():
+    loop = aot._loop_instructions(HLO)
+    copied = [line for line in loop if aot._copies(line, {aot._dims((2, 8, 128))})]
+    assert sorted(line.removeprefix("ROOT ").split()[0] for line in copied) == ["%rewritten", "%swapped", "%twin"]
+    assert [s for s in map(aot._sent, loop) if s] == ["all-reduce f32[4,8]"]

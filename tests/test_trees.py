@@ -22,7 +22,7 @@ def grow_jitted(policy: TreePolicy, tables: Tables, root: int = 7) -> Tree:
 def quantised(tables: Tables, values: tuple[float, ...], seed: int = 0) -> Tables:
     """Every logit one of a few values: almost everything ties."""
     rng = np.random.default_rng(seed)
-    return [rng.choice(np.float32(values), size=x.shape) for x in tables]
+    return [rng.choice(np.asarray(values, np.float32), size=x.shape) for x in tables]
 
 
 def log_probabilities(tables: Tables) -> Tables:

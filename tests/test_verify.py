@@ -1,4 +1,4 @@
-"""The acceptance rule has exactly the target's law: by enumeration of every draw, and by sampling the compiled program."""
+"""The acceptance rule has exactly the target's law: by enumerating every draw, and by sampling the compiled program."""
 
 from __future__ import annotations
 
@@ -6,38 +6,48 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from toys import code_of, grow, node_paths, path_tables, random_tree
+from toys import code_of, grow, node_paths, path_tables, random_tree, tree_of
 
+from jaxspec import verify
 from jaxspec.base import Tree
 from jaxspec.sampling import Sampling, draw, warp_logits
 from jaxspec.trees import DynamicTree, StaticTree, chain
-from jaxspec.verify import follow
 
-follow = jax.jit(follow, static_argnums=2)
+follow: Any = jax.jit(verify.follow, static_argnums=2)
+warp_each = jax.jit(lambda tables, sampling: [warp_logits(x, sampling) for x in tables])
 Law = dict[tuple[int, ...], float]
-CHUNK = 4096
+CHUNK = 2048
 
 
 class TableTarget:
     """Next-token laws of every path in fp64, warped by the library's own `warp_logits`."""
 
     def __init__(self, seed: int, vocab: int, depth: int, t: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-        self.vocab, self.raw = vocab, []
+        self.vocab, self.known = vocab, {}
         self.tables = path_tables(seed, vocab, depth)
         with jax.enable_x64(True):
             s = Sampling(*(jnp.asarray([v]) for v in (t, top_k, top_p, 0)))
-            self.laws = [np.asarray(warp_logits(jnp.asarray(x, jnp.float64), s))[0] for x in self.tables]
-        self.laws = [softmax(x) for x in self.laws]
-        self.raw = [softmax(x[0].astype(np.float64)) for x in self.tables]
+            warped = warp_each([x.astype(np.float64) for x in self.tables], s)
+        self.laws = [softmax(np.asarray(x)[0]) for x in warped]
 
     def __call__(self, path: tuple[int, ...]) -> np.ndarray:
         return self.laws[len(path)][code_of(path, self.vocab)]
+
+    def texts(self, path: tuple[int, ...], length: int) -> np.ndarray:
+        """The joint law `[V] * length` of the tokens behind a path."""
+        if length == 0:
+            return np.ones(())
+        if (path, length) not in self.known:
+            rest = [self.texts((*path, y), length - 1) for y in range(self.vocab)]
+            self.known[path, length] = np.stack([p * x for p, x in zip(self(path), rest, strict=True)])
+        return self.known[path, length]
 
     def probability(self, path: tuple[int, ...]) -> float:
         """Of a whole path."""
@@ -59,14 +69,15 @@ def shared_draws(laws: dict[int, np.ndarray]) -> Iterator[tuple[float, dict[int,
 
 def outcomes(groups: list[dict[int, np.ndarray]], nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and draws `[outcomes, N]` where each group of nodes has one uniform of its own."""
-    weights, draws = [], []
-    for combination in itertools.product(*(list(shared_draws(g)) for g in groups)):
-        drawn = np.zeros(nodes, np.int32)
-        for _, values in combination:
-            drawn[list(values)] = list(values.values())
-        weights.append(np.prod([w for w, _ in combination]))
-        draws.append(drawn)
-    return np.array(weights), np.array(draws)
+    weights, draws = np.ones(1), np.zeros((1, nodes), np.int32)
+    for group in groups:
+        cells = list(shared_draws(group))
+        drawn = np.zeros((len(cells), nodes), np.int32)
+        for row, (_, values) in zip(drawn, cells, strict=True):
+            row[list(values)] = list(values.values())
+        weights = np.outer(weights, [w for w, _ in cells]).ravel()
+        draws = (draws[:, None] + drawn).reshape(-1, nodes)
+    return weights, draws
 
 
 def emitted(tree: Tree, groups: list[dict[int, np.ndarray]], depth: int) -> Law:
@@ -77,7 +88,7 @@ def emitted(tree: Tree, groups: list[dict[int, np.ndarray]], depth: int) -> Law:
         some = draws[begin : begin + CHUNK]
         drawn = np.zeros((CHUNK, some.shape[1]), np.int32)
         drawn[: len(some)] = some
-        many = Tree(*(np.broadcast_to(a, (CHUNK, *a.shape[1:])) for a in tree))
+        many = tree_of(*(np.broadcast_to(a, (CHUNK, *a.shape[1:])) for a in tree))
         accepted = jax.device_get(follow(many, drawn, depth))
         for w, count, tokens in zip(weights[begin:], accepted.count_B[: len(some)], accepted.token_BP, strict=False):
             law[tuple(tokens[: count + 1].tolist())] += w
@@ -86,14 +97,10 @@ def emitted(tree: Tree, groups: list[dict[int, np.ndarray]], depth: int) -> Law:
 
 def total_variation(law: Law, target: TableTarget, length: int) -> float:
     """Between the target's law of `length` tokens and: the round's tokens, then plain sampling."""
-    whole: Law = defaultdict(float)
+    whole = np.zeros((target.vocab,) * length)
     for path, w in law.items():
-        for rest in itertools.product(range(target.vocab), repeat=length - len(path)):
-            full = path + rest
-            given = [target(full[:i])[full[i]] for i in range(len(path), length)]
-            whole[full] += w * float(np.prod(given))
-    every = itertools.product(range(target.vocab), repeat=length)
-    return 0.5 * sum(abs(whole[p] - target.probability(p)) for p in every)
+        whole[path] += w * target.texts(path, length - len(path))
+    return 0.5 * float(np.abs(whole - target.texts((), length)).sum())
 
 
 def laws_of(tree: Tree, target: TableTarget) -> dict[int, np.ndarray]:
@@ -136,13 +143,13 @@ def pad(tree: Tree, rows: int = 8) -> Tree:
     wide = np.eye(rows, dtype=bool)[None].copy()
     wide[:, : token.shape[1], : token.shape[1]] = ancestors
     fills = zip((token, parent, depth, score, valid), (0, -1, 0, -np.inf, False), strict=True)
-    return Tree(*(np.pad(a, more, constant_values=fill) for a, fill in fills), wide)  # type: ignore[arg-type]
+    return tree_of(*(np.pad(a, more, constant_values=fill) for a, fill in fills), wide)
 
 
 WARPS = {"plain": {}, "top-p": {"top_p": 0.9}, "top-k": {"top_k": 2}}
 
 
-@pytest.mark.parametrize("vocab", [2, 3, 4])
+@pytest.mark.parametrize("vocab", [2, 4])
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("t", [0.3, 1.0, 1.5])
 def test_the_output_has_exactly_the_targets_law(vocab: int, warp: str, t: float):
@@ -164,8 +171,8 @@ def test_independent_draws_on_a_branching_tree_have_exactly_the_targets_law():
 
 @pytest.mark.parametrize("t", [0.3, 1.0])
 def test_the_mean_accept_length_is_the_probability_of_the_trees_paths(t: float):
-    for name, (tree, depth) in trees(3).items():
-        target = TableTarget(9, 3, 3, t)
+    for name, (tree, depth) in trees(4).items():
+        target = TableTarget(9, 4, 3, t)
         law = emitted(tree, by_depth(laws_of(tree, target), tree), depth)
         reach = sum(target.probability(p) for p in node_paths(tree)[1:] if p is not None)
         assert abs(sum(w * (len(p) - 1) for p, w in law.items()) - reach) < 1e-12, name
@@ -175,29 +182,29 @@ def test_the_mean_accept_length_is_the_probability_of_the_trees_paths(t: float):
 
 
 def test_one_draw_used_at_two_depths_is_not_lossless():
-    target = TableTarget(1, 3, 3)
-    tree, depth = trees(3)["chain"]
+    target = TableTarget(1, 4, 3)
+    tree, depth = trees(4)["chain"]
     assert total_variation(emitted(tree, [laws_of(tree, target)], depth), target, depth + 1) > 1e-3
 
 
 def test_a_bonus_token_from_the_unwarped_softmax_is_not_lossless():
-    target = TableTarget(2, 3, 3, 0.3)
-    tree, depth = trees(3)["chain"]
-    laws, paths = laws_of(tree, target), node_paths(tree)
-    leaf = max(laws)
-    path = paths[leaf]
-    assert path is not None
-    laws[leaf] = target.raw[len(path)][code_of(path, 3)]
+    target = TableTarget(2, 4, 3, 0.3)
+    tree, depth = trees(4)["2x2"]
+    raw = TableTarget(2, 4, 3)
+    leaves = np.asarray(tree.depth_BN[0]) == depth
+    laws = {n: laws_of(tree, raw if leaves[n] else target)[n] for n in laws_of(tree, target)}
     assert total_variation(emitted(tree, independent(laws), depth), target, depth + 1) > 1e-3
 
 
 def test_top_p_before_temperature_is_not_lossless():
-    tree, depth = trees(3)["chain"]
-    target = TableTarget(3, 3, 3, 1.5, top_p=0.6)
-    early = TableTarget(3, 3, 3, 1.0, top_p=0.6)
-    heat = {n: np.where(p > 0, p, 0) ** (1 / 1.5) for n, p in laws_of(tree, early).items()}
-    heat = {n: p / p.sum() for n, p in heat.items()}
-    assert total_variation(emitted(tree, independent(heat), depth), target, depth + 1) > 1e-3
+    tree, depth = trees(4)["2x2"]
+    seen = []
+    for seed in range(4):
+        target = TableTarget(seed, 4, 3, 1.5, top_p=0.8)
+        early = laws_of(tree, TableTarget(seed, 4, 3, 1.0, top_p=0.8))
+        heated = {n: p ** (1 / 1.5) / np.sum(p ** (1 / 1.5)) for n, p in early.items()}
+        seen.append(total_variation(emitted(tree, by_depth(heated, tree), depth), target, depth + 1))
+    assert max(seen) > 1e-3
 
 
 def test_duplicate_siblings_with_draws_of_their_own_are_not_lossless():
@@ -208,7 +215,7 @@ def test_duplicate_siblings_with_draws_of_their_own_are_not_lossless():
     token, parent, depth = ([0, likely, likely, below], [-1, 0, 0, 2], [0, 1, 1, 2])
     ancestors = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
     arrays = (token, parent, depth, [0.0] * 4, [True] * 4, ancestors)
-    tree = pad(Tree(*(np.asarray(a)[None] for a in arrays)))  # type: ignore[arg-type]
+    tree = pad(tree_of(*(np.asarray(a)[None] for a in arrays)))
     laws = laws_of(tree, target)
     assert total_variation(emitted(tree, independent(laws), 2), target, 3) > 1e-3
     assert total_variation(emitted(tree, by_depth(laws, tree), 2), target, 3) < 1e-12
@@ -279,7 +286,7 @@ def test_rows_with_trees_of_their_own_are_followed_apart():
 
 # The compiled program, its noise included.
 
-TRIALS, VOCAB, LENGTH = 300_000, 4, 3
+TRIALS, VOCAB, LENGTH = 200_000, 4, 3
 
 
 @functools.partial(jax.jit, static_argnames="reuse")

@@ -74,7 +74,12 @@ class TableDrafter:
         return params[frontier.token_BW], scratch
 
 
-def random_tree(rng: np.random.Generator, nodes: int, vocab: int, depth: int, padding: int = 0) -> Any:
+def tree_of(*arrays: Any) -> Tree:
+    """A `Tree` of host arrays."""
+    return Tree(*arrays)
+
+
+def random_tree(rng: np.random.Generator, nodes: int, vocab: int, depth: int, padding: int = 0) -> Tree:
     """A random `Tree` of batch 1 whose siblings carry different tokens, with invalid rows at the end."""
     paths: list[tuple[int, ...]] = [()]
     children = [(p, t) for p in [()] for t in range(vocab)]
@@ -92,7 +97,7 @@ def random_tree(rng: np.random.Generator, nodes: int, vocab: int, depth: int, pa
         ancestors[i] |= ancestors[parent[i]]
     valid = np.arange(rows) < len(paths)
     score = np.where(valid, -level.astype(np.float32), -np.inf)
-    return jax.tree.map(lambda a: jnp.asarray(a)[None], Tree(token, parent, level, score, valid, ancestors))
+    return tree_of(*(jnp.asarray(a)[None] for a in (token, parent, level, score, valid, ancestors)))
 
 
 def node_paths(tree: Any, row: int = 0) -> list[tuple[int, ...] | None]:

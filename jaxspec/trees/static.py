@@ -11,9 +11,7 @@ import numpy as np
 from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
 from jaxspec.trees.shape import likeliest
 
-EAGLE1_PATHS = (
-    "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
-)
+EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 """The 25-node tree of EAGLE-1 (its `mc_sim_7b_63`): one digit a depth, the child's rank in its parent's draft."""
 
 
@@ -92,7 +90,9 @@ class StaticTree:
         known = {(), *self.paths}
         for path in self.paths:
             if not path or min(path) < 0 or path[:-1] not in known:
-                raise ValueError(f"tree path {path} needs non-negative ranks and its parent path {path[:-1]} in the list")
+                raise ValueError(
+                    f"tree path {path} needs non-negative ranks and its parent path {path[:-1]} in the list"
+                )
         if len(known) != len(self.paths) + 1:
             raise ValueError("a tree path stands twice in the list: keep one of each")
         if self.rows and self.rows < len(known):
@@ -119,7 +119,9 @@ class StaticTree:
         if self.depth == len(self.paths) and all(set(p) <= {0} for p in self.paths):
             return f"chain:{self.depth}" if self.depth else "none"
         words = ["".join(map(str, p)) if max(p) <= 9 else ".".join(map(str, p)) for p in self.paths]
-        return "static:" + ",".join(w + "." if len(p) == 1 < len(w) else w for w, p in zip(words, self.paths, strict=True))
+        return "static:" + ",".join(
+            w + "." if len(p) == 1 < len(w) else w for w, p in zip(words, self.paths, strict=True)
+        )
 
     def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
         """The tree with each node's token taken at its rank in its parent's draft distribution."""

@@ -1,0 +1,327 @@
+"""Decoding: speculative text is plain text token for token, rows are independent, and one program does it in place."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import TableDrafter
+
+from jaxspec.decode import (
+    NO_LIMIT,
+    Engine,
+    Generation,
+    Requests,
+    Weights,
+    generate,
+    generate_plain,
+    make_requests,
+    run_rounds,
+    sizes,
+    start,
+    stream,
+)
+from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.trees import DynamicTree, chain, parse_paths
+from jaxspec.trees.static import StaticTree
+
+VOCAB, WIDTH, ROWS, BUDGET = 24, 16, 8, 44
+
+TREES = {
+    "none": chain(0, rows=ROWS),
+    "chain": chain(3, rows=ROWS),
+    "static": StaticTree(parse_paths("0 1 00 01 10 000 001"), rows=ROWS),
+    "dynamic": DynamicTree(ROWS, 3, 3),
+}
+CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24)
+
+
+class Models(NamedTuple):
+    target: Llama
+    eagle: Eagle
+    weights: Weights
+    table: jax.Array
+
+
+@functools.cache
+def models(dtype: str = "float32") -> Models:
+    """A target whose next token is mostly a permutation of the current one, and drafters that mostly know it."""
+    target = Llama(CONFIG, stacked=False, dtype=jnp.dtype(dtype))
+    keys = jax.random.split(jax.random.key(5), 6)
+    params = target.init_params(keys[0])
+    layers = [{n: w if w.ndim == 1 else 9 * w for n, w in layer.items()} for layer in params["layers"]]
+    embed = jax.random.normal(keys[1], (VOCAB, WIDTH))
+    following = jax.random.permutation(keys[2], VOCAB)
+    head = jnp.zeros((VOCAB, WIDTH)).at[following].set(0.35 * embed)
+    params = {**params, "layers": layers, "embed": embed, "head": head}
+
+    wrong = jax.random.randint(keys[3], (VOCAB,), 0, VOCAB)
+    believed = jnp.where(jnp.arange(VOCAB) % 10 < 7, following, wrong)
+    table = jax.random.normal(keys[4], (VOCAB, VOCAB)).at[jnp.arange(VOCAB), believed].add(4.0)
+
+    # The head passes the embedding on: its residual stream is the token, which the borrowed LM head maps to the next.
+    eagle = Eagle(EagleConfig(WIDTH, 4, 2, 6, 24), dtype=jnp.dtype(dtype))
+    drafter = dict(eagle.init_params(keys[5]))
+    drafter["fc"] = 0.1 * drafter["fc"] + jnp.concatenate([jnp.eye(WIDTH), jnp.zeros((WIDTH, WIDTH))])
+    return Models(target, eagle, Weights(params, drafter), table)
+
+
+def pair(drafter: str, tree: str, dtype: str = "float32") -> tuple[Engine, Weights]:
+    m = models(dtype)
+    if drafter == "table":
+        return Engine(m.target, TableDrafter(), TREES[tree]), m.weights._replace(drafter=m.table)
+    return Engine(m.target, m.eagle, TREES[tree]), m.weights
+
+
+def prompts(seed: int = 0, lengths: tuple[int, ...] = (3, 17, 64, 1)) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n) for n in lengths]
+
+
+def batches() -> dict[str, Requests]:
+    """Four rows each, of one shape: greedy, sampled with and without truncation, and everything mixed with stops."""
+    make = functools.partial(make_requests, vocab=VOCAB)
+    no_stop = [(VOCAB + 1, VOCAB + 2)]
+    mixed = {"temperature": [0.0, 0.7, 1.0, 1.5], "top_k": [3, 5, 0, 0], "top_p": [0.5, 1.0, 0.9, 1.0]}
+    return {
+        "greedy": make(prompts(), max_new_tokens=BUDGET, stop_ids=no_stop * 4),
+        "sampled": make(
+            prompts(1), max_new_tokens=BUDGET, temperature=[0.3, 0.7, 1.0, 1.5], seed=[1, 2, 3, 3], stop_ids=no_stop * 4
+        ),
+        "truncated": make(
+            prompts(2), max_new_tokens=BUDGET, temperature=[0.3, 0.7, 1.0, 1.5], top_k=[5, 0, 2, 7],
+            top_p=[1.0, 0.8, 0.95, 0.9], seed=9, stop_ids=no_stop * 4,
+        ),
+        "mixed": make(
+            prompts(3), max_new_tokens=[BUDGET, 1, 19, 30], **mixed, seed=range(4), stop_ids=[(5, 9), (1,), (), (2,)]
+        ),
+        "budgets": make(prompts(4), max_new_tokens=[BUDGET, 2, 3, 11], seed=5, stop_ids=no_stop * 4),
+        "stops": make(
+            prompts(5), max_new_tokens=BUDGET, temperature=[0, 0.5, 0.5, 1], seed=6,
+            stop_ids=[(3, 11), (4, 12), (7, 0), (8, 21)],
+        ),
+    }  # fmt: skip
+
+
+@functools.cache
+def plain(name: str) -> Generation:
+    m = models()
+    return generate_plain(Engine(m.target), m.weights, batches()[name], rows=ROWS)
+
+
+def rows_of(requests: Requests, *rows: int) -> Requests:
+    """Some rows of a batch."""
+    return jax.tree.map(lambda a: a[np.array(rows)], requests)
+
+
+def assert_same_text(a: Generation, b: Generation) -> None:
+    for row, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+        assert x.tolist() == y.tolist(), row
+    assert a.finish == b.finish
+
+
+PAIRS = [*(("table", tree) for tree in TREES), ("eagle", "chain"), ("eagle", "dynamic")]
+
+
+@pytest.mark.parametrize("batch", batches())
+@pytest.mark.parametrize(("drafter", "tree"), PAIRS)
+def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str, batch: str):
+    """Mixed lengths, budgets, temperatures, truncations, stop ids and seeds; ends in the middle of a path included."""
+    engine, weights = pair(drafter, tree)
+    text = generate(engine, weights, batches()[batch])
+    assert_same_text(text, plain(batch))
+    rounds = text.accepted @ np.arange(1, engine.path + 1)
+    cut = 1 + rounds - [len(t) for t in text.tokens]
+    np.testing.assert_array_equal(text.accepted.sum(1), text.calls)
+    assert (cut >= 0).all() and (cut <= engine.path - 1).all()
+    assert text.tau == sum(len(t) - 1 for t in text.tokens) / text.calls.sum()
+    if tree == "none":
+        assert (cut == 0).all() and (text.calls == [len(t) - 1 for t in text.tokens]).all()
+
+
+def test_the_cases_above_do_accept_and_do_end_inside_paths():
+    """Otherwise they show nothing."""
+    engine, weights = pair("table", "dynamic")
+    text = generate(engine, weights, batches()["greedy"])
+    assert text.tau > 1.7 and (text.accepted.sum(0) > 0).all()
+    assert generate(*pair("eagle", "chain"), batches()["greedy"]).tau > 1.7
+    for name, why in (("stops", "stop"), ("budgets", "length")):
+        text = generate(engine, weights, batches()[name])
+        cut = 1 + text.accepted @ np.arange(1, 5) - [len(t) for t in text.tokens]
+        assert any(c > 0 and f == why for c, f in zip(cut, text.finish, strict=True)), name
+    sampled = generate(engine, weights, batches()["sampled"])
+    assert len({t.tobytes() for t in sampled.tokens}) == 4 and sampled.tau > 1.2
+
+
+def test_one_node_is_plain_decoding_one_token_wide():
+    m, requests = models(), rows_of(batches()["sampled"], 1)
+    engine = Engine(m.target, TableDrafter(), chain(0))
+    one = generate(engine, m.weights._replace(drafter=m.table), requests)
+    assert_same_text(one, generate_plain(engine, m.weights, requests))
+    assert one.tau == 1
+
+
+@pytest.mark.parametrize("batch", ["mixed", "truncated"])
+def test_a_rows_text_does_not_depend_on_its_neighbours(batch: str):
+    engine, weights = pair("table", "dynamic")
+    together = generate(engine, weights, batches()[batch])
+    for row in range(4):
+        alone = generate(engine, weights, rows_of(batches()[batch], row))
+        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+        assert alone.finish[0] == together.finish[row]
+    turned = generate(engine, weights, rows_of(batches()[batch], 2, 0, 3, 1))
+    assert [t.tolist() for t in turned.tokens] == [together.tokens[i].tolist() for i in (2, 0, 3, 1)]
+
+
+@pytest.mark.parametrize(("drafter", "tree"), [("eagle", "chain"), ("eagle", "dynamic")])
+def test_finished_rows_stay_as_they_were(drafter: str, tree: str):
+    engine, weights = pair(drafter, tree)
+    state, before = start(engine, weights, batches()["mixed"]), {}
+    for _ in range(60):
+        now = jax.device_get(state)
+        for row in np.flatnonzero(now.finish_B):
+            view = (
+                now.output_BO[row, : now.produced_B[row]].tolist(), int(now.produced_B[row]), int(now.length_B[row]),
+                int(now.root_B[row]), int(now.calls_B[row]), now.accepted_BP[row].tolist(),
+                int(now.draft.length_B[row]), now.draft.hidden_BD[row].tolist(),
+            )  # fmt: skip
+            assert before.setdefault(row, view) == view
+        if len(before) == 4:
+            return
+        state = run_rounds(engine, weights, state, jnp.int32(1))
+    raise AssertionError("some row never finished")
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_streamed_chunks_join_to_the_whole_text(rounds: int):
+    engine, weights = pair("table", "dynamic")
+    chunks = list(stream(engine, weights, batches()["mixed"], rounds=rounds))
+    assert_same_text(chunks[-1].generation, plain("mixed"))
+    for row, tokens in enumerate(plain("mixed").tokens):
+        assert np.concatenate([c.added[row] for c in chunks]).tolist() == tokens.tolist()
+    assert [len(a) for a in chunks[0].added] == [1] * 4 and len(chunks) > 2
+
+
+def test_a_second_batch_of_the_same_shape_compiles_nothing():
+    engine, weights = pair("table", "dynamic")
+    generate(engine, weights, batches()["greedy"])
+    programs = run_rounds._cache_size()  # type: ignore[attr-defined]
+    generate(engine, weights, batches()["truncated"])
+    generate(engine, weights, batches()["stops"])
+    list(stream(engine, weights, batches()["stops"], rounds=3))
+    assert run_rounds._cache_size() == programs  # type: ignore[attr-defined]
+
+
+def test_the_rounds_move_nothing_between_host_and_device():
+    engine, weights = pair("table", "dynamic")
+    state, limit = start(engine, weights, batches()["mixed"]), jnp.int32(NO_LIMIT)
+    with jax.transfer_guard("disallow"):
+        state = run_rounds(engine, weights, state, limit)
+    assert state.finish_B.all()
+
+
+def test_requests_survive_their_generation():
+    """The state is donated; the caller's arrays are not."""
+    engine, weights = pair("table", "dynamic")
+    requests = batches()["mixed"]
+    assert_same_text(generate(engine, weights, requests), generate(engine, weights, requests))
+    assert requests.length_B.tolist() == [3, 17, 64, 1]
+
+
+def test_a_batch_that_fills_its_cache_to_the_last_slot_is_unharmed():
+    """A prompt of the whole bucket, and a budget that leaves exactly one path: late rounds run against the edge."""
+    engine, weights = pair("eagle", "chain")
+    budget = 64 - engine.path
+    assert sizes(engine, 64, budget) == (64, 128, 64)
+    requests = make_requests(prompts(8, (64, 64, 5, 64)), max_new_tokens=[budget, budget - 9, budget, budget])
+    text = generate(engine, weights, requests)
+    assert_same_text(text, generate_plain(engine, weights, requests, rows=ROWS))
+
+
+def test_bf16_text_diverges_only_at_near_ties():
+    m = models("bfloat16")
+    requests = make_requests(prompts(), max_new_tokens=BUDGET, stop_ids=[(VOCAB + 1, VOCAB + 2)] * 4, vocab=VOCAB)
+    engine = Engine(m.target, m.eagle, TREES["dynamic"])
+    a, b = generate(engine, m.weights, requests), generate_plain(engine, m.weights, requests)
+    for row, prompt in enumerate(prompts()):
+        x, y = a.tokens[row], b.tokens[row]
+        assert len(x) == len(y) == BUDGET and (x < VOCAB).all() and (x >= 0).all()
+        differ = np.flatnonzero(x != y)
+        if not differ.size:
+            continue
+        text = np.concatenate([prompt, x[: differ[0]]])
+        tokens, positions = jnp.asarray(text)[None], jnp.arange(len(text))[None]
+        out = m.target.forward(m.weights.target, tokens, positions, jnp.tril(jnp.ones((1, len(text), len(text)), bool)))
+        logits = np.asarray(m.target.logits(m.weights.target, out.features_BLD))[0, -1]
+        assert abs(logits[x[differ[0]]] - logits[y[differ[0]]]) < 0.03 * np.abs(logits).max()
+    assert a.tau > 1.5
+
+
+def cache_copies(program: str, shapes: set[tuple[int, ...]]) -> list[str]:
+    """Lines of compiled HLO that copy a whole cache."""
+    lines = re.findall(r"^\s*(?:ROOT )?\S+ = \w+\[([\d,]+)\]\S* copy(?:-start)?\(.*$", program, re.MULTILINE)
+    return [line for line in lines if tuple(int(n) for n in line.split(",")) in shapes]
+
+
+@pytest.mark.parametrize(("tree", "rows", "batch"), [(None, 1, 1), (None, ROWS, 4), ("dynamic", 1, 4), ("chain", 1, 9)])
+def test_the_compiled_rounds_write_the_caches_in_place(tree: str | None, rows: int, batch: int):
+    """XLA copies a whole cache every round where a write is not ordered behind the reads (see `cache.commit`)."""
+    m = models()
+    engine = Engine(m.target, m.eagle, TREES[tree]) if tree else Engine(m.target, rows=rows)
+    weights = m.weights if tree else Weights(m.weights.target)
+    state = start(engine, weights, make_requests(prompts(0, (3,) * batch), max_new_tokens=BUDGET))
+    caches = [state.cache, *([state.draft.cache] if tree else [])]
+    program = run_rounds.lower(engine, weights, state, NO_LIMIT).compile().as_text()
+    assert program is not None and "while(" in program and "copy(" in program
+    assert not cache_copies(program, {a.shape for c in caches for a in c})
+
+
+GOOD: dict[str, Any] = {"prompts": [[1, 2], [3]], "max_new_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1], [VOCAB]], "vocab": VOCAB}, "prompt 1 has a token outside"),
+        ({"prompts": [[-1], [2]]}, "prompt 0 has a token outside"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 of row 0"),
+        ({"max_new_tokens": [3, -2]}, "max_new_tokens=-2 of row 1"),
+        ({"max_new_tokens": [3, 3, 3]}, "max_new_tokens has 3 values for 2 prompts"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens=2147483648 of row 0"),
+        ({"temperature": -0.1}, "temperature=-0.1 of row 0"),
+        ({"temperature": float("nan")}, "temperature=nan of row 0"),
+        ({"temperature": [1.0, 1.0, 1.0]}, "temperature has 3 values"),
+        ({"top_k": -1}, "top_k=-1 of row 0"),
+        ({"top_p": [1.0, 0.0]}, r"top_p=0.0 of row 1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"stop_ids": [[1], [2], [3]]}, "stop_ids has 3 values for 2 prompts"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_by_name(change: dict[str, Any], complaint: str):
+    make_requests(**GOOD)
+    with pytest.raises(ValueError, match=complaint):
+        make_requests(**{**GOOD, **change})
+
+
+def test_settings_and_stop_ids_hold_for_all_rows_or_one_each():
+    two = [np.array([1, 2]), np.array([3])]
+    requests = make_requests(two, max_new_tokens=[4, 5], temperature=0.5, stop_ids=[7, 8])
+    assert requests.stop_BR.tolist() == [[7, 8], [7, 8]] and requests.budget_B.tolist() == [4, 5]
+    assert requests.sampling.temperature_B.tolist() == [0.5, 0.5]
+    assert make_requests(two, max_new_tokens=4, stop_ids=[[7], [8, 9]]).stop_BR.tolist() == [[7, -1], [8, 9]]
+    assert make_requests(two, max_new_tokens=4, stop_ids=[[], []]).stop_BR.tolist() == [[-1], [-1]]
+
+
+def test_a_drafter_without_a_tree_is_refused():
+    with pytest.raises(ValueError, match="together"):
+        Engine(models().target, drafter=TableDrafter())

@@ -1,0 +1,63 @@
+"""Speculative generation on a mesh of devices is the single device's, token for token."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from random_models import random_weights
+
+from jaxspec.decode import Engine, Generation, Requests, Weights, generate, make_requests, start
+from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.trees import DynamicTree
+from jaxspec.trees.shape import likeliest
+
+VOCAB = 64
+TARGET = Llama(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
+DRAFTER = Eagle(EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))
+ENGINE = Engine(TARGET, DRAFTER, DynamicTree(12, 3, 4))
+
+
+def weights() -> Weights:
+    return Weights(random_weights(TARGET, 0.3, 1), random_weights(DRAFTER, 0.3, 2))
+
+
+def requests() -> Requests:
+    """Returns a greedy row and a sampled one, of different lengths."""
+    prompts = [np.arange(5, dtype=np.int32), np.arange(20, 31, dtype=np.int32)]
+    return make_requests(prompts, max_new_tokens=20, temperature=[0.0, 0.8], top_p=[1.0, 0.9], seed=[0, 7])
+
+
+@functools.cache
+def on_one_device() -> Generation:
+    return generate(ENGINE, weights(), requests())
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
+def test_generation_on_a_mesh_equals_one_device(data: int, tensor: int):
+    mesh = make_mesh(data, tensor=tensor)
+    placed = jax.device_put(weights(), shardings(mesh, weights()))
+    rows = jax.device_put(requests(), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        state = start(ENGINE, placed, rows)
+        generation = generate(ENGINE, placed, rows)
+    for cache in (state.cache, state.draft.cache):
+        for x in cache:
+            assert x.sharding.shard_shape(x.shape)[2] == 8 // tensor, f"{x.sharding}"
+    for tokens, expected in zip(generation.tokens, on_one_device().tokens, strict=True):
+        np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(generation.calls, on_one_device().calls)
+
+
+def test_the_likeliest_tokens_of_a_split_vocabulary_are_those_of_the_whole():
+    # Few distinct values, so that ties cross the borders of the parts.
+    logits_BWV = np.random.default_rng(0).integers(0, 4, (2, 3, VOCAB)).astype(np.float32)
+    whole = likeliest(logits_BWV, 5)  # type: ignore[arg-type]
+    with jax.set_mesh(make_mesh(tensor=8)):
+        split = jax.jit(likeliest, static_argnames="count")(logits_BWV, count=5)
+    expected, token = jax.lax.top_k(jax.nn.log_softmax(logits_BWV), 5)
+    for found in (whole, split):
+        np.testing.assert_array_equal(found[0], token)
+        np.testing.assert_allclose(found[1], expected, rtol=1e-6)
