@@ -266,9 +266,7 @@ def target_part(engine: Engine, weights: Weights, state: DecodeState, tree: Tree
     """The target's call on the nodes of a tree."""
     positions_BN = state.length_B[:, None] + tree.depth_BN
     prefix = (state.cache, state.length_B)
-    out = engine.target.forward(
-        weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True
-    )
+    out = engine.target.forward(weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True)
     assert out.fresh is not None
     return Scored(out.fresh, out.features_BLD, engine.target.logits(weights.target, out.features_BLD))
 
@@ -390,9 +388,7 @@ def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
     engine, weights = models.engine, models.weights
     itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
     nodes = 1 if engine.tree is None else engine.tree.nodes
-    work = cost.target_work(
-        weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize
-    )
+    work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None:
         return work
     head_VD = engine.target.borrowed(weights.target).head_VD
@@ -464,9 +460,7 @@ def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[Peer]) -> dict
     }
 
 
-def make_result(
-    args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float
-) -> dict[str, Any]:
+def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float) -> dict[str, Any]:
     """The verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
     dtype = serving.DTYPES[args.dtype]

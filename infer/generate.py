@@ -107,9 +107,7 @@ def main(argv: list[str]) -> int:
     return cli.EXIT_FAILED if failures else 0
 
 
-def make_jobs(
-    prompts: Sequence[Prompt], models: Models, *, raw: bool, seed: int
-) -> tuple[list[Job], dict[int, str]]:
+def make_jobs(prompts: Sequence[Prompt], models: Models, *, raw: bool, seed: int) -> tuple[list[Job], dict[int, str]]:
     """The prompts that can be answered, and by index a sentence on each that cannot."""
     jobs, failures = [], {}
     for index, prompt in enumerate(prompts):

@@ -43,7 +43,7 @@ class Args:
     """Conversations that the target writes and the drafter learns from."""
     held_out: int = 20
     """Further questions, kept apart, that both arms answer at the end."""
-    steps: int = 240
+    steps: int = 300
     """Training steps of 8 rows of 256 tokens."""
     trees: tuple[str, ...] = TREES
     """Trees to measure; the fastest is used."""
@@ -161,7 +161,7 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
         target=args.target,
         data=DataConfig(train="", eval="", length=256, batch=8, loss_on="assistant"),
         optimizer=OptimizerConfig(
-            peak_lr=2e-3,
+            peak_lr=5e-3,
             warmup_steps=min(20, args.steps),
             steps=args.steps,
             weight_decay=0.01,

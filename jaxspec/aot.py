@@ -39,11 +39,6 @@ class Plan(NamedTuple):
     sent: dict[str, int]
     """Collectives in the loop, as `all-reduce bf16[1,60,4096]` -> how many of them the program text has."""
 
-    @property
-    def largest_message(self) -> int:
-        """Elements of the largest collective result in the loop."""
-        return max((_elements(s) for name in self.sent for _, s, _ in _shapes(name)), default=0)
-
 
 def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over the chips of a TPU slice such as `v6e:2x4`, known to the compiler only.
@@ -162,10 +157,6 @@ def _loop_instructions(text: str) -> list[str]:
 
 def _shapes(text: str) -> list[tuple[str, str, str]]:
     return _SHAPE.findall(text)
-
-
-def _elements(sizes: str) -> int:
-    return math.prod(int(n) for n in sizes.split(",") if n)
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:

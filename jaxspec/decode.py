@@ -186,9 +186,7 @@ def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeS
     # target
     positions_BN = state.length_B[:, None] + tree.depth_BN
     prefix = (state.cache, state.length_B)
-    out = engine.target.forward(
-        weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True
-    )
+    out = engine.target.forward(weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True)
     logits_BNV = engine.target.logits(weights.target, out.features_BLD)
 
     # sample, verify
@@ -260,7 +258,6 @@ def decode_rounds(engine: Engine, weights: Weights, state: DecodeState, limit: A
 
 _prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
 run_rounds = jax.jit(decode_rounds, static_argnames="engine", donate_argnames="state")
-
 
 
 def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
@@ -414,4 +411,3 @@ def generate_plain(engine: Engine, weights: Weights, requests: Requests, *, rows
     """
     plain = dataclasses.replace(engine, drafter=None, tree=None, rows=rows)
     return generate(plain, Weights(weights.target), requests)
-

@@ -83,8 +83,7 @@ class Sums(NamedTuple):
         return jnp.sum(mean_T[: objective.steps])
 
     def summary(self, objective: Objective) -> dict[str, float]:
-        """Means for people: the loss, its parts, `top1_agreement` and `expected_acceptance` at the first draft step, and
-        simulated tau.
+        """Means: the loss, then of the first draft step its parts, agreement and acceptance, and simulated tau.
 
         Simulated tau is `1 + sum_t mean(product of the first t acceptances)`, a chain of `T` drafts whose context is
         the text itself: expected acceptances stand for temperature 1, agreements for greedy decoding.
@@ -162,7 +161,9 @@ def loss_sums(
         teacher = jax.lax.stop_gradient(target.logits(frozen, wanted.reshape(flat))).reshape(draft.shape)
         losses = {}
         for name, _ in objective.weights:
-            value = FEATURE_LOSSES[name](hidden, wanted) if name in FEATURE_LOSSES else LOGIT_LOSSES[name](draft, teacher)
+            value = (
+                FEATURE_LOSSES[name](hidden, wanted) if name in FEATURE_LOSSES else LOGIT_LOSSES[name](draft, teacher)
+            )
             losses[name] = jnp.sum(jnp.where(mask_TBL, value, 0.0), axis=(1, 2))
         draft = jax.lax.stop_gradient(draft)
         return losses, agreement(draft, teacher), expected_acceptance(draft, teacher)
@@ -215,9 +216,7 @@ def train_step(
     return TrainState(params, opt_state, state.step + 1, state.key), value, sums
 
 
-def eval_step(
-    target: Target, drafter: Any, objective: Objective, frozen: Params, params: Params, batch: Batch
-) -> Sums:
+def eval_step(target: Target, drafter: Any, objective: Objective, frozen: Params, params: Params, batch: Batch) -> Sums:
     """The sums of one held-out batch, without noise."""
     return loss_sums(target, drafter, frozen, params, batch, None, objective)
 

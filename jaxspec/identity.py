@@ -57,7 +57,9 @@ def divergences(engine: Engine, weights: Weights, requests: Requests, a: Generat
         shared = min(len(x), len(y))
         index = int(np.argmin(np.append(x[:shared] == y[:shared], False)))
         if index == shared:
-            raise ValueError(f"row {row} ends at {len(x)} tokens in one decoding and {len(y)} in the other: not one request")
+            raise ValueError(
+                f"row {row} ends at {len(x)} tokens in one decoding and {len(y)} in the other: not one request"
+            )
         context = np.concatenate([np.asarray(requests.tokens_BL)[row, : lengths[row]], x[:index]])
         tokens = np.zeros((1, bucket(len(context))), np.int32)
         tokens[0, : len(context)] = context

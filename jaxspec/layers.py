@@ -171,9 +171,7 @@ def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
 def gated_mlp(layer: Params, x_BLD: Array) -> Array:
     """`down(silu(gate(x)) * up(x))`; gate and up are one weight `[D, 2, F]`."""
     hidden = jnp.einsum("BLD,DEF->BLEF", x_BLD, layer["gate_up"].astype(x_BLD.dtype))
-    return jnp.einsum(
-        "BLF,FD->BLD", jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1], layer["down"].astype(x_BLD.dtype)
-    )
+    return jnp.einsum("BLF,FD->BLD", jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1], layer["down"].astype(x_BLD.dtype))
 
 
 def causal_mask(length: int) -> Array:

@@ -136,7 +136,8 @@ def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheck
         "no checkpoint was saved" if last is None else f"the last good checkpoint is {checkpoints.folder / str(last)}"
     )
     shown = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
-    return f"the loss is {loss} at step {step}, whose documents are {shown}; {good}; lower the learning rate or mend the data"
+    advice = "lower the learning rate or mend the data"
+    return f"the loss is {loss} at step {step}, whose documents are {shown}; {good}; {advice}"
 
 
 RESUMABLE = ("target", "drafter", "head", "objective", "data", "optimizer", "seed", "dtype")

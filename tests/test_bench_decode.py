@@ -1,5 +1,6 @@
 """Tests of `jaxspec bench decode`: the keys and sums of its result, and of the paper costs behind it."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from random_models import write_drafter, write_target
 
 from jaxspec import cost, serving
 from jaxspec.__main__ import main
-from jaxspec.infer import bench_decode
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
 
 ROW_KEYS = {
@@ -101,7 +101,8 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
 
 
 def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
-    args = bench_decode.Args(drafter="d", tree=("chain:2,static:0,1,00", "dynamic:8x3x3,none"))
+    program = importlib.import_module("jaxspec.infer.bench_decode")
+    args = program.Args(drafter="d", tree=("chain:2,static:0,1,00", "dynamic:8x3x3,none"))
     assert args.trees == ["chain:2", "static:0,1,00", "dynamic:8x3x3", "none"]
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from toys import TableDrafter
 
+from jaxspec import cache as kv
+from jaxspec.base import KVCache
 from jaxspec.decode import (
     NO_LIMIT,
     Engine,
@@ -31,7 +33,7 @@ from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths
 from jaxspec.trees.static import StaticTree
 
-VOCAB, WIDTH, ROWS, BUDGET = 24, 16, 8, 44
+VOCAB, WIDTH, ROWS, BUDGET = 24, 16, 8, 60
 
 TREES = {
     "none": chain(0, rows=ROWS),
@@ -237,9 +239,10 @@ def test_requests_survive_their_generation():
 def test_a_batch_that_fills_its_cache_to_the_last_slot_is_unharmed():
     """A prompt of the whole bucket, and a budget that leaves exactly one path: late rounds run against the edge."""
     engine, weights = pair("eagle", "chain")
-    budget = 64 - engine.path
-    assert sizes(engine, 64, budget) == (64, 128, 64)
-    requests = make_requests(prompts(8, (64, 64, 5, 64)), max_new_tokens=[budget, budget - 9, budget, budget])
+    assert sizes(engine, 64, BUDGET) == (64, 128, 64) and sizes(engine, 64, BUDGET + 1) != (64, 128, 64)
+    requests = make_requests(
+        prompts(8, (64, 64, 5, 64)), max_new_tokens=[BUDGET, BUDGET - 9, BUDGET, BUDGET], stop_ids=[VOCAB, VOCAB + 1]
+    )
     text = generate(engine, weights, requests)
     assert_same_text(text, generate_plain(engine, weights, requests, rows=ROWS))
 
@@ -247,7 +250,7 @@ def test_a_batch_that_fills_its_cache_to_the_last_slot_is_unharmed():
 def test_bf16_text_diverges_only_at_near_ties():
     m = models("bfloat16")
     requests = make_requests(prompts(), max_new_tokens=BUDGET, stop_ids=[(VOCAB + 1, VOCAB + 2)] * 4, vocab=VOCAB)
-    engine = Engine(m.target, m.eagle, TREES["dynamic"])
+    engine = Engine(m.target, m.eagle, TREES["chain"])
     a, b = generate(engine, m.weights, requests), generate_plain(engine, m.weights, requests)
     for row, prompt in enumerate(prompts()):
         x, y = a.tokens[row], b.tokens[row]
@@ -269,7 +272,25 @@ def cache_copies(program: str, shapes: set[tuple[int, ...]]) -> list[str]:
     return [line for line in lines if tuple(int(n) for n in line.split(",")) in shapes]
 
 
-@pytest.mark.parametrize(("tree", "rows", "batch"), [(None, 1, 1), (None, ROWS, 4), ("dynamic", 1, 4), ("chain", 1, 9)])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered: bool):
+    cache = kv.empty(1, 2, 2, 4, 64, jnp.dtype("float32"))
+
+    def round_(_, carry):
+        cache, q_BKC, start_B = carry
+        seen_BKS = jnp.einsum("BKC,BKCS->BKS", q_BKC, cache.k_YBKCS[0])
+        rows = KVCache(q_BKC[None, ..., None], q_BKC[None, :, :, None])
+        cache = kv.commit(cache, rows, start_B, jnp.argmax(seen_BKS[:, 0], axis=-1) if ordered else None)
+        return cache, q_BKC + seen_BKS[..., :1], start_B + 1
+
+    carry = cache, jnp.ones((2, 2, 4)), jnp.zeros(2, jnp.int32)
+    loop = jax.jit(lambda carry: jax.lax.fori_loop(0, 9, round_, carry), donate_argnums=0)
+    program = loop.lower(carry).compile().as_text()
+    assert program is not None
+    assert bool(cache_copies(program, {cache.k_YBKCS.shape})) != ordered
+
+
+@pytest.mark.parametrize(("tree", "rows", "batch"), [(None, 1, 1), ("dynamic", 1, 4), ("chain", 1, 9)])
 def test_the_compiled_rounds_write_the_caches_in_place(tree: str | None, rows: int, batch: int):
     """XLA copies a whole cache every round where a write is not ordered behind the reads (see `cache.commit`)."""
     m = models()

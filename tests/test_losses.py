@@ -50,7 +50,10 @@ def test_expected_acceptance_is_one_minus_total_variation(logits):
 
 
 def test_agreement_compares_argmaxes():
-    assert agreement(jnp.asarray([[1.0, 2.0], [3.0, 1.0]]), jnp.asarray([[0.0, 9.0], [0.0, 1.0]])).tolist() == [1.0, 0.0]
+    assert agreement(jnp.asarray([[1.0, 2.0], [3.0, 1.0]]), jnp.asarray([[0.0, 9.0], [0.0, 1.0]])).tolist() == [
+        1.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(LOGIT_LOSSES))

@@ -286,7 +286,7 @@ def test_rows_with_trees_of_their_own_are_followed_apart():
 
 # The compiled program, its noise included.
 
-TRIALS, VOCAB, LENGTH = 200_000, 4, 3
+TRIALS, VOCAB, LENGTH = 120_000, 4, 3
 
 
 @functools.partial(jax.jit, static_argnames="reuse")

@@ -228,9 +228,7 @@ def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int,
     return islice(enumerate(conversations), part, None, parts)
 
 
-def run(
-    models: Models, todo: list[tuple[int, Conversation]], output: Output, args: Args
-) -> tuple[float, int]:
+def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, args: Args) -> tuple[float, int]:
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
     started, tokens = time.perf_counter(), 0
     with report.progress("regenerating", len(todo), "conversations") as bar:

@@ -1,4 +1,4 @@
-"""The EAGLE-1/2 head: one decoder layer over (next token's embedding, target feature), scored by the target's LM head.
+"""The EAGLE-1/2 head: one decoder layer over (next token's embedding, target feature), the target's LM head on top.
 
 EAGLE (Li et al. 2024, section 4) and EAGLE-2 share this network; EAGLE-2 differs in the tree. Unrolled for several steps
 with `unroll` it is the network HASS trains.
@@ -119,8 +119,7 @@ class Eagle(nn.Module):
 
     def setup(self) -> None:
         self.weights = {
-            name: self.param(name, init_eagle_weight, name, shape)
-            for name, shape in eagle_shapes(self.config).items()
+            name: self.param(name, init_eagle_weight, name, shape) for name, shape in eagle_shapes(self.config).items()
         }
 
     # Pieces, as Flax methods.

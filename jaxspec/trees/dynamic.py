@@ -73,7 +73,8 @@ class DynamicTree:
             parent_slot = beam * (d - 1) + row
             own = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
             visible = jnp.concatenate([jnp.take_along_axis(visible, row[..., None], axis=1), own], axis=2)
-        return self._rerank(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)), root_token_B)
+        token, score, parent = (jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True))
+        return self._rerank(token, score, parent, root_token_B)
 
     def _rerank(self, token_BQ: Array, score_BQ: Array, parent_BQ: Array, root_token_B: Array) -> Tree:
         """The tree of the best `nodes - 1` candidates of the pool (axis `Q`), in pool order."""
