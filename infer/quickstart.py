@@ -1,7 +1,7 @@
 """The main job on the bundled tiny target, start to end: distil an EAGLE-2 head, then decode losslessly with it.
 
-The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the fastest tree on this machine
-is picked from a handful, and held-out questions are decoded plainly and speculatively. No network, no other data.
+The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the fastest tree on this
+machine is picked from a handful, and held-out questions are decoded both ways. No network, no other data.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jaxspec import cli, report, serving
 from jaxspec.checkpoint import save_drafter

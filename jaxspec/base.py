@@ -46,7 +46,7 @@ class TargetOutput(NamedTuple):
     """What a target returns for `L` tokens: the input of its LM head, and the keys and values it computed."""
 
     features_BLD: Array
-    """Hidden states after the final norm: `logits = features @ head.T` (EAGLE paper section 3.1; what drafters read)."""
+    """Hidden states after the final norm: `logits = features @ head.T` (EAGLE section 3.1; what drafters read)."""
     fresh: KVCache | None
     """The call's own keys and values, `S = L`. The caller commits the rows it accepts; None when not asked for."""
 
@@ -66,7 +66,7 @@ class Frontier(NamedTuple):
     parent_BW: Array
     """Scratch slot of each node's parent; `ROOT` for children of the root."""
     visible_BWM: Array
-    """Which of the `M` scratch slots up to and including this level each node sees: its drafted ancestors and itself."""
+    """Which of the `M` scratch slots up to this level's last each node sees: its drafted ancestors and itself."""
     depth: int
     """Depth of these nodes; the root has 0."""
     slot: int

@@ -271,7 +271,7 @@ NO_LIMIT = np.int32(np.iinfo(np.int32).max)
 
 
 def bucket(length: int, step: int = 64) -> int:
-    """The padded size that stands for a prompt of `length`: powers of two up to `8 * step`, then multiples of `4 * step`.
+    """The padded size of a prompt of `length`: powers of two up to `8 * step`, then multiples of `4 * step`.
 
     Few sizes, so few compiled programs.
     """

@@ -1,7 +1,7 @@
-"""The EAGLE-1/2 head: one decoder layer over (next token's embedding, target feature), the target's LM head on top.
+"""The EAGLE-1/2 head: one decoder layer over (next token's embedding, target feature) below the target's LM head.
 
-EAGLE (Li et al. 2024, section 4) and EAGLE-2 share this network; EAGLE-2 differs in the tree. Unrolled for several steps
-with `unroll` it is the network HASS trains.
+EAGLE (Li et al. 2024, section 4) and EAGLE-2 share this network; EAGLE-2 differs in the tree. Unrolled for several
+steps with `unroll` it is the network HASS trains.
 """
 
 from __future__ import annotations
