@@ -382,10 +382,10 @@ def stream(engine: Engine, weights: Weights, requests: Requests, *, rounds: int 
         state = run_rounds(engine, weights, state, np.int32(rounds))
 
 
-def start(engine: Engine, weights: Weights, requests: Requests) -> DecodeState:
-    """Prefill with the sizes the batch needs."""
+def start(engine: Engine, weights: Weights, requests: Requests, *, sized_for: Engine | None = None) -> DecodeState:
+    """Prefill with the sizes the batch needs, or would need with the engine `sized_for`."""
     longest = int(np.max(np.asarray(requests.budget_B)))
-    _, capacity, slots = sizes(engine, requests.tokens_BL.shape[1], longest)
+    _, capacity, slots = sizes(sized_for or engine, requests.tokens_BL.shape[1], longest)
     return run_prefill(engine, weights, requests, capacity, slots)
 
 
@@ -407,7 +407,8 @@ def generate_plain(engine: Engine, weights: Weights, requests: Requests, *, rows
     """The baseline: the same target and requests, one token a call.
 
     `rows` is the width of its matmuls: 1 is ordinary decoding. With a tree's node count, rows of a matmul are
-    bit-identical to the verifier's and fp32 outputs can be compared exactly.
+    bit-identical to the verifier's and fp32 outputs can be compared exactly; the cache is as large as the engine's, so
+    that attention sums in the same order too.
     """
-    plain = dataclasses.replace(engine, drafter=None, tree=None, rows=rows)
-    return generate(plain, Weights(weights.target), requests)
+    plain, target = dataclasses.replace(engine, drafter=None, tree=None, rows=rows), Weights(weights.target)
+    return collect(run_rounds(plain, target, start(plain, target, requests, sized_for=engine), NO_LIMIT))

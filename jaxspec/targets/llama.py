@@ -157,7 +157,7 @@ class Llama(nn.Module):
                 rows.append(row)
             fresh = jax.tree.map(lambda *a: jnp.stack(a), *rows) if keep_kv else None
         features = rms_norm(x, self.norm, c.norm_eps)
-        return TargetOutput(features, KVCache(*fresh) if keep_kv else None)
+        return TargetOutput(features, None if fresh is None else KVCache(*fresh))
 
     def _scan(self, block: Any, x: Array, past: tuple[KVCache, Array] | None) -> tuple[Array, Any]:
         if past is None:
