@@ -41,7 +41,7 @@ class Args:
     """Conversations that the target writes and the drafter learns from."""
     held_out: int = 20
     """Further questions, kept apart, that both arms answer at the end."""
-    steps: int = 300
+    steps: int = 450
     """Training steps of 8 rows of 256 tokens."""
     trees: tuple[str, ...] = TREES
     """Trees to measure; the fastest is used."""
