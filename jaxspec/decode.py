@@ -124,12 +124,14 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
     root_B = draw(logits_BLV, jnp.zeros((batch, 1), jnp.int32), requests.length_B, 1, requests.sampling)[:, 0]
     draft, root_logits_BV = None, None
     if engine.drafter is not None:
+        # Behind a barrier, or XLA spends seconds folding the attention over an empty cache into a constant.
+        empty = jax.lax.optimization_barrier(engine.drafter.init_state(batch, capacity))
         next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
         next_BL = next_BL.at[jnp.arange(batch), requests.length_B - 1].set(root_B)
         draft, root_logits_BV = engine.drafter.extend(
             weights.drafter,
             engine.target.borrowed(weights.target),
-            engine.drafter.init_state(batch, capacity),
+            empty,
             next_BL,
             out.features_BLD,
             requests.length_B,
