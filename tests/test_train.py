@@ -1,0 +1,55 @@
+"""`jaxspec train`: a drafter from a config, resumed where it stopped, that `jaxspec generate` loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+from random_models import write_target
+
+from jaxspec.__main__ import main
+
+CONFIG = """
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+
+config = DistillConfig(
+    name="toy",
+    target="target",
+    data=DataConfig("chats.jsonl", "chats.jsonl", length=64, batch=8, loss_on="assistant"),
+    optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=2, steps=6, clip_value=0.5),
+    checkpoint=CheckpointConfig("run", save_every=3),
+    export_folder="drafter",
+)
+"""
+KEYS = {"steps", "tokens", "loss", "eval", "tokens_per_second", "checkpoint", "resumed_from"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_target(tmp_path / "target")
+    turns = [{"role": "user", "content": "1 and 2 make"}, {"role": "assistant", "content": "3, they say"}]
+    lines = [json.dumps({"id": str(i), "source": "toy", "messages": turns}) for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    (tmp_path / "toy.py").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_decodes(folder: Path):
+    assert main(["train", "toy.py", "--json", "first.json"]) == 0
+    first = json.loads((folder / "first.json").read_text())
+    assert first.keys() >= KEYS and first["steps"] == 6 and first["resumed_from"] is None
+    assert first["eval"].keys() >= {"loss", "top1_agreement", "expected_acceptance", "simulated_tau"}
+    assert main(["train", "toy.py", "--json", "again.json"]) == 0
+    again = json.loads((folder / "again.json").read_text())
+    assert again["resumed_from"] == 6
+    assert again["eval"] == first["eval"]
+    words = ["generate", "1 and 2 make", "--target", "target", "--drafter", "drafter", "--tree", "chain:2"]
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+
+
+def test_changed_settings_and_wrong_configs_are_refused_in_a_sentence(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["train", "toy.py"]) == 0
+    assert main(["train", "toy.py", "optimizer.peak_lr=1e-2"]) == 1
+    assert "belongs to a run with other settings (optimizer.peak_lr was 0.003, is 0.01)" in capfd.readouterr().err
+    assert main(["train", "tiny"]) == 1
+    assert "holds a PretrainConfig, not a DistillConfig" in capfd.readouterr().err
