@@ -25,7 +25,7 @@ config = PretrainConfig(
     ),
     data=DataConfig(train="data/chat/train.jsonl", eval="data/chat/eval.jsonl", length=512, batch=8),
     optimizer=OptimizerConfig(
-        peak_lr=2.5e-3, warmup_steps=150, epochs=2, weight_decay=0.1, clip_norm=1.0, final_lr_fraction=0.05
+        peak_lr=2.5e-3, warmup_steps=150, epochs=3, weight_decay=0.1, clip_norm=1.0, final_lr_fraction=0.05
     ),
     checkpoint=CheckpointConfig("runs/tiny", save_every=100),
     export_folder="runs/tiny/export",

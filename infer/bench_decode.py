@@ -20,27 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import cache as kv
-from jaxspec import cli, cost, report, serving, verify
-from jaxspec.base import Array, KVCache, Tree
+from jaxspec import cli, cost, decode, report, serving
+from jaxspec.base import Array
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
-from jaxspec.decode import (
-    NO_LIMIT,
-    DecodeState,
-    Engine,
-    Generation,
-    Requests,
-    Weights,
-    collect,
-    emit,
-    run_prefill,
-    run_rounds,
-    sizes,
-    tau,
-)
+from jaxspec.decode import NO_LIMIT, DecodeState, Generation, Requests, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.regeneration import write_user_turns
-from jaxspec.sampling import draw
-from jaxspec.serving import Job, Models, Settings
+from jaxspec.serving import Flags, Job, Models, Settings
 from jaxspec.trees import parse_tree
 
 NOTES = """\
@@ -52,10 +37,8 @@ draft, target, verify, commit: the parts of a round as separate programs on the 
 overhead: what is left of the round's time in the fused program; below 0 where fusion saves more than the rest costs"""
 
 
-@dataclass(frozen=True)
-class Args:
-    target: str = "tiny"
-    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+@dataclass(frozen=True, kw_only=True)
+class Args(Flags):
     drafter: str = "none"
     """Folder of a drafter; `none` times plain decoding alone."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -71,35 +54,18 @@ class Args:
     """Prompts decoded together."""
     repeats: int = 3
     """Times each arm runs all prompts."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the target's own distribution."""
-    seed: int = 0
-    """Seed of the draws."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations."""
     peer: Literal["none", "transformers"] = "none"
     """Also time this library on the same folder, prompts and budgets: greedy, fp32, a thread a core."""
-    json: str | None = None
-    """File for the result."""
 
     def __post_init__(self) -> None:
-        _ = self.settings
+        super().__post_init__()
         for spec in self.trees:
             parse_tree(spec)
         if self.trees and self.drafter == "none":
             raise ValueError("--tree needs a --drafter, for plain decoding drafts nothing")
-        for name in ("limit", "batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        serving.refuse_below_one(self, "limit", "batch", "repeats")
         if self.peer != "none" and (self.temperature or self.dtype != "fp32"):
             raise ValueError(f"--peer {self.peer} is greedy and in fp32: leave out --temperature and --dtype")
-        if not 0 <= self.seed < serving.SEEDS:
-            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
-
-    @property
-    def settings(self) -> Settings:
-        """How answers are drawn."""
-        return Settings(self.max_new_tokens, self.temperature)
 
     @property
     def trees(self) -> list[str]:
@@ -237,73 +203,12 @@ def begin(models: Models, requests: Requests, settings: Settings) -> DecodeState
     return run_prefill(models.engine, models.weights, requests, capacity, slots)
 
 
-# The parts of `decode.decode_step` and `decode.plain_step`, each a program of its own.
-
-
-class Scored(NamedTuple):
-    """What the target makes of a tree."""
-
-    fresh: KVCache
-    features_BLD: Array
-    logits_BLV: Array
-
-
-@functools.partial(jax.jit, static_argnames="engine")
-def grow_part(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
-    """The tree of one round."""
-    drafter, tree = engine.drafter, engine.tree
-    assert drafter is not None and tree is not None and state.root_logits_BV is not None
-    borrowed = engine.target.borrowed(weights.target)
-
-    def draft(scratch: Any, frontier: Any) -> tuple[Array, Any]:
-        return drafter.expand(weights.drafter, borrowed, state.draft, scratch, frontier)
-
-    return tree.grow(draft, drafter.scratch(state.draft, tree.slots), state.root_logits_BV, state.root_B)
-
-
-@functools.partial(jax.jit, static_argnames="engine")
-def target_part(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
-    """The target's call on the nodes of a tree."""
-    positions_BN = state.length_B[:, None] + tree.depth_BN
-    prefix = (state.cache, state.length_B)
-    out = engine.target.forward(weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True)
-    assert out.fresh is not None
-    return Scored(out.fresh, out.features_BLD, engine.target.logits(weights.target, out.features_BLD))
-
-
-@functools.partial(jax.jit, static_argnames="engine")
-def verify_part(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
-    """The target's draws, and the path that carries them."""
-    drawn_BN = draw(logits_BNV, tree.depth_BN, state.length_B + 1, engine.path, state.requests.sampling)
-    return verify.follow(tree, drawn_BN, engine.path - 1)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def commit_part(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> DecodeState:
-    """The accepted path written to the cache, its tokens to the output."""
-    cache = kv.commit(state.cache, kv.take_rows(fresh, accepted.path_BP), state.length_B)
-    return emit(state._replace(cache=cache), accepted.token_BP, accepted.count_B + 1)
-
-
-@functools.partial(jax.jit, static_argnames="engine", donate_argnames="draft")
-def extend_part(
-    engine: Engine, weights: Weights, draft: Any, features_BND: Array, accepted: verify.Accepted
-) -> tuple[Any, Array]:
-    """The drafter takes in the accepted path."""
-    assert engine.drafter is not None
-    features_BPD = jnp.take_along_axis(features_BND, accepted.path_BP[:, :, None], axis=1)
-    borrowed = engine.target.borrowed(weights.target)
-    return engine.drafter.extend(
-        weights.drafter, borrowed, draft, accepted.token_BP, features_BPD, accepted.count_B + 1
-    )
-
-
-def one_node(state: DecodeState) -> Tree:
-    """The root alone, as plain decoding scores it."""
-    batch = state.root_B.shape[0]
-    column = jnp.zeros((batch, 1), jnp.int32)
-    here = jnp.ones((batch, 1), bool)
-    return Tree(state.root_B[:, None], column - 1, column, column.astype(jnp.float32), here, here[:, None])
+# The phases of `decode.decode_step`, each a program of its own.
+grow = jax.jit(decode.grow, static_argnames="engine")
+score = jax.jit(decode.score, static_argnames="engine")
+accept = jax.jit(decode.accept, static_argnames="engine")
+extend = jax.jit(decode.extend, static_argnames="engine")
+commit = jax.jit(decode.commit, donate_argnames="state")
 
 
 @jax.jit
@@ -316,20 +221,19 @@ def time_parts(models: Models, requests: Requests, settings: Settings, rounds: i
     """Seconds of each part of a round, in the middle of decoding `requests`."""
     engine, weights = models.engine, models.weights
     state = run_rounds(engine, weights, begin(models, requests, settings), np.int32(max(1, rounds // 2)))
-    speculative = engine.drafter is not None
-    tree = grow_part(engine, weights, state) if speculative else one_node(state)
-    scored = target_part(engine, weights, state, tree)
-    accepted = verify_part(engine, state, tree, scored.logits_BLV)
+    tree = grow(engine, weights, state)
+    scored = score(engine, weights, state, tree)
+    accepted = accept(engine, state, tree, scored.logits_BNV)
     parts = {
-        "target": part_seconds(functools.partial(target_part, engine), weights, state, tree),
-        "verify": part_seconds(functools.partial(verify_part, engine), state, tree, scored.logits_BLV),
-        "commit": part_seconds(commit_part, state, scored.fresh, accepted, donated=0),
+        "target": part_seconds(functools.partial(score, engine), weights, state, tree),
+        "verify": part_seconds(functools.partial(accept, engine), state, tree, scored.logits_BNV),
+        "commit": part_seconds(commit, state, scored.fresh, accepted, donated=0),
         "draft": 0.0,
     }
-    if speculative:
-        extend = functools.partial(extend_part, engine)
-        parts["draft"] = part_seconds(functools.partial(grow_part, engine), weights, state)
-        parts["draft"] += part_seconds(extend, weights, state.draft, scored.features_BLD, accepted, donated=1)
+    if engine.drafter is not None:
+        path = (weights, state, scored.features_BND, accepted)
+        parts["draft"] = part_seconds(functools.partial(grow, engine), weights, state)
+        parts["draft"] += part_seconds(functools.partial(extend, engine), *path)
     return parts
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -20,61 +20,37 @@ from jaxspec import cli, report, serving
 from jaxspec.data.chat import IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decode import stream, tau
-from jaxspec.serving import Answer, Job, Models, Queue, Settings
+from jaxspec.serving import Answer, Flags, Job, Models, Queue, Settings
 from jaxspec.trees import parse_tree
 
 TAU = "tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted"
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Flags):
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to answer; several prompts are answered in batches."""
     prompts: str | None = None
     """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line."""
-    target: str = "tiny"
-    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
     drafter: str = "none"
     """Folder of a drafter; `none` decodes plainly, one token a target call."""
     tree: str | None = None
     """What is drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM.
     Default: the tree saved with the drafter, else EAGLE-2's dynamic:60x6x10."""
-    max_new_tokens: int = 256
-    """Most tokens of an answer; one that reaches the target's last position ends there."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the target's own distribution."""
-    top_k: int = 0
-    """Draw among the likeliest K tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
-    """Seed of the draws; with it a drafter and tree change the speed and not the text."""
     batch: int = 8
     """Prompts decoded together."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations."""
     raw: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue the prompt's text as it stands, without the chat template."""
-    json: str | None = None
-    """File for the result."""
 
     def __post_init__(self) -> None:
-        _ = self.settings
+        super().__post_init__()
         if bool(self.prompt) == (self.prompts is not None):
             raise ValueError("give prompts as words in quotes or a file with --prompts, one of the two")
         if self.tree is not None:
             parse_tree(self.tree)
             if self.drafter == "none":
                 raise ValueError("--tree needs a --drafter, for plain decoding drafts nothing")
-        if self.batch < 1:
-            raise ValueError(f"--batch is {self.batch}; it must be at least 1")
-        if not 0 <= self.seed < serving.SEEDS:
-            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
-
-    @property
-    def settings(self) -> Settings:
-        """How answers are drawn."""
-        return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        serving.refuse_below_one(self, "batch")
 
 
 class Outcome(NamedTuple):

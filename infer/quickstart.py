@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxspec import cli, report, serving
+from jaxspec.base import Params
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
@@ -24,7 +25,7 @@ from jaxspec.decode import Generation, make_requests
 from jaxspec.identity import Divergence, divergences
 from jaxspec.regeneration import rewrite, write_user_turns
 from jaxspec.serving import Job, Models, Queue, Settings
-from jaxspec.training import Distilled, distill, say
+from jaxspec.training import Finished, distill, say
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:2", "chain:3", "chain:5", "chain:7", "static:0,1,00,01,000,0000", "dynamic:12x5x3")
@@ -86,14 +87,14 @@ def main(argv: Sequence[str]) -> int:
     conversations = write_answers(models, asked, args)
     say("3/5 an EAGLE-2 head is distilled")
     began = time.monotonic()
-    done = train_head(models, conversations, args)
+    head, done = train_head(models, conversations, args)
     train_seconds = time.monotonic() - began
     say("4/5 trees are measured on this machine")
-    tree, speeds = pick_tree(models, done, asked[:10], args)
+    tree, speeds = pick_tree(models, head, done.params, asked[:10], args)
     drafter = args.folder / "drafter"
-    save_drafter(drafter, "eagle", done.module, done.params, {"target": args.target, "tree": tree})
+    save_drafter(drafter, "eagle", head, done.params, {"target": args.target, "tree": tree})
     say("5/5 held-out questions are decoded, plainly and speculatively")
-    fast = models.with_drafter(done.module, done.params, parse_tree(tree))
+    fast = models.with_drafter(head, done.params, parse_tree(tree))
     passes = [(measure(models, held_out, args), measure(fast, held_out, args)) for _ in range(PASSES)]
     plain, speculative = (sorted(arm, key=lambda a: a.seconds)[PASSES // 2] for arm in zip(*passes, strict=True))
     sampled = measure(fast, held_out, args, temperature=1.0)
@@ -155,7 +156,7 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
     return sorted(answered, key=lambda c: int(c.id))
 
 
-def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> Distilled:
+def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, Finished]:
     """An EAGLE-2 head trained with EAGLE's losses on the target's answers."""
     config = DistillConfig(
         name="quickstart",
@@ -185,12 +186,14 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
     return distill(config, models.engine.target, models.weights.target, train_data, eval_data)  # type: ignore[arg-type]
 
 
-def pick_tree(models: Models, done: Distilled, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:
+def pick_tree(
+    models: Models, head: Any, params: Params, questions: Sequence[str], args: Args
+) -> tuple[str, dict[str, float]]:
     """The fastest tree by tokens a second on a few training questions, and every tree's speed."""
     passes: dict[str, list[float]] = {tree: [] for tree in args.trees}
     with report.progress("trees", PASSES * len(args.trees), "passes") as bar:
         for tree in args.trees * PASSES:
-            drafted = models.with_drafter(done.module, done.params, parse_tree(tree))
+            drafted = models.with_drafter(head, params, parse_tree(tree))
             passes[tree].append(measure(drafted, questions, args).tokens_per_second)
             bar.advance(status=f"{tree} {passes[tree][-1]:,.0f} tokens/s")
     speeds = {tree: float(np.median(values)) for tree, values in passes.items()}

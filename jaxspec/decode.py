@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxspec import cache as kv
 from jaxspec import verify
-from jaxspec.base import Array, Drafter, KVCache, Params, Target, TargetOutput, TreePolicy
+from jaxspec.base import Array, Drafter, KVCache, Params, Target, TargetOutput, Tree, TreePolicy
 from jaxspec.sampling import Sampling, draw
 from jaxspec.trees import chain
 
@@ -170,75 +170,92 @@ def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
     return state._replace(output_BO=output_BO, produced_B=state.produced_B + kept_B, finish_B=finish_B)
 
 
+class Scored(NamedTuple):
+    """What the target makes of a tree: its nodes' keys and values, features, and fp32 logits."""
+
+    fresh: KVCache
+    features_BND: Array
+    logits_BNV: Array
+
+
 def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
     """One round: grow the tree, score it, follow the target's draws, commit the path, extend the drafter."""
-    if engine.tree is None or engine.drafter is None:
-        return plain_step(engine, weights, state)
-    borrowed = engine.target.borrowed(weights.target)
-    running_B = state.finish_B == RUNNING
+    tree = grow(engine, weights, state)
+    scored = score(engine, weights, state, tree)
+    accepted = accept(engine, state, tree, scored.logits_BNV)
+    if engine.drafter is not None:
+        draft, root_logits_BV = extend(engine, weights, state, scored.features_BND, accepted)
+        state = state._replace(draft=draft, root_logits_BV=root_logits_BV)
+    return commit(state, scored.fresh, accepted)
 
-    # draft
+
+def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
+    """The tree of a round; decoding plainly the root, and rows of padding that nothing sees behind it."""
+    if engine.tree is None or engine.drafter is None:
+        token_BN = jnp.zeros((state.root_B.shape[0], engine.rows), jnp.int32).at[:, 0].set(state.root_B)
+        nothing = jnp.zeros_like(token_BN)
+        alone_BNN = jnp.broadcast_to(jnp.eye(engine.rows, dtype=bool), (*token_BN.shape, engine.rows))
+        root_BN = jnp.broadcast_to(jnp.arange(engine.rows) == 0, token_BN.shape)
+        return Tree(token_BN, nothing - 1, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
+    drafter, borrowed = engine.drafter, engine.target.borrowed(weights.target)
+
     def draft(scratch: Any, frontier: Any) -> tuple[Array, Any]:
-        return engine.drafter.expand(weights.drafter, borrowed, state.draft, scratch, frontier)  # type: ignore[union-attr]
+        return drafter.expand(weights.drafter, borrowed, state.draft, scratch, frontier)
 
     assert state.root_logits_BV is not None
-    scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
-    tree = engine.tree.grow(draft, scratch, state.root_logits_BV, state.root_B)
+    scratch = drafter.scratch(state.draft, engine.tree.slots)
+    return engine.tree.grow(draft, scratch, state.root_logits_BV, state.root_B)
 
-    # target
+
+def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
+    """The target's one call on all nodes of a tree."""
     positions_BN = state.length_B[:, None] + tree.depth_BN
     prefix = (state.cache, state.length_B)
     out = engine.target.forward(weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True)
-    logits_BNV = engine.target.logits(weights.target, out.features_BLD)
+    return Scored(_fresh(out), out.features_BLD, engine.target.logits(weights.target, out.features_BLD))
 
-    # sample, verify
-    drawn_BN = draw(logits_BNV, tree.depth_BN, state.length_B + 1, engine.path, state.requests.sampling)
-    accepted = verify.follow(tree, drawn_BN, engine.tree.depth)
 
-    # commit
-    cache = kv.commit(state.cache, kv.take_rows(_fresh(out), accepted.path_BP), state.length_B)
-    added_B = jnp.where(running_B, accepted.count_B + 1, 0)
-    bonus_B = accepted.token_BP[:, -1]
-    features_BPD = jnp.take_along_axis(out.features_BLD, accepted.path_BP[:, :, None], axis=1)
+def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
+    """The target's draws, and the path that carries them."""
+    depth_BN = tree.depth_BN
+    if engine.tree is None:
+        logits_BNV, depth_BN = logits_BNV[:, :1], depth_BN[:, :1]
+    drawn_BN = draw(logits_BNV, depth_BN, state.length_B + 1, engine.path, state.requests.sampling)
+    if engine.tree is None:
+        return verify.Accepted(depth_BN[:, 0], depth_BN, drawn_BN)
+    return verify.follow(tree, drawn_BN, engine.tree.depth)
 
-    # extend
-    draft_state, root_logits_BV = engine.drafter.extend(
-        weights.drafter, borrowed, state.draft, accepted.token_BP, features_BPD, added_B
+
+def extend(
+    engine: Engine, weights: Weights, state: DecodeState, features_BND: Array, accepted: verify.Accepted
+) -> tuple[Any, Array]:
+    """The drafter takes in the accepted path: its new state, and the logits of the new root's children."""
+    assert engine.drafter is not None
+    features_BPD = jnp.take_along_axis(features_BND, accepted.path_BP[:, :, None], axis=1)
+    borrowed = engine.target.borrowed(weights.target)
+    return engine.drafter.extend(
+        weights.drafter, borrowed, state.draft, accepted.token_BP, features_BPD, _added(state, accepted)
     )
-    took_BP = (jnp.arange(engine.path) == accepted.count_B[:, None]) & running_B[:, None]
+
+
+def commit(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> DecodeState:
+    """The accepted path written to the cache and its tokens to the output; finished rows stay as they are."""
+    running_B = state.finish_B == RUNNING
+    token_BP, path = accepted.token_BP, state.accepted_BP.shape[1]
+    took_BP = (jnp.arange(path) == accepted.count_B[:, None]) & running_B[:, None]
     state = state._replace(
-        cache=cache,
-        length_B=state.length_B + added_B,
-        root_B=jnp.where(running_B, bonus_B, state.root_B),
-        draft=draft_state,
-        root_logits_BV=root_logits_BV,
+        cache=kv.commit(state.cache, kv.take_rows(fresh, accepted.path_BP), state.length_B, token_BP[:, -1]),
+        length_B=state.length_B + _added(state, accepted),
+        root_B=jnp.where(running_B, token_BP[:, -1], state.root_B),
         calls_B=state.calls_B + running_B,
         accepted_BP=state.accepted_BP + took_BP,
     )
-    return emit(state, accepted.token_BP, accepted.count_B + 1)
+    return emit(state, token_BP, accepted.count_B + 1)
 
 
-def plain_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
-    """One token by one target call, `engine.rows` tokens wide; rows behind the first are padding that nothing sees."""
-    batch, rows = state.root_B.shape[0], engine.rows
-    running_B = state.finish_B == RUNNING
-    token_BL = jnp.zeros((batch, rows), jnp.int32).at[:, 0].set(state.root_B)
-    positions_BL = jnp.broadcast_to(state.length_B[:, None], (batch, rows))
-    only_itself = jnp.eye(rows, dtype=bool)[None]
-    prefix = (state.cache, state.length_B)
-    out = engine.target.forward(weights.target, token_BL, positions_BL, only_itself, prefix, keep_kv=True)
-    logits_BLV = engine.target.logits(weights.target, out.features_BLD)[:, :1]
-    root_B = draw(logits_BLV, jnp.zeros((batch, 1), jnp.int32), state.length_B + 1, 1, state.requests.sampling)[:, 0]
-    first = jnp.zeros((batch, 1), jnp.int32)
-    cache = kv.commit(state.cache, kv.take_rows(_fresh(out), first), state.length_B, root_B)
-    state = state._replace(
-        cache=cache,
-        length_B=state.length_B + running_B,
-        root_B=jnp.where(running_B, root_B, state.root_B),
-        calls_B=state.calls_B + running_B,
-        accepted_BP=state.accepted_BP + running_B[:, None],
-    )
-    return emit(state, root_B[:, None], jnp.ones(batch, jnp.int32))
+def _added(state: DecodeState, accepted: verify.Accepted) -> Array:
+    """Tokens that each row commits this round: its root and what it accepted behind it."""
+    return jnp.where(state.finish_B == RUNNING, accepted.count_B + 1, 0)
 
 
 def _fresh(out: TargetOutput) -> KVCache:

@@ -151,11 +151,13 @@ def loss_sums(
         segment_mask(batch.segments_BL),
         objective.steps,
     )
-    mask_TBL = step_masks(batch, objective)
     wanted_TBLD = jnp.stack([shift(features_BLD, j + 1) for j in range(objective.steps)])
 
     @jax.checkpoint
-    def chunk_sums(hidden: Array, wanted: Array, mask_TBL: Array) -> tuple[dict[str, Array], Array, Array]:
+    def chunk_sums(piece: tuple[Array, Array, Array]) -> Sums:
+        return jax.lax.cond(jnp.any(piece[2]), score, lambda *piece: zeros(score, *piece), *piece)
+
+    def score(hidden: Array, wanted: Array, mask_TBC: Array) -> Sums:
         flat = (-1, hidden.shape[2], hidden.shape[3])
         draft = drafter.logits(params, borrowed, hidden.reshape(flat)).reshape(*hidden.shape[:3], -1)
         teacher = jax.lax.stop_gradient(target.logits(frozen, wanted.reshape(flat))).reshape(draft.shape)
@@ -164,26 +166,52 @@ def loss_sums(
             value = (
                 FEATURE_LOSSES[name](hidden, wanted) if name in FEATURE_LOSSES else LOGIT_LOSSES[name](draft, teacher)
             )
-            losses[name] = jnp.sum(jnp.where(mask_TBL, value, 0.0), axis=(1, 2))
+            losses[name] = jnp.sum(jnp.where(mask_TBC, value, 0.0), axis=(1, 2))
         draft = jax.lax.stop_gradient(draft)
-        return losses, agreement(draft, teacher), expected_acceptance(draft, teacher)
+        agree, accept = agreement(draft, teacher), expected_acceptance(draft, teacher)
+        chain = jnp.cumprod(mask_TBC, axis=0)
 
-    length = hidden_TBLD.shape[2]
-    parts = []
-    for begin in range(0, length, objective.chunk):
-        cut = slice(begin, min(begin + objective.chunk, length))
-        parts.append(chunk_sums(hidden_TBLD[:, :, cut], wanted_TBLD[:, :, cut], mask_TBL[:, :, cut]))
-    losses = jax.tree.map(lambda *x: sum(x), *(p[0] for p in parts))
-    agree, accept = (jnp.concatenate([p[i] for p in parts], axis=-1) for i in (1, 2))
-    chain = jnp.cumprod(mask_TBL, axis=0)
-    return Sums(
-        losses,
-        jnp.sum(agree * mask_TBL, axis=(1, 2)),
-        jnp.sum(accept * mask_TBL, axis=(1, 2)),
-        jnp.sum(jnp.cumprod(agree, axis=0) * chain, axis=(1, 2)),
-        jnp.sum(jnp.cumprod(accept, axis=0) * chain, axis=(1, 2)),
-        jnp.sum(mask_TBL, axis=(1, 2)),
-    )
+        def total(x_TBC: Array) -> Array:
+            return jnp.sum(x_TBC, axis=(1, 2))
+
+        return Sums(
+            losses,
+            total(agree * mask_TBC),
+            total(accept * mask_TBC),
+            total(jnp.cumprod(agree, axis=0) * chain),
+            total(jnp.cumprod(accept, axis=0) * chain),
+            total(mask_TBC.astype(jnp.int32)),
+        )
+
+    pieces = in_chunks(hidden_TBLD, wanted_TBLD, step_masks(batch, objective), objective.chunk)
+    parts = jax.lax.map(chunk_sums, pieces)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+
+
+def zeros(like: Any, *arguments: Any) -> Any:
+    """Zeros of the shape that `like(*arguments)` has."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(like, *arguments))
+
+
+def in_chunks(hidden_TBLD: Array, wanted_TBLD: Array, mask_TBL: Array, chunk: int) -> tuple[Array, Array, Array]:
+    """The three as `[chunks, T, B, chunk, ...]`, each row's trained positions first, so that the last chunks are empty.
+
+    A chunk without a trained position is skipped: what teaches nothing (the user's turns, padding) costs no logits.
+    """
+    order_BL = jnp.argsort(~jnp.any(mask_TBL, axis=0), axis=1, stable=True)
+    length = order_BL.shape[1]
+    chunk = min(chunk, length)
+    missing = -length % chunk
+
+    def cut(x_TBL: Array) -> Array:
+        trailing = x_TBL.shape[3:]
+        order = order_BL.reshape(1, *order_BL.shape, *(1 for _ in trailing))
+        x_TBL = jnp.take_along_axis(x_TBL, order, axis=2)
+        x_TBL = jnp.pad(x_TBL, [(0, 0), (0, 0), (0, missing), *((0, 0) for _ in trailing)])
+        split = x_TBL.reshape(*x_TBL.shape[:2], -1, chunk, *trailing)
+        return jnp.moveaxis(split, 2, 0)
+
+    return cut(hidden_TBLD), cut(wanted_TBLD), cut(mask_TBL)
 
 
 def train_step(

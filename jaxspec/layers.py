@@ -13,6 +13,8 @@ from jaxspec.base import Array, Params
 
 MASKED = -1e30
 """Score of a key that a query does not see: far below any real score, and finite, so a row without keys is not NaN."""
+FEW_ROWS = 32
+"""Up to so many rows an LM head is the left operand: XLA:CPU would transpose it on every call as the right one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +167,24 @@ def attend_causal(
 
 def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     """The attention output projection, `[B, L, D]`."""
-    return jnp.einsum("BLKGC,KGCD->BLD", mixed_BLKGC, layer["out"].astype(mixed_BLKGC.dtype))
+    out = layer["out"].astype(mixed_BLKGC.dtype)
+    # As one contracted axis: of three, XLA:CPU makes one by copying the weight, each call.
+    return jnp.einsum("BLE,ED->BLD", mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1), out.reshape(-1, out.shape[-1]))
 
 
 def gated_mlp(layer: Params, x_BLD: Array) -> Array:
-    """`down(silu(gate(x)) * up(x))`; gate and up are one weight `[D, 2, F]`."""
-    hidden = jnp.einsum("BLD,DEF->BLEF", x_BLD, layer["gate_up"].astype(x_BLD.dtype))
-    return jnp.einsum("BLF,FD->BLD", jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1], layer["down"].astype(x_BLD.dtype))
+    """`down(silu(gate(x)) * up(x))`."""
+    gate, up, down = (layer[name].astype(x_BLD.dtype) for name in ("gate", "up", "down"))
+    return (jax.nn.silu(x_BLD @ gate) * (x_BLD @ up)) @ down
+
+
+def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
+    """fp32 logits `[B, L, V]` under an LM head."""
+    table_VD = table_VD.astype(x_BLD.dtype)
+    if x_BLD.shape[0] * x_BLD.shape[1] > FEW_ROWS:
+        return jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+    scores_VBL = jnp.einsum("VD,BLD->VBL", table_VD, x_BLD, preferred_element_type=jnp.float32)
+    return jnp.transpose(scores_VBL, (1, 2, 0))
 
 
 def causal_mask(length: int) -> Array:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,46 @@ class Settings:
         ):
             if not holds:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {range_}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of every verb that decodes; each adds its own."""
+
+    target: str = "tiny"
+    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer; one that reaches the target's last position ends there."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 draws from the target's own distribution."""
+    top_k: int = 0
+    """Draw among the likeliest K tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the draws; every prompt has its own noise, whatever batch it is in and whatever drafts for it."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        _ = self.settings
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
+
+    @property
+    def settings(self) -> Settings:
+        """How answers are drawn."""
+        return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+
+
+def refuse_below_one(args: object, *names: str) -> None:
+    """ValueError naming the first of these flags that is given and less than 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def row_seed(seed: int, index: int) -> int:

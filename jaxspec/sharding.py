@@ -28,7 +28,8 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "head": ("vocab", "width"),
     "qkv": ("width", "kv_heads", None, None),
     "out": ("kv_heads", None, None, "width"),
-    "gate_up": ("width", None, "mlp"),
+    "gate": ("width", "mlp"),
+    "up": ("width", "mlp"),
     "down": ("mlp", "width"),
     "fc": (None, "width"),
 }

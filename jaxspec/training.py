@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from jaxspec.base import Params
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.cli import Preempted
-from jaxspec.config import DistillConfig, OptimizerConfig, differences, to_dict
+from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, differences, to_dict
 from jaxspec.data.packing import Corpus, PackedBatches
 from jaxspec.data.pipeline import BatchIterator, iterate
 from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
@@ -100,6 +101,82 @@ def train(
     return Outcome(state, mean, evaluation, tokens, tokens / seconds if tokens else 0.0)
 
 
+class Finished(NamedTuple):
+    """A run at its last step."""
+
+    params: Params
+    """Whole on every device."""
+    outcome: Outcome
+    steps: int
+    checkpoint: str
+    resumed_from: int | None
+
+    def keys(self) -> dict[str, Any]:
+        """What the training verbs report alike."""
+        return {
+            "steps": self.steps,
+            "tokens": self.outcome.tokens,
+            "loss": self.outcome.loss,
+            "eval": self.outcome.evaluation,
+            "tokens_per_second": self.outcome.tokens_per_second,
+            "checkpoint": self.checkpoint,
+            "resumed_from": self.resumed_from,
+        }
+
+
+def run(
+    config: PretrainConfig | DistillConfig,
+    init: Callable[[], TrainState],
+    update: Callable[[TrainState, HostBatch], tuple[TrainState, Any]],
+    evaluate: Callable[[TrainState], dict[str, Any]],
+    data: PackedBatches,
+    mesh: Mesh,
+    *,
+    verb: str,
+    steps: int,
+    resumable: Sequence[str],
+) -> Finished:
+    """`train` on a mesh, from the last checkpoint in the config's folder if there is one, else from `init`.
+
+    Raises ValueError if that checkpoint belongs to a run that differs in one of the settings `resumable`.
+    """
+    abstract = jax.eval_shape(init)
+    layout = shardings(mesh, abstract)
+    settings = to_dict(config)
+    with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
+        batches = iterate(data)
+        resumed_from = checkpoints.latest_step()
+        if resumed_from is None:
+            state = jax.jit(init, out_shardings=layout)()
+        else:
+            restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
+            refuse_other_settings(restored.config, settings, resumable, checkpoints.folder)
+            state = restored.state
+            batches.set_state(restored.data_state)
+            say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
+        try:
+            outcome = train(
+                update,
+                evaluate,
+                state,
+                batches,
+                checkpoints,
+                name=f"{verb} {config.name}",
+                start=resumed_from or 0,
+                steps=steps,
+                document_ids=functools.partial(document_ids, data.corpus),
+                config=settings,
+                save_every=config.checkpoint.save_every,
+                eval_every=config.eval_every,
+                log_every=config.log_every,
+            )
+        finally:
+            batches.close()
+        checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
+    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
+    return Finished(whole, outcome, steps, checkpoint, resumed_from)
+
+
 class MetricLog:
     """A JSONL file of metrics; lines past the step a run resumes from are dropped, for they will come again."""
 
@@ -146,17 +223,6 @@ EVAL_STEPS = 5
 """Draft steps that evaluation unrolls at least, for simulated tau."""
 
 
-class Distilled(NamedTuple):
-    """A drafter at the end of its training."""
-
-    module: Any
-    params: Params
-    outcome: Outcome
-    steps: int
-    checkpoint: str
-    resumed_from: int | None
-
-
 def drafter_for(config: DistillConfig, target: LlamaConfig) -> Any:
     """The drafter module that `config` names, one layer of the target's shape unless `config.head` says otherwise."""
     if config.drafter not in DRAFTERS:
@@ -180,28 +246,22 @@ def drafter_for(config: DistillConfig, target: LlamaConfig) -> Any:
 
 def distill(
     config: DistillConfig, target: Llama, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
-) -> Distilled:
-    """Train the drafter of `config` on a frozen target, from the run's last checkpoint if it has one.
+) -> tuple[Any, Finished]:
+    """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
     The target's forward pass and the drafter's update are one jitted program on the config's mesh.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    blocks = {
-        "query_block": config.query_block,
-        "row_by_row": mesh.size == 1 and jax.default_backend() == "cpu",
-    }
     drafter = drafter_for(config, target.config)
+    blocks = attention_blocks(config, mesh)
     target, learner = target.clone(**blocks), drafter.clone(**blocks)
     steps = config.optimizer.steps or len(train_data)
     optimizer = optimizer_of(config.optimizer, steps)
     init = functools.partial(init_state, drafter, optimizer, jax.random.key(config.seed))
-    abstract = jax.eval_shape(init)
-    layout = shardings(mesh, abstract)
     frozen = jax.device_put(frozen, shardings(mesh, frozen))
-    settings = to_dict(config)
     objective = config.objective
     judged = dataclasses.replace(objective, steps=max(objective.steps, EVAL_STEPS))
-    update = jax.jit(functools.partial(train_step, target, learner, optimizer, objective), donate_argnums=1)
+    updated = jax.jit(functools.partial(train_step, target, learner, optimizer, objective), donate_argnums=1)
     sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
     place = functools.partial(place_rows, batch_sharding(mesh))
 
@@ -209,42 +269,20 @@ def distill(
         parts = [jax.device_get(sums_of(frozen, state.params, place(eval_data[i]))) for i in range(len(eval_data))]
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
-    def step(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        state, loss, _ = update(frozen, state, place(batch))
+    def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
+        state, loss, _ = updated(frozen, state, place(batch))
         return state, loss
 
-    with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
-        batches = iterate(train_data)
-        resumed_from = checkpoints.latest_step()
-        if resumed_from is None:
-            state = jax.jit(init, out_shardings=layout)()
-        else:
-            restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
-            refuse_other_settings(restored.config, settings, RESUMABLE, checkpoints.folder)
-            state = restored.state
-            batches.set_state(restored.data_state)
-            say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
-        try:
-            outcome = train(
-                step,
-                evaluate,
-                state,
-                batches,
-                checkpoints,
-                name=f"train {config.name}",
-                start=resumed_from or 0,
-                steps=steps,
-                document_ids=functools.partial(document_ids, train_data.corpus),
-                config=settings,
-                save_every=config.checkpoint.save_every,
-                eval_every=config.eval_every,
-                log_every=config.log_every,
-            )
-        finally:
-            batches.close()
-        checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
-    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
-    return Distilled(drafter, whole, outcome, steps, checkpoint, resumed_from)
+    done = run(config, init, update, evaluate, train_data, mesh, verb="train", steps=steps, resumable=RESUMABLE)
+    return drafter, done
+
+
+def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
+    """How the models attend over training rows; see `layers.attend_causal`."""
+    return {
+        "query_block": config.query_block,
+        "row_by_row": mesh.size == 1 and jax.default_backend() == "cpu",
+    }
 
 
 def place_rows(sharding: jax.sharding.Sharding, batch: HostBatch) -> Batch:

@@ -54,8 +54,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Head:
     corpus = tokenize_conversations(answered, models.tokenizer, length=128)
     data = [PackedBatches(corpus, 128, 8, epochs=e, loss_on="assistant") for e in (None, 1)]
     target = models.engine.target
-    done = distill(config, target, models.weights.target, *data)  # type: ignore[arg-type]
-    return Head(models.with_drafter(done.module, done.params, parse_tree("chain:4")), questions[:300])
+    module, done = distill(config, target, models.weights.target, *data)  # type: ignore[arg-type]
+    return Head(models.with_drafter(module, done.params, parse_tree("chain:4")), questions[:300])
 
 
 def batches(head: Head, count: int, batch: int, **settings: object) -> list[Requests]:

@@ -1,20 +1,18 @@
 """Pretraining: the loss, and runs that are killed and go on as if they had not been."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
+from processes import finish, stop_at
 
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.config import load
@@ -94,20 +92,7 @@ def prepare(folder: Path) -> None:
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "jaxspec", "pretrain", "toy.py", *overrides, "--json", "result.json"]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def stop_at(run: subprocess.Popen[str], reached: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
-    while not reached():
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.005)
-    run.send_signal(number)
-    errors = run.communicate()[1]
-    return run.returncode, errors
+    return processes.start(folder, "pretrain", "toy.py", *overrides, "--json", "result.json")
 
 
 def final_state(folder: Path) -> TrainState:
@@ -129,9 +114,7 @@ def final_state(folder: Path) -> TrainState:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     prepare(folder)
-    run = start(folder)
-    errors = run.communicate()[1]
-    assert run.returncode == 0, errors
+    finish(start(folder))
     return folder
 
 
@@ -143,9 +126,7 @@ def test_a_run_killed_and_preempted_ends_with_the_same_bits(uninterrupted: Path,
     second = start(folder)
     code, errors = stop_at(second, (folder / "run" / "40").is_dir, signal.SIGTERM)
     assert code == 75 and "resumed from step" in errors and "resume with the same command" in errors
-    third = start(folder)
-    errors = third.communicate()[1]
-    assert third.returncode == 0, errors
+    finish(start(folder))
     assert json.loads((folder / "result.json").read_text())["resumed_from"] >= 40
     torn, whole = final_state(folder), final_state(uninterrupted)
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), torn, whole)

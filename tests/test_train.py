@@ -1,12 +1,17 @@
 """`jaxspec train`: a drafter from a config, resumed where it stopped, that `jaxspec generate` loads."""
 
 import json
+import signal
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from processes import finish, start, stop_at
 from random_models import write_target
 
 from jaxspec.__main__ import main
+from jaxspec.checkpoint import load_drafter
 
 CONFIG = """
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
@@ -26,8 +31,10 @@ KEYS = {"steps", "tokens", "loss", "eval", "tokens_per_second", "checkpoint", "r
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_target(tmp_path / "target")
-    turns = [{"role": "user", "content": "1 and 2 make"}, {"role": "assistant", "content": "3, they say"}]
-    lines = [json.dumps({"id": str(i), "source": "toy", "messages": turns}) for i in range(40)]
+    lines = []
+    for i in range(40):
+        turns = [{"role": "user", "content": f"{i} and 2 make"}, {"role": "assistant", "content": f"{i + 2}, they say"}]
+        lines.append(json.dumps({"id": str(i), "source": "toy", "messages": turns}))
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     (tmp_path / "toy.py").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
@@ -53,3 +60,15 @@ def test_changed_settings_and_wrong_configs_are_refused_in_a_sentence(folder: Pa
     assert "belongs to a run with other settings (optimizer.peak_lr was 0.003, is 0.01)" in capfd.readouterr().err
     assert main(["train", "tiny"]) == 1
     assert "holds a PretrainConfig, not a DistillConfig" in capfd.readouterr().err
+
+
+def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(folder: Path):
+    longer = ("train", "toy.py", "optimizer.steps=30", "checkpoint.save_every=4", "--json", "result.json")
+    finish(start(folder, *longer, "checkpoint.folder=whole", "export_folder=whole_drafter"))
+    for step in (8, 16):
+        code, errors = stop_at(start(folder, *longer), (folder / "run" / str(step)).is_dir, signal.SIGKILL)
+        assert code == -signal.SIGKILL, errors
+    finish(start(folder, *longer))
+    assert json.loads((folder / "result.json").read_text())["resumed_from"] >= 16
+    torn, undisturbed = (load_drafter(folder / name, dtype=jnp.float32).params for name in ("drafter", "whole_drafter"))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), torn, undisturbed)))

@@ -59,18 +59,9 @@ def run(config: DistillConfig) -> dict[str, Any]:
     tokenizer = ChatTokenizer.load(folder)
     train_data = packed(config, read_corpus(config, tokenizer, "train"), epochs=config.optimizer.epochs, shuffle=True)
     eval_data = packed(config, read_corpus(config, tokenizer, "eval"), epochs=1, shuffle=False)
-    done = distill(config, target.module, target.params, train_data, eval_data)
-    save_drafter(config.export_folder, config.drafter, done.module, done.params, {"target": config.target})
-    return {
-        "steps": done.steps,
-        "tokens": done.outcome.tokens,
-        "loss": done.outcome.loss,
-        "eval": done.outcome.evaluation,
-        "tokens_per_second": done.outcome.tokens_per_second,
-        "checkpoint": done.checkpoint,
-        "resumed_from": done.resumed_from,
-        "drafter": config.export_folder,
-    }
+    module, done = distill(config, target.module, target.params, train_data, eval_data)
+    save_drafter(config.export_folder, config.drafter, module, done.params, {"target": config.target})
+    return {**done.keys(), "drafter": config.export_folder}
 
 
 def read_corpus(config: DistillConfig, tokenizer: ChatTokenizer, part: str) -> Corpus:

@@ -15,20 +15,18 @@ import optax
 from tyro.conf import Positional
 
 from jaxspec import cli
-from jaxspec.checkpoint import RunCheckpoints, abstract_like
-from jaxspec.config import PretrainConfig, load, to_dict
+from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
-from jaxspec.data.pipeline import iterate
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
-from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxspec.sharding import batch_sharding, make_mesh, replicated
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, document_ids, optimizer_of, refuse_other_settings, say, train
+from jaxspec.training import HostBatch, attention_blocks, optimizer_of, run, say
 
 RESUMABLE = ("model", "data", "optimizer", "seed", "dtype")  # settings that may not change under a run's feet
 
@@ -81,13 +79,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     shape = dataclasses.replace(
         config.model, bos_id=data.tokenizer.bos_id, eos_ids=data.tokenizer.stop_ids, pad_id=data.tokenizer.pad_id
     )
-    model = Llama(
-        shape,
-        remat=config.remat,
-        dtype=jnp.dtype(config.dtype),
-        query_block=config.query_block,
-        row_by_row=mesh.size == 1 and jax.default_backend() == "cpu",
-    )
+    model = Llama(shape, remat=config.remat, dtype=jnp.dtype(config.dtype), **attention_blocks(config, mesh))
     optimizer = optimizer_of(config.optimizer, steps)
 
     def init() -> TrainState:
@@ -95,58 +87,26 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         params = model.init_params(init_key)
         return TrainState(params, optimizer.init(params), jnp.int32(0), train_key)
 
-    abstract = jax.eval_shape(init)
-    layout = shardings(mesh, abstract)
-    settings = to_dict(config)
-    with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
-        batches = iterate(data.train)
-        resumed_from = checkpoints.latest_step()
-        if resumed_from is None:
-            state = jax.jit(init, out_shardings=layout)()
-        else:
-            restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
-            refuse_other_settings(restored.config, settings, RESUMABLE, checkpoints.folder)
-            state = restored.state
-            batches.set_state(restored.data_state)
-            say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
-        place = functools.partial(place_batch, batch_sharding(mesh))
-        update = jax.jit(functools.partial(train_step, model, optimizer, config.loss_block), donate_argnums=0)
-        sums = jax.jit(
-            functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
-            out_shardings=replicated(mesh),
-        )
-        try:
-            outcome = train(
-                lambda state, batch: update(state, place(batch)[0]),
-                lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
-                state,
-                batches,
-                checkpoints,
-                name=f"pretrain {config.name}",
-                start=resumed_from or 0,
-                steps=steps,
-                document_ids=functools.partial(document_ids, data.train.corpus),
-                config=settings,
-                save_every=config.checkpoint.save_every,
-                eval_every=config.eval_every,
-                log_every=config.log_every,
-            )
-        finally:
-            batches.close()
-        checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
-    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
+    place = functools.partial(place_batch, batch_sharding(mesh))
+    update = jax.jit(functools.partial(train_step, model, optimizer, config.loss_block), donate_argnums=0)
+    sums = jax.jit(
+        functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
+        out_shardings=replicated(mesh),
+    )
+    done = run(
+        config,
+        init,
+        lambda state, batch: update(state, place(batch)[0]),
+        lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
+        data.train,
+        mesh,
+        verb="pretrain",
+        steps=steps,
+        resumable=RESUMABLE,
+    )
     if jax.process_index() == 0:
-        write_llama(config.export_folder, whole, shape, dtype="bfloat16")
-    return {
-        "steps": steps,
-        "tokens": outcome.tokens,
-        "loss": outcome.loss,
-        "eval": outcome.evaluation,
-        "tokens_per_second": outcome.tokens_per_second,
-        "checkpoint": checkpoint,
-        "resumed_from": resumed_from,
-        "export": config.export_folder,
-    }
+        write_llama(config.export_folder, done.params, shape, dtype="bfloat16")
+    return {**done.keys(), "export": config.export_folder}
 
 
 def read_data(config: PretrainConfig) -> Data:

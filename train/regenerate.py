@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from jaxspec import cli, report, serving
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.regeneration import LENGTH, UNFIT, Rewritten, rewrite, write_user_turns
-from jaxspec.serving import Models, Settings
+from jaxspec.serving import Flags, Models
 
 SETTINGS = (
     "target", "prompts", "from_scratch", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "shard", "dtype",
@@ -31,26 +31,14 @@ SETTINGS = (
 """Flags that must stay the same when a run is resumed."""
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Flags):
     out: str
     """JSON Lines of {"id", "source", "messages", "finish", "tokens"}, appended as conversations are finished."""
-    target: str = "tiny"
-    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
     prompts: str | None = None
     """JSON Lines of conversations, {"id", "source", "messages"} or ShareGPT's form; their answers are not read."""
     from_scratch: int = 0
     """Without --prompts: so many single user turns that the target itself writes, at temperature 1."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 draws from the target's own distribution."""
-    top_k: int = 0
-    """Draw among the likeliest K tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
-    """Seed of the draws; each conversation has its own noise, whatever batch or shard it is in."""
-    max_new_tokens: int = 256
-    """Most tokens of one answer."""
     batch: int = 16
     """Conversations decoded together."""
     shard: str = "0/1"
@@ -59,25 +47,15 @@ class Args:
     """Take only the first N conversations of the file, before they are sharded."""
     keep_unfinished: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep conversations whose last answer was cut at --max-new-tokens; they are dropped otherwise."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations."""
-    json: str | None = None
-    """File for the result."""
 
     def __post_init__(self) -> None:
-        _ = self.settings, self.part
+        super().__post_init__()
+        _ = self.part
         if (self.prompts is None) == (self.from_scratch == 0):
             raise ValueError("give a file with --prompts, or a number with --from-scratch, one of the two")
-        for name, value in (("batch", self.batch), ("limit", self.limit), ("from-scratch", self.from_scratch or 1)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
-        if not 0 <= self.seed < serving.SEEDS:
-            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
-
-    @property
-    def settings(self) -> Settings:
-        """How answers are drawn."""
-        return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        serving.refuse_below_one(self, "batch", "limit")
+        if self.prompts is None:
+            serving.refuse_below_one(self, "from_scratch")
 
     @property
     def part(self) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from jaxspec.layers import (
     rms_norm,
     rope,
     rope_frequencies,
+    score_tokens,
 )
 
 
@@ -71,7 +72,8 @@ def eagle_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
         "qkv": (c.width, c.kv_heads, c.group + 2, c.head_dim),
         "out": (c.kv_heads, c.group, c.head_dim, c.width),
         "mlp_norm": (c.width,),
-        "gate_up": (c.width, 2, c.mlp),
+        "gate": (c.width, c.mlp),
+        "up": (c.width, c.mlp),
         "down": (c.mlp, c.width),
     }
     if c.head_norm:
@@ -148,7 +150,7 @@ class Eagle(nn.Module):
         """fp32 logits of outputs under the target's LM head."""
         if self.config.head_norm:
             hidden_BLD = rms_norm(hidden_BLD, self.weights["head_norm"], self.config.norm_eps)
-        return jnp.einsum("BLD,VD->BLV", hidden_BLD, head_VD.astype(self.dtype), preferred_element_type=jnp.float32)
+        return score_tokens(hidden_BLD, head_VD)
 
     def _extend(
         self, borrowed: Borrowed, state: EagleState, tokens_BL: Array, features_BLD: Array, count_B: Array

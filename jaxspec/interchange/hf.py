@@ -51,8 +51,8 @@ LAYER_PARTS = {
     "self_attn.v_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0)),
     "self_attn.o_proj": Part("out", (3, 0), lambda w_KGCD: w_KGCD.transpose(3, 0, 1, 2)),
     "post_attention_layernorm": Part("mlp_norm", (0,), whole),
-    "mlp.gate_proj": Part("gate_up", (2, 0), lambda w_DEF: w_DEF[:, 0].transpose(1, 0)),
-    "mlp.up_proj": Part("gate_up", (2, 0), lambda w_DEF: w_DEF[:, 1].transpose(1, 0)),
+    "mlp.gate_proj": Part("gate", (1, 0), lambda w_DF: w_DF.transpose(1, 0)),
+    "mlp.up_proj": Part("up", (1, 0), lambda w_DF: w_DF.transpose(1, 0)),
     "mlp.down_proj": Part("down", (1, 0), lambda w_FD: w_FD.transpose(1, 0)),
 }
 TOP_PARTS = {

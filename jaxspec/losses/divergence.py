@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
+from jaxspec.sampling import argmax
 
 
 def soft_cross_entropy(draft_logits: Array, target_logits: Array) -> Array:
@@ -26,4 +27,4 @@ def expected_acceptance(draft_logits: Array, target_logits: Array) -> Array:
 
 def agreement(draft_logits: Array, target_logits: Array) -> Array:
     """1 where both argmaxes are the same token, else 0: how often a greedy draft is kept."""
-    return (jnp.argmax(draft_logits, axis=-1) == jnp.argmax(target_logits, axis=-1)).astype(jnp.float32)
+    return (argmax(draft_logits) == argmax(target_logits)).astype(jnp.float32)

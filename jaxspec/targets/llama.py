@@ -22,6 +22,7 @@ from jaxspec.layers import (
     rms_norm,
     rope,
     rope_frequencies,
+    score_tokens,
 )
 
 
@@ -65,7 +66,8 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "qkv": (c.width, c.kv_heads, c.group + 2, c.head_dim),
         "out": (c.kv_heads, c.group, c.head_dim, c.width),
         "mlp_norm": (c.width,),
-        "gate_up": (c.width, 2, c.mlp),
+        "gate": (c.width, c.mlp),
+        "up": (c.width, c.mlp),
         "down": (c.mlp, c.width),
     }
 
@@ -173,9 +175,7 @@ class Llama(nn.Module):
     def score(self, features_BLD: Array) -> Array:
         """See `logits`."""
         table = self.embed_table if self.config.tied else self.head_table
-        return jnp.einsum(
-            "BLD,VD->BLV", features_BLD, table.astype(features_BLD.dtype), preferred_element_type=jnp.float32
-        )
+        return score_tokens(features_BLD, table)
 
     def init_params(self, key: Array) -> Params:
         """Random weights (normal 0.02; residual outputs scaled by depth)."""

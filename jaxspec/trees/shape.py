@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
+from jaxspec.sampling import argmax
 from jaxspec.sharding import constrain, splits
 
 
@@ -23,7 +24,7 @@ def likeliest(logits_BWV: Array, count: int) -> tuple[Array, Array]:
     rows_QV = logits_BWV.reshape(batch * width, vocab)
     parts = splits("vocab")
     if count == 1:
-        token_QR, best_QR = jnp.argmax(rows_QV, axis=-1, keepdims=True), jnp.max(rows_QV, axis=-1, keepdims=True)
+        token_QR, best_QR = argmax(rows_QV)[:, None], jnp.max(rows_QV, axis=-1, keepdims=True)
     elif parts > 1 and vocab % parts == 0 and count <= vocab // parts:
         token_QR, best_QR = _best_of_parts(rows_QV, count, parts)
     else:
