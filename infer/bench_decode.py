@@ -23,7 +23,7 @@ import tyro
 from jaxspec import cli, cost, decode, report, serving
 from jaxspec.base import Array
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
-from jaxspec.decode import NO_LIMIT, DecodeState, Generation, Requests, collect, run_prefill, run_rounds, sizes, tau
+from jaxspec.decode import NO_LIMIT, DecodeState, Generation, Requests, collect, run_rounds, start, tau
 from jaxspec.regeneration import write_user_turns
 from jaxspec.serving import Flags, Job, Models, Settings
 from jaxspec.trees import parse_tree
@@ -199,8 +199,7 @@ def decode_all(models: Models, batches: list[Requests], settings: Settings) -> R
 
 def begin(models: Models, requests: Requests, settings: Settings) -> DecodeState:
     """The prefilled state of a batch."""
-    capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], settings.max_new_tokens)[1:]
-    return run_prefill(models.engine, models.weights, requests, capacity, slots)
+    return start(models.engine, models.weights, requests, max_new_tokens=settings.max_new_tokens)
 
 
 # The phases of `decode.decode_step`, each a program of its own.

@@ -69,6 +69,7 @@ class DecodeState(NamedTuple):
     """Everything a generation carries from round to round."""
 
     requests: Requests
+    """Without the prompts: they are read, and rounds do not depend on how wide they were padded."""
     cache: KVCache
     length_B: Array
     """Tokens committed to the target's cache: all but the root."""
@@ -137,7 +138,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
             requests.length_B,
         )
     state = DecodeState(
-        requests=requests,
+        requests=requests._replace(tokens_BL=requests.tokens_BL[:, :0]),
         cache=cache,
         length_B=requests.length_B,
         root_B=root_B,
@@ -289,15 +290,15 @@ def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: 
 NO_LIMIT = np.int32(np.iinfo(np.int32).max)
 
 
-def bucket(length: int, step: int = 64) -> int:
-    """The padded size of a prompt of `length`: powers of two up to `8 * step`, then multiples of `4 * step`.
+def bucket(length: int, least: int = 16) -> int:
+    """The padded size of a prompt of `length`: powers of two from `least` to `32 * least`, then multiples of half that.
 
-    Few sizes, so few compiled programs.
+    Few sizes, so few programs that read prompts.
     """
-    size = step
-    while size < length and size < 8 * step:
+    size = least
+    while size < length and size < 32 * least:
         size *= 2
-    return size if size >= length else round_up(length, 4 * step)
+    return size if size >= length else round_up(length, 16 * least)
 
 
 def round_up(length: int, step: int = 64) -> int:
@@ -305,15 +306,14 @@ def round_up(length: int, step: int = 64) -> int:
     return -(-length // step) * step
 
 
-def sizes(engine: Engine, prompt: int, max_new: int) -> tuple[int, int, int]:
-    """Padded prompt length, cache capacity and output slots that a batch needs, from its longest row and budget.
+def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:
+    """Cache capacity and output slots that a batch needs, from its padded prompt length and largest budget.
 
     The last round of a row may write a whole path behind its last kept token, so both leave `P` slots. Attention reads
     the whole capacity, so it is no rounder than it must be.
     """
-    width = bucket(prompt)
     slots = round_up(max_new + engine.path)
-    return width, width + slots, slots
+    return round_up(width) + slots, slots
 
 
 def make_requests(
@@ -401,11 +401,21 @@ def stream(engine: Engine, weights: Weights, requests: Requests, *, rounds: int 
         state = run_rounds(engine, weights, state, np.int32(rounds))
 
 
-def start(engine: Engine, weights: Weights, requests: Requests, *, sized_for: Engine | None = None) -> DecodeState:
-    """Prefill with the sizes the batch needs, or would need with the engine `sized_for`."""
-    longest = int(np.max(np.asarray(requests.budget_B)))
-    _, capacity, slots = sizes(sized_for or engine, requests.tokens_BL.shape[1], longest)
-    return run_prefill(engine, weights, requests, capacity, slots)
+def start(
+    engine: Engine,
+    weights: Weights,
+    requests: Requests,
+    *,
+    max_new_tokens: int | None = None,
+    sized_for: Engine | None = None,
+) -> DecodeState:
+    """Prefill with the sizes the batch needs.
+
+    Batches share their programs if they give one `max_new_tokens`, at least the largest budget. `sized_for` takes the
+    sizes that another engine would need.
+    """
+    longest = max_new_tokens or int(np.max(np.asarray(requests.budget_B)))
+    return run_prefill(engine, weights, requests, *sizes(sized_for or engine, requests.tokens_BL.shape[1], longest))
 
 
 def collect(state: DecodeState) -> Generation:

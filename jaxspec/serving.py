@@ -24,9 +24,8 @@ from jaxspec.decode import (
     bucket,
     collect,
     make_requests,
-    run_prefill,
     run_rounds,
-    sizes,
+    start,
     tau,
 )
 from jaxspec.interchange.hf import load_target
@@ -265,8 +264,7 @@ def answer(models: Models, queue: Queue, settings: Settings, *, warm: bool = Fal
             warm_up(models, requests, settings)
             warmed.add(requests.tokens_BL.shape[1])
         started = time.perf_counter()
-        capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], settings.max_new_tokens)[1:]
-        state = run_prefill(models.engine, models.weights, requests, capacity, slots)
+        state = start(models.engine, models.weights, requests, max_new_tokens=settings.max_new_tokens)
         done = collect(run_rounds(models.engine, models.weights, state, NO_LIMIT))
         seconds = time.perf_counter() - started
         rows = zip(done.tokens, done.finish, done.calls.tolist(), done.accepted, strict=True)
@@ -291,6 +289,5 @@ def batch_requests(models: Models, jobs: list[Job], settings: Settings, *, batch
 
 def warm_up(models: Models, requests: Requests, settings: Settings) -> None:
     """Compile what decoding `requests` runs, at the price of one prefill."""
-    capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], settings.max_new_tokens)[1:]
-    state = run_prefill(models.engine, models.weights, requests, capacity, slots)
+    state = start(models.engine, models.weights, requests, max_new_tokens=settings.max_new_tokens)
     jax.block_until_ready(run_rounds(models.engine, models.weights, state, np.int32(0)))
