@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Params
+from jaxspec.base import Array, KVCache, Params
 
 MASKED = -1e30
 """Score of a key that a query does not see: far below any real score, and finite, so a row without keys is not NaN."""
@@ -120,25 +121,62 @@ def _finish(part: _Part, like_BLKGC: Array) -> Array:
     return jnp.transpose(mixed, (0, 3, 1, 2, 4))
 
 
+class Prefix(NamedTuple):
+    """The committed tokens as one layer sees them."""
+
+    cache: KVCache
+    layer: Array | int
+    length_B: Array
+    """Each row's queries see its first `length` slots."""
+
+
+PREFIX_BLOCK = 64
+"""Slots of the prefix that XLA:CPU attends at once, doubled from the second time on: it copies what a matmul reads."""
+
+
+def _attend_prefix(q_BKQC: Array, prefix: Prefix) -> _Part:
+    """The queries over the committed tokens, in the way that suits the platform the program is lowered for."""
+    k_YBKCS, v_YBKSC = prefix.cache
+    capacity, longest = prefix.cache.capacity, jnp.max(prefix.length_B)
+
+    def over(begin: int, end: int) -> _Part:
+        seen_BS = jnp.arange(begin, end) < prefix.length_B[:, None]
+        # One slice for layer and slots: a conditional would be handed a copy of the whole layer.
+        k_BKCS, v_BKSC = k_YBKCS[prefix.layer, ..., begin:end], v_YBKSC[prefix.layer, :, :, begin:end]
+        return _attend_part(q_BKQC, k_BKCS, v_BKSC, seen_BS[:, None, None])
+
+    def behind(begin: int, part: _Part) -> _Part:
+        # What is summed together is fixed, so a row's result depends neither on the capacity nor on longer rows.
+        if begin >= capacity:
+            return part
+        end = min(2 * begin, capacity)
+        more = functools.partial(behind, end)
+        return jax.lax.cond(longest > begin, lambda p: more(_merge(p, over(begin, end))), lambda p: p, part)
+
+    def used() -> _Part:
+        first = min(PREFIX_BLOCK, capacity)
+        return behind(first, over(0, first))
+
+    return jax.lax.platform_dependent(cpu=used, default=lambda: over(0, capacity))
+
+
 def attend(
     q_BLKGC: Array,
     k_BKCM: Array,
     v_BKMC: Array,
     mask_BLM: Array,
-    prefix: tuple[Array, Array, Array] | None = None,
+    prefix: Prefix | None = None,
 ) -> Array:
     """Attention of `L` queries over the call's own keys (by mask) and the whole committed prefix: `[B, L, K, G, C]`.
 
-    `prefix` is one layer's `(k [B, K, C, S], v [B, K, S, C], length [B])`; every query sees the first `length` slots,
-    so a tree needs only its own ancestor mask. One fp32 softmax spans both parts. Scale `1 / sqrt(C)`.
+    A tree needs only its own ancestor mask, for every query sees all of its row's prefix. One fp32 softmax spans both
+    parts. Scale `1 / sqrt(C)`.
     """
     q = _grouped(q_BLKGC)
     group = q_BLKGC.shape[3]
     part = _attend_part(q, k_BKCM, v_BKMC, jnp.tile(mask_BLM[:, None], (1, 1, group, 1)))
     if prefix is not None:
-        k_BKCS, v_BKSC, length_B = prefix
-        seen_BS = jnp.arange(k_BKCS.shape[-1]) < length_B[:, None]
-        part = _merge(part, _attend_part(q, k_BKCS, v_BKSC, seen_BS[:, None, None]))
+        part = _merge(part, _attend_prefix(q, prefix))
     return _finish(part, q_BLKGC)
 
 

@@ -18,6 +18,7 @@ from jaxspec import cache as kv
 from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Params
 from jaxspec.layers import (
     MASKED,
+    Prefix,
     RopeScaling,
     attend,
     attend_causal,
@@ -160,8 +161,7 @@ class Eagle(nn.Module):
         positions_BL = state.length_B[:, None] + jnp.arange(length)
         q, k, v = self.project(fused, positions_BL)
         causal = jnp.tril(jnp.ones((1, length, length), bool))
-        past = (state.cache.k_YBKCS[0], state.cache.v_YBKSC[0], state.length_B)
-        hidden = self.finish(fused, attend(q, k, v, causal, past))
+        hidden = self.finish(fused, attend(q, k, v, causal, Prefix(state.cache, 0, state.length_B)))
         last = jnp.maximum(count_B - 1, 0)[:, None, None]
         hidden_BD = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
         hidden_BD = jnp.where((count_B > 0)[:, None], hidden_BD, state.hidden_BD)
@@ -182,7 +182,7 @@ class Eagle(nn.Module):
         q, k, v = self.project(fused, positions_BW)
         keys = scratch.k_BKCM.at[..., begin:end].set(k)
         values = scratch.v_BKMC.at[:, :, begin:end].set(v)
-        past = (state.cache.k_YBKCS[0], state.cache.v_YBKSC[0], state.length_B)
+        past = Prefix(state.cache, 0, state.length_B)
         mixed = attend(q, keys[..., :end], values[:, :, :end], frontier.visible_BWM, past)
         hidden = self.finish(fused, mixed)
         scratch = EagleScratch(keys, values, scratch.hidden_BMD.at[:, begin:end].set(hidden))

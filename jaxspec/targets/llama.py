@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxspec import cache as kv
 from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
 from jaxspec.layers import (
+    Prefix,
     RopeScaling,
     attend,
     attend_causal,
@@ -136,7 +137,7 @@ class Llama(nn.Module):
         x = self.embed_table[tokens_BL].astype(self.dtype)
         cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
-        def block(x: Array, layer: Params, past: tuple[Array, Array, Array] | None) -> tuple[Array, Any]:
+        def block(x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
             q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
             if self.query_block and past is None:
                 mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
@@ -148,29 +149,21 @@ class Llama(nn.Module):
 
         if self.remat:
             block = jax.checkpoint(block)
+
+        def past(layer: Array | int) -> Prefix | None:
+            return None if prefix is None else Prefix(prefix[0], layer, prefix[1])
+
         if self.stacked:
-            past = None if prefix is None else (prefix[0], prefix[1])
-            x, fresh = self._scan(block, x, past)
+            each = (self.layers, jnp.arange(c.layers))
+            x, fresh = jax.lax.scan(lambda x, row: block(x, row[0], past(row[1])), x, each)
         else:
             rows = []
             for i, layer in enumerate(self.layers):
-                past = None if prefix is None else (prefix[0].k_YBKCS[i], prefix[0].v_YBKSC[i], prefix[1])
-                x, row = block(x, layer, past)
+                x, row = block(x, layer, past(i))
                 rows.append(row)
             fresh = jax.tree.map(lambda *a: jnp.stack(a), *rows) if keep_kv else None
         features = rms_norm(x, self.norm, c.norm_eps)
         return TargetOutput(features, None if fresh is None else KVCache(*fresh))
-
-    def _scan(self, block: Any, x: Array, past: tuple[KVCache, Array] | None) -> tuple[Array, Any]:
-        if past is None:
-            return jax.lax.scan(lambda x, layer: block(x, layer, None), x, self.layers)
-        cache, length = past
-
-        def step(x: Array, layer: Any) -> tuple[Array, Any]:
-            weights, k, v = layer
-            return block(x, weights, (k, v, length))
-
-        return jax.lax.scan(step, x, (self.layers, cache.k_YBKCS, cache.v_YBKSC))
 
     def score(self, features_BLD: Array) -> Array:
         """See `logits`."""

@@ -1,0 +1,42 @@
+"""`jaxspec quickstart` from start to end, with little of everything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxspec.__main__ import main
+
+LITTLE = ["--conversations", "30", "--held-out", "3", "--steps", "3", "--max-new-tokens", "24"]
+
+
+def test_the_main_job_reports_its_keys_and_leaves_a_drafter_that_generate_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [*LITTLE, "--trees", "chain:1", "chain:2", "--folder", "quick", "--json", "found.json"]
+    assert main(["quickstart", *flags]) == 0
+    shown = capfd.readouterr().out
+    assert "[plain]" in shown and "[speculative]" in shown and "speed-up" in shown
+    found = json.loads(Path("found.json").read_text())
+    assert found["tree"] in found["tree_tokens_per_second"] and set(found["tree_tokens_per_second"]) == {
+        "chain:1",
+        "chain:2",
+    }
+    assert found["identical_fraction"] == 1 or all(d["margin"] < 1e-4 for d in found["near_ties"])
+    assert 1 <= found["tau"] <= 3 and found["held_out_prompts"] == 3
+    assert found["speedup"] == pytest.approx(found["tokens_per_second_speculative"] / found["tokens_per_second_plain"])
+    words = ["generate", "Give the area of Portugal.", "--drafter", found["drafter_checkpoint"]]
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--trees", "bush:3"], "bush:3"),
+    ],
+)
+def test_wrong_flags_are_refused_in_a_sentence(flags: list[str], problem: str, capfd: pytest.CaptureFixture[str]):
+    assert main(["quickstart", *flags]) != 0
+    assert problem in capfd.readouterr().err
