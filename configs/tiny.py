@@ -1,8 +1,8 @@
-"""The bundled tiny target: 5.9M parameters on grade-school maths and country facts, two epochs of 5.4M tokens.
+"""The bundled tiny target: 5.9M parameters on grade-school maths and country facts, three epochs of 5.4M tokens.
 
-On two CPU cores 3,600 tokens a second in fp32, so about 50 minutes; huge pages for the allocator
-(`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`) save a quarter. Expect held-out losses near 0.92 (facts), 1.01 (facts from a
-passage) and 2.09 (maths) nats a token.
+On two CPU cores 3,000 to 3,700 tokens a second in fp32, so 75 to 90 minutes; huge pages for the allocator
+(`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`) save a quarter. Expect held-out losses near 0.88 (facts), 0.91 (facts from a
+passage) and 1.88 (maths) nats a token.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
