@@ -22,6 +22,7 @@ from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, Optimize
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decode import Generation, make_requests
+from jaxspec.distill import Objective
 from jaxspec.identity import Divergence, divergences
 from jaxspec.regeneration import rewrite, write_user_turns
 from jaxspec.serving import Job, Models, Queue, Settings
@@ -30,6 +31,8 @@ from jaxspec.trees import parse_tree
 
 TREES = ("chain:2", "chain:3", "chain:4", "chain:5", "chain:6", "static:0,1,00,000,0000", "dynamic:12x5x3")
 """Candidates: on a CPU each verified node costs, so chains and small trees win."""
+QUESTION_TOKENS = 96
+"""Questions that go on for longer are left out."""
 PASSES = 5
 """Times that arms take turns; other users of the machine disturb single passes."""
 FINALISTS = 3
@@ -42,7 +45,7 @@ class Args:
     """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
     folder: Path = Path("runs/quickstart")
     """Where the drafter and the training run are kept; a second call resumes or replaces what is there."""
-    conversations: int = 600
+    conversations: int = 800
     """Conversations that the target writes and the drafter learns from."""
     held_out: int = 20
     """Further questions, kept apart, that both arms answer at the end."""
@@ -131,7 +134,8 @@ def write_questions(models: Models, args: Args) -> list[str]:
     count = args.conversations + args.held_out
     questions = []
     with report.progress("questions", count, "questions") as bar:
-        for turn in write_user_turns(models, count, seed=args.seed, batch=32):
+        short = Settings(max_new_tokens=QUESTION_TOKENS, temperature=1.0)
+        for turn in write_user_turns(models, count, seed=args.seed, settings=short, batch=32):
             questions.append(turn.text)
             bar.advance()
     if len(questions) <= args.held_out:
@@ -174,6 +178,7 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
         ),
         checkpoint=CheckpointConfig(str(args.folder / "run"), save_every=max(1, args.steps // 4)),
         export_folder=str(args.folder / "drafter"),
+        objective=Objective(chunk=32),
         seed=args.seed,
         eval_every=args.steps,
     )

@@ -309,11 +309,11 @@ def round_up(length: int, step: int = 64) -> int:
 def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:
     """Cache capacity and output slots that a batch needs, from its padded prompt length and largest budget.
 
-    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots. Attention reads
-    the whole capacity, so it is no rounder than it must be.
+    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots. Prompts of up
+    to 128 tokens share one capacity, and so the program of the rounds.
     """
     slots = round_up(max_new + engine.path)
-    return round_up(width) + slots, slots
+    return round_up(width, 128) + slots, slots
 
 
 def make_requests(

@@ -288,6 +288,6 @@ def batch_requests(models: Models, jobs: list[Job], settings: Settings, *, batch
 
 
 def warm_up(models: Models, requests: Requests, settings: Settings) -> None:
-    """Compile what decoding `requests` runs, at the price of one prefill."""
+    """Compile what decoding `requests` runs, and run a round of it: some kernels are built when they first run."""
     state = start(models.engine, models.weights, requests, max_new_tokens=settings.max_new_tokens)
-    jax.block_until_ready(run_rounds(models.engine, models.weights, state, np.int32(0)))
+    jax.block_until_ready(run_rounds(models.engine, models.weights, state, np.int32(1)))

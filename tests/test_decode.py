@@ -239,9 +239,9 @@ def test_requests_survive_their_generation():
 def test_a_batch_that_fills_its_cache_to_the_last_slot_is_unharmed():
     """A prompt of the whole bucket, and a budget that leaves exactly one path: late rounds run against the edge."""
     engine, weights = pair("eagle", "chain")
-    assert sizes(engine, 64, BUDGET) == (128, 64) and sizes(engine, 64, BUDGET + 1) != (128, 64)
+    assert sizes(engine, 128, BUDGET) == (192, 64) and sizes(engine, 128, BUDGET + 1) != (192, 64)
     requests = make_requests(
-        prompts(8, (64, 64, 5, 64)), max_new_tokens=[BUDGET, BUDGET - 9, BUDGET, BUDGET], stop_ids=[VOCAB, VOCAB + 1]
+        prompts(8, (128, 128, 5, 128)), max_new_tokens=[BUDGET, BUDGET - 9, BUDGET, BUDGET], stop_ids=[VOCAB, VOCAB + 1]
     )
     text = generate(engine, weights, requests)
     assert_same_text(text, generate_plain(engine, weights, requests, rows=ROWS))
