@@ -294,7 +294,7 @@ def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
     work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None:
         return work
-    head_VD = engine.target.borrowed(weights.target).head_VD
+    head_VD = decode.borrowed(engine, weights).head_VD
     return work + cost.draft_work(weights.drafter, head_VD, engine.tree, batch=batch)
 
 

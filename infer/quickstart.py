@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec import cli, report, serving
-from jaxspec.base import Params
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.data.packing import PackedBatches, frequent_tokens, tokenize_conversations
 from jaxspec.decode import Generation, make_requests
 from jaxspec.distill import Objective
 from jaxspec.identity import Divergence, divergences
@@ -33,6 +32,8 @@ TREES = ("chain:2", "chain:3", "chain:4", "chain:5", "chain:6", "static:0,1,00,0
 """Candidates: on a CPU each verified node costs, so chains and small trees win."""
 QUESTION_TOKENS = 96
 """Questions that go on for longer are left out."""
+DRAFT_VOCAB = 1024
+"""Tokens that the head scores: the commonest of the target's answers. The rest are never drafted, and still decoded."""
 PASSES = 5
 """Times that arms take turns; other users of the machine disturb single passes."""
 FINALISTS = 3
@@ -92,14 +93,16 @@ def main(argv: Sequence[str]) -> int:
     conversations = write_answers(models, asked, args)
     say("3/5 an EAGLE-2 head is distilled")
     began = time.monotonic()
-    head, done = train_head(models, conversations, args)
+    head, scored, done = train_head(models, conversations, args)
     train_seconds = time.monotonic() - began
     say("4/5 trees are measured on this machine")
-    tree, speeds = pick_tree(models, head, done.params, asked[:10], args)
+    drafted = models.with_drafter(head, done.params, parse_tree(args.trees[0]), scored)
+    tree, speeds = pick_tree(drafted, asked[:10], args)
     drafter = args.folder / "drafter"
-    save_drafter(drafter, "eagle", head, done.params, {"target": args.target, "tree": tree})
+    about = {"target": args.target, "tree": tree}
+    save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored)
     say("5/5 held-out questions are decoded, plainly and speculatively")
-    fast = models.with_drafter(head, done.params, parse_tree(tree))
+    fast = drafted.with_tree(parse_tree(tree))
     passes = [(measure(models, held_out, args), measure(fast, held_out, args)) for _ in range(PASSES)]
     plain, speculative = (sorted(arm, key=lambda a: a.seconds)[PASSES // 2] for arm in zip(*passes, strict=True))
     sampled = measure(fast, held_out, args, temperature=1.0)
@@ -115,6 +118,7 @@ def main(argv: Sequence[str]) -> int:
         "speedup": speculative.tokens_per_second / plain.tokens_per_second,
         "tree": tree,
         "tree_tokens_per_second": speeds,
+        "draft_vocab": len(scored),
         "drafter_checkpoint": str(drafter),
         "train_tokens": done.outcome.tokens,
         "train_seconds": train_seconds,
@@ -162,8 +166,8 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
     return sorted(answered, key=lambda c: int(c.id))
 
 
-def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, Finished]:
-    """An EAGLE-2 head trained with EAGLE's losses on the target's answers."""
+def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, list[int], Finished]:
+    """An EAGLE-2 head trained with EAGLE's losses on the target's answers, and the ids of their commonest tokens."""
     config = DistillConfig(
         name="quickstart",
         target=args.target,
@@ -190,12 +194,12 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
     ]
     train_data = PackedBatches(corpora[0], data.length, data.batch, seed=args.seed, epochs=None, loss_on="assistant")
     eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
-    return distill(config, models.engine.target, models.weights.target, train_data, eval_data)  # type: ignore[arg-type]
+    target: Any = models.engine.target
+    head, done = distill(config, target, models.weights.target, train_data, eval_data)
+    return head, frequent_tokens(corpora[0], DRAFT_VOCAB).tolist(), done
 
 
-def pick_tree(
-    models: Models, head: Any, params: Params, questions: Sequence[str], args: Args
-) -> tuple[str, dict[str, float]]:
+def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:
     """The fastest tree by tokens a second on a few training questions, and every tree's speed.
 
     All are measured once and the best few again, in turns, for the median.
@@ -206,8 +210,8 @@ def pick_tree(
 
         def take_turns(trees: Sequence[str]) -> None:
             for tree in trees:
-                drafted = models.with_drafter(head, params, parse_tree(tree))
-                passes[tree].append(measure(drafted, questions, args).tokens_per_second)
+                arm = drafted.with_tree(parse_tree(tree))
+                passes[tree].append(measure(arm, questions, args).tokens_per_second)
                 bar.advance(status=f"{tree} {passes[tree][-1]:,.0f} tokens/s")
 
         take_turns(list(passes))

@@ -56,6 +56,7 @@ class Borrowed(NamedTuple):
 
     embed_VD: Array
     head_VD: Array
+    """The rows to score: of a draft vocabulary, where the drafter has one."""
 
 
 class Frontier(NamedTuple):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,14 +152,27 @@ class LoadedDrafter(NamedTuple):
     params: Params
     about: dict[str, Any]
     """What was noted when it was saved, such as the `tree` it is fastest with."""
+    draft_vocab: tuple[int, ...] | None
+    """Ids of the tokens it scores, ascending; None for all."""
 
 
-def save_drafter(path: str | Path, name: str, module: Any, params: Params, about: dict[str, Any] | None = None) -> None:
+def save_drafter(
+    path: str | Path,
+    name: str,
+    module: Any,
+    params: Params,
+    about: dict[str, Any] | None = None,
+    *,
+    draft_vocab: Sequence[int] | None = None,
+) -> None:
     """Write the weights of `module`, the drafter `name` of the `DRAFTERS` table, for `load_drafter`.
 
-    `about` (JSON) travels with it; its `tree`, a tree spec, is what decoding uses unless told otherwise.
+    `about` (JSON) travels with it; its `tree`, a tree spec, is what decoding uses unless told otherwise. So do the ids
+    of the tokens it scores, if not all.
     """
     config = {"drafter": name, "shape": dataclasses.asdict(module.config), "about": about or {}}
+    if draft_vocab is not None:
+        config["draft_vocab"] = [int(i) for i in draft_vocab]
     save_model(path, params, config, kind="drafter")
 
 
@@ -182,7 +196,9 @@ def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedD
     expected = jax.eval_shape(module.init_params, jax.random.key(0))
     if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(lambda a: a.shape, expected):
         raise ValueError(f"{path}: the weights do not have the shapes that the drafter's config says")
-    return LoadedDrafter(module, jax.tree.map(lambda a: a.astype(dtype), params), config["about"])
+    scored = config.get("draft_vocab")
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    return LoadedDrafter(module, params, config["about"], None if scored is None else tuple(scored))
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

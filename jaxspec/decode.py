@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxspec import cache as kv
 from jaxspec import verify
-from jaxspec.base import Array, Drafter, KVCache, Params, Target, TargetOutput, Tree, TreePolicy
+from jaxspec.base import Array, Borrowed, Drafter, Frontier, KVCache, Params, Target, TargetOutput, Tree, TreePolicy
 from jaxspec.sampling import Sampling, draw
 from jaxspec.trees import chain
 
@@ -46,11 +46,25 @@ class Engine:
         return 1 if self.tree is None else self.tree.depth + 1
 
 
+class DraftVocab(NamedTuple):
+    """The tokens that a drafter scores, where it does not score all: drafting reads the head's rows at every node.
+
+    It changes what is drafted and so the speed; what is accepted are the target's own draws from its whole vocabulary.
+    """
+
+    token_U: Array
+    """Their ids, ascending."""
+    head_UD: Array
+    """Their rows of the LM head."""
+
+
 class Weights(NamedTuple):
     """The parameters of an engine's models."""
 
     target: Params
     drafter: Params = None
+    vocab: DraftVocab | None = None
+    """None: the drafter scores every token."""
 
 
 class Requests(NamedTuple):
@@ -109,6 +123,12 @@ def tau(tokens: int, calls: int) -> float:
     return tokens / calls if calls else 0.0
 
 
+def borrowed(engine: Engine, weights: Weights) -> Borrowed:
+    """The target's tables as the drafter reads them."""
+    tables = engine.target.borrowed(weights.target)
+    return tables if weights.vocab is None else tables._replace(head_VD=weights.vocab.head_UD)
+
+
 def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
     """Read the prompts, draw each row's first token, and let the drafter read the same.
 
@@ -131,7 +151,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
         next_BL = next_BL.at[jnp.arange(batch), requests.length_B - 1].set(root_B)
         draft, root_logits_BV = engine.drafter.extend(
             weights.drafter,
-            engine.target.borrowed(weights.target),
+            borrowed(engine, weights),
             empty,
             next_BL,
             out.features_BLD,
@@ -198,14 +218,19 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
         alone_BNN = jnp.broadcast_to(jnp.eye(engine.rows, dtype=bool), (*token_BN.shape, engine.rows))
         root_BN = jnp.broadcast_to(jnp.arange(engine.rows) == 0, token_BN.shape)
         return Tree(token_BN, nothing - 1, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
-    drafter, borrowed = engine.drafter, engine.target.borrowed(weights.target)
+    drafter, lent, vocab = engine.drafter, borrowed(engine, weights), weights.vocab
 
-    def draft(scratch: Any, frontier: Any) -> tuple[Array, Any]:
-        return drafter.expand(weights.drafter, borrowed, state.draft, scratch, frontier)
+    def draft(scratch: Any, frontier: Frontier) -> tuple[Array, Any]:
+        if vocab is not None:
+            frontier = frontier._replace(token_BW=vocab.token_U[frontier.token_BW])
+        return drafter.expand(weights.drafter, lent, state.draft, scratch, frontier)
 
     assert state.root_logits_BV is not None
     scratch = drafter.scratch(state.draft, engine.tree.slots)
-    return engine.tree.grow(draft, scratch, state.root_logits_BV, state.root_B)
+    tree = engine.tree.grow(draft, scratch, state.root_logits_BV, state.root_B)
+    if vocab is None:
+        return tree
+    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(state.root_B))
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
@@ -233,9 +258,13 @@ def extend(
     """The drafter takes in the accepted path: its new state, and the logits of the new root's children."""
     assert engine.drafter is not None
     features_BPD = jnp.take_along_axis(features_BND, accepted.path_BP[:, :, None], axis=1)
-    borrowed = engine.target.borrowed(weights.target)
     return engine.drafter.extend(
-        weights.drafter, borrowed, state.draft, accepted.token_BP, features_BPD, _added(state, accepted)
+        weights.drafter,
+        borrowed(engine, weights),
+        state.draft,
+        accepted.token_BP,
+        features_BPD,
+        _added(state, accepted),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxspec.checkpoint import load_drafter
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.decode import (
     NO_LIMIT,
+    DraftVocab,
     Engine,
     Requests,
     Weights,
@@ -57,11 +58,15 @@ class Models(NamedTuple):
         """The target alone."""
         return self._replace(engine=Engine(self.engine.target), weights=Weights(self.weights.target))
 
-    def with_drafter(self, drafter: Drafter, params: Params, tree: TreePolicy) -> Models:
-        """The same target drafted for by `drafter`."""
-        return self._replace(
-            engine=Engine(self.engine.target, drafter, tree), weights=Weights(self.weights.target, params)
-        )
+    def with_drafter(
+        self, drafter: Drafter, params: Params, tree: TreePolicy, draft_vocab: Sequence[int] | None = None
+    ) -> Models:
+        """The same target drafted for by `drafter`, which scores the tokens `draft_vocab` (None: all)."""
+        target, vocab = self.weights.target, None
+        if draft_vocab is not None:
+            token_U = jnp.asarray(draft_vocab, jnp.int32)
+            vocab = DraftVocab(token_U, self.engine.target.borrowed(target).head_VD[token_U])
+        return self._replace(engine=Engine(self.engine.target, drafter, tree), weights=Weights(target, params, vocab))
 
     def with_tree(self, tree: TreePolicy) -> Models:
         """The same models with another tree."""
@@ -99,7 +104,14 @@ def load_models(
             f"{drafter}: the drafter reads features of width {width}, but the target {folder} has width "
             f"{plain.config.width}; it was made for another target"
         )
-    return plain.with_drafter(head.module, head.params, parse_tree(tree or head.about.get("tree") or DEFAULT_TREE))
+    scored = head.draft_vocab
+    if scored is not None and not (scored and 0 <= scored[0] and scored[-1] < plain.config.vocab):
+        raise ValueError(
+            f"{drafter}: its draft vocabulary is not part of the target's {plain.config.vocab} tokens; it was made for "
+            "another target"
+        )
+    policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
+    return plain.with_drafter(head.module, head.params, policy, scored)
 
 
 @dataclasses.dataclass(frozen=True)

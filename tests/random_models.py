@@ -1,5 +1,6 @@
 """A tiny random target with its tokenizer, and a random drafter for it, in folders as programs read them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def write_target(folder: Path) -> Path:
     return folder
 
 
-def write_drafter(folder: Path, *, width: int = 32, tree: str = "dynamic:8x3x3") -> Path:
-    """A random head, noted as fastest with `tree`."""
+def write_drafter(
+    folder: Path, *, width: int = 32, tree: str = "dynamic:8x3x3", draft_vocab: Sequence[int] | None = None
+) -> Path:
+    """A random head, noted as fastest with `tree`, that scores the tokens `draft_vocab`."""
     module = Eagle(EagleConfig(width=width, heads=4, kv_heads=2, head_dim=8, mlp=64))
-    save_drafter(folder, "eagle", module, random_weights(module, 0.2, 2), {"tree": tree})
+    save_drafter(folder, "eagle", module, random_weights(module, 0.2, 2), {"tree": tree}, draft_vocab=draft_vocab)
     return folder

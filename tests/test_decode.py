@@ -16,12 +16,14 @@ from jaxspec import cache as kv
 from jaxspec.base import KVCache
 from jaxspec.decode import (
     NO_LIMIT,
+    DraftVocab,
     Engine,
     Generation,
     Requests,
     Weights,
     generate,
     generate_plain,
+    grow,
     make_requests,
     run_rounds,
     sizes,
@@ -145,6 +147,30 @@ def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str,
     assert text.tau == sum(len(t) - 1 for t in text.tokens) / text.calls.sum()
     if tree == "none":
         assert (cut == 0).all() and (text.calls == [len(t) - 1 for t in text.tokens]).all()
+
+
+@pytest.mark.parametrize("batch", ["greedy", "mixed"])
+@pytest.mark.parametrize("tree", ["chain", "dynamic"])
+def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree: str, batch: str):
+    engine, weights = pair("eagle", tree)
+    token_U = jnp.arange(1, VOCAB, 2)
+    head_VD = engine.target.borrowed(weights.target).head_VD
+    pruned = weights._replace(vocab=DraftVocab(token_U, head_VD[token_U]))
+    text = generate(engine, pruned, batches()[batch])
+    assert_same_text(text, plain(batch))
+    assert text.accepted[:, 1:].sum() > 0
+    state = start(engine, pruned, batches()[batch])
+    drafted = grow(engine, pruned, state).token_BN
+    assert set(np.asarray(drafted[:, 1:]).ravel().tolist()) <= {0, *token_U.tolist()}  # 0 pads
+    np.testing.assert_array_equal(drafted[:, 0], state.root_B)
+
+
+def test_a_draft_vocabulary_of_all_tokens_is_none():
+    engine, weights = pair("eagle", "dynamic")
+    whole = weights._replace(vocab=DraftVocab(jnp.arange(VOCAB), engine.target.borrowed(weights.target).head_VD))
+    a, b = (generate(engine, w, batches()["sampled"]) for w in (weights, whole))
+    assert_same_text(a, b)
+    np.testing.assert_array_equal(a.accepted, b.accepted)
 
 
 def test_the_cases_above_do_accept_and_do_end_inside_paths():

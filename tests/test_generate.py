@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from random_models import POSITIONS, write_drafter, write_target
 
+from jaxspec import serving
 from jaxspec.__main__ import main
 
 PROMPTS = ["how much is 2 and 3?", "what does everybody know", "say it again, " * 3, "1", "and 12 and 14 make?"]
@@ -48,6 +49,18 @@ def test_a_drafter_changes_the_speed_and_not_the_tokens(tmp_path, target, drafte
     drafted = generate(tmp_path, *common, "--drafter", drafter, "--tree", "dynamic:6x2x3")
     assert [r["token_ids"] for r in drafted["rows"]] == [r["token_ids"] for r in plain["rows"]]
     assert plain["tau"] == 1.0 <= drafted["tau"]
+
+
+def test_a_draft_vocabulary_travels_with_its_drafter_and_must_be_the_targets(tmp_path, target, capsys):
+    head = write_drafter(tmp_path / "pruned", draft_vocab=range(4, 200, 2))
+    vocab = serving.load_models(str(target), drafter=head).weights.vocab
+    assert vocab is not None and vocab.head_UD.shape == (98, 32)
+    plain = generate(tmp_path, PROMPTS[0], "--target", target)
+    drafted = generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", head)
+    assert drafted["rows"][0]["token_ids"] == plain["rows"][0]["token_ids"]
+    foreign = write_drafter(tmp_path / "foreign", draft_vocab=(5, 300))
+    assert main(["generate", "hi", "--target", str(target), "--drafter", str(foreign)]) == 1
+    assert "draft vocabulary is not part of the target's 300 tokens" in capsys.readouterr().err
 
 
 def test_rows_come_in_input_order_and_do_not_depend_on_the_batch(tmp_path, target, prompts):
