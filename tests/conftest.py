@@ -1,6 +1,9 @@
 """Before any JAX operation: CPU only, with eight virtual devices."""
 
+from collections.abc import Iterator
+
 import jax
+import pytest
 from absl import flags
 
 jax.config.update("jax_platforms", "cpu")
@@ -9,3 +12,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Grain's worker processes read absl flags, which nobody parses under pytest.
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Compiled programs are let go with their module: with thousands of them loaded, the compiler crashes."""
+    yield
+    jax.clear_caches()
