@@ -30,6 +30,8 @@ from jaxspec.trees import parse_tree
 
 TREES = ("chain:2", "chain:3", "chain:4", "chain:5", "chain:6", "static:0,1,00,000,0000", "dynamic:12x5x3")
 """Candidates: on a CPU each verified node costs, so chains and small trees win."""
+QUESTION_TEMPERATURE = 0.7
+"""Below 1 the questions make sense; at 1 many of those about maths do not, and what answers them is noise."""
 QUESTION_TOKENS = 96
 """Questions that go on for longer are left out."""
 DRAFT_VOCAB = 1024
@@ -138,7 +140,7 @@ def write_questions(models: Models, args: Args) -> list[str]:
     count = args.conversations + args.held_out
     questions = []
     with report.progress("questions", count, "questions") as bar:
-        short = Settings(max_new_tokens=QUESTION_TOKENS, temperature=1.0)
+        short = Settings(max_new_tokens=QUESTION_TOKENS, temperature=QUESTION_TEMPERATURE)
         for turn in write_user_turns(models, count, seed=args.seed, settings=short, batch=32):
             questions.append(turn.text)
             bar.advance()
