@@ -24,7 +24,7 @@ from jaxspec import cli, cost, decode, report, serving
 from jaxspec.base import Array
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decode import NO_LIMIT, DecodeState, Generation, Requests, collect, run_rounds, start, tau
-from jaxspec.regeneration import write_user_turns
+from jaxspec.regeneration import SENSIBLE, write_user_turns
 from jaxspec.serving import Flags, Job, Models, Settings
 from jaxspec.trees import parse_tree
 
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
 def make_batches(models: Models, args: Args) -> list[Requests]:
     """Full batches of like length; prompts that cannot be read are named and left out."""
     if args.prompts is None:
-        turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed), args.limit)
+        turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed, settings=SENSIBLE), args.limit)
         prompts = [text_prompt(str(turn.attempt), turn.text) for turn in turns]
     else:
         prompts = read_prompts(args.prompts, limit=args.limit)

@@ -23,17 +23,13 @@ from jaxspec.data.packing import PackedBatches, frequent_tokens, tokenize_conver
 from jaxspec.decode import Generation, make_requests
 from jaxspec.distill import Objective
 from jaxspec.identity import Divergence, divergences
-from jaxspec.regeneration import rewrite, write_user_turns
+from jaxspec.regeneration import SENSIBLE, rewrite, write_user_turns
 from jaxspec.serving import Job, Models, Queue, Settings
 from jaxspec.training import Finished, distill, say
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:2", "chain:3", "chain:4", "chain:5", "chain:6", "static:0,1,00,000,0000", "dynamic:12x5x3")
 """Candidates: on a CPU each verified node costs, so chains and small trees win."""
-QUESTION_TEMPERATURE = 0.7
-"""Below 1 the questions make sense; at 1 many of those about maths do not, and what answers them is noise."""
-QUESTION_TOKENS = 96
-"""Questions that go on for longer are left out."""
 DRAFT_VOCAB = 1024
 """Tokens that the head scores: the commonest of the target's answers. The rest are never drafted, and still decoded."""
 PASSES = 5
@@ -140,8 +136,7 @@ def write_questions(models: Models, args: Args) -> list[str]:
     count = args.conversations + args.held_out
     questions = []
     with report.progress("questions", count, "questions") as bar:
-        short = Settings(max_new_tokens=QUESTION_TOKENS, temperature=QUESTION_TEMPERATURE)
-        for turn in write_user_turns(models, count, seed=args.seed, settings=short, batch=32):
+        for turn in write_user_turns(models, count, seed=args.seed, settings=SENSIBLE, batch=32):
             questions.append(turn.text)
             bar.advance()
     if len(questions) <= args.held_out:

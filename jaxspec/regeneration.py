@@ -139,6 +139,10 @@ def user_header(tokenizer: ChatTokenizer) -> tuple[str, str]:
     return before, after
 
 
+SENSIBLE = Settings(max_new_tokens=96, temperature=0.7)
+"""Of user turns drawn at temperature 1 a small target's often make no sense, and what answers them is noise."""
+
+
 def write_user_turns(
     models: Models, count: int, *, seed: int, settings: Settings | None = None, batch: int = 16
 ) -> Iterator[UserTurn]:
