@@ -45,57 +45,67 @@ class Outcome(NamedTuple):
     tokens_per_second: float
 
 
+class Recipe(NamedTuple):
+    """What one kind of training does; `train` drives it."""
+
+    verb: str
+    init: Callable[[], Any]
+    """The state of step 0, under `jit`."""
+    update: Callable[[Any, HostBatch], tuple[Any, Any]]
+    """A step: the new state and its loss, or where that is not finite the old state and the loss."""
+    evaluate: Callable[[Any], dict[str, Any]]
+    """Figures of a state on held-out data."""
+    data: PackedBatches
+    steps: int
+    resumable: Sequence[str]
+    """Fields of the config that a resumed run must share."""
+
+
 def train(
-    update: Callable[[Any, HostBatch], tuple[Any, Any]],
-    evaluate: Callable[[Any], dict[str, Any]],
+    recipe: Recipe,
+    config: PretrainConfig | DistillConfig,
     state: Any,
     batches: BatchIterator,
     checkpoints: RunCheckpoints,
     *,
-    name: str,
     start: int,
-    steps: int,
-    document_ids: Callable[[HostBatch], list[str]],
-    config: dict[str, Any],
-    save_every: int,
-    eval_every: int,
-    log_every: int,
 ) -> Outcome:
-    """Run `update` from step `start` to `steps` and leave a checkpoint of the last one.
+    """Run the recipe from step `start` to its last, and leave a checkpoint of that one.
 
-    `update` returns the new state, or the old one where the loss it returns is not finite; then this raises ValueError
-    naming the step and its documents. SIGTERM saves and raises Preempted. `batches` stands where `start` left it.
-    Metrics are appended to `metrics.jsonl` beside the checkpoints every `log_every` steps.
+    `state` and `batches` stand where `start` left them. A loss that is not finite raises ValueError naming the step and
+    its documents. SIGTERM saves and raises Preempted. Metrics are appended to `metrics.jsonl` beside the checkpoints
+    every `config.log_every` steps.
     """
     log = MetricLog(checkpoints.folder / "metrics.jsonl", start)
-    losses, tokens, evaluation = [], 0, {}
+    steps, settings = recipe.steps, to_dict(config)
+    losses, tokens = [], 0
     began = time.monotonic()
 
     def save(step: int) -> None:
-        checkpoints.save(step, state, batches.get_state(), config)
+        checkpoints.save(step, state, batches.get_state(), settings)
 
-    with termination_notice() as noticed, progress(name, steps - start, "steps") as shown:
+    with termination_notice() as noticed, progress(f"{recipe.verb} {config.name}", steps - start, "steps") as shown:
         for step in range(start + 1, steps + 1):
             batch = next(batches)
-            state, loss = update(state, batch)
+            state, loss = recipe.update(state, batch)
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
-                raise ValueError(_explain(step, losses[-1], document_ids(batch), checkpoints))
+                raise ValueError(_explain(step, losses[-1], document_ids(recipe.data.corpus, batch), checkpoints))
             tokens += int(np.count_nonzero(batch["segments"]))
             rate = tokens / (time.monotonic() - began)
-            losses = losses[-log_every:]
+            losses = losses[-config.log_every :]
             shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
-            if step % log_every == 0:
+            if step % config.log_every == 0:
                 log.write(step=step, loss=float(np.mean(losses)), tokens_per_second=rate)
-            if step % eval_every == 0 and step != steps:
-                log.write(step=step, eval=evaluate(state))
-            if step % save_every == 0 or step == steps:
+            if step % config.eval_every == 0 and step != steps:
+                log.write(step=step, eval=recipe.evaluate(state))
+            if step % config.checkpoint.save_every == 0 or step == steps:
                 save(step)
             if noticed(step):
                 save(step)
                 raise Preempted(f"stopped at step {step:,} of {steps:,}, saved in {checkpoints.folder}")
     seconds = time.monotonic() - began
-    evaluation = evaluate(state)
+    evaluation = recipe.evaluate(state)
     log.write(step=steps, eval=evaluation)
     mean = float(np.mean(losses)) if losses else math.nan
     return Outcome(state, mean, evaluation, tokens, tokens / seconds if tokens else 0.0)
@@ -124,57 +134,31 @@ class Finished(NamedTuple):
         }
 
 
-def run(
-    config: PretrainConfig | DistillConfig,
-    init: Callable[[], TrainState],
-    update: Callable[[TrainState, HostBatch], tuple[TrainState, Any]],
-    evaluate: Callable[[TrainState], dict[str, Any]],
-    data: PackedBatches,
-    mesh: Mesh,
-    *,
-    verb: str,
-    steps: int,
-    resumable: Sequence[str],
-) -> Finished:
-    """`train` on a mesh, from the last checkpoint in the config's folder if there is one, else from `init`.
+def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> Finished:
+    """`train` on a mesh, from the last checkpoint in the config's folder if there is one, else from the beginning.
 
-    Raises ValueError if that checkpoint belongs to a run that differs in one of the settings `resumable`.
+    Raises ValueError if that checkpoint belongs to a run that differs in one of the recipe's `resumable` settings.
     """
-    abstract = jax.eval_shape(init)
+    abstract = jax.eval_shape(recipe.init)
     layout = shardings(mesh, abstract)
-    settings = to_dict(config)
     with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
-        batches = iterate(data)
+        batches = iterate(recipe.data)
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
-            state = jax.jit(init, out_shardings=layout)()
+            state = jax.jit(recipe.init, out_shardings=layout)()
         else:
             restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
-            refuse_other_settings(restored.config, settings, resumable, checkpoints.folder)
+            refuse_other_settings(restored.config, to_dict(config), recipe.resumable, checkpoints.folder)
             state = restored.state
             batches.set_state(restored.data_state)
             say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
         try:
-            outcome = train(
-                update,
-                evaluate,
-                state,
-                batches,
-                checkpoints,
-                name=f"{verb} {config.name}",
-                start=resumed_from or 0,
-                steps=steps,
-                document_ids=functools.partial(document_ids, data.corpus),
-                config=settings,
-                save_every=config.checkpoint.save_every,
-                eval_every=config.eval_every,
-                log_every=config.log_every,
-            )
+            outcome = train(recipe, config, state, batches, checkpoints, start=resumed_from or 0)
         finally:
             batches.close()
         checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
     whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
-    return Finished(whole, outcome, steps, checkpoint, resumed_from)
+    return Finished(whole, outcome, recipe.steps, checkpoint, resumed_from)
 
 
 class MetricLog:
@@ -273,8 +257,7 @@ def distill(
         state, loss, _ = updated(frozen, state, place(batch))
         return state, loss
 
-    done = run(config, init, update, evaluate, train_data, mesh, verb="train", steps=steps, resumable=RESUMABLE)
-    return drafter, done
+    return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:

@@ -1,16 +1,19 @@
 """The training loop: it stops where the loss is not finite, and keeps its metrics straight."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from jaxspec.checkpoint import RunCheckpoints
+from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
-from jaxspec.training import MetricLog, train
+from jaxspec.training import MetricLog, Recipe, train
 
 
 class Numbers:
@@ -35,25 +38,28 @@ class Numbers:
     def close(self) -> None: ...
 
 
+class Documents:
+    """Stands for the data: document `n` is called `doc-n`."""
+
+    corpus = SimpleNamespace(ids=[f"doc-{n}" for n in range(9)])
+
+
 def run(folder: Path, losses: list[float], *, save_every: int = 2) -> Any:
     batches: BatchIterator = Numbers()
     remaining = iter(losses)
+    recipe = Recipe(
+        "toy",
+        init=lambda: {"a": np.zeros(1)},
+        update=lambda state, batch: ({"a": state["a"] + 1}, next(remaining)),
+        evaluate=lambda state: {"loss": float(state["a"][0])},
+        data=cast(Any, Documents()),
+        steps=len(losses),
+        resumable=(),
+    )
+    kept = CheckpointConfig(str(folder), save_every)
+    config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=2, log_every=2)
     with RunCheckpoints(folder) as checkpoints:
-        return train(
-            lambda state, batch: ({"a": state["a"] + 1}, next(remaining)),
-            lambda state: {"loss": float(state["a"][0])},
-            {"a": np.zeros(1)},
-            batches,
-            checkpoints,
-            name="toy",
-            start=0,
-            steps=len(losses),
-            document_ids=lambda batch: [f"doc-{batch['documents'][0, 0]}"],
-            config={},
-            save_every=save_every,
-            eval_every=2,
-            log_every=2,
-        )
+        return train(recipe, config, recipe.init(), batches, checkpoints, start=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -26,7 +26,7 @@ from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
 from jaxspec.sharding import batch_sharding, make_mesh, replicated
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, attention_blocks, optimizer_of, run, say
+from jaxspec.training import HostBatch, Recipe, attention_blocks, optimizer_of, run, say
 
 RESUMABLE = ("model", "data", "optimizer", "seed", "dtype")  # settings that may not change under a run's feet
 
@@ -93,17 +93,16 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
         out_shardings=replicated(mesh),
     )
-    done = run(
-        config,
+    recipe = Recipe(
+        "pretrain",
         init,
-        lambda state, batch: update(state, place(batch)[0]),
-        lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
-        data.train,
-        mesh,
-        verb="pretrain",
+        update=lambda state, batch: update(state, place(batch)[0]),
+        evaluate=lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
+        data=data.train,
         steps=steps,
         resumable=RESUMABLE,
     )
+    done = run(recipe, config, mesh)
     if jax.process_index() == 0:
         write_llama(config.export_folder, done.params, shape, dtype="bfloat16")
     return {**done.keys(), "export": config.export_folder}
