@@ -83,6 +83,23 @@ def test_every_token_of_a_character_that_takes_several_is_masked(chat: ChatToken
     assert encoded.assistant_mask.sum() == len(chat.encode("𝄞")) + 1
 
 
+@pytest.mark.parametrize("last", ["10000 is 4 too many", "padded  "])
+def test_an_unfinished_conversation_ends_with_its_words(chat: ChatTokenizer, last: str):
+    messages = [{"role": role, "content": last} for role in ("user", "assistant", "user", "assistant")]
+    whole, cut = (chat.encode_conversations([messages], unfinished=[flag])[0] for flag in (False, True))
+    assert whole.tokens[: len(cut.tokens)].tolist() == cut.tokens.tolist()
+    assert chat.eos_id in whole.tokens[len(cut.tokens) :] and cut.assistant_mask[-1]
+    assert cut.assistant_mask.tolist() == whole.assistant_mask[: len(cut.tokens)].tolist()
+    assert chat.decode(cut.tokens).endswith(last.strip())
+
+
+def test_an_unfinished_answer_that_the_template_rewrites_is_refused(editable: Path):
+    chat = with_template(editable, CHATML.replace("message['content']", "message['content'] | upper"))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    with pytest.raises(ValueError, match="rewrites an unfinished answer"):
+        chat.encode_conversations([messages], unfinished=[True])
+
+
 def test_white_space_behind_the_end_token_is_not_the_assistants(editable: Path):
     chat = with_template(editable, CHATML)
     messages = [

@@ -34,6 +34,11 @@ def test_id_and_source_default_to_line_and_file(tmp_path: Path):
     assert read_conversations(path)[0][:2] == ("2", "talks")
 
 
+def test_a_conversation_cut_at_its_budget_is_unfinished(tmp_path: Path):
+    path = write(tmp_path / "x.jsonl", *(GOOD | more for more in ({}, {"finish": "stop"}, {"finish": "length"})))
+    assert [c.unfinished for c in read_conversations(path)] == [False, False, True]
+
+
 def test_limit_stops_before_lines_behind_it_are_read(tmp_path: Path):
     assert len(read_conversations(write(tmp_path / "x.jsonl", GOOD, "{broken"), limit=1)) == 1
 

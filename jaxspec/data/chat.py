@@ -105,22 +105,26 @@ class ChatTokenizer:
         """The conversation's tokens and which of them the assistant wrote; see `encode_conversations`."""
         return self.encode_conversations([messages])[0]
 
-    def encode_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[EncodedConversation]:
+    def encode_conversations(
+        self, conversations: Sequence[Sequence[Message]], *, unfinished: Sequence[bool] | None = None
+    ) -> list[EncodedConversation]:
         """Each conversation's tokens and assistant mask.
 
         An assistant turn is the text between the prompt before it (generation prompt included) and the end of the
         turn, its end-of-turn token included; white space behind that token is not the assistant's. A token is masked
         when its characters lie inside a turn, so each of several tokens that share one character is.
+        Where a conversation is `unfinished`, it ends with the words of its last answer, no end-of-turn token behind.
         Raises ValueError if the template rewrites earlier turns, for then a turn has no span.
         """
-        rendered = [self._render_with_turns(messages) for messages in conversations]
+        cut = unfinished or [False] * len(conversations)
+        rendered = [self._render_with_turns(messages, c) for messages, c in zip(conversations, cut, strict=True)]
         encodings = self.tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         return [
             EncodedConversation(np.asarray(encoding.ids, np.int32), _mask_turns(encoding, turns))
             for encoding, (_, turns) in zip(encodings, rendered, strict=True)
         ]
 
-    def _render_with_turns(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def _render_with_turns(self, messages: Sequence[Message], cut: bool) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation and the character span of each assistant turn."""
         whole, turns = self.render(messages), []
         for i, message in enumerate(messages):
@@ -134,6 +138,13 @@ class ChatTokenizer:
                     "so its tokens cannot be told apart; split the conversation or use another template"
                 )
             turns.append((len(before), self._trim_turn(after)))
+        if cut and messages[-1]["role"] == "assistant":
+            start, words = turns[-1][0], messages[-1]["content"].strip()
+            at = whole.find(words, start)
+            if at < 0:
+                raise ValueError("the chat template rewrites an unfinished answer, so its end is not found; drop it")
+            whole = whole[: at + len(words)]
+            turns[-1] = (start, len(whole))
         return whole, turns
 
     def _trim_turn(self, text: str) -> int:

@@ -15,13 +15,16 @@ class Conversation(NamedTuple):
     id: str
     source: str
     messages: tuple[dict[str, str], ...]
+    unfinished: bool = False
+    """Its last answer was cut, so nothing says that it ends there."""
 
 
 def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Conversation]:
     """The conversations of a JSONL file in file order, at most `limit` of them.
 
     A line is `{"id", "source", "messages": [{"role", "content"}]}` or ShareGPT's
-    `{"conversations": [{"from", "value"}]}`; `id` defaults to the line number, `source` to the file's name.
+    `{"conversations": [{"from", "value"}]}`; `id` defaults to the line number, `source` to the file's name. With
+    `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished.
     Raises ValueError naming the file and line of the first bad line.
     """
     path = Path(path)
@@ -59,6 +62,7 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
         str(record.get("id", id)),
         str(record.get("source", source)),
         tuple({"role": role, "content": content} for role, content in pairs),
+        unfinished=record.get("finish") == "length",
     )
 
 

@@ -52,7 +52,8 @@ def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Cha
     """All conversations as one corpus, each cut to `length` tokens; what was cut or odd is counted in `summary`."""
     if not conversations:
         raise ValueError("conversations is empty")
-    encoded = tokenizer.encode_conversations([c.messages for c in conversations])
+    unfinished = [c.unfinished for c in conversations]
+    encoded = tokenizer.encode_conversations([c.messages for c in conversations], unfinished=unfinished)
     masks = [e.assistant_mask[:length] for e in encoded]
     sources = tuple(sorted({c.source for c in conversations}))
     summary = Summary(
