@@ -23,8 +23,10 @@ import tyro
 from jaxspec import cli, cost, decode, report, serving
 from jaxspec.base import Array
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
-from jaxspec.decode import NO_LIMIT, DecodeState, Generation, Requests, collect, run_rounds, start, tau
+from jaxspec.decode import DecodeState
+from jaxspec.generation import NO_LIMIT, Generation, collect, run_rounds, start, tau
 from jaxspec.regeneration import SENSIBLE, write_user_turns
+from jaxspec.requests import Requests
 from jaxspec.serving import Flags, Job, Models, Settings
 from jaxspec.trees import parse_tree
 

@@ -19,7 +19,7 @@ import tyro
 from jaxspec import cli, report, serving
 from jaxspec.data.chat import IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
-from jaxspec.decode import stream, tau
+from jaxspec.generation import stream, tau
 from jaxspec.serving import Answer, Flags, Job, Models, Queue, Settings
 from jaxspec.trees import parse_tree
 

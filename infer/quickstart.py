@@ -20,20 +20,23 @@ from jaxspec.checkpoint import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, frequent_tokens, tokenize_conversations
-from jaxspec.decode import Generation, make_requests
 from jaxspec.distill import Objective
+from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
-from jaxspec.regeneration import SENSIBLE, rewrite, write_user_turns
+from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
+from jaxspec.requests import make_requests
 from jaxspec.serving import Job, Models, Queue, Settings
 from jaxspec.training import Finished, distill, say
 from jaxspec.trees import parse_tree
 
-TREES = ("chain:2", "chain:3", "chain:4", "chain:5", "chain:6", "static:0,1,00,000,0000", "dynamic:12x5x3")
+TREES = ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3")
 """Candidates: on a CPU each verified node costs, so chains and small trees win."""
 DRAFT_VOCAB = 1024
 """Tokens that the head scores: the commonest of the target's answers. The rest are never drafted, and still decoded."""
 PASSES = 5
 """Times that arms take turns; other users of the machine disturb single passes."""
+TUNING = 20
+"""Questions on which trees are measured; drawn like the held-out ones, and like them not trained on."""
 FINALISTS = 3
 """Trees that are measured more than once."""
 
@@ -44,11 +47,11 @@ class Args:
     """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
     folder: Path = Path("runs/quickstart")
     """Where the drafter and the training run are kept; a second call resumes or replaces what is there."""
-    conversations: int = 800
+    conversations: int = 900
     """Conversations that the target writes and the drafter learns from."""
     held_out: int = 20
     """Further questions, kept apart, that both arms answer at the end."""
-    steps: int = 450
+    steps: int = 400
     """Training steps of 8 rows of 256 tokens."""
     trees: tuple[str, ...] = TREES
     """Trees to measure; the fastest is used."""
@@ -85,8 +88,10 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec quickstart", description=__doc__ or "")
     models = serving.load_models(args.target)
     say("1/5 the target writes questions")
-    questions = write_questions(models, args)
-    held_out, asked = questions[: args.held_out], questions[args.held_out :]
+    judged = write_questions(models, args.held_out + TUNING, args.seed, SENSIBLE)
+    tuning, held_out = judged[:TUNING], judged[TUNING:]
+    varied = write_questions(models, args.conversations, args.seed + 1, VARIED)
+    asked = [question for question in varied if question not in judged]
     say("2/5 the target answers them")
     conversations = write_answers(models, asked, args)
     say("3/5 an EAGLE-2 head is distilled")
@@ -95,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     train_seconds = time.monotonic() - began
     say("4/5 trees are measured on this machine")
     drafted = models.with_drafter(head, done.params, parse_tree(args.trees[0]), scored)
-    tree, speeds = pick_tree(drafted, asked[:10], args)
+    tree, speeds = pick_tree(drafted, tuning, args)
     drafter = args.folder / "drafter"
     about = {"target": args.target, "tree": tree}
     save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored)
@@ -131,35 +136,34 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def write_questions(models: Models, args: Args) -> list[str]:
+def write_questions(models: Models, count: int, seed: int, settings: Settings) -> list[str]:
     """User turns that the target samples from its bare template header."""
-    count = args.conversations + args.held_out
     questions = []
     with report.progress("questions", count, "questions") as bar:
-        for turn in write_user_turns(models, count, seed=args.seed, settings=SENSIBLE, batch=32):
+        for turn in write_user_turns(models, count, seed=seed, settings=settings, batch=32):
             questions.append(turn.text)
             bar.advance()
-    if len(questions) <= args.held_out:
+    if len(questions) < min(count, TUNING + 1):
         raise ValueError(
-            f"{args.target}: the target wrote only {len(questions)} whole questions from its template's header; "
-            "give it prompts with `jaxspec regenerate` and train with `jaxspec train` instead"
+            f"the target wrote only {len(questions)} whole questions from its template's header; give it prompts with "
+            "`jaxspec regenerate` and train with `jaxspec train` instead"
         )
     return questions
 
 
 def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[Conversation]:
-    """The questions with the target's own answers; those it did not finish are left out."""
+    """The questions with the target's own answers; those cut at the budget stay, unfinished."""
     asked = [
         Conversation(str(i), "self", ({"role": "user", "content": question},)) for i, question in enumerate(questions)
     ]
-    settings = Settings(max_new_tokens=max(192, args.max_new_tokens))
+    settings = Settings(max_new_tokens=args.max_new_tokens)
     answered: list[Conversation] = []
     with report.progress("answers", len(asked), "answers") as bar:
         for _, finished in rewrite(models, enumerate(asked), settings, seed=args.seed, batch=32):
-            answered += [r.conversation for r in finished if r.complete]
+            answered += [r.conversation for r in finished if r.turns]
             bar.advance(len(finished))
     if len(answered) < 10:
-        raise ValueError(f"{args.target}: the target finished only {len(answered)} answers, too few to learn from")
+        raise ValueError(f"{args.target}: the target wrote only {len(answered)} answers, too few to learn from")
     return sorted(answered, key=lambda c: int(c.id))
 
 
@@ -197,7 +201,7 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
 
 
 def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:
-    """The fastest tree by tokens a second on a few training questions, and every tree's speed.
+    """The fastest tree by tokens a second on a few questions of their own, and every tree's speed.
 
     All are measured once and the best few again, in turns, for the median.
     """

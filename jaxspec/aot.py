@@ -14,7 +14,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxspec.base import KVCache
-from jaxspec.decode import DecodeState, Engine, Requests, Weights, prefill, run_rounds
+from jaxspec.decode import DecodeState, Engine, Weights, prefill
+from jaxspec.generation import run_rounds
+from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling
 from jaxspec.sharding import make_mesh, replicated, shardings
 

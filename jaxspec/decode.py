@@ -1,26 +1,21 @@
-"""Decoding: prefill, then whole generations of draft -> verify -> accept -> commit rounds as one fused XLA program."""
+"""Decoding as pure functions: prefill, then draft -> verify -> accept -> commit rounds in one loop."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxspec import cache as kv
 from jaxspec import verify
 from jaxspec.base import Array, Borrowed, Drafter, Frontier, KVCache, Params, Target, TargetOutput, Tree, TreePolicy
-from jaxspec.sampling import Sampling, draw
-from jaxspec.trees import chain
+from jaxspec.requests import Requests
+from jaxspec.sampling import draw
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
 """Why a row ended: not yet, on a stop id, or at its budget of new tokens."""
-FINISH_REASONS = ("running", "stop", "length")
-NO_STOP = -1
-"""Padding of a row's stop ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +62,6 @@ class Weights(NamedTuple):
     """None: the drafter scores every token."""
 
 
-class Requests(NamedTuple):
-    """A batch of prompts, padded on the right, and how each row decodes."""
-
-    tokens_BL: Array
-    length_B: Array
-    sampling: Sampling
-    stop_BR: Array
-    """Ids that end a row (and are its last token), padded with `NO_STOP`."""
-    budget_B: Array
-    """Most new tokens of each row, at least 1."""
-
-
 class DecodeState(NamedTuple):
     """Everything a generation carries from round to round."""
 
@@ -100,27 +83,6 @@ class DecodeState(NamedTuple):
     """Target calls spent on the row, prefill not counted."""
     accepted_BP: Array
     """Rounds in which the row accepted 0, 1, .. T drafted tokens."""
-
-
-class Generation(NamedTuple):
-    """The finished rows of a batch, on the host."""
-
-    tokens: list[np.ndarray]
-    """New tokens of each row; a stop id is included."""
-    finish: list[str]
-    calls: np.ndarray
-    accepted: np.ndarray
-    """`[B, P]` rounds by accept length."""
-
-    @property
-    def tau(self) -> float:
-        """Tokens per target call, bonus tokens included; the prefill call and the token it gives are not counted."""
-        return tau(sum(len(t) for t in self.tokens) - len(self.tokens), int(self.calls.sum()))
-
-
-def tau(tokens: int, calls: int) -> float:
-    """Tokens per target call; 0 where no round was needed."""
-    return tokens / calls if calls else 0.0
 
 
 def borrowed(engine: Engine, weights: Weights) -> Borrowed:
@@ -200,7 +162,7 @@ class Scored(NamedTuple):
 
 
 def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
-    """One round: grow the tree, score it, follow the target's draws, commit the path, extend the drafter."""
+    """One round: grow the tree, score it, follow the target's draws, extend the drafter, commit the path."""
     tree = grow(engine, weights, state)
     scored = score(engine, weights, state, tree)
     accepted = accept(engine, state, tree, scored.logits_BNV)
@@ -303,170 +265,3 @@ def decode_rounds(engine: Engine, weights: Weights, state: DecodeState, limit: A
         return carry[0] + 1, decode_step(engine, weights, carry[1])
 
     return jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1]
-
-
-_prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
-run_rounds = jax.jit(decode_rounds, static_argnames="engine", donate_argnames="state")
-
-
-def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
-    """`prefill`, compiled once for all trees: reading a prompt does not depend on what will be drafted."""
-    reader = dataclasses.replace(engine, tree=None if engine.tree is None else chain(0), rows=1)
-    state = _prefill(reader, weights, requests, capacity, slots)
-    return state._replace(accepted_BP=jnp.zeros((requests.length_B.shape[0], engine.path), jnp.int32))
-
-
-NO_LIMIT = np.int32(np.iinfo(np.int32).max)
-
-
-def bucket(length: int, least: int = 16) -> int:
-    """The padded size of a prompt of `length`: powers of two from `least` to `32 * least`, then multiples of half that.
-
-    Few sizes, so few programs that read prompts.
-    """
-    size = least
-    while size < length and size < 32 * least:
-        size *= 2
-    return size if size >= length else round_up(length, 16 * least)
-
-
-def round_up(length: int, step: int = 64) -> int:
-    """The least multiple of `step` that holds `length`."""
-    return -(-length // step) * step
-
-
-def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:
-    """Cache capacity and output slots that a batch needs, from its padded prompt length and largest budget.
-
-    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots. Prompts of up
-    to 128 tokens share one capacity, and so the program of the rounds.
-    """
-    slots = round_up(max_new + engine.path)
-    return round_up(width, 128) + slots, slots
-
-
-def make_requests(
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int | Sequence[int],
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
-    seed: int | Sequence[int] = 0,
-    stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
-    vocab: int | None = None,
-) -> Requests:
-    """A batch from prompts of any lengths. A single setting holds for all rows.
-
-    Raises ValueError naming the row and field for an empty prompt, a token outside `vocab`, or a setting out of range.
-    """
-    batch = len(prompts)
-    if not batch:
-        raise ValueError("no prompts given: pass at least one")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty: give at least one token")
-        if min(prompt) < 0 or (vocab is not None and max(prompt) >= vocab):
-            raise ValueError(f"prompt {i} has a token outside the target's vocabulary of {vocab}")
-
-    def one_each(name: str, count: int) -> None:
-        if count not in (1, batch):
-            raise ValueError(f"{name} has {count} values for {batch} prompts: give one for all, or one for each")
-
-    def each(name: str, value: Any, dtype: Any, low: float, high: float) -> np.ndarray:
-        one_each(name, np.size(value))
-        row = np.broadcast_to(np.asarray(value), (batch,))
-        for i, v in enumerate(row):
-            if not low <= v <= high:
-                raise ValueError(f"{name}={v} of row {i} is outside [{low}, {high}]")
-        return row.astype(dtype)
-
-    one_list = all(isinstance(s, (int, np.integer)) for s in stop_ids)
-    stops: list[Any] = [stop_ids] if one_list else list(stop_ids)
-    one_each("stop_ids", len(stops))
-    stops *= batch // len(stops)
-    stop_BR = np.full((batch, max(1, *(len(s) for s in stops))), NO_STOP, np.int32)
-    for row, stop in zip(stop_BR, stops, strict=True):
-        row[: len(stop)] = stop
-    width = bucket(max(len(p) for p in prompts))
-    tokens_BL = np.zeros((batch, width), np.int32)
-    for row, prompt in zip(tokens_BL, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    infinite, most = float("inf"), np.iinfo(np.int32).max
-    return Requests(
-        jnp.asarray(tokens_BL),
-        jnp.asarray([len(p) for p in prompts], jnp.int32),
-        Sampling(
-            jnp.asarray(each("temperature", temperature, np.float32, 0, infinite)),
-            jnp.asarray(each("top_k", top_k, np.int32, 0, most)),
-            jnp.asarray(each("top_p", top_p, np.float32, 1e-9, 1)),
-            jnp.asarray(each("seed", seed, np.uint32, 0, 2**32 - 1)),
-        ),
-        jnp.asarray(stop_BR),
-        jnp.asarray(each("max_new_tokens", max_new_tokens, np.int32, 1, most)),
-    )
-
-
-class Chunk(NamedTuple):
-    """What some rounds added, on the host."""
-
-    added: list[np.ndarray]
-    """The new tokens of each row since the last chunk."""
-    generation: Generation
-    """Everything so far."""
-
-
-def stream(engine: Engine, weights: Weights, requests: Requests, *, rounds: int = 8) -> Iterator[Chunk]:
-    """Decode in chunks of `rounds` rounds, one call of the same compiled program each; yields what each added."""
-    state = start(engine, weights, requests)
-    seen = np.zeros(requests.length_B.shape[0], np.int64)
-    while True:
-        generation = collect(state)
-        added = [t[n:] for t, n in zip(generation.tokens, seen, strict=True)]
-        seen = np.array([len(t) for t in generation.tokens])
-        yield Chunk(added, generation)
-        if all(f != FINISH_REASONS[RUNNING] for f in generation.finish):
-            return
-        state = run_rounds(engine, weights, state, np.int32(rounds))
-
-
-def start(
-    engine: Engine,
-    weights: Weights,
-    requests: Requests,
-    *,
-    max_new_tokens: int | None = None,
-    sized_for: Engine | None = None,
-) -> DecodeState:
-    """Prefill with the sizes the batch needs.
-
-    Batches share their programs if they give one `max_new_tokens`, at least the largest budget. `sized_for` takes the
-    sizes that another engine would need.
-    """
-    longest = max_new_tokens or int(np.max(np.asarray(requests.budget_B)))
-    return run_prefill(engine, weights, requests, *sizes(sized_for or engine, requests.tokens_BL.shape[1], longest))
-
-
-def collect(state: DecodeState) -> Generation:
-    """A state's rows as host arrays."""
-    output, produced, finish, calls, accepted = jax.device_get(
-        (state.output_BO, state.produced_B, state.finish_B, state.calls_B, state.accepted_BP)
-    )
-    tokens = [row[:n] for row, n in zip(output, produced, strict=True)]
-    return Generation(tokens, [FINISH_REASONS[f] for f in finish], calls, accepted)
-
-
-def generate(engine: Engine, weights: Weights, requests: Requests) -> Generation:
-    """Decode every row to its end: one prefill program, then one program for all rounds."""
-    return collect(run_rounds(engine, weights, start(engine, weights, requests), NO_LIMIT))
-
-
-def generate_plain(engine: Engine, weights: Weights, requests: Requests, *, rows: int = 1) -> Generation:
-    """The baseline: the same target and requests, one token a call.
-
-    `rows` is the width of its matmuls: 1 is ordinary decoding. With a tree's node count, rows of a matmul are
-    bit-identical to the verifier's and fp32 outputs can be compared exactly; the cache is as large as the engine's, so
-    that attention sums in the same order too.
-    """
-    plain, target = dataclasses.replace(engine, drafter=None, tree=None, rows=rows), Weights(weights.target)
-    return collect(run_rounds(plain, target, start(plain, target, requests, sized_for=engine), NO_LIMIT))

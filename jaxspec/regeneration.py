@@ -34,7 +34,7 @@ class Rewritten(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """Its line of JSON: a conversation as `read_conversations` reads it, with `finish` and `tokens`."""
-        id, source, messages = self.conversation
+        id, source, messages, _ = self.conversation
         return {"id": id, "source": source, "messages": messages, "finish": self.finish, "tokens": self.tokens}
 
 
@@ -51,7 +51,7 @@ class _Draft:
     turns: int = 0
 
     def finished(self, finish: str) -> Rewritten:
-        conversation = self.original._replace(messages=tuple(self.messages))
+        conversation = self.original._replace(messages=tuple(self.messages), unfinished=finish == LENGTH)
         return Rewritten(conversation, finish, self.turns, self.tokens)
 
 
@@ -139,8 +139,11 @@ def user_header(tokenizer: ChatTokenizer) -> tuple[str, str]:
     return before, after
 
 
+VARIED = Settings(max_new_tokens=96, temperature=1.0)
+"""User turns to learn from: all kinds that the target knows, in its own proportions."""
 SENSIBLE = Settings(max_new_tokens=96, temperature=0.7)
-"""Of user turns drawn at temperature 1 a small target's often make no sense, and what answers them is noise."""
+"""User turns to be measured on: of those drawn at temperature 1 a small target's often make no sense, and their answers
+neither."""
 
 
 def write_user_turns(

@@ -16,20 +16,10 @@ from jaxspec import models as bundled
 from jaxspec.base import Drafter, Params, TreePolicy
 from jaxspec.checkpoint import load_drafter
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.decode import (
-    NO_LIMIT,
-    DraftVocab,
-    Engine,
-    Requests,
-    Weights,
-    bucket,
-    collect,
-    make_requests,
-    run_rounds,
-    start,
-    tau,
-)
+from jaxspec.decode import DraftVocab, Engine, Weights
+from jaxspec.generation import NO_LIMIT, collect, run_rounds, start, tau
 from jaxspec.interchange.hf import load_target
+from jaxspec.requests import Requests, bucket, make_requests
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.trees import parse_tree
 

@@ -14,23 +14,10 @@ from toys import TableDrafter
 
 from jaxspec import cache as kv
 from jaxspec.base import KVCache
-from jaxspec.decode import (
-    NO_LIMIT,
-    DraftVocab,
-    Engine,
-    Generation,
-    Requests,
-    Weights,
-    generate,
-    generate_plain,
-    grow,
-    make_requests,
-    run_rounds,
-    sizes,
-    start,
-    stream,
-)
+from jaxspec.decode import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.generation import NO_LIMIT, Generation, generate, generate_plain, run_rounds, sizes, start, stream
+from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths
 from jaxspec.trees.static import StaticTree

@@ -15,9 +15,11 @@ from jaxspec import serving
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
-from jaxspec.decode import Engine, Requests, Weights, generate, generate_plain, make_requests
+from jaxspec.decode import Engine, Weights
+from jaxspec.generation import generate, generate_plain
 from jaxspec.identity import divergences
 from jaxspec.regeneration import rewrite, write_user_turns
+from jaxspec.requests import Requests, make_requests
 from jaxspec.serving import Models, Settings
 from jaxspec.training import distill
 from jaxspec.trees import parse_tree

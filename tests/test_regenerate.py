@@ -180,6 +180,12 @@ def test_the_target_writes_different_user_turns_behind_its_own_header(target):
     assert list(write_user_turns(models, 3, seed=1, batch=4)) == turns[:3]
 
 
+def test_an_answer_that_was_cut_is_read_back_as_unfinished(whole):
+    finish = {r["id"]: r["finish"] for r in map(json.loads, lines_of(whole))}
+    assert {c.unfinished for c in read_conversations(whole)} == {True, False}
+    assert all(c.unfinished == (finish[c.id] == "length") for c in read_conversations(whole))
+
+
 def test_from_scratch_needs_no_data(tmp_path, target):
     out = tmp_path / "out.jsonl"
     regenerate(out, target, "--from-scratch", "4", "--batch", "4", "--keep-unfinished")

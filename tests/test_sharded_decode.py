@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from random_models import random_weights
 
-from jaxspec.decode import Engine, Generation, Requests, Weights, generate, make_requests, start
+from jaxspec.decode import Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.generation import Generation, generate, start
+from jaxspec.requests import Requests, make_requests
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree
