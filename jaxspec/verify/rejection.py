@@ -32,15 +32,6 @@ class Verdict(NamedTuple):
     """Probability with which each tested node was accepted."""
 
 
-class _Side(NamedTuple):
-    """A law that is used up child by child."""
-
-    law_V: Array
-    """Sums to 1."""
-    tried_V: Array
-    """Tokens already tested."""
-
-
 def _remove(law_V: Array, token: Array) -> Array:
     """The law without `token`; unchanged where nothing else is in it."""
     left_V = law_V.at[token].set(0)
@@ -66,6 +57,17 @@ def _next_draw(mode: DraftMode, q_V: Array, token: Array) -> Array:
     return _remove(q_V, token) if mode == "swor" else q_V
 
 
+def _drawn_from(mode: DraftMode, q_V: Array, token: Array) -> Array:
+    """The law that `token` came from: where nothing was drawn, all on itself."""
+    return jnp.zeros_like(q_V).at[token].set(1) if mode == "topk" else q_V
+
+
+def _chance(has: Array, asked: Array) -> Array:
+    """`min(1, has / asked)`; where nothing is asked, whether there is anything."""
+    some = asked > 0
+    return jnp.where(some, jnp.minimum(1, has / jnp.where(some, asked, 1)), (has > 0).astype(has.dtype))
+
+
 def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, draft_BNV: Array | None, coin_BN: Array) -> Verdict:
     """Recursive rejection: SpecInfer's rule for `sample`, RSD's and Sequoia's for `swor`, EAGLE-2's for `topk`.
 
@@ -82,18 +84,16 @@ def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, draft_BNV: Array | 
             at, r_V, q_V, tried_V, tested_N, chance_N = carry
             x = token_N[n]
             active = valid_N[n] & (parent_N[n] == at)
-            has, asked = r_V[x], q_V[x] if mode != "topk" else jnp.ones((), r_V.dtype)
-            taken = active & (coin_N[n] * asked < has)
-            chance = jnp.where(asked > 0, jnp.minimum(1, has / jnp.where(asked > 0, asked, 1)), has > 0)
-            used_V = q_V if mode != "topk" else jnp.zeros_like(r_V).at[x].set(1)
+            used_V = _drawn_from(mode, q_V, x)
+            taken = active & (coin_N[n] * used_V[x] < r_V[x])
             tried_now_V = tried_V.at[x].set(True)
             left_V = _left(jnp.maximum(r_V - used_V, 0), p_NV[at], tried_now_V)
-            refused = active & ~taken
+            refused, chance = active & ~taken, _chance(r_V[x], used_V[x])
             at = jnp.where(taken, n, at)
             r_V = jnp.where(taken, p_NV[n], jnp.where(refused, left_V, r_V))
             q_V = jnp.where(taken, q_NV[n], jnp.where(refused, _next_draw(mode, q_V, x), q_V))
             tried_V = jnp.where(taken, False, jnp.where(refused, tried_now_V, tried_V))
-            return at, r_V, q_V, tried_V, tested_N.at[n].set(active), chance_N.at[n].set(chance.astype(r_V.dtype))
+            return at, r_V, q_V, tried_V, tested_N.at[n].set(active), chance_N.at[n].set(chance)
 
         nobody_N = jnp.zeros(token_N.shape, bool)
         begin = (jnp.int32(0), p_NV[0], q_NV[0], jnp.zeros(vocab, bool), nobody_N, jnp.zeros(token_N.shape, p_NV.dtype))
@@ -102,6 +102,36 @@ def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, draft_BNV: Array | 
 
     draft_BNV = target_BNV if draft_BNV is None else draft_BNV
     return jax.vmap(row)(tree.token_BN, tree.parent_BN, tree.valid_BN, target_BNV, draft_BNV, coin_BN)
+
+
+class _Climb(NamedTuple):
+    """Where a row's traversal stands; axis `P` is the depth of the nodes on the way from the root to `at`."""
+
+    at: Array
+    behind: Array
+    """Children of `at` up to this node are dealt with."""
+    b_PV: Array
+    """What is left of the target's law."""
+    s_PV: Array
+    """The law of the next child's draw."""
+    tried_PV: Array
+    rho_P: Array
+    """Probability that the node is accepted, as far as its children have been dealt with."""
+    tested_N: Array
+    chance_N: Array
+    done: Array
+
+
+class _Row(NamedTuple):
+    """One row's tree, laws and coins."""
+
+    token_N: Array
+    parent_N: Array
+    depth_N: Array
+    valid_N: Array
+    p_NV: Array
+    q_NV: Array
+    coin_N: Array
 
 
 def bottom_up(
@@ -114,89 +144,78 @@ def bottom_up(
     node is taken with the weight that is left. Arguments as `top_down`'s; `depth` is the tree's `T`.
     """
 
-    def row(
-        token_N: Array, parent_N: Array, depth_N: Array, valid_N: Array, p_NV: Array, q_NV: Array, coin_N: Array
-    ) -> Verdict:
-        nodes, vocab = p_NV.shape
-        one = jnp.ones((), p_NV.dtype)
-
-        class State(NamedTuple):
-            at: Array
-            behind: Array
-            """Children of `at` up to this node are dealt with."""
-            b_PV: Array
-            s_PV: Array
-            tried_PV: Array
-            rho_P: Array
-            """Of the nodes on the way to `at`, by depth."""
-            tested_N: Array
-            chance_N: Array
-            done: Array
-
-        def step(c: State) -> State:
-            d = depth_N[c.at]
-            index_N = jnp.arange(nodes)
-            waiting_N = valid_N & (parent_N == c.at) & (index_N > c.behind)
+    def climb(row: _Row) -> Verdict:
+        def step(c: _Climb) -> _Climb:
+            waiting_N = row.valid_N & (row.parent_N == c.at) & (jnp.arange(row.token_N.shape[0]) > c.behind)
             child = jnp.argmax(waiting_N).astype(jnp.int32)
-            return jax.lax.cond(jnp.any(waiting_N), lambda: descend(c, d, child), lambda: decide(c, d))
-
-        def descend(c: State, d: Array, child: Array) -> State:
-            x = token_N[child]
-            has = c.rho_P[d] * c.b_PV[d, x]
-            asked = c.s_PV[d, x] if mode != "topk" else one
-            rho = jnp.where(
-                asked > 0, jnp.minimum(one, has / jnp.where(asked > 0, asked, 1)), (has > 0).astype(one.dtype)
-            )
-            return c._replace(
-                at=child,
-                behind=child,
-                b_PV=c.b_PV.at[d + 1].set(p_NV[child]),
-                s_PV=c.s_PV.at[d + 1].set(q_NV[child]),
-                tried_PV=c.tried_PV.at[d + 1].set(False),
-                rho_P=c.rho_P.at[d + 1].set(rho),
+            return jax.lax.cond(
+                jnp.any(waiting_N), lambda: _descend(mode, row, c, child), lambda: _decide(mode, row, c)
             )
 
-        def decide(c: State, d: Array) -> State:
-            root = c.at == 0
-            taken = root | (coin_N[c.at] < c.rho_P[d])
-            x, up = token_N[c.at], jnp.maximum(d - 1, 0)
-            used_V = c.s_PV[up] if mode != "topk" else jnp.zeros(vocab, one.dtype).at[x].set(1)
-            excess_V = jnp.maximum(c.rho_P[up] * c.b_PV[up] - used_V, 0)
-            total = jnp.sum(excess_V)
-            over = total + 1 - c.rho_P[up]
-            tiny = 8 * jnp.finfo(one.dtype).eps
-            sure = (c.rho_P[up] >= 1 - tiny).astype(one.dtype)
-            rho = jnp.where((over <= tiny) | (c.rho_P[up] >= 1), sure, total / jnp.where(over <= tiny, 1, over))
-            tried_V = c.tried_PV[up].at[x].set(True)
-            back = c._replace(
-                at=jnp.maximum(parent_N[c.at], 0),
-                behind=c.at,
-                b_PV=c.b_PV.at[up].set(_left(excess_V, p_NV[jnp.maximum(parent_N[c.at], 0)], tried_V)),
-                s_PV=c.s_PV.at[up].set(_next_draw(mode, c.s_PV[up], x)),
-                tried_PV=c.tried_PV.at[up].set(tried_V),
-                rho_P=c.rho_P.at[up].set(rho),
-            )
-            kept = jax.tree.map(lambda here, there: jnp.where(taken, here, there), c, back)
-            return kept._replace(
-                done=taken,
-                tested_N=c.tested_N.at[c.at].set(~root),
-                chance_N=c.chance_N.at[c.at].set(c.rho_P[d]),
-            )
-
-        state = State(
-            jnp.int32(0),
-            jnp.int32(0),
-            jnp.zeros((depth + 1, vocab), one.dtype).at[0].set(p_NV[0]),
-            jnp.zeros((depth + 1, vocab), one.dtype).at[0].set(q_NV[0]),
-            jnp.zeros((depth + 1, vocab), bool),
-            jnp.ones(depth + 1, one.dtype),
-            jnp.zeros(nodes, bool),
-            jnp.zeros(nodes, one.dtype),
-            jnp.asarray(False),
-        )
-        state = jax.lax.while_loop(lambda c: ~c.done, step, state)
-        return Verdict(state.at, state.b_PV[depth_N[state.at]], state.tested_N, state.chance_N)
+        c = jax.lax.while_loop(lambda c: ~c.done, step, _at_root(row, depth))
+        return Verdict(c.at, c.b_PV[row.depth_N[c.at]], c.tested_N, c.chance_N)
 
     draft_BNV = target_BNV if draft_BNV is None else draft_BNV
-    laws = (target_BNV, draft_BNV, coin_BN)
-    return jax.vmap(row)(tree.token_BN, tree.parent_BN, tree.depth_BN, tree.valid_BN, *laws)
+    shape = (tree.token_BN, tree.parent_BN, tree.depth_BN, tree.valid_BN)
+    return jax.vmap(climb)(_Row(*shape, target_BNV, draft_BNV, coin_BN))
+
+
+def _at_root(row: _Row, depth: int) -> _Climb:
+    nodes, vocab = row.p_NV.shape
+    laws_PV = jnp.zeros((depth + 1, vocab), row.p_NV.dtype)
+    return _Climb(
+        at=jnp.int32(0),
+        behind=jnp.int32(0),
+        b_PV=laws_PV.at[0].set(row.p_NV[0]),
+        s_PV=laws_PV.at[0].set(row.q_NV[0]),
+        tried_PV=jnp.zeros((depth + 1, vocab), bool),
+        rho_P=jnp.ones(depth + 1, row.p_NV.dtype),
+        tested_N=jnp.zeros(nodes, bool),
+        chance_N=jnp.zeros(nodes, row.p_NV.dtype),
+        done=jnp.asarray(False),
+    )
+
+
+def _descend(mode: DraftMode, row: _Row, c: _Climb, child: Array) -> _Climb:
+    """Go to `child`, handing it its weight."""
+    d, x = row.depth_N[c.at], row.token_N[child]
+    return c._replace(
+        at=child,
+        behind=child,
+        b_PV=c.b_PV.at[d + 1].set(row.p_NV[child]),
+        s_PV=c.s_PV.at[d + 1].set(row.q_NV[child]),
+        tried_PV=c.tried_PV.at[d + 1].set(False),
+        rho_P=c.rho_P.at[d + 1].set(_chance(c.rho_P[d] * c.b_PV[d, x], _drawn_from(mode, c.s_PV[d], x)[x])),
+    )
+
+
+def _decide(mode: DraftMode, row: _Row, c: _Climb) -> _Climb:
+    """Toss for a node whose children have all failed: end there, or go back to its parent with what it leaves."""
+    d, root = row.depth_N[c.at], c.at == 0
+    taken = root | (row.coin_N[c.at] < c.rho_P[d])
+    back = _leave(mode, row, c)
+    kept = jax.tree.map(lambda here, there: jnp.where(taken, here, there), c, back)
+    return kept._replace(
+        done=taken, tested_N=c.tested_N.at[c.at].set(~root), chance_N=c.chance_N.at[c.at].set(c.rho_P[d])
+    )
+
+
+def _leave(mode: DraftMode, row: _Row, c: _Climb) -> _Climb:
+    """Back at the parent, its law and weight lowered by what the failed child had taken."""
+    parent, x = jnp.maximum(row.parent_N[c.at], 0), row.token_N[c.at]
+    up = row.depth_N[parent]
+    weight = c.rho_P[up]
+    excess_V = jnp.maximum(weight * c.b_PV[up] - _drawn_from(mode, c.s_PV[up], x), 0)
+    total, tiny = jnp.sum(excess_V), 8 * jnp.finfo(excess_V.dtype).eps
+    over = total + 1 - weight
+    sure = (weight >= 1 - tiny).astype(weight.dtype)
+    rho = jnp.where((over <= tiny) | (weight >= 1), sure, total / jnp.where(over <= tiny, 1, over))
+    tried_V = c.tried_PV[up].at[x].set(True)
+    return c._replace(
+        at=parent,
+        behind=c.at,
+        b_PV=c.b_PV.at[up].set(_left(excess_V, row.p_NV[parent], tried_V)),
+        s_PV=c.s_PV.at[up].set(_next_draw(mode, c.s_PV[up], x)),
+        tried_PV=c.tried_PV.at[up].set(tried_V),
+        rho_P=c.rho_P.at[up].set(rho),
+    )
