@@ -27,8 +27,9 @@ from jaxspec.decode import DecodeState
 from jaxspec.generation import NO_LIMIT, Generation, collect, run_rounds, start, tau
 from jaxspec.regeneration import SENSIBLE, write_user_turns
 from jaxspec.requests import Requests
-from jaxspec.serving import Flags, Job, Models, Settings
+from jaxspec.serving import DraftFlags, Job, Models, Settings
 from jaxspec.trees import parse_tree
+from jaxspec.verify import rule_named
 
 NOTES = """\
 tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
@@ -40,7 +41,7 @@ overhead: what is left of the round's time in the fused program; below 0 where f
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Flags):
+class Args(DraftFlags):
     drafter: str = "none"
     """Folder of a drafter; `none` times plain decoding alone."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -63,8 +64,8 @@ class Args(Flags):
         super().__post_init__()
         for spec in self.trees:
             parse_tree(spec)
-        if self.trees and self.drafter == "none":
-            raise ValueError("--tree needs a --drafter, for plain decoding drafts nothing")
+        if self.drafter == "none":
+            self.needs_drafter(tree=self.trees)
         serving.refuse_below_one(self, "limit", "batch", "repeats")
         if self.peer != "none" and (self.temperature or self.dtype != "fp32"):
             raise ValueError(f"--peer {self.peer} is greedy and in fp32: leave out --temperature and --dtype")
@@ -114,7 +115,12 @@ def main(argv: list[str]) -> int:
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
     drafter = None if args.drafter == "none" else args.drafter
     models = serving.load_models(
-        args.target, drafter=drafter, tree=args.trees[0] if args.trees else None, dtype=serving.DTYPES[args.dtype]
+        args.target,
+        drafter=drafter,
+        tree=args.trees[0] if args.trees else None,
+        mode=args.draft_mode,
+        rule=args.rule,
+        dtype=serving.DTYPES[args.dtype],
     )
     peer = load_peer(args, models) if args.peer != "none" else None
     batches = make_batches(models, args)
@@ -379,6 +385,8 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
         repeats=args.repeats,
         temperature=args.temperature,
         drafter=None if args.drafter == "none" else args.drafter,
+        draft_mode=args.draft_mode,
+        rule=rule_named(args.rule, args.draft_mode).name,
         rows=rows,
         best=best and best["arm"],
         speedup=best and best["speedup"],

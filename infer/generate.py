@@ -20,14 +20,14 @@ from jaxspec import cli, report, serving
 from jaxspec.data.chat import IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.generation import stream, tau
-from jaxspec.serving import Answer, Flags, Job, Models, Queue, Settings
+from jaxspec.serving import Answer, DraftFlags, Job, Models, Queue, Settings
 from jaxspec.trees import parse_tree
 
 TAU = "tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Flags):
+class Args(DraftFlags):
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to answer; several prompts are answered in batches."""
     prompts: str | None = None
@@ -48,8 +48,8 @@ class Args(Flags):
             raise ValueError("give prompts as words in quotes or a file with --prompts, one of the two")
         if self.tree is not None:
             parse_tree(self.tree)
-            if self.drafter == "none":
-                raise ValueError("--tree needs a --drafter, for plain decoding drafts nothing")
+        if self.drafter == "none":
+            self.needs_drafter(tree=self.tree)
         serving.refuse_below_one(self, "batch")
 
 
@@ -67,7 +67,14 @@ def main(argv: list[str]) -> int:
     given = [text_prompt(str(number), text) for number, text in enumerate(args.prompt, 1)]
     prompts = given or read_prompts(args.prompts or "")
     drafter = None if args.drafter == "none" else args.drafter
-    models = serving.load_models(args.target, drafter=drafter, tree=args.tree, dtype=serving.DTYPES[args.dtype])
+    models = serving.load_models(
+        args.target,
+        drafter=drafter,
+        tree=args.tree,
+        mode=args.draft_mode,
+        rule=args.rule,
+        dtype=serving.DTYPES[args.dtype],
+    )
     jobs, failures = make_jobs(prompts, models, raw=args.raw, seed=args.seed)
     if len(prompts) == 1 and jobs:
         outcome = answer_one(models, jobs[0], args.settings)
@@ -157,6 +164,8 @@ def print_summary(models: Models, outcome: Outcome) -> None:
     ]
     report.print_table("Decoding", ["measure", "value"], rows)
     sys.stdout.write(f"tokens/s: from prompt to last token, prefill included, compilation not\n{TAU}\n")
+    if not models.engine.rule.lossless:
+        sys.stdout.write(f"rule {models.engine.rule.name} is LOSSY: this is not the target's own text\n")
     if models.engine.drafter is not None:
         rounds = np.sum([a.accepted for a in answers], axis=0)
         shares = rounds / max(1, rounds.sum())
@@ -184,6 +193,9 @@ def make_result(
         target=args.target,
         drafter=None if args.drafter == "none" else args.drafter,
         tree=None if tree is None else getattr(tree, "spec", str(tree)),
+        draft_mode=models.engine.mode,
+        rule=models.engine.rule.name,
+        lossless=models.engine.rule.lossless,
         temperature=args.temperature,
         rows=rows,
         failed=len(failures),

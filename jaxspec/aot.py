@@ -67,6 +67,7 @@ def abstract_state(engine: Engine, weights: Weights, *, batch: int, capacity: in
             Sampling(*(jnp.zeros(batch, t) for t in (jnp.float32, jnp.int32, jnp.float32, jnp.uint32))),
             jnp.zeros((batch, 1), jnp.int32),
             jnp.zeros(batch, jnp.int32),
+            jnp.zeros(batch, jnp.float32),
         )
     )
     return jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)

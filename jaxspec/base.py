@@ -12,13 +12,14 @@ Arrays of two or more axes carry their axes as a suffix (`logits_BLV`); einsum s
 | `V` | vocabulary | `Y` | layers |
 | `N` | tree nodes, root included | `W` | frontier: nodes drafted together |
 | `T` | tree depth or draft steps | `P` | `T + 1`: nodes of a deepest path, root included |
-| `R` | stop ids of a row | `O` | output slots |
+| `R` | stop ids of a row; children of a node | `O` | output slots |
+| `E` | expanded nodes: the root, then one a draft scratch slot | `U` | tokens of a draft vocabulary |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -74,6 +75,41 @@ class Frontier(NamedTuple):
     """First scratch slot of this level; the level takes `W` slots from here, so `M = slot + W`."""
 
 
+DraftMode = Literal["topk", "sample", "swor"]
+"""How a node's children come about: its likeliest tokens; independent draws from the draft's law; draws from it without
+replacement. Siblings stand in the order of their draws."""
+DRAFT_MODES: tuple[DraftMode, ...] = ("topk", "sample", "swor")
+
+
+class Children(NamedTuple):
+    """The children of one level's nodes, in the order of their draws."""
+
+    token_BWR: Array
+    logp_BWR: Array
+    """Draft log-probability of each; -inf for one drawn before."""
+    left_BWR: Array
+    """Upper bound on `logp` known before the draw, falling along `R`; -inf where nothing is left to draw."""
+    law_BWV: Array | None = None
+    """What they were drawn from; None where they are the likeliest in every row."""
+    random_B: Array | None = None
+    """Rows whose children were drawn; those of the others are the likeliest, whatever the law."""
+
+
+ChooseChildren = Callable[[Array, int, int], Children]
+"""`(logits_BWV, children a node, scratch slot of the first node or ROOT) -> Children`."""
+
+
+class DraftLaws(NamedTuple):
+    """What a tree's children were drawn from."""
+
+    law_BEV: Array
+    """Sums to 1."""
+    row_BN: Array
+    """Which of the `E` laws each node's children came from; any for a node without."""
+    random_B: Array
+    """As `Children`'s."""
+
+
 class Tree(NamedTuple):
     """A draft tree in fixed arrays. Node 0 is the root; a parent always stands before its children."""
 
@@ -86,6 +122,8 @@ class Tree(NamedTuple):
     valid_BN: Array
     ancestors_BNN: Array
     """`[b, n, m]`: node `m` is `n` or an ancestor of `n`. The attention mask among the tree's nodes."""
+    laws: DraftLaws | None = None
+    """None where children are the likeliest tokens."""
 
 
 DraftLogits = Callable[[Any, Frontier], tuple[Array, Any]]
@@ -111,7 +149,9 @@ class TreePolicy(Protocol):
         """Draft scratch slots it fills: nodes that are expanded."""
         ...
 
-    def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
+    def grow(
+        self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
+    ) -> Tree:
         """The tree below `root_token_B`, whose children have the draft logits `root_logits_BV`."""
         ...
 
@@ -149,7 +189,10 @@ class Drafter(Protocol):
     """A trainable head as the engine sees it: `extend` is the root, `expand` one level of the tree."""
 
     def init_state(self, batch: int, capacity: int) -> Any:
-        """Empty per-row state for contexts of up to `capacity` tokens."""
+        """Empty per-row state for contexts of up to `capacity` tokens.
+
+        A pytree of `KVCache`s and of arrays that have the batch axis first.
+        """
         ...
 
     def extend(

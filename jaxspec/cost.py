@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Frontier, TreePolicy
+from jaxspec.base import Children, Frontier, TreePolicy
 from jaxspec.targets.llama import LlamaConfig
 
 
@@ -66,8 +66,12 @@ def frontier_widths(tree: TreePolicy, vocab: int, batch: int = 1) -> list[int]:
         widths.append(frontier.token_BW.shape[1])
         return jnp.zeros((*frontier.token_BW.shape, vocab)), scratch
 
+    def likely(logits_BWV: Any, count: int, slot: int) -> Children:
+        token_BWR = jnp.zeros((*logits_BWV.shape[:2], count), jnp.int32)
+        return Children(token_BWR, jnp.zeros(token_BWR.shape), jnp.zeros(token_BWR.shape))
+
     def grow() -> Any:
-        return tree.grow(draft, (), jnp.zeros((batch, vocab)), jnp.zeros(batch, jnp.int32))
+        return tree.grow(draft, likely, (), jnp.zeros((batch, vocab)), jnp.zeros(batch, jnp.int32))
 
     jax.eval_shape(grow)
     return widths

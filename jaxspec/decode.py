@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +11,30 @@ import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec import verify
-from jaxspec.base import Array, Borrowed, Drafter, Frontier, KVCache, Params, Target, TargetOutput, Tree, TreePolicy
+from jaxspec.base import (
+    Array,
+    Borrowed,
+    ChooseChildren,
+    Drafter,
+    DraftMode,
+    Frontier,
+    KVCache,
+    Params,
+    Target,
+    TargetOutput,
+    Tree,
+    TreePolicy,
+)
 from jaxspec.requests import Requests
-from jaxspec.sampling import draw
+from jaxspec.sampling import Sampling, draw, round_noise
+from jaxspec.trees.children import drawn
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
 """Why a row ended: not yet, on a stop id, or at its budget of new tokens."""
+CHUNK = 512
+"""Tokens of a prompt that are read at once."""
+DRAFTING = 2**16
+"""First use of a round's noise for drafting, see `sampling.round_noise`; each expanded node's slot has its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +49,15 @@ class Engine:
     drafter: Drafter | None = None
     tree: TreePolicy | None = None
     rows: int = 1
+    mode: DraftMode = "topk"
+    """How the children of a tree's nodes are chosen; the rule must be one for that."""
+    rule: verify.Rule = verify.RULES["target-draw"]
 
     def __post_init__(self) -> None:
         if (self.drafter is None) != (self.tree is None):
             raise ValueError("a drafter and a tree come together: give both, or neither for plain decoding")
+        if self.tree is not None:
+            self.rule.check(self.mode, self.tree)
 
     @property
     def path(self) -> int:
@@ -94,45 +118,76 @@ def borrowed(engine: Engine, weights: Weights) -> Borrowed:
 def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
     """Read the prompts, draw each row's first token, and let the drafter read the same.
 
-    `capacity` is the cache's slots a row, `slots` the output's; see `sizes`.
+    Prompts wider than `CHUNK` are read a chunk at a time, as many as the longest of them needs: their padded width must
+    be a multiple of it. `capacity` is the cache's slots a row, at least that width, `slots` the output's; see `sizes`.
     """
     batch, width = requests.tokens_BL.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    causal = jnp.tril(jnp.ones((1, width, width), bool))
-    out = engine.target.forward(weights.target, requests.tokens_BL, positions_BL, causal, keep_kv=True)
-    start_B = jnp.zeros(batch, jnp.int32)
-    cache = kv.commit(engine.target.empty_cache(batch, capacity), _fresh(out), start_B)
-    last_BLD = jnp.take_along_axis(out.features_BLD, requests.length_B[:, None, None] - 1, axis=1)
-    logits_BLV = engine.target.logits(weights.target, last_BLD)
-    root_B = draw(logits_BLV, jnp.zeros((batch, 1), jnp.int32), requests.length_B, 1, requests.sampling)[:, 0]
-    draft, root_logits_BV = None, None
-    if engine.drafter is not None:
-        # Behind a barrier, or XLA spends seconds folding the attention over an empty cache into a constant.
-        empty = jax.lax.optimization_barrier(engine.drafter.init_state(batch, capacity))
-        next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
-        next_BL = next_BL.at[jnp.arange(batch), requests.length_B - 1].set(root_B)
-        draft, root_logits_BV = engine.drafter.extend(
-            weights.drafter,
-            borrowed(engine, weights),
-            empty,
-            next_BL,
-            out.features_BLD,
-            requests.length_B,
-        )
+    chunk = min(width, CHUNK)
+    if width % chunk:
+        raise ValueError(f"prompts are padded to {width:,} tokens, which is not a multiple of {chunk}: use `bucket`")
+    read = functools.partial(_read, engine, weights, requests, chunk)
+    # Behind a barrier, or XLA spends seconds folding the attention over an empty cache into a constant.
+    draft = None if engine.drafter is None else engine.drafter.init_state(batch, capacity)
+    empty = jax.lax.optimization_barrier((engine.target.empty_cache(batch, capacity), draft))
+    reading = _Reading(*empty, None, jnp.zeros(batch, jnp.int32))
+    reading = read(0, reading)
+    if width > chunk:
+        chunks = (jnp.max(requests.length_B) + chunk - 1) // chunk
+        reading = jax.lax.fori_loop(1, chunks, read, reading)
     state = DecodeState(
         requests=requests._replace(tokens_BL=requests.tokens_BL[:, :0]),
-        cache=cache,
+        cache=reading.cache,
         length_B=requests.length_B,
-        root_B=root_B,
-        draft=draft,
-        root_logits_BV=root_logits_BV,
+        root_B=reading.root_B,
+        draft=reading.draft,
+        root_logits_BV=reading.root_logits_BV,
         output_BO=jnp.zeros((batch, slots), jnp.int32),
         produced_B=jnp.zeros(batch, jnp.int32),
         finish_B=jnp.zeros(batch, jnp.int32),
         calls_B=jnp.zeros(batch, jnp.int32),
         accepted_BP=jnp.zeros((batch, engine.path), jnp.int32),
     )
-    return emit(state, root_B[:, None], jnp.ones(batch, jnp.int32))
+    return emit(state, reading.root_B[:, None], jnp.ones(batch, jnp.int32))
+
+
+class _Reading(NamedTuple):
+    """What has been made of the chunks read so far."""
+
+    cache: KVCache
+    draft: Any
+    root_logits_BV: Array | None
+    root_B: Array
+    """The first new token of rows whose prompt has been read to its end."""
+
+
+def _read(
+    engine: Engine, weights: Weights, requests: Requests, chunk: int, index: int | Array, reading: _Reading
+) -> _Reading:
+    """The target and the drafter read one chunk of the prompts."""
+    batch, width = requests.tokens_BL.shape
+    begin, rows = index * chunk, jnp.arange(batch)
+    next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
+    tokens_BL, next_BL = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (requests.tokens_BL, next_BL))
+    count_B = jnp.clip(requests.length_B - begin, 0, chunk)
+    positions_BL = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
+    causal = jnp.tril(jnp.ones((1, chunk, chunk), bool))
+    start_B = jnp.full(batch, begin, jnp.int32)
+    prefix = (reading.cache, start_B) if width > chunk else None
+    out = engine.target.forward(weights.target, tokens_BL, positions_BL, causal, prefix, keep_kv=True)
+    last_B = jnp.maximum(count_B - 1, 0)
+    last_B1D = jnp.take_along_axis(out.features_BLD, last_B[:, None, None], axis=1)
+    logits_B1V = engine.target.logits(weights.target, last_B1D)
+    drawn_B = draw(logits_B1V, jnp.zeros((batch, 1), jnp.int32), requests.length_B, 1, requests.sampling)[:, 0]
+    ends_B = (requests.length_B > begin) & (requests.length_B <= begin + chunk)
+    cache = kv.commit(reading.cache, _fresh(out), start_B, drawn_B)
+    root_B = jnp.where(ends_B, drawn_B, reading.root_B)
+    if engine.drafter is None:
+        return reading._replace(cache=cache, root_B=root_B)
+    next_BL = next_BL.at[rows, last_B].set(jnp.where(ends_B, drawn_B, next_BL[rows, last_B]))
+    draft, root_logits_BV = engine.drafter.extend(
+        weights.drafter, borrowed(engine, weights), reading.draft, next_BL, out.features_BLD, count_B
+    )
+    return _Reading(cache, draft, root_logits_BV, root_B)
 
 
 def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
@@ -162,7 +217,7 @@ class Scored(NamedTuple):
 
 
 def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
-    """One round: grow the tree, score it, follow the target's draws, extend the drafter, commit the path."""
+    """One round: grow the tree, score it, accept a path, extend the drafter, commit the path."""
     tree = grow(engine, weights, state)
     scored = score(engine, weights, state, tree)
     accepted = accept(engine, state, tree, scored.logits_BNV)
@@ -189,10 +244,27 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
 
     assert state.root_logits_BV is not None
     scratch = drafter.scratch(state.draft, engine.tree.slots)
-    tree = engine.tree.grow(draft, scratch, state.root_logits_BV, state.root_B)
-    if vocab is None:
-        return tree
-    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(state.root_B))
+    tree = engine.tree.grow(draft, children(engine, state), scratch, state.root_logits_BV, state.root_B)
+    return tree if vocab is None else _in_full(tree, vocab, state.root_B, lent.embed_VD.shape[0])
+
+
+def children(engine: Engine, state: DecodeState) -> ChooseChildren:
+    """How this round's children are chosen: drawn at each row's draft temperature, with noise of this round."""
+
+    def noise(slot: int, shape: tuple[int, ...]) -> Array:
+        make = functools.partial(jax.random.gumbel, shape=shape)
+        return round_noise(state.requests.sampling.seed_B, state.length_B, DRAFTING + 1 + slot, make)
+
+    return drawn(engine.mode, state.requests.draft_temperature_B, noise)
+
+
+def _in_full(tree: Tree, vocab: DraftVocab, root_B: Array, size: int) -> Tree:
+    """A tree drafted in a draft vocabulary, its tokens and laws in the whole one of `size`."""
+    laws = tree.laws
+    if laws is not None:
+        whole_BEV = jnp.zeros((*laws.law_BEV.shape[:2], size), laws.law_BEV.dtype)
+        laws = laws._replace(law_BEV=whole_BEV.at[..., vocab.token_U].set(laws.law_BEV))
+    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(root_B), laws=laws)
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
@@ -204,14 +276,13 @@ def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> S
 
 
 def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
-    """The target's draws, and the path that carries them."""
-    depth_BN = tree.depth_BN
+    """The path that the engine's rule keeps; decoding plainly, the target's draw behind the root."""
+    sampling = state.requests.sampling
     if engine.tree is None:
-        logits_BNV, depth_BN = logits_BNV[:, :1], depth_BN[:, :1]
-    drawn_BN = draw(logits_BNV, depth_BN, state.length_B + 1, engine.path, state.requests.sampling)
-    if engine.tree is None:
-        return verify.Accepted(depth_BN[:, 0], depth_BN, drawn_BN)
-    return verify.follow(tree, drawn_BN, engine.tree.depth)
+        nothing_B1 = tree.depth_BN[:, :1]
+        drawn_B1 = draw(logits_BNV[:, :1], nothing_B1, state.length_B + 1, 1, sampling)
+        return verify.Accepted(nothing_B1[:, 0], nothing_B1, drawn_B1)
+    return engine.rule.accept(verify.Case(engine.mode, tree, engine.tree.depth, logits_BNV, state.length_B, sampling))
 
 
 def extend(
@@ -255,13 +326,40 @@ def _fresh(out: TargetOutput) -> KVCache:
     return out.fresh
 
 
-def decode_rounds(engine: Engine, weights: Weights, state: DecodeState, limit: Array) -> DecodeState:
-    """Rounds until every row has finished or `limit` of them are done: one `while_loop`, no host in it."""
+def decode_rounds(
+    engine: Engine, weights: Weights, state: DecodeState, limit: Array, least: Array | int = 0
+) -> DecodeState:
+    """Rounds until at most `least` rows are running or `limit` rounds are done: one `while_loop`, no host in it."""
 
     def going(carry: tuple[Array, DecodeState]) -> Array:
-        return (carry[0] < limit) & jnp.any(carry[1].finish_B == RUNNING)
+        return (carry[0] < limit) & (jnp.sum(carry[1].finish_B == RUNNING) > least)
 
     def round_(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, decode_step(engine, weights, carry[1])
 
     return jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1]
+
+
+def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: int, stops: int) -> DecodeState:
+    """A state of `batch` finished rows, for `admit` to fill; `stops` is the width of the rows' stop ids."""
+    rows = jnp.zeros(batch, jnp.int32)
+    real = rows.astype(jnp.float32)
+    sampling = Sampling(real, rows, real, rows.astype(jnp.uint32))
+    requests = Requests(
+        jnp.zeros((batch, 1), jnp.int32), rows, sampling, jnp.zeros((batch, stops), jnp.int32), rows, real
+    )
+    shapes = jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32))
+
+
+def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
+    """The state with its row `row` replaced by `fresh`, a state of one row whose caches may be smaller."""
+
+    def put(into: Any, one: Any) -> Any:
+        if isinstance(into, KVCache):
+            places = [(0, row, *(0,) * (x.ndim - 2)) for x in into]
+            return KVCache(*map(jax.lax.dynamic_update_slice, into, one, places))
+        return jax.lax.dynamic_update_slice(into, one, (row, *(0,) * (into.ndim - 1)))
+
+    return jax.tree.map(put, state, fresh, is_leaf=lambda x: isinstance(x, KVCache))

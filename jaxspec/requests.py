@@ -25,17 +25,19 @@ class Requests(NamedTuple):
     """Ids that end a row (and are its last token), padded with `NO_STOP`."""
     budget_B: Array
     """Most new tokens of each row, at least 1."""
+    draft_temperature_B: Array
+    """Of the law that children are drawn from; rows at 0 draft their likeliest tokens, as all do in mode `topk`."""
 
 
 def bucket(length: int, least: int = 16) -> int:
-    """The padded size of a prompt of `length`: powers of two from `least` to `32 * least`, then multiples of half that.
+    """The padded size of a prompt of `length`: powers of two from `least` to `32 * least`, then multiples of that.
 
     Few sizes, so few programs that read prompts.
     """
     size = least
     while size < length and size < 32 * least:
         size *= 2
-    return size if size >= length else round_up(length, 16 * least)
+    return size if size >= length else round_up(length, size)
 
 
 def round_up(length: int, step: int = 64) -> int:
@@ -52,9 +54,15 @@ def make_requests(
     top_p: float | Sequence[float] = 1.0,
     seed: int | Sequence[int] = 0,
     stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+    draft_temperature: float | Sequence[float] | None = None,
     vocab: int | None = None,
+    width: int = 0,
+    stop_width: int = 1,
 ) -> Requests:
     """A batch from prompts of any lengths. A single setting holds for all rows.
+
+    `draft_temperature` is each row's `temperature` where it is not given. Prompts are padded to `width` or the `bucket`
+    of the longest, whichever is more, stop ids likewise to `stop_width`.
 
     Raises ValueError naming the row and field for an empty prompt, a token outside `vocab`, or a setting out of range.
     """
@@ -83,13 +91,14 @@ def make_requests(
     stops: list[Any] = [stop_ids] if one_list else list(stop_ids)
     one_each("stop_ids", len(stops))
     stops *= batch // len(stops)
-    stop_BR = np.full((batch, max(1, *(len(s) for s in stops))), NO_STOP, np.int32)
+    stop_BR = np.full((batch, max(stop_width, *(len(s) for s in stops))), NO_STOP, np.int32)
     for row, stop in zip(stop_BR, stops, strict=True):
         row[: len(stop)] = stop
-    width = bucket(max(len(p) for p in prompts))
+    width = max(width, bucket(max(len(p) for p in prompts)))
     tokens_BL = np.zeros((batch, width), np.int32)
     for row, prompt in zip(tokens_BL, prompts, strict=True):
         row[: len(prompt)] = prompt
+    drafts_at = temperature if draft_temperature is None else draft_temperature
     infinite, most = float("inf"), np.iinfo(np.int32).max
     return Requests(
         jnp.asarray(tokens_BL),
@@ -102,4 +111,5 @@ def make_requests(
         ),
         jnp.asarray(stop_BR),
         jnp.asarray(each("max_new_tokens", max_new_tokens, np.int32, 1, most)),
+        jnp.asarray(each("draft_temperature", drafts_at, np.float32, 0, infinite)),
     )

@@ -6,6 +6,7 @@ was decoded one at a time or found inside a tree, and independent of the other r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.base import Array
+
+ROUND = 2**32 - 1
+"""Stands where `position_noise` has a position, which is never as large."""
 
 
 class Sampling(NamedTuple):
@@ -126,3 +130,23 @@ def draw(logits_BNV: Array, depth_BN: Array, first_position_B: Array, depths: in
         return argmax(warp_logits(logits, sampling) + noise)
 
     return lax.cond(jnp.any(sampling.temperature_B > 0), sampled, greedy, logits_BNV)
+
+
+def law_of(logits_BNV: Array, sampling: Sampling) -> Array:
+    """The law that `draw` draws from, `[B, N, V]`; greedy rows have it all on the first of their likeliest tokens."""
+    warped_BNV = warp_logits(logits_BNV, sampling)
+    best_BNV = jax.nn.one_hot(argmax(logits_BNV), logits_BNV.shape[-1], dtype=logits_BNV.dtype)
+    return jnp.where(sampling.temperature_B[:, None, None] > 0, jax.nn.softmax(warped_BNV, axis=-1), best_BNV)
+
+
+def round_noise(seed_B: Array, length_B: Array, use: int, make: Callable[[Array], Array]) -> Array:
+    """`make(key)` for every row `[B, ...]`, keyed by (seed, tokens before the round's root, use).
+
+    A branch of keys apart from `position_noise`'s: what is drafted and tested stays independent of the target's draws.
+    """
+
+    def one(seed: Array, length: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUND), length)
+        return make(jax.random.fold_in(key, use))
+
+    return jax.vmap(one)(seed_B, length_B)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,21 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import models as bundled
-from jaxspec.base import Drafter, Params, TreePolicy
+from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoint import load_drafter
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.decode import DraftVocab, Engine, Weights
-from jaxspec.generation import NO_LIMIT, collect, run_rounds, start, tau
+from jaxspec.generation import NO_LIMIT, Slots, collect, run_rounds, start, tau
 from jaxspec.interchange.hf import load_target
 from jaxspec.requests import Requests, bucket, make_requests
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.trees import parse_tree
+from jaxspec.verify import rule_named
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 DEFAULT_TREE = "dynamic:60x6x10"
 """EAGLE-2's own, for a drafter that was saved without a tree."""
 SEEDS = 2**32
 """Seeds are below this."""
+RuleName = Literal[
+    "target-draw", "recursive-rejection", "specinfer", "speculative-sampling", "block", "traversal", "typical"
+]
+"""The names of `verify.RULES`, for the command line."""
 
 
 class Models(NamedTuple):
@@ -62,6 +68,13 @@ class Models(NamedTuple):
         """The same models with another tree."""
         return self._replace(engine=dataclasses.replace(self.engine, tree=tree))
 
+    def with_rule(self, mode: DraftMode, rule: str | None = None) -> Models:
+        """The same models with children chosen by `mode` and kept by `rule` (None: the usual one for the mode).
+
+        Raises ValueError where the rule is not one for that mode or tree.
+        """
+        return self._replace(engine=dataclasses.replace(self.engine, mode=mode, rule=rule_named(rule, mode)))
+
 
 def target_folder(name: str) -> Path:
     """The HuggingFace folder that `name` stands for: `tiny` is the bundled target, anything else a path."""
@@ -74,11 +87,18 @@ def target_folder(name: str) -> Path:
 
 
 def load_models(
-    target: str, *, drafter: str | Path | None = None, tree: str | None = None, dtype: Any = jnp.float32
+    target: str,
+    *,
+    drafter: str | Path | None = None,
+    tree: str | None = None,
+    mode: DraftMode = "topk",
+    rule: str | None = None,
+    dtype: Any = jnp.float32,
 ) -> Models:
     """The target of a HuggingFace folder (or `tiny`), with the drafter that `save_drafter` wrote and the tree `tree`.
 
-    `tree` defaults to the one saved with the drafter. Raises ValueError naming what is missing or does not match.
+    `tree` defaults to the one saved with the drafter, `rule` to the usual one for the draft mode. Raises ValueError
+    naming what is missing or does not match.
     """
     if drafter is None and tree is not None:
         raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
@@ -101,7 +121,7 @@ def load_models(
             "another target"
         )
     policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
-    return plain.with_drafter(head.module, head.params, policy, scored)
+    return plain.with_drafter(head.module, head.params, policy, scored).with_rule(mode, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +134,14 @@ class Settings:
     top_k: int = 0
     """0 keeps all tokens."""
     top_p: float = 1.0
+    draft_temperature: float | None = None
+    """Of the law that drawn children come from; None for `temperature`."""
 
     def __post_init__(self) -> None:
         for name, holds, range_ in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            ("draft_temperature", 0 <= (self.draft_temperature or 0) < float("inf"), "0 (likeliest) or above"),
             ("top_k", self.top_k >= 0, "0 (keep all) or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
@@ -158,6 +181,39 @@ class Flags:
         return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftFlags(Flags):
+    """The flags of verbs that draft, as given; how a drafter is named is the verb's own."""
+
+    draft_mode: DraftMode = "topk"
+    """How a node's children are chosen: its likeliest tokens, or draws from the draft's law with or without (swor)
+    replacement."""
+    rule: RuleName | None = None
+    """Which drafted tokens are kept; all are lossless but typical, which keeps what is likely enough. Default:
+    target-draw for topk (the text is then that of plain decoding, token for token), specinfer for sample,
+    recursive-rejection for swor."""
+    draft_temperature: float | None = None
+    """Of the law that children are drawn from. Default: --temperature."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draft_mode == "topk" and self.draft_temperature is not None:
+            raise ValueError("--draft-temperature is for drawn children: give --draft-mode sample or swor")
+        rule_named(self.rule, self.draft_mode).check_mode(self.draft_mode)
+
+    def needs_drafter(self, **flags: object) -> None:
+        """ValueError naming the first of `flags`, or of these, that is given although nothing is drafted."""
+        given = {**flags, "rule": self.rule, "draft-mode": self.draft_mode != "topk"}
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"--{name} needs a --drafter, for plain decoding drafts nothing")
+
+    @property
+    def settings(self) -> Settings:
+        """How answers are drawn."""
+        return dataclasses.replace(super().settings, draft_temperature=self.draft_temperature)
+
+
 def refuse_below_one(args: object, *names: str) -> None:
     """ValueError naming the first of these flags that is given and less than 1."""
     for name in names:
@@ -188,6 +244,8 @@ class Job(NamedTuple):
     """The caller's own name for it."""
     tokens: np.ndarray
     seed: int = 0
+    settings: Settings | None = None
+    """Its own; None for those of the queue."""
 
 
 class Answer(NamedTuple):
@@ -273,10 +331,84 @@ def answer(models: Models, queue: Queue, settings: Settings, *, warm: bool = Fal
         yield Batch(jobs, [Answer(*row) for row in rows][: len(jobs)], seconds)
 
 
+class Served(NamedTuple):
+    """A prompt that was answered in a slot."""
+
+    job: Job
+    answer: Answer
+    seconds: float
+    """Of the queue so far, compilation left out."""
+
+
+def serve(models: Models, jobs: Sequence[Job], settings: Settings, *, slots: int) -> Iterator[Served]:
+    """Answer the jobs in `slots` rows of one running batch, each row taking the next job when it has finished.
+
+    Yields as they finish. Everything is compiled before the first. What a prompt gets does not depend on which others
+    run beside it.
+    """
+    jobs = sorted(jobs, key=lambda job: -len(job.tokens))
+    if not jobs:
+        return
+    budgets = [budget(models, job, settings) for job in jobs]
+    room = functools.partial(
+        Slots,
+        models.engine,
+        models.weights,
+        min(slots, len(jobs)),
+        longest=len(jobs[0].tokens),
+        max_new_tokens=max(budgets),
+        stops=max(1, len(models.stop_ids)),
+    )
+    _warm(models, room(), jobs, settings)
+    running, waiting, held = room(), list(reversed(jobs)), {}
+    started = time.perf_counter()
+    while waiting or held:
+        while waiting and running.free:
+            job, row = waiting.pop(), running.free[0]
+            running.admit(slot_request(models, job, settings, running), row)
+            held[row] = job
+        done = running.run()
+        seconds = time.perf_counter() - started
+        for row, g in done.items():
+            yield Served(held.pop(row), Answer(g.tokens[0], g.finish[0], int(g.calls[0]), g.accepted[0]), seconds)
+
+
+def _warm(models: Models, running: Slots, jobs: Sequence[Job], settings: Settings) -> None:
+    """Run every program that serving `jobs` will, once."""
+    for job in {running.width(len(job.tokens)): job for job in jobs}.values():
+        running.admit(slot_request(models, job, settings, running), running.free[0])
+        running.run(limit=1)
+        if not running.free:
+            running.run()
+
+
+def slot_request(models: Models, job: Job, settings: Settings, running: Slots) -> Requests:
+    """`job` as the one row that a slot takes."""
+    own = job.settings or settings
+    return make_requests(
+        [job.tokens],
+        max_new_tokens=budget(models, job, settings),
+        temperature=own.temperature,
+        top_k=own.top_k,
+        top_p=own.top_p,
+        seed=job.seed,
+        stop_ids=models.stop_ids,
+        draft_temperature=own.draft_temperature,
+        vocab=models.config.vocab,
+        width=running.width(len(job.tokens)),
+        stop_width=running.stops,
+    )
+
+
+def budget(models: Models, job: Job, settings: Settings) -> int:
+    """New tokens the job may have; answers end at the target's last position."""
+    return min((job.settings or settings).max_new_tokens, models.config.max_positions - len(job.tokens))
+
+
 def batch_requests(models: Models, jobs: list[Job], settings: Settings, *, batch: int) -> Requests:
     """`jobs` as `batch` rows; answers end at the target's last position, rows that pad with their first token."""
     padding = batch - len(jobs)
-    budgets = [min(settings.max_new_tokens, models.config.max_positions - len(job.tokens)) for job in jobs]
+    budgets = [budget(models, job, settings) for job in jobs]
     return make_requests(
         [job.tokens for job in jobs] + [jobs[-1].tokens] * padding,
         max_new_tokens=budgets + [1] * padding,
@@ -285,6 +417,7 @@ def batch_requests(models: Models, jobs: list[Job], settings: Settings, *, batch
         top_p=settings.top_p,
         seed=[job.seed for job in jobs] + [0] * padding,
         stop_ids=models.stop_ids,
+        draft_temperature=settings.draft_temperature,
         vocab=models.config.vocab,
     )
 

@@ -14,7 +14,7 @@ from jaxspec.requests import Requests, make_requests
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree
-from jaxspec.trees.shape import likeliest
+from jaxspec.trees.children import likeliest
 
 VOCAB = 64
 TARGET = Llama(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)

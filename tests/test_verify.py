@@ -88,7 +88,7 @@ def emitted(tree: Tree, groups: list[dict[int, np.ndarray]], depth: int) -> Law:
         some = draws[begin : begin + CHUNK]
         drawn = np.zeros((CHUNK, some.shape[1]), np.int32)
         drawn[: len(some)] = some
-        many = tree_of(*(np.broadcast_to(a, (CHUNK, *a.shape[1:])) for a in tree))
+        many = jax.tree.map(lambda a: np.broadcast_to(a, (CHUNK, *a.shape[1:])), tree)
         accepted = jax.device_get(follow(many, drawn, depth))
         for w, count, tokens in zip(weights[begin:], accepted.count_B[: len(some)], accepted.token_BP, strict=False):
             law[tuple(tokens[: count + 1].tolist())] += w
@@ -138,7 +138,7 @@ def trees(vocab: int) -> dict[str, tuple[Tree, int]]:
 
 def pad(tree: Tree, rows: int = 8) -> Tree:
     """The tree with `rows` rows, on the host."""
-    token, parent, depth, score, valid, ancestors = (np.asarray(a) for a in tree)
+    token, parent, depth, score, valid, ancestors = (np.asarray(a) for a in tree[:6])
     more = ((0, 0), (0, rows - token.shape[1]))
     wide = np.eye(rows, dtype=bool)[None].copy()
     wide[:, : token.shape[1], : token.shape[1]] = ancestors

@@ -5,10 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import ROOT, Array, Borrowed, Frontier, Params, Tree
+from jaxspec.base import (
+    ROOT,
+    Array,
+    Borrowed,
+    Children,
+    ChooseChildren,
+    Frontier,
+    KVCache,
+    Params,
+    TargetOutput,
+    Tree,
+)
+from jaxspec.trees.children import likeliest
 
 Tables = list[np.ndarray]
 """`tables[d][b, code]` are the next-token logits behind the path of `d` tokens whose digits in base V make `code`."""
@@ -43,11 +56,17 @@ def draft_from(tables: Tables) -> Any:
     return draft
 
 
-def grow(policy: Any, tables: Tables, root: int = 0) -> Any:
+def likely(logits_BWV: Array, count: int, slot: int) -> Children:
+    """Children are the likeliest tokens."""
+    return likeliest(logits_BWV, count)
+
+
+def grow(policy: Any, tables: Tables, root: int = 0, choose: ChooseChildren = likely) -> Any:
     """The policy's tree for table drafts."""
     batch = tables[0].shape[0]
     scratch = jnp.full((batch, policy.slots), -1, jnp.int32)
-    return policy.grow(draft_from(tables), scratch, jnp.asarray(tables[0])[:, 0], jnp.full(batch, root, jnp.int32))
+    root_B = jnp.full(batch, root, jnp.int32)
+    return policy.grow(draft_from(tables), choose, scratch, jnp.asarray(tables[0])[:, 0], root_B)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +90,33 @@ class TableDrafter:
         self, params: Params, borrowed: Borrowed, state: Array, scratch: Array, frontier: Frontier
     ) -> tuple[Array, Array]:
         return params[frontier.token_BW], scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class TableTarget:
+    """A bigram target under the `Target` contract. Its params are logits `[V, V]`; it keeps nothing in its cache."""
+
+    def forward(
+        self,
+        params: Params,
+        tokens_BL: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        prefix: Any = None,
+        *,
+        keep_kv=False,
+    ) -> TargetOutput:
+        nothing = self.empty_cache(*tokens_BL.shape)
+        return TargetOutput(jax.nn.one_hot(tokens_BL, params.shape[0]), nothing if keep_kv else None)
+
+    def logits(self, params: Params, features_BLD: Array) -> Array:
+        return params[jnp.argmax(features_BLD, axis=-1)]
+
+    def borrowed(self, params: Params) -> Borrowed:
+        return Borrowed(jnp.eye(params.shape[0]), jnp.eye(params.shape[0]))
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(jnp.zeros((1, batch, 1, 1, capacity)), jnp.zeros((1, batch, 1, capacity, 1)))
 
 
 def tree_of(*arrays: Any) -> Tree:

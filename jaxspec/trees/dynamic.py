@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
-from jaxspec.trees.shape import ancestor_mask, likeliest
+from jaxspec.base import ROOT, Array, Children, ChooseChildren, DraftLogits, Frontier, Tree
+from jaxspec.trees.shape import ancestor_mask, stack_laws
+
+
+class Candidates(NamedTuple):
+    """All that was drafted (axis `Q`), level by level, siblings side by side."""
+
+    token_BQ: Array
+    score_BQ: Array
+    bound_BQ: Array
+    """What a candidate is kept by: its parent's score and `left_BWR`; its own score where children are not drawn."""
+    parent_BQ: Array
+    """Candidate; `ROOT` at depth 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +62,34 @@ class DynamicTree:
         """The tree as `parse_tree` reads it."""
         return f"dynamic:{self.nodes}x{self.depth}x{self.beam}"
 
-    def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
-        """Draft `depth` levels and keep the best `nodes - 1` of all candidates."""
+    def grow(
+        self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
+    ) -> Tree:
+        """Draft `depth` levels and keep the best `nodes - 1` of all candidates.
+
+        Drawn candidates are not kept by their own probability, for then the children of a node would no longer have the
+        law they were drawn from: what counts is the bound on it that was known before the draw (`Children.left_BWR`).
+        It falls from sibling to sibling and from parent to child, so no candidate's own token decides over its place.
+        """
         beam, batch = self.beam, root_token_B.shape[0]
-        token, score = (x[:, 0] for x in likeliest(root_logits_BV[:, None], beam))
-        pool = [(token, score, jnp.full((batch, beam), ROOT))]
+        found = choose(root_logits_BV[:, None], beam, ROOT)
+        token, score, bound = (x[:, 0] for x in found[:3])
+        nowhere = jnp.full((batch, beam), ROOT)
+        pool, families, slots = [(token, score, bound, nowhere)], [found], []
         front_token, front_score, front_pool = token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam))
-        parent_slot = jnp.full((batch, beam), ROOT)
+        parent_slot = nowhere
         visible = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
         for d in range(1, self.depth):
+            slots.append(front_pool)
             frontier = Frontier(front_token, parent_slot, visible, d, beam * (d - 1))
             logits_BWV, scratch = draft(scratch, frontier)
-            token, step = likeliest(logits_BWV, beam)
-            score = (front_score[..., None] + step).reshape(batch, beam * beam)
-            token = token.reshape(batch, beam * beam)
-            pool.append((token, score, jnp.repeat(front_pool, beam, axis=1)))
+            found = choose(logits_BWV, beam, frontier.slot)
+            families.append(found)
+            token = found.token_BWR.reshape(batch, beam * beam)
+            score, bound = (
+                (front_score[..., None] + x).reshape(batch, beam * beam) for x in (found.logp_BWR, found.left_BWR)
+            )
+            pool.append((token, score, bound, jnp.repeat(front_pool, beam, axis=1)))
             front_score, chosen = jax.lax.top_k(score, beam)
             front_token = jnp.take_along_axis(token, chosen, axis=1)
             front_pool = beam + (d - 1) * beam**2 + chosen
@@ -73,27 +97,40 @@ class DynamicTree:
             parent_slot = beam * (d - 1) + row
             own = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
             visible = jnp.concatenate([jnp.take_along_axis(visible, row[..., None], axis=1), own], axis=2)
-        token, score, parent = (jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True))
-        return self._rerank(token, score, parent, root_token_B)
+        candidates = Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)))
+        return self._rerank(candidates, families, slots, root_token_B)
 
-    def _rerank(self, token_BQ: Array, score_BQ: Array, parent_BQ: Array, root_token_B: Array) -> Tree:
-        """The tree of the best `nodes - 1` candidates of the pool (axis `Q`), in pool order."""
-        beam, batch = self.beam, token_BQ.shape[0]
+    def _rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
+        """The tree of the best `nodes - 1` candidates, in pool order; `expanded` are the candidates in each slot."""
+        beam, batch = self.beam, root_token_B.shape[0]
         # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
-        _, chosen = jax.lax.top_k(score_BQ, self.nodes - 1)
+        _, chosen = jax.lax.top_k(pool.bound_BQ, self.nodes - 1)
         chosen = jnp.sort(chosen, axis=1)
         rows = jnp.arange(batch)[:, None]
-        node_of = jnp.zeros((batch, self.pool), jnp.int32).at[rows, chosen].set(jnp.arange(1, self.nodes))
-        parent = jnp.take_along_axis(parent_BQ, chosen, axis=1)
+        node_of = (
+            jnp.zeros((batch, self.pool), jnp.int32).at[rows, chosen].set(jnp.arange(1, self.nodes, dtype=jnp.int32))
+        )
+        parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)
         parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
         levels = np.concatenate([np.ones(beam, np.int32), np.repeat(np.arange(2, self.depth + 1), beam**2)])
+        law_BQ = jnp.zeros((batch, self.pool), jnp.int32)
+        if expanded:
+            law_BQ = law_BQ.at[rows, jnp.concatenate(expanded, axis=1)].set(
+                jnp.arange(1, self.slots + 1, dtype=jnp.int32)
+            )
         depth_BN = _prepend(jnp.asarray(levels, jnp.int32)[chosen], 0)
         parent_BN = _prepend(parent, ROOT)
-        score_BN = _prepend(jnp.take_along_axis(score_BQ, chosen, axis=1), 0.0)
-        token_BN = jnp.concatenate([root_token_B[:, None], jnp.take_along_axis(token_BQ, chosen, axis=1)], axis=1)
-        valid_BN = score_BN > -jnp.inf
+        score_BN = _prepend(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0)
+        valid_BN = _prepend(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf
+        token_BN = jnp.concatenate([root_token_B[:, None], jnp.take_along_axis(pool.token_BQ, chosen, axis=1)], axis=1)
         return Tree(
-            token_BN.astype(jnp.int32), parent_BN, depth_BN, score_BN, valid_BN, ancestor_mask(parent_BN, self.depth)
+            token_BN.astype(jnp.int32),
+            parent_BN,
+            depth_BN,
+            score_BN,
+            valid_BN,
+            ancestor_mask(parent_BN, self.depth),
+            stack_laws(families, _prepend(jnp.take_along_axis(law_BQ, chosen, axis=1), 0)),
         )
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import ROOT, Array, DraftLogits, Frontier, Tree
-from jaxspec.trees.shape import likeliest
+from jaxspec.base import ROOT, Array, Children, ChooseChildren, DraftLogits, Frontier, Tree
+from jaxspec.trees.shape import stack_laws
 
 EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 """The 25-node tree of EAGLE-1 (its `mc_sim_7b_63`): one digit a depth, the child's rank in its parent's draft."""
@@ -32,6 +32,10 @@ class Shape(NamedTuple):
     parent: np.ndarray
     depth: np.ndarray
     rank: np.ndarray
+    order: np.ndarray
+    """Place among the siblings; the rank, unless ranks are left out."""
+    law: np.ndarray
+    """Row of the draft law that a node's children come from; 0 for leaves too."""
     valid: np.ndarray
     ancestors: np.ndarray
     levels: tuple[Level, ...]
@@ -54,11 +58,12 @@ def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> Shape:
     index = {(): 0} | {p: i + 1 for i, p in enumerate(order)}
     parent = np.full(rows, ROOT, np.int32)
     depth = np.zeros(rows, np.int32)
-    rank = np.zeros(rows, np.int32)
+    rank, order_of = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     valid = np.arange(rows) <= len(order)
     ancestors = np.eye(rows, dtype=bool)
     for path in order:
         i = index[path]
+        order_of[i] = np.sum(parent == index[path[:-1]])
         parent[i], depth[i], rank[i] = index[path[:-1]], len(path), path[-1]
         ancestors[i] |= ancestors[parent[i]]
     inner = sorted({int(parent[index[p]]) for p in order} - {0})
@@ -72,7 +77,8 @@ def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> Shape:
         seen = np.array(inner[: slot + expanded.size])
         parents = np.array([slot_of.get(int(parent[n]), ROOT) for n in expanded], np.int32)
         levels.append(Level(expanded, slot, parents, ancestors[expanded][:, seen]))
-    return Shape(parent, depth, rank, valid, ancestors, tuple(levels))
+    law = np.array([slot_of.get(n, ROOT) + 1 for n in range(rows)], np.int32)
+    return Shape(parent, depth, rank, order_of, law, valid, ancestors, tuple(levels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,40 +129,58 @@ class StaticTree:
             w + "." if len(p) == 1 < len(w) else w for w, p in zip(words, self.paths, strict=True)
         )
 
-    def grow(self, draft: DraftLogits, scratch: Any, root_logits_BV: Array, root_token_B: Array) -> Tree:
-        """The tree with each node's token taken at its rank in its parent's draft distribution."""
+    def grow(
+        self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
+    ) -> Tree:
+        """The tree with each node's token at its rank among its parent's likeliest, or in the order of its draw."""
         shape = build_shape(self.paths, self.nodes)
         batch = root_token_B.shape[0]
         token_BN = jnp.zeros((batch, self.nodes), jnp.int32).at[:, 0].set(root_token_B)
         score_BN = jnp.full((batch, self.nodes), -jnp.inf).at[:, 0].set(0.0)
-        token_BN, score_BN = self._place(shape, np.array([0]), root_logits_BV[:, None], token_BN, score_BN)
+        filled = (token_BN, score_BN, jnp.broadcast_to(jnp.asarray(shape.valid), (batch, self.nodes)))
+        families: list[Children] = []
+
+        def place(filled: tuple[Array, Array, Array], expanded: np.ndarray, logits_BWV: Array, slot: int) -> Any:
+            children = np.flatnonzero(np.isin(shape.parent, expanded) & shape.valid)
+            if not children.size:
+                return filled
+            chosen = choose(logits_BWV, int(shape.rank[children].max()) + 1, slot)
+            families.append(chosen)
+            return _place(shape, children, np.searchsorted(expanded, shape.parent[children]), chosen, *filled)
+
+        filled = place(filled, np.array([0]), root_logits_BV[:, None], ROOT)
         for d, level in enumerate(shape.levels):
             visible = np.broadcast_to(level.visible, (batch, *level.visible.shape))
             parent = np.broadcast_to(level.parent_slot, (batch, level.parent_slot.size))
             frontier = Frontier(
-                token_BN[:, level.expanded], jnp.asarray(parent), jnp.asarray(visible), d + 1, level.slot
+                filled[0][:, level.expanded], jnp.asarray(parent), jnp.asarray(visible), d + 1, level.slot
             )
             logits_BWV, scratch = draft(scratch, frontier)
-            token_BN, score_BN = self._place(shape, level.expanded, logits_BWV, token_BN, score_BN)
-        fixed = [jnp.asarray(a)[None] for a in (shape.parent, shape.depth, shape.valid, shape.ancestors)]
-        parent, depth, valid, ancestors = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in fixed)
-        return Tree(token_BN, parent, depth, score_BN, valid, ancestors)
+            filled = place(filled, level.expanded, logits_BWV, level.slot)
+        token_BN, score_BN, valid_BN = filled
+        fixed = [jnp.asarray(a)[None] for a in (shape.parent, shape.depth, shape.ancestors, shape.law)]
+        parent, depth, ancestors, row = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in fixed)
+        return Tree(token_BN, parent, depth, score_BN, valid_BN, ancestors, stack_laws(families, row))
 
-    def _place(
-        self, shape: Shape, expanded: np.ndarray, logits_BWV: Array, token_BN: Array, score_BN: Array
-    ) -> tuple[Array, Array]:
-        """Fill in the children of `expanded` from those nodes' draft logits."""
-        children = np.flatnonzero(np.isin(shape.parent, expanded) & shape.valid)
-        if not children.size:
-            return token_BN, score_BN
-        row = np.searchsorted(expanded, shape.parent[children])
-        rank = shape.rank[children]
-        token_BWR, logp_BWR = likeliest(logits_BWV, int(rank.max()) + 1)
-        score = score_BN[:, shape.parent[children]] + logp_BWR[:, row, rank]
-        return (
-            token_BN.at[:, children].set(token_BWR[:, row, rank]),
-            score_BN.at[:, children].set(score),
-        )
+
+def _place(
+    shape: Shape,
+    children: np.ndarray,
+    row: np.ndarray,
+    chosen: Children,
+    token_BN: Array,
+    score_BN: Array,
+    valid_BN: Array,
+) -> tuple[Array, Array, Array]:
+    """Fill in `children`, whose parents are the rows `row` of `chosen`; a child is valid if there was one to draw."""
+    above = shape.parent[children]
+    place = (slice(None), row, (shape.rank if chosen.law_BWV is None else shape.order)[children])
+    drawn = chosen.left_BWR[place] > -jnp.inf
+    return (
+        token_BN.at[:, children].set(chosen.token_BWR[place]),
+        score_BN.at[:, children].set(score_BN[:, above] + chosen.logp_BWR[place]),
+        valid_BN.at[:, children].set(valid_BN[:, above] & drawn),
+    )
 
 
 def chain(depth: int, rows: int = 0) -> StaticTree:

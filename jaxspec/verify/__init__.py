@@ -1,5 +1,6 @@
-"""Which drafted tokens are kept: lossless acceptance rules, each for how its candidates were drawn."""
+"""Which drafted tokens are kept: acceptance rules, each for how its candidates were drawn."""
 
 from jaxspec.verify.path import Accepted, follow
+from jaxspec.verify.rules import DEFAULT_RULES, RULES, Case, Rule, rule_named
 
-__all__ = ["Accepted", "follow"]
+__all__ = ["DEFAULT_RULES", "RULES", "Accepted", "Case", "Rule", "follow", "rule_named"]

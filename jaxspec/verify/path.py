@@ -1,4 +1,4 @@
-"""The lossless acceptance rule for trees whose shape and tokens are chosen deterministically.
+"""What a rule returns, and the rule for trees whose shape and tokens are chosen deterministically.
 
 The target draws its own token at every node; the path that carries those tokens is kept, and the draw at its end is
 the bonus token. Whatever the tree holds, each kept token *is* a draw from the target's (warped) law, so the output has
@@ -15,7 +15,7 @@ from jaxspec.base import Array, Tree
 
 
 class Accepted(NamedTuple):
-    """The longest path on which draft and target agree."""
+    """The path that a round adds to the text."""
 
     count_B: Array
     """Accept length: drafted tokens accepted, 0 to T."""
@@ -32,12 +32,28 @@ def follow(tree: Tree, drawn_BN: Array, depth: int) -> Accepted:
     """
     parent_BN = jnp.maximum(tree.parent_BN, 0)
     match_BN = tree.valid_BN & (tree.token_BN == jnp.take_along_axis(drawn_BN, parent_BN, axis=1))
-    match_BN = match_BN.at[:, 0].set(True)
-    reached_BN = tree.valid_BN & jnp.all(match_BN[:, None, :] | ~tree.ancestors_BNN, axis=-1)
-    last_B = jnp.argmax(jnp.where(reached_BN, tree.depth_BN, -1), axis=1)
+    last_B = deepest(tree, reached(tree, match_BN))
+    return path_to(tree, last_B, jnp.take_along_axis(drawn_BN, last_B[:, None], axis=1)[:, 0], depth)
+
+
+def reached(tree: Tree, accepted_BN: Array) -> Array:
+    """Nodes `[B, N]` that are accepted and so are all above them; the root always is."""
+    accepted_BN = accepted_BN.at[:, 0].set(True)
+    return tree.valid_BN & jnp.all(accepted_BN[:, None, :] | ~tree.ancestors_BNN, axis=-1)
+
+
+def deepest(tree: Tree, reached_BN: Array) -> Array:
+    """The deepest of these nodes `[B]`, the first of equals."""
+    return jnp.argmax(jnp.where(reached_BN, tree.depth_BN, -1), axis=1)
+
+
+def path_to(tree: Tree, last_B: Array, bonus_B: Array, depth: int) -> Accepted:
+    """The path from the root to node `last`, with the token `bonus` behind it."""
     count_B = jnp.take_along_axis(tree.depth_BN, last_B[:, None], axis=1)[:, 0]
     on_path_BN = jnp.take_along_axis(tree.ancestors_BNN, last_B[:, None, None], axis=1)[:, 0]
-    wanted_BP = jnp.minimum(jnp.arange(depth + 1), count_B[:, None])
+    depth_P = jnp.arange(depth + 1)
+    wanted_BP = jnp.minimum(depth_P, count_B[:, None])
     is_node_BPN = on_path_BN[:, None, :] & (tree.depth_BN[:, None, :] == wanted_BP[:, :, None])
     path_BP = jnp.argmax(is_node_BPN, axis=-1)
-    return Accepted(count_B, path_BP, jnp.take_along_axis(drawn_BN, path_BP, axis=1))
+    next_BP = jnp.take_along_axis(tree.token_BN, jnp.pad(path_BP[:, 1:], ((0, 0), (0, 1))), axis=1)
+    return Accepted(count_B, path_BP, jnp.where(depth_P < count_B[:, None], next_BP, bonus_B[:, None]))

@@ -2,21 +2,19 @@
 
 Top down (recursive rejection) a node's children are tested in the order of their draws, and the first accepted child
 is descended into. Bottom up (traversal verification; on a chain, block verification) a node is decided after all that
-hangs below it, which never accepts less and often more. Both output exactly the target's law.
+hangs below it, which never accepts less and often more. Both output exactly the target's law, for every tree in which
+whether there is a node does not depend on the node's own token: then a child that is tested has the law it was drawn
+from, whatever was seen before it.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Tree
-
-DraftMode = Literal["topk", "sample", "swor"]
-"""How a node's children came about: its likeliest tokens; independent draws from the draft's law; draws from it without
-replacement. Siblings stand in the order of their draws."""
+from jaxspec.base import Array, DraftMode, Tree
 
 
 class Verdict(NamedTuple):
@@ -32,11 +30,95 @@ class Verdict(NamedTuple):
     """Probability with which each tested node was accepted."""
 
 
-def _remove(law_V: Array, token: Array) -> Array:
-    """The law without `token`; unchanged where nothing else is in it."""
-    left_V = law_V.at[token].set(0)
+class _Row(NamedTuple):
+    """One row's tree, laws and coins."""
+
+    token_N: Array
+    parent_N: Array
+    depth_N: Array
+    valid_N: Array
+    p_NV: Array
+    law_EV: Array
+    law_row_N: Array
+    random: Array
+    coin_N: Array
+
+    def law(self, n: Array) -> Array:
+        """What the first child of `n` was drawn from."""
+        return self.law_EV[self.law_row_N[n]]
+
+    def waiting(self, at: Array, behind: Array) -> Array:
+        """Children of `at` that are not dealt with: those after node `behind`."""
+        return self.valid_N & (self.parent_N == at) & (jnp.arange(self.token_N.shape[0]) > behind)
+
+
+def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array) -> Verdict:
+    """Recursive rejection: SpecInfer's rule for `sample`, RSD's and Sequoia's for `swor`, EAGLE-2's for `topk`.
+
+    On a chain with `sample` it is chain speculative sampling (Leviathan 2023; Chen 2023). `target_BNV` is the target's
+    warped law at every node; it and `tree.laws` sum to 1. `coin_BN` holds independent uniforms of [0, 1). Parents must
+    stand before their children, siblings in the order of their draws.
+    """
+
+    def walk(row: _Row) -> Verdict:
+        w = jax.lax.while_loop(
+            lambda w: jnp.any(row.waiting(w.at, w.behind)), lambda w: _test(mode, row, w), _at_top(row)
+        )
+        return Verdict(w.at, w.r_V, w.tested_N, w.chance_N)
+
+    return jax.vmap(walk)(_rows(tree, target_BNV, coin_BN))
+
+
+def bottom_up(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array, depth: int) -> Verdict:
+    """Traversal verification, leaves before their parents; block verification (Sun 2024) on a chain with `sample`.
+
+    A node reached with weight `rho` hands each child in turn `min(1, rho b(x) / s(x))`, where `b` is the target's
+    law that is left and `s` the law of the draw; a child that fails leaves `(rho b - s)+`, and when all have failed the
+    node is taken with the weight that is left. Arguments as `top_down`'s; `depth` is the tree's `T`.
+    """
+
+    def climb(row: _Row) -> Verdict:
+        def step(c: _Climb) -> _Climb:
+            waiting_N = row.waiting(c.at, c.behind)
+            child = jnp.argmax(waiting_N).astype(jnp.int32)
+            return jax.lax.cond(
+                jnp.any(waiting_N), lambda: _descend(mode, row, c, child), lambda: _decide(mode, row, c)
+            )
+
+        c = jax.lax.while_loop(lambda c: ~c.done, step, _at_root(row, depth))
+        return Verdict(c.at, c.b_PV[row.depth_N[c.at]], c.tested_N, c.chance_N)
+
+    return jax.vmap(climb)(_rows(tree, target_BNV, coin_BN))
+
+
+def _rows(tree: Tree, target_BNV: Array, coin_BN: Array) -> _Row:
+    """The rules' arguments with the batch axis first; where nothing was drawn, a stand-in for the laws."""
+    batch, nodes = tree.token_BN.shape
+    laws = tree.laws
+    if laws is None:
+        row_BN = jnp.broadcast_to(jnp.arange(nodes), (batch, nodes))
+        drawn = (target_BNV, row_BN, jnp.zeros(batch, bool))
+    else:
+        drawn = laws
+    return _Row(tree.token_BN, tree.parent_BN, tree.depth_BN, tree.valid_BN, target_BNV, *drawn, coin_BN)
+
+
+# What both rules do to a law when a child is refused.
+
+
+def _drawn_from(mode: DraftMode, row: _Row, s_V: Array, token: Array) -> Array:
+    """The law that `token` came from: where nothing was drawn, all on itself."""
+    itself_V = jnp.zeros_like(s_V).at[token].set(1)
+    return itself_V if mode == "topk" else jnp.where(row.random, s_V, itself_V)
+
+
+def _next_draw(mode: DraftMode, s_V: Array, token: Array) -> Array:
+    """The law of a sibling's draw after `token` was drawn."""
+    if mode != "swor":
+        return s_V
+    left_V = s_V.at[token].set(0)
     total = jnp.sum(left_V)
-    return jnp.where(total > 0, left_V / jnp.where(total > 0, total, 1), law_V)
+    return jnp.where(total > 0, left_V / jnp.where(total > 0, total, 1), s_V)
 
 
 def _left(excess_V: Array, p_V: Array, tried_V: Array) -> Array:
@@ -52,56 +134,57 @@ def _left(excess_V: Array, p_V: Array, tried_V: Array) -> Array:
     return jnp.where(spent, other_V, excess_V / jnp.where(spent, 1, total))
 
 
-def _next_draw(mode: DraftMode, q_V: Array, token: Array) -> Array:
-    """The law of a sibling's draw after `token` was drawn."""
-    return _remove(q_V, token) if mode == "swor" else q_V
-
-
-def _drawn_from(mode: DraftMode, q_V: Array, token: Array) -> Array:
-    """The law that `token` came from: where nothing was drawn, all on itself."""
-    return jnp.zeros_like(q_V).at[token].set(1) if mode == "topk" else q_V
-
-
 def _chance(has: Array, asked: Array) -> Array:
     """`min(1, has / asked)`; where nothing is asked, whether there is anything."""
     some = asked > 0
     return jnp.where(some, jnp.minimum(1, has / jnp.where(some, asked, 1)), (has > 0).astype(has.dtype))
 
 
-def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, draft_BNV: Array | None, coin_BN: Array) -> Verdict:
-    """Recursive rejection: SpecInfer's rule for `sample`, RSD's and Sequoia's for `swor`, EAGLE-2's for `topk`.
+# Top down.
 
-    On a chain with `sample` it is chain speculative sampling (Leviathan 2023; Chen 2023). `target_BNV` is the target's
-    warped law at every node and `draft_BNV` the law its children were drawn from (None for `topk`); both sum to 1.
-    `coin_BN` holds independent uniforms of [0, 1). Parents must stand before their children, siblings in the order of
-    their draws.
-    """
 
-    def row(token_N: Array, parent_N: Array, valid_N: Array, p_NV: Array, q_NV: Array, coin_N: Array) -> Verdict:
-        vocab = p_NV.shape[-1]
+class _Walk(NamedTuple):
+    """Where a row's walk from the root stands."""
 
-        def test(n: Array, carry: tuple) -> tuple:
-            at, r_V, q_V, tried_V, tested_N, chance_N = carry
-            x = token_N[n]
-            active = valid_N[n] & (parent_N[n] == at)
-            used_V = _drawn_from(mode, q_V, x)
-            taken = active & (coin_N[n] * used_V[x] < r_V[x])
-            tried_now_V = tried_V.at[x].set(True)
-            left_V = _left(jnp.maximum(r_V - used_V, 0), p_NV[at], tried_now_V)
-            refused, chance = active & ~taken, _chance(r_V[x], used_V[x])
-            at = jnp.where(taken, n, at)
-            r_V = jnp.where(taken, p_NV[n], jnp.where(refused, left_V, r_V))
-            q_V = jnp.where(taken, q_NV[n], jnp.where(refused, _next_draw(mode, q_V, x), q_V))
-            tried_V = jnp.where(taken, False, jnp.where(refused, tried_now_V, tried_V))
-            return at, r_V, q_V, tried_V, tested_N.at[n].set(active), chance_N.at[n].set(chance)
+    at: Array
+    behind: Array
+    """Children of `at` up to this node have been refused."""
+    r_V: Array
+    """What is left of the target's law."""
+    s_V: Array
+    """The law of the next child's draw."""
+    tried_V: Array
+    tested_N: Array
+    chance_N: Array
 
-        nobody_N = jnp.zeros(token_N.shape, bool)
-        begin = (jnp.int32(0), p_NV[0], q_NV[0], jnp.zeros(vocab, bool), nobody_N, jnp.zeros(token_N.shape, p_NV.dtype))
-        at, r_V, _, _, tested_N, chance_N = jax.lax.fori_loop(1, token_N.shape[0], test, begin)
-        return Verdict(at, r_V, tested_N, chance_N)
 
-    draft_BNV = target_BNV if draft_BNV is None else draft_BNV
-    return jax.vmap(row)(tree.token_BN, tree.parent_BN, tree.valid_BN, target_BNV, draft_BNV, coin_BN)
+def _at_top(row: _Row) -> _Walk:
+    nodes, vocab = row.p_NV.shape
+    nobody_N, zero = jnp.zeros(nodes, bool), jnp.int32(0)
+    none_N = jnp.zeros(nodes, row.p_NV.dtype)
+    return _Walk(zero, zero, row.p_NV[0], row.law(zero), jnp.zeros(vocab, bool), nobody_N, none_N)
+
+
+def _test(mode: DraftMode, row: _Row, w: _Walk) -> _Walk:
+    """Toss for the next child of the node at hand: descend into it, or take from the law what it had."""
+    n = jnp.argmax(row.waiting(w.at, w.behind)).astype(jnp.int32)
+    x = row.token_N[n]
+    used_V = _drawn_from(mode, row, w.s_V, x)
+    taken = row.coin_N[n] * used_V[x] < w.r_V[x]
+    tried_V = w.tried_V.at[x].set(True)
+    left_V = _left(jnp.maximum(w.r_V - used_V, 0), row.p_NV[w.at], tried_V)
+    return _Walk(
+        at=jnp.where(taken, n, w.at),
+        behind=n,
+        r_V=jnp.where(taken, row.p_NV[n], left_V),
+        s_V=jnp.where(taken, row.law(n), _next_draw(mode, w.s_V, x)),
+        tried_V=~taken & tried_V,
+        tested_N=w.tested_N.at[n].set(True),
+        chance_N=w.chance_N.at[n].set(_chance(w.r_V[x], used_V[x])),
+    )
+
+
+# Bottom up.
 
 
 class _Climb(NamedTuple):
@@ -122,44 +205,6 @@ class _Climb(NamedTuple):
     done: Array
 
 
-class _Row(NamedTuple):
-    """One row's tree, laws and coins."""
-
-    token_N: Array
-    parent_N: Array
-    depth_N: Array
-    valid_N: Array
-    p_NV: Array
-    q_NV: Array
-    coin_N: Array
-
-
-def bottom_up(
-    mode: DraftMode, tree: Tree, target_BNV: Array, draft_BNV: Array | None, coin_BN: Array, depth: int
-) -> Verdict:
-    """Traversal verification, leaves before their parents; block verification (Sun 2024) on a chain with `sample`.
-
-    A node reached with weight `rho` hands each child in turn `min(1, rho b(x) / s(x))`, where `b` is the target's
-    law that is left and `s` the law of the draw; a child that fails leaves `(rho b - s)+`, and when all have failed the
-    node is taken with the weight that is left. Arguments as `top_down`'s; `depth` is the tree's `T`.
-    """
-
-    def climb(row: _Row) -> Verdict:
-        def step(c: _Climb) -> _Climb:
-            waiting_N = row.valid_N & (row.parent_N == c.at) & (jnp.arange(row.token_N.shape[0]) > c.behind)
-            child = jnp.argmax(waiting_N).astype(jnp.int32)
-            return jax.lax.cond(
-                jnp.any(waiting_N), lambda: _descend(mode, row, c, child), lambda: _decide(mode, row, c)
-            )
-
-        c = jax.lax.while_loop(lambda c: ~c.done, step, _at_root(row, depth))
-        return Verdict(c.at, c.b_PV[row.depth_N[c.at]], c.tested_N, c.chance_N)
-
-    draft_BNV = target_BNV if draft_BNV is None else draft_BNV
-    shape = (tree.token_BN, tree.parent_BN, tree.depth_BN, tree.valid_BN)
-    return jax.vmap(climb)(_Row(*shape, target_BNV, draft_BNV, coin_BN))
-
-
 def _at_root(row: _Row, depth: int) -> _Climb:
     nodes, vocab = row.p_NV.shape
     laws_PV = jnp.zeros((depth + 1, vocab), row.p_NV.dtype)
@@ -167,7 +212,7 @@ def _at_root(row: _Row, depth: int) -> _Climb:
         at=jnp.int32(0),
         behind=jnp.int32(0),
         b_PV=laws_PV.at[0].set(row.p_NV[0]),
-        s_PV=laws_PV.at[0].set(row.q_NV[0]),
+        s_PV=laws_PV.at[0].set(row.law(jnp.int32(0))),
         tried_PV=jnp.zeros((depth + 1, vocab), bool),
         rho_P=jnp.ones(depth + 1, row.p_NV.dtype),
         tested_N=jnp.zeros(nodes, bool),
@@ -183,9 +228,9 @@ def _descend(mode: DraftMode, row: _Row, c: _Climb, child: Array) -> _Climb:
         at=child,
         behind=child,
         b_PV=c.b_PV.at[d + 1].set(row.p_NV[child]),
-        s_PV=c.s_PV.at[d + 1].set(row.q_NV[child]),
+        s_PV=c.s_PV.at[d + 1].set(row.law(child)),
         tried_PV=c.tried_PV.at[d + 1].set(False),
-        rho_P=c.rho_P.at[d + 1].set(_chance(c.rho_P[d] * c.b_PV[d, x], _drawn_from(mode, c.s_PV[d], x)[x])),
+        rho_P=c.rho_P.at[d + 1].set(_chance(c.rho_P[d] * c.b_PV[d, x], _drawn_from(mode, row, c.s_PV[d], x)[x])),
     )
 
 
@@ -205,7 +250,7 @@ def _leave(mode: DraftMode, row: _Row, c: _Climb) -> _Climb:
     parent, x = jnp.maximum(row.parent_N[c.at], 0), row.token_N[c.at]
     up = row.depth_N[parent]
     weight = c.rho_P[up]
-    excess_V = jnp.maximum(weight * c.b_PV[up] - _drawn_from(mode, c.s_PV[up], x), 0)
+    excess_V = jnp.maximum(weight * c.b_PV[up] - _drawn_from(mode, row, c.s_PV[up], x), 0)
     total, tiny = jnp.sum(excess_V), 8 * jnp.finfo(excess_V.dtype).eps
     over = total + 1 - weight
     sure = (weight >= 1 - tiny).astype(weight.dtype)
