@@ -1,28 +1,35 @@
 """Answer prompts with a target, with or without a drafter.
 
-One prompt is streamed; several are decoded in batches of like length and printed in the order given. A prompt that
-cannot be answered is named in one sentence and skipped, and the exit code is then 1.
+One prompt is streamed; several run side by side in slots, each of which takes the next prompt when it is done, and are
+printed in the order given. A prompt that cannot be answered is named in one sentence and skipped, and the exit code is
+then 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 
 from jaxspec import cli, report, serving
+from jaxspec.data import jsonl
 from jaxspec.data.chat import IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.generation import stream, tau
-from jaxspec.serving import Answer, DraftFlags, Job, Models, Queue, Settings
+from jaxspec.serving import Answer, DraftFlags, Job, Models, Settings
 from jaxspec.trees import parse_tree
 
+RUN_FLAGS = ("prompt", "prompts", "slots", "out", "json")
+"""Flags that an answer does not depend on, or not by themselves."""
 TAU = "tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted"
 
 
@@ -37,8 +44,11 @@ class Args(DraftFlags):
     tree: str | None = None
     """What is drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM.
     Default: the tree saved with the drafter, else EAGLE-2's dynamic:60x6x10."""
-    batch: int = 8
-    """Prompts decoded together."""
+    slots: int = 8
+    """Prompts decoded side by side."""
+    out: str | None = None
+    """File (JSON Lines) for the answers, one line a prompt, instead of printing them. What is done is kept in
+    FILE.partial as it comes: a run that was stopped goes on with the same command."""
     raw: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue the prompt's text as it stands, without the chat template."""
 
@@ -50,14 +60,18 @@ class Args(DraftFlags):
             parse_tree(self.tree)
         if self.drafter == "none":
             self.needs_drafter(tree=self.tree)
-        serving.refuse_below_one(self, "batch")
+        serving.refuse_below_one(self, "slots")
+        if self.out is not None and Path(self.out).exists():
+            raise ValueError(f"--out {self.out} exists: give another name, or move it away")
 
 
 class Outcome(NamedTuple):
-    """Answers by prompt index, and the seconds they took."""
+    """Answers by prompt index, and what this run spent on its own."""
 
     answers: dict[int, Answer]
     seconds: float
+    tokens: int
+    """New tokens of this run; those of a run it resumes are not counted."""
 
 
 def main(argv: list[str]) -> int:
@@ -66,6 +80,7 @@ def main(argv: list[str]) -> int:
     args = cli.parse(argv, Args, prog="jaxspec generate", description=__doc__ or "")
     given = [text_prompt(str(number), text) for number, text in enumerate(args.prompt, 1)]
     prompts = given or read_prompts(args.prompts or "")
+    log = None if args.out is None else Log(Path(args.out), args, prompts)
     drafter = None if args.drafter == "none" else args.drafter
     models = serving.load_models(
         args.target,
@@ -76,18 +91,48 @@ def main(argv: list[str]) -> int:
         dtype=serving.DTYPES[args.dtype],
     )
     jobs, failures = make_jobs(prompts, models, raw=args.raw, seed=args.seed)
-    if len(prompts) == 1 and jobs:
+    if len(prompts) == 1 and jobs and log is None:
         outcome = answer_one(models, jobs[0], args.settings)
     else:
-        outcome = answer_many(models, jobs, args)
-        print_answers(prompts, models, outcome.answers)
+        outcome = answer_many(models, jobs, args, log)
     for index, problem in failures.items():
         sys.stderr.write(f"jaxspec generate: prompt {prompts[index].id!r} {problem}\n")
+    rows = [make_row(p, models, outcome.answers.get(i), failures.get(i)) for i, p in enumerate(prompts)]
+    if log is not None:
+        log.finish(rows)
+    elif len(prompts) > 1:
+        print_answers(prompts, models, outcome.answers)
     if outcome.answers:
         print_summary(models, outcome)
     if args.json:
-        report.write_json(args.json, make_result(args, prompts, models, outcome, failures, started))
+        report.write_json(args.json, make_result(args, rows, models, outcome, failures, started))
     return cli.EXIT_FAILED if failures else 0
+
+
+class Log:
+    """The answers so far, in `FILE.partial`; at the end they are written to `FILE` in the order of the prompts."""
+
+    def __init__(self, path: Path, args: Args, prompts: Sequence[Prompt]) -> None:
+        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+        settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_FLAGS}
+        text = json.dumps([[p.id, *p.messages] for p in prompts])
+        settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        noted = jsonl.journal(self.partial, settings, of=path)
+        self.answers = {line["index"]: Answer(np.array(line["tokens"], np.int32), *line["rest"]) for line in noted}
+
+    def note(self, index: int, answer: Answer) -> None:
+        """Keep one answer; on disk when this returns."""
+        self.answers[index] = answer
+        rest = [answer.finish, answer.calls, answer.accepted.tolist()]
+        jsonl.append(self.partial, [{"index": index, "tokens": answer.tokens.tolist(), "rest": rest}])
+
+    def finish(self, rows: list[dict[str, Any]]) -> None:
+        """Write the whole file, and drop the partial one."""
+        draft = self.path.with_name(f"{self.path.name}.draft")
+        draft.unlink(missing_ok=True)
+        jsonl.append(draft, [{**row, "token_ids": [int(t) for t in row["token_ids"]]} for row in rows])
+        draft.replace(self.path)
+        self.partial.unlink()
 
 
 def make_jobs(prompts: Sequence[Prompt], models: Models, *, raw: bool, seed: int) -> tuple[list[Job], dict[int, str]]:
@@ -119,22 +164,25 @@ def answer_one(models: Models, job: Job, settings: Settings) -> Outcome:
     sys.stdout.write(decoder.flush() + "\n\n")
     assert done is not None
     answer = Answer(done.tokens[0], done.finish[0], int(done.calls[0]), done.accepted[0])
-    return Outcome({job.key: answer}, seconds)
+    return Outcome({job.key: answer}, seconds, len(answer.tokens))
 
 
-def answer_many(models: Models, jobs: list[Job], args: Args) -> Outcome:
-    """Answers the jobs in batches, with a progress bar."""
-    answers: dict[int, Answer] = {}
+def answer_many(models: Models, jobs: list[Job], args: Args, log: Log | None) -> Outcome:
+    """Answers the jobs in slots, with a progress bar; those already in the log are left out."""
+    answers = {} if log is None else log.answers
+    left = [job for job in jobs if job.key not in answers]
+    if answers:
+        sys.stderr.write(f"{args.out}: {len(answers):,} prompts are done, {len(left):,} are left\n")
     seconds, tokens = 0.0, 0
-    if not jobs:
-        return Outcome(answers, seconds)
-    queue = Queue(jobs, batch=min(args.batch, len(jobs)))
-    with report.progress("answering", len(jobs), "prompts") as bar:
-        for done in serving.answer(models, queue, args.settings, warm=True):
-            answers.update(zip((job.key for job in done.jobs), done.answers, strict=True))
-            seconds, tokens = seconds + done.seconds, tokens + done.tokens
-            bar.advance(len(done.jobs), f"{report.four_digits(tokens / seconds)} tokens/s")
-    return Outcome(answers, seconds)
+    if left:
+        with report.progress("answering", len(left), "prompts") as bar:
+            for served in serving.serve(models, left, args.settings, slots=args.slots):
+                answers[served.job.key] = served.answer
+                if log is not None:
+                    log.note(served.job.key, served.answer)
+                seconds, tokens = served.seconds, tokens + len(served.answer.tokens)
+                bar.advance(1, f"{report.four_digits(tokens / seconds)} tokens/s")
+    return Outcome(answers, seconds, tokens)
 
 
 def print_answers(prompts: Sequence[Prompt], models: Models, answers: dict[int, Answer]) -> None:
@@ -149,9 +197,9 @@ def total_tau(answers: Sequence[Answer]) -> float:
     return tau(sum(len(a.tokens) - 1 for a in answers), sum(a.calls for a in answers))
 
 
-def tokens_per_second(outcome: Outcome) -> float:
-    """New tokens of all answers by the time from prompt to last token, prefill included, compilation not."""
-    return sum(len(a.tokens) for a in outcome.answers.values()) / outcome.seconds
+def tokens_per_second(outcome: Outcome) -> float | None:
+    """This run's new tokens by its time from prompts to last token, prefill included, compilation not."""
+    return outcome.tokens / outcome.seconds if outcome.tokens else None
 
 
 def print_summary(models: Models, outcome: Outcome) -> None:
@@ -175,14 +223,13 @@ def print_summary(models: Models, outcome: Outcome) -> None:
 
 def make_result(
     args: Args,
-    prompts: Sequence[Prompt],
+    rows: list[dict[str, Any]],
     models: Models,
     outcome: Outcome,
     failures: dict[int, str],
     started: float,
 ) -> dict[str, Any]:
     """The verb's JSON; a prompt that failed has its sentence in `error` and no text."""
-    rows = [make_row(p, models, outcome.answers.get(i), failures.get(i)) for i, p in enumerate(prompts)]
     answers = list(outcome.answers.values())
     tree = models.engine.tree
     return report.result(
@@ -199,7 +246,7 @@ def make_result(
         temperature=args.temperature,
         rows=rows,
         failed=len(failures),
-        tokens_per_second=tokens_per_second(outcome) if answers else None,
+        tokens_per_second=tokens_per_second(outcome),
         tau=total_tau(answers) if answers else None,
         accept_histogram=np.sum([a.accepted for a in answers], axis=0) if answers else [],
     )

@@ -44,7 +44,7 @@ def test_one_prompt_is_streamed_and_the_pieces_are_the_text(tmp_path, target, dr
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--top-k", "50", "--seed", "3")])
 def test_a_drafter_changes_the_speed_and_not_the_tokens(tmp_path, target, drafter, prompts, sampling):
-    common = ("--target", target, "--prompts", prompts, "--batch", "4", *sampling)
+    common = ("--target", target, "--prompts", prompts, "--slots", "4", *sampling)
     plain = generate(tmp_path, *common)
     drafted = generate(tmp_path, *common, "--drafter", drafter, "--tree", "dynamic:6x2x3")
     assert [r["token_ids"] for r in drafted["rows"]] == [r["token_ids"] for r in plain["rows"]]
@@ -64,7 +64,7 @@ def test_a_draft_vocabulary_travels_with_its_drafter_and_must_be_the_targets(tmp
 
 
 def test_rows_come_in_input_order_and_do_not_depend_on_the_batch(tmp_path, target, prompts):
-    rows = [generate(tmp_path, "--target", target, "--prompts", prompts, "--batch", b)["rows"] for b in (4, 2)]
+    rows = [generate(tmp_path, "--target", target, "--prompts", prompts, "--slots", b)["rows"] for b in (4, 2)]
     assert [r["id"] for r in rows[0]] == [f"p{i}" for i in range(len(PROMPTS))]
     assert [r["text"] for r in rows[0]] == [r["text"] for r in rows[1]]
 
@@ -124,7 +124,7 @@ def test_an_answer_ends_at_the_last_position(tmp_path, target):
         (["x", "--max-new-tokens", "0"], "max-new-tokens is 0"),
         (["x", "--tree", "bush:3", "--drafter", "d"], "tree 'bush:3' is not one of"),
         (["x", "--tree", "chain:2"], "--tree needs a --drafter"),
-        (["x", "--batch", "0"], "--batch is 0"),
+        (["x", "--slots", "0"], "--slots is 0"),
         (["x", "--seed", "-1"], "--seed is -1"),
         (["x", "--dtype", "fp8"], "fp8"),
     ],

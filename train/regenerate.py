@@ -7,8 +7,6 @@ together hold what one run without shards writes.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,6 +18,7 @@ from typing import Any
 import tyro
 
 from jaxspec import cli, report, serving
+from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.regeneration import LENGTH, UNFIT, Rewritten, rewrite, write_user_turns
 from jaxspec.serving import Flags, Models
@@ -74,20 +73,12 @@ class Output:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.state_path = path, path.with_name(f"{path.name}.state")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(path)
-        drop_torn_line(self.state_path)
-        state = read_lines(self.state_path)
-        begun = state[0] if state else None
-        if begun is None and path.exists() and path.stat().st_size:
+        begun = self.state_path.exists() and self.state_path.stat().st_size
+        if not begun and path.exists() and path.stat().st_size:
             raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
-        changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun and begun.get(k) != v]
-        if changed:
-            raise ValueError(f"{path}: was begun with {', '.join(changed)}; give another --out or the same flags")
-        if begun is None:
-            append(self.state_path, [settings])
-        self.kept = [summarize(record) for record in read_lines(path)]
-        self.dropped = state[1:]
+        self.dropped = jsonl.journal(self.state_path, settings, of=path)
+        jsonl.drop_torn_line(path)
+        self.kept = [summarize(record) for record in jsonl.read_lines(path)]
 
     @property
     def ids(self) -> set[str]:
@@ -101,9 +92,9 @@ class Output:
             kept = item.complete or (keep_unfinished and item.turns > 0)
             (keep if kept else drop).append(item.record())
         if keep:
-            append(self.path, keep)
+            jsonl.append(self.path, keep)
         if drop:
-            append(self.state_path, [summarize(record) for record in drop])
+            jsonl.append(self.state_path, [summarize(record) for record in drop])
         self.kept += map(summarize, keep)
         self.dropped += map(summarize, drop)
 
@@ -112,32 +103,6 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     """What the counts need of a line."""
     turns = sum(message["role"] == "assistant" for message in record["messages"])
     return {k: record[k] for k in ("id", "source", "finish", "tokens")} | {"turns": turns}
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cuts off what stands behind the last line break."""
-    if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
-        os.truncate(path, whole)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; none if it does not exist."""
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
-        raise ValueError(f"{path}: a line is not valid JSON ({error}); give another --out") from error
-
-
-def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Appends one line a record, and waits until they are on disk."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,54 @@
+"""JSON Lines that grow while a program runs: lines are whole on disk or absent, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts off what stands behind the last line break."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file; none if it does not exist."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is not valid JSON ({error}); move it away") from error
+
+
+def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Appends one line a record, and waits until they are on disk."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def journal(path: Path, settings: dict[str, Any], *, of: Path) -> list[dict[str, Any]]:
+    """The records noted at `path` so far, beneath a first line of the settings they were made with.
+
+    Begins the file where there is none. Raises ValueError, about the output `of` that is being made, where it was begun
+    with other settings.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drop_torn_line(path)
+    lines = read_lines(path)
+    if not lines:
+        append(path, [settings])
+        return []
+    begun = lines[0]
+    changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun.get(k) != v]
+    if changed:
+        raise ValueError(f"{of}: was begun with {', '.join(changed)}; give another --out or the same flags")
+    return lines[1:]
