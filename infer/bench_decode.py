@@ -5,6 +5,7 @@ All arms run in one process on the same prompts and budgets, taking turns; figur
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import re
@@ -24,13 +25,14 @@ from jaxspec import cli, cost, decode, report, serving
 from jaxspec.base import Array
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decode import DecodeState
-from jaxspec.generation import NO_LIMIT, Generation, collect, run_rounds, start, tau
+from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.regeneration import SENSIBLE, write_user_turns
-from jaxspec.requests import Requests
-from jaxspec.serving import DraftFlags, Job, Models, Settings
+from jaxspec.requests import NO_STOP, Requests, make_requests
+from jaxspec.serving import DraftFlags, Job, Models
 from jaxspec.trees import parse_tree
-from jaxspec.verify import rule_named
+from jaxspec.verify import rule_named, simulated
 
+Shape = Literal["tiny", "125m", "llama3-1b", "llama3-8b", "llama3-70b"]
 NOTES = """\
 tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
@@ -57,6 +59,15 @@ class Args(DraftFlags):
     """Prompts decoded together."""
     repeats: int = 3
     """Times each arm runs all prompts."""
+    shape: Shape | None = None
+    """Instead of --target: a model of this shape and a head for it, both with random weights, on random prompts."""
+    prefix: int = 128
+    """Tokens of a random prompt."""
+    capacity: int = 0
+    """Least slots of the cache, for what a large one costs; default: what prompt and answer need."""
+    simulate_acceptance: str | None = None
+    """Accept lengths drawn instead of decided, so that speed can be measured without a good head: the chance of each
+    further token (0.8), or of accepting 0, 1, 2 ... tokens (0.1,0.2,0.7)."""
     peer: Literal["none", "transformers"] = "none"
     """Also time this library on the same folder, prompts and budgets: greedy, fp32, a thread a core."""
 
@@ -64,11 +75,35 @@ class Args(DraftFlags):
         super().__post_init__()
         for spec in self.trees:
             parse_tree(spec)
-        if self.drafter == "none":
-            self.needs_drafter(tree=self.trees)
-        serving.refuse_below_one(self, "limit", "batch", "repeats")
+        if self.drafter == "none" and self.shape is None:
+            self.needs_drafter(tree=self.trees, **{"simulate-acceptance": self.simulate_acceptance})
+        serving.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
+        _ = self.profile
+        if self.shape is not None and (self.prompts or self.drafter != "none" or self.peer != "none"):
+            raise ValueError("--shape has random weights and prompts: leave out --prompts, --drafter and --peer")
         if self.peer != "none" and (self.temperature or self.dtype != "fp32"):
             raise ValueError(f"--peer {self.peer} is greedy and in fp32: leave out --temperature and --dtype")
+
+    @property
+    def rounds_only(self) -> bool:
+        """Whether prompts are stand-ins, so that reading them is no part of what is measured."""
+        return self.shape is not None or self.simulate_acceptance is not None
+
+    @property
+    def profile(self) -> tuple[float, ...] | None:
+        """One chance for every further token, or the probabilities of all accept lengths."""
+        if self.simulate_acceptance is None:
+            return None
+        try:
+            values = tuple(float(word) for word in self.simulate_acceptance.split(","))
+        except ValueError:
+            values = ()
+        if not values or not all(0 <= v <= 1 for v in values) or (len(values) > 1 and abs(sum(values) - 1) > 1e-6):
+            raise ValueError(
+                f"--simulate-acceptance is {self.simulate_acceptance!r}; give one chance from 0 to 1, or the "
+                "probabilities of 0, 1, 2 ... accepted tokens, which sum to 1"
+            )
+        return values
 
     @property
     def trees(self) -> list[str]:
@@ -80,6 +115,7 @@ class Run(NamedTuple):
     """One pass of an arm over all batches."""
 
     prefill_seconds: float
+    """0 where prefill is not what is measured."""
     round_seconds: float
     rounds: int
     """Rounds of the loop; a batch goes on until its last row ends."""
@@ -114,13 +150,18 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
     drafter = None if args.drafter == "none" else args.drafter
-    models = serving.load_models(
-        args.target,
-        drafter=drafter,
-        tree=args.trees[0] if args.trees else None,
-        mode=args.draft_mode,
-        rule=args.rule,
-        dtype=serving.DTYPES[args.dtype],
+    models = (
+        shaped(args)
+        if args.shape
+        else serving.load_models(
+            args.target,
+            drafter=drafter,
+            tree=args.trees[0] if args.trees else None,
+            mode=args.draft_mode,
+            rule=args.rule,
+            draft_vocab=args.draft_vocab,
+            dtype=serving.DTYPES[args.dtype],
+        )
     )
     peer = load_peer(args, models) if args.peer != "none" else None
     batches = make_batches(models, args)
@@ -138,8 +179,35 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def shaped(args: Args) -> Models:
+    """Models of the shape that is asked for."""
+    assert args.shape is not None
+    tree = parse_tree(args.trees[0] if args.trees else serving.DEFAULT_TREE)
+    models = serving.random_models(args.shape, tree, dtype=serving.DTYPES[args.dtype], seed=args.seed)
+    return models.with_rule(args.draft_mode, args.rule)
+
+
+def random_batches(models: Models, args: Args) -> list[Requests]:
+    """Batches of random prompts that nothing stops before their budget."""
+    rng = np.random.default_rng(args.seed)
+    return [
+        make_requests(
+            list(rng.integers(0, models.config.vocab, (args.batch, args.prefix))),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=[serving.row_seed(args.seed, i * args.batch + row) for row in range(args.batch)],
+            draft_temperature=args.draft_temperature,
+        )
+        for i in range(max(1, args.limit // args.batch))
+    ]
+
+
 def make_batches(models: Models, args: Args) -> list[Requests]:
     """Full batches of like length; prompts that cannot be read are named and left out."""
+    if args.shape is not None:
+        return random_batches(models, args)
     if args.prompts is None:
         turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed, settings=SENSIBLE), args.limit)
         prompts = [text_prompt(str(turn.attempt), turn.text) for turn in turns]
@@ -159,7 +227,11 @@ def make_batches(models: Models, args: Args) -> list[Requests]:
     if not count:
         raise ValueError(f"{len(jobs)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
     rows = [jobs[i * args.batch : (i + 1) * args.batch] for i in range(count)]
-    return [serving.batch_requests(models, row, args.settings, batch=args.batch) for row in rows]
+    batches = [serving.batch_requests(models, row, args.settings, batch=args.batch) for row in rows]
+    if args.profile is None:
+        return batches
+    # What is written means nothing then, and nor does a stop id in it.
+    return [b._replace(stop_BR=jnp.full_like(b.stop_BR, NO_STOP)) for b in batches]
 
 
 def make_arms(models: Models, args: Args) -> dict[str, Models]:
@@ -167,8 +239,21 @@ def make_arms(models: Models, args: Args) -> dict[str, Models]:
     arms = {"plain": models.plain()}
     if models.engine.tree is not None:
         trees = [parse_tree(spec) for spec in args.trees] or [models.engine.tree]
-        arms |= {getattr(tree, "spec", str(tree)): models.with_tree(tree) for tree in trees}
+        arms |= {getattr(tree, "spec", str(tree)): simulate(models.with_tree(tree), args) for tree in trees}
     return arms
+
+
+def simulate(models: Models, args: Args) -> Models:
+    """The arm with its accept lengths drawn from the profile, if one is given."""
+    tree = models.engine.tree
+    if args.profile is None or tree is None:
+        return models
+    profile = args.profile
+    if len(profile) == 1:
+        further = profile[0]
+        profile = (*(further**i * (1 - further) for i in range(tree.depth)), further**tree.depth)
+    rule = simulated(models.engine.rule, profile)
+    return models._replace(engine=dataclasses.replace(models.engine, rule=rule))
 
 
 def time_arms(
@@ -181,7 +266,7 @@ def time_arms(
     with report.progress("timing", passes, "passes") as bar:
         for repeat in range(args.repeats + 1):
             for name, arm in arms.items():
-                run = decode_all(arm, batches, args.settings)
+                run = decode_all(arm, batches, args)
                 runs[name] += [run] if repeat else []
                 bar.advance(1, f"{name}: {report.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
             if peer is not None:
@@ -191,23 +276,30 @@ def time_arms(
     return runs, peers
 
 
-def decode_all(models: Models, batches: list[Requests], settings: Settings) -> Run:
+def decode_all(models: Models, batches: list[Requests], args: Args) -> Run:
     """One pass."""
     prefill = rounds = 0.0
     states = []
     for requests in batches:
         started = time.perf_counter()
-        state = jax.block_until_ready(begin(models, requests, settings))
+        state = jax.block_until_ready(begin(models, requests, args))
         between = time.perf_counter()
         state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, NO_LIMIT))
-        prefill, rounds = prefill + between - started, rounds + time.perf_counter() - between
+        prefill += 0.0 if args.rounds_only else between - started
+        rounds += time.perf_counter() - between
         states.append(collect(state))
     return Run(prefill, rounds, sum(int(g.calls.max()) for g in states), states)
 
 
-def begin(models: Models, requests: Requests, settings: Settings) -> DecodeState:
+def begin(models: Models, requests: Requests, args: Args) -> DecodeState:
     """The prefilled state of a batch."""
-    return start(models.engine, models.weights, requests, max_new_tokens=settings.max_new_tokens)
+    return run_prefill(models.engine, models.weights, requests, *capacity_and_slots(models, requests, args))
+
+
+def capacity_and_slots(models: Models, requests: Requests, args: Args) -> tuple[int, int]:
+    """Of the cache a row, and of the output."""
+    capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], args.max_new_tokens)
+    return max(capacity, args.capacity), slots
 
 
 # The phases of `decode.decode_step`, each a program of its own.
@@ -224,10 +316,10 @@ def nothing(*arguments: Any) -> Array:
     return jnp.zeros(())
 
 
-def time_parts(models: Models, requests: Requests, settings: Settings, rounds: int) -> dict[str, float]:
+def time_parts(models: Models, requests: Requests, args: Args, rounds: int) -> dict[str, float]:
     """Seconds of each part of a round, in the middle of decoding `requests`."""
     engine, weights = models.engine, models.weights
-    state = run_rounds(engine, weights, begin(models, requests, settings), np.int32(max(1, rounds // 2)))
+    state = run_rounds(engine, weights, begin(models, requests, args), np.int32(max(1, rounds // 2)))
     tree = grow(engine, weights, state)
     scored = score(engine, weights, state, tree)
     accepted = accept(engine, state, tree, scored.logits_BNV)
@@ -266,7 +358,7 @@ def make_row(
     mine = runs[name]
     middle = len(batches) // 2
     rounds = int(mine[0].generations[middle].calls.max())
-    parts = time_parts(models, batches[middle], args.settings, rounds) if rounds else {}
+    parts = time_parts(models, batches[middle], args, rounds) if rounds else {}
     round_seconds = float(np.median([run.round_seconds / max(1, run.rounds) for run in mine]))
     prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
     prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
@@ -284,7 +376,8 @@ def make_row(
         "tau": mine[0].tau,
         "speedup": speed / plain,
         "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
-        "identical_fraction": float(np.mean(same)),
+        "identical_fraction": float(np.mean(same)) if args.profile is None or tree is None else None,
+        "capacity": capacity_and_slots(models, batches[0], args)[0],
         "round_ms": 1e3 * round_seconds,
         **{f"{part}_ms": 1e3 * parts[part] if parts else None for part in ("draft", "target", "verify", "commit")},
         "overhead_ms": 1e3 * (round_seconds - sum(parts.values())) if parts else None,
@@ -380,7 +473,8 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
         dtype=dtype,
         seed=args.seed,
         started=started,
-        target=args.target,
+        target=args.shape or args.target,
+        simulated_acceptance=args.profile,
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         temperature=args.temperature,
@@ -427,6 +521,8 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; "
         "GB/s and GFLOP/s above are what the models' sizes ask for\n"
     )
+    if args.rounds_only:
+        sys.stdout.write("prompts are stand-ins: prefill is left out of tokens/s, and what is written means nothing\n")
     if peer:
         sys.stdout.write(f"plain decoding is {peer['plain_speedup']:.2f} times as fast as {peer['name']}\n")
     sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")

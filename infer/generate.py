@@ -88,6 +88,7 @@ def main(argv: list[str]) -> int:
         tree=args.tree,
         mode=args.draft_mode,
         rule=args.rule,
+        draft_vocab=args.draft_vocab,
         dtype=serving.DTYPES[args.dtype],
     )
     jobs, failures = make_jobs(prompts, models, raw=args.raw, seed=args.seed)

@@ -19,7 +19,8 @@ from jaxspec import cli, report, serving
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import PackedBatches, frequent_tokens, tokenize_conversations
+from jaxspec.data.draft_vocab import count_tokens
+from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.distill import Objective
 from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
@@ -197,7 +198,7 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
     eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
     target: Any = models.engine.target
     head, done = distill(config, target, models.weights.target, train_data, eval_data)
-    return head, frequent_tokens(corpora[0], DRAFT_VOCAB).tolist(), done
+    return head, count_tokens(corpora[0], models.config.vocab).commonest(DRAFT_VOCAB).tolist(), done
 
 
 def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:

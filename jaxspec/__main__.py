@@ -20,6 +20,7 @@ VERBS = {
     "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
+    "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
 }

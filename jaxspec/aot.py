@@ -38,6 +38,10 @@ class Plan(NamedTuple):
     cache_copies: tuple[str, ...]
     """Instructions in the loop that write another buffer of a cache's shape. A move of a whole cache between HBM and
     on-chip memory is not one: XLA chooses that for caches that fit, to read them there."""
+    host_calls: tuple[str, ...]
+    """Instructions that talk to the host."""
+    outer_loops: int
+    """Loops of the program itself, those inside a round not counted."""
     sent: dict[str, int]
     """Collectives in the loop, as `all-reduce bf16[1,60,4096]` -> how many of them the program text has."""
 
@@ -99,7 +103,8 @@ def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, cap
         ) from error
     memory = compiled.memory_analysis()
     assert memory is not None
-    loop = _loop_instructions(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    loop = _loop_instructions(text)
     shapes = {_dims(s) for b in buffers for s in (b.shape, b.sharding.shard_shape(b.shape))}
     return Plan(
         arguments=memory.argument_size_in_bytes,
@@ -108,6 +113,8 @@ def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, cap
         aliased=memory.alias_size_in_bytes,
         cache_bytes=_bytes_a_chip(buffers),
         cache_copies=tuple(line for line in loop if _copies(line, shapes)),
+        host_calls=tuple(line for line in loop if _HOST.search(line)),
+        outer_loops=sum(" while(" in line for line in text[text.index("\nENTRY") :].splitlines()),
         sent=dict(collections.Counter(filter(None, map(_sent, loop)))),
     )
 
@@ -120,6 +127,7 @@ def _bytes_a_chip(arrays: list[Any]) -> int:
 # `S(1)` marks on-chip memory.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_HOST = re.compile(r" (infeed|outfeed|send|recv)(-done)?\(|host_callback|xla_python|callback")
 _CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computation)=(%[\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 

@@ -129,8 +129,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
     # Behind a barrier, or XLA spends seconds folding the attention over an empty cache into a constant.
     draft = None if engine.drafter is None else engine.drafter.init_state(batch, capacity)
     empty = jax.lax.optimization_barrier((engine.target.empty_cache(batch, capacity), draft))
-    reading = _Reading(*empty, None, jnp.zeros(batch, jnp.int32))
-    reading = read(0, reading)
+    reading = read(0, _Reading(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
     if width > chunk:
         chunks = (jnp.max(requests.length_B) + chunk - 1) // chunk
         reading = jax.lax.fori_loop(1, chunks, read, reading)

@@ -172,7 +172,7 @@ class Slots:
         self.free.remove(row)
         self._state = _admit(self._state, fresh, np.int32(row))
 
-    def run(self, *, limit: int = NO_LIMIT) -> dict[int, Generation]:
+    def run(self, *, limit: int = int(NO_LIMIT)) -> dict[int, Generation]:
         """Rounds until a row finishes or `limit` of them are done; the rows that have, each with its generation."""
         held = self._state.finish_B.shape[0] - len(self.free)
         if not held:

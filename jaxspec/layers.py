@@ -132,6 +132,8 @@ class Prefix(NamedTuple):
 
 PREFIX_BLOCK = 64
 """Slots of the prefix that XLA:CPU attends at once, doubled from the second time on: it copies what a matmul reads."""
+PREFIX_BYTES = 8 * 2**20
+"""Keys and values that accelerators attend at once, likewise: a branch costs them more than to read so much."""
 
 
 def _attend_prefix(q_BKQC: Array, prefix: Prefix) -> _Part:
@@ -153,11 +155,13 @@ def _attend_prefix(q_BKQC: Array, prefix: Prefix) -> _Part:
         more = functools.partial(behind, end)
         return jax.lax.cond(longest > begin, lambda p: more(_merge(p, over(begin, end))), lambda p: p, part)
 
-    def used() -> _Part:
-        first = min(PREFIX_BLOCK, capacity)
+    def used(first: int) -> _Part:
+        first = min(first, capacity)
         return behind(first, over(0, first))
 
-    return jax.lax.platform_dependent(cpu=used, default=lambda: over(0, capacity))
+    slot_bytes = 2 * k_YBKCS.size // (k_YBKCS.shape[0] * capacity) * k_YBKCS.dtype.itemsize
+    wide = max(512, 2 ** (PREFIX_BYTES // slot_bytes).bit_length() // 2)
+    return jax.lax.platform_dependent(cpu=functools.partial(used, PREFIX_BLOCK), default=functools.partial(used, wide))
 
 
 def attend(

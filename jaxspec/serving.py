@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from jaxspec import models as bundled
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoint import load_drafter
 from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
+from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.generation import NO_LIMIT, Slots, collect, run_rounds, start, tau
 from jaxspec.interchange.hf import load_target
 from jaxspec.requests import Requests, bucket, make_requests
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
@@ -76,6 +78,21 @@ class Models(NamedTuple):
         return self._replace(engine=dataclasses.replace(self.engine, mode=mode, rule=rule_named(rule, mode)))
 
 
+def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, seed: int = 0) -> Models:
+    """A target of one of `targets.llama.SHAPES` and an EAGLE-2 head for it, with random weights and no tokenizer."""
+    config = c = SHAPES[shape]
+    target = Llama(config, stacked=False, dtype=dtype, param_dtype=dtype)
+    head = EagleConfig(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, bias=False)
+    drafter = Eagle(head, dtype=dtype)
+
+    def weights(key: jax.Array) -> Weights:
+        made = Weights(target.init_params(key), drafter.init_params(jax.random.fold_in(key, 1)))
+        return jax.tree.map(lambda a: a.astype(dtype), made)
+
+    engine = Engine(target, drafter, tree)
+    return Models(engine, jax.jit(weights)(jax.random.key(seed)), cast(Any, None), config)
+
+
 def target_folder(name: str) -> Path:
     """The HuggingFace folder that `name` stands for: `tiny` is the bundled target, anything else a path."""
     if name != "tiny":
@@ -93,12 +110,14 @@ def load_models(
     tree: str | None = None,
     mode: DraftMode = "topk",
     rule: str | None = None,
+    draft_vocab: str | None = None,
     dtype: Any = jnp.float32,
 ) -> Models:
     """The target of a HuggingFace folder (or `tiny`), with the drafter that `save_drafter` wrote and the tree `tree`.
 
-    `tree` defaults to the one saved with the drafter, `rule` to the usual one for the draft mode. Raises ValueError
-    naming what is missing or does not match.
+    `tree` defaults to the one saved with the drafter, `rule` to the usual one for the draft mode.
+    `draft_vocab` is a file of maps (see `data.draft_vocab`), `none` for all tokens, or None for what was saved with the
+    drafter. Raises ValueError naming what is missing or does not match.
     """
     if drafter is None and tree is not None:
         raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
@@ -120,6 +139,8 @@ def load_models(
             f"{drafter}: its draft vocabulary is not part of the target's {plain.config.vocab} tokens; it was made for "
             "another target"
         )
+    if draft_vocab is not None:
+        scored = None if draft_vocab == "none" else load_maps(draft_vocab, plain.config.vocab).tolist()
     policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
     return plain.with_drafter(head.module, head.params, policy, scored).with_rule(mode, rule)
 
@@ -194,6 +215,9 @@ class DraftFlags(Flags):
     recursive-rejection for swor."""
     draft_temperature: float | None = None
     """Of the law that children are drawn from. Default: --temperature."""
+    draft_vocab: str | None = None
+    """File of the tokens that the drafter scores, as jaxspec draft-vocab writes it; `none` for all. Default: those
+    saved with the drafter. It changes the speed, not the text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +227,7 @@ class DraftFlags(Flags):
 
     def needs_drafter(self, **flags: object) -> None:
         """ValueError naming the first of `flags`, or of these, that is given although nothing is drafted."""
-        given = {**flags, "rule": self.rule, "draft-mode": self.draft_mode != "topk"}
+        given = {**flags, "rule": self.rule, "draft-vocab": self.draft_vocab, "draft-mode": self.draft_mode != "topk"}
         for name, value in given.items():
             if value:
                 raise ValueError(f"--{name} needs a --drafter, for plain decoding drafts nothing")

@@ -9,10 +9,13 @@ import jax
 import numpy as np
 import pytest
 from random_models import write_drafter, write_target
+from toys import grow, path_tables
 
 from jaxspec import cost, serving
 from jaxspec.__main__ import main
+from jaxspec.sampling import Sampling
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
+from jaxspec.verify import Case, simulated
 
 ROW_KEYS = {
     "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "round_ms", "draft_ms", "target_ms", "verify_ms",
@@ -129,3 +132,54 @@ def test_a_target_call_reads_every_weight_once(target):
 def test_the_machine_moves_and_multiplies():
     assert cost.copy_bandwidth(1) > 0
     assert cost.matmul_rate(size=64) > 0
+
+
+def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    flags = ["--shape", "tiny", "--tree", "chain:3,dynamic:8x3x3", "--simulate-acceptance", "0.7", "--limit", "2"]
+    flags += ["--prefix", "20", "--max-new-tokens", "60", "--repeats", "1", "--capacity", "512", "--json", str(path)]
+    assert main(["bench", "decode", *flags]) == 0
+    result = json.loads(path.read_text())
+    assert "prefill is left out" in capsys.readouterr().out
+    plain, chained, grown = result["rows"]
+    expected = 1 + 0.7 + 0.7**2 + 0.7**3
+    for row in (chained, grown):
+        assert abs(row["tau"] - expected) < 0.5 and row["identical_fraction"] is None and row["capacity"] == 512
+    assert plain["tau"] == 1 and plain["prefill_ms"] == 0 and result["target"] == "tiny"
+
+
+@pytest.mark.parametrize("profile", [(0.1, 0.2, 0.3, 0.4), (1.0,), (0.0, 0.0, 0.0, 1.0)])
+def test_simulated_accept_lengths_follow_their_profile(profile):
+    engine = serving.random_models("tiny", chain(3)).engine
+    rule = simulated(engine.rule, profile)
+    batch = 4000
+    tree = jax.tree.map(
+        lambda a: jax.numpy.broadcast_to(a, (batch, *a.shape[1:])), grow(chain(3), path_tables(0, 3, 3))
+    )
+    logits = jax.numpy.zeros((batch, 4, 3))
+    zero = jax.numpy.zeros(batch)
+    sampling = Sampling(zero, zero.astype(int), zero + 1, jax.numpy.arange(batch, dtype=jax.numpy.uint32))
+    accepted = jax.device_get(rule.accept(Case("topk", tree, 3, logits, zero.astype(int), sampling)))
+    seen = np.bincount(accepted.count_B, minlength=4) / batch
+    want = np.pad(profile, (0, 4 - len(profile)))
+    assert np.abs(seen - want).max() < 0.04
+    assert (np.sort(accepted.path_BP, axis=1) == accepted.path_BP).all() and not rule.lossless
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--shape", "13b"], "13b"),
+        (["--shape", "tiny", "--prompts", "x"], "leave out --prompts"),
+        (["--shape", "tiny", "--simulate-acceptance", "1.5"], "give one chance from 0 to 1"),
+        (["--shape", "tiny", "--simulate-acceptance", "0.5,0.4"], "which sum to 1"),
+        (["--simulate-acceptance", "0.5"], "--simulate-acceptance needs a --drafter"),
+        (["--rule", "traversal"], "--rule needs a --drafter"),
+        (["--shape", "tiny", "--prefix", "0"], "--prefix is 0"),
+    ],
+)
+def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "decode", *flags])
+    assert stop.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from random_models import POSITIONS, write_drafter, write_target
 
 from jaxspec import serving
 from jaxspec.__main__ import main
+from jaxspec.data.draft_vocab import save_maps
 
 PROMPTS = ["how much is 2 and 3?", "what does everybody know", "say it again, " * 3, "1", "and 12 and 14 make?"]
 
@@ -125,6 +127,11 @@ def test_an_answer_ends_at_the_last_position(tmp_path, target):
         (["x", "--tree", "bush:3", "--drafter", "d"], "tree 'bush:3' is not one of"),
         (["x", "--tree", "chain:2"], "--tree needs a --drafter"),
         (["x", "--slots", "0"], "--slots is 0"),
+        (["x", "--rule", "block"], "rule block is for children drafted by sample or swor, not topk"),
+        (["x", "--rule", "coin"], "coin"),
+        (["x", "--draft-mode", "swor"], "--draft-mode needs a --drafter"),
+        (["x", "--draft-temperature", "1"], "--draft-temperature is for drawn children"),
+        (["x", "--draft-mode", "swor", "--draft-temperature", "-1", "--drafter", "d"], "draft-temperature is -1.0"),
         (["x", "--seed", "-1"], "--seed is -1"),
         (["x", "--dtype", "fp8"], "fp8"),
     ],
@@ -145,3 +152,73 @@ def test_missing_or_unfit_models_are_one_sentence(tmp_path, target, capsys):
     assert "nowhere: no such folder" in capsys.readouterr().err
     assert main(["generate", "x", "--target", str(tmp_path / "nothing")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompts, monkeypatch, capsys):
+    out = tmp_path / "answers.jsonl"
+    common = ("--target", target, "--prompts", prompts, "--temperature", "0.8", "--out", out)
+    whole = generate(tmp_path, *common)["rows"]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in whole]
+    assert [line["token_ids"] for line in lines] == [row["token_ids"] for row in whole]
+    with pytest.raises(SystemExit):
+        main(["generate", *map(str, common)])
+    assert "exists" in capsys.readouterr().err
+    out.unlink()
+
+    real, served = serving.serve, []
+
+    def stopping(*args, **kwargs):
+        for done in real(*args, **kwargs):
+            if len(served) == 2:
+                raise KeyboardInterrupt
+            served.append(done.job.key)
+            yield done
+
+    monkeypatch.setattr(serving, "serve", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        main(["generate", *map(str, common)])
+    monkeypatch.setattr(serving, "serve", real)
+    assert not out.exists()
+    with open(f"{out}.partial", "a") as torn:
+        torn.write('{"index": 1, "tok')
+    assert main(["generate", *map(str, common), "--seed", "5"]) == 1
+    assert "was begun with seed=0, not 5" in capsys.readouterr().err
+    again = generate(tmp_path, *common, "--slots", "1")["rows"]
+    assert "2 prompts are done" in capsys.readouterr().err
+    assert again == whole and not (tmp_path / "answers.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "rule", "tree"),
+    [
+        ("sample", None, "dynamic:6x2x3"), ("swor", None, "dynamic:6x2x3"), ("swor", "traversal", "static:0,1,00,10"),
+        ("sample", "block", "chain:3"), ("topk", "traversal", "static:0,1,00,10"), ("topk", "typical", "chain:3"),
+    ],
+)  # fmt: skip
+def test_every_rule_writes_the_targets_greedy_text(tmp_path, target, drafter, prompts, mode, rule, tree):
+    """At temperature 0 even typical acceptance is exact, whatever the drafts are drawn at."""
+    plain = generate(tmp_path, "--target", target, "--prompts", prompts)
+    flags = ["--drafter", drafter, "--tree", tree, "--draft-mode", mode, *(["--rule", rule] if rule else [])]
+    flags += [] if mode == "topk" else ["--draft-temperature", "0.7"]
+    drafted = generate(tmp_path, "--target", target, "--prompts", prompts, *flags)
+    assert [r["token_ids"] for r in drafted["rows"]] == [r["token_ids"] for r in plain["rows"]]
+    assert drafted["draft_mode"] == mode and drafted["lossless"] == (rule != "typical")
+
+
+def test_typical_acceptance_says_that_it_is_lossy(tmp_path, target, drafter, capsys):
+    flags = ("--drafter", drafter, "--tree", "chain:2", "--rule", "typical", "--temperature", "1")
+    assert generate(tmp_path, PROMPTS[0], "--target", target, *flags)["lossless"] is False
+    assert "LOSSY" in capsys.readouterr().out
+
+
+def test_a_draft_vocabulary_from_a_file_changes_no_token(tmp_path, target, drafter, prompts):
+    maps = tmp_path / "v.safetensors"
+    save_maps(maps, np.arange(4, 200, 2), 300)
+    common = ("--target", target, "--prompts", prompts, "--temperature", "0.6")
+    plain = generate(tmp_path, *common)
+    for flags in ((), ("--draft-mode", "swor"), ("--draft-mode", "sample")):
+        drafted = generate(tmp_path, *common, "--drafter", drafter, "--draft-vocab", maps, *flags)
+        assert drafted["tau"] >= 1
+        if not flags:
+            assert [r["token_ids"] for r in drafted["rows"]] == [r["token_ids"] for r in plain["rows"]]

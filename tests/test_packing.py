@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import Corpus, PackedBatches, Summary, frequent_tokens, pack, tokenize_conversations
+from jaxspec.data.packing import Corpus, PackedBatches, Summary, pack, tokenize_conversations
 from jaxspec.data.pipeline import iterate, packed_batches
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 
@@ -118,15 +118,6 @@ def test_a_batch_does_not_depend_on_which_came_before():
     assert same(
         [whole[i] for i in range(len(whole))][last], PackedBatches(make_corpus(), LENGTH, BATCH, epochs=4)[last]
     )
-
-
-def test_frequent_tokens_are_the_assistants_commonest_in_order():
-    corpus = make_corpus()._replace(
-        tokens=np.array([7, 7, 7, 9, 5, 5, 3, 3, 2, 2, 2], np.int32),
-        assistant_mask=np.array([True] * 8 + [False] * 3),
-    )
-    assert frequent_tokens(corpus, 3).tolist() == [3, 5, 7]
-    assert frequent_tokens(corpus, 99).tolist() == [3, 5, 7, 9]
 
 
 def test_shards_together_are_the_global_batch():

@@ -1,5 +1,6 @@
 """Speculative decoding of an 8B target compiles for a TPU v6e 2x4 slice, fits it, and updates its caches in place."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -14,6 +15,7 @@ from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.layers import RopeScaling
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain
+from jaxspec.verify import RULES
 
 HBM = 32e9
 VOCAB = 128256
@@ -69,6 +71,23 @@ def test_no_message_in_the_loop_spans_the_vocabulary(plan: aot.Plan):
 def test_verification_sends_two_sums_a_layer_and_one_for_the_embedding(plan: aot.Plan):
     sums = [n for message, n in plan.sent.items() if re.search(r"[\[,]60,4096\]", message)]
     assert sum(sums) == 2 * LAYERS + 1, f"{plan.sent}"
+
+
+@pytest.mark.parametrize(
+    ("topology", "mode", "rule"),
+    [
+        ("v5e:2x4", "topk", "target-draw"), ("v5p:2x2x1", "topk", "target-draw"), ("v6e:2x4", "topk", "target-draw"),
+        ("v6e:2x4", "swor", "recursive-rejection"), ("v6e:2x4", "swor", "traversal"),
+    ],
+)  # fmt: skip
+def test_a_long_cache_stays_in_place_on_every_tpu_and_the_rounds_are_one_loop(mesh, topology, mode, rule):
+    """Two layers, batch 2, 16,384 slots: a branch for every piece of the prefix, and the branches copy nothing."""
+    engine, weights = llama3_engine(2, DynamicTree(16, 4, 4))
+    engine = dataclasses.replace(engine, mode=mode, rule=RULES[rule])
+    chips = aot.tpu_mesh(topology, tensor=4 if topology.startswith("v5p") else 8)
+    plan = aot.plan_rounds(engine, weights, chips, batch=2, capacity=16384)
+    assert not plan.cache_copies and not plan.host_calls and plan.aliased >= plan.cache_bytes
+    assert plan.outer_loops == 1
 
 
 def test_a_cache_beyond_the_chips_is_refused_in_one_sentence(mesh: jax.sharding.Mesh):

@@ -74,12 +74,6 @@ def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Cha
     )
 
 
-def frequent_tokens(corpus: Corpus, count: int) -> np.ndarray:
-    """The `count` ids that the assistant uses most, ascending; ties to the lower id. Fewer, if it uses fewer."""
-    ids, times = np.unique(corpus.tokens[corpus.assistant_mask], return_counts=True)
-    return np.sort(ids[np.argsort(-times, kind="stable")[:count]]).astype(np.int32)
-
-
 def pack(lengths: np.ndarray, order: np.ndarray, length: int) -> list[list[int]]:
     """Rows of documents that sum to at most `length` tokens: online best fit over `order`, nothing split or lost."""
     rows: list[list[int]] = []

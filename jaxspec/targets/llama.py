@@ -59,6 +59,20 @@ class LlamaConfig:
         return self.heads // self.kv_heads
 
 
+_LLAMA3 = RopeScaling("llama3", 8.0)
+SHAPES = {
+    "tiny": LlamaConfig(4096, 256, 7, 4, 2, 64, 640, tied=True),
+    "125m": LlamaConfig(50304, 768, 12, 12, 12, 64, 2048, tied=True),
+    "llama3-1b": LlamaConfig(
+        128256, 2048, 16, 32, 8, 64, 8192, 5e5, dataclasses.replace(_LLAMA3, factor=32.0), tied=True,
+        max_positions=131072,
+    ),
+    "llama3-8b": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 5e5, _LLAMA3, max_positions=131072),
+    "llama3-70b": LlamaConfig(128256, 8192, 80, 64, 8, 128, 28672, 5e5, _LLAMA3, max_positions=131072),
+}  # fmt: skip
+"""Shapes to measure with random weights: the bundled target, GPT-2's smallest size, Llama 3.2 and 3.1."""
+
+
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every weight of one decoder layer."""
     c = config

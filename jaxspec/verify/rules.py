@@ -108,6 +108,30 @@ def typical(case: Case) -> Accepted:
     return path_to(tree, last_B, jnp.take_along_axis(drawn_BN, last_B[:, None], axis=1)[:, 0], case.depth)
 
 
+SIMULATED = 3
+"""Use of a round's noise."""
+
+
+def simulated(rule: Rule, profile: tuple[float, ...]) -> Rule:
+    """`rule` at work, its verdict replaced by accept lengths drawn from `profile`: speed without a good head.
+
+    `profile[i]` is the probability of accepting `i` drafted tokens; longer paths than the tree has are cut. What is
+    written means nothing.
+    """
+
+    def accept(case: Case) -> Accepted:
+        accepted = rule.accept(case)
+        uniform = functools.partial(jax.random.uniform, shape=())
+        chance_B = round_noise(case.sampling.seed_B, case.length_B, SIMULATED, uniform)
+        ends = jnp.cumsum(jnp.asarray(profile))[:-1]
+        count_B1 = jnp.sum(chance_B[:, None] >= ends, axis=1, keepdims=True)
+        fits_BN = case.tree.valid_BN & (case.tree.depth_BN <= count_B1)
+        # The bonus token is the rule's own, so that none of its work is left out of the program.
+        return path_to(case.tree, deepest(case.tree, fits_BN), accepted.token_BP[:, -1], case.depth)
+
+    return dataclasses.replace(rule, name=f"{rule.name}, simulated", accept=accept, lossless=False)
+
+
 RULES = {
     rule.name: rule
     for rule in (

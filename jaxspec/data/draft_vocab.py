@@ -1,0 +1,69 @@
+"""Draft vocabularies: the tokens that a drafter scores, ranked by how often a target's answers use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxspec.data.packing import Corpus
+
+
+class Frequencies(NamedTuple):
+    """How often assistant turns use each token."""
+
+    times_V: np.ndarray
+
+    def commonest(self, count: int) -> np.ndarray:
+        """The `count` ids used most, ascending; ties to the lower id. Fewer, if fewer are used."""
+        used = int(np.sum(self.times_V > 0))
+        ranked = np.argsort(-self.times_V, kind="stable")
+        return np.sort(ranked[: min(count, used)]).astype(np.int32)
+
+    def coverage(self, tokens: np.ndarray) -> float:
+        """Share of all uses that these tokens make up."""
+        return float(self.times_V[tokens].sum() / max(1, self.times_V.sum()))
+
+
+def count_tokens(corpus: Corpus, vocab: int) -> Frequencies:
+    """Over the assistant's tokens of a corpus."""
+    return Frequencies(np.bincount(corpus.tokens[corpus.assistant_mask], minlength=vocab))
+
+
+def save_maps(path: str | Path, tokens: np.ndarray, vocab: int) -> None:
+    """Write ascending ids as EAGLE-3 checkpoints hold them: `d2t`, offsets (id minus index), and `t2d`, a mask."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros(vocab, bool)
+    mask[tokens] = True
+    draft = path.with_name(f"{path.name}.draft")
+    save_file({"d2t": tokens.astype(np.int64) - np.arange(len(tokens)), "t2d": mask}, str(draft))
+    draft.replace(path)
+
+
+def load_maps(path: str | Path, vocab: int) -> np.ndarray:
+    """The ascending ids of a file with `d2t` and `t2d`, for a target of `vocab` tokens.
+
+    Raises ValueError where there is no such file, the maps contradict each other, or they are another target's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `jaxspec draft-vocab` makes one")
+    try:
+        maps = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    missing = [name for name in ("d2t", "t2d") if name not in maps]
+    if missing:
+        raise ValueError(f"{path}: has no tensor {missing[0]!r}; a draft vocabulary has d2t and t2d")
+    tokens, mask = maps["d2t"] + np.arange(len(maps["d2t"])), maps["t2d"].astype(bool)
+    if mask.shape != (vocab,):
+        raise ValueError(
+            f"{path}: t2d is for {mask.size:,} tokens, and the target has {vocab:,}: it is another target's"
+        )
+    if not np.array_equal(np.flatnonzero(mask), tokens) or not len(tokens):
+        raise ValueError(f"{path}: d2t and t2d do not name the same tokens; make the file anew")
+    return tokens.astype(np.int32)

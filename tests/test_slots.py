@@ -1,0 +1,168 @@
+"""Mixed rows: each as if it were alone, whoever is beside it and whoever was in its place before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from test_decode import VOCAB, assert_same_text, models, pair
+
+from jaxspec import decode
+from jaxspec.base import DraftMode
+from jaxspec.decode import CHUNK, Engine, Weights
+from jaxspec.generation import Slots, generate
+from jaxspec.requests import Requests, make_requests
+from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
+from jaxspec.verify import RULES
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+BUDGET = 24
+
+
+def engine_of(mode: DraftMode, rule: str, tree: Any) -> tuple[Engine, Weights]:
+    m = models()
+    return Engine(m.target, m.eagle, tree, mode=mode, rule=RULES[rule]), m.weights
+
+
+ENGINES = {
+    "target-draw": engine_of("topk", "target-draw", DynamicTree(8, 3, 3)),
+    "recursive-rejection": engine_of("swor", "recursive-rejection", DynamicTree(8, 3, 3)),
+    "traversal": engine_of("swor", "traversal", StaticTree(parse_paths("0 1 00 01 10 000"))),
+    "block": engine_of("sample", "block", chain(4)),
+}
+
+
+def random_rows(rng: np.random.Generator, count: int, longest: int = 30) -> list[dict[str, Any]]:
+    """Settings of as many rows, greedy ones among them."""
+    return [
+        {
+            "prompts": [rng.integers(0, VOCAB, rng.integers(1, longest + 1))],
+            "max_new_tokens": int(rng.integers(1, BUDGET + 1)),
+            "temperature": float(rng.choice([0.0, 0.3, 0.7, 1.0, 1.5])),
+            "draft_temperature": float(rng.choice([0.0, 0.5, 1.0])),
+            "top_k": int(rng.choice([0, 0, 3, 8])),
+            "top_p": float(rng.choice([1.0, 1.0, 0.9, 0.6])),
+            "seed": int(rng.integers(2**32)),
+            "stop_ids": [tuple(rng.integers(0, VOCAB, 2).tolist()) if rng.random() < 0.5 else (VOCAB, VOCAB + 1)],
+        }
+        for _ in range(count)
+    ]
+
+
+def batch_of(rows: Sequence[dict[str, Any]], **more: Any) -> Requests:
+    return make_requests(**{k: [v for r in rows for v in _listed(r[k])] for k in rows[0]}, **more)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("rule", ENGINES)
+def test_a_row_among_eight_mixed_ones_writes_what_it_writes_alone(rule: str):
+    """50 mixes a rule; one row of each is decoded alone, and all of them in another order."""
+    engine, weights = ENGINES[rule]
+    rng = np.random.default_rng(len(rule))
+    for _ in range(50):
+        rows = random_rows(rng, 8)
+        together = generate(engine, weights, batch_of(rows, width=32))
+        chosen = int(rng.integers(8))
+        alone = generate(engine, weights, batch_of([rows[chosen]], width=32))
+        assert alone.tokens[0].tolist() == together.tokens[chosen].tolist()
+        assert alone.finish[0] == together.finish[chosen]
+        order = rng.permutation(8)
+        turned = generate(engine, weights, batch_of([rows[i] for i in order], width=32))
+        assert [t.tolist() for t in turned.tokens] == [together.tokens[i].tolist() for i in order]
+
+
+def serve(slots: Slots, rows: Sequence[dict[str, Any]]) -> dict[int, Any]:
+    """Every row's generation, each taken in as soon as there is a place."""
+    waiting, held, done = list(range(len(rows)))[::-1], {}, {}
+    while waiting or held:
+        while waiting and slots.free:
+            place, row = slots.free[0], waiting.pop()
+            width = slots.width(len(rows[row]["prompts"][0]))
+            slots.admit(batch_of([rows[row]], width=width, stop_width=slots.stops), place)
+            held[place] = row
+        done |= {held.pop(place): generation for place, generation in slots.run().items()}
+    return done
+
+
+@pytest.mark.parametrize("rule", ["target-draw", "traversal"])
+def test_rows_that_take_the_place_of_others_write_what_they_write_alone(rule: str):
+    engine, weights = ENGINES[rule]
+    rows = random_rows(np.random.default_rng(1), 40)
+    slots = Slots(engine, weights, 4, longest=30, max_new_tokens=BUDGET, stops=2)
+    done = serve(slots, rows)
+    assert sorted(slots.free) == [0, 1, 2, 3] and slots.run() == {}
+    for i, row in enumerate(rows):
+        assert_same_text(done[i], generate(engine, weights, batch_of([row])))
+
+
+def test_plain_decoding_is_served_in_slots_too():
+    engine = Engine(models().target)
+    rows = random_rows(np.random.default_rng(2), 9)
+    weights = Weights(models().weights.target)
+    done = serve(Slots(engine, weights, 2, longest=30, max_new_tokens=BUDGET, stops=2), rows)
+    for i, row in enumerate(rows):
+        assert_same_text(done[i], generate(engine, weights, batch_of([row])))
+
+
+def test_200_prompts_of_random_lengths_compile_nothing_once_every_width_has_been_seen():
+    engine, weights = pair("eagle", "chain")
+    rng = np.random.default_rng(3)
+    longest = 2 * CHUNK
+    slots = Slots(engine, weights, 8, longest=longest, max_new_tokens=BUDGET, stops=2)
+    warm = [{**row, "prompts": [np.ones(n, int)]} for row, n in zip(
+        random_rows(rng, 7), (16, 32, 64, 128, 256, 512, 513), strict=True)]  # fmt: skip
+    serve(slots, warm)
+    rows = random_rows(rng, 200)
+    for row in rows:
+        row["prompts"] = [rng.integers(0, VOCAB, int(np.exp(rng.uniform(0, np.log(longest)))))]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(seconds) if name == COMPILED else None
+    )
+    try:
+        done = serve(slots, rows)
+        assert len(done) == 200 and not compiled
+        jax.jit(lambda x: x + 41)(1.0)
+        assert compiled, "the count of compilations counts nothing"
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "table"])
+def test_prompts_read_in_chunks_are_read_as_a_whole(drafter: str, monkeypatch: pytest.MonkeyPatch):
+    """Prompts that end within a chunk, with it, just behind it, and in the first."""
+    engine, weights = pair(drafter, "chain")
+    rng, lengths = np.random.default_rng(5), (64, 33, 32, 17, 5)
+    prompts = [rng.integers(0, VOCAB, n) for n in lengths]
+    requests = make_requests(prompts, max_new_tokens=4, temperature=[0, 0.5, 1, 0, 0.7], seed=range(5))
+
+    def read(chunk: int) -> Any:
+        monkeypatch.setattr(decode, "CHUNK", chunk)
+        return jax.device_get(jax.jit(lambda w, r: decode.prefill(engine, w, r, 80, 16))(weights, requests))
+
+    whole, pieces = read(64), read(16)
+    for name in ("length_B", "root_B", "output_BO", "produced_B", "finish_B"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
+    np.testing.assert_allclose(whole.root_logits_BV, pieces.root_logits_BV, atol=2e-5)
+    for b, n in enumerate(lengths):
+        for one, other in zip(jax.tree.leaves(whole.cache), jax.tree.leaves(pieces.cache), strict=True):
+            slots = one.shape.index(80)
+            one, other = (np.take(x[:, b], np.arange(n), axis=slots - 1) for x in (one, other))
+            np.testing.assert_allclose(one, other, atol=2e-5)
+    if drafter == "eagle":
+        np.testing.assert_allclose(whole.draft.hidden_BD, pieces.draft.hidden_BD, atol=2e-5)
+    with pytest.raises(ValueError, match="padded to 64 tokens, which is not a multiple of 48"):
+        read(48)
+
+
+def test_a_slot_refuses_what_does_not_fit_it():
+    engine, weights = pair("eagle", "chain")
+    slots = Slots(engine, weights, 1, longest=20, max_new_tokens=4, stops=1)
+    with pytest.raises(ValueError, match="a slot takes one prompt padded to 16 tokens with 1 stop ids"):
+        slots.admit(make_requests([[1], [2]], max_new_tokens=4), 0)

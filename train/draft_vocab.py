@@ -1,0 +1,85 @@
+"""Rank a target's tokens by how often its answers use them, and keep the commonest as a draft vocabulary.
+
+A drafter that scores fewer tokens is faster; the text stays the same, for the target still scores them all. Take data
+that the target wrote (`jaxspec regenerate`), for what it says is what must be drafted.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+
+from tyro.conf import Positional
+
+from jaxspec import cli, report, serving
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import read_conversations
+from jaxspec.data.draft_vocab import count_tokens, save_maps
+from jaxspec.data.packing import tokenize_conversations
+from jaxspec.interchange.hf_config import read_config
+
+SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
+"""Shown beside the one that is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec draft-vocab`."""
+
+    data: Positional[str]
+    """Conversations (JSON Lines) whose assistant turns are counted."""
+    out: str
+    """File (safetensors) for the maps d2t and t2d; `jaxspec generate --draft-vocab` reads it."""
+    size: int = 1024
+    """Tokens kept."""
+    target: str = "tiny"
+    """HuggingFace folder of the target; `tiny` is the one that comes with jaxspec."""
+    length: int = 2048
+    """Tokens of a conversation that are counted; the rest is cut off."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        serving.refuse_below_one(self, "size", "length")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
+    folder = serving.target_folder(args.target)
+    vocab = read_config(folder).vocab
+    corpus = tokenize_conversations(read_conversations(args.data), ChatTokenizer.load(folder), length=args.length)
+    counts = count_tokens(corpus, vocab)
+    used = int((counts.times_V > 0).sum())
+    if not used:
+        raise ValueError(f"{args.data}: holds no assistant turn; give conversations with answers")
+    tokens = counts.commonest(args.size)
+    save_maps(args.out, tokens, vocab)
+    rows = [
+        {"size": n, "coverage": counts.coverage(counts.commonest(n))}
+        for n in sorted({args.size, *(s for s in SIZES if s < used)})
+        if n <= used
+    ]
+    report.print_table(
+        f"{int(counts.times_V.sum()):,} tokens of answers use {used:,} of {vocab:,}",
+        ["commonest tokens", "share of what is said"],
+        [[row["size"], f"{row['coverage']:.2%}"] for row in rows],
+    )
+    if len(tokens) < args.size:
+        sys.stderr.write(f"jaxspec draft-vocab: only {used:,} tokens are used, so {len(tokens):,} are kept\n")
+    if args.json:
+        found = {
+            "path": args.out,
+            "size": len(tokens),
+            "vocab": vocab,
+            "coverage": counts.coverage(tokens),
+            "rows": rows,
+            "counted": int(counts.times_V.sum()),
+        }
+        report.write_json(args.json, report.result("draft-vocab", dtype="int32", seed=None, started=started, **found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
