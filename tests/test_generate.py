@@ -9,6 +9,7 @@ from random_models import POSITIONS, write_drafter, write_target
 
 from jaxspec import serving
 from jaxspec.__main__ import main
+from jaxspec.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
 
 PROMPTS = ["how much is 2 and 3?", "what does everybody know", "say it again, " * 3, "1", "and 12 and 14 make?"]
@@ -156,7 +157,7 @@ def test_missing_or_unfit_models_are_one_sentence(tmp_path, target, capsys):
 
 def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompts, monkeypatch, capsys):
     out = tmp_path / "answers.jsonl"
-    common = ("--target", target, "--prompts", prompts, "--temperature", "0.8", "--out", out)
+    common = ("--target", target, "--prompts", prompts, "--temperature", "0.8", "--out", out, "--max-new-tokens", "24")
     whole = generate(tmp_path, *common)["rows"]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in whole]
@@ -176,8 +177,7 @@ def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompt
             yield done
 
     monkeypatch.setattr(serving, "serve", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        main(["generate", *map(str, common)])
+    assert main(["generate", *map(str, common)]) == EXIT_INTERRUPTED
     monkeypatch.setattr(serving, "serve", real)
     assert not out.exists()
     with open(f"{out}.partial", "a") as torn:
