@@ -122,9 +122,11 @@ def test_200_prompts_of_random_lengths_compile_nothing_once_every_width_has_been
     for row in rows:
         row["prompts"] = [rng.integers(0, VOCAB, int(np.exp(rng.uniform(0, np.log(longest)))))]
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(seconds) if name == COMPILED else None
-    )
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        compiled.extend([duration_secs] if event == COMPILED else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         done = serve(slots, rows)
         assert len(done) == 200 and not compiled
@@ -165,4 +167,4 @@ def test_a_slot_refuses_what_does_not_fit_it():
     engine, weights = pair("eagle", "chain")
     slots = Slots(engine, weights, 1, longest=20, max_new_tokens=4, stops=1)
     with pytest.raises(ValueError, match="a slot takes one prompt padded to 16 tokens with 1 stop ids"):
-        slots.admit(make_requests([[1], [2]], max_new_tokens=4), 0)
+        slots.admit(make_requests([np.array([1]), np.array([2])], max_new_tokens=4), 0)
