@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,8 @@ class Args(DraftFlags):
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to answer; several prompts are answered in batches."""
     prompts: str | None = None
-    """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line."""
+    """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line. A
+    line of JSON may set temperature, top_k, top_p, seed, max_new_tokens, draft_temperature and stop_ids for itself."""
     drafter: str = "none"
     """Folder of a drafter; `none` decodes plainly, one token a target call."""
     tree: str | None = None
@@ -91,9 +92,9 @@ def main(argv: list[str]) -> int:
         draft_vocab=args.draft_vocab,
         dtype=serving.DTYPES[args.dtype],
     )
-    jobs, failures = make_jobs(prompts, models, raw=args.raw, seed=args.seed)
+    jobs, failures = make_jobs(prompts, models, args.settings, raw=args.raw, seed=args.seed)
     if len(prompts) == 1 and jobs and log is None:
-        outcome = answer_one(models, jobs[0], args.settings)
+        outcome = answer_one(models, jobs[0])
     else:
         outcome = answer_many(models, jobs, args, log)
     for index, problem in failures.items():
@@ -116,7 +117,7 @@ class Log:
     def __init__(self, path: Path, args: Args, prompts: Sequence[Prompt]) -> None:
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_FLAGS}
-        text = json.dumps([[p.id, *p.messages] for p in prompts])
+        text = json.dumps([[p.id, p.messages, {**p.settings}] for p in prompts])
         settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         noted = jsonl.journal(self.partial, settings, of=path)
         self.answers = {line["index"]: Answer(np.array(line["tokens"], np.int32), *line["rest"]) for line in noted}
@@ -136,22 +137,31 @@ class Log:
         self.partial.unlink()
 
 
-def make_jobs(prompts: Sequence[Prompt], models: Models, *, raw: bool, seed: int) -> tuple[list[Job], dict[int, str]]:
+def make_jobs(
+    prompts: Sequence[Prompt], models: Models, settings: Settings, *, raw: bool, seed: int
+) -> tuple[list[Job], dict[int, str]]:
     """The prompts that can be answered, and by index a sentence on each that cannot."""
     jobs, failures = [], {}
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer, raw=raw)
             serving.check_length(tokens, models.config)
+            own = {**prompt.settings}
+            own |= {"stop_ids": tuple(own["stop_ids"])} if "stop_ids" in own else {}
+            row_seed = own.pop("seed", serving.row_seed(seed, index))
+            if not 0 <= row_seed < serving.SEEDS:
+                raise ValueError(f"has seed {row_seed}; it must be from 0 to 2^32 - 1")
+            job = Job(index, tokens, row_seed, replace(settings, **own))
         except ValueError as error:
             failures[index] = cli.sentence(error)
         else:
-            jobs.append(Job(index, tokens, serving.row_seed(seed, index)))
+            jobs.append(job)
     return jobs, failures
 
 
-def answer_one(models: Models, job: Job, settings: Settings) -> Outcome:
+def answer_one(models: Models, job: Job) -> Outcome:
     """Streams the answer to stdout; the programs are compiled before the clock starts."""
+    settings = job.settings or Settings()
     requests = serving.batch_requests(models, [job], settings, batch=1)
     serving.warm_up(models, requests, settings)
     decoder = IncrementalDecoder(models.tokenizer)

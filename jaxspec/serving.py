@@ -157,6 +157,8 @@ class Settings:
     top_p: float = 1.0
     draft_temperature: float | None = None
     """Of the law that drawn children come from; None for `temperature`."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end an answer, besides the model's own."""
 
     def __post_init__(self) -> None:
         for name, holds, range_ in (
@@ -381,7 +383,7 @@ def serve(models: Models, jobs: Sequence[Job], settings: Settings, *, slots: int
         min(slots, len(jobs)),
         longest=len(jobs[0].tokens),
         max_new_tokens=max(budgets),
-        stops=max(1, len(models.stop_ids)),
+        stops=max(1, *(len(stop_ids(models, job, settings)) for job in jobs)),
     )
     _warm(models, room(), jobs, settings)
     running, waiting, held = room(), list(reversed(jobs)), {}
@@ -408,20 +410,8 @@ def _warm(models: Models, running: Slots, jobs: Sequence[Job], settings: Setting
 
 def slot_request(models: Models, job: Job, settings: Settings, running: Slots) -> Requests:
     """`job` as the one row that a slot takes."""
-    own = job.settings or settings
-    return make_requests(
-        [job.tokens],
-        max_new_tokens=budget(models, job, settings),
-        temperature=own.temperature,
-        top_k=own.top_k,
-        top_p=own.top_p,
-        seed=job.seed,
-        stop_ids=models.stop_ids,
-        draft_temperature=own.draft_temperature,
-        vocab=models.config.vocab,
-        width=running.width(len(job.tokens)),
-        stop_width=running.stops,
-    )
+    width = running.width(len(job.tokens))
+    return batch_requests(models, [job], settings, batch=1, width=width, stop_width=running.stops)
 
 
 def budget(models: Models, job: Job, settings: Settings) -> int:
@@ -429,20 +419,30 @@ def budget(models: Models, job: Job, settings: Settings) -> int:
     return min((job.settings or settings).max_new_tokens, models.config.max_positions - len(job.tokens))
 
 
-def batch_requests(models: Models, jobs: list[Job], settings: Settings, *, batch: int) -> Requests:
+def stop_ids(models: Models, job: Job, settings: Settings) -> tuple[int, ...]:
+    """Ids that end the job's answer."""
+    return (*models.stop_ids, *(job.settings or settings).stop_ids)
+
+
+def batch_requests(
+    models: Models, jobs: list[Job], settings: Settings, *, batch: int, width: int = 0, stop_width: int = 1
+) -> Requests:
     """`jobs` as `batch` rows; answers end at the target's last position, rows that pad with their first token."""
-    padding = batch - len(jobs)
-    budgets = [budget(models, job, settings) for job in jobs]
+    rows = jobs + jobs[-1:] * (batch - len(jobs))
+    own = [job.settings or settings for job in rows]
+    drafts_at = [s.temperature if s.draft_temperature is None else s.draft_temperature for s in own]
     return make_requests(
-        [job.tokens for job in jobs] + [jobs[-1].tokens] * padding,
-        max_new_tokens=budgets + [1] * padding,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=[job.seed for job in jobs] + [0] * padding,
-        stop_ids=models.stop_ids,
-        draft_temperature=settings.draft_temperature,
+        [job.tokens for job in rows],
+        max_new_tokens=[budget(models, job, settings) for job in jobs] + [1] * (batch - len(jobs)),
+        temperature=[s.temperature for s in own],
+        top_k=[s.top_k for s in own],
+        top_p=[s.top_p for s in own],
+        seed=[job.seed for job in rows],
+        stop_ids=[stop_ids(models, job, settings) for job in rows],
+        draft_temperature=drafts_at,
         vocab=models.config.vocab,
+        width=width,
+        stop_width=stop_width,
     )
 
 

@@ -222,3 +222,25 @@ def test_a_draft_vocabulary_from_a_file_changes_no_token(tmp_path, target, draft
         assert drafted["tau"] >= 1
         if not flags:
             assert [r["token_ids"] for r in drafted["rows"]] == [r["token_ids"] for r in plain["rows"]]
+
+
+def test_a_line_may_say_how_it_is_to_be_answered(tmp_path, target, drafter, capsys):
+    """Each row's answer is the one it gets from flags that say the same."""
+    own = [{"temperature": 0.9, "seed": 7}, {"max_new_tokens": 3}, {"temperature": 0.5, "top_k": 4, "top_p": 0.8}, {}]
+    wrong = [{"temperature": -1}, {"top_p": "0.9"}, {"stop_ids": [-2]}, {"seed": -1}, {"max_new_tokens": True}]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps({"id": f"o{i}", "prompt": "1 and 2", **s}) for i, s in enumerate(own + wrong)))
+    flags = ("--target", target, "--prompts", path, "--drafter", drafter, "--slots", "3")
+    rows = generate(tmp_path, *flags, code=1)["rows"]
+    shown = capsys.readouterr().err
+    for sentence in (
+        "'o4' temperature is -1; it must be 0", "'o5' is malformed: top_p is '0.9'", "'o6' is malformed: stop_ids",
+        "'o7' has seed -1", "'o8' is malformed: max_new_tokens is True",
+    ):  # fmt: skip
+        assert sentence in shown, shown
+    assert [bool(r["error"]) for r in rows] == [False] * 4 + [True] * 5 and rows[1]["tokens"] <= 3
+    assert rows[1]["token_ids"] == rows[3]["token_ids"][: rows[1]["tokens"]]
+    first = next(i for i, t in enumerate(rows[3]["token_ids"]) if t == rows[3]["token_ids"][2])
+    path.write_text(json.dumps({"prompt": "1 and 2", "stop_ids": [rows[3]["token_ids"][2]]}))
+    stopped = generate(tmp_path, *flags)["rows"][0]
+    assert stopped["token_ids"] == rows[3]["token_ids"][: first + 1] and stopped["finish_reason"] == "stop"

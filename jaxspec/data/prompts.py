@@ -1,9 +1,10 @@
 """Prompts in files: JSON Lines of texts or conversations, or plain text with one prompt a line."""
 
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,20 @@ class Prompt(NamedTuple):
     """The conversation up to the turn to be written."""
     problem: str = ""
     """Why it cannot be answered; empty where it can."""
+    settings: Mapping[str, Any] = types.MappingProxyType({})
+    """How it is to be answered, where that differs from the others: some of `SETTINGS`."""
+
+
+SETTINGS = {
+    "max_new_tokens": int,
+    "temperature": (int, float),
+    "top_k": int,
+    "top_p": (int, float),
+    "draft_temperature": (int, float),
+    "seed": int,
+    "stop_ids": list,
+}
+"""What a line may set for itself, and as what kind of value."""
 
 
 def text_prompt(id: str, text: str) -> Prompt:
@@ -31,9 +46,9 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     """The prompts of a file in file order, at most `limit` of them.
 
     Lines of JSON are `{"id"?, "prompt"}` or `{"id"?, "messages"}` (or ShareGPT's `conversations`), of which assistant
-    turns at the end are left off, so that a data set's own answers are never shown. Any other file holds one prompt a
-    line. `id` defaults to the line number; blank lines are skipped. A line that cannot be used becomes a prompt with a
-    `problem`. ValueError if there is no such file, or nothing in it.
+    turns at the end are left off, so that a data set's own answers are never shown; they may hold `SETTINGS` too. Any
+    other file holds one prompt a line. `id` defaults to the line number; blank lines are skipped. A line that cannot be
+    used becomes a prompt with a `problem`. ValueError if there is no such file, or nothing in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,14 +68,29 @@ def parse_prompt(line: str, id: str) -> Prompt:
     """The prompt of one line of JSON; `id` stands in where the line names none."""
     try:
         record = json.loads(line)
-        if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-            return text_prompt(str(record.get("id", id)), record["prompt"])
+        fields = record if isinstance(record, dict) else {}
+        id = str(fields.get("id", id))
+        settings = own_settings(fields)
+        if isinstance(fields.get("prompt"), str):
+            return text_prompt(id, fields["prompt"])._replace(settings=settings)
         conversation = parse_conversation(record, id=id, source="")
     except ValueError as error:
         return Prompt(id, (), f"is malformed: {error}")
     messages = drop_answers(conversation.messages)
     problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else "has no user turn"
-    return Prompt(conversation.id, messages, problem)
+    return Prompt(conversation.id, messages, problem, settings)
+
+
+def own_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a line; ValueError for a value of the wrong kind."""
+    found = {name: record[name] for name in SETTINGS if name in record}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, SETTINGS[name]):
+            raise ValueError(f"{name} is {value!r}")
+    stops = found.get("stop_ids", [])
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stops):
+        raise ValueError(f"stop_ids is {stops!r}, not a list of token ids")
+    return found
 
 
 def drop_answers(messages: Sequence[Message]) -> tuple[Message, ...]:
