@@ -150,6 +150,7 @@ class Slots:
         self, engine: Engine, weights: Weights, count: int, *, longest: int, max_new_tokens: int, stops: int
     ) -> None:
         self.engine, self.weights, self.stops = engine, weights, stops
+        self.longest, self.max_new_tokens = longest, max_new_tokens
         self.widest = bucket(longest)
         capacity, self.output = sizes(engine, self.widest, max_new_tokens)
         self._state = _vacant(engine, weights, count, capacity, self.output, stops)
@@ -161,8 +162,17 @@ class Slots:
         return bucket(length) if length <= CHUNK else self.widest
 
     def admit(self, requests: Requests, row: int) -> None:
-        """Read the one prompt of `requests`, padded to its `width`, into a free row."""
-        width = self.width(int(requests.length_B[0]))
+        """Read the one prompt of `requests`, padded to its `width`, into a free row.
+
+        Raises ValueError, and leaves the slots as they are, for a prompt or budget beyond what they were made for.
+        """
+        length, new = int(requests.length_B[0]), int(requests.budget_B[0])
+        if length > self.longest or new > self.max_new_tokens:
+            raise ValueError(
+                f"{length:,} tokens of prompt and {new:,} new ones do not fit slots made for {self.longest:,} and "
+                f"{self.max_new_tokens:,}: shorten them, or make longer slots"
+            )
+        width = self.width(length)
         if requests.tokens_BL.shape != (1, width) or requests.stop_BR.shape != (1, self.stops):
             raise ValueError(
                 f"a slot takes one prompt padded to {width} tokens with {self.stops} stop ids, "

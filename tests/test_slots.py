@@ -168,3 +168,9 @@ def test_a_slot_refuses_what_does_not_fit_it():
     slots = Slots(engine, weights, 1, longest=20, max_new_tokens=4, stops=1)
     with pytest.raises(ValueError, match="a slot takes one prompt padded to 16 tokens with 1 stop ids"):
         slots.admit(make_requests([np.array([1]), np.array([2])], max_new_tokens=4), 0)
+    for length, new in ((21, 4), (20, 5)):
+        with pytest.raises(
+            ValueError, match=f"{length} tokens of prompt and {new} new ones do not fit slots made for 20"
+        ):
+            slots.admit(make_requests([np.ones(length, int)], max_new_tokens=new), 0)
+    assert slots.free == [0]
