@@ -21,6 +21,7 @@ from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths
 from jaxspec.trees.static import StaticTree
+from jaxspec.verify import RULES
 
 VOCAB, WIDTH, ROWS, BUDGET = 24, 16, 8, 60
 
@@ -303,17 +304,25 @@ def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered
     assert bool(cache_copies(program, {cache.k_YBKCS.shape})) != ordered
 
 
-@pytest.mark.parametrize(("tree", "rows", "batch"), [(None, 1, 1), ("dynamic", 1, 4), ("chain", 1, 9)])
-def test_the_compiled_rounds_write_the_caches_in_place(tree: str | None, rows: int, batch: int):
+@pytest.mark.parametrize(
+    ("tree", "batch", "mode", "rule"),
+    [
+        (None, 1, "topk", "target-draw"), ("dynamic", 4, "topk", "target-draw"), ("chain", 9, "topk", "target-draw"),
+        ("dynamic", 2, "swor", "recursive-rejection"), ("static", 2, "sample", "traversal"),
+    ],
+)  # fmt: skip
+def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: str | None, batch: int, mode, rule):
     """XLA copies a whole cache every round where a write is not ordered behind the reads (see `cache.commit`)."""
     m = models()
-    engine = Engine(m.target, m.eagle, TREES[tree]) if tree else Engine(m.target, rows=rows)
+    engine = Engine(m.target, m.eagle, TREES[tree], mode=mode, rule=RULES[rule]) if tree else Engine(m.target)
     weights = m.weights if tree else Weights(m.weights.target)
     state = start(engine, weights, make_requests(prompts(0, (3,) * batch), max_new_tokens=BUDGET))
     caches = [state.cache, *([state.draft.cache] if tree else [])]
     program = run_rounds.lower(engine, weights, state, NO_LIMIT).compile().as_text()
-    assert program is not None and "while(" in program and "copy(" in program
+    assert program is not None and "copy(" in program
     assert not cache_copies(program, {a.shape for c in caches for a in c})
+    assert program[program.index("\nENTRY") :].count(" while(") == 1
+    assert not re.search(r"callback|infeed|outfeed| send\(| recv\(", program)
 
 
 GOOD: dict[str, Any] = {"prompts": [[1, 2], [3]], "max_new_tokens": 4}
