@@ -88,6 +88,7 @@ def test_a_long_cache_stays_in_place_on_every_tpu_and_the_rounds_are_one_loop(me
     plan = aot.plan_rounds(engine, weights, chips, batch=2, capacity=16384)
     assert not plan.cache_copies and not plan.host_calls and plan.aliased >= plan.cache_bytes
     assert plan.outer_loops == 1
+    assert not [message for message in plan.sent if str(VOCAB) in message], f"{plan.sent}"
 
 
 def test_a_cache_beyond_the_chips_is_refused_in_one_sentence(mesh: jax.sharding.Mesh):
