@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -14,8 +15,9 @@ from toys import grow, path_tables
 from jaxspec import cost, serving
 from jaxspec.__main__ import main
 from jaxspec.sampling import Sampling
+from jaxspec.targets.llama import SHAPES
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
-from jaxspec.verify import Case, simulated
+from jaxspec.verify import RULES, Case, simulated
 
 ROW_KEYS = {
     "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "round_ms", "draft_ms", "target_ms", "verify_ms",
@@ -176,6 +178,7 @@ def test_simulated_accept_lengths_follow_their_profile(profile):
         (["--simulate-acceptance", "0.5"], "--simulate-acceptance needs a --drafter"),
         (["--rule", "traversal"], "--rule needs a --drafter"),
         (["--shape", "tiny", "--prefix", "0"], "--prefix is 0"),
+        (["--shape", "tiny", "--draft-vocab", "v"], "leave out --prompts, --drafter, --draft-vocab"),
     ],
 )
 def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
@@ -183,3 +186,17 @@ def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
         main(["bench", "decode", *flags])
     assert stop.value.code == 2
     assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_command_line_names_every_rule_and_shape():
+    assert typing.get_args(serving.RuleName) == tuple(RULES)
+    assert typing.get_args(importlib.import_module("jaxspec.infer.bench_decode").Shape) == tuple(SHAPES)
+
+
+def test_drawn_text_is_not_compared_with_plain_text(tmp_path):
+    path = tmp_path / "out.json"
+    flags = ["--shape", "tiny", "--tree", "chain:2", "--draft-mode", "sample", "--temperature", "1", "--limit", "1"]
+    flags += ["--prefix", "5", "--max-new-tokens", "8", "--repeats", "1", "--json", str(path)]
+    assert main(["bench", "decode", *flags]) == 0
+    plain, drawn = json.loads(path.read_text())["rows"]
+    assert plain["identical_fraction"] == 1 and drawn["identical_fraction"] is None

@@ -20,7 +20,7 @@ from jaxspec.generation import NO_LIMIT
 from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling, law_of
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
-from jaxspec.verify import DEFAULT_RULES, RULES, rule_named, rules
+from jaxspec.verify import DEFAULT_RULES, RULES, rejection, rule_named, rules
 
 VOCAB, LENGTH, BATCH = 3, 5, 100_000
 TEMPERATURE, TOP_P = 0.8, 0.85
@@ -54,13 +54,13 @@ def weights() -> Weights:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def texts(engine: Engine, weights: Weights, seed_Q: jax.Array) -> jax.Array:
+def texts(engine: Engine, weights: Weights, seed_Q: jax.Array, draft_temperature: float = 0.9) -> jax.Array:
     """The first `LENGTH` tokens behind a prompt of one token, `[Q, LENGTH]`: prefill and rounds as they are used."""
 
     def one(seed: jax.Array) -> jax.Array:
         sampling = Sampling(jnp.full(1, TEMPERATURE), jnp.zeros(1, jnp.int32), jnp.full(1, TOP_P), seed[None])
         nothing, ones = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-        requests = Requests(nothing, ones, sampling, nothing - 1, LENGTH * ones, jnp.full(1, 0.9))
+        requests = Requests(nothing, ones, sampling, nothing - 1, LENGTH * ones, jnp.full(1, draft_temperature))
         slots = LENGTH + engine.path
         state = prefill(engine, weights, requests, 1 + slots, slots)
         return decode_rounds(engine, weights, state, NO_LIMIT).output_BO[0, :LENGTH]  # type: ignore[arg-type]
@@ -68,11 +68,13 @@ def texts(engine: Engine, weights: Weights, seed_Q: jax.Array) -> jax.Array:
     return jax.vmap(one)(seed_Q)
 
 
-def p_value(engine: Engine, trials: int) -> float:
+def p_value(engine: Engine, trials: int, draft_temperature: float = 0.9) -> float:
     """Of the target's law of `LENGTH` tokens, by the likelihood ratio over all texts."""
     counts = np.zeros(VOCAB**LENGTH)
     for begin in range(0, trials, BATCH):
-        text = np.asarray(texts(engine, weights(), jnp.arange(begin, begin + BATCH, dtype=jnp.uint32)))
+        text = np.asarray(
+            texts(engine, weights(), jnp.arange(begin, begin + BATCH, dtype=jnp.uint32), draft_temperature)
+        )
         counts += np.bincount(text @ VOCAB ** np.arange(LENGTH)[::-1], minlength=len(counts))
     one = Sampling(jnp.asarray([TEMPERATURE]), jnp.asarray([0]), jnp.asarray([TOP_P]), jnp.asarray([0]))
     step = np.asarray(law_of(weights().target[None], one), np.float64)[0]
@@ -89,6 +91,19 @@ def p_value(engine: Engine, trials: int) -> float:
 @pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
 def test_what_the_program_writes_over_round_boundaries_has_the_targets_law(engine: Any):
     assert p_value(engine_of(*engine), 100_000) > 1e-6
+
+
+@pytest.mark.parametrize("rule", ["recursive-rejection", "traversal"])
+def test_rows_that_draft_their_likeliest_tokens_among_drawn_ones_have_the_targets_law(rule: str, monkeypatch):
+    """Draft temperature 0: tested as what they are. As drawn ones they would not have it."""
+    engine = engine_of("swor", rule, FORKED)
+    assert p_value(engine, 100_000, 0.0) > 1e-6
+    monkeypatch.setattr(rejection, "_drawn_from", lambda mode, row, s_V, token: s_V)
+    texts.clear_cache()  # type: ignore[attr-defined]
+    try:
+        assert p_value(engine, 100_000, 0.0) < 1e-6
+    finally:
+        texts.clear_cache()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
