@@ -21,14 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import cli, cost, decode, report, serving
+from jaxspec import cli, cost, decode, flags, loading, report, serving
 from jaxspec.base import Array
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decode import DecodeState
+from jaxspec.flags import DraftFlags
 from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
+from jaxspec.loading import Models
 from jaxspec.regeneration import SENSIBLE, write_user_turns
 from jaxspec.requests import NO_STOP, Requests, make_requests
-from jaxspec.serving import DraftFlags, Job, Models
+from jaxspec.serving import Job
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named, simulated
 
@@ -78,7 +80,7 @@ class Args(DraftFlags):
             parse_tree(spec)
         if self.drafter == "none" and self.shape is None:
             self.needs_drafter(tree=self.trees, **{"simulate-acceptance": self.simulate_acceptance})
-        serving.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
+        flags.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
         _ = self.profile
         others = (self.prompts, self.drafter != "none", self.draft_vocab, self.peer != "none")
         if self.shape is not None and any(others):
@@ -162,14 +164,14 @@ def main(argv: list[str]) -> int:
     models = (
         shaped(args)
         if args.shape
-        else serving.load_models(
+        else loading.load_models(
             args.target,
             drafter=drafter,
             tree=args.trees[0] if args.trees else None,
             mode=args.draft_mode,
             rule=args.rule,
             draft_vocab=args.draft_vocab,
-            dtype=serving.DTYPES[args.dtype],
+            dtype=loading.DTYPES[args.dtype],
         )
     )
     peer = load_peer(args, models) if args.peer != "none" else None
@@ -191,8 +193,8 @@ def main(argv: list[str]) -> int:
 def shaped(args: Args) -> Models:
     """Models of the shape that is asked for."""
     assert args.shape is not None
-    tree = parse_tree(args.trees[0] if args.trees else serving.DEFAULT_TREE)
-    models = serving.random_models(args.shape, tree, dtype=serving.DTYPES[args.dtype], seed=args.seed)
+    tree = parse_tree(args.trees[0] if args.trees else loading.DEFAULT_TREE)
+    models = loading.random_models(args.shape, tree, dtype=loading.DTYPES[args.dtype], seed=args.seed)
     return models.with_rule(args.draft_mode, args.rule)
 
 
@@ -420,7 +422,7 @@ def load_peer(args: Args, models: Models) -> Callable[[Requests], list[np.ndarra
             f"--peer transformers needs {error.name}, which is not installed: install jaxspec-decoding[parity]"
         ) from error
     torch.set_num_threads(report.machine_facts()["cores"] or 1)
-    folder = serving.target_folder(args.target)
+    folder = loading.target_folder(args.target)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     pad = models.tokenizer.pad_id
     stops = list(models.stop_ids)
@@ -478,7 +480,7 @@ def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[Peer]) -> dict
 def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float) -> dict[str, Any]:
     """The verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
-    dtype = serving.DTYPES[args.dtype]
+    dtype = loading.DTYPES[args.dtype]
     return report.result(
         "bench decode",
         dtype=dtype,

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from jaxspec import cli, report, serving
+from jaxspec import cli, flags, loading, report, serving
 from jaxspec.data import jsonl
 from jaxspec.data.chat import IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
+from jaxspec.flags import DraftFlags
 from jaxspec.generation import stream, tau
-from jaxspec.serving import Answer, DraftFlags, Job, Models, Settings
+from jaxspec.loading import Models
+from jaxspec.serving import Answer, Job, Settings
 from jaxspec.trees import parse_tree
 
 RUN_FLAGS = ("prompt", "prompts", "slots", "out", "json")
@@ -61,7 +63,7 @@ class Args(DraftFlags):
             parse_tree(self.tree)
         if self.drafter == "none":
             self.needs_drafter(tree=self.tree)
-        serving.refuse_below_one(self, "slots")
+        flags.refuse_below_one(self, "slots")
         if self.out is not None and Path(self.out).exists():
             raise ValueError(f"--out {self.out} exists: give another name, or move it away")
 
@@ -83,14 +85,14 @@ def main(argv: list[str]) -> int:
     prompts = given or read_prompts(args.prompts or "")
     log = None if args.out is None else Log(Path(args.out), args, prompts)
     drafter = None if args.drafter == "none" else args.drafter
-    models = serving.load_models(
+    models = loading.load_models(
         args.target,
         drafter=drafter,
         tree=args.tree,
         mode=args.draft_mode,
         rule=args.rule,
         draft_vocab=args.draft_vocab,
-        dtype=serving.DTYPES[args.dtype],
+        dtype=loading.DTYPES[args.dtype],
     )
     jobs, failures = make_jobs(prompts, models, args.settings, raw=args.raw, seed=args.seed)
     if len(prompts) == 1 and jobs and log is None:
@@ -245,7 +247,7 @@ def make_result(
     tree = models.engine.tree
     return report.result(
         "generate",
-        dtype=serving.DTYPES[args.dtype],
+        dtype=loading.DTYPES[args.dtype],
         seed=args.seed,
         started=started,
         target=args.target,

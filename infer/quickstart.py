@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec import cli, report, serving
+from jaxspec import cli, loading, report, serving
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
@@ -24,9 +24,10 @@ from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.distill import Objective
 from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
+from jaxspec.loading import Models
 from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.requests import make_requests
-from jaxspec.serving import Job, Models, Queue, Settings
+from jaxspec.serving import Job, Queue, Settings
 from jaxspec.training import Finished, distill, say
 from jaxspec.trees import parse_tree
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec quickstart", description=__doc__ or "")
-    models = serving.load_models(args.target)
+    models = loading.load_models(args.target)
     say("1/5 the target writes questions")
     judged = write_questions(models, args.held_out + TUNING, args.seed, SENSIBLE)
     tuning, held_out = judged[:TUNING], judged[TUNING:]

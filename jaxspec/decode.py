@@ -27,6 +27,7 @@ from jaxspec.base import (
 )
 from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling, draw, round_noise
+from jaxspec.sharding import settle
 from jaxspec.trees.children import drawn
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
@@ -336,7 +337,7 @@ def decode_rounds(
     def round_(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, decode_step(engine, weights, carry[1])
 
-    return jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1]
+    return settle(jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1])
 
 
 def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: int, stops: int) -> DecodeState:
@@ -349,7 +350,7 @@ def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: i
     )
     shapes = jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32))
+    return settle(state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32)))
 
 
 def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
@@ -361,4 +362,4 @@ def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
             return KVCache(*map(jax.lax.dynamic_update_slice, into, one, places))
         return jax.lax.dynamic_update_slice(into, one, (row, *(0,) * (into.ndim - 1)))
 
-    return jax.tree.map(put, state, fresh, is_leaf=lambda x: isinstance(x, KVCache))
+    return settle(jax.tree.map(put, state, fresh, is_leaf=lambda x: isinstance(x, KVCache)))

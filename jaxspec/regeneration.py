@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer, Message
 from jaxspec.data.conversations import Conversation
-from jaxspec.serving import Answer, Batch, Job, Models, Queue, Settings, answer, check_length, row_seed
+from jaxspec.loading import Models
+from jaxspec.serving import Answer, Batch, Job, Queue, Settings, answer, check_length, row_seed
 
 STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
 

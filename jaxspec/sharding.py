@@ -90,6 +90,18 @@ def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*parts))
 
 
+def settle(tree: Any) -> Any:
+    """`tree`, every leaf held to its name's rule in a program traced under `jax.set_mesh`; else untouched.
+
+    So a program's result lies as the next call of the same program expects it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(x, spec(leaf_name(path), x.ndim)), tree
+    )
+
+
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The `NamedSharding` of every leaf by its name; optimizer moments follow the parameter they belong to.
 

@@ -19,3 +19,16 @@ def forget_programs() -> Iterator[None]:
     """Compiled programs are let go with their module: with thousands of them loaded, the compiler crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Grows by an entry whenever something is compiled; `clear` it once everything is warm."""
+    counted: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        counted.extend([event] if event == "/jax/core/compile/backend_compile_duration" else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counted
+    jax.monitoring.clear_event_listeners()

@@ -12,7 +12,7 @@ import pytest
 from random_models import write_drafter, write_target
 from toys import grow, path_tables
 
-from jaxspec import cost, serving
+from jaxspec import cost, flags, loading
 from jaxspec.__main__ import main
 from jaxspec.sampling import Sampling
 from jaxspec.targets.llama import SHAPES
@@ -121,7 +121,7 @@ def test_frontiers_are_the_nodes_with_children():
 
 
 def test_a_target_call_reads_every_weight_once(target):
-    models = serving.load_models(str(target))
+    models = loading.load_models(str(target))
     c, params = models.config, models.weights.target
     weights = sum(np.size(leaf) for leaf in jax.tree.leaves(params)) - c.vocab * c.width
     one = cost.target_work(params, c, batch=1, tokens=1, prefix=0, itemsize=4)
@@ -152,7 +152,7 @@ def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("profile", [(0.1, 0.2, 0.3, 0.4), (1.0,), (0.0, 0.0, 0.0, 1.0)])
 def test_simulated_accept_lengths_follow_their_profile(profile):
-    engine = serving.random_models("tiny", chain(3)).engine
+    engine = loading.random_models("tiny", chain(3)).engine
     rule = simulated(engine.rule, profile)
     batch = 4000
     tree = jax.tree.map(
@@ -189,7 +189,7 @@ def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
 
 
 def test_the_command_line_names_every_rule_and_shape():
-    assert typing.get_args(serving.RuleName) == tuple(RULES)
+    assert typing.get_args(flags.RuleName) == tuple(RULES)
     assert typing.get_args(importlib.import_module("jaxspec.infer.bench_decode").Shape) == tuple(SHAPES)
 
 

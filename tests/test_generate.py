@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from random_models import POSITIONS, write_drafter, write_target
 
-from jaxspec import serving
+from jaxspec import loading, serving
 from jaxspec.__main__ import main
 from jaxspec.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
@@ -56,7 +56,7 @@ def test_a_drafter_changes_the_speed_and_not_the_tokens(tmp_path, target, drafte
 
 def test_a_draft_vocabulary_travels_with_its_drafter_and_must_be_the_targets(tmp_path, target, capsys):
     head = write_drafter(tmp_path / "pruned", draft_vocab=range(4, 200, 2))
-    vocab = serving.load_models(str(target), drafter=head).weights.vocab
+    vocab = loading.load_models(str(target), drafter=head).weights.vocab
     assert vocab is not None and vocab.head_UD.shape == (98, 32)
     plain = generate(tmp_path, PROMPTS[0], "--target", target)
     drafted = generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", head)

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import serving
+from jaxspec import loading
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decode import Engine, Weights
 from jaxspec.generation import generate, generate_plain
 from jaxspec.identity import divergences
+from jaxspec.loading import Models
 from jaxspec.regeneration import rewrite, write_user_turns
 from jaxspec.requests import Requests, make_requests
-from jaxspec.serving import Models, Settings
+from jaxspec.serving import Settings
 from jaxspec.training import distill
 from jaxspec.trees import parse_tree
 
@@ -44,7 +45,7 @@ def questions_from(models: Models, count: int, *, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Head:
-    models = serving.load_models("tiny")
+    models = loading.load_models("tiny")
     questions = questions_from(models, 92, seed=7)
     asked = [Conversation(str(i), "self", ({"role": "user", "content": q},)) for i, q in enumerate(questions[12:])]
     answered = []
@@ -171,6 +172,6 @@ def test_a_row_that_parts_is_reported_with_its_place_and_margin(head: Head):
 
 
 def test_the_bundled_folder_is_small_enough_to_ship():
-    folder = Path(serving.target_folder("tiny"))
+    folder = Path(loading.target_folder("tiny"))
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 14 * 2**20
-    assert dataclasses.asdict(serving.load_models("tiny").config)["vocab"] == 4096
+    assert dataclasses.asdict(loading.load_models("tiny").config)["vocab"] == 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from random_models import write_target
 
-from jaxspec import serving
+from jaxspec import loading, serving
 from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
 from jaxspec.regeneration import user_header, user_runs, write_user_turns
@@ -73,7 +73,7 @@ def test_user_turns_are_kept_and_answers_are_the_targets(whole, prompts):
 
 
 def test_a_second_answer_reads_the_first(whole, target):
-    models = serving.load_models(str(target))
+    models = loading.load_models(str(target))
     two = next(c for c in read_conversations(whole) if sum(m["role"] == "assistant" for m in c.messages) == 2)
     tokens = models.tokenizer.encode_prompt(two.messages[:-1])
     queue = serving.Queue([serving.Job(0, tokens)], batch=4)
@@ -172,7 +172,7 @@ def test_runs_hold_what_is_said_before_each_answer():
 
 
 def test_the_target_writes_different_user_turns_behind_its_own_header(target):
-    models = serving.load_models(str(target))
+    models = loading.load_models(str(target))
     assert user_header(models.tokenizer) == ("<|begin|><|user|>", "<|end|><|assistant|>")
     turns = list(write_user_turns(models, 6, seed=1, batch=4))
     assert len({t.text for t in turns}) == 6

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from jaxspec import sampling
-from jaxspec.sampling import Sampling, position_noise, warp_logits
+from jaxspec.sampling import Sampling, _argmax_whole, argmax, position_noise, warp_logits
 
 ALPHA = 1e-6
 
@@ -111,6 +111,14 @@ def test_warping_is_temperature_then_top_k_then_top_p():
         early = np.where(sorted_top_p(x, p) & sorted_top_k(x, k), warped, -np.inf)
         differs += (not np.array_equal(other, want)) + (not np.array_equal(early, want))
     assert differs, "the settings cannot tell the orders apart"
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 127, 128, 129, 300, 4096])
+def test_argmax_is_the_first_of_the_greatest(vocab):
+    x = np.random.default_rng(vocab).integers(-3, 3, (2, 4, vocab)).astype(np.float32)  # full of ties
+    x[0, 0], x[0, 1, :-1] = -np.inf, -np.inf
+    for program in (argmax, jax.jit(argmax), _argmax_whole):
+        np.testing.assert_array_equal(program(jnp.asarray(x)), np.argmax(x, -1))
 
 
 def test_a_vanishing_temperature_draws_the_argmax():

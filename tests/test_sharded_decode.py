@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from random_models import random_weights
 
-from jaxspec.decode import Engine, Weights
+from jaxspec.decode import DecodeState, Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
-from jaxspec.generation import Generation, generate, start
+from jaxspec.generation import Generation, Slots, generate, start
 from jaxspec.requests import Requests, make_requests
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
@@ -37,6 +37,13 @@ def on_one_device() -> Generation:
     return generate(ENGINE, weights(), requests())
 
 
+def assert_split(state: DecodeState, tensor: int) -> None:
+    """Each device holds its part of every cache's KV heads."""
+    for cache in (state.cache, state.draft.cache):
+        for x in cache:
+            assert x.sharding.shard_shape(x.shape)[2] == 8 // tensor, f"{x.sharding}"
+
+
 @pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
 def test_generation_on_a_mesh_equals_one_device(data: int, tensor: int):
     mesh = make_mesh(data, tensor=tensor)
@@ -45,12 +52,35 @@ def test_generation_on_a_mesh_equals_one_device(data: int, tensor: int):
     with jax.set_mesh(mesh):
         state = start(ENGINE, placed, rows)
         generation = generate(ENGINE, placed, rows)
-    for cache in (state.cache, state.draft.cache):
-        for x in cache:
-            assert x.sharding.shard_shape(x.shape)[2] == 8 // tensor, f"{x.sharding}"
+    assert_split(state, tensor)
     for tokens, expected in zip(generation.tokens, on_one_device().tokens, strict=True):
         np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_array_equal(generation.calls, on_one_device().calls)
+
+
+def test_slots_on_a_mesh_answer_as_one_device_does_and_compile_nothing_once_warm(compilations):
+    mesh, rng = make_mesh(2, tensor=4), np.random.default_rng(0)
+    queue = [
+        make_requests([rng.integers(0, VOCAB, n)], max_new_tokens=int(new), temperature=t, seed=int(n), width=16)
+        for n, new, t in zip([5, 9, 1, 12, 7, 3, 16, 2], [20, 3, 11, 1, 8, 20, 5, 14], [0.0, 0.8] * 4, strict=True)
+    ]
+    expected = [generate(ENGINE, weights(), r).tokens[0] for r in queue]
+    placed, found = jax.device_put(weights(), shardings(mesh, weights())), {}
+    with jax.set_mesh(mesh):
+        slots = Slots(ENGINE, placed, 4, longest=16, max_new_tokens=20, stops=1)
+        assert_split(slots._state, 4)
+        waiting, held = list(range(len(queue))), {}
+        while waiting or held:
+            while waiting and slots.free:
+                held[row := slots.free[0]] = waiting[0]
+                slots.admit(queue[waiting.pop(0)], row)
+            found |= {held.pop(row): g.tokens[0] for row, g in slots.run().items()}
+            if len(waiting) == 4:  # the first four are in: everything is warm
+                compilations.clear()
+    assert not compilations
+    assert_split(slots._state, 4)
+    for i, tokens in enumerate(expected):
+        np.testing.assert_array_equal(found[i], tokens)
 
 
 def test_the_likeliest_tokens_of_a_split_vocabulary_are_those_of_the_whole():

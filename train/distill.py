@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from tyro.conf import Positional
 
-from jaxspec import cli, report, serving
+from jaxspec import cli, loading, report
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import DistillConfig, load
 from jaxspec.data.chat import ChatTokenizer
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: DistillConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
-    folder = serving.target_folder(config.target)
+    folder = loading.target_folder(config.target)
     target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
     tokenizer = ChatTokenizer.load(folder)
     train_data = packed(config, read_corpus(config, tokenizer, "train"), epochs=config.optimizer.epochs, shuffle=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tyro.conf import Positional
 
-from jaxspec import cli, report, serving
+from jaxspec import cli, flags, loading, report
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
@@ -40,14 +40,14 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        serving.refuse_below_one(self, "size", "length")
+        flags.refuse_below_one(self, "size", "length")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
-    folder = serving.target_folder(args.target)
+    folder = loading.target_folder(args.target)
     vocab = read_config(folder).vocab
     corpus = tokenize_conversations(read_conversations(args.data), ChatTokenizer.load(folder), length=args.length)
     counts = count_tokens(corpus, vocab)

@@ -17,11 +17,12 @@ from typing import Any
 
 import tyro
 
-from jaxspec import cli, report, serving
+from jaxspec import cli, flags, loading, report
 from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
+from jaxspec.flags import Flags
+from jaxspec.loading import Models
 from jaxspec.regeneration import LENGTH, UNFIT, Rewritten, rewrite, write_user_turns
-from jaxspec.serving import Flags, Models
 
 SETTINGS = (
     "target", "prompts", "from_scratch", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "shard", "dtype",
@@ -52,9 +53,9 @@ class Args(Flags):
         _ = self.part
         if (self.prompts is None) == (self.from_scratch == 0):
             raise ValueError("give a file with --prompts, or a number with --from-scratch, one of the two")
-        serving.refuse_below_one(self, "batch", "limit")
+        flags.refuse_below_one(self, "batch", "limit")
         if self.prompts is None:
-            serving.refuse_below_one(self, "from_scratch")
+            flags.refuse_below_one(self, "from_scratch")
 
     @property
     def part(self) -> tuple[int, int]:
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
     conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
-    models = serving.load_models(args.target, dtype=serving.DTYPES[args.dtype])
+    models = loading.load_models(args.target, dtype=loading.DTYPES[args.dtype])
     if conversations is None:
         conversations = write_conversations(models, args)
     todo = [(i, c) for i, c in select(conversations, args) if c.id not in already]
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> int:
     print_counts(rows, output, args)
     result = report.result(
         "regenerate",
-        dtype=serving.DTYPES[args.dtype],
+        dtype=loading.DTYPES[args.dtype],
         seed=args.seed,
         started=started,
         **{name: getattr(args, name) for name in SETTINGS if name not in ("dtype", "seed")},

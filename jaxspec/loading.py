@@ -1,0 +1,134 @@
+"""A target and its drafter, read from folders or made of random weights, matched and ready to decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec import models as bundled
+from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
+from jaxspec.checkpoint import load_drafter
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.draft_vocab import load_maps
+from jaxspec.decode import DraftVocab, Engine, Weights
+from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.interchange.hf import load_target
+from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
+from jaxspec.trees import parse_tree
+from jaxspec.verify import rule_named
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+DEFAULT_TREE = "dynamic:60x6x10"
+"""EAGLE-2's own, for a drafter that was saved without a tree."""
+
+
+class Models(NamedTuple):
+    """A target with its tokenizer, and perhaps a drafter with its tree, ready to decode."""
+
+    engine: Engine
+    weights: Weights
+    tokenizer: ChatTokenizer
+    config: LlamaConfig
+    """The target's shape."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer, as the model's and the tokenizer's files list them."""
+        return tuple(sorted({*self.config.eos_ids, *self.tokenizer.stop_ids}))
+
+    def plain(self) -> Models:
+        """The target alone."""
+        return self._replace(engine=Engine(self.engine.target), weights=Weights(self.weights.target))
+
+    def with_drafter(
+        self, drafter: Drafter, params: Params, tree: TreePolicy, draft_vocab: Sequence[int] | None = None
+    ) -> Models:
+        """The same target drafted for by `drafter`, which scores the tokens `draft_vocab` (None: all)."""
+        target, vocab = self.weights.target, None
+        if draft_vocab is not None:
+            token_U = jnp.asarray(draft_vocab, jnp.int32)
+            vocab = DraftVocab(token_U, self.engine.target.borrowed(target).head_VD[token_U])
+        return self._replace(engine=Engine(self.engine.target, drafter, tree), weights=Weights(target, params, vocab))
+
+    def with_tree(self, tree: TreePolicy) -> Models:
+        """The same models with another tree."""
+        return self._replace(engine=dataclasses.replace(self.engine, tree=tree))
+
+    def with_rule(self, mode: DraftMode, rule: str | None = None) -> Models:
+        """The same models with children chosen by `mode` and kept by `rule` (None: the usual one for the mode).
+
+        Raises ValueError where the rule is not one for that mode or tree.
+        """
+        return self._replace(engine=dataclasses.replace(self.engine, mode=mode, rule=rule_named(rule, mode)))
+
+
+def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, seed: int = 0) -> Models:
+    """A target of one of `targets.llama.SHAPES` and an EAGLE-2 head for it, with random weights and no tokenizer."""
+    config = c = SHAPES[shape]
+    target = Llama(config, stacked=False, dtype=dtype, param_dtype=dtype)
+    head = EagleConfig(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, bias=False)
+    drafter = Eagle(head, dtype=dtype)
+
+    def weights(key: jax.Array) -> Weights:
+        made = Weights(target.init_params(key), drafter.init_params(jax.random.fold_in(key, 1)))
+        return jax.tree.map(lambda a: a.astype(dtype), made)
+
+    engine = Engine(target, drafter, tree)
+    return Models(engine, jax.jit(weights)(jax.random.key(seed)), cast(Any, None), config)
+
+
+def target_folder(name: str) -> Path:
+    """The HuggingFace folder that `name` stands for: `tiny` is the bundled target, anything else a path."""
+    if name != "tiny":
+        return Path(name)
+    folder = bundled.tiny_path()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: the bundled tiny target is not there; reinstall, or give --target a folder")
+    return folder
+
+
+def load_models(
+    target: str,
+    *,
+    drafter: str | Path | None = None,
+    tree: str | None = None,
+    mode: DraftMode = "topk",
+    rule: str | None = None,
+    draft_vocab: str | None = None,
+    dtype: Any = jnp.float32,
+) -> Models:
+    """The target of a HuggingFace folder (or `tiny`), with the drafter that `save_drafter` wrote and the tree `tree`.
+
+    `tree` defaults to the one saved with the drafter, `rule` to the usual one for the draft mode.
+    `draft_vocab` is a file of maps (see `data.draft_vocab`), `none` for all tokens, or None for what was saved with the
+    drafter. Raises ValueError naming what is missing or does not match.
+    """
+    if drafter is None and tree is not None:
+        raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
+    folder = target_folder(target)
+    loaded = load_target(folder, dtype=dtype, stacked=False)
+    plain = Models(Engine(loaded.module), Weights(loaded.params), ChatTokenizer.load(folder), loaded.config)
+    if drafter is None:
+        return plain
+    head = load_drafter(drafter, dtype=dtype)
+    width = getattr(head.module.config, "width", plain.config.width)
+    if width != plain.config.width:
+        raise ValueError(
+            f"{drafter}: the drafter reads features of width {width}, but the target {folder} has width "
+            f"{plain.config.width}; it was made for another target"
+        )
+    scored = head.draft_vocab
+    if scored is not None and not (scored and 0 <= scored[0] and scored[-1] < plain.config.vocab):
+        raise ValueError(
+            f"{drafter}: its draft vocabulary is not part of the target's {plain.config.vocab} tokens; it was made for "
+            "another target"
+        )
+    if draft_vocab is not None:
+        scored = None if draft_vocab == "none" else load_maps(draft_vocab, plain.config.vocab).tolist()
+    policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
+    return plain.with_drafter(head.module, head.params, policy, scored).with_rule(mode, rule)
