@@ -41,8 +41,9 @@ tau: tokens per target call, bonus token included; the prefill call and the toke
 efficiency: speed-up / tau: the share of the longer steps that is left after drafting and wider target calls
 same: share of prompts whose tokens are those of the plain arm; fp32 differs only at near ties; not shown where a rule
 keeps the law and not the text
-draft, target, verify, commit: the parts of a round as separate programs on the same shapes, dispatch subtracted;
-overhead: what is left of the round's time in the fused program; below 0 where fusion saves more than the rest costs"""
+round: one round of the fused program in the middle of an answer; draft, target, verify, commit: its parts as separate
+programs on the same shapes, taking turns with it; dispatch subtracted from all
+overhead: what is left of the round; below 0 where fusion saves more than the rest costs"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,39 +328,52 @@ def nothing(*arguments: Any) -> Array:
     return jnp.zeros(())
 
 
+class Part(NamedTuple):
+    """A program to time, with what it is handed."""
+
+    program: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: int | None = None
+    """The argument that is given up, so that a copy of it is handed over."""
+
+
 def time_parts(models: Models, requests: Requests, args: Args, rounds: int) -> dict[str, float]:
-    """Seconds of each part of a round, in the middle of decoding `requests`."""
+    """Seconds of a whole round and of each of its parts, in the middle of decoding `requests`."""
     engine, weights = models.engine, models.weights
     state = run_rounds(engine, weights, begin(models, requests, args), np.int32(max(1, rounds // 2)))
     tree = grow(engine, weights, state)
     scored = score(engine, weights, state, tree)
     accepted = accept(engine, state, tree, scored.logits_BNV)
+    one_round = functools.partial(run_rounds, engine)
     parts = {
-        "target": part_seconds(functools.partial(score, engine), weights, state, tree),
-        "verify": part_seconds(functools.partial(accept, engine), state, tree, scored.logits_BNV),
-        "commit": part_seconds(commit, state, scored.fresh, accepted, donated=0),
-        "draft": 0.0,
+        "nothing": Part(nothing, (weights, state)),
+        "round": Part(one_round, (weights, state, np.int32(1)), donated=1),
+        "target": Part(functools.partial(score, engine), (weights, state, tree)),
+        "verify": Part(functools.partial(accept, engine), (state, tree, scored.logits_BNV)),
+        "commit": Part(commit, (state, scored.fresh, accepted), donated=0),
     }
     if engine.drafter is not None:
         path = (weights, state, scored.features_BND, accepted)
-        parts["draft"] = part_seconds(functools.partial(grow, engine), weights, state)
-        parts["draft"] += part_seconds(functools.partial(extend, engine), *path)
-    return parts
+        parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
+        parts["extend"] = Part(functools.partial(extend, engine), path)
+    seconds = in_turns(parts, repeats=15)
+    dispatch = seconds.pop("nothing")
+    seconds = {name: max(0.0, taken - dispatch) for name, taken in seconds.items()}
+    seconds["draft"] = seconds.pop("grow", 0.0) + seconds.pop("extend", 0.0)
+    return seconds
 
 
-def part_seconds(part: Callable[..., Any], *arguments: Any, donated: int | None = None, repeats: int = 15) -> float:
-    """The median time of `part` without that of its dispatch; argument `donated` is given up, so a copy of it is."""
-    times = []
-    for program in (nothing, part):
-        samples = []
-        for _ in range(repeats + 1):
-            given = [jax.tree.map(jnp.copy, a) if i == donated else a for i, a in enumerate(arguments)]
+def in_turns(parts: dict[str, Part], *, repeats: int) -> dict[str, float]:
+    """The median seconds of each part; parts take turns, so that a machine that drifts slows all of them alike."""
+    samples: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats + 1):
+        for name, part in parts.items():
+            given = [jax.tree.map(jnp.copy, a) if i == part.donated else a for i, a in enumerate(part.arguments)]
             jax.block_until_ready(given)
             started = time.perf_counter()
-            jax.block_until_ready(program(*given))
-            samples.append(time.perf_counter() - started)
-        times.append(float(np.median(samples[1:])))
-    return max(0.0, times[1] - times[0])
+            jax.block_until_ready(part.program(*given))
+            samples[name].append(time.perf_counter() - started)
+    return {name: float(np.median(taken[1:])) for name, taken in samples.items()}
 
 
 def make_row(
@@ -370,7 +384,7 @@ def make_row(
     middle = len(batches) // 2
     rounds = int(mine[0].generations[middle].calls.max())
     parts = time_parts(models, batches[middle], args, rounds) if rounds else {}
-    round_seconds = float(np.median([run.round_seconds / max(1, run.rounds) for run in mine]))
+    round_seconds = parts.pop("round", 0.0)
     prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
     prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
     work = round_work(models, args.batch, float(prefix))
@@ -391,7 +405,7 @@ def make_row(
         "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
         "identical_fraction": float(np.mean(same)) if comparable else None,
         "capacity": capacity_and_slots(models, batches[0], args)[0],
-        "round_ms": 1e3 * round_seconds,
+        "round_ms": 1e3 * round_seconds if parts else None,
         **{f"{part}_ms": 1e3 * parts[part] if parts else None for part in ("draft", "target", "verify", "commit")},
         "overhead_ms": 1e3 * (round_seconds - sum(parts.values())) if parts else None,
         "prefill_ms": 1e3 * float(np.median([run.prefill_seconds for run in mine])) / len(batches),
