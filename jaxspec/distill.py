@@ -11,7 +11,9 @@ import optax
 
 from jaxspec.base import Array, Borrowed, Params, Target
 from jaxspec.layers import segment_mask
-from jaxspec.losses import FEATURE_LOSSES, LOGIT_LOSSES, agreement, expected_acceptance
+from jaxspec.losses import FEATURE_LOSSES, agreement, expected_acceptance, soft_cross_entropy
+
+LOGIT_LOSSES = {"soft_cross_entropy": soft_cross_entropy}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,86 @@
-"""Distillation losses: each a short function with its equation, per token; `distill` masks, sums and counts."""
+"""Distillation losses: each a short function with its equation, per token; `distill` masks, sums and combines."""
 
 from __future__ import annotations
 
-from jaxspec.losses.divergence import agreement, expected_acceptance, soft_cross_entropy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxspec.base import Array
+from jaxspec.losses.acceptance import agreement, expected_acceptance, l1_ce, lk, neg_log_acceptance, tvd
+from jaxspec.losses.divergence import cross_entropy, jsd, kl, reverse_kl, soft_cross_entropy, top_k_cross_entropy
 from jaxspec.losses.feature import smooth_l1
+from jaxspec.losses.loss import LogitLoss, Scores
+from jaxspec.losses.spec import Knob, read_spec
+from jaxspec.losses.tvdpp import standardised, tvdpp_exact, tvdpp_exact_pos, tvdpp_sampled, tvdpp_uniform_vocab
 
-FEATURE_LOSSES = {"smooth_l1": smooth_l1}
+FEATURE_LOSSES: dict[str, Callable[[Array, Array], Array]] = {"smooth_l1": smooth_l1}
 """Name -> loss of (draft feature, target feature), `[..., D] -> [...]`."""
-LOGIT_LOSSES = {"soft_cross_entropy": soft_cross_entropy}
-"""Name -> loss of (draft logits, target logits), `[..., V] -> [...]`."""
 
-__all__ = ["FEATURE_LOSSES", "LOGIT_LOSSES", "agreement", "expected_acceptance", "smooth_l1", "soft_cross_entropy"]
+
+class Entry(NamedTuple):
+    """A line of the table: of scores and its number, if it takes one, a loss `[...]` or parts `[..., M]` to combine."""
+
+    loss: Callable[..., Array]
+    knob: Knob | None = None
+    combine: Callable[[Array, Array], Array] | None = None
+
+
+_BETA = Knob("beta", "a number between 0 and 1", lambda x: 0 < x < 1, 0.5)
+_ETA = Knob("eta", "a number of at least 0", lambda x: 0 <= x < float("inf"), 3.0)
+_K = Knob("K", "a whole number of at least 1", lambda x: x >= 1, 10, int)
+_DRAWS = Knob("S", "a whole number of at least 1", lambda x: x >= 1, 4, int)
+
+LOGIT_LOSSES: dict[str, Entry] = {
+    "soft_cross_entropy": Entry(lambda s: soft_cross_entropy(s.draft, s.target)),
+    "cross_entropy": Entry(lambda s: cross_entropy(s.draft, s.token)),
+    "kl": Entry(lambda s: kl(s.draft, s.target)),
+    "reverse_kl": Entry(lambda s: reverse_kl(s.draft, s.target)),
+    "jsd": Entry(lambda s, beta: jsd(s.draft, s.target, beta), _BETA),
+    "top_k": Entry(lambda s, k: top_k_cross_entropy(s.draft, s.target, k), _K),
+    "tvd": Entry(lambda s: tvd(s.draft, s.target, s.rest)),
+    "neg_log_acceptance": Entry(lambda s: neg_log_acceptance(s.draft, s.target, s.rest)),
+    "lk": Entry(lambda s, eta: lk(s.draft, s.target, eta, s.rest), _ETA),
+    "l1_ce": Entry(lambda s: l1_ce(s.draft, s.target, s.token, s.rest)),
+    "tvdpp_exact": Entry(lambda s: tvdpp_exact(s.draft, s.target, s.rest), None, standardised),
+    "tvdpp_exact_pos": Entry(lambda s: tvdpp_exact_pos(s.draft, s.target, s.rest)),
+    "tvdpp_sampled": Entry(lambda s, n: tvdpp_sampled(s.draft, s.target, s.key, n, s.rest), _DRAWS, standardised),
+    "tvdpp_uniform_vocab": Entry(lambda s: tvdpp_uniform_vocab(s.draft, s.target, s.rest), None, standardised),
+}
+"""Name -> loss of the draft's distribution; `logit_loss` makes one by its spec."""
+
+
+@functools.cache  # one object a spec, so that programs that hold it are traced once
+def logit_loss(spec: str) -> LogitLoss:
+    """The loss called `name` or `name:number` (`kl`, `jsd:0.3`, `top_k:10`). ValueError: there is no such loss."""
+    name, number = read_spec("loss", spec, {name: entry.knob for name, entry in LOGIT_LOSSES.items()})
+    entry = LOGIT_LOSSES[name]
+    if entry.combine is None:
+        return LogitLoss(spec, lambda scores: entry.loss(scores, *number)[..., None])
+    return LogitLoss(spec, lambda scores: entry.loss(scores, *number), entry.combine)
+
+
+__all__ = [
+    "FEATURE_LOSSES",
+    "LOGIT_LOSSES",
+    "LogitLoss",
+    "Scores",
+    "agreement",
+    "cross_entropy",
+    "expected_acceptance",
+    "jsd",
+    "kl",
+    "l1_ce",
+    "lk",
+    "logit_loss",
+    "neg_log_acceptance",
+    "reverse_kl",
+    "smooth_l1",
+    "soft_cross_entropy",
+    "top_k_cross_entropy",
+    "tvd",
+    "tvdpp_exact",
+    "tvdpp_exact_pos",
+    "tvdpp_sampled",
+    "tvdpp_uniform_vocab",
+]

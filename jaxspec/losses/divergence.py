@@ -1,30 +1,60 @@
-"""Losses and measures between the draft's next-token distribution and the target's, from their logits."""
+"""Cross-entropies and divergences between the target's distribution `p` and the draft's `q`.
+
+All are `[..., U], [..., U] -> [...]`. Over a draft vocabulary of `U` tokens `p` is the target's distribution given that
+its token is one of them (renormalised, as EAGLE-3 trains).
+"""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.sampling import argmax
+from jaxspec.losses.loss import log_probs
 
 
 def soft_cross_entropy(draft_logits: Array, target_logits: Array) -> Array:
-    """`-sum_v p_v log q_v` with `p, q` the softmax of target and draft (EAGLE section 4.2).
+    """`-sum_v p_v log q_v` (EAGLE section 4.2). It is `kl` up to the entropy of `p`."""
+    return -jnp.sum(jnp.exp(log_probs(target_logits)) * log_probs(draft_logits), axis=-1)
 
-    `[..., V], [..., V] -> [...]`, fp32. It is KL(p || q) up to the entropy of `p`; finite for any finite logits.
+
+def cross_entropy(draft_logits: Array, token: Array) -> Array:
+    """`-log q_token`, and 0 where the token is -1: the text's own token as a hard label (Medusa, PARD).
+
+    `[..., U], [...] -> [...]`.
     """
-    p = jax.nn.softmax(target_logits.astype(jnp.float32), axis=-1)
-    return -jnp.sum(p * jax.nn.log_softmax(draft_logits.astype(jnp.float32), axis=-1), axis=-1)
+    logq = jnp.take_along_axis(log_probs(draft_logits), jnp.maximum(token, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(token < 0, 0, -logq)
 
 
-def expected_acceptance(draft_logits: Array, target_logits: Array) -> Array:
-    """`sum_v min(p_v, q_v) = 1 - TV(p, q)`: how often a drafted sample is kept at temperature 1 (Leviathan 2023)."""
-    p = jax.nn.softmax(target_logits.astype(jnp.float32), axis=-1)
-    q = jax.nn.softmax(draft_logits.astype(jnp.float32), axis=-1)
-    return jnp.sum(jnp.minimum(p, q), axis=-1)
+def kl(draft_logits: Array, target_logits: Array) -> Array:
+    """`sum_v p_v log(p_v / q_v)`, the forward KL (DistillSpec, arXiv 2310.08461)."""
+    logp, logq = log_probs(target_logits), log_probs(draft_logits)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
 
-def agreement(draft_logits: Array, target_logits: Array) -> Array:
-    """1 where both argmaxes are the same token, else 0: how often a greedy draft is kept."""
-    return (argmax(draft_logits) == argmax(target_logits)).astype(jnp.float32)
+def reverse_kl(draft_logits: Array, target_logits: Array) -> Array:
+    """`sum_v q_v log(q_v / p_v)`: it punishes drafts the target would not write (DistillSpec)."""
+    return kl(target_logits, draft_logits)
+
+
+def jsd(draft_logits: Array, target_logits: Array, beta: float = 0.5) -> Array:
+    """`beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q` (DistillSpec; Agarwal 2023).
+
+    At one half symmetric and at most `log 2`.
+    """
+    logp, logq = log_probs(target_logits), log_probs(draft_logits)
+    logm = jnp.logaddexp(math.log(beta) + logp, math.log1p(-beta) + logq)
+    return jnp.sum(beta * jnp.exp(logp) * (logp - logm) + (1 - beta) * jnp.exp(logq) * (logq - logm), axis=-1)
+
+
+def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10) -> Array:
+    """`-sum_{v in top k of p} p_v log q_v`, neither side renormalised on the `k` tokens (HASS, arXiv 2408.15766).
+
+    Of `U <= k` tokens it is `soft_cross_entropy`.
+    """
+    _, top = jax.lax.top_k(target_logits, min(k, target_logits.shape[-1]))
+    p, logq = jnp.exp(log_probs(target_logits)), log_probs(draft_logits)
+    return -jnp.sum(jnp.take_along_axis(p, top, axis=-1) * jnp.take_along_axis(logq, top, axis=-1), axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxspec.base import Array
+from jaxspec.losses.loss import wide
 
 
 def smooth_l1(draft: Array, target: Array) -> Array:
@@ -12,5 +13,5 @@ def smooth_l1(draft: Array, target: Array) -> Array:
 
     `[..., D], [..., D] -> [...]`, fp32.
     """
-    gap = jnp.abs(draft.astype(jnp.float32) - target.astype(jnp.float32))
+    gap = jnp.abs(wide(draft) - wide(target))
     return jnp.mean(jnp.where(gap < 1.0, 0.5 * gap * gap, gap - 0.5), axis=-1)
