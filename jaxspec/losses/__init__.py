@@ -11,6 +11,7 @@ from jaxspec.losses.acceptance import agreement, expected_acceptance, l1_ce, lk,
 from jaxspec.losses.divergence import cross_entropy, jsd, kl, reverse_kl, soft_cross_entropy, top_k_cross_entropy
 from jaxspec.losses.feature import smooth_l1
 from jaxspec.losses.loss import LogitLoss, Scores
+from jaxspec.losses.position import divides_by_weights, position_weights
 from jaxspec.losses.spec import Knob, read_spec
 from jaxspec.losses.tvdpp import standardised, tvdpp_exact, tvdpp_exact_pos, tvdpp_sampled, tvdpp_uniform_vocab
 
@@ -67,6 +68,7 @@ __all__ = [
     "Scores",
     "agreement",
     "cross_entropy",
+    "divides_by_weights",
     "expected_acceptance",
     "jsd",
     "kl",
@@ -74,6 +76,7 @@ __all__ = [
     "lk",
     "logit_loss",
     "neg_log_acceptance",
+    "position_weights",
     "reverse_kl",
     "smooth_l1",
     "soft_cross_entropy",
