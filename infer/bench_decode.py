@@ -353,7 +353,7 @@ def time_parts(models: Models, requests: Requests, args: Args, rounds: int) -> d
         "commit": Part(commit, (state, scored.fresh, accepted), donated=0),
     }
     if engine.drafter is not None:
-        path = (weights, state, scored.features_BND, accepted)
+        path = (weights, state, scored.read_BND, accepted)
         parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
         parts["extend"] = Part(functools.partial(extend, engine), path)
     seconds = in_turns(parts, repeats=15)

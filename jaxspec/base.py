@@ -50,6 +50,13 @@ class TargetOutput(NamedTuple):
     """Hidden states after the final norm: `logits = features @ head.T` (EAGLE section 3.1; what drafters read)."""
     fresh: KVCache | None
     """The call's own keys and values, `S = L`. The caller commits the rows it accepts; None when not asked for."""
+    taps_BLD: Array | None = None
+    """Hidden states entering some layers, side by side on the last axis, for drafters that read these (EAGLE-3)."""
+
+    @property
+    def read_BLD(self) -> Array:
+        """What the target's drafter reads: the taps, where there are any, else the features."""
+        return self.features_BLD if self.taps_BLD is None else self.taps_BLD
 
 
 class Borrowed(NamedTuple):
@@ -185,11 +192,37 @@ class Target(Protocol):
         ...
 
 
+class Unrolled(NamedTuple):
+    """`T` draft steps from every position. Row `i` at step `j` has read the tokens up to `x_{i+j+1}`."""
+
+    hidden_TBLD: Array
+    """What the drafter's logits are made of; they predict `x_{i+j+2}`."""
+    features_TBLD: Array | None = None
+    """What should equal the target's feature `f_{i+j+1}`; None where nothing should."""
+    kept_TBL: Array | None = None
+    """Which of them were computed; None: all."""
+
+
 class Drafter(Protocol):
     """A trainable head as the engine sees it: `extend` is the root, `expand` one level of the tree."""
 
-    def init_state(self, batch: int, capacity: int) -> Any:
-        """Empty per-row state for contexts of up to `capacity` tokens.
+    @property
+    def deepest(self) -> int | None:
+        """The greatest depth a node it drafts can have; None without a limit."""
+        ...
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs it reads; empty where it reads the target's features, or nothing."""
+        ...
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that its own LM head scores; None where it borrows the target's."""
+        ...
+
+    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> Any:
+        """Per-row state for contexts of up to `capacity` tokens that begin with `first`, which no pair will carry.
 
         A pytree of `KVCache`s and of arrays that have the batch axis first.
         """
@@ -200,8 +233,8 @@ class Drafter(Protocol):
     ) -> tuple[Any, Array]:
         """Take in what the target just read and return the draft logits `[B, V]` of the new root's children.
 
-        Row `l` pairs the target's feature at some position with the token at the *next* one; the last of the
-        `count_B` pairs carries the root token. Rows with count 0 keep their state.
+        Row `l` pairs what the drafter reads of the target at some position with the token at the *next* one; the last
+        of the `count_B` pairs carries the root token. Rows with count 0 keep their state.
         """
         ...
 
@@ -213,4 +246,34 @@ class Drafter(Protocol):
         self, params: Params, borrowed: Borrowed, state: Any, scratch: Any, frontier: Frontier
     ) -> tuple[Array, Any]:
         """Draft logits `[B, W, V]` of the children of a level's nodes; writes their slots of the scratch."""
+        ...
+
+
+class Learner(Drafter, Protocol):
+    """A drafter as training sees it."""
+
+    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+        """Fresh weights; some begin as copies of the target's tables, where these are given."""
+        ...
+
+    def unroll(
+        self,
+        params: Params,
+        borrowed: Borrowed,
+        tokens_BL: Array,
+        features_BLD: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        steps: int,
+        key: Array | None = None,
+    ) -> Unrolled:
+        """`steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
+
+        `key` is for drafters that train on a random part of the positions; None computes all. Rows whose tokens run
+        past their document are garbage for the loss mask to drop.
+        """
+        ...
+
+    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int) -> Array:
+        """fp32 logits `[B, L, V]` of the unrolled outputs of one step."""
         ...

@@ -148,6 +148,8 @@ def model_kind(path: str | Path) -> str:
 class LoadedDrafter(NamedTuple):
     """A drafter read from a folder."""
 
+    name: str
+    """In the `DRAFTERS` table."""
     module: Any
     params: Params
     about: dict[str, Any]
@@ -186,7 +188,7 @@ def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedD
     if name not in DRAFTERS:
         raise ValueError(f"{path}: drafter {name!r} is not one of {', '.join(DRAFTERS)}")
     kind, shape = DRAFTERS[name]
-    values = dict(config["shape"])
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["shape"].items()}
     if values.get("rope_scaling"):
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     try:
@@ -198,7 +200,7 @@ def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedD
         raise ValueError(f"{path}: the weights do not have the shapes that the drafter's config says")
     scored = config.get("draft_vocab")
     params = jax.tree.map(lambda a: a.astype(dtype), params)
-    return LoadedDrafter(module, params, config["about"], None if scored is None else tuple(scored))
+    return LoadedDrafter(name, module, params, config["about"], None if scored is None else tuple(scored))
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

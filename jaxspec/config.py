@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxspec.distill import Objective
-from jaxspec.drafters import EagleConfig
 from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")
@@ -102,6 +101,43 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Where a drafter's shape differs from one layer of the target's; what is none here follows the target.
+
+    Which fields a drafter has is its own affair; one that it does not have is an error.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp: int | None = None
+    rope_theta: float | None = None
+    bias: bool | None = None  # of the fusion layer
+    embedding_norm: bool | None = None
+    head_norm: bool | None = None
+    zero_logits: bool | None = None  # HASS's released attention
+    feature_sampling: bool | None = None  # FSPAD
+    partial_alignment: bool | None = None  # FSPAD
+    taps: tuple[int, ...] | None = None  # EAGLE-3
+    tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec
+    host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next five
+    mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] | None = None
+    shared_mask: bool | None = None
+    bidirectional: bool | None = None
+    keep: float | None = None
+    keep_least: float | None = None
+    vocab: int | None = None  # of the drafter's own LM head: Medusa (0: share the target's), EAGLE-3, draft_lm
+    width: int | None = None  # draft_lm, as are the next two
+    layers: int | None = None
+    tied: bool | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """Training of a drafter on a frozen target."""
 
@@ -112,7 +148,9 @@ class DistillConfig:
     checkpoint: CheckpointConfig
     export_folder: str  # Orbax folder of the finished drafter, for `jaxspec generate --drafter`
     drafter: str = "eagle"  # a name of jaxspec.drafters.DRAFTERS
-    head: EagleConfig | None = None  # its shape; None: one layer of the target's shape
+    head: HeadConfig = HeadConfig()  # its shape
+    init_from: str | None = None  # folder of a drafter to go on from; of draft_lm also a HuggingFace folder
+    draft_vocab: str | None = None  # file of the tokens to score, as `jaxspec draft-vocab` writes it; None: all
     objective: Objective = dataclasses.field(default_factory=Objective)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0

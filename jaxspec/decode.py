@@ -57,8 +57,14 @@ class Engine:
     def __post_init__(self) -> None:
         if (self.drafter is None) != (self.tree is None):
             raise ValueError("a drafter and a tree come together: give both, or neither for plain decoding")
-        if self.tree is not None:
+        if self.tree is not None and self.drafter is not None:
             self.rule.check(self.mode, self.tree)
+            deepest = self.drafter.deepest
+            if deepest is not None and self.tree.depth > deepest:
+                raise ValueError(
+                    f"the tree is {self.tree.depth} deep and the drafter drafts {deepest} tokens ahead: take a tree of "
+                    f"depth {deepest} or less, such as chain:{deepest}"
+                )
 
     @property
     def path(self) -> int:
@@ -128,7 +134,10 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
         raise ValueError(f"prompts are padded to {width:,} tokens, which is not a multiple of {chunk}: use `bucket`")
     read = functools.partial(_read, engine, weights, requests, chunk)
     # Behind a barrier, or XLA spends seconds folding the attention over an empty cache into a constant.
-    draft = None if engine.drafter is None else engine.drafter.init_state(batch, capacity)
+    draft = None
+    if engine.drafter is not None:
+        first_B, lent = requests.tokens_BL[:, 0], borrowed(engine, weights)
+        draft = engine.drafter.init_state(weights.drafter, lent, first_B, capacity)
     empty = jax.lax.optimization_barrier((engine.target.empty_cache(batch, capacity), draft))
     reading = read(0, _Reading(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
     if width > chunk:
@@ -185,7 +194,7 @@ def _read(
         return reading._replace(cache=cache, root_B=root_B)
     next_BL = next_BL.at[rows, last_B].set(jnp.where(ends_B, drawn_B, next_BL[rows, last_B]))
     draft, root_logits_BV = engine.drafter.extend(
-        weights.drafter, borrowed(engine, weights), reading.draft, next_BL, out.features_BLD, count_B
+        weights.drafter, borrowed(engine, weights), reading.draft, next_BL, out.read_BLD, count_B
     )
     return _Reading(cache, draft, root_logits_BV, root_B)
 
@@ -209,10 +218,10 @@ def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
 
 
 class Scored(NamedTuple):
-    """What the target makes of a tree: its nodes' keys and values, features, and fp32 logits."""
+    """What the target makes of a tree: its nodes' keys and values, what the drafter reads of them, and fp32 logits."""
 
     fresh: KVCache
-    features_BND: Array
+    read_BND: Array
     logits_BNV: Array
 
 
@@ -222,7 +231,7 @@ def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeS
     scored = score(engine, weights, state, tree)
     accepted = accept(engine, state, tree, scored.logits_BNV)
     if engine.drafter is not None:
-        draft, root_logits_BV = extend(engine, weights, state, scored.features_BND, accepted)
+        draft, root_logits_BV = extend(engine, weights, state, scored.read_BND, accepted)
         state = state._replace(draft=draft, root_logits_BV=root_logits_BV)
     return commit(state, scored.fresh, accepted)
 
@@ -272,7 +281,7 @@ def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> S
     positions_BN = state.length_B[:, None] + tree.depth_BN
     prefix = (state.cache, state.length_B)
     out = engine.target.forward(weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True)
-    return Scored(_fresh(out), out.features_BLD, engine.target.logits(weights.target, out.features_BLD))
+    return Scored(_fresh(out), out.read_BLD, engine.target.logits(weights.target, out.features_BLD))
 
 
 def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
@@ -286,17 +295,17 @@ def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) ->
 
 
 def extend(
-    engine: Engine, weights: Weights, state: DecodeState, features_BND: Array, accepted: verify.Accepted
+    engine: Engine, weights: Weights, state: DecodeState, read_BND: Array, accepted: verify.Accepted
 ) -> tuple[Any, Array]:
     """The drafter takes in the accepted path: its new state, and the logits of the new root's children."""
     assert engine.drafter is not None
-    features_BPD = jnp.take_along_axis(features_BND, accepted.path_BP[:, :, None], axis=1)
+    read_BPD = jnp.take_along_axis(read_BND, accepted.path_BP[:, :, None], axis=1)
     return engine.drafter.extend(
         weights.drafter,
         borrowed(engine, weights),
         state.draft,
         accepted.token_BP,
-        features_BPD,
+        read_BPD,
         _added(state, accepted),
     )
 

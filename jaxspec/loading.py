@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from jaxspec import models as bundled
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
-from jaxspec.checkpoint import load_drafter
+from jaxspec.checkpoint import LoadedDrafter, load_drafter
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
-from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.interchange.hf import load_target
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.trees import parse_tree
@@ -43,17 +43,25 @@ class Models(NamedTuple):
 
     def plain(self) -> Models:
         """The target alone."""
-        return self._replace(engine=Engine(self.engine.target), weights=Weights(self.weights.target))
+        target = cast(Llama, self.engine.target).clone(taps=())
+        return self._replace(engine=Engine(target), weights=Weights(self.weights.target))
 
     def with_drafter(
         self, drafter: Drafter, params: Params, tree: TreePolicy, draft_vocab: Sequence[int] | None = None
     ) -> Models:
         """The same target drafted for by `drafter`, which scores the tokens `draft_vocab` (None: all)."""
         target, vocab = self.weights.target, None
+        scored = self.config.vocab if draft_vocab is None else len(draft_vocab)
+        if drafter.vocab is not None and drafter.vocab != scored:
+            raise ValueError(
+                f"the drafter's own LM head scores {drafter.vocab:,} tokens, not {scored:,}: it was made for another "
+                "draft vocabulary, or for none"
+            )
         if draft_vocab is not None:
             token_U = jnp.asarray(draft_vocab, jnp.int32)
             vocab = DraftVocab(token_U, self.engine.target.borrowed(target).head_VD[token_U])
-        return self._replace(engine=Engine(self.engine.target, drafter, tree), weights=Weights(target, params, vocab))
+        module = cast(Llama, self.engine.target).clone(taps=drafter.taps)
+        return self._replace(engine=Engine(module, drafter, tree), weights=Weights(target, params, vocab))
 
     def with_tree(self, tree: TreePolicy) -> Models:
         """The same models with another tree."""
@@ -92,6 +100,38 @@ def target_folder(name: str) -> Path:
     return folder
 
 
+def open_drafter(
+    path: str | Path, *, dtype: Any = jnp.float32, tokenizer: ChatTokenizer | None = None
+) -> LoadedDrafter:
+    """The drafter in a folder: one of ours, or a HuggingFace folder, which is taken for an independent draft LM.
+
+    Raises ValueError as `load_drafter`, and where a draft LM's tokenizer, compared by vocabulary, is not `tokenizer`.
+    """
+    if not (Path(path) / "config.json").is_file():
+        return load_drafter(path, dtype=dtype)
+    found = load_target(path, dtype=dtype, stacked=False)
+    if tokenizer is not None:
+        theirs = ChatTokenizer.load(path).tokenizer.get_vocab()
+        if theirs != tokenizer.tokenizer.get_vocab():
+            raise ValueError(f"{path}: the draft model's tokenizer has another vocabulary than the target's")
+    c = found.config
+    shape = DraftLMConfig(
+        c.vocab, c.width, c.layers, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, c.norm_eps,
+        c.tied,
+    )  # fmt: skip
+    return LoadedDrafter("draft_lm", DraftLM(shape, dtype=dtype), found.params, {}, None)
+
+
+def check_width(path: str | Path, module: Drafter, target: LlamaConfig) -> None:
+    """ValueError if a drafter reads features of another width than the target's."""
+    width = target.width if isinstance(module, DraftLM) else cast(Any, module).config.width
+    if width != target.width:
+        raise ValueError(
+            f"{path}: the drafter reads features of width {width}, and the target's are {target.width} wide; it was "
+            "made for another target"
+        )
+
+
 def load_models(
     target: str,
     *,
@@ -115,13 +155,8 @@ def load_models(
     plain = Models(Engine(loaded.module), Weights(loaded.params), ChatTokenizer.load(folder), loaded.config)
     if drafter is None:
         return plain
-    head = load_drafter(drafter, dtype=dtype)
-    width = getattr(head.module.config, "width", plain.config.width)
-    if width != plain.config.width:
-        raise ValueError(
-            f"{drafter}: the drafter reads features of width {width}, but the target {folder} has width "
-            f"{plain.config.width}; it was made for another target"
-        )
+    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer)
+    check_width(drafter, head.module, plain.config)
     scored = head.draft_vocab
     if scored is not None and not (scored and 0 <= scored[0] and scored[-1] < plain.config.vocab):
         raise ValueError(

@@ -23,10 +23,12 @@ from jaxspec.base import Params
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.cli import Preempted
 from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, differences, to_dict
+from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.packing import Corpus, PackedBatches
 from jaxspec.data.pipeline import BatchIterator, iterate
 from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
-from jaxspec.drafters import DRAFTERS, EagleConfig
+from jaxspec.drafters import DRAFTERS, shape_of
+from jaxspec.loading import check_width, open_drafter
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import progress
 from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
@@ -201,31 +203,52 @@ def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheck
     return f"the loss is {loss} at step {step}, whose documents are {shown}; {good}; {advice}"
 
 
-RESUMABLE = ("target", "drafter", "head", "objective", "data", "optimizer", "seed", "dtype")
+RESUMABLE = ("target", "drafter", "head", "init_from", "draft_vocab", "objective", "data", "optimizer", "seed", "dtype")
 """Settings of a distillation that may not change under a run's feet."""
 EVAL_STEPS = 5
 """Draft steps that evaluation unrolls at least, for simulated tau."""
 
 
-def drafter_for(config: DistillConfig, target: LlamaConfig) -> Any:
-    """The drafter module that `config` names, one layer of the target's shape unless `config.head` says otherwise."""
+class Beginning(NamedTuple):
+    """A drafter before its training."""
+
+    module: Any
+    params: Params | None
+    """The weights to go on from; None for fresh ones."""
+
+
+def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> Beginning:
+    """The drafter that `config` names: that of `config.init_from`, or one layer of the target's shape with the changes
+    of `config.head`. `scored` is the size of its draft vocabulary.
+
+    Raises ValueError where that does not fit together.
+    """
+    dtype = jnp.dtype(config.dtype)
     if config.drafter not in DRAFTERS:
         raise ValueError(f"drafter {config.drafter!r} is not one of {', '.join(DRAFTERS)}")
-    shape = config.head or EagleConfig(
-        width=target.width,
-        heads=target.heads,
-        kv_heads=target.kv_heads,
-        head_dim=target.head_dim,
-        mlp=target.mlp,
-        rope_theta=target.rope_theta,
-        rope_scaling=target.rope_scaling,
-        norm_eps=target.norm_eps,
-    )
-    if shape.width != target.width:
-        raise ValueError(
-            f"head.width is {shape.width}, but the target's features are {target.width} wide: make them equal"
-        )
-    return DRAFTERS[config.drafter][0](shape, dtype=jnp.dtype(config.dtype))
+    if config.init_from is not None:
+        if config.head.given:
+            raise ValueError(f"head.{next(iter(config.head.given))} is that of {config.init_from}: leave it out")
+        found = open_drafter(config.init_from, dtype=jnp.float32)
+        if found.name != config.drafter:
+            raise ValueError(
+                f"{config.init_from}: holds a drafter {found.name!r}, and the config says {config.drafter!r}"
+            )
+        check_width(config.init_from, found.module, target)
+        return Beginning(found.module.clone(dtype=dtype), found.params)
+    like = {
+        "width": target.width,
+        "heads": target.heads,
+        "kv_heads": target.kv_heads,
+        "head_dim": target.head_dim,
+        "mlp": target.mlp,
+        "rope_theta": target.rope_theta,
+        "rope_scaling": target.rope_scaling,
+        "norm_eps": target.norm_eps,
+        "vocab": scored or target.vocab,
+    }
+    shape = shape_of(config.drafter, like, target.layers, config.head.given)
+    return Beginning(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)
 
 
 def distill(
@@ -236,25 +259,40 @@ def distill(
     The target's forward pass and the drafter's update are one jitted program on the config's mesh.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    drafter = drafter_for(config, target.config)
+    vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
+    drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
     blocks = attention_blocks(config, mesh)
-    target, learner = target.clone(**blocks), drafter.clone(**blocks)
+    target, learner = target.clone(**blocks, taps=drafter.taps), drafter.clone(**blocks)
     steps = config.optimizer.steps or len(train_data)
     optimizer = optimizer_of(config.optimizer, steps)
-    init = functools.partial(init_state, drafter, optimizer, jax.random.key(config.seed))
     frozen = jax.device_put(frozen, shardings(mesh, frozen))
+    key = jax.random.key(config.seed)
+
+    def init() -> TrainState:
+        return init_state(drafter, optimizer, key, target.borrowed(frozen), params)
+
     objective = config.objective
-    judged = dataclasses.replace(objective, steps=max(objective.steps, EVAL_STEPS))
+    deepest = drafter.deepest
+    if deepest is not None and objective.steps > deepest:
+        raise ValueError(
+            f"objective.steps is {objective.steps}, and this drafter drafts {deepest} tokens ahead: lower it"
+        )
+    judged = dataclasses.replace(
+        objective,
+        steps=max(objective.steps, EVAL_STEPS if deepest is None else min(EVAL_STEPS, deepest)),
+        step_weights=(),
+    )
     updated = jax.jit(functools.partial(train_step, target, learner, optimizer, objective), donate_argnums=1)
     sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
     place = functools.partial(place_rows, batch_sharding(mesh))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        parts = [jax.device_get(sums_of(frozen, state.params, place(eval_data[i]))) for i in range(len(eval_data))]
+        rows = (place(eval_data[i]) for i in range(len(eval_data)))
+        parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        state, loss, _ = updated(frozen, state, place(batch))
+        state, loss, _ = updated(frozen, state, place(batch), vocab_U)
         return state, loss
 
     return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)

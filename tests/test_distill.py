@@ -72,7 +72,7 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
     params = DRAFTER.init_params(jax.random.key(1))
     sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective)
     totals = {"smooth_l1": np.zeros(2), "soft_cross_entropy": np.zeros(2)}
-    accept, count = np.zeros(2), np.zeros(2)
+    accept, chain, count = np.zeros(2), np.zeros(2), np.zeros(2)
     borrowed = TARGET.borrowed(frozen)
     for row in range(4):
         for begin, length in ((0, 11), (11, 9)):
@@ -80,8 +80,8 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
             at = jnp.arange(length)[None]
             features = TARGET.forward(frozen, tokens, at, causal_mask(length)).features_BLD
             logits = TARGET.logits(frozen, features)
-            following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-            hidden = DRAFTER.unroll(params, borrowed, following, features, at, causal_mask(length), 2)
+            hidden = DRAFTER.unroll(params, borrowed, tokens, features, at, causal_mask(length), 2).hidden_TBLD
+            accepted = np.zeros((2, length))
             for j in range(2):
                 draft = DRAFTER.logits(params, borrowed, hidden[j])
                 for i in range(length - j - 2):
@@ -90,12 +90,16 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
                     p, q = logits[0, i + j + 1], draft[0, i]
                     totals["smooth_l1"][j] += float(smooth_l1(hidden[j][0, i], features[0, i + j + 1]))
                     totals["soft_cross_entropy"][j] += float(soft_cross_entropy(q, p))
-                    accept[j] += float(expected_acceptance(q, p))
+                    accepted[j, i] = float(expected_acceptance(q, p))
+                    accept[j] += accepted[j, i]
                     count[j] += 1
+                    if j == 0 or i + 2 >= 4:  # a chain is counted where all of its steps are trained
+                        chain[j] += np.prod(accepted[: j + 1, i])
     np.testing.assert_array_equal(sums.count_T, count)
     for name, value in totals.items():
-        np.testing.assert_allclose(sums.loss_T[name], value, rtol=1e-4)
+        np.testing.assert_allclose(sums.loss_TM[name][:, 0], value, rtol=1e-4)
     np.testing.assert_allclose(sums.accept_T, accept, rtol=1e-4)
+    np.testing.assert_allclose(sums.chain_sampled_T, chain, rtol=1e-4)
 
 
 def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
@@ -105,8 +109,8 @@ def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
     mask_BL = step_masks(batch, objective)[0]
 
     def whole(params) -> jax.Array:
-        tokens = shift(batch.tokens_BL, 1)
-        hidden = DRAFTER.unroll(params, borrowed, tokens, features, batch.positions_BL, mask_BLM, 1)[0]
+        rows = (batch.tokens_BL, features, batch.positions_BL, mask_BLM)
+        hidden = DRAFTER.unroll(params, borrowed, *rows, 1).hidden_TBLD[0]
         draft, teacher = DRAFTER.logits(params, borrowed, hidden), TARGET.logits(frozen, shift(features, 1))
         loss = smooth_l1(hidden, shift(features, 1)) + 0.1 * soft_cross_entropy(draft, teacher)
         return jnp.sum(loss * mask_BL) / jnp.sum(mask_BL)
@@ -116,6 +120,58 @@ def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
 
     expected, got = jax.value_and_grad(whole)(params), jax.jit(jax.value_and_grad(chunked))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, expected)
+
+
+def test_steps_are_weighed_one_by_one(frozen, batch: Batch):
+    params = DRAFTER.init_params(jax.random.key(1))
+    sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, Objective(steps=3))
+    steps = sums.losses("smooth_l1"), sums.losses("soft_cross_entropy")
+    for objective, weigh in (
+        (Objective(steps=3), (1, 1, 1)),
+        (Objective(steps=3, step_decay=0.5), (1, 0.5, 0.25)),
+        (Objective(steps=3, step_weights=(0.0, 2.0, 1.0)), (0, 2, 1)),
+    ):
+        expected = sum(w * (a + 0.1 * b) for w, a, b in zip(weigh, *steps, strict=True))
+        assert float(sums.mean_loss(objective)) == pytest.approx(float(expected), rel=1e-6)
+    first = float(steps[0][0] + 0.1 * sum(steps[1]))
+    assert float(sums.mean_loss(Objective(steps=3, feature_steps=1))) == pytest.approx(first, rel=1e-6)
+    with pytest.raises(ValueError, match="step_weights has 2 numbers for steps=3"):
+        Objective(steps=3, step_weights=(1.0, 1.0))
+
+
+def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: Batch):
+    """Counted from the compiled program: a further step costs the drafter's own layer and head, nothing else."""
+    params = DRAFTER.init_params(jax.random.key(1))
+    traced = {}
+    for steps in (1, 3):
+        calls: list[int] = []
+
+        class Counting(Llama):
+            def logits(self, params, features_BLD, seen=calls):
+                seen.append(features_BLD.size)
+                return super().logits(params, features_BLD)
+
+        counting = Counting(TARGET.config)
+        objective = Objective(steps=steps, chunk=LENGTH)
+        jax.eval_shape(lambda p, c=counting, o=objective: loss_sums(c, DRAFTER, frozen, p, batch, None, o), params)
+        traced[steps] = max(calls)
+    assert traced[1] == traced[3] == 4 * LENGTH * 16
+
+
+def test_with_a_draft_vocabulary_only_what_it_holds_is_trained(frozen, batch: Batch):
+    params = DRAFTER.init_params(jax.random.key(1))
+    objective = Objective(steps=2, chunk=6, weights=(("kl", 1.0),))
+    everything = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective, jnp.arange(VOCAB))
+    plain = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), everything, plain)
+    some = jnp.asarray([1, 4, 9, 16, 25, 36, 49])
+    sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective, some)
+    features = TARGET.forward(frozen, batch.tokens_BL, batch.positions_BL, segment_mask(batch.segments_BL)).features_BLD
+    best = jnp.argmax(TARGET.logits(frozen, features), axis=-1)
+    for j, mask in enumerate(step_masks(batch, objective)):
+        inside = jnp.isin(shift(best, j + 1), some) & mask
+        assert float(sums.weight_T["kl"][j]) == int(inside.sum()) < int(mask.sum()) == int(sums.count_T[j])
+    assert (sums.accept_T < plain.count_T).all() and (sums.agree_T <= sums.weight_T["kl"]).all()
 
 
 def test_tokens_outside_the_mask_do_not_matter(frozen, batch: Batch):
@@ -184,5 +240,5 @@ def test_one_update_on_a_mesh_equals_one_device(frozen, batch: Batch, mesh: tupl
 
 
 def test_unknown_losses_are_named():
-    with pytest.raises(ValueError, match="'nll' is unknown: choose from smooth_l1, soft_cross_entropy"):
+    with pytest.raises(ValueError, match="'nll' is unknown: choose from"):
         Objective(weights=(("nll", 1.0),))

@@ -73,8 +73,12 @@ def grow(policy: Any, tables: Tables, root: int = 0, choose: ChooseChildren = li
 class TableDrafter:
     """A bigram drafter under the `Drafter` contract. Its params are logits `[V, V]`, its state the newest token."""
 
-    def init_state(self, batch: int, capacity: int) -> Array:
-        return jnp.zeros(batch, jnp.int32)
+    deepest = None
+    taps = ()
+    vocab = None
+
+    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> Array:
+        return jnp.zeros_like(first_B)
 
     def extend(
         self, params: Params, borrowed: Borrowed, state: Array, tokens_BL: Array, features_BLD: Array, count_B: Array

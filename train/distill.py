@@ -16,6 +16,7 @@ from jaxspec.checkpoint import save_drafter
 from jaxspec.config import DistillConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
+from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.packing import Corpus, PackedBatches, tokenize_conversations
 from jaxspec.interchange.hf import load_target
 from jaxspec.training import distill, say
@@ -60,7 +61,9 @@ def run(config: DistillConfig) -> dict[str, Any]:
     train_data = packed(config, read_corpus(config, tokenizer, "train"), epochs=config.optimizer.epochs, shuffle=True)
     eval_data = packed(config, read_corpus(config, tokenizer, "eval"), epochs=1, shuffle=False)
     module, done = distill(config, target.module, target.params, train_data, eval_data)
-    save_drafter(config.export_folder, config.drafter, module, done.params, {"target": config.target})
+    scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
+    about = {"target": config.target}
+    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored)
     return {**done.keys(), "drafter": config.export_folder}
 
 

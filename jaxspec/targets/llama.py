@@ -120,6 +120,8 @@ class Llama(nn.Module):
     """Training only (no prefix, a causal mask): attend in blocks of so many queries, see `attend_causal`."""
     row_by_row: bool = False
     """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+    taps: tuple[int, ...] = ()
+    """Layers whose inputs (the residual stream, no norm) are put out as `TargetOutput.taps_BLD`, in this order."""
 
     def setup(self) -> None:
         c = self.config
@@ -167,17 +169,26 @@ class Llama(nn.Module):
         def past(layer: Array | int) -> Prefix | None:
             return None if prefix is None else Prefix(prefix[0], layer, prefix[1])
 
+        tapped: list[Array] = [jnp.zeros_like(x) for _ in self.taps]
         if self.stacked:
-            each = (self.layers, jnp.arange(c.layers))
-            x, fresh = jax.lax.scan(lambda x, row: block(x, row[0], past(row[1])), x, each)
+
+            def tapping(carry: tuple[Array, list[Array]], row: Any) -> tuple[tuple[Array, list[Array]], Any]:
+                x, tapped = carry
+                tapped = [jnp.where(row[1] == at, x, t) for at, t in zip(self.taps, tapped, strict=True)]
+                x, fresh = block(x, row[0], past(row[1]))
+                return (x, tapped), fresh
+
+            (x, tapped), fresh = jax.lax.scan(tapping, (x, tapped), (self.layers, jnp.arange(c.layers)))
         else:
             rows = []
             for i, layer in enumerate(self.layers):
+                tapped = [x if i == at else t for at, t in zip(self.taps, tapped, strict=True)]
                 x, row = block(x, layer, past(i))
                 rows.append(row)
             fresh = jax.tree.map(lambda *a: jnp.stack(a), *rows) if keep_kv else None
         features = rms_norm(x, self.norm, c.norm_eps)
-        return TargetOutput(features, None if fresh is None else KVCache(*fresh))
+        taps = jnp.concatenate(tapped, axis=-1) if self.taps else None
+        return TargetOutput(features, None if fresh is None else KVCache(*fresh), taps)
 
     def score(self, features_BLD: Array) -> Array:
         """See `logits`."""

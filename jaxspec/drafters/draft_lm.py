@@ -1,0 +1,246 @@
+"""An independent small language model as drafter: the target's tokenizer, its own weights and cache (Goel et al. 2024).
+
+It reads tokens alone. As every drafter it is handed (feature, next token) pairs, so the first token of a context, which
+is no token's next, comes with the empty state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as kv
+from jaxspec.base import Array, Borrowed, Frontier, KVCache, Params, Unrolled
+from jaxspec.layers import (
+    Prefix,
+    RopeScaling,
+    attend,
+    attend_causal,
+    gated_mlp,
+    merge_heads,
+    project_qkv,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    score_tokens,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftLMConfig:
+    """The shape of a Llama-like draft model."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight of one layer."""
+        return {
+            "attention_norm": (self.width,),
+            "qkv": (self.width, self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim),
+            "out": (self.kv_heads, self.heads // self.kv_heads, self.head_dim, self.width),
+            "mlp_norm": (self.width,),
+            "gate": (self.width, self.mlp),
+            "up": (self.width, self.mlp),
+            "down": (self.mlp, self.width),
+        }
+
+
+class DraftLMState(NamedTuple):
+    """What a row has read."""
+
+    cache: KVCache
+    length_B: Array
+    hidden_BD: Array
+    """The output at the newest token."""
+
+
+class DraftLMScratch(NamedTuple):
+    """Keys and values of the nodes expanded this round, by layer and scratch slot."""
+
+    k_YBKCM: Array
+    v_YBKMC: Array
+
+
+class DraftLM(nn.Module):
+    """A small Llama as a drafter, as pure functions of its weights.
+
+    Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, a list of one dict a layer: those of a
+    `targets.llama.Llama` that is not stacked.
+    """
+
+    config: DraftLMConfig
+    dtype: Any = jnp.float32
+    """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
+    query_block: int | None = None
+    """Training only: attend in blocks of so many queries, see `attend_causal`."""
+    row_by_row: bool = False
+    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """None: nothing of the target is read."""
+        return ()
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that its LM head scores."""
+        return self.config.vocab
+
+    def run(
+        self,
+        params: Params,
+        tokens_BL: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        past: KVCache | None = None,
+        length_B: Array | None = None,
+        scratch: tuple[DraftLMScratch, int] | None = None,
+    ) -> tuple[Array, KVCache]:
+        """Outputs behind the final norm, and every layer's keys and values.
+
+        With a scratch and its first slot, the tokens' own keys are written there and seen together with those before.
+        """
+        c = self.config
+        x = params["embed"][tokens_BL].astype(self.dtype)
+        cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        fresh = []
+        for i, layer in enumerate(params["layers"]):
+            q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
+            if scratch is not None:
+                begin, end = scratch[1], scratch[1] + tokens_BL.shape[1]
+                k = scratch[0].k_YBKCM[i].at[..., begin:end].set(k)
+                v = scratch[0].v_YBKMC[i].at[:, :, begin:end].set(v)
+                mixed = attend(q, k[..., :end], v[:, :, :end], mask_BLM, self._prefix(past, i, length_B))
+            elif past is None and self.query_block and self.query_block < tokens_BL.shape[1]:
+                mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
+            else:
+                mixed = attend(q, k, v, mask_BLM, self._prefix(past, i, length_B))
+            fresh.append((k, v))
+            x = x + merge_heads(layer, mixed)
+            x = x + gated_mlp(layer, rms_norm(x, layer["mlp_norm"], c.norm_eps))
+        keys, values = (jnp.stack(rows) for rows in zip(*fresh, strict=True))
+        return rms_norm(x, params["norm"], c.norm_eps), KVCache(keys, values)
+
+    def _prefix(self, past: KVCache | None, layer: int, length_B: Array | None) -> Prefix | None:
+        return None if past is None or length_B is None else Prefix(past, layer, length_B)
+
+    # The drafter contract.
+
+    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+        """Random weights: norms one, all else normal(0.02), residual outputs scaled by depth (GPT-2's rule)."""
+        c = self.config
+
+        def weight(at: int, name: str, shape: tuple[int, ...]) -> Array:
+            if name.endswith("norm"):
+                return jnp.ones(shape, jnp.float32)
+            scale = 0.02 / math.sqrt(2 * c.layers) if name in ("out", "down") else 0.02
+            return scale * jax.random.normal(jax.random.fold_in(key, at), shape, jnp.float32)
+
+        shapes = c.layer_shapes()
+        layers = [
+            {name: weight(100 * (i + 1) + j, name, shape) for j, (name, shape) in enumerate(shapes.items())}
+            for i in range(c.layers)
+        ]
+        table = (c.vocab, c.width)
+        params = {"embed": weight(0, "embed", table), "layers": layers, "norm": jnp.ones(c.width, jnp.float32)}
+        return params if c.tied else {**params, "head": weight(1, "head", table)}
+
+    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> DraftLMState:
+        """The state that has read the first token."""
+        c, batch = self.config, first_B.shape[0]
+        cache = kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+        nothing = jnp.zeros(batch, jnp.int32)
+        state = DraftLMState(cache, nothing, jnp.zeros((batch, c.width), self.dtype))
+        return self._take_in(params, state, first_B[:, None], nothing + 1)
+
+    def _take_in(self, params: Params, state: DraftLMState, tokens_BL: Array, count_B: Array) -> DraftLMState:
+        length = tokens_BL.shape[1]
+        positions_BL = state.length_B[:, None] + jnp.arange(length)
+        causal = jnp.tril(jnp.ones((1, length, length), bool))
+        hidden, fresh = self.run(params, tokens_BL, positions_BL, causal, state.cache, state.length_B)
+        last = jnp.maximum(count_B - 1, 0)[:, None, None]
+        hidden_BD = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+        hidden_BD = jnp.where((count_B > 0)[:, None], hidden_BD, state.hidden_BD)
+        cache = kv.commit(state.cache, fresh, state.length_B, jnp.argmax(hidden_BD, axis=-1))
+        return DraftLMState(cache, state.length_B + count_B, hidden_BD)
+
+    def extend(
+        self,
+        params: Params,
+        borrowed: Borrowed,
+        state: DraftLMState,
+        tokens_BL: Array,
+        features_BLD: Array,
+        count_B: Array,
+    ) -> tuple[DraftLMState, Array]:
+        """Read up to `L` tokens, `count` of them real, and score the root's children; features are not looked at."""
+        state = self._take_in(params, state, tokens_BL, count_B)
+        return state, self.logits(params, borrowed, state.hidden_BD[:, None])[:, 0]
+
+    def scratch(self, state: DraftLMState, slots: int) -> DraftLMScratch:
+        """Working memory for `slots` expanded nodes."""
+        c, batch = self.config, state.length_B.shape[0]
+        return DraftLMScratch(
+            jnp.zeros((c.layers, batch, c.kv_heads, c.head_dim, slots), self.dtype),
+            jnp.zeros((c.layers, batch, c.kv_heads, slots, c.head_dim), self.dtype),
+        )
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: DraftLMState, scratch: DraftLMScratch, frontier: Frontier
+    ) -> tuple[Array, DraftLMScratch]:
+        """Logits `[B, W, V]` of the children of one level's nodes."""
+        positions_BW = jnp.broadcast_to((state.length_B + frontier.depth - 1)[:, None], frontier.token_BW.shape)
+        hidden, written = self.run(
+            params,
+            frontier.token_BW,
+            positions_BW,
+            frontier.visible_BWM,
+            state.cache,
+            state.length_B,
+            (scratch, frontier.slot),
+        )
+        return self.logits(params, borrowed, hidden), DraftLMScratch(*written)
+
+    def unroll(
+        self,
+        params: Params,
+        borrowed: Borrowed,
+        tokens_BL: Array,
+        features_BLD: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        steps: int,
+        key: Array | None = None,
+    ) -> Unrolled:
+        """What it puts out on the text: as it reads tokens alone, step `j` at row `i` is step 0 at row `i + j`."""
+        hidden, _ = self.run(params, tokens_BL, positions_BL, mask_BLM)
+        ahead = [jnp.pad(hidden[:, 1 + j :], ((0, 0), (0, 1 + j), (0, 0))) for j in range(steps)]
+        return Unrolled(jnp.stack(ahead))
+
+    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+        """fp32 logits `[B, L, V]` of its own LM head."""
+        return score_tokens(hidden_BLD, params["embed"] if self.config.tied else params["head"])

@@ -1,0 +1,97 @@
+"""The EAGLE-3 head (Li et al. 2025): three fused layers of the target, trained over its own steps, its own LM head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxspec.base import Array
+from jaxspec.drafters.eagle import EagleConfig, layer_shapes
+from jaxspec.drafters.heads import Recurrent
+from jaxspec.layers import gated_mlp, rms_norm, score_tokens
+
+
+def default_taps(layers: int) -> tuple[int, int, int]:
+    """The reference's: inputs of layers 2, `L // 2` and `L - 3`, which are the outputs of those before them.
+
+    Raises ValueError for targets too shallow for three of them.
+    """
+    taps = (2, layers // 2, layers - 3)
+    if not taps[0] < taps[1] < taps[2]:
+        raise ValueError(
+            f"a target of {layers} layers is too shallow for EAGLE-3's three taps, inputs of layers {taps}: name taps "
+            "in head.taps"
+        )
+    return taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Config(EagleConfig):
+    """The shape of an EAGLE-3 head."""
+
+    bias: bool = False
+    vocab: int = 0
+    """Tokens that its own LM head scores: the target's, or those of a draft vocabulary."""
+    taps: tuple[int, ...] = ()
+    """Layers of the target whose inputs it reads, ascending."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias or self.embedding_norm or self.head_norm:
+            raise ValueError("an EAGLE-3 head has no bias, and norms of its own: leave bias and norms off")
+        if self.vocab < 1 or not self.taps or list(self.taps) != sorted(set(self.taps)):
+            raise ValueError(
+                f"an EAGLE-3 head needs a vocab and ascending taps, not vocab={self.vocab}, taps={self.taps}"
+            )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight."""
+        return {
+            "fc": (len(self.taps) * self.width, self.width),
+            "embedding_norm": (self.width,),
+            "feature_norm": (self.width,),
+            **layer_shapes(self),
+            "qkv": (2 * self.width, self.kv_heads, self.group + 2, self.head_dim),
+            "norm": (self.width,),
+            "head": (self.vocab, self.width),
+        }
+
+
+class Eagle3(Recurrent):
+    """The EAGLE-3 head as pure functions of its weights. Gradients flow through the features from step to step."""
+
+    detach = False
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs it reads."""
+        return self.config.taps
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that its own LM head scores."""
+        return self.config.vocab
+
+    def read(self, features_BLD: Array) -> Array:
+        """`fc` over the taps; only what comes from the target passes it."""
+        return jnp.einsum("BLE,ED->BLD", features_BLD.astype(self.dtype), self.weights["fc"].astype(self.dtype))
+
+    def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
+        """The feature is the stream; the attention reads `[norm(e); norm(f)]`."""
+        w, eps = self.weights, self.config.norm_eps
+        embedding = rms_norm(embedding_BLD.astype(self.dtype), w["embedding_norm"], eps)
+        return feature_BLD, jnp.concatenate([embedding, rms_norm(feature_BLD, w["feature_norm"], eps)], axis=-1)
+
+    def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
+        """The layer's output before its norm."""
+        out = stream_BLD + gated_mlp(self.weights, rms_norm(stream_BLD, self.weights["mlp_norm"], self.config.norm_eps))
+        return out, out
+
+    def regressed(self, features_TBLD: Array) -> Array | None:
+        """No feature is held to the target's."""
+        return None
+
+    def score(self, hidden_BLD: Array, head_VD: Array) -> Array:
+        """fp32 logits of its own LM head."""
+        return score_tokens(rms_norm(hidden_BLD, self.weights["norm"], self.config.norm_eps), self.weights["head"])

@@ -1,0 +1,334 @@
+"""What heads of one decoder layer share: the layer, and drafting step by step from the head's own features."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec import cache as kv
+from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Params, Unrolled
+from jaxspec.layers import (
+    MASKED,
+    Prefix,
+    RopeScaling,
+    attend,
+    attend_causal,
+    merge_heads,
+    project_qkv,
+    rope,
+    rope_frequencies,
+    score_tokens,
+)
+
+
+class HeadConfig(Protocol):
+    """The shape of a head of one layer."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_scaling(self) -> RopeScaling | None: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight."""
+        ...
+
+
+def init_weight(key: Array, name: str, shape: tuple[int, ...]) -> Array:
+    """EAGLE's initialisation: norms one, all else U(-1/sqrt(fan_in), 1/sqrt(fan_in)); mask slots are normal(0.02)."""
+    if name.endswith("norm"):
+        return jnp.ones(shape, jnp.float32)
+    if name.startswith("mask"):
+        return 0.02 * jax.random.normal(key, shape, jnp.float32)
+    fan_in = {"out": math.prod(shape[:-1]), "fc_bias": 2 * shape[0], "head": shape[-1]}.get(name, shape[0])
+    return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+
+
+class OneLayer(nn.Module):
+    """A head of one decoder layer, as pure functions of its weights. Abstract: see `Recurrent` and `ParallelSpec`."""
+
+    config: Any
+    """A `HeadConfig`."""
+    dtype: Any = jnp.float32
+    """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
+    query_block: int | None = None
+    """Training only: the first unrolled step attends in blocks of so many queries, see `attend_causal`."""
+    row_by_row: bool = False
+    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+
+    def setup(self) -> None:
+        self.weights = {
+            name: self.param(name, init_weight, name, shape) for name, shape in self.config.shapes().items()
+        }
+
+    def project(self, x_BLD: Array, positions_BL: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values at rotary positions."""
+        c = self.config
+        cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        return project_qkv(self.weights, x_BLD, cos, sin)
+
+    def mix(self, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
+        """The residual stream behind the attention."""
+        return stream_BLD + merge_heads(self.weights, mixed_BLKGC)
+
+    def attend_row(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask_BLM: Array,
+        own: list[tuple[Array, Array]],
+        zero_logits_BL: Array | None = None,
+    ) -> Array:
+        """Causal attention over the first step's `k, v` plus, by `own`, keys at each row's own index, in one softmax.
+
+        `zero_logits` counts further keys of score 0 that a row sees and that carry no value.
+        """
+        if not own and zero_logits_BL is None:
+            if self.query_block and self.query_block < q.shape[1]:
+                return attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
+            return attend(q, k, v, mask_BLM)
+        q = q * jnp.asarray(self.config.head_dim**-0.5, q.dtype)
+        causal = jnp.einsum("BLKGC,BKCM->BKGLM", q, k, preferred_element_type=jnp.float32)
+        causal = jnp.where(mask_BLM[:, None, None], causal, MASKED)
+        scores = [jnp.einsum("BLKGC,BKCL->BKGL", q, x, preferred_element_type=jnp.float32) for x, _ in own]
+        if zero_logits_BL is not None:
+            count = zero_logits_BL[:, None, None].astype(jnp.float32)
+            count = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1)), MASKED)
+            scores.append(jnp.broadcast_to(count, causal.shape[:-1]))
+        length = causal.shape[-1]
+        weight = jax.nn.softmax(jnp.concatenate([causal, jnp.stack(scores, axis=-1)], axis=-1), axis=-1)
+        weight = weight.astype(v.dtype)
+        mixed = jnp.einsum("BKGLM,BKMC->BLKGC", weight[..., :length], v)
+        for j, (_, x) in enumerate(own):
+            mixed = mixed + jnp.einsum("BKGL,BKLC->BLKGC", weight[..., length + j], x)
+        return mixed
+
+    # The parts of the contract that all of them share.
+
+    @property
+    def deepest(self) -> int | None:
+        """Greatest depth of a node; None without a limit."""
+        return None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs it reads; empty: the target's features."""
+        return ()
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that its own LM head scores; None where it borrows the target's."""
+        return None
+
+    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+        """Random weights as the reference initialises them."""
+        return {
+            name: init_weight(jax.random.fold_in(key, i), name, shape)
+            for i, (name, shape) in enumerate(self.config.shapes().items())
+        }
+
+    def extend(
+        self, params: Params, borrowed: Borrowed, state: Any, tokens_BL: Array, features_BLD: Array, count_B: Array
+    ) -> tuple[Any, Array]:
+        """Take in up to `L` pairs (feature, next token), `count` of them real, and score the root's children.
+
+        Returns the new state and logits `[B, V]`. Rows with count 0 keep their state.
+        """
+        return self.apply({"params": params}, borrowed, state, tokens_BL, features_BLD, count_B, method="_extend")  # type: ignore[return-value]
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: Any, scratch: Any, frontier: Frontier
+    ) -> tuple[Array, Any]:
+        """Logits `[B, W, V]` of the children of one level's nodes."""
+        return self.apply({"params": params}, borrowed, state, scratch, frontier, method="_expand")  # type: ignore[return-value]
+
+    def unroll(
+        self,
+        params: Params,
+        borrowed: Borrowed,
+        tokens_BL: Array,
+        features_BLD: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        steps: int,
+        key: Array | None = None,
+    ) -> Unrolled:
+        """`steps` draft steps from every position at once (HASS's context alignment, row layout).
+
+        Row `i` at step `j` is what drafting from `f_i` puts out after reading `x_{i+1} .. x_{i+j+1}`; it predicts
+        `f_{i+j+1}` and the token after. Rows whose tokens run past the document are garbage for the loss mask to drop.
+        """
+        arguments = (borrowed, tokens_BL, features_BLD, positions_BL, mask_BLM, steps, key)
+        return self.apply({"params": params}, *arguments, method="_unroll")  # type: ignore[return-value]
+
+    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+        """fp32 logits `[B, L, V]` of outputs `[B, L, D]`."""
+        return self.apply({"params": params}, hidden_BLD, borrowed.head_VD, method="score")  # type: ignore[return-value]
+
+    def score(self, hidden_BLD: Array, head_VD: Array) -> Array:
+        """fp32 logits of outputs under the target's LM head."""
+        return score_tokens(hidden_BLD, head_VD)
+
+
+class RecurrentState(NamedTuple):
+    """What a row has drafted from so far."""
+
+    cache: KVCache
+    """One layer's keys and values of the committed (feature, next token) pairs."""
+    length_B: Array
+    """Committed pairs; the pair of feature `f_t` sits in slot `t` and has rotary position `t`."""
+    hidden_BD: Array
+    """The head's output at the last pair, which its root's children are scored by."""
+    feature_BD: Array
+    """The feature that goes with it, which its root's children are drafted with."""
+
+
+class RecurrentScratch(NamedTuple):
+    """Keys, values and features of the nodes expanded this round, by scratch slot."""
+
+    k_BKCM: Array
+    v_BKMC: Array
+    feature_BMD: Array
+
+
+class Recurrent(OneLayer):
+    """A head that drafts step by step, each from the feature the step before put out (EAGLE section 4).
+
+    Abstract: a head says how a pair becomes the layer's input (`fuse`), what comes out of it (`finish`) and, if need
+    be, how logits are made (`score`) and what it makes of the target's features first (`read`).
+    """
+
+    detach = True
+    """Whether features handed from one training step to the next carry no gradient."""
+    zero_logits = False
+    """Training only: keys that a query must not see count with score 0, as in HASS's released code."""
+
+    def read(self, features_BLD: Array) -> Array:
+        """The target's features as the head takes them for its own."""
+        return features_BLD
+
+    def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
+        """The residual stream, and what queries, keys and values are made of."""
+        raise NotImplementedError
+
+    def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
+        """From the stream behind the attention: the output that is scored, and the feature for the next step."""
+        raise NotImplementedError
+
+    def regressed(self, features_TBLD: Array) -> Array | None:
+        """Which of the outputs should equal the target's features; None for none."""
+        return features_TBLD
+
+    def _extend(
+        self, borrowed: Borrowed, state: RecurrentState, tokens_BL: Array, features_BLD: Array, count_B: Array
+    ) -> tuple[RecurrentState, Array]:
+        length = tokens_BL.shape[1]
+        stream, seen = self.fuse(borrowed.embed_VD[tokens_BL], self.read(features_BLD))
+        positions_BL = state.length_B[:, None] + jnp.arange(length)
+        q, k, v = self.project(seen, positions_BL)
+        causal = jnp.tril(jnp.ones((1, length, length), bool))
+        stream = self.mix(stream, attend(q, k, v, causal, Prefix(state.cache, 0, state.length_B)))
+        hidden, feature = self.finish(stream)
+        hidden_BD, feature_BD = self._at_last(hidden, feature, state, count_B)
+        cache = kv.commit(state.cache, KVCache(k[None], v[None]), state.length_B, jnp.argmax(hidden_BD, axis=-1))
+        logits_BV = self.score(hidden_BD[:, None], borrowed.head_VD)[:, 0]
+        return RecurrentState(cache, state.length_B + count_B, hidden_BD, feature_BD), logits_BV
+
+    def _at_last(
+        self, hidden_BLD: Array, feature_BLD: Array, state: RecurrentState, count_B: Array
+    ) -> tuple[Array, Array]:
+        """Both at each row's last real pair; what the state has where there is none."""
+        last = jnp.maximum(count_B - 1, 0)[:, None, None]
+        any_B1 = (count_B > 0)[:, None]
+        hidden_BD = jnp.where(any_B1, jnp.take_along_axis(hidden_BLD, last, axis=1)[:, 0], state.hidden_BD)
+        if feature_BLD is hidden_BLD:
+            return hidden_BD, hidden_BD
+        return hidden_BD, jnp.where(any_B1, jnp.take_along_axis(feature_BLD, last, axis=1)[:, 0], state.feature_BD)
+
+    def _expand(
+        self, borrowed: Borrowed, state: RecurrentState, scratch: RecurrentScratch, frontier: Frontier
+    ) -> tuple[Array, RecurrentScratch]:
+        width = frontier.token_BW.shape[1]
+        begin, end = frontier.slot, frontier.slot + width
+        parent = jnp.maximum(frontier.parent_BW, 0)[..., None]
+        drafted = jnp.take_along_axis(scratch.feature_BMD, parent, axis=1)
+        feature = jnp.where((frontier.parent_BW == ROOT)[..., None], state.feature_BD[:, None], drafted)
+        stream, seen = self.fuse(borrowed.embed_VD[frontier.token_BW], feature)
+        positions_BW = jnp.broadcast_to((state.length_B + frontier.depth - 1)[:, None], frontier.token_BW.shape)
+        q, k, v = self.project(seen, positions_BW)
+        keys = scratch.k_BKCM.at[..., begin:end].set(k)
+        values = scratch.v_BKMC.at[:, :, begin:end].set(v)
+        past = Prefix(state.cache, 0, state.length_B)
+        mixed = attend(q, keys[..., :end], values[:, :, :end], frontier.visible_BWM, past)
+        hidden, feature = self.finish(self.mix(stream, mixed))
+        scratch = RecurrentScratch(keys, values, scratch.feature_BMD.at[:, begin:end].set(feature))
+        return self.score(hidden, borrowed.head_VD), scratch
+
+    def _unroll(
+        self,
+        borrowed: Borrowed,
+        tokens_BL: Array,
+        features_BLD: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        steps: int,
+        key: Array | None,
+    ) -> Unrolled:
+        outputs, features, pairs = [], [], []
+        feature, token = self.read(features_BLD), tokens_BL
+        length = tokens_BL.shape[1]
+        for step in range(steps):
+            token = jnp.pad(token[:, 1:], ((0, 0), (0, 1)))
+            stream, seen = self.fuse(borrowed.embed_VD[token], feature)
+            q, k, v = self.project(seen, positions_BL + step)
+            pairs.append((k, v))
+            hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None
+            first_k, first_v = pairs[0]
+            mixed = self.attend_row(q, first_k, first_v, mask_BLM, pairs[1:], hidden_keys)
+            hidden, feature = self.finish(self.mix(stream, mixed))
+            outputs.append(hidden)
+            features.append(feature)
+            feature = jax.lax.stop_gradient(feature) if self.detach else feature
+        return Unrolled(jnp.stack(outputs), self.regressed(jnp.stack(features)))
+
+    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> RecurrentState:
+        """Empty state for contexts of up to `capacity` tokens; no pair carries the first one's embedding."""
+        c, batch = self.config, first_B.shape[0]
+        cache = kv.empty(1, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+        nothing = jnp.zeros((batch, c.width), self.dtype)
+        return RecurrentState(cache, jnp.zeros(batch, jnp.int32), nothing, nothing)
+
+    def scratch(self, state: RecurrentState, slots: int) -> RecurrentScratch:
+        """Working memory for `slots` expanded nodes."""
+        c, batch = self.config, state.length_B.shape[0]
+        return RecurrentScratch(
+            jnp.zeros((batch, c.kv_heads, c.head_dim, slots), self.dtype),
+            jnp.zeros((batch, c.kv_heads, slots, c.head_dim), self.dtype),
+            jnp.zeros((batch, slots, c.width), self.dtype),
+        )
+
+
+class ParallelState(NamedTuple):
+    """What a row's next tokens are predicted by, all depths of them."""
+
+    cache: KVCache | None
+    """Keys and values of the committed pairs; None for heads without attention."""
+    length_B: Array
+    """Committed pairs."""
+    hidden_BTD: Array
+    """The output for every depth: `[:, d]` is scored for the children of nodes at depth `d`."""
+
+
+def parallel_children(logits_B1V: Array, frontier: Frontier) -> Array:
+    """Logits of a whole level's children where they do not depend on the nodes: `[B, W, V]`."""
+    return jnp.broadcast_to(logits_B1V, (*frontier.token_BW.shape, logits_B1V.shape[-1]))

@@ -1,0 +1,154 @@
+"""Medusa heads (Cai et al. 2024, Medusa-1): each predicts a later token from the target's feature alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxspec.base import Array, Borrowed, Frontier, Params, Unrolled
+from jaxspec.drafters.heads import ParallelState, init_weight, parallel_children
+from jaxspec.layers import score_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaConfig:
+    """The shape of Medusa heads."""
+
+    width: int
+    tokens: int = 4
+    """How many heads there are: head `k` of `1 .. K` predicts the token `k` places behind the target's own next."""
+    layers: int = 1
+    """Times that a head's residual block is applied; the released code repeats one block, so weights do not grow."""
+    vocab: int = 0
+    """Tokens that the heads' own LM heads score; 0 where they share the target's (its later, lighter form)."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.layers < 1 or self.vocab < 0:
+            raise ValueError(
+                f"tokens={self.tokens} and layers={self.layers} must be at least 1, and vocab={self.vocab} at least 0"
+            )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "block": (self.tokens, self.width, self.width),
+            "block_bias": (self.tokens, self.width),
+        }
+        return shapes | ({"heads": (self.tokens, self.vocab, self.width)} if self.vocab else {})
+
+
+class Medusa(nn.Module):
+    """Medusa heads as pure functions of their weights. A node's children depend on its depth alone."""
+
+    config: MedusaConfig
+    dtype: Any = jnp.float32
+    """Dtype of activations; logits are fp32."""
+    query_block: int | None = None
+    """Not used: there is no attention."""
+    row_by_row: bool = False
+    """Not used."""
+
+    def setup(self) -> None:
+        self.weights = {
+            name: self.param(name, init_weight, name, shape) for name, shape in self.config.shapes().items()
+        }
+
+    @property
+    def deepest(self) -> int | None:
+        """Greatest depth of a node: the number of heads."""
+        return self.config.tokens
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """None: the heads read the target's features."""
+        return ()
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that the heads' own LM heads score; None where they share the target's."""
+        return self.config.vocab or None
+
+    def predict(self, feature_BLD: Array) -> Array:
+        """Every head's output, `[K, B, L, D]`: `x + silu(W x + b)`."""
+        w = self.weights
+        out = jnp.broadcast_to(feature_BLD.astype(self.dtype), (self.config.tokens, *feature_BLD.shape))
+        for _ in range(self.config.layers):
+            inner = jnp.einsum("TBLD,TDE->TBLE", out, w["block"].astype(self.dtype))
+            out = out + jax.nn.silu(inner + w["block_bias"].astype(self.dtype)[:, None, None])
+        return out
+
+    def score(self, hidden_BLD: Array, head_VD: Array, head: int) -> Array:
+        """fp32 logits of a head's outputs."""
+        return score_tokens(hidden_BLD, self.weights["heads"][head] if self.config.vocab else head_VD)
+
+    # The drafter contract, as functions of explicit weights.
+
+    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+        """Blocks that begin near the identity (weights 0, biases random), LM heads as the target's if it is given."""
+        params = {}
+        for i, (name, shape) in enumerate(self.config.shapes().items()):
+            params[name] = init_weight(jax.random.fold_in(key, i), name, shape)
+        params["block"] = jnp.zeros_like(params["block"])
+        bound = self.config.width**-0.5
+        params["block_bias"] = jax.random.uniform(key, params["block_bias"].shape, jnp.float32, -bound, bound)
+        if self.config.vocab and borrowed is not None:
+            head_VD = borrowed.head_VD.astype(jnp.float32)
+            params["heads"] = jnp.broadcast_to(head_VD, params["heads"].shape)
+        return params
+
+    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> ParallelState:
+        """Empty state: nothing but the outputs at the newest feature is kept."""
+        c, batch = self.config, first_B.shape[0]
+        return ParallelState(None, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, c.tokens, c.width), self.dtype))
+
+    def extend(
+        self,
+        params: Params,
+        borrowed: Borrowed,
+        state: ParallelState,
+        tokens_BL: Array,
+        features_BLD: Array,
+        count_B: Array,
+    ) -> tuple[ParallelState, Array]:
+        """Take in the newest feature and score the root's children. Rows with count 0 keep their state."""
+        last = jnp.maximum(count_B - 1, 0)[:, None, None]
+        feature_B1D = jnp.take_along_axis(features_BLD, last, axis=1)
+        hidden: Any = self.apply({"params": params}, feature_B1D, method="predict")
+        hidden_BTD = jnp.where((count_B > 0)[:, None, None], jnp.swapaxes(hidden[:, :, 0], 0, 1), state.hidden_BTD)
+        state = ParallelState(None, state.length_B + count_B, hidden_BTD)
+        return state, self.logits(params, borrowed, hidden_BTD[:, :1])[:, 0]
+
+    def scratch(self, state: ParallelState, slots: int) -> Array:
+        """Nothing."""
+        return jnp.zeros(0)
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: ParallelState, scratch: Array, frontier: Frontier
+    ) -> tuple[Array, Array]:
+        """Logits `[B, W, V]` of the children of one level's nodes: those of the level's own head."""
+        at = slice(frontier.depth, frontier.depth + 1)
+        logits_B1V = self.logits(params, borrowed, state.hidden_BTD[:, at], frontier.depth)
+        return parallel_children(logits_B1V, frontier), scratch
+
+    def unroll(
+        self,
+        params: Params,
+        borrowed: Borrowed,
+        tokens_BL: Array,
+        features_BLD: Array,
+        positions_BL: Array,
+        mask_BLM: Array,
+        steps: int,
+        key: Array | None = None,
+    ) -> Unrolled:
+        """The first `steps` heads' outputs at every position."""
+        hidden: Any = self.apply({"params": params}, features_BLD, method="predict")
+        return Unrolled(hidden[:steps])
+
+    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+        """fp32 logits `[B, L, V]` of the outputs of head `step`."""
+        return self.apply({"params": params}, hidden_BLD, borrowed.head_VD, step, method="score")  # type: ignore[return-value]
