@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,49 @@ from jaxspec.loading import Models
 from jaxspec.serving import Answer, Batch, Job, Queue, Settings, answer, check_length, row_seed
 
 STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
+_TEMPERATURE_DRAW = 1
+"""Keeps the draw of a conversation's temperature apart from its noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperatures:
+    """Temperatures to answer at, each conversation at one of them. ValueError names a field out of range."""
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...]
+    """How often each value is drawn, relative to the others."""
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            if not 0 <= value < math.inf:
+                raise ValueError(f"temperatures hold {value:g}; each must be 0 (greedy) or above")
+        for weight in self.weights:
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weights of temperatures hold {weight:g}; each must be 0 or above")
+        if len(self.values) != len(self.weights) or not 0 < math.fsum(self.weights) < math.inf:
+            raise ValueError("weights of temperatures must be one for each, and not all 0")
+        if len(set(self.values)) != len(self.values):
+            raise ValueError("temperatures hold one twice; give it once, with a larger weight")
+
+    def draw(self, seed: int, index: int) -> float:
+        """The temperature of conversation `index` of a run: the same in whatever batch, shard or order."""
+        bits = np.random.SeedSequence((seed, index, _TEMPERATURE_DRAW)).generate_state(1)[0]
+        shares = np.cumsum(self.weights) / math.fsum(self.weights)
+        place = int(np.searchsorted(shares, int(bits) / 2**32, side="right"))
+        return self.values[min(place, int(np.flatnonzero(self.weights)[-1]))]  # the last share may round below 1
+
+
+def parse_temperatures(text: str) -> Temperatures:
+    """The temperatures of `0:1,0.3:2,1`, each with its weight or the weight 1. ValueError for any other form."""
+    pairs = [item.partition(":") for item in text.split(",")]
+    try:
+        values = tuple(float(value) for value, _, _ in pairs)
+        weights = tuple(float(weight) if colon else 1.0 for _, colon, weight in pairs)
+    except ValueError:
+        raise ValueError(
+            f"temperatures are {text!r}; they must be numbers, perhaps each with a weight: 0:1,0.3:1,0.7:2"
+        ) from None
+    return Temperatures(values, weights)
 
 
 class Rewritten(NamedTuple):
@@ -27,6 +71,8 @@ class Rewritten(NamedTuple):
     """Answers, a cut one included."""
     tokens: int
     """Tokens of the answers, stop ids included."""
+    temperature: float
+    """The answers were drawn at."""
 
     @property
     def complete(self) -> bool:
@@ -34,9 +80,10 @@ class Rewritten(NamedTuple):
         return self.turns > 0 and self.finish != LENGTH
 
     def record(self) -> dict[str, Any]:
-        """Its line of JSON: a conversation as `read_conversations` reads it, with `finish` and `tokens`."""
+        """Its line of JSON: a conversation as `read_conversations` reads it, and how its answers came about."""
         id, source, messages, _ = self.conversation
-        return {"id": id, "source": source, "messages": messages, "finish": self.finish, "tokens": self.tokens}
+        about = {"finish": self.finish, "tokens": self.tokens, "temperature": self.temperature}
+        return {"id": id, "source": source, "messages": messages, **about}
 
 
 @dataclasses.dataclass
@@ -45,6 +92,7 @@ class _Draft:
 
     original: Conversation
     seed: int
+    settings: Settings
     messages: list[Message]
     runs: list[tuple[Message, ...]]
     """What is still to be said to the target, one run a turn."""
@@ -53,7 +101,7 @@ class _Draft:
 
     def finished(self, finish: str) -> Rewritten:
         conversation = self.original._replace(messages=tuple(self.messages), unfinished=finish == LENGTH)
-        return Rewritten(conversation, finish, self.turns, self.tokens)
+        return Rewritten(conversation, finish, self.turns, self.tokens, self.settings.temperature)
 
 
 def user_runs(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
@@ -70,18 +118,28 @@ def user_runs(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
 
 
 def rewrite(
-    models: Models, numbered: Iterable[tuple[int, Conversation]], settings: Settings, *, seed: int, batch: int
+    models: Models,
+    numbered: Iterable[tuple[int, Conversation]],
+    settings: Settings,
+    *,
+    seed: int,
+    batch: int,
+    temperatures: Temperatures | None = None,
 ) -> Iterator[tuple[Batch | None, list[Rewritten]]]:
     """Let the target write every assistant turn anew, its own earlier answers before it.
 
     `numbered` pairs each conversation with its index in the whole data set. A row's noise comes from `(seed, index)`,
-    and a batch holds one padded length, so a conversation's answers depend neither on shards nor on the others.
+    as does its temperature where there are `temperatures` (instead of the one in `settings`), and a batch holds one
+    padded length, so a conversation's answers depend neither on shards nor on the others.
     Yields after each batch what it finished; first, with None, those that cannot be begun.
     """
     drafts: dict[int, _Draft] = {}
     queue, unfit = Queue([], batch=batch), []
     for index, conversation in numbered:
-        drafts[index] = _Draft(conversation, row_seed(seed, index), [], user_runs(conversation.messages))
+        own = settings
+        if temperatures is not None:
+            own = dataclasses.replace(settings, temperature=temperatures.draw(seed, index))
+        drafts[index] = _Draft(conversation, row_seed(seed, index), own, [], user_runs(conversation.messages))
         if not _ask(models, queue, index, drafts[index]):
             unfit.append(drafts.pop(index).finished(UNFIT))
     yield None, unfit
@@ -113,7 +171,7 @@ def _ask(models: Models, queue: Queue, index: int, draft: _Draft) -> bool:
         return False
     draft.messages = messages
     draft.runs.pop(0)
-    queue.add(Job(index, tokens, draft.seed))
+    queue.add(Job(index, tokens, draft.seed, draft.settings))
     return True
 
 

@@ -1,6 +1,7 @@
 """Tests of `jaxspec regenerate`: whose words it keeps, and that kills, shards and batches leave no trace."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from random_models import write_target
 from jaxspec import loading, serving
 from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
-from jaxspec.regeneration import user_header, user_runs, write_user_turns
+from jaxspec.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
 
 QUESTIONS = ("how much is 2 and 3?", "what does everybody know", "1", "and 12 and 14 make?", "say so again", "why")
+MIXTURE = ("--temperatures", "0,0.7:1,1.5:2", "--seed", "5")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_the_batch_leaves_no_trace(tmp_path, target, prompts, whole):
     assert lines_of(out) == lines_of(whole)
 
 
-@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "5")])
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "5"), MIXTURE])
 def test_shards_together_are_the_whole(tmp_path, target, prompts, whole, sampling):
     flags = ("--prompts", prompts, "--batch", "4", "--keep-unfinished", *sampling)
     if sampling:
@@ -110,6 +112,32 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, target, promp
     assert lines_of(out) == lines_of(whole)
     assert regenerate(out, target, *flags)["tokens"] == 0
     assert lines_of(out) == lines_of(whole)
+
+
+def test_each_conversation_is_answered_at_its_own_temperature_in_whatever_batch_and_after_whatever_kill(
+    tmp_path, target, prompts, whole
+):
+    parts = {name: tmp_path / f"{name}.jsonl" for name in ("torn", "undisturbed", "warm")}
+    flags = ("--prompts", prompts, "--keep-unfinished", *MIXTURE)
+    regenerate(parts["torn"], target, *flags, "--batch", "4", "--limit", "5")
+    parts["torn"].write_bytes(parts["torn"].read_bytes()[:-20])
+    counted = regenerate(parts["torn"], target, *flags, "--batch", "4")
+    assert counted["resumed_from"] == 4 and counted["temperatures"] == MIXTURE[1]
+    regenerate(parts["undisturbed"], target, *flags, "--batch", "3")
+    assert lines_of(parts["torn"]) == lines_of(parts["undisturbed"])
+    drawn = Counter(json.loads(line)["temperature"] for line in lines_of(parts["torn"]))
+    assert drawn.keys() <= {0, 0.7, 1.5} and len(drawn) > 1
+    assert {row["temperature"]: row["conversations"] for row in counted["by_temperature"]} == drawn
+    regenerate(parts["warm"], target, "--prompts", prompts, "--keep-unfinished", "--seed", "5", "--temperature", "1.5")
+    alone = [*lines_of(whole), *lines_of(parts["warm"])]
+    assert all(line in alone for line in lines_of(parts["torn"]) if json.loads(line)["temperature"] in (0, 1.5))
+
+
+def test_temperatures_are_drawn_by_weight_and_a_weight_of_0_never():
+    mixture = parse_temperatures("0,0.3:2,1:0")
+    drawn = Counter(mixture.draw(3, index) for index in range(3000))
+    assert drawn.keys() == {0.0, 0.3} and abs(drawn[0.3] / 3000 - 2 / 3) < 0.03
+    assert [mixture.draw(3, i) for i in range(50)] != [mixture.draw(4, i) for i in range(50)]
 
 
 def test_unfinished_answers_are_counted_and_dropped_and_not_tried_again(tmp_path, target, prompts, whole):
@@ -149,6 +177,14 @@ def test_other_settings_or_a_foreign_file_are_refused(tmp_path, target, prompts,
         (["--prompts", "p", "--limit", "0"], "--limit is 0"),
         (["--from-scratch", "-3"], "--from-scratch is -3"),
         (["--prompts", "p", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompts", "p", "--temperature", "1", "--temperatures", "0"], "or several with --temperatures"),
+        (["--prompts", "p", "--temperatures", "0,-1"], "temperatures hold -1"),
+        (["--prompts", "p", "--temperatures", "0:-1,1"], "weights of temperatures hold -1"),
+        (["--prompts", "p", "--temperatures", "0:0,1:0"], "not all 0"),
+        (["--prompts", "p", "--temperatures", "0,0:2"], "temperatures hold one twice"),
+        (["--prompts", "p", "--temperatures", "0,warm"], "temperatures are '0,warm'; they must be numbers"),
+        (["--prompts", "p", "--temperatures", ""], "temperatures are ''; they must be numbers"),
+        (["--prompts", "p", "--temperatures", "nan"], "temperatures hold nan"),
     ],
 )
 def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):

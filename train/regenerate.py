@@ -3,6 +3,9 @@
 User turns are kept; every assistant turn is the target's, its own earlier answers before it. A run that was stopped
 goes on where it was: give the same command. For many machines give each its --shard i/n and its own --out; the files
 together hold what one run without shards writes.
+
+The direct-alignment paper's data (arXiv 2403.00858): --temperatures 0,0.3,0.7,1.0 --top-p 0.95. With a drafter's own
+HuggingFace folder as --target the answers are the draft's (DistillSpec's on-policy data).
 """
 
 from __future__ import annotations
@@ -22,11 +25,19 @@ from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.flags import Flags
 from jaxspec.loading import Models
-from jaxspec.regeneration import LENGTH, UNFIT, Rewritten, rewrite, write_user_turns
+from jaxspec.regeneration import (
+    LENGTH,
+    UNFIT,
+    Rewritten,
+    Temperatures,
+    parse_temperatures,
+    rewrite,
+    write_user_turns,
+)
 
 SETTINGS = (
-    "target", "prompts", "from_scratch", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "shard", "dtype",
-    "keep_unfinished",
+    "target", "prompts", "from_scratch", "temperature", "temperatures", "top_k", "top_p", "seed", "max_new_tokens",
+    "shard", "dtype", "keep_unfinished",
 )  # fmt: skip
 """Flags that must stay the same when a run is resumed."""
 
@@ -34,11 +45,15 @@ SETTINGS = (
 @dataclass(frozen=True, kw_only=True)
 class Args(Flags):
     out: str
-    """JSON Lines of {"id", "source", "messages", "finish", "tokens"}, appended as conversations are finished."""
+    """JSON Lines of {"id", "source", "messages", "finish", "tokens", "temperature"}, appended as conversations are
+    finished."""
     prompts: str | None = None
     """JSON Lines of conversations, {"id", "source", "messages"} or ShareGPT's form; their answers are not read."""
     from_scratch: int = 0
     """Without --prompts: so many single user turns that the target itself writes, at temperature 1."""
+    temperatures: str | None = None
+    """Instead of --temperature: several, each with its weight (1 if left out), such as 0:1,0.3:1,0.7:1,1.0:1. Every
+    conversation draws one, and keeps it through its turns."""
     batch: int = 16
     """Conversations decoded together."""
     shard: str = "0/1"
@@ -50,7 +65,9 @@ class Args(Flags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.part
+        _ = self.part, self.mixture
+        if self.temperatures is not None and self.temperature:
+            raise ValueError("give --temperature, or several with --temperatures, one of the two")
         if (self.prompts is None) == (self.from_scratch == 0):
             raise ValueError("give a file with --prompts, or a number with --from-scratch, one of the two")
         flags.refuse_below_one(self, "batch", "limit")
@@ -64,6 +81,11 @@ class Args(Flags):
         if len(words) == 2 and all(w.isdecimal() for w in words) and int(words[0]) < int(words[1]):
             return int(words[0]), int(words[1])
         raise ValueError(f"--shard is {self.shard!r}; it must be i/n with i below n, from 0/4 to 3/4 for four shards")
+
+    @property
+    def mixture(self) -> Temperatures | None:
+        """The temperatures to draw from; None for one alone."""
+        return None if self.temperatures is None else parse_temperatures(self.temperatures)
 
 
 class Output:
@@ -79,7 +101,9 @@ class Output:
             raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
         self.dropped = jsonl.journal(self.state_path, settings, of=path)
         jsonl.drop_torn_line(path)
-        self.kept = [summarize(record) for record in jsonl.read_lines(path)]
+        alone = {"temperature": settings["temperature"]}  # of lines from before they said it
+        self.kept = [summarize(alone | record) for record in jsonl.read_lines(path)]
+        self.dropped = [alone | record for record in self.dropped]
 
     @property
     def ids(self) -> set[str]:
@@ -103,7 +127,7 @@ class Output:
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
     """What the counts need of a line."""
     turns = sum(message["role"] == "assistant" for message in record["messages"])
-    return {k: record[k] for k in ("id", "source", "finish", "tokens")} | {"turns": turns}
+    return {k: record[k] for k in ("id", "source", "finish", "tokens", "temperature")} | {"turns": turns}
 
 
 def main(argv: list[str]) -> int:
@@ -120,8 +144,8 @@ def main(argv: list[str]) -> int:
     if already:
         sys.stderr.write(f"{args.out}: {len(already):,} conversations are done, {len(todo):,} are left\n")
     seconds, tokens = run(models, todo, output, args)
-    rows = count(output)
-    print_counts(rows, output, args)
+    rows, by_temperature = count(output, "source"), count(output, "temperature")
+    print_counts(rows, by_temperature, output, args)
     result = report.result(
         "regenerate",
         dtype=loading.DTYPES[args.dtype],
@@ -136,6 +160,7 @@ def main(argv: list[str]) -> int:
         tokens=tokens,
         tokens_per_second=tokens / seconds if tokens else None,
         sources=rows,
+        by_temperature=by_temperature,
     )
     if args.json:
         report.write_json(args.json, result)
@@ -176,7 +201,8 @@ def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, ar
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
     started, tokens = time.perf_counter(), 0
     with report.progress("regenerating", len(todo), "conversations") as bar:
-        for done, finished in rewrite(models, todo, args.settings, seed=args.seed, batch=args.batch):
+        drawn = {"seed": args.seed, "batch": args.batch, "temperatures": args.mixture}
+        for done, finished in rewrite(models, todo, args.settings, **drawn):
             output.add(finished, keep_unfinished=args.keep_unfinished)
             tokens += done.tokens if done else 0
             speed = tokens / (time.perf_counter() - started)
@@ -184,15 +210,15 @@ def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, ar
     return time.perf_counter() - started, tokens
 
 
-def count(output: Output) -> list[dict[str, Any]]:
-    """One row a source over the whole file: what is kept, and what was not finished, kept or not."""
+def count(output: Output, key: str) -> list[dict[str, Any]]:
+    """One row a value of `key` over the whole file: what is kept, and what was not finished, kept or not."""
     rows = []
-    for source in sorted({r["source"] for r in [*output.kept, *output.dropped]}):
-        kept = [r for r in output.kept if r["source"] == source]
-        both = kept + [r for r in output.dropped if r["source"] == source]
+    for value in sorted({r[key] for r in [*output.kept, *output.dropped]}):
+        kept = [r for r in output.kept if r[key] == value]
+        both = kept + [r for r in output.dropped if r[key] == value]
         rows.append(
             {
-                "source": source,
+                key: value,
                 "conversations": len(kept),
                 "turns": sum(r["turns"] for r in kept),
                 "tokens": sum(r["tokens"] for r in kept),
@@ -203,11 +229,17 @@ def count(output: Output) -> list[dict[str, Any]]:
     return rows
 
 
-def print_counts(rows: list[dict[str, Any]], output: Output, args: Args) -> None:
-    """Prints the counts and what they mean."""
-    total = {k: sum(row[k] for row in rows) for k in ("conversations", "turns", "tokens", "unfinished", "unfit")}
-    table = [list(row.values()) for row in [*rows, {"source": "all", **total}]]
-    report.print_table(args.out, ["source", "kept", "answers", "tokens", "unfinished", "unfit"], table)
+def print_counts(
+    sources: list[dict[str, Any]], by_temperature: list[dict[str, Any]], output: Output, args: Args
+) -> None:
+    """Prints the counts, by temperature too where there are several, and what they mean."""
+    counted = ("conversations", "turns", "tokens", "unfinished", "unfit")
+    columns = ["kept", "answers", "tokens", "unfinished", "unfit"]
+    total = {k: sum(row[k] for row in sources) for k in counted}
+    report.print_table(args.out, ["source", *columns], [list(row.values()) for row in [*sources, {"": "all", **total}]])
+    if args.temperatures is not None:
+        table = [[f"{row['temperature']:g}", *(row[k] for k in counted)] for row in by_temperature]
+        report.print_table("by temperature", ["temperature", *columns], table)
     fate = "kept" if args.keep_unfinished else "dropped"
     sys.stdout.write(
         f"unfinished: an answer reached {args.max_new_tokens} tokens or the target's last position; {fate}.\n"
