@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxspec.data.conversations import read_conversations
+from jaxspec.data.conversations import read_all, read_conversations
 
 GOOD = {
     "id": "a",
@@ -65,3 +65,18 @@ def test_a_missing_or_empty_file_is_an_error(tmp_path: Path):
         read_conversations(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="holds no conversation"):
         read_conversations(write(tmp_path / "x.jsonl", ""))
+
+
+def test_several_files_are_read_one_after_another_each_up_to_the_limit(tmp_path: Path):
+    first = write(tmp_path / "first.jsonl", *({**GOOD, "id": i} for i in "abc"))
+    second = write(tmp_path / "second.jsonl", *({**GOOD, "id": i} for i in "xyz"))
+    assert [c.id for c in read_all(f"{first}, {second}", limit=2)] == ["a", "b", "x", "y"]
+    assert read_all(str(first)) == read_conversations(first)
+
+
+def test_file_names_that_are_missing_are_refused(tmp_path: Path):
+    first = write(tmp_path / "first.jsonl", GOOD)
+    with pytest.raises(ValueError, match="names no file before or behind a comma"):
+        read_all(f"{first},")
+    with pytest.raises(ValueError, match=r"second\.jsonl: no such file"):
+        read_all(f"{first},{tmp_path}/second.jsonl")

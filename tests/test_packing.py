@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import Corpus, PackedBatches, Summary, pack, tokenize_conversations
+from jaxspec.data.packing import Corpus, Mix, PackedBatches, Summary, join, pack, tokenize_conversations
 from jaxspec.data.pipeline import iterate, packed_batches
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 
@@ -75,6 +75,48 @@ def test_every_epoch_holds_every_document_whole_and_once(epochs: int, shuffle: b
     assert found == wanted
 
 
+MIX = Mix(first=100, share=0.2)
+
+
+@pytest.mark.parametrize(("share", "loss_on"), [(0.1, "all"), (0.2, "assistant"), (0.8, "all")])
+def test_a_mix_makes_its_share_of_the_trained_tokens_and_repeats_none_before_all_were_taken(share: float, loss_on):
+    corpus, mix, epochs = make_corpus(), Mix(100, share, loss_on), 4
+    batches = PackedBatches(corpus, LENGTH, BATCH, epochs=epochs, loss_on="assistant", mix=mix)
+    taken, own, theirs = Counter(), 0, 0
+    for batch in (batches[i] for i in range(len(batches))):
+        taken.update(batch["documents"][(batch["segments"] > 0) & (batch["positions"] == 0)].tolist())
+        own += np.sum(batch["loss_mask"] & (batch["documents"] < 100))
+        theirs += np.sum(batch["loss_mask"] & (batch["documents"] >= 100))
+    assert all(taken[d] == epochs for d in range(100))
+    times = [taken[d] for d in range(100, 150)]
+    assert max(times) - min(times) <= 1
+    assert 0 <= theirs - share / (1 - share) * own < LENGTH
+    found = batches.mixed
+    assert found is not None and found.held == 50 and abs(found.share - share) < 0.02
+    assert ("are repeated" in str(found)) == (found.documents > 50) == (share == 0.8)
+
+
+def test_what_is_a_target_can_differ_between_a_corpus_and_its_mix():
+    corpus = make_corpus()
+    batches = PackedBatches(corpus, LENGTH, BATCH, loss_on="assistant", mix=Mix(100, 0.4, "all"))
+    for i in range(len(batches)):
+        batch = batches[i]
+        place = corpus.offsets[batch["documents"]] + batch["positions"]
+        wanted = (batch["documents"] >= 100) | corpus.assistant_mask[np.minimum(place, len(corpus.tokens) - 1)]
+        assert np.array_equal(batch["loss_mask"], wanted & (batch["positions"] > 0) & (batch["documents"] >= 0))
+
+
+def test_joined_corpora_keep_their_documents_and_sources():
+    first, second = make_corpus(4), make_corpus(6)._replace(sources=("b", "d", "e"))
+    both = join(first, second)
+    assert both.ids == first.ids + second.ids and both.summary.documents == 10
+    named = [both.sources[i] for i in both.source]
+    assert named == [c.sources[i] for c in (first, second) for i in c.source]
+    for i in range(6):
+        mine, theirs = (c.tokens[slice(*c.offsets[d : d + 2])] for c, d in ((both, 4 + i), (second, i)))
+        assert np.array_equal(mine, theirs)
+
+
 def test_rows_are_well_filled():
     batches = PackedBatches(make_corpus(600, longest=LENGTH // 2), LENGTH, BATCH)
     assert np.mean([batches[i]["segments"] > 0 for i in range(len(batches) - 1)]) > 0.95
@@ -120,23 +162,26 @@ def test_a_batch_does_not_depend_on_which_came_before():
     )
 
 
-def test_shards_together_are_the_global_batch():
-    whole = PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2)
-    shards = [PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2, shard_index=i, shard_count=2) for i in range(2)]
+@pytest.mark.parametrize("mix", [None, MIX])
+def test_shards_together_are_the_global_batch(mix: Mix | None):
+    whole = PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2, mix=mix)
+    shards = [
+        PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2, shard_index=i, shard_count=2, mix=mix) for i in range(2)
+    ]
     assert len(shards[0]) == len(whole)
     for i in range(len(whole)):
         assert same(whole[i], {k: np.concatenate([s[i][k] for s in shards]) for k in whole[i]})
 
 
-@pytest.mark.parametrize("stop", [0, 1, 7, 20])
-def test_resume_is_exact_through_json(stop: int):
-    batches = PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2)
+@pytest.mark.parametrize(("stop", "mix"), [(0, None), (1, None), (7, None), (20, None), (20, MIX), (35, MIX)])
+def test_resume_is_exact_through_json(stop: int, mix: Mix | None):
+    batches = PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2, mix=mix)
     running = iterate(batches)
     for _ in range(stop):
         next(running)
     written = json.dumps(running.get_state())
     rest = list(running)
-    resumed = iterate(PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2))
+    resumed = iterate(PackedBatches(make_corpus(), LENGTH, BATCH, epochs=2, mix=mix))
     resumed.set_state(json.loads(written))
     others = list(resumed)
     assert len(rest) == len(batches) - stop and len(written) < 1000
@@ -151,11 +196,24 @@ def test_resume_is_exact_through_json(stop: int):
         ({"length": 8}, "length is 8 but a document has 32 tokens"),
         ({"batch": 3, "shard_count": 2}, "batch is 3"),
         ({"loss_on": "user"}, "loss_on is 'user'"),
+        (
+            {"corpus": make_corpus()._replace(assistant_mask=np.zeros(9999, bool)), "mix": Mix(9, 0.1, "assistant")},
+            "mix",
+        ),
     ],
 )
 def test_wrong_settings_are_named(change: dict, match: str):
     with pytest.raises(ValueError, match=match):
         PackedBatches(**{"corpus": make_corpus(), "length": LENGTH, "batch": BATCH} | change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [((9, 0.0), "mix_share is 0.0"), ((9, 1.0), "mix_share is 1.0"), ((9, 0.1, "user"), "mix_loss_on is 'user'")],
+)
+def test_wrong_settings_of_a_mix_are_named(settings: tuple, match: str):
+    with pytest.raises(ValueError, match=match):
+        Mix(*settings)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,14 @@ def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Co
     return conversations
 
 
+def read_all(names: str, *, limit: int | None = None) -> list[Conversation]:
+    """The conversations of several files, their names joined by commas, one file after another; `limit` is of each."""
+    paths = [name.strip() for name in names.split(",")]
+    if not all(paths):
+        raise ValueError(f"{names!r}: names no file before or behind a comma; give files joined by commas")
+    return [conversation for path in paths for conversation in read_conversations(path, limit=limit)]
+
+
 def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
     """`record` in one form; `id` and `source` stand in where it names none. ValueError if it is malformed."""
     if not isinstance(record, dict):

@@ -14,6 +14,9 @@ from jaxspec.data.conversations import Conversation
 
 _OPEN_ROWS = 64  # rows that may still take a document while packing
 _ENDLESS = 1 << 40  # the length of a stream that repeats without end
+_MIX_ORDER = 1  # keeps the order of the mix apart from that of the epochs
+
+LossOn = Literal["all", "assistant"]
 
 
 class Summary(NamedTuple):
@@ -46,6 +49,21 @@ class Corpus(NamedTuple):
     def lengths(self) -> np.ndarray:
         """int64 [documents]: tokens in each."""
         return np.diff(self.offsets)
+
+
+def join(first: Corpus, second: Corpus) -> Corpus:
+    """The documents of `first`, then those of `second`."""
+    sources = tuple(sorted({*first.sources, *second.sources}))
+    source = [np.asarray([sources.index(s) for s in c.sources], np.int32)[c.source] for c in (first, second)]
+    return Corpus(
+        tokens=np.concatenate([first.tokens, second.tokens]),
+        assistant_mask=np.concatenate([first.assistant_mask, second.assistant_mask]),
+        offsets=np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
+        source=np.concatenate(source),
+        sources=sources,
+        ids=first.ids + second.ids,
+        summary=Summary(*(a + b for a, b in zip(first.summary, second.summary, strict=True))),
+    )
 
 
 def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, length: int) -> Corpus:
@@ -95,6 +113,45 @@ def pack(lengths: np.ndarray, order: np.ndarray, length: int) -> list[list[int]]
     return rows
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Documents at the end of a corpus that stand beside the others in a fixed proportion.
+
+    Every epoch holds all other documents once, and of these as many as make `share` of its trained tokens. They come in
+    one shuffled order after another, and an epoch goes on where the one before it stopped: so the share of all epochs
+    together is met to within a document, and no document is taken a second time before all were taken once.
+    """
+
+    first: int
+    """Index of the first of them."""
+    share: float
+    loss_on: LossOn = "all"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"mix_share is {self.share}; it must be above 0 and below 1")
+        _check_loss_on("mix_loss_on", self.loss_on)
+
+
+class Mixed(NamedTuple):
+    """What mixing comes to in the first epoch."""
+
+    documents: int
+    """Of the mix, repeated ones included."""
+    held: int
+    """Different ones that there are."""
+    share: float
+    """Of the trained tokens."""
+
+    def __str__(self) -> str:
+        taken = f"{self.documents:,} of {self.held:,} documents an epoch"
+        if self.documents > self.held:
+            taken = (
+                f"too few documents, so the {self.held:,} are repeated {self.documents / self.held:.2f} times an epoch"
+            )
+        return f"{taken}, {self.share:.2%} of the trained tokens"
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatches:
     """Batches by number: `batches[i]` depends on the corpus, the settings and `i` alone.
@@ -111,6 +168,7 @@ class PackedBatches:
     With `shuffle`, every epoch has its own order and its own packing; without, documents keep the order of the file.
     Epochs follow each other without a gap, and rows that are missing at the very end are padding.
     With `shard_count` processes, each builds its `batch / shard_count` rows of the same global batch.
+    With a `mix`, the last documents of the corpus are taken in its proportion, and trained on as it says.
     """
 
     corpus: Corpus
@@ -118,21 +176,24 @@ class PackedBatches:
     batch: int  # rows of the global batch
     seed: int = 0
     epochs: int | None = 1  # None: without end
-    loss_on: Literal["all", "assistant"] = "all"
+    loss_on: LossOn = "all"
     shuffle: bool = True
     shard_index: int = 0
     shard_count: int = 1
+    mix: Mix | None = None
 
     def __post_init__(self) -> None:
         if self.batch % self.shard_count:
             raise ValueError(f"batch is {self.batch}, which {self.shard_count} processes cannot share evenly")
-        if self.loss_on not in ("all", "assistant"):
-            raise ValueError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'assistant'")
+        _check_loss_on("loss_on", self.loss_on)
         longest = int(self.corpus.lengths.max())
         if longest > self.length:
             raise ValueError(
                 f"length is {self.length} but a document has {longest} tokens; tokenize the corpus for this length"
             )
+        for part, name in ((self._own, "corpus"), (self._mixed_in, "mix")) if self.mix else ():
+            if not self._trained[part].sum():
+                raise ValueError(f"the {name} holds no token to train on; look at what its loss is on")
 
     def __len__(self) -> int:
         if self.epochs is None:
@@ -148,6 +209,60 @@ class PackedBatches:
     def batches_per_epoch(self) -> int:
         """How many batches the first epoch touches; later ones differ by the luck of their packing, well below 1 %."""
         return -(-len(self._plan(0)) // self.batch)
+
+    @property
+    def mixed(self) -> Mixed | None:
+        """What mixing comes to; None without."""
+        if self.mix is None:
+            return None
+        taken = self._mix_documents(0)
+        theirs, own = int(self._trained[taken].sum()), int(self._trained[self._own].sum())
+        return Mixed(len(taken), len(self.corpus.ids) - self.mix.first, theirs / (theirs + own))
+
+    @property
+    def _own(self) -> slice:
+        """The documents that every epoch holds once."""
+        return np.s_[: self.mix.first if self.mix else None]
+
+    @property
+    def _mixed_in(self) -> slice:
+        return np.s_[self.mix.first if self.mix else len(self.corpus.ids) :]
+
+    @functools.cached_property
+    def _trained(self) -> np.ndarray:
+        """int64 [documents]: tokens of each that may be training targets."""
+        starts, ends = self.corpus.offsets[:-1], self.corpus.offsets[1:]
+        seen = np.concatenate([[0], np.cumsum(self.corpus.assistant_mask, dtype=np.int64)])
+        said = seen[ends] - seen[np.minimum(starts + 1, ends)]
+        whole = np.maximum(self.corpus.lengths - 1, 0)
+        return np.where([self._loss_on(d) == "all" for d in range(len(starts))], whole, said)
+
+    def _loss_on(self, document: int) -> LossOn:
+        return self.mix.loss_on if self.mix and document >= self.mix.first else self.loss_on
+
+    def _mix_documents(self, epoch: int) -> np.ndarray:
+        """The documents of the mix in an epoch: a stretch of their endless order, repeated ones included."""
+        if self.mix is None:
+            return np.empty(0, np.int64)
+        begin, end = self._mix_place(epoch), self._mix_place(epoch + 1)
+        count = len(self.corpus.ids) - self.mix.first
+        passes = range(begin // count, end // count + 1)
+        return np.concatenate([self._mix_pass(p) for p in passes])[begin - passes[0] * count : end - passes[0] * count]
+
+    def _mix_place(self, epoch: int) -> int:
+        """How many documents of the mix are taken before an epoch: the fewest that make the share so far."""
+        assert self.mix is not None
+        owed = epoch * self.mix.share / (1 - self.mix.share) * int(self._trained[self._own].sum())
+        whole = int(self._trained[self._mixed_in].sum())
+        passes = int(owed // whole)
+        order = self._mix_pass(passes)
+        within = np.concatenate([[0], np.cumsum(self._trained[order])])
+        return passes * len(order) + int(np.searchsorted(within, owed - passes * whole))
+
+    def _mix_pass(self, number: int) -> np.ndarray:
+        """All documents of the mix in the order of their pass `number`."""
+        documents = np.arange(len(self.corpus.ids))[self._mixed_in]
+        return np.random.default_rng((self.seed, number, _MIX_ORDER)).permutation(documents)
 
     def _row(self, index: int) -> list[int]:
         """The documents of row `index` of the sequence of all epochs; none past the last epoch."""
@@ -183,9 +298,9 @@ class PackedBatches:
         return plan
 
     def _pack_epoch(self, epoch: int) -> list[list[int]]:
-        documents = len(self.corpus.ids)
+        documents = np.concatenate([np.arange(len(self.corpus.ids))[self._own], self._mix_documents(epoch)])
         if not self.shuffle:
-            return pack(self.corpus.lengths, np.arange(documents), self.length)
+            return pack(self.corpus.lengths, documents, self.length)
         rng = np.random.default_rng((self.seed, epoch))
         rows = pack(self.corpus.lengths, rng.permutation(documents), self.length)
         return [rows[i] for i in rng.permutation(len(rows))]
@@ -205,9 +320,13 @@ class PackedBatches:
                 batch["positions"][here] = np.arange(end - start)
                 batch["documents"][here] = document
                 batch["sources"][here] = self.corpus.source[document]
-                batch["loss_mask"][here] = (
-                    self.corpus.assistant_mask[start:end] if self.loss_on == "assistant" else True
-                )
+                everything = self._loss_on(document) == "all"
+                batch["loss_mask"][here] = True if everything else self.corpus.assistant_mask[start:end]
                 batch["loss_mask"][r, at] = False
                 at += end - start
         return batch
+
+
+def _check_loss_on(name: str, value: str) -> None:
+    if value not in ("all", "assistant"):
+        raise ValueError(f"{name} is {value!r}; it must be 'all' or 'assistant'")
