@@ -38,6 +38,7 @@ Shape = Literal["tiny", "125m", "llama3-1b", "llama3-8b", "llama3-70b"]
 NOTES = """\
 tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
+mbsu: the speed-up if time were the weights read alone: tau / (1 + drafter's parameters / target's * drafter's passes)
 efficiency: speed-up / tau: the share of the longer steps that is left after drafting and wider target calls
 same: share of prompts whose tokens are those of the plain arm; fp32 differs only at near ties; not shown where a rule
 keeps the law and not the text
@@ -401,6 +402,8 @@ def make_row(
         "nodes": 1 if tree is None else tree.nodes,
         "tokens_per_second": speed,
         "tau": mine[0].tau,
+        "block_efficiency": mine[0].tau,
+        "mbsu": memory_bound_speedup(models, mine[0].tau),
         "speedup": speed / plain,
         "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
         "identical_fraction": float(np.mean(same)) if comparable else None,
@@ -412,6 +415,16 @@ def make_row(
         "bytes_per_second": work.bytes / round_seconds if parts else None,
         "flops_per_second": work.flops / round_seconds if parts else None,
     }
+
+
+def memory_bound_speedup(models: Models, tau: float) -> float:
+    """The arm's `cost.mbsu`; that of plain decoding is its tau, 1."""
+    engine, weights = models.engine, models.weights
+    if engine.tree is None:
+        return tau
+    head_VD = decode.borrowed(engine, weights).head_VD
+    ratio = cost.draft_ratio(weights.drafter, weights.target, head_VD)
+    return cost.mbsu(tau, ratio=ratio, passes=cost.draft_passes(engine.tree, head_VD.shape[0]))
 
 
 def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
@@ -527,6 +540,7 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         "tokens/s": "tokens_per_second",
         "x plain": "speedup",
         "tau": "tau",
+        "mbsu": "mbsu",
         "efficiency": "efficiency",
         "same": "identical_fraction",
     }
@@ -534,7 +548,9 @@ def print_result(result: dict[str, Any], args: Args) -> None:
     if peer:
         theirs = peer["tokens_per_second"]
         name = f"{peer['name']} {peer['version']}"
-        table.append([name, 1, theirs, theirs / rows[0]["tokens_per_second"], 1.0, None, peer["identical_fraction"]])
+        table.append(
+            [name, 1, theirs, theirs / rows[0]["tokens_per_second"], 1.0, None, None, peer["identical_fraction"]]
+        )
     title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
     report.print_table(title, list(columns), table)
     parts = ["round", "draft", "target", "verify", "commit", "overhead"]

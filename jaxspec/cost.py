@@ -58,6 +58,38 @@ def draft_work(params: Any, head: Any, tree: TreePolicy, *, batch: int) -> Work:
     return Work(calls * (size + head.nbytes), 2.0 * count * rows + 2.0 * head.size * scored)
 
 
+def block_efficiency(tokens: int, calls: int) -> float:
+    """Tokens per target call, bonus token included: tau by the name that the direct-alignment paper gives it.
+
+    At most one more than the draft is deep; 0 where no call was made.
+    """
+    return tokens / calls if calls else 0.0
+
+
+def mbsu(tau: float, *, ratio: float, passes: int) -> float:
+    """Memory-bound speed-up `tau / (1 + c gamma)`: what drafting would gain if time were the weights read alone.
+
+    `ratio` is c, drafter parameters by target parameters, and `passes` gamma, the drafter's passes a round. Named by
+    the direct-alignment paper (arXiv 2403.00858); the form is the standard cost model (Leviathan et al., theorem 3.8,
+    with c as the cost of a draft pass) and unconfirmed as that paper's own.
+    """
+    return tau / (1 + ratio * passes)
+
+
+def draft_ratio(drafter: Any, target: Any, head: Any) -> float:
+    """`c` of `mbsu`: the drafter's parameters by the target's.
+
+    The LM `head [V, D]` that a drafter without an embedding of its own borrows counts as its own: every pass reads it.
+    """
+    own, whole = (sum(leaf.size for leaf in jax.tree.leaves(params)) for params in (drafter, target))
+    return (own if "embed" in drafter else own + head.size) / whole
+
+
+def draft_passes(tree: TreePolicy, vocab: int) -> int:
+    """`gamma` of `mbsu`: the drafter's passes a round, one for the accepted path and one for each further level."""
+    return len(frontier_widths(tree, vocab)) + 1
+
+
 def frontier_widths(tree: TreePolicy, vocab: int, batch: int = 1) -> list[int]:
     """Nodes that each call of `expand` drafts from while the tree grows."""
     widths = []

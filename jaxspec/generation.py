@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.cost import block_efficiency
 from jaxspec.decode import (
     CHUNK,
     RUNNING,
@@ -48,7 +49,7 @@ class Generation(NamedTuple):
 
 def tau(tokens: int, calls: int) -> float:
     """Tokens per target call; 0 where no round was needed."""
-    return tokens / calls if calls else 0.0
+    return block_efficiency(tokens, calls)
 
 
 _prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))

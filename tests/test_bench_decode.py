@@ -20,8 +20,8 @@ from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_pa
 from jaxspec.verify import RULES, Case, simulated
 
 ROW_KEYS = {
-    "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "round_ms", "draft_ms", "target_ms", "verify_ms",
-    "commit_ms", "overhead_ms", "bytes_per_second", "flops_per_second",
+    "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "block_efficiency", "mbsu", "round_ms", "draft_ms",
+    "target_ms", "verify_ms", "commit_ms", "overhead_ms", "bytes_per_second", "flops_per_second",
 }  # fmt: skip
 
 
@@ -65,6 +65,28 @@ def test_speedup_and_efficiency_are_the_fastest_arms(result):
     best = max(drafted, key=lambda row: row["tokens_per_second"])
     assert result["speedup"] == pytest.approx(best["tokens_per_second"] / plain["tokens_per_second"])
     assert result["efficiency"] == pytest.approx(result["speedup"] / best["tau"])
+
+
+def test_the_memory_bound_speedup_is_tau_by_the_weights_that_drafting_reads(result):
+    plain, drafted = result["rows"]
+    assert plain["mbsu"] == plain["tau"] == 1
+    assert drafted["block_efficiency"] == drafted["tau"] > drafted["mbsu"] > 0
+
+
+@pytest.mark.parametrize(("passes", "factor"), [(0, 1.0), (3, 0.953), (5, 0.924)])
+def test_the_papers_drafter_keeps_what_its_ratio_leaves(passes: int, factor: float):
+    assert cost.mbsu(2.0, ratio=0.0164, passes=passes) / 2 == pytest.approx(factor, abs=5e-4)
+
+
+def test_a_perfect_chain_has_the_block_efficiency_of_its_depth_and_a_bonus():
+    assert cost.block_efficiency(4 * 7, 7) == 4 and cost.block_efficiency(0, 0) == 0
+    assert [cost.draft_passes(tree, 50) for tree in (chain(1), chain(4), DynamicTree(8, 3, 3))] == [1, 4, 3]
+
+
+def test_a_borrowed_head_counts_as_the_drafters_and_an_own_one_once():
+    target = {"embed": np.zeros((50, 8)), "layers": np.zeros(600)}
+    assert cost.draft_ratio({"fc": np.zeros(100)}, target, target["embed"]) == 500 / 1000
+    assert cost.draft_ratio({"embed": np.zeros((50, 2)), "layers": np.zeros(100)}, target, target["embed"]) == 0.2
 
 
 def test_arms_and_peer_decode_the_same_tokens(result):
