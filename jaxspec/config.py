@@ -21,17 +21,22 @@ Config = TypeVar("Config")
 class DataConfig:
     """Conversations to learn from and to be judged by."""
 
-    train: str  # JSONL
-    eval: str  # JSONL
+    train: str  # JSONL; the union of several, joined by commas
+    eval: str  # JSONL, likewise
     length: int = 512  # tokens in a row; longer conversations are cut
     batch: int = 16  # rows of a step, over all devices
     loss_on: Literal["all", "assistant"] = "all"
-    limit: int | None = None  # read only so many training conversations
+    limit: int | None = None  # read only so many conversations of each training file
     eval_limit: int | None = None
+    mix: str | None = None  # JSONL mixed in against forgetting: what the model was pretrained on
+    mix_share: float = 0.1  # of the trained tokens that are the mix's; its conversations are repeated if they are few
+    mix_loss_on: Literal["all", "assistant"] = "all"  # pretraining predicts every token, and so does what recalls it
 
     def __post_init__(self) -> None:
         _require(self, "length", self.length > 1)
         _require(self, "batch", self.batch > 0)
+        if not 0 < self.mix_share < 1:
+            raise ValueError(f"mix_share is {self.mix_share:g}; it must be above 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +87,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Training of a small target from scratch, tokenizer included."""
+    """Training of a small language model from scratch: a target, or a draft LM with its target's tokenizer."""
 
     name: str
     model: LlamaConfig
     data: DataConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
-    export_folder: str  # HuggingFace folder of the result; its tokenizer is trained here first
+    export_folder: str  # HuggingFace folder of the result; its tokenizer is trained here first, unless one is named
+    tokenizer: str | None = None  # HuggingFace folder whose tokenizer is taken, or "tiny" for the bundled target's
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and moments are fp32

@@ -23,8 +23,10 @@ from jaxspec.base import Params
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.cli import Preempted
 from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, differences, to_dict
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import read_all
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.packing import Corpus, PackedBatches
+from jaxspec.data.packing import Corpus, Mix, PackedBatches, join, tokenize_conversations
 from jaxspec.data.pipeline import BatchIterator, iterate
 from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
 from jaxspec.drafters import DRAFTERS, shape_of
@@ -201,6 +203,39 @@ def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheck
     shown = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
     advice = "lower the learning rate or mend the data"
     return f"the loss is {loss} at step {step}, whose documents are {shown}; {good}; {advice}"
+
+
+class Data(NamedTuple):
+    """This process's share of what a run learns from and is judged by, in packed rows."""
+
+    train: PackedBatches
+    eval: PackedBatches
+
+    def keys(self) -> dict[str, Any]:
+        """What the training verbs report of it: the mix that was reached, None without one."""
+        mixed = self.train.mixed
+        return {"mix": None if mixed is None else mixed._asdict()}
+
+
+def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer) -> Data:
+    """The conversations of the config's files, tokenized and packed; says what they hold."""
+    data = config.data
+
+    def tokenize(what: str, names: str, limit: int | None = None) -> Corpus:
+        corpus = tokenize_conversations(read_all(names, limit=limit), tokenizer, length=data.length)
+        say(f"{what}: {corpus.summary}")
+        return corpus
+
+    corpus, mix = tokenize("train", data.train, data.limit), None
+    if data.mix is not None:
+        mix = Mix(len(corpus.ids), data.mix_share, data.mix_loss_on)
+        corpus = join(corpus, tokenize("mix", data.mix))
+    shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    packed = functools.partial(PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, **shard)
+    train = packed(corpus, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
+    if train.mixed is not None:
+        say(f"mix: {train.mixed}")
+    return Data(train, packed(tokenize("eval", data.eval, data.eval_limit), shuffle=False))
 
 
 RESUMABLE = ("target", "drafter", "head", "init_from", "draft_vocab", "objective", "data", "optimizer", "seed", "dtype")

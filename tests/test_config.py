@@ -111,11 +111,12 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path, name: str, text: st
         lambda: OptimizerConfig(peak_lr=1e-3, steps=1, epochs=1),
         lambda: OptimizerConfig(peak_lr=-1.0, steps=1),
         lambda: DataConfig("a", "b", length=1),
+        lambda: DataConfig("a", "b", mix="c", mix_share=1.0),
         lambda: CheckpointConfig("a", save_every=0),
     ],
 )
 def test_settings_that_cannot_be_are_refused(build):
-    with pytest.raises(ValueError, match=r"optimizer|peak_lr|length|save_every"):
+    with pytest.raises(ValueError, match=r"optimizer|peak_lr|length|save_every|mix_share is 1"):
         build()
 
 

@@ -13,10 +13,13 @@ import numpy as np
 import processes
 import pytest
 from processes import finish, stop_at
+from random_models import SIZE, write_target
 
+from jaxspec.__main__ import main
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.config import load
 from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import read_conversations
 from jaxspec.distill import TrainState
 from jaxspec.layers import segment_mask
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
@@ -157,3 +160,52 @@ def test_other_settings_are_refused_on_resume(uninterrupted: Path):
     errors = run.communicate()[1]
     assert run.returncode == 1
     assert "belongs to a run with other settings (optimizer.peak_lr was 0.01, is 0.001)" in errors
+
+
+@pytest.fixture(scope="module")
+def draft_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft LM with the tokenizer of the folder `target`, from two files and a mix."""
+    folder = tmp_path_factory.mktemp("draft") / "run"
+    prepare(folder)
+    write_target(folder / "target")
+    finish(start(folder, *DRAFT_LM, "data.train=train.jsonl,train.jsonl"))
+    return folder
+
+
+DRAFT_LM = (
+    "tokenizer=target",
+    f"model.vocab={SIZE}",
+    "optimizer.steps=6",
+    "data.mix=train.jsonl",
+    "data.mix_share=0.4",
+)
+
+
+def test_a_draft_lm_takes_the_targets_tokenizer_as_it_is(draft_lm: Path):
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert all((draft_lm / "target" / n).read_bytes() == (draft_lm / "export" / n).read_bytes() for n in names)
+    mix = json.loads((draft_lm / "result.json").read_text())["mix"]
+    assert mix["held"] == 200 < mix["documents"] and mix["share"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_draft_lms_folder_is_one_to_regenerate_from(draft_lm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(draft_lm)
+    flags = ["--target", "export", "--prompts", "train.jsonl", "--limit", "4", "--max-new-tokens", "8"]
+    assert main(["regenerate", *flags, "--temperatures", "0,1", "--keep-unfinished", "--out", "answers.jsonl"]) == 0
+    assert len(read_conversations("answers.jsonl")) == 4
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(draft_lm: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(draft_lm)
+    assert main(["pretrain", "toy.py", "tokenizer=target", "model.vocab=280", "export_folder=none_here"]) == 1
+    assert f"target: its tokenizer has {SIZE} ids, but model.vocab is 280" in capsys.readouterr().err
+    assert not Path("none_here").exists()
+
+
+def test_another_tokenizer_or_mix_is_refused_on_resume(draft_lm: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.chdir(draft_lm)
+    changed = ("tokenizer=export", "data.train=train.jsonl,train.jsonl", "data.mix_share=0.45")
+    assert main(["pretrain", "toy.py", *DRAFT_LM, *changed]) == 1
+    errors = capfd.readouterr().err
+    assert "tokenizer was target, is export" in errors and "data.mix_share was 0.4, is 0.45" in errors
+    assert "too few documents, so the 200 are repeated" in errors

@@ -63,7 +63,8 @@ def test_changed_settings_and_wrong_configs_are_refused_in_a_sentence(folder: Pa
 
 
 def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(folder: Path):
-    longer = ("train", "--json", "result.json", "toy.py", "optimizer.steps=30", "checkpoint.save_every=4")
+    data = ("data.train=chats.jsonl,chats.jsonl", "data.mix=chats.jsonl")
+    longer = ("train", "--json", "result.json", "toy.py", "optimizer.steps=30", "checkpoint.save_every=4", *data)
     finish(start(folder, *longer, "checkpoint.folder=whole", "export_folder=whole_drafter"))
     for step in (8, 16):
         code, errors = stop_at(start(folder, *longer), (folder / "run" / str(step)).is_dir, signal.SIGKILL)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from tyro.conf import Positional
 
@@ -15,11 +14,9 @@ from jaxspec import cli, loading, report
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import DistillConfig, load
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import read_conversations
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.packing import Corpus, PackedBatches, tokenize_conversations
 from jaxspec.interchange.hf import load_target
-from jaxspec.training import distill, say
+from jaxspec.training import distill, read_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,38 +55,12 @@ def run(config: DistillConfig) -> dict[str, Any]:
     folder = loading.target_folder(config.target)
     target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
     tokenizer = ChatTokenizer.load(folder)
-    train_data = packed(config, read_corpus(config, tokenizer, "train"), epochs=config.optimizer.epochs, shuffle=True)
-    eval_data = packed(config, read_corpus(config, tokenizer, "eval"), epochs=1, shuffle=False)
-    module, done = distill(config, target.module, target.params, train_data, eval_data)
+    data = read_data(config, tokenizer)
+    module, done = distill(config, target.module, target.params, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
     save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored)
-    return {**done.keys(), "drafter": config.export_folder}
-
-
-def read_corpus(config: DistillConfig, tokenizer: ChatTokenizer, part: str) -> Corpus:
-    """The tokenized conversations of `data.train` or `data.eval`."""
-    path, limit = (
-        (config.data.train, config.data.limit) if part == "train" else (config.data.eval, config.data.eval_limit)
-    )
-    corpus = tokenize_conversations(read_conversations(path, limit=limit), tokenizer, length=config.data.length)
-    say(f"{part}: {corpus.summary}")
-    return corpus
-
-
-def packed(config: DistillConfig, corpus: Corpus, *, epochs: int | None, shuffle: bool) -> PackedBatches:
-    """This process's share of the corpus in packed rows."""
-    return PackedBatches(
-        corpus,
-        config.data.length,
-        config.data.batch,
-        seed=config.seed,
-        epochs=epochs,
-        loss_on=config.data.loss_on,
-        shuffle=shuffle,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
+    return {**done.keys(), **data.keys(), "drafter": config.export_folder}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a small target language model from scratch: tokenizer, next-token loss, checkpoints, HuggingFace export."""
+"""Train a small language model from scratch: tokenizer, next-token loss, checkpoints, HuggingFace export."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,22 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
-from jaxspec import cli
+from jaxspec import cli, loading
 from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import Conversation, read_conversations
-from jaxspec.data.packing import PackedBatches, tokenize_conversations
-from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
+from jaxspec.data.conversations import read_all
+from jaxspec.data.packing import PackedBatches
+from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
 from jaxspec.sharding import batch_sharding, make_mesh, replicated
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, Recipe, attention_blocks, optimizer_of, run, say
+from jaxspec.training import HostBatch, Recipe, attention_blocks, optimizer_of, read_data, run, say
 
-RESUMABLE = ("model", "data", "optimizer", "seed", "dtype")  # settings that may not change under a run's feet
+RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
+"""Settings that may not change under a run's feet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,6 @@ class Args:
     """Changes such as optimizer.peak_lr=1e-3."""
     json: Path | None = None
     """Write the result here."""
-
-
-class Data(NamedTuple):
-    """Everything read from disk before the first step."""
-
-    tokenizer: ChatTokenizer
-    train: PackedBatches
-    eval: PackedBatches
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,10 +67,11 @@ def main(argv: Sequence[str]) -> int:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    data = read_data(config)
+    tokenizer = find_tokenizer(config)
+    data = read_data(config, tokenizer)
     steps = config.optimizer.steps or len(data.train)
     shape = dataclasses.replace(
-        config.model, bos_id=data.tokenizer.bos_id, eos_ids=data.tokenizer.stop_ids, pad_id=data.tokenizer.pad_id
+        config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
     )
     model = Llama(shape, remat=config.remat, dtype=jnp.dtype(config.dtype), **attention_blocks(config, mesh))
     optimizer = optimizer_of(config.optimizer, steps)
@@ -105,38 +99,26 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     done = run(recipe, config, mesh)
     if jax.process_index() == 0:
         write_llama(config.export_folder, done.params, shape, dtype="bfloat16")
-    return {**done.keys(), "export": config.export_folder}
+    return {**done.keys(), **data.keys(), "export": config.export_folder}
 
 
-def read_data(config: PretrainConfig) -> Data:
-    """Conversations, tokenizer (trained on them unless the export folder has one) and packed batches."""
-    conversations = read_conversations(config.data.train, limit=config.data.limit)
-    tokenizer = find_tokenizer(config, conversations)
-    held_out = read_conversations(config.data.eval, limit=config.data.eval_limit)
-    length, batch, loss_on = config.data.length, config.data.batch, config.data.loss_on
-    corpora = [tokenize_conversations(c, tokenizer, length=length) for c in (conversations, held_out)]
-    for what, corpus in zip(("train", "eval"), corpora, strict=True):
-        say(f"{what}: {corpus.summary}")
-    # Optimizer steps decide when to stop unless epochs do.
-    epochs = config.optimizer.epochs
-    shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    return Data(
-        tokenizer,
-        PackedBatches(corpora[0], length, batch, seed=config.seed, epochs=epochs, loss_on=loss_on, **shard),
-        PackedBatches(corpora[1], length, batch, shuffle=False, loss_on=loss_on, **shard),
-    )
-
-
-def find_tokenizer(config: PretrainConfig, conversations: Sequence[Conversation]) -> ChatTokenizer:
-    """The tokenizer of the export folder, trained first if there is none."""
+def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
+    """The tokenizer that the config names, else that of the export folder, trained on `data.train` if there is none."""
     folder, vocab = Path(config.export_folder), config.model.vocab
-    if not (folder / "tokenizer.json").is_file():
+    if config.tokenizer is not None:
+        folder = loading.target_folder(config.tokenizer)
+    elif not (folder / "tokenizer.json").is_file():
         say(f"training a tokenizer of {vocab:,} ids")
+        conversations = read_all(config.data.train, limit=config.data.limit)
         texts = (message["content"] for c in conversations for message in c.messages)
         write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
     tokenizer = ChatTokenizer.load(folder)
     if tokenizer.vocab_size != vocab:
-        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but model.vocab is {vocab}")
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but model.vocab is {vocab}; make them equal"
+        )
+    if config.tokenizer is not None and jax.process_index() == 0:
+        copy_tokenizer(folder, config.export_folder)
     return tokenizer
 
 

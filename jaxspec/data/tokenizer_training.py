@@ -1,4 +1,4 @@
-"""Train a small byte-level tokenizer and write it as a HuggingFace folder."""
+"""Train a small byte-level tokenizer and write it as a HuggingFace folder; give one model the tokenizer of another."""
 
 import json
 from collections.abc import Iterable
@@ -13,6 +13,24 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""All that a HuggingFace folder says of its tokenizer, stop ids apart."""
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
+    """Write the tokenizer of the folder `source` into `folder`, byte for byte."""
+    source, folder = Path(source), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def train_bpe(texts: Iterable[str], *, size: int = 4096, special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:

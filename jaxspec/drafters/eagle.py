@@ -7,6 +7,7 @@ steps with `unroll` it is the network HASS trains.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -99,7 +100,7 @@ class Eagle(Recurrent):
         return score_tokens(hidden_BLD, head_VD)
 
 
-def concatenate_and_project(weights: dict[str, Array], embedding: Array, feature: Array, dtype: object) -> Array:
+def concatenate_and_project(weights: dict[str, Array], embedding: Array, feature: Array, dtype: Any) -> Array:
     """`fc([embedding; feature])`, with the bias where there is one."""
     pair = jnp.concatenate([embedding.astype(dtype), feature.astype(dtype)], axis=-1)
     fused = jnp.einsum("BLE,ED->BLD", pair, weights["fc"].astype(dtype))
