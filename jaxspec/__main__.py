@@ -28,7 +28,7 @@ VERBS = {
 EXAMPLES = """\
 examples:
   jaxspec quickstart
-  jaxspec train eagle2_tiny optimizer.peak_lr=3e-4 --json runs/train.json
+  jaxspec train eagle2 optimizer.peak_lr=3e-4 --json runs/train.json
   jaxspec bench decode --help
 
 Every verb explains its flags with --help and writes its result with --json PATH.

@@ -1,0 +1,29 @@
+"""Direct alignment: the pretrained draft LM (`draft_lm_pretrained`) fine-tuned on the target by forward KL.
+
+Nine parts of what the target wrote, at temperatures 0, 0.3, 0.7 and 1, and one part of the pretraining text.
+"""
+
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+from jaxspec.distill import Objective
+
+config = DistillConfig(
+    name="draft_lm_kld",
+    target="tiny",
+    drafter="draft_lm",
+    init_from="runs/draft_lm_pretrained/export",
+    data=DataConfig(
+        train="runs/answers.jsonl",
+        eval="runs/answers_eval.jsonl",
+        length=512,
+        batch=8,
+        loss_on="assistant",
+        mix="data/chat/train.jsonl",
+        mix_share=0.1,
+    ),
+    optimizer=OptimizerConfig(
+        peak_lr=1e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+    ),
+    objective=Objective(weights=(("kl", 1.0),), noise=0.0),
+    checkpoint=CheckpointConfig("runs/draft_lm_kld", save_every=100),
+    export_folder="runs/draft_lm_kld/drafter",
+)

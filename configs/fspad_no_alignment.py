@@ -1,0 +1,20 @@
+"""FSPAD's ablation without partial alignment: feature sampling alone."""
+
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.distill import Objective
+
+config = DistillConfig(
+    name="fspad_no_alignment",
+    target="tiny",
+    drafter="fspad",
+    head=HeadConfig(partial_alignment=False),
+    data=DataConfig(
+        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=8, loss_on="assistant"
+    ),
+    optimizer=OptimizerConfig(
+        peak_lr=5e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+    ),
+    objective=Objective(),
+    checkpoint=CheckpointConfig("runs/fspad_no_alignment", save_every=100),
+    export_folder="runs/fspad_no_alignment/drafter",
+)

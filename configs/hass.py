@@ -1,0 +1,22 @@
+"""HASS: EAGLE-2's head trained over three of its own steps, with the top-10 loss from the beginning.
+
+The paper's script trains 40 epochs without the top-k loss and 10 with it (`hass_stage1`, `hass_stage2`); this is the
+one-stage form, for comparisons at equal tokens.
+"""
+
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+from jaxspec.distill import Objective
+
+config = DistillConfig(
+    name="hass",
+    target="tiny",
+    data=DataConfig(
+        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=8, loss_on="assistant"
+    ),
+    optimizer=OptimizerConfig(
+        peak_lr=5e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+    ),
+    objective=Objective(steps=3, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:10", 1.0))),
+    checkpoint=CheckpointConfig("runs/hass", save_every=100),
+    export_folder="runs/hass/drafter",
+)

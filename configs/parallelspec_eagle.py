@@ -1,0 +1,23 @@
+"""ParallelSpec in EAGLE's place: EAGLE's head predicts six tokens in a pass, by mask tokens, with EAGLE's losses.
+
+Features are regressed where the slot is real. See the drafter's docstring for what is reconstruction.
+"""
+
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.distill import Objective
+
+config = DistillConfig(
+    name="parallelspec_eagle",
+    target="tiny",
+    drafter="parallelspec",
+    head=HeadConfig(tokens=6),
+    data=DataConfig(
+        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=8, loss_on="assistant"
+    ),
+    optimizer=OptimizerConfig(
+        peak_lr=5e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+    ),
+    objective=Objective(steps=6, weights=(("smooth_l1", 1.0), ("kl", 1.0)), feature_steps=1),
+    checkpoint=CheckpointConfig("runs/parallelspec_eagle", save_every=100),
+    export_folder="runs/parallelspec_eagle/drafter",
+)

@@ -1,0 +1,24 @@
+"""ParallelSpec in Medusa's place: one layer and mask tokens predict five tokens in a pass, losses on tokens alone.
+
+Distilled from the target's distribution; later tokens count as Medusa's heads do. See the drafter's docstring for what
+is reconstruction.
+"""
+
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.distill import Objective
+
+config = DistillConfig(
+    name="parallelspec_medusa",
+    target="tiny",
+    drafter="parallelspec",
+    head=HeadConfig(tokens=5, host="medusa"),
+    data=DataConfig(
+        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=8, loss_on="assistant"
+    ),
+    optimizer=OptimizerConfig(
+        peak_lr=5e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+    ),
+    objective=Objective(steps=5, weights=(("kl", 1.0),), step_decay=0.8, noise=0.0),
+    checkpoint=CheckpointConfig("runs/parallelspec_medusa", save_every=100),
+    export_folder="runs/parallelspec_medusa/drafter",
+)
