@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxspec.base import Params
-from jaxspec.checkpoint import RunCheckpoints, abstract_like
+from jaxspec.checkpoint import RunCheckpoints, abstract_like, save_drafter
 from jaxspec.cli import Preempted
 from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, differences, to_dict
 from jaxspec.data.chat import ChatTokenizer
@@ -30,7 +30,8 @@ from jaxspec.data.packing import Corpus, Mix, PackedBatches, join, tokenize_conv
 from jaxspec.data.pipeline import BatchIterator, iterate
 from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
 from jaxspec.drafters import DRAFTERS, shape_of
-from jaxspec.loading import check_width, open_drafter
+from jaxspec.interchange.hf import load_target
+from jaxspec.loading import check_width, open_drafter, target_folder
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import progress
 from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
@@ -220,22 +221,34 @@ class Data(NamedTuple):
 def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer) -> Data:
     """The conversations of the config's files, tokenized and packed; says what they hold."""
     data = config.data
+    read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
+    train = read("train", data.train, limit=data.limit)
+    mix = None if data.mix is None else read("mix", data.mix)
+    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix)
 
-    def tokenize(what: str, names: str, limit: int | None = None) -> Corpus:
-        corpus = tokenize_conversations(read_all(names, limit=limit), tokenizer, length=data.length)
-        say(f"{what}: {corpus.summary}")
-        return corpus
 
-    corpus, mix = tokenize("train", data.train, data.limit), None
-    if data.mix is not None:
-        mix = Mix(len(corpus.ids), data.mix_share, data.mix_loss_on)
-        corpus = join(corpus, tokenize("mix", data.mix))
+def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Corpus:
+    """The tokenized conversations of some files; says what they hold."""
+    corpus = tokenize_conversations(read_all(names, limit=limit), tokenizer, length=length)
+    say(f"{part}: {corpus.summary}")
+    return corpus
+
+
+def pack_data(
+    config: PretrainConfig | DistillConfig, train: Corpus, judged: Corpus, mixed: Corpus | None = None
+) -> Data:
+    """This process's share of the corpora in packed rows: of `train`, `mixed` with the config's share of another,
+    shuffled epochs; of `judged` one in file order."""
+    data, mix = config.data, None
+    if mixed is not None:
+        mix = Mix(len(train.ids), data.mix_share, data.mix_loss_on)
+        train = join(train, mixed)
     shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
     packed = functools.partial(PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, **shard)
-    train = packed(corpus, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
-    if train.mixed is not None:
-        say(f"mix: {train.mixed}")
-    return Data(train, packed(tokenize("eval", data.eval, data.eval_limit), shuffle=False))
+    rows = packed(train, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
+    if rows.mixed is not None:
+        say(f"mix: {rows.mixed}")
+    return Data(rows, packed(judged, shuffle=False))
 
 
 RESUMABLE = ("target", "drafter", "head", "init_from", "draft_vocab", "objective", "data", "optimizer", "seed", "dtype")
@@ -331,6 +344,21 @@ def distill(
         return state, loss
 
     return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)
+
+
+def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
+    """Distil as `config` says, on the conversations that its files hold unless `data` is given, and export the drafter.
+
+    Returns the keys of `jaxspec train`.
+    """
+    folder = target_folder(config.target)
+    target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
+    data = data or read_data(config, ChatTokenizer.load(folder))
+    module, done = distill(config, target.module, target.params, data.train, data.eval)
+    scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
+    about = {"target": config.target}
+    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored)
+    return {**done.keys(), **data.keys(), "drafter": config.export_folder}
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
