@@ -251,3 +251,12 @@ def test_conversations_go_through_grain_whole(chat: ChatTokenizer):
         if d >= 0
     ]
     assert sorted(said) == sorted(f"it is {i}" for i in range(20))
+
+
+def test_token_counts_are_those_of_the_batches_of_all_processes():
+    whole = PackedBatches(make_corpus(), LENGTH, BATCH, seed=3, epochs=2)
+    counts = [int(np.count_nonzero(whole[i]["segments"])) for i in range(len(whole))]
+    half = PackedBatches(make_corpus(), LENGTH, BATCH, seed=3, epochs=2, shard_count=2)
+    assert list(whole.token_counts()) == counts == list(half.token_counts())
+    endless = PackedBatches(make_corpus(), LENGTH, BATCH, seed=3, epochs=None)
+    assert list(itertools.islice(endless.token_counts(), len(counts) - 1)) == counts[:-1]

@@ -2,7 +2,7 @@
 
 import functools
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, NamedTuple
@@ -263,6 +263,13 @@ class PackedBatches:
         """All documents of the mix in the order of their pass `number`."""
         documents = np.arange(len(self.corpus.ids))[self._mixed_in]
         return np.random.default_rng((self.seed, number, _MIX_ORDER)).permutation(documents)
+
+    def token_counts(self) -> Iterator[int]:
+        """Real tokens, padding apart, of batches 0, 1, 2 ... of all processes together; without end as the batches."""
+        lengths = self.corpus.lengths
+        for index in range(len(self)):
+            rows = [self._row(index * self.batch + i) for i in range(self.batch)]
+            yield sum(int(lengths[row].sum()) for row in rows if row)
 
     def _row(self, index: int) -> list[int]:
         """The documents of row `index` of the sequence of all epochs; none past the last epoch."""
