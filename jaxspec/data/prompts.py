@@ -22,6 +22,8 @@ class Prompt(NamedTuple):
     """Why it cannot be answered; empty where it can."""
     settings: Mapping[str, Any] = types.MappingProxyType({})
     """How it is to be answered, where that differs from the others: some of `SETTINGS`."""
+    source: str = ""
+    """Where it comes from, if its line says so."""
 
 
 SETTINGS = {
@@ -71,14 +73,15 @@ def parse_prompt(line: str, id: str) -> Prompt:
         fields = record if isinstance(record, dict) else {}
         id = str(fields.get("id", id))
         settings = own_settings(fields)
+        source = str(fields.get("source", ""))
         if isinstance(fields.get("prompt"), str):
-            return text_prompt(id, fields["prompt"])._replace(settings=settings)
+            return text_prompt(id, fields["prompt"])._replace(settings=settings, source=source)
         conversation = parse_conversation(record, id=id, source="")
     except ValueError as error:
         return Prompt(id, (), f"is malformed: {error}")
     messages = drop_answers(conversation.messages)
     problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else "has no user turn"
-    return Prompt(conversation.id, messages, problem, settings)
+    return Prompt(conversation.id, messages, problem, settings, source)
 
 
 def own_settings(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxspec.trees.dynamic import DynamicTree
 from jaxspec.trees.static import EAGLE1_PATHS, StaticTree, chain, parse_paths
 
-__all__ = ["EAGLE1_PATHS", "DynamicTree", "StaticTree", "chain", "parse_paths", "parse_tree"]
+__all__ = ["EAGLE1_PATHS", "DynamicTree", "StaticTree", "chain", "cut_tree", "parse_paths", "parse_tree"]
 
 
 def parse_tree(text: str) -> StaticTree | DynamicTree:
@@ -28,3 +30,14 @@ def parse_tree(text: str) -> StaticTree | DynamicTree:
     raise ValueError(
         f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM"
     )
+
+
+def cut_tree(tree: StaticTree | DynamicTree, depth: int) -> StaticTree | DynamicTree:
+    """`tree` without what lies below `depth`, for a drafter that cannot draft deeper; itself where nothing does."""
+    if tree.depth <= depth:
+        return tree
+    if isinstance(tree, StaticTree):
+        return StaticTree(tuple(path for path in tree.paths if len(path) <= depth))
+    if depth < 1:
+        return chain(0)
+    return DynamicTree(min(tree.nodes, 1 + dataclasses.replace(tree, nodes=1, depth=depth).pool), depth, tree.beam)
