@@ -1,5 +1,6 @@
 """What a program shows and leaves behind: a progress line, a table, and one JSON object."""
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from jaxspec import __version__
 
+UNFOLDED = 1000  # columns: a file has no edge at which to fold a table
 PLAIN_INTERVAL_SECONDS = 20.0  # between two progress lines where there is no terminal
 
 
@@ -117,14 +119,25 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
     Format a cell as a string to say otherwise.
     """
+    width = None if sys.stdout.isatty() else UNFOLDED
+    Console(markup=False, highlight=False, width=width).print(_table(title, columns, rows))
+
+
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns the table that `print_table` prints, as lines of a file."""
+    written = io.StringIO()
+    Console(file=written, markup=False, highlight=False, width=UNFOLDED).print(_table(title, columns, rows))
+    return written.getvalue()
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = any(isinstance(row[index], int | float | np.number | jax.Array) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*[cell(value) for value in row])
-    width = None if sys.stdout.isatty() else 1000  # a file has no edge at which to fold a column
-    Console(markup=False, highlight=False, width=width).print(table)
+    return table
 
 
 def cell(value: Any) -> str:
