@@ -267,9 +267,12 @@ def tables(found: Sequence[dict[str, Any]]) -> Iterator[Table]:
             yield Table(f"tau by source: {title}", ["recipe", *sizes], cells)
         depth = max(len(row["acceptance_by_depth"]) for row in whole)
         yield Table(
-            f"share of rounds that go on, by depth: {title}",
-            ["recipe", *map(str, range(1, depth + 1))],
-            [[_recipe(row), *_shares(row["acceptance_by_depth"], depth)] for row in whole],
+            f"acceptance by depth: {title}",
+            ["recipe", "rounds", *map(str, range(1, depth + 1))],
+            [
+                [_recipe(row), int(max(row["rounds_by_depth"], default=0)), *_shares(row["acceptance_by_depth"], depth)]
+                for row in whole
+            ],
         )
 
 

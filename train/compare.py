@@ -44,11 +44,13 @@ DECODING_SEED = 0
 """Of the draws at temperatures above 0: every drafter meets the same ones."""
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""
+LOSSES = 50
+"""Points that a learning curve's loss has at least, if there are so many steps."""
 NOTES = f"""\
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
 [low, high]: {comparison.CONFIDENCE:.0%} bootstrap interval over prompts; tau by seed shows what seeds of training add
 ratio: of the two recipes' tau, over the seeds that both have; its interval is over the same prompts in both
-share of rounds that go on: of the rounds that kept all drafted tokens above, those that kept one at this depth
+acceptance by depth: of the rounds that kept a drafted token at every depth above, the share that kept one here too
 passes: forward passes of the drafter a round
 """
 
@@ -328,6 +330,7 @@ def train_arm(arm: Arm, args: Args, corpora: Corpora) -> int:
         name=arm.name,
         optimizer=dataclasses.replace(config.optimizer, steps=steps),
         eval_every=max(1, steps // EVALUATIONS),
+        log_every=min(config.log_every, max(1, steps // LOSSES)),
     )
     say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {tokens / train.summary.tokens:.2f} epochs")
     done = run_distillation(config, pack_data(config, train, judged))
