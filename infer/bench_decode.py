@@ -420,11 +420,11 @@ def make_row(
 def memory_bound_speedup(models: Models, tau: float) -> float:
     """The arm's `cost.mbsu`; that of plain decoding is its tau, 1."""
     engine, weights = models.engine, models.weights
-    if engine.tree is None:
+    if engine.tree is None or engine.drafter is None:
         return tau
-    head_VD = decode.borrowed(engine, weights).head_VD
+    head_VD = decode.borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
     ratio = cost.draft_ratio(weights.drafter, weights.target, head_VD)
-    return cost.mbsu(tau, ratio=ratio, passes=cost.draft_passes(engine.tree, head_VD.shape[0]))
+    return cost.mbsu(tau, ratio=ratio, passes=cost.drafter_passes(engine.drafter, engine.tree.depth))
 
 
 def round_work(models: Models, batch: int, prefix: float) -> cost.Work:

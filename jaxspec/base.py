@@ -212,6 +212,11 @@ class Drafter(Protocol):
         ...
 
     @property
+    def one_pass(self) -> bool:
+        """Whether one pass drafts all depths; else each depth takes one."""
+        ...
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """Layers of the target whose inputs it reads; empty where it reads the target's features, or nothing."""
         ...

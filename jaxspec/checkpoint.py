@@ -188,7 +188,7 @@ def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedD
     if name not in DRAFTERS:
         raise ValueError(f"{path}: drafter {name!r} is not one of {', '.join(DRAFTERS)}")
     kind, shape = DRAFTERS[name]
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in config["shape"].items()}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config["shape"].items()}
     if values.get("rope_scaling"):
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     try:

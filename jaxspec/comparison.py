@@ -123,20 +123,6 @@ def steps_for(token_counts: Iterable[int], tokens: int) -> tuple[int, int]:
     return steps, seen
 
 
-def deepest(drafter: Any) -> int | None:
-    """The deepest node `drafter` can draft, as its `max_depth` says; None where there is no end."""
-    return getattr(drafter, "max_depth", None)
-
-
-def drafter_passes(drafter: Any, depth: int) -> int:
-    """Forward passes of the drafter a round of a tree of `depth`, as its method `passes(depth)` says.
-
-    Without one: a pass a level, for `extend` drafts the first, and each call of `expand` the next.
-    """
-    declared = getattr(drafter, "passes", None)
-    return max(1, depth) if declared is None else declared(depth)
-
-
 class Decoded(NamedTuple):
     """The prompts decoded with one recipe's drafter of one seed."""
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Children, Frontier, TreePolicy
+from jaxspec.base import Children, Drafter, Frontier, TreePolicy
 from jaxspec.targets.llama import LlamaConfig
 
 
@@ -76,18 +76,22 @@ def mbsu(tau: float, *, ratio: float, passes: int) -> float:
     return tau / (1 + ratio * passes)
 
 
-def draft_ratio(drafter: Any, target: Any, head: Any) -> float:
+def draft_ratio(drafter: Any, target: Any, head: Any | None) -> float:
     """`c` of `mbsu`: the drafter's parameters by the target's.
 
-    The LM `head [V, D]` that a drafter without an embedding of its own borrows counts as its own: every pass reads it.
+    The LM `head [V, D]` that a drafter borrows counts as its own, for every pass reads it; None for one that has its
+    own.
     """
     own, whole = (sum(leaf.size for leaf in jax.tree.leaves(params)) for params in (drafter, target))
-    return (own if "embed" in drafter else own + head.size) / whole
+    return (own + (0 if head is None else head.size)) / whole
 
 
-def draft_passes(tree: TreePolicy, vocab: int) -> int:
-    """`gamma` of `mbsu`: the drafter's passes a round, one for the accepted path and one for each further level."""
-    return len(frontier_widths(tree, vocab)) + 1
+def drafter_passes(drafter: Drafter, depth: int) -> int:
+    """`gamma` of `mbsu`, the drafter's forward passes a round of a tree of `depth`.
+
+    One, or one a level: `extend` drafts the first, each call of `expand` the next.
+    """
+    return 1 if drafter.one_pass else max(1, depth)
 
 
 def frontier_widths(tree: TreePolicy, vocab: int, batch: int = 1) -> list[int]:

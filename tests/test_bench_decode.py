@@ -14,6 +14,7 @@ from toys import grow, path_tables
 
 from jaxspec import cost, flags, loading
 from jaxspec.__main__ import main
+from jaxspec.drafters import Eagle, EagleConfig, Medusa, MedusaConfig
 from jaxspec.sampling import Sampling
 from jaxspec.targets.llama import SHAPES
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
@@ -80,13 +81,18 @@ def test_the_papers_drafter_keeps_what_its_ratio_leaves(passes: int, factor: flo
 
 def test_a_perfect_chain_has_the_block_efficiency_of_its_depth_and_a_bonus():
     assert cost.block_efficiency(4 * 7, 7) == 4 and cost.block_efficiency(0, 0) == 0
-    assert [cost.draft_passes(tree, 50) for tree in (chain(1), chain(4), DynamicTree(8, 3, 3))] == [1, 4, 3]
+
+
+def test_passes_are_one_a_level_unless_one_drafts_them_all():
+    step_by_step, at_once = Eagle(EagleConfig(8, 2, 1, 4, 8)), Medusa(MedusaConfig(8))
+    assert [cost.drafter_passes(step_by_step, depth) for depth in (0, 1, 6)] == [1, 1, 6]
+    assert cost.drafter_passes(at_once, 4) == 1
 
 
 def test_a_borrowed_head_counts_as_the_drafters_and_an_own_one_once():
     target = {"embed": np.zeros((50, 8)), "layers": np.zeros(600)}
     assert cost.draft_ratio({"fc": np.zeros(100)}, target, target["embed"]) == 500 / 1000
-    assert cost.draft_ratio({"embed": np.zeros((50, 2)), "layers": np.zeros(100)}, target, target["embed"]) == 0.2
+    assert cost.draft_ratio({"embed": np.zeros((50, 2)), "layers": np.zeros(100)}, target, None) == 0.2
 
 
 def test_arms_and_peer_decode_the_same_tokens(result):

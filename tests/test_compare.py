@@ -17,6 +17,7 @@ from jaxspec import serving, training
 from jaxspec.__main__ import main
 from jaxspec.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.config import DistillConfig
+from jaxspec.drafters import Eagle
 from jaxspec.sharding import make_mesh
 
 compare: Any = importlib.import_module("jaxspec.train.compare")
@@ -204,7 +205,7 @@ def test_headlines_get_every_seed_and_a_pretrained_drafter_its_own(folder: Path)
 def test_a_drafter_that_is_there_is_measured_and_trees_are_cut_to_its_depth(
     folder: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(compare.comparison, "deepest", lambda drafter: 2)
+    monkeypatch.setattr(Eagle, "deepest", 2)
     monkeypatch.setattr(compare.figures, "missing", lambda: "matplotlib is not installed: do this")
     words = ["compare", "ready.py", *FLAGS[:-4], *FLAGS[-2:], "--tree", "chain:3", "--temperature", "0", "--out", "cut"]
     words += ["--target", "target"]
@@ -221,13 +222,13 @@ def test_a_drafter_that_is_there_is_measured_and_trees_are_cut_to_its_depth(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["eagle3000"], "there is no recipe 'eagle3000' in configs/; there are eagle2_tiny"),
-        (["eagle2_tiny", "eagle2_tiny"], "name recipes to compare, each once"),
-        (["eagle2_tiny", "--headline", "hass"], "--headline names hass, which is not compared: eagle2_tiny are"),
-        (["eagle2_tiny", "--seeds", "0,x"], "--seeds is '0,x'"),
-        (["eagle2_tiny", "--tree", "bush:3"], "tree 'bush:3' is not one of"),
-        (["eagle2_tiny", "--tokens", "0"], "--tokens is 0"),
-        (["eagle2_tiny", "--temperature", "-1"], "temperature is -1.0"),
+        (["eagle3000"], "there is no recipe 'eagle3000' in configs/; there are best, draft_lm_kld"),
+        (["eagle2", "eagle2"], "name recipes to compare, each once"),
+        (["eagle2", "--headline", "hass"], "--headline names hass, which is not compared: eagle2 are"),
+        (["eagle2", "--seeds", "0,x"], "--seeds is '0,x'"),
+        (["eagle2", "--tree", "bush:3"], "tree 'bush:3' is not one of"),
+        (["eagle2", "--tokens", "0"], "--tokens is 0"),
+        (["eagle2", "--temperature", "-1"], "temperature is -1.0"),
     ],
 )
 def test_wrong_flags_are_wrong_usage(flags: list[str], sentence: str, capfd: pytest.CaptureFixture[str]):

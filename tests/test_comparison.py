@@ -10,7 +10,6 @@ from jaxspec.comparison import (
     Counts,
     Decoded,
     acceptance,
-    drafter_passes,
     pool,
     ratio_interval,
     resamples,
@@ -108,15 +107,6 @@ def test_a_budget_is_the_fewest_steps_that_hold_it():
 )  # fmt: skip
 def test_a_tree_is_cut_to_the_depth_of_its_drafter(tree: str, depth: int, cut: str):
     assert cut_tree(parse_tree(tree), depth).spec == cut
-
-
-def test_passes_are_one_a_level_unless_the_drafter_says_otherwise():
-    class Parallel:
-        def passes(self, depth: int) -> int:
-            return 1
-
-    assert [drafter_passes(object(), depth) for depth in (0, 1, 6)] == [1, 1, 6]
-    assert drafter_passes(Parallel(), 6) == 1
 
 
 def run(recipe: str, seed: int, found: Counts, drafted: str = "chain:2") -> Decoded:

@@ -83,9 +83,9 @@ def test_fspad_without_its_parts_is_eagle_bit_for_bit():
     t = toy("eagle grouped")
     bare = Fspad(FspadConfig(*SHAPE, rope_theta=100.0, feature_sampling=False, partial_alignment=False))
     assert bare.config.shapes() == t.drafter.config.shapes()
-    run = jax.jit(lambda *a: bare.unroll(t.params, t.borrowed, *a, STEPS))
-    given = t.tokens[:, :ROWS], t.features, AT, causal(ROWS)
-    jax.tree.map(np.testing.assert_array_equal, run(*given), t.unroll(*given, STEPS))
+    run: Any = jax.jit(lambda *a: bare.unroll(t.params, t.borrowed, *a, steps=STEPS))
+    rows = given(t)
+    jax.tree.map(np.testing.assert_array_equal, run(*rows), t.unroll(*rows, STEPS))
 
 
 def test_fspads_halves_are_as_the_equations_say():

@@ -74,6 +74,7 @@ class TableDrafter:
     """A bigram drafter under the `Drafter` contract. Its params are logits `[V, V]`, its state the newest token."""
 
     deepest = None
+    one_pass = False
     taps = ()
     vocab = None
 

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, comparison, figures, flags, loading, report, serving
+from jaxspec import cli, comparison, cost, figures, flags, loading, report, serving
 from jaxspec.comparison import Counts, Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, differences, experiments, load, to_dict
 from jaxspec.data import jsonl
@@ -37,7 +37,7 @@ from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.generation import tau
 from jaxspec.loading import Models
 from jaxspec.serving import Job, Settings
-from jaxspec.training import RESUMABLE, pack_data, read_corpus, run_distillation, say, termination_notice
+from jaxspec.training import RESUMABLE, Data, pack_data, read_corpus, run_distillation, say, termination_notice
 from jaxspec.trees import cut_tree, parse_tree
 
 DECODING_SEED = 0
@@ -296,6 +296,7 @@ class Corpora:
     def __init__(self, args: Args, tokenizer: ChatTokenizer) -> None:
         self.args, self.tokenizer = args, tokenizer
         self.read: dict[int, tuple[Corpus, Corpus]] = {}
+        self.mixed: dict[tuple[str, int], Corpus] = {}
 
     def of(self, length: int) -> tuple[Corpus, Corpus]:
         """To learn from and to be judged by, cut to rows of `length` tokens."""
@@ -303,10 +304,17 @@ class Corpora:
             held_out = read_conversations(self.args.eval)
             judged = first_of_each([c.source for c in held_out], held_out, self.args.limit)
             self.read[length] = (
-                read_corpus(self.args.train, self.tokenizer, length=length, limit=None, part="train"),
+                read_corpus("train", self.args.train, tokenizer=self.tokenizer, length=length),
                 tokenize_conversations(judged, self.tokenizer, length=length),
             )
         return self.read[length]
+
+    def pack(self, config: DistillConfig) -> Data:
+        """The rows that a recipe learns from, with its own mix if it has one, and those it is judged by."""
+        length, mix = config.data.length, config.data.mix
+        if mix is not None and (mix, length) not in self.mixed:
+            self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, length=length)
+        return pack_data(config, *self.of(length), None if mix is None else self.mixed[mix, length])
 
 
 def train_arm(arm: Arm, args: Args, corpora: Corpora) -> int:
@@ -323,8 +331,7 @@ def train_arm(arm: Arm, args: Args, corpora: Corpora) -> int:
     keep_settings(arm)
     if finished.is_file():
         return int(json.loads(finished.read_text(encoding="utf-8"))["train_tokens"])
-    train, judged = corpora.of(config.data.length)
-    steps, tokens = comparison.steps_for(pack_data(config, train, judged).train.token_counts(), int(args.tokens))
+    steps, tokens = comparison.steps_for(corpora.pack(config).train.token_counts(), int(args.tokens))
     config = dataclasses.replace(
         config,
         name=arm.name,
@@ -332,8 +339,9 @@ def train_arm(arm: Arm, args: Args, corpora: Corpora) -> int:
         eval_every=max(1, steps // EVALUATIONS),
         log_every=min(config.log_every, max(1, steps // LOSSES)),
     )
-    say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {tokens / train.summary.tokens:.2f} epochs")
-    done = run_distillation(config, pack_data(config, train, judged))
+    epochs = tokens / corpora.of(config.data.length)[0].summary.tokens
+    say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {epochs:.2f} epochs")
+    done = run_distillation(config, corpora.pack(config))
     report.write_json(finished, {**done, "train_tokens": tokens})
     return tokens
 
@@ -396,7 +404,8 @@ def measure(
     """The arm's drafter with every tree at every temperature; what is noted is not decoded again."""
     models = loading.load_models(target, drafter=arm.drafter, tree="none", dtype=loading.DTYPES[args.dtype])
     drafter, print_of_weights = models.engine.drafter, fingerprint(models)
-    deepest, runs = comparison.deepest(drafter), []
+    assert drafter is not None
+    deepest, runs = drafter.deepest, []
     for spec in args.trees:
         asked = parse_tree(spec)
         tree = asked if deepest is None else cut_tree(asked, deepest)
@@ -412,7 +421,7 @@ def measure(
                 tree.spec,
                 settings.temperature,
                 notes.counts(of),
-                comparison.drafter_passes(drafter, tree.depth),
+                cost.drafter_passes(drafter, tree.depth),
                 sum(int(a.size) for a in jax.tree.leaves(models.weights.drafter)),
                 train_tokens,
             )

@@ -101,6 +101,11 @@ class DraftLM(nn.Module):
         return None
 
     @property
+    def one_pass(self) -> bool:
+        """No: a pass a depth."""
+        return False
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """None: nothing of the target is read."""
         return ()

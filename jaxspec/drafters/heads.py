@@ -121,6 +121,11 @@ class OneLayer(nn.Module):
         return None
 
     @property
+    def one_pass(self) -> bool:
+        """Whether one pass drafts all depths."""
+        return False
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """Layers of the target whose inputs it reads; empty: the target's features."""
         return ()

@@ -63,6 +63,11 @@ class Medusa(nn.Module):
         return self.config.tokens
 
     @property
+    def one_pass(self) -> bool:
+        """Yes: the heads run side by side."""
+        return True
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """None: the heads read the target's features."""
         return ()

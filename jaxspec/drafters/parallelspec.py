@@ -83,6 +83,11 @@ class ParallelSpec(OneLayer):
         """Greatest depth of a node: the tokens of a pass."""
         return self.config.tokens
 
+    @property
+    def one_pass(self) -> bool:
+        """Yes."""
+        return True
+
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> Array:
         """The layer's input at a slot."""
         if self.config.host == "medusa":
