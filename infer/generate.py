@@ -45,8 +45,9 @@ class Args(DraftFlags):
     drafter: str = "none"
     """Folder of a drafter; `none` decodes plainly, one token a target call."""
     tree: str | None = None
-    """What is drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM.
-    Default: the tree saved with the drafter, else EAGLE-2's dynamic:60x6x10."""
+    """What is drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM or, for
+    Medusa and ParallelSpec, best_first:NODESxDEPTHxWIDTH. Default: the tree saved with the drafter, else EAGLE-2's
+    dynamic:60x6x10."""
     slots: int = 8
     """Prompts decoded side by side."""
     out: str | None = None

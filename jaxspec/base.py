@@ -156,6 +156,11 @@ class TreePolicy(Protocol):
         """Draft scratch slots it fills: nodes that are expanded."""
         ...
 
+    @property
+    def modes(self) -> tuple[DraftMode, ...]:
+        """How the children of its nodes may be chosen."""
+        ...
+
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:

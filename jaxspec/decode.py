@@ -51,7 +51,7 @@ class Engine:
     tree: TreePolicy | None = None
     rows: int = 1
     mode: DraftMode = "topk"
-    """How the children of a tree's nodes are chosen; the rule must be one for that."""
+    """How the children of a tree's nodes are chosen; the tree and the rule must be for that."""
     rule: verify.Rule = verify.RULES["target-draw"]
 
     def __post_init__(self) -> None:
@@ -59,6 +59,11 @@ class Engine:
             raise ValueError("a drafter and a tree come together: give both, or neither for plain decoding")
         if self.tree is not None and self.drafter is not None:
             self.rule.check(self.mode, self.tree)
+            if self.mode not in self.tree.modes:
+                raise ValueError(
+                    f"{self.tree} is for children drafted by {' or '.join(self.tree.modes)}, not {self.mode}: take "
+                    f"the draft mode {self.tree.modes[0]}, or another tree"
+                )
             deepest = self.drafter.deepest
             if deepest is not None and self.tree.depth > deepest:
                 raise ValueError(

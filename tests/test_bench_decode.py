@@ -135,8 +135,8 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
 
 def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
     program = importlib.import_module("jaxspec.infer.bench_decode")
-    args = program.Args(drafter="d", tree=("chain:2,static:0,1,00", "dynamic:8x3x3,none"))
-    assert args.trees == ["chain:2", "static:0,1,00", "dynamic:8x3x3", "none"]
+    args = program.Args(drafter="d", tree=("chain:2,static:0,1,00", "dynamic:8x3x3,best_first:8x3x3,none"))
+    assert args.trees == ["chain:2", "static:0,1,00", "dynamic:8x3x3", "best_first:8x3x3", "none"]
 
 
 def test_frontiers_are_the_nodes_with_children():

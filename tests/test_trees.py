@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 from toys import Tables, code_of, draft_from, grow, likely, node_paths, path_tables
 
-from jaxspec.base import ROOT, Frontier, Tree, TreePolicy
-from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths, parse_tree
+from jaxspec.base import ROOT, Children, Frontier, Tree, TreePolicy
+from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths, parse_tree
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -100,6 +102,88 @@ def test_a_kept_nodes_parent_is_kept_and_stands_before_it(kind: str):
             assert tree.score_BN[b, n] <= tree.score_BN[b, parent]
 
 
+def ranked(logits_BWV: jax.Array, count: int, slot: int) -> Children:
+    """The first tokens, with the logits for log-probabilities: quarters, whose sums are exact."""
+    logp_BWR = logits_BWV[..., :count]
+    return Children(jnp.broadcast_to(jnp.arange(count), logp_BWR.shape), logp_BWR, logp_BWR)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pop_best(policy: BestFirstTree, logp_BTR: jax.Array) -> Tree:
+    """The best-first tree of these laws, a depth each."""
+    root_B = jnp.full(logp_BTR.shape[0], 7)
+    return policy.grow(lambda s, f: (logp_BTR[:, f.depth, None], s), ranked, None, logp_BTR[:, 0], root_B)
+
+
+def pushed_and_popped(logp_TR: np.ndarray, nodes: int) -> list[tuple[int, int, float]]:
+    """`(parent, rank, score)` of the nodes below the root, from a heap with the children of all that was popped."""
+    heap = [(-score, 0, rank, 1) for rank, score in enumerate(logp_TR[0])]
+    heapq.heapify(heap)
+    taken = []
+    while heap and len(taken) < nodes - 1:
+        score, parent, rank, depth = heapq.heappop(heap)
+        if score == np.inf:
+            break
+        taken.append((parent, rank, -score))
+        if depth < len(logp_TR):
+            for r, step in enumerate(logp_TR[depth]):
+                heapq.heappush(heap, (score - step, len(taken), r, depth + 1))
+    return taken
+
+
+LAWS = {
+    "few ties": lambda rng, shape: -rng.integers(0, 400, shape),
+    "many ties": lambda rng, shape: -rng.integers(0, 3, shape),
+    "all equal": lambda rng, shape: np.zeros(shape),
+    "impossible tokens": lambda rng, shape: np.where(rng.random(shape) < 0.6, -np.inf, -rng.integers(0, 9, shape)),
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 3, 1), (14, 3, 2), (15, 3, 2), (40, 6, 4)], ids=str)
+@pytest.mark.parametrize("kind", LAWS)
+def test_a_best_first_tree_is_what_a_heap_pops(kind: str, size: tuple[int, int, int]):
+    nodes, depth, width = size
+    batch = 20
+    quarters = LAWS[kind](np.random.default_rng(nodes), (batch, depth, width))
+    logp_BTR = (-np.sort(-quarters / 4, axis=-1)).astype(np.float32)
+    tree = jax.device_get(pop_best(BestFirstTree(*size), logp_BTR))
+    for b in range(batch):
+        want = pushed_and_popped(logp_BTR[b], nodes)
+        real = len(want) + 1
+        assert tree.valid_BN[b].tolist() == [n < real for n in range(nodes)]
+        found = zip(tree.parent_BN[b, 1:real], tree.token_BN[b, 1:real], tree.score_BN[b, 1:real], strict=True)
+        assert [*found] == want
+        assert all(tree.parent_BN[b, n] < n for n in range(nodes)) and (tree.parent_BN[b, real:] == ROOT).all()
+        assert (tree.score_BN[b, real:] == -np.inf).all()
+        above = tree.parent_BN[b, 1:real]
+        np.testing.assert_array_equal(tree.depth_BN[b, 1:real], tree.depth_BN[b, above] + 1)
+        np.testing.assert_array_equal(tree.ancestors_BNN[b], brute_ancestors(tree.parent_BN[b]))
+
+
+@pytest.mark.parametrize("nodes", [2, 7, 16, 40])
+def test_a_best_first_tree_holds_the_likeliest_of_all_paths(nodes: int):
+    """Under the laws of the depths, made of logits in the library's own way."""
+    depth, width, vocab, batch = 3, 3, 6, 8
+    laws = np.random.default_rng(nodes).normal(0, 2, (depth, batch, vocab)).astype(np.float32)
+    tables = [np.broadcast_to(law[:, None], (batch, vocab**d, vocab)) for d, law in enumerate(laws)]
+    tree = jax.device_get(grow_jitted(BestFirstTree(nodes, depth, width), tables))
+    logp = [step[:, 0] for step in log_probabilities(tables)]
+    for b in range(batch):
+        tokens = [best(list(step[b]), width) for step in logp]
+        paths = [p for d in range(1, depth + 1) for p in itertools.product(*tokens[:d])]
+        scores = {p: sum(logp[d][b, t] for d, t in enumerate(p)) for p in paths}
+        likeliest = sorted(paths, key=lambda p: -scores[p])[: nodes - 1]
+        assert set(node_paths(tree, b)) == {(), *likeliest}
+        np.testing.assert_allclose(tree.score_BN[b, 1:], [scores[p] for p in likeliest], rtol=1e-5)
+
+
+def test_where_children_depend_on_the_node_a_best_first_tree_takes_those_along_the_likeliest_chain():
+    tables = path_tables(6, 4, 4, 3)
+    a, b = (jax.device_get(grow_jitted(tree, tables)) for tree in (BestFirstTree(5, 4, 1), chain(4)))
+    for x, y in zip(a[:-1], b[:-1], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
 def brute_ancestors(parent: np.ndarray) -> np.ndarray:
     mask = np.eye(len(parent), dtype=bool)
     for n in range(len(parent)):
@@ -120,6 +204,8 @@ POLICIES: list[TreePolicy] = [
     DynamicTree(6, 5, 1),
     DynamicTree(11, 4, 3),
     DynamicTree(30, 6, 3),
+    BestFirstTree(1, 1, 1),
+    BestFirstTree(20, 4, 3),
 ]
 
 
@@ -218,7 +304,7 @@ def test_a_tree_without_drafts_calls_no_drafter():
     def refuse(scratch, frontier):
         raise AssertionError("drafted")
 
-    for policy in (chain(0), chain(1), DynamicTree(1, 1, 2), DynamicTree(3, 1, 2)):
+    for policy in (chain(0), chain(1), DynamicTree(1, 1, 2), DynamicTree(3, 1, 2), BestFirstTree(3, 1, 2)):
         tree = jax.jit(lambda root, p=policy: p.grow(refuse, likely, None, jnp.ones((2, 4)), root))(jnp.array([3, 1]))
         assert tree.token_BN[:, 0].tolist() == [3, 1] and tree.token_BN.shape == (2, policy.nodes)
 
@@ -243,6 +329,8 @@ ROUND_TRIPS = [
     "static:0,15.",
     "dynamic:60x6x10",
     "dynamic:8x3x3",
+    "best_first:60x4x10",
+    "best_first:9x15x2",
 ]
 
 
@@ -256,6 +344,7 @@ def test_a_tree_reads_back_what_it_writes(text: str):
 def test_tree_names_stand_for_the_papers_trees():
     assert parse_tree("static:eagle1") == StaticTree(parse_paths(EAGLE1_PATHS))
     assert parse_tree("dynamic") == DynamicTree(60, 6, 10)
+    assert parse_tree("best_first") == BestFirstTree(60, 4, 10)
     assert parse_tree(" none ") == chain(0)
     assert parse_tree(parse_tree("static:eagle1").spec) == parse_tree("static:eagle1")
 
@@ -266,6 +355,7 @@ def test_tree_names_stand_for_the_papers_trees():
         "", "tree", "chain", "chain:", "chain:-1", "chain:x", "chain:²", "none:3", "static", "static:", "static:00",
         "static:0,0", "static:a", "static:0..1", "static:.", "dynamic:60x6", "dynamic:8x3x3x3", "dynamic:8x3x3xfoo",
         "dynamic:8x-3x3", "dynamic:0x3x3", "dynamic:100x2x3",
+        "best_first:60x4", "best_first:8x3xw", "best_first:0x3x3", "best_first:14x2x3", "best:8x3x3",
     ],
 )  # fmt: skip
 def test_a_tree_that_cannot_be_is_refused(text: str):
@@ -277,9 +367,12 @@ def test_a_pool_smaller_than_the_tree_is_refused():
     DynamicTree(nodes=13, depth=2, beam=3)
     with pytest.raises(ValueError, match="12 nodes, fewer than the 13 wanted"):
         DynamicTree(nodes=14, depth=2, beam=3)
+    BestFirstTree(nodes=13, depth=2, width=3)
+    with pytest.raises(ValueError, match="12 nodes below its root, fewer than the 13 wanted"):
+        BestFirstTree(nodes=14, depth=2, width=3)
 
 
-@pytest.mark.parametrize("policy", [DynamicTree(4, 2, 6), StaticTree(((0,), (5,)))], ids=str)
+@pytest.mark.parametrize("policy", [DynamicTree(4, 2, 6), BestFirstTree(4, 2, 6), StaticTree(((0,), (5,)))], ids=str)
 def test_a_rank_beyond_the_draft_vocabulary_is_refused(policy: TreePolicy):
     with pytest.raises(ValueError, match="vocabulary of 5"):
         grow(policy, path_tables(0, 5, 2))

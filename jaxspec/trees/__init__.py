@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
 from jaxspec.trees.static import EAGLE1_PATHS, StaticTree, chain, parse_paths
 
-__all__ = ["EAGLE1_PATHS", "DynamicTree", "StaticTree", "chain", "cut_tree", "parse_paths", "parse_tree"]
+__all__ = ["EAGLE1_PATHS", "BestFirstTree", "DynamicTree", "StaticTree", "chain", "cut_tree", "parse_paths", "parse_tree"]
+
+GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
+"""Trees named by three sizes."""
 
 
-def parse_tree(text: str) -> StaticTree | DynamicTree:
+def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
     """The tree a command line names.
 
     `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:0,1,00,01`, `dynamic:60x6x10`
-    (nodes x depth x beam; EAGLE-2's setting is `dynamic:60x6x10`). Raises ValueError for anything else.
+    (nodes x depth x beam; EAGLE-2's setting is `dynamic:60x6x10`), `best_first:60x4x10` (nodes x depth x width, for
+    Medusa and ParallelSpec). Raises ValueError for anything else.
     """
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
@@ -23,16 +28,19 @@ def parse_tree(text: str) -> StaticTree | DynamicTree:
         return chain(int(rest))
     if kind == "static" and rest:
         return StaticTree(parse_paths(EAGLE1_PATHS if rest == "eagle1" else rest))
-    if kind == "dynamic":
-        sizes = (rest or "60x6x10").split("x")
-        if len(sizes) == 3 and all(w.isdecimal() for w in sizes):
-            return DynamicTree(*map(int, sizes))
+    if kind in GROWN:
+        sizes = rest.split("x") if rest else []
+        if len(sizes) in (0, 3) and all(w.isdecimal() for w in sizes):
+            return GROWN[kind](*map(int, sizes))
     raise ValueError(
-        f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM"
+        f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, "
+        "best_first:NODESxDEPTHxWIDTH"
     )
 
 
-def cut_tree(tree: StaticTree | DynamicTree, depth: int) -> StaticTree | DynamicTree:
+def cut_tree(
+    tree: StaticTree | DynamicTree | BestFirstTree, depth: int
+) -> StaticTree | DynamicTree | BestFirstTree:
     """`tree` without what lies below `depth`, for a drafter that cannot draft deeper; itself where nothing does."""
     if tree.depth <= depth:
         return tree
@@ -40,4 +48,7 @@ def cut_tree(tree: StaticTree | DynamicTree, depth: int) -> StaticTree | Dynamic
         return StaticTree(tuple(path for path in tree.paths if len(path) <= depth))
     if depth < 1:
         return chain(0)
+    if isinstance(tree, BestFirstTree):
+        most = sum(tree.width**d for d in range(depth + 1))
+        return BestFirstTree(min(tree.nodes, most), depth, tree.width)
     return DynamicTree(min(tree.nodes, 1 + dataclasses.replace(tree, nodes=1, depth=depth).pool), depth, tree.beam)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import ROOT, Array, Children, ChooseChildren, DraftLogits, Frontier, Tree
+from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
 from jaxspec.trees.shape import ancestor_mask, stack_laws
 
 
@@ -56,6 +56,11 @@ class DynamicTree:
     def slots(self) -> int:
         """Expanded nodes: `beam` at every depth but the last."""
         return self.beam * (self.depth - 1)
+
+    @property
+    def modes(self) -> tuple[DraftMode, ...]:
+        """All: every node's children are its own."""
+        return DRAFT_MODES
 
     @property
     def spec(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import ROOT, Array, Children, ChooseChildren, DraftLogits, Frontier, Tree
+from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
 from jaxspec.trees.shape import stack_laws
 
 EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
@@ -118,6 +118,11 @@ class StaticTree:
     def slots(self) -> int:
         """Nodes that are expanded: those with children, the root aside."""
         return len({p[:-1] for p in self.paths} - {()})
+
+    @property
+    def modes(self) -> tuple[DraftMode, ...]:
+        """All: every node's children are its own."""
+        return DRAFT_MODES
 
     @property
     def spec(self) -> str:
