@@ -131,7 +131,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
     """Read the prompts, draw each row's first token, and let the drafter read the same.
 
     Prompts wider than `CHUNK` are read a chunk at a time, as many as the longest of them needs: their padded width must
-    be a multiple of it. `capacity` is the cache's slots a row, at least that width, `slots` the output's; see `sizes`.
+    be a multiple of it. `capacity` is the cache's slots a row, more than that width, `slots` the output's; see `sizes`.
     """
     batch, width = requests.tokens_BL.shape
     chunk = min(width, CHUNK)

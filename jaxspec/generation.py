@@ -179,7 +179,8 @@ class Slots:
                 f"a slot takes one prompt padded to {width} tokens with {self.stops} stop ids, "
                 f"not {requests.tokens_BL.shape} and {requests.stop_BR.shape}"
             )
-        fresh = run_prefill(self.engine, self.weights, requests, width, self.output)
+        # More slots than the prompt has: a draft LM reads the first token too, and writes must not be shifted.
+        fresh = run_prefill(self.engine, self.weights, requests, round_up(width + 1), self.output)
         self.free.remove(row)
         self._state = _admit(self._state, fresh, np.int32(row))
 
