@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxspec.base import Array, Borrowed, Learner, Params, Target, Unrolled
+from jaxspec.base import Array, Borrowed, Learner, Params, Target, TargetOutput, Unrolled
 from jaxspec.layers import segment_mask
 from jaxspec.losses import (
     FEATURE_LOSSES,
@@ -196,22 +196,59 @@ def loss_sums(
     (ascending ids) the drafter scores these tokens alone, and positions whose likeliest token is not among them train
     no logits (EAGLE-3); acceptance counts what is missing as rejected.
     """
-    mask_BLM = segment_mask(batch.segments_BL)
-    out = jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM))
     noise_key, slot_key, draw_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+    out = read_batch(target, frozen, batch)
+    borrowed = lend(target, frozen, vocab_U)
+    unrolled = unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key)
+    teacher = Teacher(target, frozen, vocab_U)
+    return judge_batch(drafter, params, borrowed, teacher, batch, out, unrolled, objective, draw_key)
+
+
+def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
+    """What the frozen target makes of a batch."""
+    mask_BLM = segment_mask(batch.segments_BL)
+    return jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM))
+
+
+def lend(target: Target, frozen: Params, vocab_U: Array | None) -> Borrowed:
+    """The target's tables for a drafter that scores `vocab`."""
+    whole: Borrowed = jax.lax.stop_gradient(target.borrowed(frozen))
+    return whole if vocab_U is None else whole._replace(head_VD=whole.head_VD[vocab_U])
+
+
+def unroll_batch(
+    drafter: Learner,
+    params: Params,
+    borrowed: Borrowed,
+    batch: Batch,
+    out: TargetOutput,
+    objective: Objective,
+    noise_key: Array | None,
+    slot_key: Array | None,
+) -> Unrolled:
+    """The draft steps from every position of a batch."""
     read_BLD = out.read_BLD
     if noise_key is not None:
         read_BLD = add_noise(read_BLD, batch.segments_BL, noise_key, objective.noise)
-    whole: Borrowed = jax.lax.stop_gradient(target.borrowed(frozen))
-    borrowed = whole if vocab_U is None else whole._replace(head_VD=whole.head_VD[vocab_U])
-    steps = objective.steps
-    unrolled = drafter.unroll(
-        params, borrowed, batch.tokens_BL, read_BLD, batch.positions_BL, mask_BLM, steps, slot_key
-    )
+    rows = (batch.tokens_BL, read_BLD, batch.positions_BL, segment_mask(batch.segments_BL))
+    return drafter.unroll(params, borrowed, *rows, objective.steps, slot_key)
+
+
+def judge_batch(
+    drafter: Learner,
+    params: Params,
+    borrowed: Borrowed,
+    teacher: Teacher,
+    batch: Batch,
+    out: TargetOutput,
+    unrolled: Unrolled,
+    objective: Objective,
+    draw_key: Array | None,
+) -> Sums:
+    """The sums of draft steps held against the target's own logits."""
     mask_TBL = step_masks(batch, objective)
     if unrolled.kept_TBL is not None:
         mask_TBL &= unrolled.kept_TBL
-    teacher = Teacher(target, frozen, vocab_U)
     judge = functools.partial(judge_chunk, drafter, params, borrowed, teacher, objective)
     values = in_chunks(judge, unrolled, out.features_BLD, batch.tokens_BL, mask_TBL, draw_key, objective)
     return totals(values, mask_TBL, objective)
