@@ -23,6 +23,7 @@ import tyro
 
 from jaxspec import cli, cost, decode, flags, loading, report, serving
 from jaxspec.base import Array
+from jaxspec.cost import Part
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decode import DecodeState
 from jaxspec.flags import DraftFlags
@@ -330,15 +331,6 @@ def nothing(*arguments: Any) -> Array:
     return jnp.zeros(())
 
 
-class Part(NamedTuple):
-    """A program to time, with what it is handed."""
-
-    program: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    donated: int | None = None
-    """The argument that is given up, so that a copy of it is handed over."""
-
-
 def time_parts(models: Models, requests: Requests, args: Args, rounds: int) -> dict[str, float]:
     """Seconds of a whole round and of each of its parts, in the middle of decoding `requests`."""
     engine, weights = models.engine, models.weights
@@ -358,24 +350,11 @@ def time_parts(models: Models, requests: Requests, args: Args, rounds: int) -> d
         path = (weights, state, scored.read_BND, accepted)
         parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
         parts["extend"] = Part(functools.partial(extend, engine), path)
-    seconds = in_turns(parts, repeats=15)
+    seconds = cost.in_turns(parts, repeats=15)
     dispatch = seconds.pop("nothing")
     seconds = {name: max(0.0, taken - dispatch) for name, taken in seconds.items()}
     seconds["draft"] = seconds.pop("grow", 0.0) + seconds.pop("extend", 0.0)
     return seconds
-
-
-def in_turns(parts: dict[str, Part], *, repeats: int) -> dict[str, float]:
-    """The median seconds of each part; parts take turns, so that a machine that drifts slows all of them alike."""
-    samples: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats + 1):
-        for name, part in parts.items():
-            given = [jax.tree.map(jnp.copy, a) if i == part.donated else a for i, a in enumerate(part.arguments)]
-            jax.block_until_ready(given)
-            started = time.perf_counter()
-            jax.block_until_ready(part.program(*given))
-            samples[name].append(time.perf_counter() - started)
-    return {name: float(np.median(taken[1:])) for name, taken in samples.items()}
 
 
 def make_row(
