@@ -21,7 +21,7 @@ FLOORS = (
     {"requests"},
     {"targets", "drafters", "losses", "trees"},
     {"verify"},
-    {"data", "decode", "distill", "checkpoint", "interchange", "cost", "report", "optimizer", "pretraining"},
+    {"data", "decode", "distill", "checkpoint", "interchange", "cost", "flops", "report", "optimizer", "pretraining"},
     {"generation", "loading", "comparison"},
     {"config", "serving", "identity", "aot", "figures"},
     {"regeneration"},

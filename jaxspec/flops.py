@@ -1,0 +1,92 @@
+"""FLOPs of a program, counted exactly over its jaxpr: loops by their trips, conditionals by their dearest branch.
+
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, which makes it useless for models that
+scan their layers and losses that map over chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+
+class Flops(NamedTuple):
+    """Arithmetic of matmuls and convolutions, a multiplication and an addition being two; all else is left out."""
+
+    total: int
+    """What the program does."""
+    recomputed: int
+    """Of these, what `jax.checkpoint` does a second time on the way back."""
+
+    @property
+    def model(self) -> int:
+        """What the mathematics asks for, recomputation apart: the FLOPs of MFU."""
+        return self.total - self.recomputed
+
+
+def count_flops(program: Callable[..., Any], *arguments: Any) -> Flops:
+    """What `program(*arguments)` takes at the most; arguments may be abstract, and nothing is compiled or allocated.
+
+    What no result depends on is left out, as XLA does. Of a conditional the branch with the most FLOPs counts, so
+    chunks that a program skips at run time are counted. ValueError: FLOPs in a loop whose trips are not known.
+    """
+    closed = jax.make_jaxpr(program)(*arguments)
+    needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _of_jaxpr(needed, recomputes=False)
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr, *, recomputes: bool) -> Flops:
+    counts = [_of_equation(equation, recomputes=recomputes) for equation in jaxpr.eqns]
+    return Flops(sum(c.total for c in counts), sum(c.recomputed for c in counts))
+
+
+def _of_equation(equation: Any, *, recomputes: bool) -> Flops:
+    name = equation.primitive.name
+    recomputes = recomputes or "rematted_computation" in str(equation.source_info.name_stack)
+    if name in ("dot_general", "conv_general_dilated"):
+        flops = _dot(equation) if name == "dot_general" else _convolution(equation)
+        return Flops(flops, flops if recomputes else 0)
+    inner = [_of_jaxpr(jaxpr, recomputes=recomputes) for jaxpr in _jaxprs(equation)]
+    if not any(count.total for count in inner):
+        return Flops(0, 0)
+    if name == "while":
+        raise ValueError("a loop whose trips are not known has matmuls in it: write it as a scan")
+    if name == "pallas_call":
+        raise ValueError("a Pallas kernel has matmuls in it, which are not counted: count the program without it")
+    if name == "cond":
+        return max(inner)
+    trips = equation.params["length"] if name == "scan" else 1
+    return Flops(trips * sum(c.total for c in inner), trips * sum(c.recomputed for c in inner))
+
+
+def _jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
+    """The programs inside an equation: bodies, branches, called functions."""
+    if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+        values = [equation.params["call_jaxpr"]]  # of its derivative's rules only what was used is elsewhere
+    else:
+        values = equation.params.values()
+    for value in values:
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _dot(equation: Any) -> int:
+    """Two for every element of the result and of the axes summed over."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> int:
+    """Two for every element of the result and of the window over one group's input channels; padding counts."""
+    kernel = equation.invars[1].aval
+    channels_out = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * equation.outvars[0].aval.size * (kernel.size // channels_out)
