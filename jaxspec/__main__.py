@@ -24,6 +24,7 @@ VERBS = {
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare what they are worth"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
+    "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
 }
 
 EXAMPLES = """\

@@ -1,0 +1,354 @@
+"""Time and count distillation steps of several recipes side by side, and one step part by part.
+
+All arms train heads for one random target on one random batch in one process, taking turns; figures are medians over
+the repeats. With --count-only nothing is run, compiled or allocated: FLOPs are counted for abstract arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+from jaxspec import cli, config, cost, flags, loading, report
+from jaxspec.base import Params
+from jaxspec.config import DistillConfig
+from jaxspec.cost import Part
+from jaxspec.distill import (
+    Batch,
+    Objective,
+    Teacher,
+    init_state,
+    judge_batch,
+    lend,
+    read_batch,
+    train_step,
+    unroll_batch,
+)
+from jaxspec.drafters import DRAFTERS
+from jaxspec.flops import Flops, count_flops
+from jaxspec.sharding import make_mesh
+from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
+from jaxspec.training import attention_blocks, drafter_for, optimizer_of
+
+Shape = Literal["tiny", "125m", "llama3-1b", "llama3-8b", "llama3-70b"]
+DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
+SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "draft_lm_kld"}
+"""Other names of experiments."""
+MATMUL = "matmul"
+PARTS = ("target", "drafter", "head_and_loss")
+NOTES = """\
+FLOPs: of matmuls and convolutions, exact over loops, conditionals at their dearest branch (all chunks judged)
+again: FLOPs that jax.checkpoint spends a second time on the way back; included in FLOPs
+target: its forward pass; drafter: its draft steps, forward and back; head and loss: logits of target and draft, losses,
+and the way back to the draft's outputs; these are programs of their own on the same shapes
+rest: what is left of the step, such as the optimizer; below 0 where fusion saves more than it costs"""
+TIMED_NOTES = """\
+steps/s: one update on the whole batch, compilation not counted; median of {repeats}
+MFU: model FLOPs a second, those done again left out, by what a large matmul reaches in between: {rate:.0f} GFLOP/s"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    recipe: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A recipe to time, an arm each; repeat the flag. The name of an experiment (or eagle, parallelspec, draft_lm),
+    with `:N` for N draft steps (heads of Medusa, tokens of ParallelSpec), then overrides as `jaxspec train` takes them:
+    "parallelspec:4 head.keep=0.7". Ratios are to the first. Weights are random, whatever an experiment goes on from.
+    Default: eagle and hass:3."""
+    shape: Shape = "tiny"
+    """Of the target."""
+    batch: int = 1
+    """Rows of a step."""
+    length: int = 512
+    """Tokens of a row, one document, all of them trained."""
+    draft_vocab: int = 0
+    """Tokens that the drafters score; 0 for all."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the target and of activations; the drafters' masters are fp32."""
+    repeats: int = 5
+    """Steps of each arm that are timed."""
+    count_only: bool = False
+    """Count FLOPs for abstract arrays and stop."""
+    seed: int = 0
+    """Seed of weights and tokens."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        flags.refuse_below_one(self, "batch", "length", "repeats")
+        if not 0 <= self.draft_vocab <= self.target.vocab:
+            raise ValueError(f"--draft-vocab is {self.draft_vocab}; {self.shape} has {self.target.vocab} tokens")
+        if len(set(self.recipe)) < len(self.recipe):
+            raise ValueError("--recipe names an arm twice: leave one out")
+        for name in self.recipes:
+            make_arm(name, self)
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The arms, in order."""
+        return self.recipe or ("eagle", "hass:3")
+
+    @property
+    def target(self) -> LlamaConfig:
+        """The target's shape."""
+        return SHAPES[self.shape]
+
+
+class Arm(NamedTuple):
+    """One recipe's training step."""
+
+    target: Llama
+    drafter: Any
+    objective: Objective
+    optimizer: optax.GradientTransformation
+
+
+class Given(NamedTuple):
+    """What the programs of an arm are handed, abstract or not."""
+
+    frozen: Params
+    state: Any
+    batch: Batch
+    vocab_U: Any
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec bench train", description=__doc__ or "")
+    arms = {name: make_arm(name, args) for name in args.recipes}
+    rows = count_rows(arms, args)
+    rate = None if args.count_only else time_rows(rows, arms, args)
+    result = report.result(
+        "bench train",
+        dtype=DTYPES[args.dtype],
+        seed=args.seed,
+        started=started,
+        target=args.shape,
+        batch=args.batch,
+        length=args.length,
+        draft_vocab=args.draft_vocab or None,
+        repeats=None if args.count_only else args.repeats,
+        rows=rows,
+        machine_matmul_flops_per_second=rate,
+    )
+    print_result(result, args)
+    if args.json:
+        report.write_json(args.json, result)
+    return 0
+
+
+def make_arm(spec: str, args: Args) -> Arm:
+    """The arm that `spec` names. ValueError: there is no such experiment, or its fields do not fit the target."""
+    found = read_recipe(spec, args)
+    drafter = drafter_for(found, args.target, args.draft_vocab or None).module
+    if drafter.deepest is not None and found.objective.steps > drafter.deepest:
+        raise ValueError(
+            f"{spec}: drafts {drafter.deepest} tokens ahead, and objective.steps is {found.objective.steps}"
+        )
+    blocks = attention_blocks(found, make_mesh(devices=jax.devices()[:1]))
+    dtype = loading.DTYPES[args.dtype]
+    target = Llama(args.target, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
+    return Arm(target, drafter.clone(**blocks), found.objective, optimizer_of(found.optimizer, 1000))
+
+
+def read_recipe(spec: str, args: Args) -> DistillConfig:
+    """The experiment's settings, as far as they say what a step computes."""
+    words = spec.split()
+    match = re.fullmatch(r"(.+?)(?::(\d+))?", words[0] if words else "")
+    if match is None:
+        raise ValueError("--recipe is empty: name an experiment")
+    name, steps = match.groups()
+    overrides = [] if steps is None else [f"objective.steps={steps}"]
+    found = config.load(SHORT.get(name, name))
+    if not isinstance(found, DistillConfig):
+        raise ValueError(f"--recipe {name} trains no drafter: it is a {type(found).__name__}")
+    if steps is not None and "tokens" in {f.name for f in dataclasses.fields(DRAFTERS[found.drafter][1])}:
+        overrides.append(f"head.tokens={steps}")
+    found = config.override(found, [*overrides, *words[1:]])
+    head = found.head
+    if found.drafter == "draft_lm" and not head.given:
+        head = small_llama(args.target)
+    return dataclasses.replace(found, head=head, init_from=None, draft_vocab=None, dtype=DTYPES[args.dtype])
+
+
+def small_llama(c: LlamaConfig) -> config.HeadConfig:
+    """A draft LM a quarter as wide as the target and an eighth as deep."""
+    kv_heads = max(1, c.kv_heads // 4)
+    return config.HeadConfig(
+        width=c.width // 4,
+        layers=max(1, c.layers // 8),
+        heads=kv_heads * c.group if c.heads % 4 == 0 and c.kv_heads % 4 == 0 else kv_heads,
+        kv_heads=kv_heads,
+        head_dim=c.head_dim,
+        mlp=c.mlp // 4,
+        tied=True,
+    )
+
+
+def give(arm: Arm, frozen: Params, args: Args) -> Given:
+    """Fresh weights and a random batch for an arm; under `jax.eval_shape`, their shapes."""
+    key = jax.random.key(args.seed)
+    rows = (args.batch, args.length)
+    tokens_BL = jax.random.randint(key, rows, 0, args.target.vocab)
+    ones_BL = jnp.ones(rows, jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(args.length), rows)
+    state = init_state(arm.drafter, arm.optimizer, key, arm.target.borrowed(frozen))
+    vocab_U = jnp.arange(args.draft_vocab) if args.draft_vocab else None
+    return Given(frozen, state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL), vocab_U)
+
+
+def step_of(arm: Arm) -> Callable[..., Any]:
+    """The whole update: `(frozen, state, batch, vocab_U)`."""
+    return functools.partial(train_step, arm.target, arm.drafter, arm.optimizer, arm.objective)
+
+
+def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]:
+    """The parts of a step as programs; `run(program, *arguments)` makes what one hands to the next.
+
+    Together they have the step's matmuls. The drafter's gradient is taken against its own outputs, for want of others.
+    """
+    target, drafter, objective = arm.target, arm.drafter, arm.objective
+    frozen, state, batch, vocab_U = given
+    out = run(functools.partial(read_batch, target), frozen, batch)
+
+    def draft(params: Params, frozen: Params, batch: Batch, out: Any, key: Any, vocab_U: Any) -> Any:
+        noise_key, slot_key = jax.random.split(key)
+        borrowed = lend(target, frozen, vocab_U)
+        return unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key)
+
+    def draft_and_back(against: Any, params: Params, *rest: Any) -> Any:
+        def outputs(params: Params) -> Any:
+            unrolled = draft(params, *rest)
+            return tuple(unrolled[:2]), unrolled.kept_TBL
+
+        drafted, back, kept = jax.vjp(outputs, params, has_aux=True)
+        return drafted, kept, back(tuple(against[:2]))
+
+    def judge_and_back(
+        params: Params, unrolled: Any, frozen: Params, batch: Batch, out: Any, key: Any, ids: Any
+    ) -> Any:
+        def loss(params: Params, outputs: Any) -> Any:
+            teacher, borrowed = Teacher(target, frozen, ids), lend(target, frozen, ids)
+            drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
+            sums = judge_batch(drafter, params, borrowed, teacher, batch, out, drafted, objective, key)
+            return sums.mean_loss(objective), sums
+
+        learned = (0, 1) if drafter.vocab is not None else (1,)  # only then has it a head that learns
+        return jax.value_and_grad(loss, learned, has_aux=True)(params, tuple(unrolled[:2]))
+
+    drafting = (state.params, frozen, batch, out, state.key, vocab_U)
+    unrolled = run(draft, *drafting)
+    return {
+        "target": Part(functools.partial(read_batch, target), (frozen, batch)),
+        "drafter": Part(draft_and_back, (unrolled, *drafting)),
+        "head_and_loss": Part(judge_and_back, (state.params, unrolled, frozen, batch, out, state.key, vocab_U)),
+    }
+
+
+def count_rows(arms: dict[str, Arm], args: Args) -> list[dict[str, Any]]:
+    """Every arm's row as far as it can be told without running anything."""
+    rows: list[dict[str, Any]] = []
+    with report.progress("counting", len(arms), "arms") as bar:
+        for name, arm in arms.items():
+            frozen = jax.eval_shape(arm.target.init_params, jax.random.key(0))
+            given = jax.eval_shape(lambda frozen, arm=arm: give(arm, frozen, args), frozen)
+            whole = count_flops(step_of(arm), *given)
+            parts = parts_of(arm, given, jax.eval_shape)
+            counted = {part: count_flops(p.program, *p.arguments) for part, p in parts.items()}
+            first = whole.total if not rows else rows[0]["flops_per_step"]
+            rows.append(make_row(name, arm, given, whole, counted) | {"flops_ratio": whole.total / first})
+            bar.advance()
+    return rows
+
+
+def make_row(name: str, arm: Arm, given: Given, whole: Flops, parts: dict[str, Flops]) -> dict[str, Any]:
+    """What was counted, and the keys of what is yet to be timed."""
+    timed = ("steps_per_second", "tokens_per_second", "flops_per_second", "mfu", "time_ratio")
+    return {
+        "recipe": name,
+        "draft_steps": arm.objective.steps,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(given.state.params)),
+        "flops_per_step": whole.total,
+        "recomputed_flops_per_step": whole.recomputed,
+        "flops_per_token": whole.total / given.batch.tokens_BL.size,
+        **{f"{part}_flops": parts[part].total for part in PARTS},
+        **dict.fromkeys(timed),
+        **dict.fromkeys(("step_ms", *(f"{part}_ms" for part in PARTS), "rest_ms")),
+    }
+
+
+def time_rows(rows: list[dict[str, Any]], arms: dict[str, Arm], args: Args) -> float:
+    """Fill in the arms' times, and return the FLOPs a second of a large matmul.
+
+    The arms' steps, their parts and the matmul take turns.
+    """
+    matmul, matmul_flops = cost.square_matmul(loading.DTYPES[args.dtype])
+    frozen = jax.jit(next(iter(arms.values())).target.init_params)(jax.random.key(args.seed))
+    programs = {MATMUL: matmul}
+    for name, arm in arms.items():
+        given = jax.jit(functools.partial(give, arm, args=args))(frozen)._replace(frozen=frozen)
+        programs[name] = Part(jax.jit(step_of(arm), donate_argnums=1), tuple(given), donated=1)
+        made = parts_of(arm, given, lambda program, *arguments: jax.jit(program)(*arguments))
+        programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in made.items()}
+    with report.progress("timing", args.repeats + 1, "turns") as bar:
+        seconds = cost.in_turns(programs, repeats=args.repeats, advance=bar.advance)
+    rate = matmul_flops / seconds[MATMUL]
+    for row in rows:
+        taken = seconds[row["recipe"]]
+        mine = {part: seconds[f"{row['recipe']}\n{part}"] for part in PARTS}
+        model = row["flops_per_step"] - row["recomputed_flops_per_step"]
+        row |= {
+            "steps_per_second": 1 / taken,
+            "tokens_per_second": args.batch * args.length / taken,
+            "flops_per_second": row["flops_per_step"] / taken,
+            "mfu": model / taken / rate,
+            "time_ratio": taken / seconds[rows[0]["recipe"]],
+            "step_ms": 1e3 * taken,
+            **{f"{part}_ms": 1e3 * mine[part] for part in PARTS},
+            "rest_ms": 1e3 * (taken - sum(mine.values())),
+        }
+    return rate
+
+
+def print_result(result: dict[str, Any], args: Args) -> None:
+    """Prints the arms, their counts and times, and what every figure means."""
+    rows = result["rows"]
+    title = f"A distillation step, {args.shape}, batch {args.batch} of {args.length} tokens, {args.dtype}"
+    counts = {"GFLOP": "flops_per_step", "again": "recomputed_flops_per_step"}
+    counts |= {part.replace("_", " "): f"{part}_flops" for part in PARTS}
+    table = [
+        [row["recipe"], row["draft_steps"], *(row[key] / 1e9 for key in counts.values()), row["flops_ratio"]]
+        for row in rows
+    ]
+    report.print_table(title, ["recipe", "draft steps", *counts, "x first"], table)
+    if args.count_only:
+        sys.stdout.write(NOTES + "\n")
+        return
+    columns = {
+        "steps/s": "steps_per_second",
+        "tokens/s": "tokens_per_second",
+        "MFU": "mfu",
+        "step": "step_ms",
+        **{part.replace("_", " "): f"{part}_ms" for part in PARTS},
+        "rest": "rest_ms",
+        "x first": "time_ratio",
+    }
+    table = [[row["recipe"], *(row[key] for key in columns.values())] for row in rows]
+    report.print_table("Its time, ms", ["recipe", *columns], table)
+    rate = result["machine_matmul_flops_per_second"] / 1e9
+    sys.stdout.write(TIMED_NOTES.format(repeats=args.repeats, rate=rate) + "\n" + NOTES + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
