@@ -325,14 +325,8 @@ def judge_chunk(
         ]
         return Judged(losses, learns_BC, agree, accept, *gold)
 
-    def empty(step: int) -> Judged:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(functools.partial(one, step)))
-
-    rows = [
-        jax.lax.cond(jnp.any(chunk.mask_TBC[t]), functools.partial(one, t), functools.partial(empty, t))
-        for t in range(len(chunk.mask_TBC))
-    ]
-    return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    # Not a branch a step: what the losses ask of the target's logits alone is then computed once for all steps.
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(one, range(len(chunk.mask_TBC))))
 
 
 def in_chunks(

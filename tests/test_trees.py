@@ -13,7 +13,16 @@ import pytest
 from toys import Tables, code_of, draft_from, grow, likely, node_paths, path_tables
 
 from jaxspec.base import ROOT, Children, Frontier, Tree, TreePolicy
-from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths, parse_tree
+from jaxspec.trees import (
+    EAGLE1_PATHS,
+    BestFirstTree,
+    DynamicTree,
+    StaticTree,
+    chain,
+    cut_tree,
+    parse_paths,
+    parse_tree,
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -381,3 +390,16 @@ def test_a_rank_beyond_the_draft_vocabulary_is_refused(policy: TreePolicy):
 def test_too_few_rows_are_refused():
     with pytest.raises(ValueError, match="rows=3"):
         chain(3, rows=3)
+
+
+def test_medusas_tree_has_its_63_nodes_by_depth_and_every_parent():
+    tree = parse_tree("static:medusa")
+    assert isinstance(tree, StaticTree) and (tree.nodes, tree.depth) == (64, 4)
+    assert [sum(len(path) == d for path in tree.paths) for d in (1, 2, 3, 4)] == [10, 28, 23, 2]
+
+
+@pytest.mark.parametrize(
+    ("depth", "cut"), [(4, "best_first:60x4x10"), (2, "best_first:60x2x10"), (1, "best_first:11x1x10")]
+)
+def test_a_best_first_tree_is_cut_to_a_depth(depth: int, cut: str):
+    assert cut_tree(parse_tree("best_first:60x4x10"), depth).spec == cut

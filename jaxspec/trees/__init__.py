@@ -6,10 +6,22 @@ import dataclasses
 
 from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
-from jaxspec.trees.static import EAGLE1_PATHS, StaticTree, chain, parse_paths
+from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, parse_paths
 
-__all__ = ["EAGLE1_PATHS", "BestFirstTree", "DynamicTree", "StaticTree", "chain", "cut_tree", "parse_paths", "parse_tree"]
+__all__ = [
+    "EAGLE1_PATHS",
+    "MEDUSA_PATHS",
+    "BestFirstTree",
+    "DynamicTree",
+    "StaticTree",
+    "chain",
+    "cut_tree",
+    "parse_paths",
+    "parse_tree",
+]
 
+NAMED = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
+"""Static trees by name."""
 GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
 """Trees named by three sizes."""
 
@@ -17,9 +29,9 @@ GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
 def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
     """The tree a command line names.
 
-    `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:0,1,00,01`, `dynamic:60x6x10`
-    (nodes x depth x beam; EAGLE-2's setting is `dynamic:60x6x10`), `best_first:60x4x10` (nodes x depth x width, for
-    Medusa and ParallelSpec). Raises ValueError for anything else.
+    `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:medusa`, `static:0,1,00,01`,
+    `dynamic:60x6x10` (nodes x depth x beam; EAGLE-2's setting is `dynamic:60x6x10`), `best_first:60x4x10`
+    (nodes x depth x width, for Medusa and ParallelSpec). Raises ValueError for anything else.
     """
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
@@ -27,7 +39,7 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
     if kind == "chain" and rest.isdecimal():
         return chain(int(rest))
     if kind == "static" and rest:
-        return StaticTree(parse_paths(EAGLE1_PATHS if rest == "eagle1" else rest))
+        return StaticTree(parse_paths(NAMED.get(rest, rest)))
     if kind in GROWN:
         sizes = rest.split("x") if rest else []
         if len(sizes) in (0, 3) and all(w.isdecimal() for w in sizes):
@@ -38,9 +50,7 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
     )
 
 
-def cut_tree(
-    tree: StaticTree | DynamicTree | BestFirstTree, depth: int
-) -> StaticTree | DynamicTree | BestFirstTree:
+def cut_tree(tree: StaticTree | DynamicTree | BestFirstTree, depth: int) -> StaticTree | DynamicTree | BestFirstTree:
     """`tree` without what lies below `depth`, for a drafter that cannot draft deeper; itself where nothing does."""
     if tree.depth <= depth:
         return tree

@@ -14,6 +14,10 @@ from jaxspec.trees.shape import stack_laws
 EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 """The 25-node tree of EAGLE-1 (its `mc_sim_7b_63`): one digit a depth, the child's rank in its parent's draft."""
 
+MEDUSA_PATHS = """0 1 2 3 4 5 6 7 8 9 00 01 02 03 04 05 06 07 08 09 10 11 12 13 14 15 16 20 21 22 30 31 40 50 60 70 80
+90 000 001 002 003 004 005 006 007 008 009 010 011 012 020 021 030 040 050 060 070 100 101 200 0000 0001"""
+"""Medusa's 63 nodes below the root for Vicuna-7B (its `mc_sim_7b_63`), four heads deep."""
+
 
 class Level(NamedTuple):
     """The nodes of one depth that have children, and those children."""
