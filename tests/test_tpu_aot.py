@@ -77,7 +77,8 @@ def test_verification_sends_two_sums_a_layer_and_one_for_the_embedding(plan: aot
     ("topology", "mode", "rule"),
     [
         ("v5e:2x4", "topk", "target-draw"), ("v5p:2x2x1", "topk", "target-draw"), ("v6e:2x4", "topk", "target-draw"),
-        ("v6e:2x4", "swor", "recursive-rejection"), ("v6e:2x4", "swor", "traversal"),
+        ("v6e:2x4", "swor", "recursive-rejection"),
+        pytest.param("v6e:2x4", "swor", "traversal", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_long_cache_stays_in_place_on_every_tpu_and_the_rounds_are_one_loop(mesh, topology, mode, rule):
