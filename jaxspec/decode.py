@@ -60,8 +60,9 @@ class Engine:
         if self.tree is not None and self.drafter is not None:
             self.rule.check(self.mode, self.tree)
             if self.mode not in self.tree.modes:
+                name = getattr(self.tree, "spec", self.tree)
                 raise ValueError(
-                    f"{self.tree} is for children drafted by {' or '.join(self.tree.modes)}, not {self.mode}: take "
+                    f"the tree {name} is for children drafted by {' or '.join(self.tree.modes)}, not {self.mode}: take "
                     f"the draft mode {self.tree.modes[0]}, or another tree"
                 )
             deepest = self.drafter.deepest

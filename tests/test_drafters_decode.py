@@ -281,5 +281,7 @@ def test_a_tree_deeper_than_the_drafter_drafts_is_refused(head: str, tree: Any):
     ("mode", "rule"), [("sample", "specinfer"), ("swor", "recursive-rejection"), ("swor", "traversal")]
 )
 def test_a_best_first_tree_of_drawn_children_is_refused(mode: DraftMode, rule: str):
-    with pytest.raises(ValueError, match=rf"^BestFirstTree\(.*\) is for children drafted by topk, not {mode}: [^.]*$"):
+    with pytest.raises(
+        ValueError, match=rf"^the tree best_first:\w+ is for children drafted by topk, not {mode}: [^.]*$"
+    ):
         Engine(target()[0], HEADS["medusa"], TREES["best_first"], mode=mode, rule=RULES[rule])
