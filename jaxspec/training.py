@@ -283,6 +283,11 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
                 f"{config.init_from}: holds a drafter {found.name!r}, and the config says {config.drafter!r}"
             )
         check_width(config.init_from, found.module, target)
+        if found.module.vocab not in (None, scored or target.vocab):
+            raise ValueError(
+                f"{config.init_from}: its own LM head scores {found.module.vocab:,} tokens, and it is to score "
+                f"{scored or target.vocab:,}; it was made for another tokenizer or draft vocabulary"
+            )
         return Beginning(found.module.clone(dtype=dtype), found.params)
     like = {
         "width": target.width,

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import jax
 import numpy as np
 import pytest
 
-from jaxspec.checkpoint import RunCheckpoints
+from jaxspec.checkpoint import RunCheckpoints, save_drafter
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
-from jaxspec.training import MetricLog, Recipe, train
+from jaxspec.drafters import DraftLM, DraftLMConfig
+from jaxspec.targets.llama import LlamaConfig
+from jaxspec.training import MetricLog, Recipe, drafter_for, train
 
 
 class Numbers:
@@ -86,3 +89,13 @@ def test_metrics_past_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     MetricLog(path, 2).write(step=3, loss=1.0)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n'
+
+
+def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_path):
+    target = LlamaConfig(32, 16, 1, 2, 1, 8, 16)
+    drafter = DraftLM(DraftLMConfig(24, 8, 1, 2, 1, 4, 16))
+    save_drafter(tmp_path / "drafter", "draft_lm", drafter, drafter.init_params(jax.random.key(0)))
+    config = load("draft_lm_kld", [f"init_from={tmp_path / 'drafter'}"])
+    with pytest.raises(ValueError, match="scores 24 tokens, and it is to score 32; it was made for another tokenizer"):
+        drafter_for(config, target)
+    assert drafter_for(config, dataclasses.replace(target, vocab=24)).module == drafter
