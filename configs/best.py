@@ -1,7 +1,7 @@
 """The project's own recipe: FSPAD's head, HASS's steps and top-10 loss."""
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.distill import Objective
+from jaxspec.objective import Objective
 
 config = DistillConfig(
     name="best",

@@ -6,7 +6,7 @@ gradient clipping; a larger learning rate than the paper's 3e-5, which is for he
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.distill import Objective
+from jaxspec.objective import Objective
 
 config = DistillConfig(
     name="eagle2",

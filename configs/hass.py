@@ -5,7 +5,7 @@ one-stage form, for comparisons at equal tokens.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.distill import Objective
+from jaxspec.objective import Objective
 
 config = DistillConfig(
     name="hass",

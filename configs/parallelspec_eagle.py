@@ -4,7 +4,7 @@ Features are regressed where the slot is real. See the drafter's docstring for w
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.distill import Objective
+from jaxspec.objective import Objective
 
 config = DistillConfig(
     name="parallelspec_eagle",

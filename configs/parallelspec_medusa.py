@@ -5,7 +5,7 @@ is reconstruction.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.distill import Objective
+from jaxspec.objective import Objective
 
 config = DistillConfig(
     name="parallelspec_medusa",

@@ -21,10 +21,10 @@ from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, Optimize
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
-from jaxspec.distill import Objective
 from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
 from jaxspec.loading import Models
+from jaxspec.objective import Objective
 from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.requests import make_requests
 from jaxspec.serving import Job, Queue, Settings

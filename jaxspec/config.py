@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxspec.distill import Objective
+from jaxspec.objective import Objective
 from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,64 +10,22 @@ import jax.numpy as jnp
 import optax
 
 from jaxspec.base import Array, Borrowed, Learner, Params, Target, TargetOutput, Unrolled
-from jaxspec.layers import segment_mask
-from jaxspec.losses import (
-    FEATURE_LOSSES,
-    Scores,
-    agreement,
-    divides_by_weights,
-    expected_acceptance,
-    logit_loss,
-    position_weights,
+from jaxspec.judging import (
+    Chunk,
+    Judged,
+    Layout,
+    Teacher,
+    by_pair,
+    by_position,
+    judge_again,
+    judge_chunk,
+    judge_in_passing,
+    learnable,
+    shift,
 )
-from jaxspec.losses.loss import mean
-from jaxspec.sampling import argmax
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised: `sum_step c_step sum_name weight * mean over trained tokens of loss_name`.
-
-    EAGLE (section 4.2): one step, SmoothL1 on features with weight 1, soft cross-entropy on tokens with weight 0.1.
-    HASS adds steps and the top-k loss.
-    """
-
-    steps: int = 1
-    """Draft steps `T` unrolled from every position; more than one is HASS's context alignment."""
-    weights: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1))
-    """Losses by name (`losses.FEATURE_LOSSES` and `losses.logit_loss`), each with its weight."""
-    step_decay: float = 1.0
-    """Step `j`, from 0, counts `step_decay^j`: 1 in HASS, 0.8 in EAGLE-3 and Medusa."""
-    step_weights: tuple[float, ...] = ()
-    """Or one weight a step."""
-    feature_steps: int | None = None
-    """Steps whose features are held to the target's; None for all."""
-    position_weights: str = "none"
-    """Weights by what the text's own tokens got, see `losses.position_weights`."""
-    noise: float = 0.2
-    """Width of the uniform noise on the input features: `U(-1/2, 1/2) * noise * 512 / document length`."""
-    reference_mask: bool = False
-    """Gate each pair by its *feature's* token as the released EAGLE trainer does, which never trains the first pair of
-    an answer, instead of by the token it predicts."""
-    chunk: int = 128
-    """Positions whose logits are alive at once."""
-
-    def __post_init__(self) -> None:
-        for name, _ in self.weights:
-            if name not in FEATURE_LOSSES:
-                logit_loss(name)
-        divides_by_weights(self.position_weights)  # names an unknown one
-        if self.steps < 1 or self.chunk < 1:
-            raise ValueError(f"steps={self.steps} and chunk={self.chunk} must be at least 1")
-        if self.step_weights and len(self.step_weights) != self.steps:
-            raise ValueError(
-                f"step_weights has {len(self.step_weights)} numbers for steps={self.steps}: give one a step"
-            )
-
-    @property
-    def per_step(self) -> tuple[float, ...]:
-        """What each step counts."""
-        return self.step_weights or tuple(self.step_decay**j for j in range(self.steps))
+from jaxspec.layers import segment_mask
+from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
+from jaxspec.objective import Objective, combiner, steps_of
 
 
 class TrainState(NamedTuple):
@@ -120,8 +76,7 @@ class Sums(NamedTuple):
         """The objective: each step's weighted losses over that step's tokens, summed over the steps it trains."""
         total = jnp.zeros(())
         for name, weight in objective.weights:
-            count = objective.feature_steps if name in FEATURE_LOSSES else None
-            steps = zip(self.losses(name), objective.per_step[:count], strict=False)
+            steps = zip(self.losses(name), steps_of(name, objective), strict=False)
             total += weight * sum(c * mean for mean, c in steps)
         return total
 
@@ -142,18 +97,6 @@ class Sums(NamedTuple):
             "simulated_tau_greedy": float(1 + jnp.sum(self.chain_greedy_T / count_T)),
             "tokens": int(self.count_T[0]),
         }
-
-
-def combiner(name: str) -> Callable[[Array, Array], Array]:
-    """From a loss's sums `[M]` and their weight to its mean."""
-    return mean if name in FEATURE_LOSSES else logit_loss(name).combine
-
-
-def shift(x_BL: Array, by: int) -> Array:
-    """`x` moved left by `by` positions, zeros behind."""
-    width = [(0, 0)] * x_BL.ndim
-    width[1] = (0, by)
-    return jnp.pad(x_BL[:, by:], width)
 
 
 def step_masks(batch: Batch, objective: Objective) -> Array:
@@ -179,7 +122,7 @@ def add_noise(features_BLD: Array, segments_BL: Array, key: Array, noise: float)
     return (features_BLD + u * scale_BL[..., None]).astype(features_BLD.dtype)
 
 
-def loss_sums(
+def judged_batch(
     target: Target,
     drafter: Learner,
     frozen: Params,
@@ -188,20 +131,22 @@ def loss_sums(
     key: Array | None,
     objective: Objective,
     vocab_U: Array | None = None,
-) -> Sums:
-    """All sums of one batch; differentiate its `mean_loss`. `key` draws the input noise; None adds none.
+    *,
+    learning: bool,
+) -> tuple[Array, Sums]:
+    """The loss of one batch and the sums behind it. `key` draws the input noise; None adds none.
 
     The target runs once and its head once a position, however many draft steps are unrolled. Logits of target and draft
     live for `chunk` positions at a time; none of shape `[B, L, V]` is ever made. With the draft vocabulary `vocab`
     (ascending ids) the drafter scores these tokens alone, and positions whose likeliest token is not among them train
-    no logits (EAGLE-3); acceptance counts what is missing as rejected.
+    no logits (EAGLE-3); acceptance counts what is missing as rejected. For `learning` see `judge_batch`.
     """
     noise_key, slot_key, draw_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     out = read_batch(target, frozen, batch)
     borrowed = lend(target, frozen, vocab_U)
     unrolled = unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key)
     teacher = Teacher(target, frozen, vocab_U)
-    return judge_batch(drafter, params, borrowed, teacher, batch, out, unrolled, objective, draw_key)
+    return judge_batch(drafter, params, borrowed, teacher, batch, out, unrolled, objective, draw_key, learning=learning)
 
 
 def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
@@ -244,163 +189,60 @@ def judge_batch(
     unrolled: Unrolled,
     objective: Objective,
     draw_key: Array | None,
-) -> Sums:
-    """The sums of draft steps held against the target's own logits."""
+    *,
+    learning: bool,
+) -> tuple[Array, Sums]:
+    """The loss of draft steps held against the target's own logits, and the sums behind it.
+
+    With `learning` the loss is to be differentiated and the sums are constants; else it is the sums' own.
+    """
     mask_TBL = step_masks(batch, objective)
     if unrolled.kept_TBL is not None:
         mask_TBL &= unrolled.kept_TBL
-    judge = functools.partial(judge_chunk, drafter, params, borrowed, teacher, objective)
-    values = in_chunks(judge, unrolled, out.features_BLD, batch.tokens_BL, mask_TBL, draw_key, objective)
-    return totals(values, mask_TBL, objective)
-
-
-class Teacher(NamedTuple):
-    """The frozen target's head."""
-
-    target: Target
-    frozen: Params
-    vocab_U: Array | None
-
-
-class Chunk(NamedTuple):
-    """Some predicted positions: step `j`'s row is the pair that stands `j + 1` positions before."""
-
-    hidden_TBCD: Array
-    features_TBCD: Array | None
-    wanted_BCD: Array
-    """The target's feature at the position, which its logits for the token after are made of."""
-    token_BC: Array
-    """The token after."""
-    mask_TBC: Array
-    key: Array
-
-
-class Judged(NamedTuple):
-    """What each draft step made of each position."""
-
-    loss_TBCM: dict[str, Array]
-    learns_TBC: Array
-    """Whether its logits are trained."""
-    agree_TBC: Array
-    accept_TBC: Array
-    draft_gold_TBC: Array
-    """The draft's probability of the text's own token."""
-    target_gold_TBC: Array
-
-
-def judge_chunk(
-    drafter: Learner, params: Params, borrowed: Borrowed, teacher: Teacher, objective: Objective, chunk: Chunk
-) -> Judged:
-    """Losses and measures of every step; the target's logits are made once for all of them."""
-    logits_BCV = teacher.target.logits(teacher.frozen, chunk.wanted_BCD)
-    token_BC, rest_BC, learns_BC = chunk.token_BC, None, jnp.ones(chunk.token_BC.shape, bool)
-    if (ids := teacher.vocab_U) is not None:
-        everything = jax.nn.logsumexp(logits_BCV, axis=-1)
-        learns_BC = jnp.any(argmax(logits_BCV)[..., None] == ids, axis=-1)
-        logits_BCV = logits_BCV[..., ids]
-        inside = jnp.minimum(jax.nn.logsumexp(logits_BCV, axis=-1) - everything, -1e-7)
-        rest_BC = jnp.log(-jnp.expm1(inside))
-        place = jnp.minimum(jnp.searchsorted(ids, token_BC), ids.shape[0] - 1)
-        token_BC = jnp.where(ids[place] == token_BC, place, -1)
-    logits_BCV = jax.lax.stop_gradient(logits_BCV)
-    named = [(name, logit_loss(name)) for name, _ in objective.weights if name not in FEATURE_LOSSES]
-
-    def one(step: int) -> Judged:
-        draft = drafter.logits(params, borrowed, chunk.hidden_TBCD[step], step)
-        scores = Scores(draft, logits_BCV, token_BC, jax.random.fold_in(chunk.key, step), rest_BC)
-        losses = {name: loss.parts(scores) for name, loss in named}
-        for name, _ in objective.weights:
-            if name in FEATURE_LOSSES:
-                if chunk.features_TBCD is None:
-                    raise ValueError(f"loss {name!r} needs a drafter that predicts features: leave it out")
-                losses[name] = FEATURE_LOSSES[name](chunk.features_TBCD[step], chunk.wanted_BCD)[..., None]
-        scores = scores._replace(draft=jax.lax.stop_gradient(draft))
-        agree = agreement(scores.draft, logits_BCV) * learns_BC
-        accept = expected_acceptance(scores.draft, logits_BCV, rest_BC)
-        known = token_BC >= 0
-        at = jnp.maximum(token_BC, 0)[..., None]
-        gold = [
-            jnp.where(known, jnp.exp(jnp.take_along_axis(jax.nn.log_softmax(x), at, axis=-1)[..., 0]), 0.0)
-            for x in (scores.draft, logits_BCV)
-        ]
-        return Judged(losses, learns_BC, agree, accept, *gold)
-
-    # Not a branch a step: what the losses ask of the target's logits alone is then computed once for all steps.
-    return jax.tree.map(lambda *x: jnp.stack(x), *map(one, range(len(chunk.mask_TBC))))
-
-
-def in_chunks(
-    judge: Callable[[Chunk], Judged],
-    unrolled: Unrolled,
-    features_BLD: Array,
-    tokens_BL: Array,
-    mask_TBL: Array,
-    key: Array | None,
-    objective: Objective,
-) -> Judged:
-    """`judge` over chunks of predicted positions, laid back to the pairs they come from: everything `[T, B, L]`.
-
-    Each row's positions that most steps are trained on come first, so that the last chunks are empty; these are
-    skipped: what teaches nothing (the user's turns, padding) costs no logits.
-    """
-    steps, (batch, length) = mask_TBL.shape[0], tokens_BL.shape
-    aligned_TBL = by_position(mask_TBL)
-    order_BL = jnp.argsort(-jnp.sum(aligned_TBL, axis=0), axis=1, stable=True)
-    size = min(objective.chunk, length)
-    missing = -length % size
-
-    def cut(x_TBL: Array) -> Array:
-        trailing = x_TBL.shape[3:]
-        order = order_BL.reshape(1, *order_BL.shape, *(1 for _ in trailing))
-        x_TBL = jnp.take_along_axis(x_TBL, order, axis=2)
-        x_TBL = jnp.pad(x_TBL, [(0, 0), (0, 0), (0, missing), *((0, 0) for _ in trailing)])
-        return jnp.moveaxis(x_TBL.reshape(*x_TBL.shape[:2], -1, size, *trailing), 2, 0)
-
-    key = jax.random.key(0) if key is None else key
-    count = (length + missing) // size
+    learns_BL = learnable(teacher, out.features_BLD, objective.chunk)
+    learns_TBL = mask_TBL & by_pair(jnp.broadcast_to(learns_BL, mask_TBL.shape))
+    judge = functools.partial(judge_chunk, drafter, borrowed, teacher, objective)
+    layout = Layout.of(by_position(mask_TBL), objective.chunk)
     pieces = Chunk(
-        cut(by_position(unrolled.hidden_TBLD)),
-        None if unrolled.features_TBLD is None else cut(by_position(unrolled.features_TBLD)),
-        cut(features_BLD[None])[:, 0],
-        cut(shift(tokens_BL, 1)[None])[:, 0],
-        cut(aligned_TBL),
-        jax.random.split(key, count),
+        layout.cut(by_position(unrolled.hidden_TBLD)),
+        None if unrolled.features_TBLD is None else layout.cut(by_position(unrolled.features_TBLD)),
+        layout.cut(out.features_BLD[None])[:, 0],
+        layout.cut(shift(batch.tokens_BL, 1)[None])[:, 0],
+        layout.cut(by_position(mask_TBL)),
+        layout.cut(by_position(learns_TBL)),
+        jax.random.split(jax.random.key(0) if draw_key is None else draw_key, layout.chunks),
     )
-
-    @jax.checkpoint
-    def one(piece: Chunk) -> Judged:
-        return jax.lax.cond(jnp.any(piece.mask_TBC), judge, lambda piece: zeros(judge, piece), piece)
-
-    back_BL = jnp.argsort(order_BL, axis=1)
-
-    def lay(x_XTBC: Array) -> Array:
-        trailing = x_XTBC.shape[4:]
-        x_TBL = jnp.moveaxis(x_XTBC, 0, 2).reshape(steps, batch, -1, *trailing)[:, :, :length]
-        back = back_BL.reshape(1, batch, length, *(1 for _ in trailing))
-        return by_pair(jnp.take_along_axis(x_TBL, back, axis=2))
-
-    return jax.tree.map(lay, jax.lax.map(one, pieces))
+    if learning and objective.additive:
+        rates = loss_rates(objective, mask_TBL, learns_TBL)
+        loss, judged = judge_in_passing(judge, functools.partial(worth, rates), params, pieces)
+        return loss, totals(jax.tree.map(lambda x: by_pair(layout.lay(x)), judged), mask_TBL, learns_TBL, objective)
+    judged = jax.tree.map(lambda x: by_pair(layout.lay(x)), judge_again(judge, params, pieces))
+    sums = totals(judged, mask_TBL, learns_TBL, objective)
+    return sums.mean_loss(objective), sums
 
 
-def by_position(x_TBL: Array) -> Array:
-    """Step `j`'s rows moved `j + 1` to the right: from the pair to the position it predicts the feature of."""
-    return jnp.stack([_moved(x, j + 1) for j, x in enumerate(x_TBL)])
+def loss_rates(objective: Objective, mask_TBL: Array, learns_TBL: Array) -> dict[str, Array]:
+    """What one token of each draft step adds to the objective for each unit of a loss: name -> `[T]`."""
+    rates = {}
+    for name, weight in objective.weights:
+        trained_TBL = mask_TBL if name in FEATURE_LOSSES else learns_TBL
+        steps = steps_of(name, objective)
+        per_step_T = jnp.asarray(steps + (0.0,) * (objective.steps - len(steps)), jnp.float32)
+        rates[name] = weight * per_step_T / jnp.maximum(jnp.sum(trained_TBL, axis=(1, 2)), 1)
+    return rates
 
 
-def by_pair(x_TBL: Array) -> Array:
-    """The way back."""
-    return jnp.stack([shift(x, j + 1) for j, x in enumerate(x_TBL)])
+def worth(rates: dict[str, Array], piece: Chunk, judged: Judged) -> Array:
+    """A chunk's part of an additive objective."""
+    total = jnp.zeros(())
+    for name, rate_T in rates.items():
+        trained_TBC = piece.mask_TBC if name in FEATURE_LOSSES else piece.learns_TBC
+        total += jnp.sum(rate_T[:, None, None] * jnp.where(trained_TBC, judged.loss_TBCM[name][..., 0], 0.0))
+    return total
 
 
-def _moved(x_BL: Array, by: int) -> Array:
-    width = [(0, 0)] * x_BL.ndim
-    width[1] = (by, 0)
-    return jnp.pad(x_BL, width)[:, : x_BL.shape[1]]
-
-
-def totals(judged: Judged, mask_TBL: Array, objective: Objective) -> Sums:
+def totals(judged: Judged, mask_TBL: Array, learns_TBL: Array, objective: Objective) -> Sums:
     """The sums over all trained positions."""
-    learns_TBL = mask_TBL & judged.learns_TBC
     weight_TBL = position_weights(objective.position_weights, judged.draft_gold_TBC, judged.target_gold_TBC, learns_TBL)
     weight_TBL = weight_TBL * learns_TBL
     counted_TBL = weight_TBL if divides_by_weights(objective.position_weights) else learns_TBL.astype(jnp.float32)
@@ -425,11 +267,6 @@ def totals(judged: Judged, mask_TBL: Array, objective: Objective) -> Sums:
     )
 
 
-def zeros(like: Any, *arguments: Any) -> Any:
-    """Zeros of the shape that `like(*arguments)` has."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(like, *arguments))
-
-
 def train_step(
     target: Target,
     drafter: Learner,
@@ -448,8 +285,7 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params: Params) -> tuple[Array, Sums]:
-        sums = loss_sums(target, drafter, frozen, params, batch, key, objective, vocab_U)
-        return sums.mean_loss(objective), sums
+        return judged_batch(target, drafter, frozen, params, batch, key, objective, vocab_U, learning=True)
 
     (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -471,7 +307,7 @@ def eval_step(
     vocab_U: Array | None = None,
 ) -> Sums:
     """The sums of one held-out batch, without noise."""
-    return loss_sums(target, drafter, frozen, params, batch, None, objective, vocab_U)
+    return judged_batch(target, drafter, frozen, params, batch, None, objective, vocab_U, learning=False)[1]
 
 
 def init_state(

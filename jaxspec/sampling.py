@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.base import Array
+from jaxspec.sharding import constrain, splits
 
 ROUND = 2**32 - 1
 """Stands where `position_noise` has a position, which is never as large."""
@@ -62,6 +63,44 @@ def _argmax_by_blocks(x: Array) -> Array:
     index = jnp.minimum(index, vocab - 1)  # repeats of the last token behind a shorter block
     place = _argmax_whole(jnp.take_along_axis(x, index, axis=-1))[..., None]
     return jnp.take_along_axis(index, place, axis=-1)[..., 0]
+
+
+def greatest(x_XV: Array, count: int) -> tuple[Array, Array]:
+    """Indices (int32) and values of the `count` greatest of the last axis, best first; ties to the lower index.
+
+    `[..., V] -> [..., count]`. Where the mesh in context splits the vocabulary, every device picks its own best and
+    only those meet: left alone, XLA gathers all logits and sorts them on every device. ValueError: `count` exceeds `V`.
+    """
+    *leading, vocab = x_XV.shape
+    if count > vocab:
+        raise ValueError(f"the {count} best of a vocabulary of {vocab} tokens are asked for: ask for {vocab} or fewer")
+    # Rows are flattened because XLA's partial top-k takes two axes; more fall back to a full sort.
+    rows_QV = x_XV.reshape(-1, vocab)
+    parts = splits("vocab")
+    if count == 1:
+        index_QR, best_QR = argmax(rows_QV)[:, None], jnp.max(rows_QV, axis=-1, keepdims=True)
+    elif parts > 1 and vocab % parts == 0 and count <= vocab // parts:
+        index_QR, best_QR = _best_of_parts(rows_QV, count, parts)
+    else:
+        best_QR, index_QR = lax.top_k(rows_QV, count)
+    shape = (*leading, count)
+    return index_QR.astype(jnp.int32).reshape(shape), best_QR.reshape(shape)
+
+
+def _best_of_parts(rows_QV: Array, count: int, parts: int) -> tuple[Array, Array]:
+    """The best of the best of each part of the vocabulary: tokens and logits `[Q, R]`."""
+    rows, vocab = rows_QV.shape
+    part = vocab // parts
+    local = constrain(jnp.swapaxes(rows_QV.reshape(rows, parts, part), 0, 1), "vocab", ..., None)
+    best, token = lax.top_k(local.reshape(parts * rows, part), count)
+    token = token.reshape(parts, rows, count) + jnp.arange(0, vocab, part, dtype=token.dtype)[:, None, None]
+    best, token = (
+        jnp.swapaxes(constrain(x.reshape(parts, rows, count), None, ..., None), 0, 1).reshape(rows, parts * count)
+        for x in (best, token)
+    )
+    # Parts stand in the order of their ids, so position breaks ties between them as the id would.
+    best_QR, chosen_QR = lax.top_k(best, count)
+    return jnp.take_along_axis(token, chosen_QR, axis=1), best_QR
 
 
 def _ordered_bits(x: Array) -> Array:

@@ -335,7 +335,9 @@ def distill(
         steps=max(objective.steps, EVAL_STEPS if deepest is None else min(EVAL_STEPS, deepest)),
         step_weights=(),
     )
-    updated = jax.jit(functools.partial(train_step, target, learner, optimizer, objective), donate_argnums=1)
+    step = functools.partial(train_step, target, learner, optimizer, objective)
+    # The sums are left to evaluation: what nobody reads is not computed.
+    updated = jax.jit(lambda *arguments: step(*arguments)[:2], donate_argnums=1)
     sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
     place = functools.partial(place_rows, batch_sharding(mesh))
 
@@ -345,8 +347,7 @@ def distill(
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        state, loss, _ = updated(frozen, state, place(batch), vocab_U)
-        return state, loss
+        return updated(frozen, state, place(batch), vocab_U)
 
     return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)
 

@@ -10,11 +10,10 @@ import pytest
 
 from jaxspec.distill import (
     Batch,
-    Objective,
     add_noise,
     eval_step,
     init_state,
-    loss_sums,
+    judged_batch,
     shift,
     step_masks,
     train_step,
@@ -22,12 +21,17 @@ from jaxspec.distill import (
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.layers import causal_mask, segment_mask
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
+from jaxspec.objective import Objective
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 VOCAB, LENGTH = 61, 24
 TARGET = Llama(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
 DRAFTER = Eagle(EagleConfig(16, 2, 1, 8, 32))
+
+
+def loss_sums(*arguments):
+    return judged_batch(*arguments, learning=False)[1]
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +246,25 @@ def test_one_update_on_a_mesh_equals_one_device(frozen, batch: Batch, mesh: tupl
 def test_unknown_losses_are_named():
     with pytest.raises(ValueError, match="'nll' is unknown: choose from"):
         Objective(weights=(("nll", 1.0),))
+
+
+@pytest.mark.parametrize("vocab", [None, (1, 4, 9, 16, 25, 36, 49)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(steps=3, chunk=5, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:4", 1.0))),
+        Objective(steps=2, chunk=7, weights=(("tvd", 1.0), ("smooth_l1", 0.3)), step_decay=0.8, feature_steps=1),
+    ],
+)
+def test_a_gradient_made_in_passing_is_that_of_the_sums(frozen, batch: Batch, objective: Objective, vocab):
+    params, ids = DRAFTER.init_params(jax.random.key(1)), None if vocab is None else jnp.asarray(vocab)
+
+    def loss(learning: bool):
+        def of(params) -> jax.Array:
+            return judged_batch(
+                TARGET, DRAFTER, frozen, params, batch, jax.random.key(3), objective, ids, learning=learning
+            )[0]
+
+        return jax.jit(jax.value_and_grad(of))(params)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), loss(True), loss(False))

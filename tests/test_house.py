@@ -21,6 +21,8 @@ FLOORS = (
     {"requests"},
     {"targets", "drafters", "losses", "trees"},
     {"verify"},
+    {"objective"},
+    {"judging"},
     {"data", "decode", "distill", "checkpoint", "interchange", "cost", "flops", "report", "optimizer", "pretraining"},
     {"generation", "loading", "comparison"},
     {"config", "serving", "identity", "aot", "figures"},

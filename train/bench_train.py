@@ -241,8 +241,7 @@ def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]
         def loss(params: Params, outputs: Any) -> Any:
             teacher, borrowed = Teacher(target, frozen, ids), lend(target, frozen, ids)
             drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
-            sums = judge_batch(drafter, params, borrowed, teacher, batch, out, drafted, objective, key)
-            return sums.mean_loss(objective), sums
+            return judge_batch(drafter, params, borrowed, teacher, batch, out, drafted, objective, key, learning=True)
 
         learned = (0, 1) if drafter.vocab is not None else (1,)  # only then has it a head that learns
         return jax.value_and_grad(loss, learned, has_aux=True)(params, tuple(unrolled[:2]))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.losses.loss import log_probs
+from jaxspec.losses.loss import log_probs, of_token
+from jaxspec.sampling import greatest
 
 
 def soft_cross_entropy(draft_logits: Array, target_logits: Array) -> Array:
@@ -25,8 +25,7 @@ def cross_entropy(draft_logits: Array, token: Array) -> Array:
 
     `[..., U], [...] -> [...]`.
     """
-    logq = jnp.take_along_axis(log_probs(draft_logits), jnp.maximum(token, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(token < 0, 0, -logq)
+    return -of_token(log_probs(draft_logits), token)
 
 
 def kl(draft_logits: Array, target_logits: Array) -> Array:
@@ -55,6 +54,8 @@ def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10) 
 
     Of `U <= k` tokens it is `soft_cross_entropy`.
     """
-    _, top = jax.lax.top_k(target_logits, min(k, target_logits.shape[-1]))
-    p, logq = jnp.exp(log_probs(target_logits)), log_probs(draft_logits)
-    return -jnp.sum(jnp.take_along_axis(p, top, axis=-1) * jnp.take_along_axis(logq, top, axis=-1), axis=-1)
+    at, best = greatest(target_logits, min(k, target_logits.shape[-1]))
+    # By comparison with the last of them: elementwise, where gathers (and their scatters on the way back) are slow.
+    ids, last, least = jnp.arange(target_logits.shape[-1]), at[..., -1:], best[..., -1:]
+    taken = (target_logits > least) | ((target_logits == least) & (ids <= last))
+    return -jnp.sum(jnp.where(taken, jnp.exp(log_probs(target_logits)) * log_probs(draft_logits), 0), axis=-1)

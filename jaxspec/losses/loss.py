@@ -51,3 +51,11 @@ def wide(x: Array) -> Array:
 def log_probs(logits: Array) -> Array:
     """Log-softmax over the last axis, in fp32 or float64; finite for logits up to 1e30 in size."""
     return jax.nn.log_softmax(wide(logits), axis=-1)
+
+
+def of_token(x: Array, token: Array) -> Array:
+    """Each row's entry at its token, 0 where that is -1: `[..., U], [...] -> [...]`.
+
+    As a masked sum, which stays where a vocabulary is spread over devices, and needs no scatter on the way back.
+    """
+    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == token[..., None], x, 0), axis=-1)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Children, ChooseChildren, DraftMode
-from jaxspec.sampling import argmax
-from jaxspec.sharding import constrain, splits
+from jaxspec.sampling import argmax, greatest
 
 Noise = Callable[[int, tuple[int, ...]], Array]
 """`(scratch slot, shape behind the batch axis) -> standard Gumbel noise [B, *shape]`, new for every slot."""
@@ -20,7 +19,7 @@ def likeliest(logits_BWV: Array, count: int) -> Children:
 
     Raises ValueError where the vocabulary has fewer than `count` tokens.
     """
-    token_BWR, best_BWR = _greatest(logits_BWV, count)
+    token_BWR, best_BWR = greatest(logits_BWV, count)
     top_BW1 = best_BWR[..., :1]
     logp_BWR = best_BWR - top_BW1 - jnp.log(jnp.sum(jnp.exp(logits_BWV - top_BW1), axis=-1, keepdims=True))
     return Children(token_BWR, logp_BWR, logp_BWR)
@@ -42,7 +41,7 @@ def drawn(mode: DraftMode, temperature_B: Array, noise: Noise) -> ChooseChildren
         law_BWV = jax.nn.softmax(logits_BWV / jnp.where(random, temperature_B[:, None, None], 1.0), axis=-1)
         scores_BWV = jnp.log(law_BWV)  # -inf where the law has underflowed, so that what is drawn has probability
         if mode == "swor":
-            token_BWR, _ = _greatest(scores_BWV + noise(slot, (width, vocab)), count)
+            token_BWR, _ = greatest(scores_BWV + noise(slot, (width, vocab)), count)
         else:
             token_BWR = argmax(scores_BWV[:, :, None] + noise(slot, (width, count, vocab)))
         token_BWR = jnp.where(random, token_BWR, best.token_BWR)
@@ -71,41 +70,3 @@ def _known_before(law_BWV: Array, token_BWR: Array) -> tuple[Array, Array]:
         lefts.append(jnp.sum(rest_BWV, axis=-1))
         rest_BWV = jnp.where(vocab == token_BW1, 0.0, rest_BWV)
     return jnp.log(jnp.stack(logps, axis=-1)), jnp.log(jnp.minimum(jnp.stack(lefts, axis=-1), 1.0))
-
-
-def _greatest(x_BWV: Array, count: int) -> tuple[Array, Array]:
-    """Indices (int32) and values of the `count` greatest of the last axis; ties to the lower index.
-
-    Where the mesh in context splits the vocabulary, every device picks its own best and only those meet: left alone,
-    XLA gathers all logits and sorts them on every device.
-    """
-    batch, width, vocab = x_BWV.shape
-    if count > vocab:
-        raise ValueError(f"a tree that takes the {count} best children exceeds the draft vocabulary of {vocab} tokens")
-    # Rows are flattened because XLA's partial top-k takes two axes; more fall back to a full sort.
-    rows_QV = x_BWV.reshape(batch * width, vocab)
-    parts = splits("vocab")
-    if count == 1:
-        index_QR, best_QR = argmax(rows_QV)[:, None], jnp.max(rows_QV, axis=-1, keepdims=True)
-    elif parts > 1 and vocab % parts == 0 and count <= vocab // parts:
-        index_QR, best_QR = _best_of_parts(rows_QV, count, parts)
-    else:
-        best_QR, index_QR = jax.lax.top_k(rows_QV, count)
-    shape = (batch, width, count)
-    return index_QR.astype(jnp.int32).reshape(shape), best_QR.reshape(shape)
-
-
-def _best_of_parts(rows_QV: Array, count: int, parts: int) -> tuple[Array, Array]:
-    """The best of the best of each part of the vocabulary: tokens and logits `[Q, R]`."""
-    rows, vocab = rows_QV.shape
-    part = vocab // parts
-    local = constrain(jnp.swapaxes(rows_QV.reshape(rows, parts, part), 0, 1), "vocab", ..., None)
-    best, token = jax.lax.top_k(local.reshape(parts * rows, part), count)
-    token = token.reshape(parts, rows, count) + jnp.arange(0, vocab, part, dtype=token.dtype)[:, None, None]
-    best, token = (
-        jnp.swapaxes(constrain(x.reshape(parts, rows, count), None, ..., None), 0, 1).reshape(rows, parts * count)
-        for x in (best, token)
-    )
-    # Parts stand in the order of their ids, so position breaks ties between them as the id would.
-    best_QR, chosen_QR = jax.lax.top_k(best, count)
-    return jnp.take_along_axis(token, chosen_QR, axis=1), best_QR

@@ -1,0 +1,252 @@
+"""Draft steps held against the target's logits, a chunk of positions at a time: no logits of a whole batch exist."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from jaxspec.base import Array, Borrowed, Learner, Params, Target
+from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptance, logit_loss
+from jaxspec.losses.loss import log_probs, of_token
+from jaxspec.objective import Objective
+from jaxspec.sampling import argmax
+
+
+class Teacher(NamedTuple):
+    """The frozen target's head."""
+
+    target: Target
+    frozen: Params
+    vocab_U: Array | None
+    """Ascending ids of the tokens that the drafter scores; None for all."""
+
+
+class Chunk(NamedTuple):
+    """Some predicted positions: step `j`'s row is the pair that stands `j + 1` positions before."""
+
+    hidden_TBCD: Array
+    features_TBCD: Array | None
+    wanted_BCD: Array
+    """The target's feature at the position, which its logits for the token after are made of."""
+    token_BC: Array
+    """The token after."""
+    mask_TBC: Array
+    """Where a step is trained and measured."""
+    learns_TBC: Array
+    """Where its logits are trained."""
+    key: Array
+
+
+class Judged(NamedTuple):
+    """What each draft step made of each position."""
+
+    loss_TBCM: dict[str, Array]
+    agree_TBC: Array
+    accept_TBC: Array
+    draft_gold_TBC: Array
+    """The draft's probability of the text's own token."""
+    target_gold_TBC: Array
+
+
+Judge = Callable[[Params, Chunk], Judged]
+
+
+def judge_chunk(
+    drafter: Learner, borrowed: Borrowed, teacher: Teacher, objective: Objective, params: Params, chunk: Chunk
+) -> Judged:
+    """Losses and measures of every step; the target's logits are made once for all of them."""
+    logits_BCV = jax.lax.stop_gradient(teacher.target.logits(teacher.frozen, chunk.wanted_BCD))
+    token_BC, rest_BC = chunk.token_BC, None
+    if (ids := teacher.vocab_U) is not None:
+        everything = jax.nn.logsumexp(logits_BCV, axis=-1)
+        logits_BCV = logits_BCV[..., ids]
+        inside = jnp.minimum(jax.nn.logsumexp(logits_BCV, axis=-1) - everything, -1e-7)
+        rest_BC = jnp.log(-jnp.expm1(inside))
+        known, place = _find(ids, token_BC)
+        token_BC = jnp.where(known, place, -1)
+    target_gold_BC = _gold(logits_BCV, token_BC)
+    named = [(name, logit_loss(name)) for name, _ in objective.weights if name not in FEATURE_LOSSES]
+
+    def one(step: int) -> Judged:
+        draft = drafter.logits(params, borrowed, chunk.hidden_TBCD[step], step)
+        scores = Scores(draft, logits_BCV, token_BC, jax.random.fold_in(chunk.key, step), rest_BC)
+        losses = {name: loss.parts(scores) for name, loss in named}
+        for name, _ in objective.weights:
+            if name in FEATURE_LOSSES:
+                if chunk.features_TBCD is None:
+                    raise ValueError(f"loss {name!r} needs a drafter that predicts features: leave it out")
+                losses[name] = FEATURE_LOSSES[name](chunk.features_TBCD[step], chunk.wanted_BCD)[..., None]
+        draft = jax.lax.stop_gradient(draft)
+        agree = agreement(draft, logits_BCV) * chunk.learns_TBC[step]
+        accept = expected_acceptance(draft, logits_BCV, rest_BC)
+        return Judged(losses, agree, accept, _gold(draft, token_BC), target_gold_BC)
+
+    # Not a branch a step: what the losses ask of the target's logits alone is then computed once for all steps.
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(one, range(len(chunk.mask_TBC))))
+
+
+def _gold(logits: Array, token: Array) -> Array:
+    """The probability of the text's own token, 0 where it is -1."""
+    return jnp.where(token < 0, 0.0, jnp.exp(of_token(log_probs(logits), token)))
+
+
+def _find(ids_U: Array, token: Array) -> tuple[Array, Array]:
+    """Whether a token is among ascending ids, and at which place."""
+    place = jnp.minimum(jnp.searchsorted(ids_U, token), ids_U.shape[0] - 1)
+    return ids_U[place] == token, place
+
+
+def learnable(teacher: Teacher, features_BLD: Array, chunk: int) -> Array:
+    """`[B, L]`: whether the target's likeliest token after a feature is one that the drafter scores."""
+    ids = teacher.vocab_U
+    if ids is None:
+        return jnp.ones(features_BLD.shape[:2], bool)
+
+    def one(features_BCD: Array) -> Array:
+        return _find(ids, argmax(teacher.target.logits(teacher.frozen, features_BCD)))[0]
+
+    layout = Layout.of(jnp.ones((1, *features_BLD.shape[:2]), bool), chunk)
+    return layout.lay(jax.lax.map(one, layout.cut(features_BLD[None])[:, 0])[:, None])[0]
+
+
+class Layout(NamedTuple):
+    """How the positions of each row are dealt to chunks."""
+
+    order_BL: Array
+    """Positions in the order they are taken."""
+    size: int
+
+    @classmethod
+    def of(cls, mask_TBL: Array, chunk: int) -> Layout:
+        """Each row's positions that most steps are trained on come first, so that the last chunks are empty."""
+        order_BL = jnp.argsort(-jnp.sum(mask_TBL, axis=0), axis=1, stable=True)
+        return cls(order_BL, min(chunk, mask_TBL.shape[-1]))
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return -(-self.order_BL.shape[1] // self.size)
+
+    def cut(self, x_TBL: Array) -> Array:
+        """`[T, B, L, ...] -> [chunks, T, B, C, ...]`, zeros behind the last position."""
+        trailing = x_TBL.shape[3:]
+        missing = self.chunks * self.size - x_TBL.shape[2]
+        order = self.order_BL.reshape(1, *self.order_BL.shape, *(1 for _ in trailing))
+        x_TBL = jnp.take_along_axis(x_TBL, order, axis=2)
+        x_TBL = jnp.pad(x_TBL, [(0, 0), (0, 0), (0, missing), *((0, 0) for _ in trailing)])
+        return jnp.moveaxis(x_TBL.reshape(*x_TBL.shape[:2], -1, self.size, *trailing), 2, 0)
+
+    def lay(self, x_XTBC: Array) -> Array:
+        """The way back."""
+        steps, batch, trailing = *x_XTBC.shape[1:3], x_XTBC.shape[4:]
+        length = self.order_BL.shape[1]
+        x_TBL = jnp.moveaxis(x_XTBC, 0, 2).reshape(steps, batch, -1, *trailing)[:, :, :length]
+        back = jnp.argsort(self.order_BL, axis=1).reshape(1, batch, length, *(1 for _ in trailing))
+        return jnp.take_along_axis(x_TBL, back, axis=2)
+
+
+def judge_again(judge: Judge, params: Params, pieces: Chunk) -> Judged:
+    """All chunks judged, each a second time on the way back. Chunks without a trained token are skipped."""
+
+    @jax.checkpoint
+    def one(piece: Chunk) -> Judged:
+        return _unless_empty(functools.partial(judge, params), piece)
+
+    return jax.lax.map(one, pieces)
+
+
+def judge_in_passing(
+    judge: Judge, worth: Callable[[Chunk, Judged], Array], params: Params, pieces: Chunk
+) -> tuple[Array, Judged]:
+    """`sum of worth(chunk, judge(chunk))` over all chunks, and what was judged, which is constant.
+
+    The gradient is made chunk by chunk on the way there, while the logits are at hand: backward nothing is computed
+    again, and what is kept is as large as the draft steps' outputs. Chunks without a trained token are skipped.
+    """
+
+    @jax.custom_vjp
+    def run(params: Params, hidden: Array, features: Array | None, rest: Chunk) -> tuple[Array, Judged]:
+        return forward(params, hidden, features, rest)[0]
+
+    def forward(params: Params, hidden: Array, features: Array | None, rest: Chunk) -> tuple[Any, Any]:
+        pieces = rest._replace(hidden_TBCD=hidden, features_TBCD=features)
+        leaves, tree = jax.tree.flatten(params)
+        used = _used(judge, params, jax.tree.map(lambda x: x[0], pieces))
+        own = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
+
+        def among(some: list[Array], others: list[Array]) -> list[Array]:
+            left = iter(some)
+            return [next(left) if use else other for other, use in zip(others, used, strict=True)]
+
+        def value(own: list[Array], hidden: Array, features: Array | None, piece: Chunk) -> tuple[Array, Judged]:
+            params = tree.unflatten(among(own, leaves))
+            judged = judge(params, piece._replace(hidden_TBCD=hidden, features_TBCD=features))
+            return worth(piece, judged), judged
+
+        def learn(piece: Chunk) -> Any:
+            differentiate = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)
+            return differentiate(own, piece.hidden_TBCD, piece.features_TBCD, piece)
+
+        def one(carry: tuple[Array, list[Array]], piece: Chunk) -> tuple[Any, Any]:
+            (part, judged), (own_part, *rows) = _unless_empty(learn, piece)
+            total, own_total = carry
+            return (total + part, jax.tree.map(jnp.add, own_total, own_part)), (judged, rows)
+
+        (total, own_total), (judged, rows) = jax.lax.scan(
+            one, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, own)), pieces
+        )
+        left = iter(own_total)
+        gradient = tree.unflatten(
+            [next(left) if use else jnp.zeros_like(x) for x, use in zip(leaves, used, strict=True)]
+        )
+        return (total, judged), (gradient, *rows)
+
+    def backward(gradient: Any, wanted: tuple[Array, Judged]) -> tuple[Any, ...]:
+        by, _ = wanted
+        return *jax.tree.map(lambda g: (by * g).astype(g.dtype), gradient), None
+
+    run.defvjp(forward, backward)
+    rest = pieces._replace(hidden_TBCD=None, features_TBCD=None)
+    return run(params, pieces.hidden_TBCD, pieces.features_TBCD, rest)
+
+
+def _used(judge: Judge, params: Params, piece: Chunk) -> list[bool]:
+    """Which weights a judge reads, in the order of the leaves."""
+    leaves, tree = jax.tree.flatten(params)
+    closed = jax.make_jaxpr(lambda leaves: judge(tree.unflatten(leaves), piece))(leaves)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return used
+
+
+def _unless_empty(run: Callable[[Chunk], Any], piece: Chunk) -> Any:
+    """`run(piece)`, or zeros if nothing is trained there."""
+
+    def nothing(piece: Chunk) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, piece))
+
+    return jax.lax.cond(jnp.any(piece.mask_TBC), run, nothing, piece)
+
+
+def by_position(x_TBL: Array) -> Array:
+    """Step `j`'s rows moved `j + 1` to the right: from the pair to the position it predicts the feature of."""
+    return jnp.stack([_moved(x, j + 1) for j, x in enumerate(x_TBL)])
+
+
+def by_pair(x_TBL: Array) -> Array:
+    """The way back."""
+    return jnp.stack([shift(x, j + 1) for j, x in enumerate(x_TBL)])
+
+
+def shift(x_BL: Array, by: int) -> Array:
+    """`x` moved left by `by` positions, zeros behind."""
+    return jnp.pad(x_BL[:, by:], [(0, 0), (0, by), *((0, 0) for _ in x_BL.shape[2:])])
+
+
+def _moved(x_BL: Array, by: int) -> Array:
+    """`x` moved right by `by` positions, zeros in front."""
+    return jnp.pad(x_BL, [(0, 0), (by, 0), *((0, 0) for _ in x_BL.shape[2:])])[:, : x_BL.shape[1]]

@@ -1,0 +1,71 @@
+"""What distillation minimises: losses with their weights, by draft step and by position."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxspec.base import Array
+from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, logit_loss
+from jaxspec.losses.loss import mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: `sum_step c_step sum_name weight * mean over trained tokens of loss_name`.
+
+    EAGLE (section 4.2): one step, SmoothL1 on features with weight 1, soft cross-entropy on tokens with weight 0.1.
+    HASS adds steps and the top-k loss.
+    """
+
+    steps: int = 1
+    """Draft steps `T` unrolled from every position; more than one is HASS's context alignment."""
+    weights: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1))
+    """Losses by name (`losses.FEATURE_LOSSES` and `losses.logit_loss`), each with its weight."""
+    step_decay: float = 1.0
+    """Step `j`, from 0, counts `step_decay^j`: 1 in HASS, 0.8 in EAGLE-3 and Medusa."""
+    step_weights: tuple[float, ...] = ()
+    """Or one weight a step."""
+    feature_steps: int | None = None
+    """Steps whose features are held to the target's; None for all."""
+    position_weights: str = "none"
+    """Weights by what the text's own tokens got, see `losses.position_weights`."""
+    noise: float = 0.2
+    """Width of the uniform noise on the input features: `U(-1/2, 1/2) * noise * 512 / document length`."""
+    reference_mask: bool = False
+    """Gate each pair by its *feature's* token as the released EAGLE trainer does, which never trains the first pair of
+    an answer, instead of by the token it predicts."""
+    chunk: int = 128
+    """Positions whose logits are alive at once."""
+
+    def __post_init__(self) -> None:
+        for name, _ in self.weights:
+            if name not in FEATURE_LOSSES:
+                logit_loss(name)
+        divides_by_weights(self.position_weights)  # names an unknown one
+        if self.steps < 1 or self.chunk < 1:
+            raise ValueError(f"steps={self.steps} and chunk={self.chunk} must be at least 1")
+        if self.step_weights and len(self.step_weights) != self.steps:
+            raise ValueError(
+                f"step_weights has {len(self.step_weights)} numbers for steps={self.steps}: give one a step"
+            )
+
+    @property
+    def per_step(self) -> tuple[float, ...]:
+        """What each step counts."""
+        return self.step_weights or tuple(self.step_decay**j for j in range(self.steps))
+
+    @property
+    def additive(self) -> bool:
+        """Whether the loss is a sum over tokens with weights known before any is judged."""
+        return self.position_weights == "none" and all(combiner(name) is mean for name, _ in self.weights)
+
+
+def combiner(name: str) -> Callable[[Array, Array], Array]:
+    """From a loss's sums `[M]` and their weight to its mean."""
+    return mean if name in FEATURE_LOSSES else logit_loss(name).combine
+
+
+def steps_of(name: str, objective: Objective) -> tuple[float, ...]:
+    """What each step of a loss counts; a feature loss may have fewer of them."""
+    return objective.per_step[: objective.feature_steps if name in FEATURE_LOSSES else None]
