@@ -15,13 +15,13 @@ config = DistillConfig(
         train="runs/answers.jsonl",
         eval="runs/answers_eval.jsonl",
         length=512,
-        batch=8,
+        batch=2,
         loss_on="assistant",
         mix="data/chat/train.jsonl",
         mix_share=0.1,
     ),
     optimizer=OptimizerConfig(
-        peak_lr=1e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+        peak_lr=1e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
     ),
     objective=Objective(weights=(("kl", 1.0),), noise=0.0),
     checkpoint=CheckpointConfig("runs/draft_lm_kld", save_every=100),

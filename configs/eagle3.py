@@ -11,10 +11,10 @@ config = DistillConfig(
     target="tiny",
     drafter="eagle3",
     data=DataConfig(
-        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=8, loss_on="assistant"
+        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),
     optimizer=OptimizerConfig(
-        peak_lr=3e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+        peak_lr=3e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
     ),
     objective=Objective(steps=5, weights=(("soft_cross_entropy", 1.0),), step_decay=0.8, noise=0.0),
     checkpoint=CheckpointConfig("runs/eagle3", save_every=100),

@@ -12,10 +12,10 @@ config = DistillConfig(
     target="tiny",
     drafter="fspad",
     data=DataConfig(
-        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=8, loss_on="assistant"
+        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),
     optimizer=OptimizerConfig(
-        peak_lr=5e-3, warmup_steps=50, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+        peak_lr=5e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
     ),
     objective=Objective(),
     checkpoint=CheckpointConfig("runs/fspad", save_every=100),

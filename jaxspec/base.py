@@ -275,12 +275,12 @@ class Learner(Drafter, Protocol):
         positions_BL: Array,
         mask_BLM: Array,
         steps: int,
-        key: Array | None = None,
+        keys_B: Array | None = None,
     ) -> Unrolled:
         """`steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
 
-        `key` is for drafters that train on a random part of the positions; None computes all. Rows whose tokens run
-        past their document are garbage for the loss mask to drop.
+        `keys`, one a row, are for drafters that train on a random part of the positions; None computes all. Rows whose
+        tokens run past their document are garbage for the loss mask to drop.
         """
         ...
 

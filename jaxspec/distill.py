@@ -26,6 +26,7 @@ from jaxspec.judging import (
 from jaxspec.layers import segment_mask
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
 from jaxspec.objective import Objective, combiner, steps_of
+from jaxspec.sharding import gather_width, sum_gradients
 
 
 class TrainState(NamedTuple):
@@ -112,13 +113,19 @@ def step_masks(batch: Batch, objective: Objective) -> Array:
     return jnp.stack(masks)
 
 
-def add_noise(features_BLD: Array, segments_BL: Array, key: Array, noise: float) -> Array:
+def row_keys(key: Array, rows: int, axes: tuple[str, ...]) -> Array:
+    """A key for each row `[B]`, the same however the rows are spread; `axes` as in `judged_batch`."""
+    first = jax.lax.axis_index(axes) * rows if axes else 0
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(rows))
+
+
+def add_noise(features_BLD: Array, segments_BL: Array, keys_B: Array, noise: float) -> Array:
     """Features with EAGLE's input noise: `U(-1/2, 1/2) * noise * 512 / length` of the token's own document."""
     if not noise:
         return features_BLD
     same = segments_BL[:, :, None] == segments_BL[:, None, :]
     scale_BL = noise * 512.0 / jnp.maximum(jnp.sum(same, axis=-1), 1)
-    u = jax.random.uniform(key, features_BLD.shape, jnp.float32, -0.5, 0.5)
+    u = jax.vmap(lambda key: jax.random.uniform(key, features_BLD.shape[1:], jnp.float32, -0.5, 0.5))(keys_B)
     return (features_BLD + u * scale_BL[..., None]).astype(features_BLD.dtype)
 
 
@@ -133,20 +140,29 @@ def judged_batch(
     vocab_U: Array | None = None,
     *,
     learning: bool,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Array, Sums]:
-    """The loss of one batch and the sums behind it. `key` draws the input noise; None adds none.
+    """What to differentiate for one batch, and the sums behind its loss. `key` draws the input noise; None adds none.
 
     The target runs once and its head once a position, however many draft steps are unrolled. Logits of target and draft
     live for `chunk` positions at a time; none of shape `[B, L, V]` is ever made. With the draft vocabulary `vocab`
     (ascending ids) the drafter scores these tokens alone, and positions whose likeliest token is not among them train
     no logits (EAGLE-3); acceptance counts what is missing as rejected. For `learning` see `judge_batch`.
+
+    In a `shard_map` or `pmap` whose devices hold some rows each, `axes` are the mesh axes over which they are spread.
     """
-    noise_key, slot_key, draw_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     out = read_batch(target, frozen, batch)
+    params = gather_width(params)
     borrowed = lend(target, frozen, vocab_U)
-    unrolled = unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key)
-    teacher = Teacher(target, frozen, vocab_U)
-    return judge_batch(drafter, params, borrowed, teacher, batch, out, unrolled, objective, draw_key, learning=learning)
+    noise_key, slot_key, draw_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+    unrolled = unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key, axes)
+    whole = gather_width(frozen)  # what every chunk reads of it: the rest is never gathered
+    teacher, borrowed = Teacher(target, whole, vocab_U), lend(target, whole, vocab_U)
+    if draw_key is not None and axes:
+        draw_key = jax.random.fold_in(draw_key, jax.lax.axis_index(axes))
+    return judge_batch(
+        drafter, params, borrowed, teacher, batch, out, unrolled, objective, draw_key, learning=learning, axes=axes
+    )
 
 
 def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
@@ -170,13 +186,15 @@ def unroll_batch(
     objective: Objective,
     noise_key: Array | None,
     slot_key: Array | None,
+    axes: tuple[str, ...] = (),
 ) -> Unrolled:
     """The draft steps from every position of a batch."""
-    read_BLD = out.read_BLD
+    read_BLD, rows = out.read_BLD, batch.tokens_BL.shape[0]
     if noise_key is not None:
-        read_BLD = add_noise(read_BLD, batch.segments_BL, noise_key, objective.noise)
-    rows = (batch.tokens_BL, read_BLD, batch.positions_BL, segment_mask(batch.segments_BL))
-    return drafter.unroll(params, borrowed, *rows, objective.steps, slot_key)
+        read_BLD = add_noise(read_BLD, batch.segments_BL, row_keys(noise_key, rows, axes), objective.noise)
+    slot_keys_B = None if slot_key is None else row_keys(slot_key, rows, axes)
+    given = (batch.tokens_BL, read_BLD, batch.positions_BL, segment_mask(batch.segments_BL))
+    return drafter.unroll(params, borrowed, *given, objective.steps, slot_keys_B)
 
 
 def judge_batch(
@@ -191,10 +209,12 @@ def judge_batch(
     draw_key: Array | None,
     *,
     learning: bool,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Array, Sums]:
-    """The loss of draft steps held against the target's own logits, and the sums behind it.
+    """Draft steps held against the target's own logits: what to differentiate, and the sums of all rows.
 
-    With `learning` the loss is to be differentiated and the sums are constants; else it is the sums' own.
+    The first is 0 unless `learning`, and the second constant if so. The first's gradient, summed over the devices of `axes`, is that of `Sums.mean_loss`; it
+    holds nothing that those devices exchange but constants, so that it can be differentiated on each by itself.
     """
     mask_TBL = step_masks(batch, objective)
     if unrolled.kept_TBL is not None:
@@ -212,23 +232,36 @@ def judge_batch(
         layout.cut(by_position(learns_TBL)),
         jax.random.split(jax.random.key(0) if draw_key is None else draw_key, layout.chunks),
     )
-    if learning and objective.additive:
-        rates = loss_rates(objective, mask_TBL, learns_TBL)
-        loss, judged = judge_in_passing(judge, functools.partial(worth, rates), params, pieces)
-        return loss, totals(jax.tree.map(lambda x: by_pair(layout.lay(x)), judged), mask_TBL, learns_TBL, objective)
-    judged = jax.tree.map(lambda x: by_pair(layout.lay(x)), judge_again(judge, params, pieces))
-    sums = totals(judged, mask_TBL, learns_TBL, objective)
-    return sums.mean_loss(objective), sums
+    in_passing = learning and objective.additive
+    if in_passing:
+        rates = loss_rates(objective, mask_TBL, learns_TBL, axes)
+        part, judged = judge_in_passing(judge, functools.partial(worth, rates), params, pieces)
+    else:
+        part, judged = jnp.zeros(()), judge_again(judge, params, pieces)
+    judged = jax.tree.map(lambda x: by_pair(layout.lay(x)), judged)
+    own = totals(judged, mask_TBL, learns_TBL, objective)
+    sums = across(jax.lax.stop_gradient(own) if learning else own, axes)
+    if learning and not in_passing:
+        slopes = jax.grad(lambda loss_TM: sums._replace(loss_TM=loss_TM).mean_loss(objective))(sums.loss_TM)
+        part = sum((jnp.vdot(slopes[name], own.loss_TM[name]) for name in slopes), part)
+    return part, sums
 
 
-def loss_rates(objective: Objective, mask_TBL: Array, learns_TBL: Array) -> dict[str, Array]:
+def across(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Sums over the devices of `axes`."""
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree) if axes else tree
+
+
+def loss_rates(
+    objective: Objective, mask_TBL: Array, learns_TBL: Array, axes: tuple[str, ...] = ()
+) -> dict[str, Array]:
     """What one token of each draft step adds to the objective for each unit of a loss: name -> `[T]`."""
     rates = {}
     for name, weight in objective.weights:
-        trained_TBL = mask_TBL if name in FEATURE_LOSSES else learns_TBL
+        count_T = across(jnp.sum(mask_TBL if name in FEATURE_LOSSES else learns_TBL, axis=(1, 2)), axes)
         steps = steps_of(name, objective)
         per_step_T = jnp.asarray(steps + (0.0,) * (objective.steps - len(steps)), jnp.float32)
-        rates[name] = weight * per_step_T / jnp.maximum(jnp.sum(trained_TBL, axis=(1, 2)), 1)
+        rates[name] = weight * per_step_T / jnp.maximum(count_T, 1)
     return rates
 
 
@@ -267,6 +300,45 @@ def totals(judged: Judged, mask_TBL: Array, learns_TBL: Array, objective: Object
     )
 
 
+def gradients(
+    target: Target,
+    drafter: Learner,
+    objective: Objective,
+    frozen: Params,
+    params: Params,
+    batch: Batch,
+    key: Array,
+    vocab_U: Array | None = None,
+    axes: tuple[str, ...] = (),
+) -> tuple[Params, Sums]:
+    """The gradient of the mean loss of one global batch, and the sums behind it.
+
+    With `axes` every device of a `shard_map` or `pmap` differentiates its own rows; the sums over devices are here.
+    """
+
+    def loss(params: Params) -> tuple[Array, Sums]:
+        arguments = (target, drafter, frozen, params, batch, key, objective, vocab_U)
+        return judged_batch(*arguments, learning=True, axes=axes)
+
+    gradient, sums = jax.grad(loss, has_aux=True)(params)
+    return sum_gradients(gradient, axes), sums
+
+
+def update(optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, loss: Array) -> TrainState:
+    """The state after a step; if the loss is not finite, weights and optimizer as they were.
+
+    So a caller that sees the loss and stops has lost nothing.
+    """
+    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+    fine = jnp.isfinite(loss)
+    params, moments = jax.tree.map(
+        lambda new, old: jnp.where(fine, new, old),
+        (optax.apply_updates(state.params, updates), moments),
+        (state.params, state.optimizer),
+    )
+    return TrainState(params, moments, state.step + 1, state.key)
+
+
 def train_step(
     target: Target,
     drafter: Learner,
@@ -279,22 +351,12 @@ def train_step(
 ) -> tuple[TrainState, Array, Sums]:
     """One update of the drafter on one global batch. Returns the new state, the mean loss, and the sums behind it.
 
-    The loss is normalised by the tokens of the whole batch over the whole mesh. If it is not finite the state is
-    kept as it was, so the caller that sees the loss and stops has lost nothing.
+    The loss is normalised by the tokens of the whole batch over the whole mesh.
     """
     key = jax.random.fold_in(state.key, state.step)
-
-    def loss(params: Params) -> tuple[Array, Sums]:
-        return judged_batch(target, drafter, frozen, params, batch, key, objective, vocab_U, learning=True)
-
-    (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
-    fine = jnp.isfinite(value)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(fine, new, old), (params, opt_state), (state.params, state.optimizer)
-    )
-    return TrainState(params, opt_state, state.step + 1, state.key), value, sums
+    gradient, sums = gradients(target, drafter, objective, frozen, state.params, batch, key, vocab_U)
+    loss = sums.mean_loss(objective)
+    return update(optimizer, state, gradient, loss), loss, sums
 
 
 def eval_step(

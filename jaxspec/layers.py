@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, KVCache, Params
+from jaxspec.sharding import constrain
 
 MASKED = -1e30
 """Score of a key that a query does not see: far below any real score, and finite, so a row without keys is not NaN."""
@@ -32,6 +33,15 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+
+
+WIDE = ("batch", None, "mlp")
+"""Logical axes of what is inside an MLP."""
+
+
+def hold_rows(x_BLD: Array) -> Array:
+    """Activations, held to rows over `data` and `fsdp`: so XLA gathers weights and never activations."""
+    return constrain(x_BLD, "batch", None, None)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -74,6 +84,7 @@ def project_qkv(layer: Params, x_BLD: Array, cos: Array, sin: Array) -> tuple[Ar
     the key-value heads as it stands.
     """
     qkv_BLKJC = jnp.einsum("BLD,DKJC->BLKJC", x_BLD, layer["qkv"].astype(x_BLD.dtype))
+    qkv_BLKJC = constrain(qkv_BLKJC, "batch", None, "kv_heads", None, None)
     turned = rotate(qkv_BLKJC[..., :-1, :], cos, sin)
     k_BKCL = jnp.transpose(turned[..., -1, :], (0, 2, 3, 1))
     v_BKLC = jnp.transpose(qkv_BLKJC[..., -1, :], (0, 2, 1, 3))
@@ -211,20 +222,23 @@ def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     """The attention output projection, `[B, L, D]`."""
     out = layer["out"].astype(mixed_BLKGC.dtype)
     # As one contracted axis: of three, XLA:CPU makes one by copying the weight, each call.
-    return jnp.einsum("BLE,ED->BLD", mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1), out.reshape(-1, out.shape[-1]))
+    mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
+    return hold_rows(jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
 
 
 def gated_mlp(layer: Params, x_BLD: Array) -> Array:
     """`down(silu(gate(x)) * up(x))`."""
     gate, up, down = (layer[name].astype(x_BLD.dtype) for name in ("gate", "up", "down"))
-    return (jax.nn.silu(x_BLD @ gate) * (x_BLD @ up)) @ down
+    inner_BLF = jax.nn.silu(constrain(x_BLD @ gate, *WIDE)) * constrain(x_BLD @ up, *WIDE)
+    return hold_rows(inner_BLF @ down)
 
 
 def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
     """fp32 logits `[B, L, V]` under an LM head."""
     table_VD = table_VD.astype(x_BLD.dtype)
     if x_BLD.shape[0] * x_BLD.shape[1] > FEW_ROWS:
-        return jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+        logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+        return constrain(logits_BLV, "batch", None, "vocab")
     scores_VBL = jnp.einsum("VD,BLD->VBL", table_VD, x_BLD, preferred_element_type=jnp.float32)
     return jnp.transpose(scores_VBL, (1, 2, 0))
 

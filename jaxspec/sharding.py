@@ -32,6 +32,11 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "up": ("width", "mlp"),
     "down": ("mlp", "width"),
     "fc": (None, "width"),
+    "sampling_gate": ("width", "mlp"),
+    "sampling_up": ("width", "mlp"),
+    "sampling_down": ("mlp", "width"),
+    "block": (None, "width"),
+    "heads": ("vocab", "width"),
 }
 """Leaf name -> its logical axes, trailing axes first matched; stacked layers add one unsharded axis in front."""
 
@@ -83,11 +88,56 @@ def splits(axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
-    """`x`, held to its logical axes (`...`: as XLA likes) in a program traced under `jax.set_mesh`; else untouched."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x`, held to its logical axes (`...`: as XLA likes) in a program traced under `jax.set_mesh`; else untouched.
+
+    An axis that its mesh axes do not divide evenly, such as a batch of one, is left as XLA likes too. In a `shard_map`
+    arrays are a device's own, and stay as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
-    parts = (P.UNCONSTRAINED if isinstance(a, EllipsisType) else AXIS_RULES[a] for a in axes)
-    return jax.lax.with_sharding_constraint(x, P(*parts))
+
+    def part(size: int, axis: str | EllipsisType | None) -> Any:
+        if isinstance(axis, EllipsisType) or (axis is not None and size % splits(axis)):
+            return P.UNCONSTRAINED
+        return AXIS_RULES[axis]
+
+    return jax.lax.with_sharding_constraint(x, P(*map(part, x.shape, axes)))
+
+
+def gather_width(tree: Any) -> Any:
+    """Weights with their `width` axis whole: so XLA gathers weights where they are used, and not activations.
+
+    In a program traced under `jax.set_mesh` by a constraint, in a `shard_map` by an explicit `all_gather`, whose
+    transpose sums gradients and scatters them; elsewhere nothing is to be done. To be called outside a loop that reads
+    the weights: left alone, XLA gathers them again in every turn.
+    """
+    over = AXIS_RULES["width"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        axes = PARAMETER_AXES.get(leaf_name(path), ())
+        if "width" not in axes:
+            return x
+        axes = (None,) * (x.ndim - len(axes)) + axes
+        if over in mesh.manual_axes:
+            return jax.lax.all_gather(x, over, axis=axes.index("width"), tiled=True)
+        return constrain(x, *(None if axis == "width" else axis for axis in axes))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def sum_gradients(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Gradients summed over the devices of `axes` in a `shard_map`: over all but those that `gather_width` summed."""
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        done = AXIS_RULES["width"] if "width" in PARAMETER_AXES.get(leaf_name(path), ()) else None
+        left = tuple(axis for axis in axes if axis != done)
+        return jax.lax.psum(x, left) if left else x
+
+    return jax.tree_util.tree_map_with_path(one, tree) if axes else tree
 
 
 def settle(tree: Any) -> Any:

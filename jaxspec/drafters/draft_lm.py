@@ -239,7 +239,7 @@ class DraftLM(nn.Module):
         positions_BL: Array,
         mask_BLM: Array,
         steps: int,
-        key: Array | None = None,
+        keys_B: Array | None = None,
     ) -> Unrolled:
         """What it puts out on the text: as it reads tokens alone, step `j` at row `i` is step 0 at row `i + j`."""
         hidden, _ = self.run(params, tokens_BL, positions_BL, mask_BLM)

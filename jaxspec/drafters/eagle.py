@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array
 from jaxspec.drafters.heads import Recurrent
-from jaxspec.layers import RopeScaling, gated_mlp, rms_norm, score_tokens
+from jaxspec.layers import RopeScaling, gated_mlp, hold_rows, rms_norm, score_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,5 +103,5 @@ class Eagle(Recurrent):
 def concatenate_and_project(weights: dict[str, Array], embedding: Array, feature: Array, dtype: Any) -> Array:
     """`fc([embedding; feature])`, with the bias where there is one."""
     pair = jnp.concatenate([embedding.astype(dtype), feature.astype(dtype)], axis=-1)
-    fused = jnp.einsum("BLE,ED->BLD", pair, weights["fc"].astype(dtype))
+    fused = hold_rows(jnp.einsum("BLE,ED->BLD", hold_rows(pair), weights["fc"].astype(dtype)))
     return fused + weights["fc_bias"].astype(dtype) if "fc_bias" in weights else fused

@@ -166,14 +166,14 @@ class OneLayer(nn.Module):
         positions_BL: Array,
         mask_BLM: Array,
         steps: int,
-        key: Array | None = None,
+        keys_B: Array | None = None,
     ) -> Unrolled:
         """`steps` draft steps from every position at once (HASS's context alignment, row layout).
 
         Row `i` at step `j` is what drafting from `f_i` puts out after reading `x_{i+1} .. x_{i+j+1}`; it predicts
         `f_{i+j+1}` and the token after. Rows whose tokens run past the document are garbage for the loss mask to drop.
         """
-        arguments = (borrowed, tokens_BL, features_BLD, positions_BL, mask_BLM, steps, key)
+        arguments = (borrowed, tokens_BL, features_BLD, positions_BL, mask_BLM, steps, keys_B)
         return self.apply({"params": params}, *arguments, method="_unroll")  # type: ignore[return-value]
 
     def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
@@ -287,7 +287,7 @@ class Recurrent(OneLayer):
         positions_BL: Array,
         mask_BLM: Array,
         steps: int,
-        key: Array | None,
+        keys_B: Array | None,
     ) -> Unrolled:
         outputs, features, pairs = [], [], []
         feature, token = self.read(features_BLD), tokens_BL

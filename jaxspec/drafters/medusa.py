@@ -148,7 +148,7 @@ class Medusa(nn.Module):
         positions_BL: Array,
         mask_BLM: Array,
         steps: int,
-        key: Array | None = None,
+        keys_B: Array | None = None,
     ) -> Unrolled:
         """The first `steps` heads' outputs at every position."""
         hidden: Any = self.apply({"params": params}, features_BLD, method="predict")

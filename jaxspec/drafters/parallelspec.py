@@ -167,7 +167,7 @@ class ParallelSpec(OneLayer):
         positions_BL: Array,
         mask_BLM: Array,
         steps: int,
-        key: Array | None,
+        keys_B: Array | None,
     ) -> Unrolled:
         """A group a position: slot `(i, j)` sees the real slots up to `i` and its own group.
 
@@ -181,14 +181,14 @@ class ParallelSpec(OneLayer):
         outputs = [self.finish(stream, self.attend_row(q, k, v, mask_BLM, []))]
         kept = [jnp.ones((batch, length), bool)]
         order_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        if key is not None and c.keep < 1:
-            order_BL = jnp.argsort(jax.random.uniform(key, (batch, length)), axis=1)
+        if keys_B is not None and c.keep < 1:
+            order_BL = jnp.argsort(jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B), axis=1)
         rows = jnp.arange(batch)[:, None]
         mask_BLM = jnp.broadcast_to(mask_BLM, (batch, length, length))
         slots = []
         for depth in range(1, c.tokens):
             # The first so many of one order: every depth's positions are among those of the depth before.
-            at = order_BL[:, : c.kept(length, depth) if key is not None else length]
+            at = order_BL[:, : c.kept(length, depth) if keys_B is not None else length]
             stream = self.mask_slots(features_BLD[rows, at], depth)
             slots.append((at, stream, self.project(stream, positions_BL[rows, at] + depth)))
         for depth, (at, stream, (q, _, _)) in list(enumerate(slots, 1))[: steps - 1]:

@@ -18,6 +18,7 @@ from jaxspec.layers import (
     attend,
     attend_causal,
     gated_mlp,
+    hold_rows,
     merge_heads,
     project_qkv,
     rms_norm,
@@ -25,6 +26,7 @@ from jaxspec.layers import (
     rope_frequencies,
     score_tokens,
 )
+from jaxspec.sharding import gather_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +152,11 @@ class Llama(nn.Module):
     ) -> TargetOutput:
         """See `forward`."""
         c = self.config
-        x = self.embed_table[tokens_BL].astype(self.dtype)
+        x = hold_rows(self.embed_table[tokens_BL].astype(self.dtype))
         cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
         def block(x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
+            layer = gather_width(layer)
             q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
             if self.query_block and past is None:
                 mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
