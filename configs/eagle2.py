@@ -2,9 +2,10 @@
 
 Make the data first: `jaxspec regenerate --prompts data/chat/train.jsonl --out runs/answers.jsonl` (and likewise
 `runs/answers_eval.jsonl` from the held-out prompts); `jaxspec compare` takes both by flags. EAGLE's losses, noise and
-gradient clipping; a larger learning rate than the paper's 3e-5, which is for heads of 0.2B parameters and more. Steps are
-small, for of so few tokens many small steps make more than few large ones: from 500,000 tokens rows of 512 in steps of 8,
-4, 2 and 1 gave a simulated tau (greedy) of 2.53, 2.89, 3.05 and 3.08; at 2 rows a rate of 2e-3 gave 2.78, and 1e-2 2.85.
+gradient clipping; a larger learning rate than the paper's 3e-5, which is for heads of 0.2B parameters and more. Steps
+are small, for of so few tokens many small steps make more than few large ones: from 500,000 tokens, rows of 512 in
+steps of 8, 4, 2 and 1 gave a simulated tau (greedy) of 2.53, 2.89, 3.05 and 3.08; at 2 rows a rate of 2e-3 gave 2.78,
+and 1e-2 2.85.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig

@@ -83,6 +83,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1  # TPU slices, joined by the data-centre network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,7 @@ class DistillConfig:
     draft_vocab: str | None = None  # file of the tokens to score, as `jaxspec draft-vocab` writes it; None: all
     objective: Objective = dataclasses.field(default_factory=Objective)
     mesh: MeshConfig = MeshConfig()
+    compiler: Literal["jit", "shard_map", "pmap"] = "jit"  # see jaxspec.compilers
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of the target; masters are fp32
     query_block: int | None = 128  # queries attended together; see jaxspec.layers.attend_causal

@@ -213,8 +213,9 @@ def judge_batch(
 ) -> tuple[Array, Sums]:
     """Draft steps held against the target's own logits: what to differentiate, and the sums of all rows.
 
-    The first is 0 unless `learning`, and the second constant if so. The first's gradient, summed over the devices of `axes`, is that of `Sums.mean_loss`; it
-    holds nothing that those devices exchange but constants, so that it can be differentiated on each by itself.
+    The first is 0 unless `learning`, and the second constant if so. The first's gradient, summed over the devices of
+    `axes`, is that of `Sums.mean_loss`; it holds nothing that those devices exchange but constants, so that it can be
+    differentiated on each by itself.
     """
     mask_TBL = step_masks(batch, objective)
     if unrolled.kept_TBL is not None:

@@ -8,13 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+"""Outermost first: between slices of a pod or hosts of GPUs the network is slow, along `tensor` it is used most."""
+ROW_AXES = ("slice", "data", "fsdp")
+"""Mesh axes over which the rows of a batch are spread."""
 
 AXIS_RULES: dict[str | None, Any] = {
-    "batch": ("data", "fsdp"),
+    "batch": ROW_AXES,
     "vocab": "tensor",
     "width": "fsdp",
     "kv_heads": "tensor",
@@ -48,21 +52,30 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
 """The same for the large arrays of a decoding state."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over `data x fsdp x tensor` devices; -1 for `data` takes what the others leave.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, slices: int = 1, devices: list[Any] | None = None
+) -> Mesh:
+    """A mesh over `slices x data x fsdp x tensor` devices; -1 for `data` takes what the others leave.
 
-    Raises ValueError where the device count does not divide.
+    Within a slice, TPUs stand as their network does. Raises ValueError where the device count does not divide.
     """
     devices = list(jax.devices()) if devices is None else devices
     if data == -1:
-        data = max(1, len(devices) // (fsdp * tensor))
-    if data * fsdp * tensor != len(devices):
+        data = max(1, len(devices) // (slices * fsdp * tensor))
+    shape = (slices, data, fsdp, tensor)
+    if math.prod(shape) != len(devices):
         raise ValueError(
-            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} needs {data * fsdp * tensor} devices, "
+            f"a mesh of slices={slices}, data={data}, fsdp={fsdp}, tensor={tensor} needs {math.prod(shape)} devices, "
             f"but there are {len(devices)}: change the mesh sizes so that their product is {len(devices)}"
         )
-    grid = np.asarray(devices).reshape(data, fsdp, tensor)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if devices[0].platform != "tpu":
+        grid = np.asarray(devices).reshape(shape)
+    elif slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    else:
+        within, between = (1, data, fsdp, tensor), (slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -129,6 +142,15 @@ def gather_width(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Rows `[B, L, D]` of an embedding. In a `shard_map` that splits its width, tokens travel and not the table."""
+    over = AXIS_RULES["width"]
+    if over not in jax.sharding.get_abstract_mesh().manual_axes:
+        return table_VD[tokens_BL]
+    everyones = jax.lax.all_gather(tokens_BL, over, axis=0, tiled=True)
+    return jax.lax.all_to_all(table_VD[everyones], over, split_axis=0, concat_axis=2, tiled=True)
+
+
 def sum_gradients(tree: Any, axes: tuple[str, ...]) -> Any:
     """Gradients summed over the devices of `axes` in a `shard_map`: over all but those that `gather_width` summed."""
 
@@ -175,7 +197,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over `data` and `fsdp`, every other axis whole."""
+    """Rows split over `slice`, `data` and `fsdp`, every other axis whole."""
     return NamedSharding(mesh, P(AXIS_RULES["batch"]))
 
 

@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 from jaxspec.base import Params
 from jaxspec.checkpoint import RunCheckpoints, abstract_like, save_drafter
 from jaxspec.cli import Preempted
-from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, differences, to_dict
+from jaxspec.compilers import compile_step
+from jaxspec.config import DistillConfig, MeshConfig, OptimizerConfig, PretrainConfig, differences, to_dict
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.packing import Corpus, Mix, PackedBatches, join, tokenize_conversations
 from jaxspec.data.pipeline import BatchIterator, iterate
-from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
+from jaxspec.distill import Batch, TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange.hf import load_target
 from jaxspec.loading import check_width, open_drafter, target_folder
@@ -309,9 +310,9 @@ def distill(
 ) -> tuple[Any, Finished]:
     """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
-    The target's forward pass and the drafter's update are one jitted program on the config's mesh.
+    The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
     drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
     blocks = attention_blocks(config, mesh)
@@ -335,9 +336,7 @@ def distill(
         steps=max(objective.steps, EVAL_STEPS if deepest is None else min(EVAL_STEPS, deepest)),
         step_weights=(),
     )
-    step = functools.partial(train_step, target, learner, optimizer, objective)
-    # The sums are left to evaluation: what nobody reads is not computed.
-    updated = jax.jit(lambda *arguments: step(*arguments)[:2], donate_argnums=1)
+    updated = compile_step(config.compiler, mesh, target, learner, optimizer, objective)
     sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
     place = functools.partial(place_rows, batch_sharding(mesh))
 
@@ -379,6 +378,11 @@ def place_rows(sharding: jax.sharding.Sharding, batch: HostBatch) -> Batch:
     """A packed batch on the mesh, rows split as `sharding` says."""
     names = ("tokens", "segments", "positions", "loss_mask")
     return Batch(*(jax.make_array_from_process_local_data(sharding, batch[name]) for name in names))
+
+
+def mesh_of(c: MeshConfig) -> Mesh:
+    """The mesh that a config asks for."""
+    return make_mesh(c.data, c.fsdp, c.tensor, slices=c.slices)
 
 
 def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -24,7 +24,7 @@ FLOORS = (
     {"objective"},
     {"judging"},
     {"data", "decode", "distill", "checkpoint", "interchange", "cost", "flops", "report", "optimizer", "pretraining"},
-    {"generation", "loading", "comparison"},
+    {"generation", "loading", "comparison", "compilers"},
     {"config", "serving", "identity", "aot", "figures"},
     {"regeneration"},
     {"cli", "flags", "configs"},

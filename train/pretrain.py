@@ -24,9 +24,9 @@ from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
-from jaxspec.sharding import batch_sharding, make_mesh, replicated
+from jaxspec.sharding import batch_sharding, replicated
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, Recipe, attention_blocks, optimizer_of, read_data, run, say
+from jaxspec.training import HostBatch, Recipe, attention_blocks, mesh_of, optimizer_of, read_data, run, say
 
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
 """Settings that may not change under a run's feet."""
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     tokenizer = find_tokenizer(config)
     data = read_data(config, tokenizer)
     steps = config.optimizer.steps or len(data.train)

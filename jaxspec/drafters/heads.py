@@ -23,6 +23,7 @@ from jaxspec.layers import (
     rope_frequencies,
     score_tokens,
 )
+from jaxspec.sharding import look_up
 
 
 class HeadConfig(Protocol):
@@ -238,7 +239,7 @@ class Recurrent(OneLayer):
         self, borrowed: Borrowed, state: RecurrentState, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[RecurrentState, Array]:
         length = tokens_BL.shape[1]
-        stream, seen = self.fuse(borrowed.embed_VD[tokens_BL], self.read(features_BLD))
+        stream, seen = self.fuse(look_up(borrowed.embed_VD, tokens_BL), self.read(features_BLD))
         positions_BL = state.length_B[:, None] + jnp.arange(length)
         q, k, v = self.project(seen, positions_BL)
         causal = jnp.tril(jnp.ones((1, length, length), bool))
@@ -268,7 +269,7 @@ class Recurrent(OneLayer):
         parent = jnp.maximum(frontier.parent_BW, 0)[..., None]
         drafted = jnp.take_along_axis(scratch.feature_BMD, parent, axis=1)
         feature = jnp.where((frontier.parent_BW == ROOT)[..., None], state.feature_BD[:, None], drafted)
-        stream, seen = self.fuse(borrowed.embed_VD[frontier.token_BW], feature)
+        stream, seen = self.fuse(look_up(borrowed.embed_VD, frontier.token_BW), feature)
         positions_BW = jnp.broadcast_to((state.length_B + frontier.depth - 1)[:, None], frontier.token_BW.shape)
         q, k, v = self.project(seen, positions_BW)
         keys = scratch.k_BKCM.at[..., begin:end].set(k)
@@ -294,7 +295,7 @@ class Recurrent(OneLayer):
         length = tokens_BL.shape[1]
         for step in range(steps):
             token = jnp.pad(token[:, 1:], ((0, 0), (0, 1)))
-            stream, seen = self.fuse(borrowed.embed_VD[token], feature)
+            stream, seen = self.fuse(look_up(borrowed.embed_VD, token), feature)
             q, k, v = self.project(seen, positions_BL + step)
             pairs.append((k, v))
             hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None

@@ -21,6 +21,7 @@ from jaxspec.base import Array, Borrowed, Frontier, KVCache, Unrolled
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
 from jaxspec.drafters.heads import OneLayer, ParallelState, parallel_children
 from jaxspec.layers import Prefix, attend, gated_mlp, rms_norm
+from jaxspec.sharding import look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class ParallelSpec(OneLayer):
         masks = self.config.tokens - 1
         last = jnp.maximum(count_B - 1, 0)
         anchor_B1D = jnp.take_along_axis(features_BLD, last[:, None, None], axis=1)
-        slots = [self.fuse(borrowed.embed_VD[tokens_BL], features_BLD)]
+        slots = [self.fuse(look_up(borrowed.embed_VD, tokens_BL), features_BLD)]
         slots += [self.mask_slots(anchor_B1D, d) for d in range(1, masks + 1)]
         stream = jnp.concatenate(slots, axis=1)
         offset_BL = jnp.concatenate(
@@ -176,7 +177,7 @@ class ParallelSpec(OneLayer):
         c = self.config
         batch, length = tokens_BL.shape
         token = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
-        stream = self.fuse(borrowed.embed_VD[token], features_BLD)
+        stream = self.fuse(look_up(borrowed.embed_VD, token), features_BLD)
         q, k, v = self.project(stream, positions_BL)
         outputs = [self.finish(stream, self.attend_row(q, k, v, mask_BLM, []))]
         kept = [jnp.ones((batch, length), bool)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ from jaxspec.layers import (
     rope_frequencies,
     score_tokens,
 )
-from jaxspec.sharding import gather_width
+from jaxspec.sharding import gather_width, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +128,15 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_table = self.param("embed", self._init_table)
-        self.layers = self.param("layers", self._init_layers)
-        self.norm = self.param("norm", lambda key: jnp.ones((c.width,), self.param_dtype))
+        self.embed_table = self._weight("embed", self._init_table)
+        self.layers = self._weight("layers", self._init_layers)
+        self.norm = self._weight("norm", lambda key: jnp.ones((c.width,), self.param_dtype))
         if not c.tied:
-            self.head_table = self.param("head", self._init_table)
+            self.head_table = self._weight("head", self._init_table)
+
+    def _weight(self, name: str, init: Callable[[Array], Any]) -> Any:
+        """A weight as it is given: in a `shard_map` a device's part of it, which `param` would refuse for its shape."""
+        return self.param(name, init) if self.is_initializing() else self.get_variable("params", name)
 
     def _init_table(self, key: Array) -> Array:
         return 0.02 * jax.random.normal(key, (self.config.vocab, self.config.width), self.param_dtype)
@@ -152,7 +157,7 @@ class Llama(nn.Module):
     ) -> TargetOutput:
         """See `forward`."""
         c = self.config
-        x = hold_rows(self.embed_table[tokens_BL].astype(self.dtype))
+        x = hold_rows(look_up(self.embed_table, tokens_BL).astype(self.dtype))
         cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
         def block(x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:

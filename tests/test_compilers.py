@@ -1,0 +1,80 @@
+"""All compilers make the same step of the same loss, on every mesh they take, and it is one device's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxspec.compilers import compile_step
+from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.objective import Objective
+from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.targets.llama import Llama, LlamaConfig
+
+TARGET = Llama(LlamaConfig(64, 16, 2, 4, 2, 8, 32))
+DRAFTER = Eagle(EagleConfig(16, 4, 2, 8, 32))
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.5))
+OBJECTIVE = Objective(steps=2, chunk=8, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:4", 1.0)))
+BY_SUMS = Objective(chunk=8, weights=(("tvdpp_exact", 1.0),))
+"""An objective that is no sum over tokens."""
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1] * 11 + [2] * 9 + [0] * 4], 8, axis=0)
+    positions = np.repeat([[*range(11), *range(9), 0, 0, 0, 0]], 8, axis=0)
+    answers = (segments > 0) & (positions >= rng.integers(2, 8, (8, 1)))  # rows train on different numbers of tokens
+    return Batch(*map(jnp.asarray, (rng.integers(0, 64, (8, 24)), segments, positions, answers)))
+
+
+@functools.cache
+def begun():
+    frozen = jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0)))
+    return frozen, init_state(DRAFTER, OPTIMIZER, jax.random.key(2))
+
+
+@functools.cache
+def alone(objective: Objective):
+    return jax.jit(functools.partial(train_step, TARGET, DRAFTER, OPTIMIZER, objective))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "mesh", "objective"),
+    [
+        ("jit", (2, 2, 2), OBJECTIVE),
+        ("shard_map", (1, 8, 1), OBJECTIVE),
+        ("shard_map", (2, 4, 1), BY_SUMS),
+        ("pmap", (8, 1, 1), OBJECTIVE),
+        pytest.param("jit", (1, 1, 8), OBJECTIVE, marks=pytest.mark.slow),
+        pytest.param("jit", (1, 8, 1), BY_SUMS, marks=pytest.mark.slow),
+        pytest.param("shard_map", (8, 1, 1), OBJECTIVE, marks=pytest.mark.slow),
+        pytest.param("pmap", (8, 1, 1), BY_SUMS, marks=pytest.mark.slow),
+    ],
+)
+def test_two_steps_equal_those_of_one_device(compiler, mesh, objective: Objective, batch: Batch):
+    frozen, state = begun()
+    expected, losses = state, []
+    for _ in range(2):
+        expected, loss, _ = alone(objective)(frozen, expected, batch)
+        losses.append(float(loss))
+    grid = make_mesh(*mesh)
+    step = compile_step(compiler, grid, TARGET, DRAFTER, OPTIMIZER, objective)
+    frozen, state = (jax.device_put(x, shardings(grid, x)) for x in (frozen, jax.tree.map(jnp.copy, state)))
+    for expected_loss in losses:
+        state, loss = step(frozen, state, jax.device_put(batch, batch_sharding(grid)), None)
+        assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(expected.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_mesh_that_a_compiler_does_not_take_is_refused():
+    arguments = TARGET, DRAFTER, OPTIMIZER, OBJECTIVE
+    with pytest.raises(ValueError, match=r"set mesh\.tensor=1, or compiler=jit"):
+        compile_step("shard_map", make_mesh(2, 2, 2), *arguments)
+    with pytest.raises(ValueError, match=r"set mesh\.fsdp, mesh\.tensor and mesh\.slices to 1"):
+        compile_step("pmap", make_mesh(4, 2, 1), *arguments)
