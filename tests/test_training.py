@@ -16,7 +16,8 @@ from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.training import MetricLog, Recipe, drafter_for, train
+from jaxspec.tracking import track
+from jaxspec.training import Recipe, drafter_for, train
 
 
 class Numbers:
@@ -58,11 +59,13 @@ def run(folder: Path, losses: list[float], *, save_every: int = 2) -> Any:
         data=cast(Any, Documents()),
         steps=len(losses),
         resumable=(),
+        merits=(),
+        model={},
     )
     kept = CheckpointConfig(str(folder), save_every)
     config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=2, log_every=2)
-    with RunCheckpoints(folder) as checkpoints:
-        return train(recipe, config, recipe.init(), batches, checkpoints, start=0)
+    with RunCheckpoints(folder) as checkpoints, track(folder) as log:
+        return train(recipe, config, recipe.init(), batches, checkpoints, log, start=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -82,13 +85,6 @@ def test_the_outcome_and_the_log_agree(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(x["step"], x["loss"]) for x in lines if "loss" in x] == [(2, 3.5), (4, 1.5)]
     assert [(x["step"], x["eval"]["loss"]) for x in lines if "eval" in x] == [(2, 2.0), (4, 4.0)]
-
-
-def test_metrics_past_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    MetricLog(path, 2).write(step=3, loss=1.0)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n'
 
 
 def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_path):
