@@ -178,6 +178,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not the record of a run ({error}); move it away") from error
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without one that is being written."""
+    path = folder / METRICS
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The finite numbers among nested metrics: `{"eval": {"loss": 1}}` has `eval/loss`."""
     found: dict[str, float] = {}
