@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxspec import __version__
 from jaxspec.base import Params
-from jaxspec.card import FORMAT, Card, describe, read_card, sync_folder, verify, write_card
+from jaxspec.card import CONVENTIONS, FORMAT, Card, describe, read_card, sync_folder, verify, write_card
 from jaxspec.drafters import DRAFTERS
 from jaxspec.layers import RopeScaling
 
@@ -323,8 +323,9 @@ def save_model(
     """
     path = Path(path).absolute()
     draft = path.with_name(f".{path.name}.tmp")
-    card = {"kind": kind, "config": config, "arrays": describe(params), "metrics": {}, **(about or {})}
-    card["provenance"] = {"jaxspec": __version__, **card.get("provenance", {})}
+    card = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
+    card["provenance"] = {"jaxspec": __version__, **card["provenance"]}
+    card |= {"conventions": CONVENTIONS, "arrays": describe(params)}
     if _is_first():
         refuse_to_replace(path)
         _remove(draft)

@@ -136,7 +136,7 @@ def session(folder: Path, facts: Mapping[str, Any], resumed_from: int = 0) -> It
     "stopped" by a failure or notice, or missing while it goes on and after a kill.
     """
     if jax.process_index() != 0:
-        yield dict(facts)
+        yield {**facts, "sessions": [{"git_sha": git_sha()}]}
         return
     begun: dict[str, Any] = {"started": _now(), "resumed_from": resumed_from or None, **circumstances()}
     record = read_record(folder) or {"id": secrets.token_hex(4)}
@@ -176,6 +176,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: not the record of a run ({error}); move it away") from error
+
+
+def provenance(record: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What the card of a model says of the run it is a step of."""
+    return {
+        "run": record["name"],
+        "step": step,
+        "of_steps": record["steps"],
+        "git_sha": record["sessions"][-1]["git_sha"],
+        "training": record["config"],
+    }
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -41,10 +41,10 @@ from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange.hf import load_target
 from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
 from jaxspec.optimizer import make_optimizer, make_schedule
-from jaxspec.report import git_sha, jsonable, progress
+from jaxspec.report import jsonable, progress
 from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
-from jaxspec.tracking import Tracker, session, track
+from jaxspec.tracking import Tracker, provenance, session, track
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -151,6 +151,8 @@ class Finished(NamedTuple):
     resumed_from: int | None
     exported_step: int
     """The step that the weights are of, and the evaluation."""
+    card: dict[str, Any]
+    """What the card of the exported model says of where it comes from."""
 
     def keys(self) -> dict[str, Any]:
         """What the training verbs report alike."""
@@ -163,19 +165,6 @@ class Finished(NamedTuple):
             "checkpoint": self.checkpoint,
             "resumed_from": self.resumed_from,
             "exported_step": self.exported_step,
-        }
-
-    def card(self, config: PretrainConfig | DistillConfig) -> dict[str, Any]:
-        """What the card of the exported model says of where it comes from."""
-        return {
-            "metrics": self.outcome.evaluation,
-            "provenance": {
-                "run": config.name,
-                "step": self.exported_step,
-                "of_steps": self.steps,
-                "git_sha": git_sha(),
-                "training": to_dict(config),
-            },
         }
 
 
@@ -209,7 +198,12 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
             outcome, exported = outcome._replace(state=found.state, evaluation=found.metrics), best
             say(f"step {best:,} is exported, the best by {merit.figure}")
     whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
-    return Finished(whole, outcome, recipe.steps, checkpoint, start or None, exported)
+    card = {
+        "tokenizer": recipe.model.get("tokenizer"),
+        "metrics": outcome.evaluation,
+        "provenance": provenance(record, exported),
+    }
+    return Finished(whole, outcome, recipe.steps, checkpoint, start or None, exported, card)
 
 
 def start_state(recipe: Recipe, wanted: Any) -> Any:
@@ -442,8 +436,7 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     module, done = distill(config, target.module, target.params, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
-    card = {**done.card(config), "tokenizer": tokenizer_card(folder)}
-    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=card)
+    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=done.card)
     return {**done.keys(), **data.keys(), "drafter": config.export_folder}
 
 

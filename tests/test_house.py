@@ -23,7 +23,7 @@ FLOORS = (
     {"verify"},
     {"data", "decode", "distill", "checkpoint", "interchange", "cost", "flops", "report", "optimizer", "pretraining"},
     {"generation", "loading", "comparison", "tracking"},
-    {"config", "serving", "identity", "aot", "figures"},
+    {"config", "serving", "identity", "aot", "figures", "exports"},
     {"regeneration"},
     {"cli", "flags", "configs"},
     {"training"},

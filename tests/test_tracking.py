@@ -94,7 +94,7 @@ def test_the_record_names_code_versions_machine_and_every_session(tmp_path: Path
     with session(tmp_path, FACTS, 4) as record:
         pass
     found = read_record(tmp_path)
-    assert found == record and found.items() >= FACTS.items() and found["id"]
+    assert found and found == record and found.items() >= FACTS.items() and found["id"]
     first, second = found["sessions"]
     assert (first["resumed_from"], first["end"]) == (None, "stopped")
     assert (second["resumed_from"], second["end"]) == (4, "finished")
