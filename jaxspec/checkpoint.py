@@ -391,6 +391,7 @@ def save_drafter(
     `about` (JSON) travels with it; its `tree`, a tree spec, is what decoding uses unless told otherwise. So do the ids
     of the tokens it scores, if not all. `card` is `save_model`'s `about`.
     """
+    card = {"family": name, **(card or {})}
     save_model(path, params, drafter_config(name, module, about, draft_vocab), kind="drafter", about=card)
 
 
