@@ -36,8 +36,19 @@ class EventFile:
     def _append(self, fields: bytes) -> None:
         event = _fixed(1, "d", time.time()) + fields
         length = struct.pack("<Q", len(event))
-        with self.path.open("ab") as file:
-            file.write(length + masked_crc(length) + event + masked_crc(event))
+        append_whole(self.path, length + masked_crc(length) + event + masked_crc(event))
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append all of `data` or, where that fails, nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def masked_crc(data: bytes) -> bytes:

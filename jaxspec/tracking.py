@@ -10,7 +10,8 @@ import json
 import math
 import platform
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import jax
 
 from jaxspec import __version__
 from jaxspec.data.jsonl import drop_torn_line, read_lines
-from jaxspec.event_file import EventFile
+from jaxspec.event_file import EventFile, append_whole
 from jaxspec.report import git_sha, jsonable, machine_facts, write_json
 
 METRICS, TENSORBOARD, RECORD = "metrics.jsonl", "tensorboard", "run.json"
@@ -50,8 +51,7 @@ class JsonLines:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_whole(self.path, (json.dumps({"step": step, **metrics}) + "\n").encode())
 
     def close(self) -> None:
         """Nothing is open."""
@@ -94,21 +94,33 @@ class WeightsAndBiases:
 
 
 class Tracker:
-    """All sinks of a run as one."""
+    """All sinks of a run as one. A full disk stops none of them for good, and not the run: it is told of once."""
 
-    def __init__(self, sinks: Sequence[Sink] = ()):
-        self.sinks = sinks
+    def __init__(self, sinks: Sequence[Sink] = (), tell: Callable[[str], None] = warnings.warn):
+        self.sinks, self.tell = sinks, tell
+        self.failing = False
 
     def write(self, step: int, **metrics: Any) -> None:
         """Add the metrics of a step to every sink."""
-        plain = jsonable(metrics)
+        plain, failure = jsonable(metrics), None
         for sink in self.sinks:
-            sink.write(step, plain)
+            try:
+                sink.write(step, plain)
+            except OSError as error:
+                failure = error
+        if failure is not None and not self.failing:
+            self.tell(f"metrics are not written from step {step:,} on ({failure.strerror or failure})")
+        self.failing = failure is not None
 
 
 @contextlib.contextmanager
 def track(
-    folder: Path, resumed_from: int = 0, *, wandb: str | None = None, record: Mapping[str, Any] | None = None
+    folder: Path,
+    resumed_from: int = 0,
+    *,
+    wandb: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = warnings.warn,
 ) -> Iterator[Tracker]:
     """Yields a tracker: JSON lines and TensorBoard in the run's folder, Weights & Biases in a project of that name.
 
@@ -125,7 +137,7 @@ def track(
             sinks.append(WeightsAndBiases(wandb, record or {}, folder))
         for sink in sinks:
             stack.callback(sink.close)
-        yield Tracker(sinks)
+        yield Tracker(sinks, tell)
 
 
 @contextlib.contextmanager

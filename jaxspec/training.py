@@ -185,7 +185,8 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
         state = start_state(recipe, wanted) if resumed is None else resumed.state
         facts |= {"model": recipe.model, "merit": merit._asdict()}
         record = stack.enter_context(session(checkpoints.folder, facts, start))
-        log = stack.enter_context(track(checkpoints.folder, start, wandb=config.tracking.wandb, record=record))
+        tracked = track(checkpoints.folder, start, wandb=config.tracking.wandb, record=record, tell=say)
+        log = stack.enter_context(tracked)
         judged = None if resumed is None else resumed.metrics
         del resumed
         outcome = train(recipe, config, state, batches, checkpoints, log, start=start, evaluation=judged)

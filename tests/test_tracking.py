@@ -1,6 +1,9 @@
 """What a run leaves about itself: metrics that other tools read, and the record of who ran what."""
 
+import errno
 import json
+import os
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from jaxspec import __version__
 from jaxspec.event_file import EventFile, masked_crc
-from jaxspec.tracking import METRICS, RECORD, TENSORBOARD, JsonLines, flat, read_record, session, track
+from jaxspec.tracking import METRICS, RECORD, TENSORBOARD, JsonLines, flat, read_metrics, read_record, session, track
 
 FACTS = {"name": "toy", "kind": "train", "steps": 9, "config": {"seed": 3}}
 
@@ -56,6 +59,25 @@ def test_a_torn_record_hides_nothing_but_itself(tmp_path: Path):
     file.path.write_bytes(file.path.read_bytes()[:-3])
     EventFile(tmp_path, resumed_from=1).write(2, {"loss": 3.0})
     assert scalars(tmp_path) == {"loss": [(1, 1.0), (2, 3.0)]}
+
+
+def test_a_full_disk_does_not_stop_a_run_and_leaves_no_half_of_a_line(tmp_path: Path):
+    """A limit on the size of files stands for the disk's."""
+    told: list[str] = []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with track(tmp_path, tell=told.append) as log:
+        log.write(1, loss=1.0)
+        room = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) + 5
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            for step in (2, 3, 4):
+                log.write(step, loss=2.0, text="x" * room)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.write(5, loss=5.0)
+    assert told == [f"metrics are not written from step 2 on ({os.strerror(errno.EFBIG)})"]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 5]
+    assert scalars(tmp_path / TENSORBOARD) == {"loss": [(1, 1.0), (5, 5.0)]}
 
 
 def test_the_checksum_is_crc_32c():
