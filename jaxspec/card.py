@@ -45,8 +45,16 @@ Card = dict[str, Any]
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Complete `folder`: its card, with the checksums of all its files, is on disk when this returns."""
     files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != CARD)
-    written = {"format": FORMAT, **card, "checksums": checksums(folder, files)}
-    written = json.loads(json.dumps(written, allow_nan=False))  # as it will be read
+    _write(folder, {"format": FORMAT, **card, "checksums": checksums(folder, files)})
+
+
+def amend_card(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change what the card of a complete checkpoint says; its files stay as they are."""
+    _write(folder, read_card(folder) | dict(changes))
+
+
+def _write(folder: Path, card: Card) -> None:
+    written = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
     written["sha256"] = _digest(written)
     draft = folder / f"{CARD}.draft"
     with draft.open("w", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxspec import __version__
 from jaxspec.base import Params
-from jaxspec.card import CONVENTIONS, FORMAT, Card, describe, read_card, sync_folder, verify, write_card
+from jaxspec.card import CONVENTIONS, FORMAT, Card, amend_card, describe, read_card, sync_folder, verify, write_card
 from jaxspec.drafters import DRAFTERS
 from jaxspec.layers import RopeScaling
 
@@ -129,6 +129,15 @@ class RunCheckpoints:
         if wait:
             self.wait()
 
+    def add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Note the evaluation of a step that was saved before it was evaluated; nothing if its save failed."""
+        self._settle()
+        if step in self._metrics:
+            if _is_first():
+                amend_card(self.folder / str(step), {"metrics": metrics})
+            self._metrics[step] = metrics
+            self._prune()
+
     def wait(self) -> None:
         """Wait until the last save is on disk; OSError, in one sentence, if it failed."""
         self._settle()
@@ -148,9 +157,10 @@ class RunCheckpoints:
 
     def improves(self, metrics: Mapping[str, Any]) -> bool:
         """Whether a step with these metrics would be the best so far, and best ones are kept."""
-        value, best = self._merit.of(metrics) if self._merit else None, self.best_step()
-        if self._merit is None or value is None or not self._keep_best:
+        value = self._merit.of(metrics) if self._merit and self._keep_best else None
+        if self._merit is None or value is None:
             return False
+        best = self.best_step()
         before = None if best is None else self._merit.of(self._metrics[best])
         return before is None or value > before
 

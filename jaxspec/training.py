@@ -94,13 +94,29 @@ def train(
 
     `state` and `batches` stand where `start` left them; `evaluation` is that of `start`, if it was made. A loss that is
     not finite raises ValueError naming the step and its documents. SIGTERM saves and raises Preempted. The loss is
-    logged every `config.log_every` steps. Saves are due as `config.checkpoint` says, and where an evaluation is the
-    best so far.
+    logged every `config.log_every` steps. Saves are due as `config.checkpoint` says, before the step is evaluated, and
+    where an evaluation is the best so far.
     """
     steps, settings = recipe.steps, to_dict(config)
     losses, tokens, rate = [], 0, 0.0
-    began = saved = time.monotonic()
     judged = dict(evaluation or {})
+
+    def evaluation_due(step: int) -> bool:
+        return step == steps or step % config.eval_every == 0
+
+    def evaluate(step: int) -> dict[str, Any]:
+        judged = jsonable(recipe.evaluate(state))
+        log.write(step, eval=judged)
+        return judged
+
+    def save(step: int, **how: Any) -> float:
+        checkpoints.save(step, state, batches.get_state(), settings, **how)
+        return time.monotonic()
+
+    if start and evaluation_due(start) and not judged:  # it was stopped in between
+        judged = evaluate(start)
+        checkpoints.add_metrics(start, judged)
+    began = saved = time.monotonic()
     with termination_notice() as noticed, progress(f"{recipe.verb} {config.name}", steps - start, "steps") as shown:
         for step in range(start + 1, steps + 1):
             batch = next(batches)
@@ -114,19 +130,19 @@ def train(
             shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
             if step % config.log_every == 0:
                 log.write(step, loss=float(np.mean(losses)), tokens_per_second=rate)
-            stopping, judged = noticed(step), {}
-            if not stopping and (step % config.eval_every == 0 or step == steps):
-                judged = jsonable(recipe.evaluate(state))
-                log.write(step, eval=judged)
+            stopping = noticed(step)
             last = stopping or step == steps
-            if last or save_due(config.checkpoint, step, time.monotonic() - saved) or checkpoints.improves(judged):
-                checkpoints.save(step, state, batches.get_state(), settings, metrics=judged, wait=last)
-                saved = time.monotonic()
+            saving = save_due(config.checkpoint, step, time.monotonic() - saved) or last
+            if saving:
+                saved = save(step, wait=last)
             if stopping:
                 raise Preempted(f"stopped at step {step:,} of {steps:,}, saved in {checkpoints.folder}")
-    if not judged:
-        judged = jsonable(recipe.evaluate(state))
-        log.write(steps, eval=judged)
+            if evaluation_due(step):
+                judged = evaluate(step)
+                if saving:
+                    checkpoints.add_metrics(step, judged)
+                elif checkpoints.improves(judged):
+                    saved = save(step, metrics=judged, wait=False)
     mean = float(np.mean(losses)) if losses else math.nan
     return Outcome(state, mean, judged, tokens, rate)
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,25 @@ def test_a_step_saved_in_the_background_is_the_state_of_its_moment(tmp_path: Pat
         for step in (1, 6):
             restored = run.restore(step, abstract).state
             assert all(bool(jnp.all(a == step)) for a in jax.tree.leaves(restored))
+
+
+def test_a_run_goes_on_while_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_card, finish = checkpoint.write_card, threading.Event()
+
+    def wait(*arguments: Any) -> None:
+        assert finish.wait(20)
+        write_card(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_card", wait)
+    with RunCheckpoints(tmp_path, keep_best=1, merit=Merit("tau", rising=True)) as run:
+        run.save(1, {"a": jnp.zeros(2)}, DATA, CONFIG, wait=False)
+        assert not run.improves({}) and not (tmp_path / "1").exists()
+        finish.set()
+        run.add_metrics(1, {"tau": 2.0})
+        assert run.best_step() == 1 and not run.improves({"tau": 2.0}) and run.improves({"tau": 3.0})
+    assert checkpoint.complete_steps(tmp_path) == {1: {"tau": 2.0}}
+    with RunCheckpoints(tmp_path) as run:
+        assert run.restore(None, like({"a": jnp.zeros(2)}, one_device())).metrics == {"tau": 2.0}
 
 
 def test_a_full_disk_is_told_of_and_leaves_the_step_before(tmp_path: Path):

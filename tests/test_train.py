@@ -56,8 +56,9 @@ def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_de
     drafter, exported = (load_drafter(folder / name) for name in ("drafter", "exported"))
     assert drafter._replace(params=0) == exported._replace(params=0)
     jax.tree.map(np.testing.assert_array_equal, drafter.params, exported.params)
-    cards = [read_card(folder / name) | {"checksums": None} for name in ("drafter", "exported")]
-    assert cards[0] == cards[1] and cards[0]["metrics"] == first["eval"] and cards[0]["provenance"]["step"] == 6
+    saved, written = (read_card(folder / name) for name in ("drafter", "exported"))
+    assert saved | {"checksums": 0} == written | {"checksums": 0}
+    assert saved["metrics"] == first["eval"] and saved["provenance"]["step"] == 6
     words = ["generate", "1 and 2 make", "--target", "target", "--drafter", "drafter", "--tree", "chain:2"]
     assert main([*words, "--max-new-tokens", "8"]) == 0
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxspec import training
+from jaxspec.card import amend_card
 from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_drafter
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
@@ -147,6 +148,16 @@ def test_a_finished_run_exports_its_last_step_or_its_best(tmp_path: Path, monkey
     assert last.outcome.evaluation == {"loss": 4.0} and best.outcome.evaluation == {"loss": 0.0}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines if "eval" in x] == [2, 4, 6]  # the last was not evaluated again
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_on_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finish(monkeypatch, tmp_path, 4)
+    assert complete_steps(tmp_path) == {2: {"loss": 0.0}, 4: {"loss": 2.0}}
+    amend_card(tmp_path / "4", {"metrics": {}})
+    finish(monkeypatch, tmp_path, 8)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines if "eval" in x] == [2, 4, 4, 6, 8]
+    assert complete_steps(tmp_path) == {2: {"loss": 0.0}, 8: {"loss": 6.0}}
 
 
 def test_a_run_that_goes_on_says_so_in_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
