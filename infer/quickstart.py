@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     tree, speeds = pick_tree(drafted, tuning, args)
     drafter = args.folder / "drafter"
     about = {"target": args.target, "tree": tree}
-    save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored)
+    save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored, card=done.card)
     say("5/5 held-out questions are decoded, plainly and speculatively")
     fast = drafted.with_tree(parse_tree(tree))
     passes = [(measure(models, held_out, args), measure(fast, held_out, args)) for _ in range(PASSES)]

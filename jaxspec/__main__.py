@@ -22,6 +22,8 @@ VERBS = {
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
     "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
+    "runs": Verb("jaxspec.train.runs", "list runs: how far they are and the best tau they reached"),
+    "export": Verb("jaxspec.train.export", "write a run's model, a drafter or a target as an Orbax checkpoint"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare what they are worth"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),

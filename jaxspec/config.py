@@ -65,15 +65,32 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Where a run leaves its state."""
+    """Where a run leaves its state, and when. The last step is always saved, and one that evaluates best so far."""
 
     folder: str
-    save_every: int = 100  # steps
-    keep: int = 2
+    save_every: int | None = 100  # steps; none: not by steps
+    save_minutes: float | None = None  # or whenever so much time has passed
+    keep: int = 2  # of the last steps
+    keep_best: int = 1  # of those that were evaluated, besides; 0: none, and an evaluation saves nothing
+    best_by: (
+        Literal["loss", "simulated_tau", "simulated_tau_greedy", "expected_acceptance", "top1_agreement"] | None
+    ) = None  # figure of the evaluation; none: simulated_tau for a drafter, loss for pretraining
+    export: Literal["last", "best"] = "last"  # the step whose weights a finished run exports
 
     def __post_init__(self) -> None:
-        _require(self, "save_every", self.save_every > 0)
+        _require(self, "save_every", self.save_every is None or self.save_every > 0)
+        _require(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0)
         _require(self, "keep", self.keep > 0)
+        _require(self, "keep_best", self.keep_best >= 0)
+        if self.export == "best" and not self.keep_best:
+            raise ValueError("export=best needs keep_best to be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides `metrics.jsonl` and TensorBoard files in the checkpoint folder."""
+
+    wandb: str | None = None  # Weights & Biases project
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +115,7 @@ class PretrainConfig:
     export_folder: str  # HuggingFace folder of the result; its tokenizer is trained here first, unless one is named
     tokenizer: str | None = None  # HuggingFace folder whose tokenizer is taken, or "tiny" for the bundled target's
     mesh: MeshConfig = MeshConfig()
+    tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and moments are fp32
     remat: bool = False
@@ -161,6 +179,7 @@ class DistillConfig:
     objective: Objective = dataclasses.field(default_factory=Objective)
     mesh: MeshConfig = MeshConfig()
     compiler: Literal["jit", "shard_map", "pmap"] = "jit"  # see jaxspec.compilers
+    tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of the target; masters are fp32
     query_block: int | None = 128  # queries attended together; see jaxspec.layers.attend_causal

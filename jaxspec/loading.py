@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -98,6 +99,21 @@ def target_folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: the bundled tiny target is not there; reinstall, or give --target a folder")
     return folder
+
+
+def tokenizer_card(folder: Path) -> dict[str, Any] | None:
+    """What the card of a model says of the tokenizer in a HuggingFace folder; None where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    chat = ChatTokenizer.load(folder)
+    return {
+        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "vocab": chat.vocab_size,
+        "bos_id": chat.bos_id,
+        "stop_ids": list(chat.stop_ids),
+        "pad_id": chat.pad_id,
+    }
 
 
 def open_drafter(

@@ -1,8 +1,8 @@
 """What every training program runs: the loop with its checkpoints and preemption, and the pieces around it."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import math
 import signal
 import sys
@@ -20,10 +20,26 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxspec.base import Params
-from jaxspec.checkpoint import RunCheckpoints, abstract_like, save_drafter
+from jaxspec.checkpoint import (
+    Merit,
+    Restored,
+    RunCheckpoints,
+    abstract_like,
+    drafter_config,
+    refuse_to_replace,
+    save_drafter,
+)
 from jaxspec.cli import Preempted
 from jaxspec.compilers import compile_step
-from jaxspec.config import DistillConfig, MeshConfig, OptimizerConfig, PretrainConfig, differences, to_dict
+from jaxspec.config import (
+    CheckpointConfig,
+    DistillConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    differences,
+    to_dict,
+)
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
 from jaxspec.data.draft_vocab import load_maps
@@ -32,11 +48,12 @@ from jaxspec.data.pipeline import BatchIterator, iterate
 from jaxspec.distill import Batch, TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange.hf import load_target
-from jaxspec.loading import check_width, open_drafter, target_folder
+from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
 from jaxspec.optimizer import make_optimizer, make_schedule
-from jaxspec.report import progress
+from jaxspec.report import jsonable, progress
 from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.tracking import Tracker, provenance, session, track
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -46,7 +63,7 @@ class Outcome(NamedTuple):
 
     state: Any
     loss: float  # mean of the last logged steps
-    evaluation: dict[str, Any]  # of the final state
+    evaluation: dict[str, Any]  # of that state
     tokens: int  # real tokens of this process's part of the run, padding apart
     tokens_per_second: float
 
@@ -65,6 +82,10 @@ class Recipe(NamedTuple):
     steps: int
     resumable: Sequence[str]
     """Fields of the config that a resumed run must share."""
+    merits: Sequence[Merit]
+    """Figures of the evaluation by which a step can be the best; the first unless the config says."""
+    model: Mapping[str, Any]
+    """What the weights are, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's card."""
 
 
 def train(
@@ -73,23 +94,38 @@ def train(
     state: Any,
     batches: BatchIterator,
     checkpoints: RunCheckpoints,
+    log: Tracker,
     *,
     start: int,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Run the recipe from step `start` to its last, and leave a checkpoint of that one.
 
-    `state` and `batches` stand where `start` left them. A loss that is not finite raises ValueError naming the step and
-    its documents. SIGTERM saves and raises Preempted. Metrics are appended to `metrics.jsonl` beside the checkpoints
-    every `config.log_every` steps.
+    `state` and `batches` stand where `start` left them; `evaluation` is that of `start`, if it was made. A loss that is
+    not finite raises ValueError naming the step and its documents. SIGTERM saves and raises Preempted. The loss is
+    logged every `config.log_every` steps. Saves are due as `config.checkpoint` says, before the step is evaluated, and
+    where an evaluation is the best so far.
     """
-    log = MetricLog(checkpoints.folder / "metrics.jsonl", start)
     steps, settings = recipe.steps, to_dict(config)
-    losses, tokens = [], 0
-    began = time.monotonic()
+    losses, tokens, rate = [], 0, 0.0
+    judged = dict(evaluation or {})
 
-    def save(step: int) -> None:
-        checkpoints.save(step, state, batches.get_state(), settings)
+    def evaluation_due(step: int) -> bool:
+        return step == steps or step % config.eval_every == 0
 
+    def evaluate(step: int) -> dict[str, Any]:
+        judged = jsonable(recipe.evaluate(state))
+        log.write(step, eval=judged)
+        return judged
+
+    def save(step: int, **how: Any) -> float:
+        checkpoints.save(step, state, batches.get_state(), settings, **how)
+        return time.monotonic()
+
+    if start and evaluation_due(start) and not judged:  # it was stopped in between
+        judged = evaluate(start)
+        checkpoints.add_metrics(start, judged)
+    began = saved = time.monotonic()
     with termination_notice() as noticed, progress(f"{recipe.verb} {config.name}", steps - start, "steps") as shown:
         for step in range(start + 1, steps + 1):
             batch = next(batches)
@@ -102,19 +138,31 @@ def train(
             losses = losses[-config.log_every :]
             shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
             if step % config.log_every == 0:
-                log.write(step=step, loss=float(np.mean(losses)), tokens_per_second=rate)
-            if step % config.eval_every == 0 and step != steps:
-                log.write(step=step, eval=recipe.evaluate(state))
-            if step % config.checkpoint.save_every == 0 or step == steps:
-                save(step)
-            if noticed(step):
-                save(step)
+                log.write(step, loss=float(np.mean(losses)), tokens_per_second=rate)
+            stopping = noticed(step)
+            last = stopping or step == steps
+            saving = save_due(config.checkpoint, step, time.monotonic() - saved) or last
+            if saving:
+                saved = save(step, wait=last)
+            if stopping:
                 raise Preempted(f"stopped at step {step:,} of {steps:,}, saved in {checkpoints.folder}")
-    seconds = time.monotonic() - began
-    evaluation = recipe.evaluate(state)
-    log.write(step=steps, eval=evaluation)
+            if evaluation_due(step):
+                judged = evaluate(step)
+                if saving:
+                    checkpoints.add_metrics(step, judged)
+                elif checkpoints.improves(judged):
+                    saved = save(step, metrics=judged, wait=False)
     mean = float(np.mean(losses)) if losses else math.nan
-    return Outcome(state, mean, evaluation, tokens, tokens / seconds if tokens else 0.0)
+    return Outcome(state, mean, judged, tokens, rate)
+
+
+def save_due(settings: CheckpointConfig, step: int, seconds: float) -> bool:
+    """Whether a step is to be saved, `seconds` after the last save; all processes agree."""
+    due = settings.save_every is not None and step % settings.save_every == 0
+    if settings.save_minutes is not None:
+        late = seconds >= 60 * settings.save_minutes
+        due |= bool(multihost_utils.broadcast_one_to_all(np.int32(late))) if jax.process_count() > 1 else late
+    return due
 
 
 class Finished(NamedTuple):
@@ -126,6 +174,10 @@ class Finished(NamedTuple):
     steps: int
     checkpoint: str
     resumed_from: int | None
+    exported_step: int
+    """The step that the weights are of, and the evaluation."""
+    card: dict[str, Any]
+    """What the card of the exported model says of where it comes from."""
 
     def keys(self) -> dict[str, Any]:
         """What the training verbs report alike."""
@@ -137,50 +189,80 @@ class Finished(NamedTuple):
             "tokens_per_second": self.outcome.tokens_per_second,
             "checkpoint": self.checkpoint,
             "resumed_from": self.resumed_from,
+            "exported_step": self.exported_step,
         }
 
 
 def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> Finished:
-    """`train` on a mesh, from the last checkpoint in the config's folder if there is one, else from the beginning.
+    """`train` on a mesh, from the last intact checkpoint in the config's folder, or from the beginning.
 
-    Raises ValueError if that checkpoint belongs to a run that differs in one of the recipe's `resumable` settings.
+    Metrics and `run.json` are left in that folder. Raises ValueError if the checkpoint belongs to a run that differs in
+    one of the recipe's `resumable` settings.
     """
+    kept, merit = config.checkpoint, merit_of(recipe, config.checkpoint)
     abstract = jax.eval_shape(recipe.init)
-    layout = shardings(mesh, abstract)
-    with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
-        batches = iterate(recipe.data)
-        resumed_from = checkpoints.latest_step()
-        if resumed_from is None:
-            state = jax.jit(recipe.init, out_shardings=layout)()
-        else:
-            restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
-            refuse_other_settings(restored.config, to_dict(config), recipe.resumable, checkpoints.folder)
-            state = restored.state
-            batches.set_state(restored.data_state)
-            say(f"resumed from step {resumed_from:,} of {checkpoints.folder}")
-        try:
-            outcome = train(recipe, config, state, batches, checkpoints, start=resumed_from or 0)
-        finally:
-            batches.close()
+    wanted = abstract_like(abstract, shardings(mesh, abstract))
+    opened = RunCheckpoints(kept.folder, keep=kept.keep, keep_best=kept.keep_best, merit=merit, tell=say)
+    facts = {"name": config.name, "kind": recipe.verb, "steps": recipe.steps, "config": to_dict(config)}
+    with opened as checkpoints, contextlib.closing(iterate(recipe.data)) as batches, contextlib.ExitStack() as stack:
+        resumed = resume(recipe, config, checkpoints, batches, wanted)
+        start = 0 if resumed is None else resumed.step
+        state = start_state(recipe, wanted) if resumed is None else resumed.state
+        facts |= {"model": recipe.model, "merit": merit._asdict()}
+        record = stack.enter_context(session(checkpoints.folder, facts, start))
+        tracked = track(checkpoints.folder, start, wandb=config.tracking.wandb, record=record, tell=say)
+        log = stack.enter_context(tracked)
+        judged = None if resumed is None else resumed.metrics
+        del resumed
+        outcome = train(recipe, config, state, batches, checkpoints, log, start=start, evaluation=judged)
         checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
+        exported = recipe.steps
+        best = checkpoints.best_step() if kept.export == "best" else None
+        if best is not None and best != recipe.steps:
+            outcome = outcome._replace(state=None)  # makes room for the other
+            found = checkpoints.restore(best, wanted)
+            outcome, exported = outcome._replace(state=found.state, evaluation=found.metrics), best
+            say(f"step {best:,} is exported, the best by {merit.figure}")
     whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
-    return Finished(whole, outcome, recipe.steps, checkpoint, resumed_from)
+    card = {
+        "tokenizer": recipe.model.get("tokenizer"),
+        "metrics": outcome.evaluation,
+        "provenance": provenance(record, exported),
+    }
+    return Finished(whole, outcome, recipe.steps, checkpoint, start or None, exported, card)
 
 
-class MetricLog:
-    """A JSONL file of metrics; lines past the step a run resumes from are dropped, for they will come again."""
+def start_state(recipe: Recipe, wanted: Any) -> Any:
+    """The state of step 0, laid out as `wanted`."""
+    return jax.jit(recipe.init, out_shardings=jax.tree.map(lambda a: a.sharding, wanted))()
 
-    def __init__(self, path: Path, start: int):
-        self.path = path if jax.process_index() == 0 else None
-        if self.path is not None and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
 
-    def write(self, **metrics: Any) -> None:
-        """Append one line."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+def resume(
+    recipe: Recipe,
+    config: PretrainConfig | DistillConfig,
+    checkpoints: RunCheckpoints,
+    batches: BatchIterator,
+    wanted: Any,
+) -> Restored | None:
+    """The last intact checkpoint, laid out as `wanted`, with `batches` moved to its place; None where there is none."""
+    if checkpoints.latest_step() is None:
+        return None
+    restored = checkpoints.restore(None, wanted)
+    refuse_other_settings(restored.config, to_dict(config), recipe.resumable, checkpoints.folder)
+    batches.set_state(restored.data_state)
+    say(f"resumed from step {restored.step:,} of {checkpoints.folder}")
+    return restored
+
+
+def merit_of(recipe: Recipe, settings: CheckpointConfig) -> Merit:
+    """By which figure a run's best step is found; ValueError if its evaluation has no such figure."""
+    for merit in recipe.merits:
+        if settings.best_by in (None, merit.figure):
+            return merit
+    known = ", ".join(merit.figure for merit in recipe.merits)
+    raise ValueError(
+        f"checkpoint.best_by is {settings.best_by!r}, but {recipe.verb} evaluates {known}; name one of these"
+    )
 
 
 @contextmanager
@@ -252,6 +334,14 @@ def pack_data(
     return Data(rows, packed(judged, shuffle=False))
 
 
+MERITS = (
+    Merit("simulated_tau", rising=True),
+    Merit("simulated_tau_greedy", rising=True),
+    Merit("expected_acceptance", rising=True),
+    Merit("top1_agreement", rising=True),
+    Merit("loss", rising=False),
+)
+"""Figures by which a drafter's steps are compared."""
 RESUMABLE = ("target", "drafter", "head", "init_from", "draft_vocab", "objective", "data", "optimizer", "seed", "dtype")
 """Settings of a distillation that may not change under a run's feet."""
 EVAL_STEPS = 5
@@ -348,7 +438,15 @@ def distill(
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
         return updated(frozen, state, place(batch), vocab_U)
 
-    return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)
+    model = {
+        "kind": "drafter",
+        "config": drafter_config(
+            config.drafter, drafter, {"target": config.target}, None if vocab_U is None else vocab_U.tolist()
+        ),
+        "tokenizer": tokenizer_card(target_folder(config.target)),
+    }
+    recipe = Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE, MERITS, model)
+    return drafter, run(recipe, config, mesh)
 
 
 def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
@@ -357,12 +455,13 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     Returns the keys of `jaxspec train`.
     """
     folder = target_folder(config.target)
+    refuse_to_replace(config.export_folder)
     target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
     data = data or read_data(config, ChatTokenizer.load(folder))
     module, done = distill(config, target.module, target.params, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
-    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored)
+    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=done.card)
     return {**done.keys(), **data.keys(), "drafter": config.export_folder}
 
 

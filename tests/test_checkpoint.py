@@ -1,9 +1,12 @@
 """Checkpoints: exact, on any mesh, whole or absent, and checked when read."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from jaxspec.checkpoint import CHECKSUMS, RunCheckpoints, abstract_like, load_model, model_kind, save_model
+from jaxspec import checkpoint
+from jaxspec.card import CARD
+from jaxspec.checkpoint import PATIENCE, Merit, RunCheckpoints, abstract_like, load_model, model_kind, save_model
 from jaxspec.sharding import make_mesh
 
 DATA, CONFIG = {"next_index": 3}, {"name": "x", "sizes": [1, 2]}
@@ -99,6 +104,152 @@ def test_a_state_of_another_form_is_refused(tmp_path: Path, wanted: dict[str, ja
             run.restore(1, like(wanted, one_device()))
 
 
+def largest_file(folder: Path) -> Path:
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != CARD]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def write_steps(folder: Path, *steps: int) -> None:
+    with RunCheckpoints(folder, keep=9) as run:
+        for step in steps:
+            run.save(step, {"a": jnp.full(2, step)}, DATA, CONFIG)
+
+
+def read(run: RunCheckpoints, step: int | None = None) -> list[int]:
+    return run.restore(step, like({"a": jnp.zeros(2, int)}, one_device())).state["a"].tolist()
+
+
+def numbers(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def test_the_best_steps_are_kept_besides_the_last(tmp_path: Path):
+    taus = {1: 2.0, 2: None, 3: 4.0, 4: 3.0, 5: float("nan"), 6: 4.0, 7: None, 8: 1.0}
+    with RunCheckpoints(tmp_path, keep=2, keep_best=1, merit=Merit("tau", rising=True)) as run:
+        improving = []
+        for step, tau in taus.items():
+            metrics = {} if tau is None or tau != tau else {"tau": tau}
+            improving.append(run.improves({"tau": tau}))
+            run.save(step, {"a": jnp.full(2, step)}, DATA, CONFIG, metrics=metrics)
+        assert improving == [True, False, True, False, False, False, False, False]
+        assert run.best_step() == 6 and numbers(tmp_path) == [6, 7, 8]
+    with RunCheckpoints(tmp_path, keep=2, keep_best=1, merit=Merit("tau", rising=False)) as run:
+        assert run.best_step() == 8 and run.improves({"tau": 0.5}) and not run.improves({"loss": 0.5})
+
+
+@pytest.mark.parametrize(("damage", "match"), [(flip_a_bit, "contents changed"), (Path.unlink, "missing")])
+def test_a_damaged_step_is_skipped_with_a_warning_and_makes_way(tmp_path: Path, damage: Any, match: str):
+    write_steps(tmp_path, 1, 2, 3)
+    damage(largest_file(tmp_path / "3"))
+    with RunCheckpoints(tmp_path) as run:
+        with pytest.raises(ValueError, match=match):
+            run.restore(3, {})
+        with pytest.warns(UserWarning, match=f"{tmp_path}/3.*{match}.*; step 3 is skipped"):
+            assert read(run) == [2, 2]
+        assert run.latest_step() == 2
+        run.save(3, {"a": jnp.full(2, 9)}, DATA, CONFIG)
+        assert read(run) == [9, 9] and numbers(tmp_path) == [2, 3]
+
+
+def test_a_half_written_step_is_skipped_with_a_warning_and_makes_way(tmp_path: Path):
+    write_steps(tmp_path, 1, 2)
+    (tmp_path / "2" / CARD).unlink()
+    with pytest.warns(UserWarning, match=f"{tmp_path}/2: not a checkpoint .* half of one .*; step 2 is skipped"):
+        run = RunCheckpoints(tmp_path)
+    with run:
+        assert read(run) == [1, 1] and run.latest_step() == 1
+        run.save(2, {"a": jnp.full(2, 5)}, DATA, CONFIG)
+        assert read(run) == [5, 5]
+
+
+def test_where_no_step_is_intact_nothing_is_loaded(tmp_path: Path):
+    write_steps(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        flip_a_bit(largest_file(tmp_path / step))
+    with RunCheckpoints(tmp_path) as run, pytest.warns(UserWarning, match="is skipped"):
+        with pytest.raises(ValueError, match="none of its checkpoints is intact; to begin anew, move it away"):
+            read(run)
+
+
+def test_a_step_saved_in_the_background_is_the_state_of_its_moment(tmp_path: Path):
+    advance = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+    state = advance({str(i): jnp.zeros((512, 512)) for i in range(8)})
+    with RunCheckpoints(tmp_path) as run:
+        run.save(1, state, DATA, CONFIG, wait=False)
+        for _ in range(5):
+            state = advance(state)
+        run.save(6, state, DATA, CONFIG, wait=False)
+        state = advance(state)
+        abstract = like(state, one_device())
+        for step in (1, 6):
+            restored = run.restore(step, abstract).state
+            assert all(bool(jnp.all(a == step)) for a in jax.tree.leaves(restored))
+
+
+def test_a_run_goes_on_while_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_card, finish = checkpoint.write_card, threading.Event()
+
+    def wait(*arguments: Any) -> None:
+        assert finish.wait(20)
+        write_card(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_card", wait)
+    with RunCheckpoints(tmp_path, keep_best=1, merit=Merit("tau", rising=True)) as run:
+        run.save(1, {"a": jnp.zeros(2)}, DATA, CONFIG, wait=False)
+        assert not run.improves({}) and not (tmp_path / "1").exists()
+        finish.set()
+        run.add_metrics(1, {"tau": 2.0})
+        assert run.best_step() == 1 and not run.improves({"tau": 2.0}) and run.improves({"tau": 3.0})
+    assert checkpoint.complete_steps(tmp_path) == {1: {"tau": 2.0}}
+    with RunCheckpoints(tmp_path) as run:
+        assert run.restore(None, like({"a": jnp.zeros(2)}, one_device())).metrics == {"tau": 2.0}
+
+
+def test_a_full_disk_is_told_of_and_leaves_the_step_before(tmp_path: Path):
+    """A limit on the size of files stands for the disk's."""
+    large = {"a": jax.random.normal(jax.random.key(0), (512, 512))}
+    told: list[str] = []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunCheckpoints(tmp_path, tell=told.append) as run:
+        run.save(1, large, DATA, CONFIG)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            run.save(2, large, DATA, CONFIG, wait=False)
+            with pytest.raises(OSError, match="step 2 could not be saved") as failed:
+                run.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        expected = f"{tmp_path}: step 2 could not be saved ({os.strerror(errno.EFBIG)}); the last complete step is 1"
+        assert told == [expected] and str(failed.value) == expected
+        assert [p.name for p in tmp_path.iterdir()] == ["1"]
+        run.save(3, large, DATA, CONFIG)
+        assert_same(run.restore(None, like(large, one_device())).state, large)
+
+
+def test_failed_saves_in_a_row_stop_a_run_that_does_not_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    state, told = {"a": jnp.zeros(2)}, []
+    with RunCheckpoints(tmp_path, tell=told.append) as run:
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "write_card", fail)
+            for step in range(1, PATIENCE + 1):
+                run.save(step, state, DATA, CONFIG, wait=False)
+            with pytest.raises(OSError, match=rf"step {PATIENCE} .*\(No space left on device\); no step is saved"):
+                run.save(PATIENCE + 1, state, DATA, CONFIG, wait=False)
+        assert len(told) == PATIENCE and not any(tmp_path.iterdir())
+        run.save(PATIENCE + 1, state, DATA, CONFIG, wait=True)
+        run.save(PATIENCE + 2, state, DATA, CONFIG, wait=False)
+        assert run.latest_step() == PATIENCE + 2
+
+
 SAVE_FOR_EVER = """
 import sys, jax.numpy as jnp
 from jaxspec.checkpoint import RunCheckpoints
@@ -129,17 +280,6 @@ def test_a_kill_during_a_save_leaves_the_step_before(tmp_path: Path):
         assert run.latest_step() == 2
 
 
-def largest_file(folder: Path) -> Path:
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS]
-    return max(files, key=lambda p: p.stat().st_size)
-
-
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
 @pytest.mark.parametrize(("damage", "match"), [(flip_a_bit, "contents changed"), (Path.unlink, "missing")])
 def test_damage_is_found_and_the_file_named(tmp_path: Path, damage: Any, match: str):
     save_model(tmp_path / "m", {"a": jax.random.normal(jax.random.key(0), (64, 64))}, CONFIG, kind="drafter")
@@ -165,17 +305,37 @@ def test_a_model_loads_onto_a_mesh_and_replaces_the_one_before(tmp_path: Path):
     assert list(params) == ["a"] and params["a"].sharding == sharding
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="mine: holds something that jaxspec did not export, so it is left alone"):
+        save_model(tmp_path / "mine", {"a": jnp.zeros(2)}, CONFIG, kind="drafter")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_save_that_fails_leaves_the_model_before_and_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_model(tmp_path / "m", {"a": jnp.zeros(2)}, CONFIG, kind="drafter")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_card", lambda *_: (tmp_path / "none" / "x").write_text(""))
+        with pytest.raises(OSError, match="m: could not be written"):
+            save_model(tmp_path / "m", {"a": jnp.ones(2)}, CONFIG, kind="drafter")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert load_model(tmp_path / "m")[0]["a"].tolist() == [0, 0]
+
+
 def test_folders_that_hold_no_such_model_are_refused(tmp_path: Path):
     save_model(tmp_path / "m", {"a": jnp.zeros(2)}, CONFIG, kind="target")
     ocp.save(str(tmp_path / "foreign"), {"a": jnp.zeros(2)})
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "_CHECKPOINT_METADATA").write_text("{")
+    write_steps(tmp_path / "run", 1)
     for name, match in {
         "m": "holds a target, not a drafter",
-        "foreign": "format None, not 'jaxspec/1'",
+        "foreign": "not a checkpoint of jaxspec, or half of one",
         "empty": "not a checkpoint of jaxspec, or half of one",
         "torn": "not valid JSON",
+        "run/1": "holds a run, not a drafter",
         "none": "no such folder",
     }.items():
         with pytest.raises(ValueError, match=match):

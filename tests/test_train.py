@@ -6,11 +6,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from processes import finish, start, stop_at
 from random_models import write_target
 
 from jaxspec.__main__ import main
+from jaxspec.card import read_card
 from jaxspec.checkpoint import load_drafter
 
 CONFIG = """
@@ -50,6 +52,13 @@ def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_de
     again = json.loads((folder / "again.json").read_text())
     assert again["resumed_from"] == 6
     assert again["eval"] == first["eval"]
+    assert main(["export", "run", "exported"]) == 0
+    drafter, exported = (load_drafter(folder / name) for name in ("drafter", "exported"))
+    assert drafter._replace(params=0) == exported._replace(params=0)
+    jax.tree.map(np.testing.assert_array_equal, drafter.params, exported.params)
+    saved, written = (read_card(folder / name) for name in ("drafter", "exported"))
+    assert saved | {"checksums": 0} == written | {"checksums": 0}
+    assert saved["metrics"] == first["eval"] and saved["provenance"]["step"] == 6
     words = ["generate", "1 and 2 make", "--target", "target", "--drafter", "drafter", "--tree", "chain:2"]
     assert main([*words, "--max-new-tokens", "8"]) == 0
 

@@ -3,20 +3,29 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.checkpoint import RunCheckpoints, save_drafter
+from jaxspec import training
+from jaxspec.card import amend_card
+from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_drafter
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
+from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.training import MetricLog, Recipe, drafter_for, train
+from jaxspec.tracking import read_record, track
+from jaxspec.training import Recipe, drafter_for, merit_of, save_due, train
+from jaxspec.training import run as whole_run
+
+MERIT = Merit("loss", rising=False)
 
 
 class Numbers:
@@ -47,22 +56,34 @@ class Documents:
     corpus = SimpleNamespace(ids=[f"doc-{n}" for n in range(9)])
 
 
-def run(folder: Path, losses: list[float], *, save_every: int = 2) -> Any:
+def run(
+    folder: Path,
+    losses: list[float],
+    *,
+    evaluations: Sequence[float] = (),
+    keep: CheckpointConfig | None = None,
+    eval_every: int = 2,
+) -> Any:
+    """Train a number that counts its steps, whose evaluations are these, else the number itself."""
+    judged = iter(evaluations)
     batches: BatchIterator = Numbers()
     remaining = iter(losses)
     recipe = Recipe(
         "toy",
         init=lambda: {"a": np.zeros(1)},
         update=lambda state, batch: ({"a": state["a"] + 1}, next(remaining)),
-        evaluate=lambda state: {"loss": float(state["a"][0])},
+        evaluate=lambda state: {"loss": next(judged) if evaluations else float(state["a"][0])},
         data=cast(Any, Documents()),
         steps=len(losses),
         resumable=(),
+        merits=(MERIT,),
+        model={},
     )
-    kept = CheckpointConfig(str(folder), save_every)
-    config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=2, log_every=2)
-    with RunCheckpoints(folder) as checkpoints:
-        return train(recipe, config, recipe.init(), batches, checkpoints, start=0)
+    kept = keep or CheckpointConfig(str(folder), save_every=2)
+    config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=eval_every, log_every=2)
+    opened = RunCheckpoints(folder, keep=kept.keep, keep_best=kept.keep_best, merit=MERIT)
+    with opened as checkpoints, track(folder) as log:
+        return train(recipe, config, recipe.init(), batches, checkpoints, log, start=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -84,11 +105,80 @@ def test_the_outcome_and_the_log_agree(tmp_path: Path):
     assert [(x["step"], x["eval"]["loss"]) for x in lines if "eval" in x] == [(2, 2.0), (4, 4.0)]
 
 
-def test_metrics_past_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    MetricLog(path, 2).write(step=3, loss=1.0)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n'
+def test_a_step_that_evaluates_best_so_far_is_saved_and_kept(tmp_path: Path):
+    keep = CheckpointConfig(str(tmp_path), save_every=None, keep=1)
+    run(tmp_path, [1.0] * 7, evaluations=[5.0, 3.0, 4.0, 4.5], keep=keep)
+    assert complete_steps(tmp_path) == {4: {"loss": 3.0}, 7: {"loss": 4.5}}
+
+
+def test_without_best_ones_evaluations_save_nothing(tmp_path: Path):
+    keep = CheckpointConfig(str(tmp_path), save_every=3, keep=9, keep_best=0)
+    run(tmp_path, [1.0] * 7, keep=keep)
+    assert complete_steps(tmp_path) == {3: {}, 6: {"loss": 6.0}, 7: {"loss": 7.0}}
+
+
+class State(NamedTuple):
+    params: Any
+
+
+def finish(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int, export: Literal["last", "best"] = "last") -> Any:
+    """A whole run, resumed if there is one, whose weights count steps and whose evaluation is best at step 2."""
+    monkeypatch.setattr(training, "iterate", lambda data: Numbers())
+    recipe = Recipe(
+        "toy",
+        init=lambda: State({"a": jnp.zeros(1)}),
+        update=lambda state, batch: (jax.tree.map(lambda a: a + 1, state), 1.0),
+        evaluate=lambda state: {"loss": abs(float(state.params["a"][0]) - 2)},
+        data=cast(Any, Documents()),
+        steps=steps,
+        resumable=(),
+        merits=(MERIT,),
+        model={"kind": "toy"},
+    )
+    kept = CheckpointConfig(str(folder), save_every=3, keep=1, export=export)
+    config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=2)
+    return whole_run(recipe, config, make_mesh(1, devices=jax.devices()[:1]))
+
+
+def test_a_finished_run_exports_its_last_step_or_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    last = finish(monkeypatch, tmp_path, 6)
+    assert (last.exported_step, last.params["a"].item(), last.resumed_from) == (6, 6, None)
+    best = finish(monkeypatch, tmp_path, 6, "best")
+    assert (best.exported_step, best.params["a"].item(), best.resumed_from) == (2, 2, 6)
+    assert last.outcome.evaluation == {"loss": 4.0} and best.outcome.evaluation == {"loss": 0.0}
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines if "eval" in x] == [2, 4, 6]  # the last was not evaluated again
+
+
+def test_an_evaluation_that_a_stop_came_before_is_made_on_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finish(monkeypatch, tmp_path, 4)
+    assert complete_steps(tmp_path) == {2: {"loss": 0.0}, 4: {"loss": 2.0}}
+    amend_card(tmp_path / "4", {"metrics": {}})
+    finish(monkeypatch, tmp_path, 8)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines if "eval" in x] == [2, 4, 4, 6, 8]
+    assert complete_steps(tmp_path) == {2: {"loss": 0.0}, 8: {"loss": 6.0}}
+
+
+def test_a_run_that_goes_on_says_so_in_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finish(monkeypatch, tmp_path, 4)
+    finish(monkeypatch, tmp_path, 8)
+    found = read_record(tmp_path)
+    assert found and found["model"] == {"kind": "toy"} and found["steps"] == 8
+    assert [x["resumed_from"] for x in found["sessions"]] == [None, 4]
+
+
+def test_saves_are_due_by_steps_or_minutes():
+    either = CheckpointConfig("x", save_every=10, save_minutes=0.5)
+    assert [save_due(either, 20, 0.0), save_due(either, 21, 29.0), save_due(either, 21, 30.0)] == [True, False, True]
+    assert not save_due(CheckpointConfig("x", save_every=None), 20, 1e9)
+
+
+def test_a_figure_that_is_not_evaluated_is_named():
+    recipe: Any = SimpleNamespace(verb="pretrain", merits=(MERIT,))
+    assert merit_of(recipe, CheckpointConfig("x")) == merit_of(recipe, CheckpointConfig("x", best_by="loss")) == MERIT
+    with pytest.raises(ValueError, match="best_by is 'simulated_tau', but pretrain evaluates loss; name one of these"):
+        merit_of(recipe, CheckpointConfig("x", best_by="simulated_tau"))
 
 
 def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_path):

@@ -15,6 +15,7 @@ import optax
 from tyro.conf import Positional
 
 from jaxspec import cli, loading
+from jaxspec.checkpoint import Merit
 from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
@@ -95,6 +96,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         data=data.train,
         steps=steps,
         resumable=RESUMABLE,
+        merits=(Merit("loss", rising=False),),
+        model={
+            "kind": "target",
+            "config": dataclasses.asdict(shape),
+            "tokenizer": loading.tokenizer_card(Path(config.export_folder)),
+        },
     )
     done = run(recipe, config, mesh)
     if jax.process_index() == 0:

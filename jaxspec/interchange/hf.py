@@ -107,6 +107,16 @@ def read_llama(
     return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), tree.unflatten(arrays)
 
 
+def stored_dtype(folder: str | Path) -> str:
+    """The dtype of the embedding in a HuggingFace folder, such as "bfloat16"; raises as `read_llama` does."""
+    with contextlib.ExitStack() as stack:
+        tensors = open_tensors(Path(folder), stack)
+        name = "model.embed_tokens.weight"
+        check_tensors(tensors, {name: tensor_shapes(read_config(folder))[name]}, Path(folder))
+        code = tensors[name].get_dtype()
+    return next(dtype for dtype, named in DTYPE_CODES.items() if named == code)
+
+
 def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtype: str = "bfloat16") -> None:
     """Write a folder that transformers and `read_llama` load: weights, `generation_config.json`, last `config.json`.
 

@@ -1,0 +1,170 @@
+"""The card of a checkpoint: one JSON file that says what the folder holds, in which format, with every file's checksum.
+
+It is written last, so a folder without one is half-written. Orbax loads damaged data without complaint; the checksums
+are what tells. Older formats are brought up to date when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxspec.base import Params
+from jaxspec.sharding import PARAMETER_AXES
+
+FORMAT = "jaxspec/2"
+CARD = "jaxspec.json"
+_ORBAX, _CHECKSUMS_1 = "_CHECKPOINT_METADATA", "jaxspec.sha256.json"
+
+CONVENTIONS = {
+    "axes": "arrays/*/axes names each axis to shard by (vocab, width, kv_heads, mlp); null is an axis that stays whole",
+    "layers": "arrays below layers have one more axis in front, over the layers, unless each layer has its own number",
+    "weights": "a weight reads its first axis, y = x @ w; embed and head are [vocab, width], logits = x @ head.T",
+    "qkv": "[width, kv_heads, group + 2, head_dim]: of each key-value head its group's queries, its key, its value; "
+    "query head h is number h % group of key-value head h // group, where group = heads / kv_heads",
+    "out": "[kv_heads, group, head_dim, width]",
+    "mlp": "down(silu(x @ gate) * (x @ up))",
+    "norm": "weight * x / sqrt(mean(x^2) + norm_eps), statistics in float32",
+    "rope": "channel i turns with channel i + head_dim / 2 by position * rope_theta^(-2 i / head_dim), before the "
+    "config's rope_scaling",
+    "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 what enters the taps",
+}
+"""How the arrays are to be read, for those who do so without this library."""
+
+Card = dict[str, Any]
+"""`format`, `kind`, `checksums` by file, `sha256` of the card itself, and what the kind calls for."""
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Complete `folder`: its card, with the checksums of all its files, is on disk when this returns."""
+    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != CARD)
+    _write(folder, {"format": FORMAT, **card, "checksums": checksums(folder, files)})
+
+
+def amend_card(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change what the card of a complete checkpoint says; its files stay as they are."""
+    _write(folder, read_card(folder) | dict(changes))
+
+
+def _write(folder: Path, card: Card) -> None:
+    written = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
+    written["sha256"] = _digest(written)
+    draft = folder / f"{CARD}.draft"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(written, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(folder / CARD)
+    sync_folder(folder)
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a complete checkpoint, in the present format.
+
+    Raises ValueError where there is no such folder, no card or a damaged one, or one of a format that is not known.
+    """
+    card = _stored(folder)
+    while card.get("format") != FORMAT:
+        if card.get("format") not in MIGRATIONS:
+            raise ValueError(
+                f"{folder}: a checkpoint of format {card.get('format')!r}, and this version reads "
+                f"{', '.join([*MIGRATIONS, FORMAT])}; a newer jaxspec made it, or something else"
+            )
+        card = MIGRATIONS[card["format"]](card)
+    return card
+
+
+def verify(folder: Path, card: Card) -> None:
+    """ValueError naming the first file that changed or vanished since the card was written."""
+    for name in card["checksums"]:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing; the checkpoint is incomplete")
+    found = checksums(folder, list(card["checksums"]))
+    for name, expected in card["checksums"].items():
+        if found[name] != expected:
+            raise ValueError(f"{folder / name}: its contents changed since it was saved; the checkpoint is damaged")
+
+
+def checksums(folder: Path, files: list[str]) -> dict[str, str]:
+    """The SHA-256 of each file, several read at once."""
+
+    def one(name: str) -> str:
+        with (folder / name).open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(files, pool.map(one, files), strict=True))
+
+
+def describe(params: Params) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and logical axes (`sharding.PARAMETER_AXES`, None for one that is never split) of every array."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = PARAMETER_AXES.get(name.rpartition("/")[2], ())
+        axes = [None] * (leaf.ndim - len(axes)) + list(axes)
+        found[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "axes": axes}
+    return found
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _stored(folder: Path) -> Card:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / CARD).is_file():
+        return _stored_1(folder)
+    card = _read_object(folder / CARD)
+    if card.pop("sha256", None) != _digest(card):
+        raise ValueError(f"{folder / CARD}: its contents changed since it was saved; the checkpoint is damaged")
+    return card
+
+
+def _stored_1(folder: Path) -> Card:
+    """Format 1 kept what is now the card in Orbax's metadata, and the checksums, which came last, in a second file."""
+    half = f"{folder}: not a checkpoint of jaxspec, or half of one"
+    if not (folder / _ORBAX).is_file():
+        raise ValueError(f"{half} ({CARD} is missing)")
+    card = _read_object(folder / _ORBAX).get("custom_metadata") or {}
+    if card.get("format") != "jaxspec/1":
+        raise ValueError(f"{half} (Orbax wrote it, and {CARD} is missing)")
+    if not (folder / _CHECKSUMS_1).is_file():
+        raise ValueError(f"{half} ({_CHECKSUMS_1} is missing)")
+    return {**card, "checksums": _read_object(folder / _CHECKSUMS_1)}
+
+
+def _from_1(card: Card) -> Card:
+    """Format 2 adds what is now known of a model besides its config."""
+    return {**card, "format": "jaxspec/2", "metrics": card.get("metrics", {}), "provenance": {}}
+
+
+MIGRATIONS: dict[str, Callable[[Card], Card]] = {"jaxspec/1": _from_1}
+"""Format -> what makes a card of it one of the next format."""
+
+
+def _digest(card: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the checkpoint is damaged") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object; the checkpoint is damaged")
+    return found

@@ -1,0 +1,223 @@
+"""What a run leaves about itself: its metrics in files and services that show them, and `run.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+import secrets
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from jaxspec import __version__
+from jaxspec.data.jsonl import drop_torn_line, read_lines
+from jaxspec.event_file import EventFile, append_whole
+from jaxspec.report import git_sha, jsonable, machine_facts, write_json
+
+METRICS, TENSORBOARD, RECORD = "metrics.jsonl", "tensorboard", "run.json"
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Sink(Protocol):
+    """A place that metrics go to. One opened for a run that goes on from a step forgets what it knew of later ones."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add the metrics of a step: numbers, or mappings of such."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class JsonLines:
+    """A file of one JSON object a line, `step` among its keys."""
+
+    def __init__(self, path: Path, resumed_from: int = 0):
+        self.path = path
+        drop_torn_line(path)
+        kept = [line for line in read_lines(path) if line["step"] <= resumed_from]
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        draft.replace(path)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a line."""
+        append_whole(self.path, (json.dumps({"step": step, **metrics}) + "\n").encode())
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class TensorBoard:
+    """Scalars for `tensorboard --logdir`; nested names are joined by slashes."""
+
+    def __init__(self, folder: Path, resumed_from: int = 0):
+        self.file = EventFile(folder, resumed_from)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the finite numbers."""
+        self.file.write(step, flat(metrics))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run. It keeps the first that it hears of a step, which a resumed run only repeats."""
+
+    def __init__(self, project: str, record: Mapping[str, Any], folder: Path):
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise ValueError(
+                f"tracking.wandb is {project!r}, but wandb is not installed: pip install wandb, or set it to none"
+            ) from None
+        about = {name: record[name] for name in ("name", "id", "config")}
+        self.run = wandb.init(project=project, resume="allow", dir=str(folder), **about)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log the finite numbers."""
+        self.run.log(flat(metrics), step=step)
+
+    def close(self) -> None:
+        """Wait for the upload."""
+        self.run.finish()
+
+
+class Tracker:
+    """All sinks of a run as one. A full disk stops none of them for good, and not the run: it is told of once."""
+
+    def __init__(self, sinks: Sequence[Sink] = (), tell: Callable[[str], None] = warnings.warn):
+        self.sinks, self.tell = sinks, tell
+        self.failing = False
+
+    def write(self, step: int, **metrics: Any) -> None:
+        """Add the metrics of a step to every sink."""
+        plain, failure = jsonable(metrics), None
+        for sink in self.sinks:
+            try:
+                sink.write(step, plain)
+            except OSError as error:
+                failure = error
+        if failure is not None and not self.failing:
+            self.tell(f"metrics are not written from step {step:,} on ({failure.strerror or failure})")
+        self.failing = failure is not None
+
+
+@contextlib.contextmanager
+def track(
+    folder: Path,
+    resumed_from: int = 0,
+    *,
+    wandb: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = warnings.warn,
+) -> Iterator[Tracker]:
+    """Yields a tracker: JSON lines and TensorBoard in the run's folder, Weights & Biases in a project of that name.
+
+    `record` is what `session` yields, for the service. Only process 0 of a distributed run tells anything. Raises
+    ValueError where `wandb` is asked for and not installed.
+    """
+    if jax.process_index() != 0:
+        yield Tracker()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        sinks: list[Sink] = [JsonLines(folder / METRICS, resumed_from), TensorBoard(folder / TENSORBOARD, resumed_from)]
+        if wandb is not None:
+            sinks.append(WeightsAndBiases(wandb, record or {}, folder))
+        for sink in sinks:
+            stack.callback(sink.close)
+        yield Tracker(sinks, tell)
+
+
+@contextlib.contextmanager
+def session(folder: Path, facts: Mapping[str, Any], resumed_from: int = 0) -> Iterator[dict[str, Any]]:
+    """Keeps `run.json` of a run's folder, and yields what is in it: `facts`, and who ran what, when and where.
+
+    Each start or resumption is one of its `sessions`, with the code, versions and machine; `end` is "finished",
+    "stopped" by a failure or notice, or missing while it goes on and after a kill.
+    """
+    if jax.process_index() != 0:
+        yield {**facts, "sessions": [{"git_sha": git_sha()}]}
+        return
+    begun: dict[str, Any] = {"started": _now(), "resumed_from": resumed_from or None, **circumstances()}
+    record = read_record(folder) or {"id": secrets.token_hex(4)}
+    record |= {**facts, "sessions": [*record.get("sessions", []), begun]}
+
+    def note(**ending: str) -> None:
+        begun.update(ending)
+        write_json(folder / RECORD, record)
+
+    note()
+    try:
+        yield record
+    except BaseException:
+        with contextlib.suppress(OSError):  # what is on its way says more
+            note(ended=_now(), end="stopped")
+        raise
+    note(ended=_now(), end="finished")
+
+
+def circumstances() -> dict[str, Any]:
+    """The code, the versions of what it stands on, and the machine."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {
+        "jaxspec": __version__,
+        "git_sha": git_sha(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"host": platform.node(), "processes": jax.process_count(), **machine_facts()},
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` of a folder says; None where there is none. ValueError if it cannot be read."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: not the record of a run ({error}); move it away") from error
+
+
+def provenance(record: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What the card of a model says of the run it is a step of."""
+    return {
+        "run": record["name"],
+        "step": step,
+        "of_steps": record["steps"],
+        "git_sha": record["sessions"][-1]["git_sha"],
+        "training": record["config"],
+    }
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without one that is being written."""
+    path = folder / METRICS
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite numbers among nested metrics: `{"eval": {"loss": 1}}` has `eval/loss`."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

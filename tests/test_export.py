@@ -1,0 +1,204 @@
+"""`jaxspec export`: Orbax checkpoints with a card that load without jaxspec, whole or in part, on any mesh."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+from random_models import SIZE, random_weights, write_drafter, write_target
+
+from jaxspec import checkpoint
+from jaxspec.__main__ import main
+from jaxspec.card import CARD, CONVENTIONS
+from jaxspec.checkpoint import RunCheckpoints, drafter_config, load_drafter, load_model
+from jaxspec.distill import TrainState
+from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.exports import TOKENIZER_FILES
+from jaxspec.interchange.hf import read_llama, stored_dtype, write_llama
+from jaxspec.sharding import AXIS_RULES, make_mesh
+from jaxspec.tracking import session
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+HEAD = Eagle(EagleConfig(width=32, heads=4, kv_heads=2, head_dim=8, mlp=64))
+
+
+def lines_of_readme(out: Path) -> list[str]:
+    """The README's two pieces of code about Orbax, for the folder `out`."""
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ocp." in b]
+    assert len(blocks) == 2 and len([line for line in blocks[0].splitlines() if line]) == 5
+    return [block.replace('"OUT"', repr(str(out))) for block in blocks]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported drafter."""
+    folder = tmp_path_factory.mktemp("drafter")
+    write_drafter(folder / "drafter")
+    assert main(["export", str(folder / "drafter"), str(folder / "out"), "--to", "orbax"]) == 0
+    return folder / "out"
+
+
+def test_the_lines_of_the_readme_load_it_on_eight_devices(drafter: Path):
+    assert jax.device_count() == 8
+    names: dict[str, Any] = {}
+    for block in lines_of_readme(drafter):
+        exec(block, names)
+    expected = load_drafter(drafter).params
+    assert_same(names["params"], expected)
+    assert all(len(a.sharding.device_set) == 8 for a in jax.tree.leaves(names["params"]))
+    np.testing.assert_array_equal(names["fc"], expected["fc"])
+
+
+def test_the_lines_of_the_readme_load_it_on_one_device_without_jaxspec(drafter: Path, tmp_path: Path):
+    write = "import sys, numpy; numpy.savez(sys.argv[1], fc_alone=fc, **params); assert 'jaxspec' not in sys.modules"
+    code = "\n".join([*lines_of_readme(drafter), write])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.npz"], env=environment, check=True, cwd=tmp_path)
+    found = dict(np.load(tmp_path / "a.npz"))
+    expected = load_drafter(drafter).params
+    np.testing.assert_array_equal(found.pop("fc_alone"), expected["fc"])
+    assert_same(found, jax.device_get(expected))
+
+
+def test_the_axes_of_the_card_split_it_over_a_mesh(drafter: Path):
+    mesh = make_mesh(2, 2, 2)
+    card = json.loads((drafter / CARD).read_text())
+
+    def home(path: Any, a: Any) -> jax.ShapeDtypeStruct:
+        axes = card["arrays"][jax.tree_util.keystr(path, simple=True, separator="/")]["axes"]
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*(AXIS_RULES[x] for x in axes))))
+
+    like = jax.tree_util.tree_map_with_path(home, ocp.metadata(str(drafter), "params").metadata)
+    found = ocp.load(str(drafter), like, checkpointable_name="params")
+    assert found["qkv"].sharding.spec == P("fsdp", "tensor", None, None)
+    assert_same(found, load_drafter(drafter).params)
+
+
+def test_the_older_interface_of_orbax_loads_it_too(drafter: Path):
+    expected = load_drafter(drafter).params
+    found = orbax.checkpoint.StandardCheckpointer().restore(drafter / "params", jax.eval_shape(lambda: expected))
+    assert_same(found, expected)
+
+
+def test_its_card_says_what_a_drafter_is(drafter: Path):
+    card = json.loads((drafter / CARD).read_text())
+    assert (card["kind"], card["family"], card["config"]["drafter"]) == ("drafter", "eagle", "eagle")
+    assert card["arrays"]["fc"] == {"shape": [64, 32], "dtype": "float32", "axes": [None, "width"]}
+    assert card["conventions"] == CONVENTIONS and card["checksums"]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return write_target(tmp_path / "target")
+
+
+def test_a_target_is_exported_with_its_tokenizer(target: Path, tmp_path: Path):
+    assert main(["export", str(target), str(tmp_path / "out"), "--json", str(tmp_path / "x.json")]) == 0
+    params, config = load_model(tmp_path / "out", kind="target")
+    assert_same(params, read_llama(target, dtype=jnp.float32, stacked=True)[1])
+    assert config["vocab"] == SIZE and config["eos_ids"]
+    assert all((tmp_path / "out" / name).read_bytes() == (target / name).read_bytes() for name in TOKENIZER_FILES)
+    card = json.loads((tmp_path / "out" / CARD).read_text())
+    assert card["tokenizer"]["vocab"] == SIZE and card["arrays"]["layers/qkv"]["axes"] == [
+        None,
+        "width",
+        "kv_heads",
+        None,
+        None,
+    ]
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["parameters"] == sum(a.size for a in jax.tree.leaves(params)) and told["exportable_to"] == ["orbax"]
+    assert (told["kind"], told["family"], told["dtype"], told["format"]) == ("target", "llama", "float32", "orbax")
+
+
+def test_weights_keep_their_dtype_unless_told_otherwise(target: Path, tmp_path: Path):
+    module, params = read_llama(target, dtype=jnp.float32)
+    write_llama(target, params, module.config, dtype="bfloat16")
+    assert stored_dtype(target) == "bfloat16"
+    for flags, dtype in (([], jnp.bfloat16), (["--dtype", "fp32"], jnp.float32)):
+        assert main(["export", str(target), str(tmp_path / "out"), "--overwrite", *flags]) == 0
+        assert load_model(tmp_path / "out")[0]["embed"].dtype == dtype
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of three steps, the second of which is the best."""
+    folder, merit = tmp_path / "run", checkpoint.Merit("simulated_tau", rising=True)
+    facts = {
+        "name": "toy",
+        "kind": "train",
+        "steps": 9,
+        "config": {"seed": 1},
+        "merit": merit._asdict(),
+        "model": {"kind": "drafter", "config": drafter_config("eagle", HEAD, {"target": "tiny"}), "tokenizer": None},
+    }
+    with session(folder, facts), RunCheckpoints(folder, keep=9, merit=merit) as checkpoints:
+        for step, tau in ((3, 2.0), (6, 4.0), (9, 3.0)):
+            state = TrainState(
+                random_weights(HEAD, 0.2, step), {"mu": jnp.zeros(5)}, jnp.int32(step), jax.random.key(0)
+            )
+            checkpoints.save(step, state, {}, {}, metrics={"simulated_tau": tau})
+    return folder
+
+
+@pytest.mark.parametrize(("flags", "step"), [([], 6), (["--step", "last"], 9), (["--step", "3"], 3)])
+def test_a_run_gives_its_best_step_or_the_one_that_is_named(run: Path, tmp_path: Path, flags: list[str], step: int):
+    assert main(["export", str(run), str(tmp_path / "out"), *flags]) == 0
+    found = load_drafter(tmp_path / "out")
+    assert_same(found.params, random_weights(HEAD, 0.2, step))
+    assert found.module == HEAD and found.about == {"target": "tiny"}
+    card = json.loads((tmp_path / "out" / CARD).read_text())
+    assert (card["provenance"]["run"], card["provenance"]["step"]) == ("toy", step)
+    assert card["metrics"] == {"simulated_tau": {3: 2.0, 6: 4.0, 9: 3.0}[step]}
+
+
+def test_what_cannot_be_exported_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    for name, flags, sentence in (
+        (run, ["--step", "4"], "has no step '4'; give best, last or one of 3, 6, 9"),
+        (run / "3", [], "holds a run; name the folder of the run that it belongs to"),
+        (tmp_path / "empty", [], "neither a run (run.json), nor a drafter of jaxspec (jaxspec.json), nor a target"),
+    ):
+        assert main(["export", str(name), str(tmp_path / "out"), *flags]) == 1
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_only_if_it_is_an_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["export", str(run), str(tmp_path / "out")]
+    assert main([*words, "--step", "3"]) == 0
+    assert main(words) == 1
+    assert "out: is there already; give another folder, or --overwrite to replace it" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert_same(load_drafter(tmp_path / "out").params, random_weights(HEAD, 0.2, 6))
+    assert main(["export", str(run), str(run), "--overwrite"]) == 1
+    assert "holds something that jaxspec did not export, so it is left alone" in capsys.readouterr().err
+
+
+def test_an_export_that_is_interrupted_leaves_nothing_half(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_card", interrupt)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 130
+    assert sorted(tmp_path.iterdir()) == before

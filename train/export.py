@@ -1,0 +1,74 @@
+"""Write a model as others read it: an Orbax checkpoint with a card, that loads on any mesh without jaxspec.
+
+RUN is the folder of a run (its checkpoints), a drafter's folder, or a target's in HuggingFace layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+from tyro.conf import Positional
+
+from jaxspec import cli, exports, loading, report
+from jaxspec.checkpoint import refuse_to_replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec export`."""
+
+    run: Positional[str]
+    """Folder of a run, a drafter or a HuggingFace target; `tiny` is the bundled target."""
+    out: Positional[Path]
+    """Folder to write."""
+    to: Literal["orbax"] = "orbax"
+    """Format."""
+    step: str = "best"
+    """Which checkpoint of a run: best by its evaluations, last, or a step's number."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Of the weights. Default: as they are stored."""
+    overwrite: bool = False
+    """Replace a model that was exported to the folder before."""
+    json: Path | None = None
+    """Write the result here."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec export", description=__doc__ or "")
+    refuse_to_replace(args.out)
+    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
+        raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
+    model = exports.find_model(args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None)
+    possible = exports.formats_for(model.kind)
+    if args.to not in possible:
+        raise ValueError(
+            f"{args.run}: holds a {model.kind}, which can be written to {', '.join(possible)}, not {args.to}"
+        )
+    exports.FORMATS[args.to].write(args.out, model)
+    leaves = jax.tree.leaves(model.params)
+    dtype = str(leaves[0].dtype)
+    facts = {
+        "kind": model.kind,
+        "family": model.family,
+        "parameters": sum(leaf.size for leaf in leaves),
+        "dtype": dtype,
+        "format": args.to,
+        "exportable_to": possible,
+        "path": args.out,
+        "step": model.card.get("provenance", {}).get("step"),
+    }
+    report.print_table(f"{args.run} in {args.out}", ("", ""), [(name, value) for name, value in facts.items()])
+    if args.json:
+        report.write_json(args.json, report.result("export", seed=None, started=started, **facts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,112 @@
+"""List the runs below a folder: how far each is, how it ended, and the best tau it reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from jaxspec import cli, comparison, report, tracking
+
+MEASURED = "compare.json"
+COLUMNS = {
+    "name": "run",
+    "kind": "kind",
+    "step": "step",
+    "steps": "of",
+    "loss": "loss",
+    "simulated_tau": "simulated tau",
+    "tau": "measured tau",
+    "state": "state",
+    "date": "date",
+    "folder": "folder",
+}
+NOTES = """\
+simulated tau: the best of the run's evaluations on held-out text; measured: the best that jaxspec compare decoded with
+state: unknown where a run goes on at this moment, or was killed
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec runs`."""
+
+    folder: Positional[Path] = Path("runs")
+    """Where to look, at any depth."""
+    json: Path | None = None
+    """Write the result here."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec runs", description=__doc__ or "")
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: no such folder; name one that runs were written below")
+    rows = sorted(map(summarize, find_runs(args.folder)), key=lambda row: row["date"])
+    report.print_table(
+        f"{len(rows)} runs below {args.folder}",
+        list(COLUMNS.values()),
+        [[row[key] for key in COLUMNS] for row in rows],
+    )
+    sys.stdout.write(NOTES)
+    if args.json:
+        report.write_json(args.json, report.result("runs", dtype="various", seed=None, started=started, runs=rows))
+    return 0
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """The folders of runs below `folder`, itself included; none lies within another."""
+    for path, inner, files in os.walk(folder):
+        if tracking.RECORD in files:
+            inner.clear()
+            yield Path(path)
+        inner.sort()
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """What the list shows of one run; a record that cannot be read is its state."""
+    row: dict[str, Any] = dict.fromkeys(("name", "kind", "step", "steps", "loss", "simulated_tau", "tau"))
+    row |= {"name": folder.name, "state": "unknown", "date": "", "folder": folder}
+    try:
+        record = tracking.read_record(folder) or {}
+    except ValueError:
+        return row | {"state": "damaged record"}
+    lines = tracking.read_metrics(folder)
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    taus = [line["eval"]["simulated_tau"] for line in lines if line.get("eval", {}).get("simulated_tau") is not None]
+    latest = record["sessions"][-1]
+    return row | {
+        "name": record["name"],
+        "kind": record["kind"],
+        "step": max((line["step"] for line in lines), default=0),
+        "steps": record["steps"],
+        "loss": losses[-1] if losses else None,
+        "simulated_tau": max(taus, default=None),
+        "tau": measured_tau(folder),
+        "state": latest.get("end", "unknown"),
+        "date": latest.get("ended", latest["started"]),
+    }
+
+
+def measured_tau(folder: Path) -> float | None:
+    """The best tau that `jaxspec compare` measured with the drafter of `OUT/RECIPE/seed-N/run`; None if it did not."""
+    seed = folder.absolute().parent
+    recipe, out = seed.parent, seed.parent.parent
+    if not (out / MEASURED).is_file():
+        return None
+    of = (recipe.name, seed.name, comparison.EVERY)
+    rows = json.loads((out / MEASURED).read_text(encoding="utf-8"))["rows"]
+    taus = [row["tau"] for row in rows if (row["recipe"], f"seed-{row['seed']}", row["source"]) == of]
+    return max((tau for tau in taus if tau is not None), default=None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
