@@ -413,10 +413,10 @@ def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
     itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
     nodes = 1 if engine.tree is None else engine.tree.nodes
     work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
-    if engine.tree is None:
+    if engine.tree is None or engine.drafter is None:
         return work
-    head_VD = decode.borrowed(engine, weights).head_VD
-    return work + cost.draft_work(weights.drafter, head_VD, engine.tree, batch=batch)
+    lent = decode.borrowed(engine, weights)
+    return work + cost.draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)
 
 
 def load_peer(args: Args, models: Models) -> Callable[[Requests], list[np.ndarray]]:

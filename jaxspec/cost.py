@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Children, Drafter, Frontier, TreePolicy
+from jaxspec.base import Borrowed, Children, Drafter, Frontier, TreePolicy
+from jaxspec.flops import count_flops
 from jaxspec.targets.llama import LlamaConfig
+from jaxspec.trees.children import likeliest
 
 
 class Work(NamedTuple):
@@ -45,17 +49,49 @@ def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, pr
     return Work(size + cache, 2.0 * count * batch * tokens + attention)
 
 
-def draft_work(params: Any, head: Any, tree: TreePolicy, *, batch: int) -> Work:
-    """One round of a drafter with the target's LM `head [V, D]`: `extend` of a path, then one call a level of the tree.
+def draft_work(drafter: Drafter, params: Any, borrowed: Borrowed, tree: TreePolicy, *, batch: int) -> Work:
+    """One round of a drafter: `extend` of a path, then the calls of `expand` that a tree takes to grow.
 
-    Its attention, of one layer, is left out.
+    Its head is its own or the target's, whichever it scores with. Each call reads the head; each but a drafter's of one
+    pass, which has drafted in `extend`, all other weights too. The attention to the prefix is left out.
     """
-    count, size = matmul_weights(params)
-    widths = frontier_widths(tree, head.shape[0], batch)
-    calls = len(widths) + 1
-    rows = batch * (tree.depth + 1 + sum(widths))
-    scored = batch * (1 + sum(widths))
-    return Work(calls * (size + head.nbytes), 2.0 * count * rows + 2.0 * head.size * scored)
+    calls = 1 + len(frontier_widths(tree, borrowed.head_VD.shape[0], batch))
+    others, head = _weight_bytes(drafter, params, borrowed)
+    count = count_flops(*_drafting(drafter, params, borrowed, tree, batch))
+    return Work((1 if drafter.one_pass else calls) * others + calls * head, count.total)
+
+
+def _weight_bytes(drafter: Drafter, params: Any, borrowed: Borrowed) -> tuple[int, int]:
+    """Of all weights that multiply but the LM head, and of the head; of one, where each depth has a head of its own."""
+    _, whole = matmul_weights(params)
+    if drafter.vocab is None:
+        return whole, borrowed.head_VD.nbytes
+    name = next(n for n in ("head", "heads", "embed") if n in params)
+    heads = params[name]
+    return whole - (0 if name == "embed" else heads.nbytes), heads.nbytes // math.prod(heads.shape[:-2])
+
+
+def _drafting(
+    drafter: Drafter, params: Any, borrowed: Borrowed, tree: TreePolicy, batch: int
+) -> tuple[Callable[..., Any], Any, Any, Any]:
+    """A round's drafting as a program of the weights, the target's tables, and what is behind the root."""
+    path = tree.depth + 1
+    read = borrowed.embed_VD.shape[1] * max(1, len(drafter.taps))
+
+    def start(params: Any, borrowed: Borrowed) -> Any:
+        tokens_BP, features_BPD = jnp.zeros((batch, path), jnp.int32), jnp.zeros((batch, path, read))
+        state = drafter.init_state(params, borrowed, tokens_BP[:, 0], path + 1)
+        return state, tokens_BP, features_BPD.astype(borrowed.embed_VD.dtype)
+
+    def round_(params: Any, borrowed: Borrowed, behind: Any) -> Any:
+        state, tokens_BP, features_BPD = behind
+        whole_B = jnp.full(batch, path)
+        state, root_logits_BV = drafter.extend(params, borrowed, state, tokens_BP, features_BPD, whole_B)
+        draft = functools.partial(drafter.expand, params, borrowed, state)
+        scratch = drafter.scratch(state, tree.slots)
+        return state, tree.grow(draft, lambda x, n, _: likeliest(x, n), scratch, root_logits_BV, tokens_BP[:, -1])
+
+    return round_, params, borrowed, jax.eval_shape(start, params, borrowed)
 
 
 def block_efficiency(tokens: int, calls: int) -> float:

@@ -68,8 +68,10 @@ def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: 
 def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:
     """Cache capacity and output slots that a batch needs, from its padded prompt length and largest budget.
 
-    The last round of a row may write a whole path behind its last kept token, so both leave `P` slots. Prompts of up
-    to 128 tokens share one capacity, and so the program of the rounds.
+    The last path whose rows still matter is read with at most `max_new - 4` tokens behind the prompt in the target's
+    cache, one more in that of a drafter which reads the first token too, and all `P` rows of it are written:
+    `max_new + P` slots hold more than that. The output needs them, for it may take `P` tokens behind the last kept one.
+    Prompts of up to 128 tokens share one capacity, and so the program of the rounds.
     """
     slots = round_up(max_new + engine.path)
     return round_up(width, 128) + slots, slots

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,63 @@ def gated_mlp(layer: Params, x_BLD: Array) -> Array:
     gate, up, down = (layer[name].astype(x_BLD.dtype) for name in ("gate", "up", "down"))
     inner_BLF = jax.nn.silu(constrain(x_BLD @ gate, *WIDE)) * constrain(x_BLD @ up, *WIDE)
     return hold_rows(inner_BLF @ down)
+
+
+class LayerShape(Protocol):
+    """What shapes a decoder layer."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def mlp(self) -> int: ...
+
+
+def layer_shapes(c: LayerShape) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of one decoder layer."""
+    group = c.heads // c.kv_heads
+    return {
+        "attention_norm": (c.width,),
+        "qkv": (c.width, c.kv_heads, group + 2, c.head_dim),
+        "out": (c.kv_heads, group, c.head_dim, c.width),
+        "mlp_norm": (c.width,),
+        "gate": (c.width, c.mlp),
+        "up": (c.width, c.mlp),
+        "down": (c.mlp, c.width),
+    }
+
+
+def init_weight(key: Array, name: str, shape: tuple[int, ...], layers: int, dtype: Any) -> Array:
+    """Ones for norms, else normal(0.02), residual outputs scaled by `1 / sqrt(2 * layers)` (GPT-2's rule)."""
+    if name.endswith("norm"):
+        return jnp.ones(shape, dtype)
+    scale = 0.02 / math.sqrt(2 * layers) if name in ("out", "down") else 0.02
+    return scale * jax.random.normal(key, shape, dtype)
+
+
+Kept = TypeVar("Kept")
+
+
+def decoder_layer(
+    layer: Params,
+    x_BLD: Array,
+    turn: tuple[Array, Array],
+    eps: float,
+    mix: Callable[[Array, Array, Array], tuple[Array, Kept]],
+) -> tuple[Array, Kept]:
+    """A Llama's layer: `x += out(mix(qkv(norm(x))))`, then `x += mlp(norm(x))`; `turn` is what `rope` gave.
+
+    `mix` is the attention: from queries, keys and values as `project_qkv` puts them out to `[B, L, K, G, C]` and
+    whatever else the caller wants of them, which is returned beside the stream.
+    """
+    mixed, kept = mix(*project_qkv(layer, rms_norm(x_BLD, layer["attention_norm"], eps), *turn))
+    x_BLD = x_BLD + merge_heads(layer, mixed)
+    return x_BLD + gated_mlp(layer, rms_norm(x_BLD, layer["mlp_norm"], eps)), kept
 
 
 def score_tokens(x_BLD: Array, table_VD: Array) -> Array:

@@ -5,16 +5,19 @@ import json
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import write_drafter, write_target
+from random_models import random_weights, write_drafter, write_target
 from toys import grow, path_tables
 
 from jaxspec import cost, flags, loading
 from jaxspec.__main__ import main
-from jaxspec.drafters import Eagle, EagleConfig, Medusa, MedusaConfig
+from jaxspec.base import Borrowed
+from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.sampling import Sampling
 from jaxspec.targets.llama import SHAPES
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
@@ -157,6 +160,33 @@ def test_a_target_call_reads_every_weight_once(target):
     four = cost.target_work(params, c, batch=2, tokens=2, prefix=10, itemsize=4)
     assert four.bytes - one.bytes == 2 * c.layers * 2 * c.kv_heads * c.head_dim * 10 * 4
     assert four.flops == 2 * weights * 4 + 4 * c.layers * 4 * c.heads * c.head_dim * 12
+
+
+def drafted_work(drafter: Any, scored: int) -> cost.Work:
+    """Of a round of a chain of four at batch 2, the target's head having so many rows."""
+    borrowed = Borrowed(jnp.zeros((50, 8)), jnp.zeros((scored, 8)))
+    return cost.draft_work(drafter, random_weights(drafter, 1.0, 0), borrowed, chain(4), batch=2)
+
+
+def test_a_round_of_drafting_counts_the_head_that_is_scored_with():
+    """The target's, a draft vocabulary's rows of it, or the drafter's own, each read and used once a depth."""
+    shape = (8, 2, 1, 4, 16)
+    eagle = Eagle(EagleConfig(*shape))
+    whole, part = drafted_work(eagle, 50), drafted_work(eagle, 20)
+    assert (whole.bytes - part.bytes, whole.flops - part.flops) == (4 * 4 * 30 * 8, 4 * 2 * 2 * 30 * 8)
+    for few, many in (
+        [Eagle3(Eagle3Config(*shape, vocab=v, taps=(0, 1))) for v in (20, 50)],
+        [DraftLM(DraftLMConfig(v, 8, 1, 2, 1, 4, 16, tied=tied)) for v, tied in ((20, True), (50, False))],
+    ):
+        part, whole = drafted_work(few, 7), drafted_work(many, 50)
+        assert part == drafted_work(few, 50)
+        assert (whole.bytes - part.bytes, whole.flops - part.flops) == (4 * 4 * 30 * 8, 4 * 2 * 2 * 30 * 8)
+
+
+def test_a_round_of_a_drafter_of_one_pass_reads_its_body_once():
+    """Medusa's heads read one feature a row; then each depth scores it with a head of its own."""
+    found = drafted_work(Medusa(MedusaConfig(8, 4, vocab=20)), 50)
+    assert found == (4 * (4 * (8 * 8 + 8) + 4 * 20 * 8), 2 * (2 * 4 * 8 * 8 + 4 * 2 * 20 * 8))
 
 
 def test_the_machine_moves_and_multiplies():

@@ -10,13 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import TableDrafter
+from toys import RememberingDrafter, TableDrafter, TableTarget
 
 from jaxspec import cache as kv
 from jaxspec.base import KVCache
 from jaxspec.decode import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
-from jaxspec.generation import NO_LIMIT, Generation, generate, generate_plain, run_rounds, sizes, start, stream
+from jaxspec.generation import (
+    NO_LIMIT,
+    Generation,
+    collect,
+    generate,
+    generate_plain,
+    run_prefill,
+    run_rounds,
+    sizes,
+    start,
+    stream,
+)
 from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths
@@ -368,3 +379,36 @@ def test_settings_and_stop_ids_hold_for_all_rows_or_one_each():
 def test_a_drafter_without_a_tree_is_refused():
     with pytest.raises(ValueError, match="together"):
         Engine(models().target, drafter=TableDrafter())
+
+
+def remembered(tokens: list[int], prompt: int, table: np.ndarray) -> int:
+    """Rounds that a `RememberingDrafter` of two drafts takes to write a text, if it forgets nothing."""
+    rounds, at = 0, prompt + 1
+    while at < len(tokens):
+        draft = table[sum((t + 1) * (slot + 1) for slot, t in enumerate(tokens[:at])) % len(table)].argmax()
+        wrong = [token != draft for token in tokens[at : at + 2]]
+        rounds, at = rounds + 1, at + 1 + (wrong.index(True) if True in wrong else 2)
+    return rounds
+
+
+def test_every_batch_has_the_slot_more_that_a_drafter_needs_which_reads_the_first_token():
+    """Prompts as wide as their padding, in the least cache that is right for a budget and not for one token more."""
+    width, budget, vocab, rows = 16, 11, 3, 8
+    engine = Engine(TableTarget(), RememberingDrafter(), chain(2))
+    rng = np.random.default_rng(0)
+    weights = Weights(*rng.standard_normal((2, vocab, vocab)).astype(np.float32))
+    drawn = list(rng.integers(0, vocab, (2 * rows, width)))
+    budgets = [budget] * rows + [budget + 1] * rows
+    requests = make_requests(drawn, max_new_tokens=budgets, temperature=1.0, seed=range(2 * rows))
+
+    # What is held when the last path is read whose drafts matter: a round of one token is to come, then one of two.
+    def least(budget: int) -> int:
+        return 1 + width + max(budget - 4, 0) + engine.path
+
+    done = collect(run_rounds(engine, weights, run_prefill(engine, weights, requests, least(budget), 64), NO_LIMIT))
+    texts = [[*prompt, *row] for prompt, row in zip(drawn, done.tokens, strict=True)]
+    right = [remembered(t, width, weights.drafter) == calls for t, calls in zip(texts, done.calls, strict=True)]
+    assert all(right[:rows]) and not all(right[rows:])
+    for longest in range(1, 200):
+        capacity, slots = sizes(engine, width, longest)
+        assert capacity > least(longest) and slots >= longest + engine.path

@@ -17,7 +17,7 @@ from random_models import random_weights
 from jaxspec import decode
 from jaxspec.base import Array, ChooseChildren, DraftLogits, DraftMode, Tree, TreePolicy
 from jaxspec.decode import Engine, Weights
-from jaxspec.distill import Batch, Objective, init_state, train_step
+from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.drafters import (
     DRAFTERS,
     DraftLM,
@@ -35,6 +35,7 @@ from jaxspec.drafters import (
 )
 from jaxspec.generation import NO_LIMIT, Generation, Slots, collect, generate, generate_plain, run_rounds, sizes
 from jaxspec.loading import Models
+from jaxspec.objective import Objective
 from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxspec.distill import Batch, Objective, init_state, train_step
+from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.flops import Flops, count_flops
+from jaxspec.objective import Objective
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 X, W = jax.ShapeDtypeStruct((5, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)

@@ -1,6 +1,7 @@
 """`jaxspec train`: a drafter from a config, resumed where it stopped, that `jaxspec generate` loads."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import finish, start, stop_at
-from random_models import write_target
+from random_models import SIZE, write_target
 
+from jaxspec import training
 from jaxspec.__main__ import main
 from jaxspec.card import read_card
 from jaxspec.checkpoint import load_drafter
+from jaxspec.data.draft_vocab import load_maps
+from jaxspec.sharding import make_mesh
 
 CONFIG = """
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
@@ -30,17 +34,40 @@ config = DistillConfig(
 KEYS = {"steps", "tokens", "loss", "eval", "tokens_per_second", "checkpoint", "resumed_from"}
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_target(tmp_path / "target")
+SMALL = (
+    "target=target", "data.train=chats.jsonl", "data.eval=chats.jsonl", "data.length=64", "data.batch=4",
+    "objective.steps=2", "optimizer.epochs=none", "optimizer.steps=3",
+)  # fmt: skip
+"""A shipped recipe on the toy target."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, its conversations and a config."""
+    path = tmp_path_factory.mktemp("made")
+    write_target(path / "target")
     lines = []
     for i in range(40):
         turns = [{"role": "user", "content": f"{i} and 2 make"}, {"role": "assistant", "content": f"{i + 2}, they say"}]
         lines.append(json.dumps({"id": str(i), "source": "toy", "messages": turns}))
-    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
-    (tmp_path / "toy.py").write_text(CONFIG)
+    (path / "chats.jsonl").write_text("\n".join(lines))
+    (path / "toy.py").write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a test, with copies of what is `made`."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on one device and judging no more steps than are trained, to compile less."""
+    monkeypatch.setattr(training, "make_mesh", lambda *_: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr(training, "EVAL_STEPS", 1)
 
 
 def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_decodes(folder: Path):
@@ -82,3 +109,36 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(folder: Path
     assert json.loads((folder / "result.json").read_text())["resumed_from"] >= 16
     torn, undisturbed = (load_drafter(folder / name, dtype=jnp.float32).params for name in ("drafter", "whole_drafter"))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), torn, undisturbed)))
+
+
+@pytest.mark.usefixtures("little")
+def test_an_eagle3_head_with_a_draft_vocabulary_goes_from_the_targets_answers_to_its_text(folder: Path):
+    words = ["--target", "target", "--prompts", "chats.jsonl", "--limit", "8", "--max-new-tokens", "12"]
+    assert main(["regenerate", *words, "--keep-unfinished", "--out", "answers.jsonl"]) == 0
+    words = ["answers.jsonl", "--size", "20", "--target", "target", "--out", "vocab.safetensors"]
+    assert main(["draft-vocab", *words]) == 0
+    words = ["head.taps=0", "draft_vocab=vocab.safetensors", "data.train=answers.jsonl", "data.eval=answers.jsonl"]
+    assert main(["train", "eagle3", *SMALL, *words, "export_folder=head", "--json", "result.json"]) == 0
+    judged = json.loads((folder / "result.json").read_text())["eval"]
+    assert judged["soft_cross_entropy"] > 0 and judged["expected_acceptance"] > 0
+    found = load_drafter("head")
+    assert list(found.draft_vocab or ()) == load_maps("vocab.safetensors", SIZE).tolist()
+    assert found.module.vocab == 20 == len(found.params["head"])
+    words = ["generate", "1 and 2 make", "--target", "target", "--max-new-tokens", "12", "--json", "text.json"]
+    texts = []
+    for flags in ([], ["--drafter", "head", "--tree", "chain:2"]):
+        assert main([*words, *flags]) == 0
+        texts.append(json.loads((folder / "text.json").read_text())["rows"][0]["token_ids"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.usefixtures("little")
+def test_the_two_stages_of_hass_are_one_training_that_changes_its_loss(folder: Path):
+    """The second begins with the weights of the first: at no learning rate to speak of it ends with them."""
+    assert main(["train", "hass_stage1", *SMALL, "--json", "first.json"]) == 0
+    assert main(["train", "hass_stage2", *SMALL, "optimizer.peak_lr=1e-20", "--json", "second.json"]) == 0
+    first, second = (json.loads((folder / name).read_text()) for name in ("first.json", "second.json"))
+    assert "top_k:10" not in first["eval"] and second["eval"]["top_k:10"] > 0
+    assert second["eval"]["smooth_l1"] == pytest.approx(first["eval"]["smooth_l1"])
+    one, two = (load_drafter(result["drafter"]).params for result in (first, second))
+    jax.tree.map(np.testing.assert_array_equal, one, two)

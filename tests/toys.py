@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec import cache as kv
 from jaxspec.base import (
     ROOT,
     Array,
@@ -95,6 +96,49 @@ class TableDrafter:
         self, params: Params, borrowed: Borrowed, state: Array, scratch: Array, frontier: Frontier
     ) -> tuple[Array, Array]:
         return params[frontier.token_BW], scratch
+
+
+class Memory(NamedTuple):
+    """Tokens read, in a cache."""
+
+    cache: KVCache
+    length_B: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RememberingDrafter(TableDrafter):
+    """Drafts one token after all it has read, the first token too, so that it holds one more than the target's cache.
+
+    Its params are logits `[V, V]`, by a sum over what it holds and where.
+    """
+
+    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> Memory:
+        batch = first_B.shape[0]
+        empty = Memory(kv.empty(1, batch, 1, 1, capacity, jnp.float32), jnp.zeros(batch, jnp.int32))
+        return self._read(empty, first_B[:, None], jnp.ones(batch, jnp.int32))
+
+    def _read(self, state: Memory, tokens_BL: Array, count_B: Array) -> Memory:
+        rows_BL = tokens_BL.astype(jnp.float32)
+        rows = KVCache(rows_BL[None, :, None, None, :], rows_BL[None, :, None, :, None])
+        return Memory(kv.commit(state.cache, rows, state.length_B), state.length_B + count_B)
+
+    def _logits(self, params: Params, state: Memory) -> Array:
+        held_BS = state.cache.v_YBKSC[0, :, 0, :, 0].astype(jnp.int32)
+        slot_S = jnp.arange(held_BS.shape[1])
+        real_BS = slot_S < state.length_B[:, None]
+        return params[jnp.sum((held_BS + 1) * (slot_S + 1) * real_BS, axis=1) % params.shape[0]]
+
+    def extend(
+        self, params: Params, borrowed: Borrowed, state: Memory, tokens_BL: Array, features_BLD: Array, count_B: Array
+    ) -> tuple[Memory, Array]:
+        state = self._read(state, tokens_BL, count_B)
+        return state, self._logits(params, state)
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: Memory, scratch: Array, frontier: Frontier
+    ) -> tuple[Array, Array]:
+        logits_BV = self._logits(params, state)
+        return jnp.broadcast_to(logits_BV[:, None], (*frontier.token_BW.shape, logits_BV.shape[1])), scratch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,23 +7,24 @@ is no token's next, comes with the empty state.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.base import Array, Borrowed, Frontier, KVCache, Params, Unrolled
+from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
     Prefix,
     RopeScaling,
     attend,
     attend_causal,
-    gated_mlp,
-    merge_heads,
-    project_qkv,
+    causal_mask,
+    decoder_layer,
+    init_weight,
+    layer_shapes,
     rms_norm,
     rope,
     rope_frequencies,
@@ -51,18 +52,6 @@ class DraftLMConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
 
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight of one layer."""
-        return {
-            "attention_norm": (self.width,),
-            "qkv": (self.width, self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim),
-            "out": (self.kv_heads, self.heads // self.kv_heads, self.head_dim, self.width),
-            "mlp_norm": (self.width,),
-            "gate": (self.width, self.mlp),
-            "up": (self.width, self.mlp),
-            "down": (self.mlp, self.width),
-        }
-
 
 class DraftLMState(NamedTuple):
     """What a row has read."""
@@ -80,7 +69,7 @@ class DraftLMScratch(NamedTuple):
     v_YBKMC: Array
 
 
-class DraftLM(nn.Module):
+class DraftLM(DrafterModule):
     """A small Llama as a drafter, as pure functions of its weights.
 
     Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, a list of one dict a layer: those of a
@@ -88,27 +77,6 @@ class DraftLM(nn.Module):
     """
 
     config: DraftLMConfig
-    dtype: Any = jnp.float32
-    """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
-    query_block: int | None = None
-    """Training only: attend in blocks of so many queries, see `attend_causal`."""
-    row_by_row: bool = False
-    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
-
-    @property
-    def deepest(self) -> int | None:
-        """No limit."""
-        return None
-
-    @property
-    def one_pass(self) -> bool:
-        """No: a pass a depth."""
-        return False
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """None: nothing of the target is read."""
-        return ()
 
     @property
     def vocab(self) -> int | None:
@@ -121,37 +89,35 @@ class DraftLM(nn.Module):
         tokens_BL: Array,
         positions_BL: Array,
         mask_BLM: Array,
-        past: KVCache | None = None,
-        length_B: Array | None = None,
+        past: tuple[KVCache, Array] | None = None,
         scratch: tuple[DraftLMScratch, int] | None = None,
     ) -> tuple[Array, KVCache]:
         """Outputs behind the final norm, and every layer's keys and values.
 
-        With a scratch and its first slot, the tokens' own keys are written there and seen together with those before.
+        `past` is `(cache, length_B)`. With a scratch and its first slot, the tokens' own keys are written there and
+        seen together with those before.
         """
         c = self.config
         x = params["embed"][tokens_BL].astype(self.dtype)
-        cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        fresh = []
-        for i, layer in enumerate(params["layers"]):
-            q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
+        turn = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
+        def mix(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            prefix = None if past is None else Prefix(past[0], layer, past[1])
             if scratch is not None:
                 begin, end = scratch[1], scratch[1] + tokens_BL.shape[1]
-                k = scratch[0].k_YBKCM[i].at[..., begin:end].set(k)
-                v = scratch[0].v_YBKMC[i].at[:, :, begin:end].set(v)
-                mixed = attend(q, k[..., :end], v[:, :, :end], mask_BLM, self._prefix(past, i, length_B))
-            elif past is None and self.query_block and self.query_block < tokens_BL.shape[1]:
-                mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
-            else:
-                mixed = attend(q, k, v, mask_BLM, self._prefix(past, i, length_B))
-            fresh.append((k, v))
-            x = x + merge_heads(layer, mixed)
-            x = x + gated_mlp(layer, rms_norm(x, layer["mlp_norm"], c.norm_eps))
+                k = scratch[0].k_YBKCM[layer].at[..., begin:end].set(k)
+                v = scratch[0].v_YBKMC[layer].at[:, :, begin:end].set(v)
+                return attend(q, k[..., :end], v[:, :, :end], mask_BLM, prefix), (k, v)
+            if prefix is None and self.query_block and self.query_block < tokens_BL.shape[1]:
+                return attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row), (k, v)
+            return attend(q, k, v, mask_BLM, prefix), (k, v)
+
+        fresh = []
+        for i, layer in enumerate(params["layers"]):
+            x, row = decoder_layer(layer, x, turn, c.norm_eps, functools.partial(mix, i))
+            fresh.append(row)
         keys, values = (jnp.stack(rows) for rows in zip(*fresh, strict=True))
         return rms_norm(x, params["norm"], c.norm_eps), KVCache(keys, values)
-
-    def _prefix(self, past: KVCache | None, layer: int, length_B: Array | None) -> Prefix | None:
-        return None if past is None or length_B is None else Prefix(past, layer, length_B)
 
     # The drafter contract.
 
@@ -160,12 +126,9 @@ class DraftLM(nn.Module):
         c = self.config
 
         def weight(at: int, name: str, shape: tuple[int, ...]) -> Array:
-            if name.endswith("norm"):
-                return jnp.ones(shape, jnp.float32)
-            scale = 0.02 / math.sqrt(2 * c.layers) if name in ("out", "down") else 0.02
-            return scale * jax.random.normal(jax.random.fold_in(key, at), shape, jnp.float32)
+            return init_weight(jax.random.fold_in(key, at), name, shape, c.layers, jnp.float32)
 
-        shapes = c.layer_shapes()
+        shapes = layer_shapes(c)
         layers = [
             {name: weight(100 * (i + 1) + j, name, shape) for j, (name, shape) in enumerate(shapes.items())}
             for i in range(c.layers)
@@ -185,8 +148,8 @@ class DraftLM(nn.Module):
     def _take_in(self, params: Params, state: DraftLMState, tokens_BL: Array, count_B: Array) -> DraftLMState:
         length = tokens_BL.shape[1]
         positions_BL = state.length_B[:, None] + jnp.arange(length)
-        causal = jnp.tril(jnp.ones((1, length, length), bool))
-        hidden, fresh = self.run(params, tokens_BL, positions_BL, causal, state.cache, state.length_B)
+        past = (state.cache, state.length_B)
+        hidden, fresh = self.run(params, tokens_BL, positions_BL, causal_mask(length), past)
         last = jnp.maximum(count_B - 1, 0)[:, None, None]
         hidden_BD = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
         hidden_BD = jnp.where((count_B > 0)[:, None], hidden_BD, state.hidden_BD)
@@ -224,8 +187,7 @@ class DraftLM(nn.Module):
             frontier.token_BW,
             positions_BW,
             frontier.visible_BWM,
-            state.cache,
-            state.length_B,
+            (state.cache, state.length_B),
             (scratch, frontier.slot),
         )
         return self.logits(params, borrowed, hidden), DraftLMScratch(*written)

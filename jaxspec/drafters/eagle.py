@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxspec import layers
 from jaxspec.base import Array
 from jaxspec.drafters.heads import Recurrent
 from jaxspec.layers import RopeScaling, gated_mlp, hold_rows, rms_norm, score_tokens
@@ -62,14 +63,7 @@ class EagleConfig:
 
 def layer_shapes(c: EagleConfig) -> dict[str, tuple[int, ...]]:
     """Weights of the decoder layer, without a norm before its attention."""
-    return {
-        "qkv": (c.width, c.kv_heads, c.group + 2, c.head_dim),
-        "out": (c.kv_heads, c.group, c.head_dim, c.width),
-        "mlp_norm": (c.width,),
-        "gate": (c.width, c.mlp),
-        "up": (c.width, c.mlp),
-        "down": (c.mlp, c.width),
-    }
+    return {name: shape for name, shape in layers.layer_shapes(c).items() if name != "attention_norm"}
 
 
 class Eagle(Recurrent):

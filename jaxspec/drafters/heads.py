@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
 from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Params, Unrolled
+from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
     MASKED,
     Prefix,
     RopeScaling,
     attend,
     attend_causal,
+    causal_mask,
     merge_heads,
     project_qkv,
     rope,
@@ -54,17 +55,11 @@ def init_weight(key: Array, name: str, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
 
 
-class OneLayer(nn.Module):
+class OneLayer(DrafterModule):
     """A head of one decoder layer, as pure functions of its weights. Abstract: see `Recurrent` and `ParallelSpec`."""
 
     config: Any
     """A `HeadConfig`."""
-    dtype: Any = jnp.float32
-    """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
-    query_block: int | None = None
-    """Training only: the first unrolled step attends in blocks of so many queries, see `attend_causal`."""
-    row_by_row: bool = False
-    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
 
     def setup(self) -> None:
         self.weights = {
@@ -115,26 +110,6 @@ class OneLayer(nn.Module):
         return mixed
 
     # The parts of the contract that all of them share.
-
-    @property
-    def deepest(self) -> int | None:
-        """Greatest depth of a node; None without a limit."""
-        return None
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether one pass drafts all depths."""
-        return False
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Layers of the target whose inputs it reads; empty: the target's features."""
-        return ()
-
-    @property
-    def vocab(self) -> int | None:
-        """Tokens that its own LM head scores; None where it borrows the target's."""
-        return None
 
     def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
         """Random weights as the reference initialises them."""
@@ -242,8 +217,8 @@ class Recurrent(OneLayer):
         stream, seen = self.fuse(look_up(borrowed.embed_VD, tokens_BL), self.read(features_BLD))
         positions_BL = state.length_B[:, None] + jnp.arange(length)
         q, k, v = self.project(seen, positions_BL)
-        causal = jnp.tril(jnp.ones((1, length, length), bool))
-        stream = self.mix(stream, attend(q, k, v, causal, Prefix(state.cache, 0, state.length_B)))
+        past = Prefix(state.cache, 0, state.length_B)
+        stream = self.mix(stream, attend(q, k, v, causal_mask(length), past))
         hidden, feature = self.finish(stream)
         hidden_BD, feature_BD = self._at_last(hidden, feature, state, count_B)
         cache = kv.commit(state.cache, KVCache(k[None], v[None]), state.length_B, jnp.argmax(hidden_BD, axis=-1))
@@ -335,6 +310,30 @@ class ParallelState(NamedTuple):
     """The output for every depth: `[:, d]` is scored for the children of nodes at depth `d`."""
 
 
-def parallel_children(logits_B1V: Array, frontier: Frontier) -> Array:
-    """Logits of a whole level's children where they do not depend on the nodes: `[B, W, V]`."""
-    return jnp.broadcast_to(logits_B1V, (*frontier.token_BW.shape, logits_B1V.shape[-1]))
+class OnePass(DrafterModule):
+    """A drafter that predicts all depths when it reads: a node's children depend on its depth alone. Abstract.
+
+    Its config says in `tokens` how many depths there are.
+    """
+
+    @property
+    def deepest(self) -> int | None:
+        """Greatest depth of a node: the tokens of a pass."""
+        return self.config.tokens
+
+    @property
+    def one_pass(self) -> bool:
+        """Yes."""
+        return True
+
+    def scratch(self, state: ParallelState, slots: int) -> Array:
+        """Nothing: all depths have been predicted."""
+        return jnp.zeros(0)
+
+    def expand(
+        self, params: Params, borrowed: Borrowed, state: ParallelState, scratch: Array, frontier: Frontier
+    ) -> tuple[Array, Array]:
+        """Logits `[B, W, V]` of the children of one level's nodes: the same for all of them."""
+        hidden_B1D = state.hidden_BTD[:, frontier.depth : frontier.depth + 1]
+        logits_B1V = self.logits(params, borrowed, hidden_B1D, frontier.depth)
+        return jnp.broadcast_to(logits_B1V, (*frontier.token_BW.shape, logits_B1V.shape[-1])), scratch

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Frontier, Params, Unrolled
-from jaxspec.drafters.heads import ParallelState, init_weight, parallel_children
+from jaxspec.base import Array, Borrowed, Params, Unrolled
+from jaxspec.drafters.heads import OnePass, ParallelState, init_weight
 from jaxspec.layers import score_tokens
 
 
@@ -41,36 +40,15 @@ class MedusaConfig:
         return shapes | ({"heads": (self.tokens, self.vocab, self.width)} if self.vocab else {})
 
 
-class Medusa(nn.Module):
-    """Medusa heads as pure functions of their weights. A node's children depend on its depth alone."""
+class Medusa(OnePass):
+    """Medusa heads as pure functions of their weights."""
 
     config: MedusaConfig
-    dtype: Any = jnp.float32
-    """Dtype of activations; logits are fp32."""
-    query_block: int | None = None
-    """Not used: there is no attention."""
-    row_by_row: bool = False
-    """Not used."""
 
     def setup(self) -> None:
         self.weights = {
             name: self.param(name, init_weight, name, shape) for name, shape in self.config.shapes().items()
         }
-
-    @property
-    def deepest(self) -> int | None:
-        """Greatest depth of a node: the number of heads."""
-        return self.config.tokens
-
-    @property
-    def one_pass(self) -> bool:
-        """Yes: the heads run side by side."""
-        return True
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """None: the heads read the target's features."""
-        return ()
 
     @property
     def vocab(self) -> int | None:
@@ -126,18 +104,6 @@ class Medusa(nn.Module):
         hidden_BTD = jnp.where((count_B > 0)[:, None, None], jnp.swapaxes(hidden[:, :, 0], 0, 1), state.hidden_BTD)
         state = ParallelState(None, state.length_B + count_B, hidden_BTD)
         return state, self.logits(params, borrowed, hidden_BTD[:, :1])[:, 0]
-
-    def scratch(self, state: ParallelState, slots: int) -> Array:
-        """Nothing."""
-        return jnp.zeros(0)
-
-    def expand(
-        self, params: Params, borrowed: Borrowed, state: ParallelState, scratch: Array, frontier: Frontier
-    ) -> tuple[Array, Array]:
-        """Logits `[B, W, V]` of the children of one level's nodes: those of the level's own head."""
-        at = slice(frontier.depth, frontier.depth + 1)
-        logits_B1V = self.logits(params, borrowed, state.hidden_BTD[:, at], frontier.depth)
-        return parallel_children(logits_B1V, frontier), scratch
 
     def unroll(
         self,

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.base import Array, Borrowed, Frontier, KVCache, Unrolled
+from jaxspec.base import Array, Borrowed, KVCache, Unrolled
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
-from jaxspec.drafters.heads import OneLayer, ParallelState, parallel_children
+from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
 from jaxspec.layers import Prefix, attend, gated_mlp, rms_norm
 from jaxspec.sharding import look_up
 
@@ -76,18 +76,8 @@ class ParallelSpecConfig(EagleConfig):
         return math.ceil(length * max(self.keep**depth, self.keep_least)) if depth and self.keep < 1 else length
 
 
-class ParallelSpec(OneLayer):
-    """The ParallelSpec drafter as pure functions of its weights. A node's children depend on its depth alone."""
-
-    @property
-    def deepest(self) -> int | None:
-        """Greatest depth of a node: the tokens of a pass."""
-        return self.config.tokens
-
-    @property
-    def one_pass(self) -> bool:
-        """Yes."""
-        return True
+class ParallelSpec(OnePass, OneLayer):
+    """The ParallelSpec drafter as pure functions of its weights."""
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> Array:
         """The layer's input at a slot."""
@@ -154,12 +144,6 @@ class ParallelSpec(OneLayer):
         sees_real = (row >= length) & (column < count_B[:, None, None])
         return real | group | sees_real
 
-    def _expand(
-        self, borrowed: Borrowed, state: ParallelState, scratch: Array, frontier: Frontier
-    ) -> tuple[Array, Array]:
-        at = slice(frontier.depth, frontier.depth + 1)
-        return parallel_children(self.score(state.hidden_BTD[:, at], borrowed.head_VD), frontier), scratch
-
     def _unroll(
         self,
         borrowed: Borrowed,
@@ -206,7 +190,3 @@ class ParallelSpec(OneLayer):
         c, batch = self.config, first_B.shape[0]
         cache = kv.empty(1, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
         return ParallelState(cache, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, c.tokens, c.width), self.dtype))
-
-    def scratch(self, state: ParallelState, slots: int) -> Array:
-        """Nothing: all depths have been predicted."""
-        return jnp.zeros(0)

@@ -24,8 +24,9 @@ from jaxspec.interchange.tensors import (
     safetensors_chunks,
     write_atomically,
 )
+from jaxspec.layers import layer_shapes
 from jaxspec.sharding import shardings
-from jaxspec.targets.llama import Llama, LlamaConfig, layer_shapes
+from jaxspec.targets.llama import Llama, LlamaConfig
 
 
 class Part(NamedTuple):

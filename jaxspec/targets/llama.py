@@ -18,10 +18,10 @@ from jaxspec.layers import (
     RopeScaling,
     attend,
     attend_causal,
-    gated_mlp,
+    decoder_layer,
     hold_rows,
-    merge_heads,
-    project_qkv,
+    init_weight,
+    layer_shapes,
     rms_norm,
     rope,
     rope_frequencies,
@@ -76,33 +76,11 @@ SHAPES = {
 """Shapes to measure with random weights: the bundled target, GPT-2's smallest size, Llama 3.2 and 3.1."""
 
 
-def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of one decoder layer."""
-    c = config
-    return {
-        "attention_norm": (c.width,),
-        "qkv": (c.width, c.kv_heads, c.group + 2, c.head_dim),
-        "out": (c.kv_heads, c.group, c.head_dim, c.width),
-        "mlp_norm": (c.width,),
-        "gate": (c.width, c.mlp),
-        "up": (c.width, c.mlp),
-        "down": (c.mlp, c.width),
-    }
-
-
-def init_weight(key: Array, name: str, shape: tuple[int, ...], config: LlamaConfig, dtype: Any) -> Array:
-    """Ones for norms, else normal(0.02), residual outputs scaled by `1 / sqrt(2 * layers)` (GPT-2's rule)."""
-    if name.endswith("norm"):
-        return jnp.ones(shape, dtype)
-    scale = 0.02 / math.sqrt(2 * config.layers) if name in ("out", "down") else 0.02
-    return scale * jax.random.normal(key, shape, dtype)
-
-
 def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
     """Fresh weights of one layer."""
     shapes = layer_shapes(config)
     keys = jax.random.split(key, len(shapes))
-    return {n: init_weight(k, n, s, config, dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return {n: init_weight(k, n, s, config.layers, dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
 
 
 class Llama(nn.Module):
@@ -158,18 +136,17 @@ class Llama(nn.Module):
         """See `forward`."""
         c = self.config
         x = hold_rows(look_up(self.embed_table, tokens_BL).astype(self.dtype))
-        cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        turn = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
         def block(x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
-            layer = gather_width(layer)
-            q, k, v = project_qkv(layer, rms_norm(x, layer["attention_norm"], c.norm_eps), cos, sin)
-            if self.query_block and past is None:
-                mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
-            else:
-                mixed = attend(q, k, v, mask_BLM, past)
-            x = x + merge_heads(layer, mixed)
-            x = x + gated_mlp(layer, rms_norm(x, layer["mlp_norm"], c.norm_eps))
-            return x, ((k, v) if keep_kv else None)
+            def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                if self.query_block and past is None:
+                    mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
+                else:
+                    mixed = attend(q, k, v, mask_BLM, past)
+                return mixed, ((k, v) if keep_kv else None)
+
+            return decoder_layer(gather_width(layer), x, turn, c.norm_eps, mix)
 
         if self.remat:
             block = jax.checkpoint(block)

@@ -1,0 +1,51 @@
+"""What every drafter of this package is: a frozen Flax module that says what it can do, unless it says otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxspec.base import Array, Borrowed, Params
+
+
+class DrafterModule(nn.Module):
+    """The description of a drafter, its weights apart. Abstract: what drafts is said by those below it.
+
+    By default a node may be of any depth, each depth takes a pass, and logits are those of the target's LM head over
+    its features.
+    """
+
+    config: Any
+    """The drafter's shape: a frozen dataclass."""
+    dtype: Any = jnp.float32
+    """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
+    query_block: int | None = None
+    """Training only: attend in blocks of so many queries, see `attend_causal`. Drafters without attention ignore it."""
+    row_by_row: bool = False
+    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+
+    @property
+    def deepest(self) -> int | None:
+        """Greatest depth of a node; None without a limit."""
+        return None
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether one pass drafts all depths."""
+        return False
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs it reads; empty: the target's features, or nothing of it."""
+        return ()
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that its own LM head scores; None where it borrows the target's."""
+        return None
+
+    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+        """fp32 logits `[B, L, V]` of its outputs `[B, L, D]` for draft step `step`."""
+        raise NotImplementedError
