@@ -110,7 +110,7 @@ class Watch:
 
         monkeypatch.setattr(compare, "run_distillation", watched_train)
         monkeypatch.setattr(serving, "serve", watched_serve)
-        monkeypatch.setattr(training, "make_mesh", lambda *_: make_mesh(1, devices=jax.devices()[:1]))
+        monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training on one device and judging no more steps than are trained, to compile less."""
-    monkeypatch.setattr(training, "make_mesh", lambda *_: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
     monkeypatch.setattr(training, "EVAL_STEPS", 1)
 
 
