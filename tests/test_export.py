@@ -50,7 +50,7 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported drafter."""
     folder = tmp_path_factory.mktemp("drafter")
     write_drafter(folder / "drafter")
-    assert main(["export", str(folder / "drafter"), str(folder / "out"), "--to", "orbax"]) == 0
+    assert main(["export", str(folder / "drafter"), "--to", "orbax", str(folder / "out")]) == 0
     return folder / "out"
 
 
