@@ -23,10 +23,11 @@ FLOORS = (
     {"verify"},
     {"data", "decode", "distill", "checkpoint", "interchange", "cost", "report", "optimizer", "pretraining"},
     {"generation", "loading", "comparison"},
-    {"config", "serving", "identity", "aot", "figures"},
+    {"config", "serving", "identity", "aot", "figures", "timing", "peers"},
     {"regeneration"},
     {"cli", "flags", "configs"},
     {"training"},
+    {"recipes", "measurement"},
     {"train", "infer"},
     {"__main__"},
 )
