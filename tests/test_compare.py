@@ -20,6 +20,8 @@ from jaxspec.config import DistillConfig
 from jaxspec.drafters import Eagle
 from jaxspec.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 compare: Any = importlib.import_module("jaxspec.train.compare")
 
 RECIPE = """
