@@ -5,35 +5,29 @@ All arms run in one process on the same prompts and budgets, taking turns; figur
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib.metadata
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import cli, cost, decode, flags, loading, report, serving
-from jaxspec.base import Array
-from jaxspec.cost import Part
+from jaxspec import cli, cost, flags, loading, report, serving, timing
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
-from jaxspec.decode import DecodeState
 from jaxspec.flags import DraftFlags
-from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.loading import Models
+from jaxspec.peers import load_transformers
 from jaxspec.regeneration import SENSIBLE, write_user_turns
 from jaxspec.requests import NO_STOP, Requests, make_requests
 from jaxspec.serving import Job
+from jaxspec.timing import Load, PeerRun, Run
 from jaxspec.trees import parse_tree
-from jaxspec.verify import rule_named, simulated
+from jaxspec.verify import rule_named
 
 Shape = Literal["tiny", "125m", "llama3-1b", "llama3-8b", "llama3-70b"]
 NOTES = """\
@@ -126,40 +120,6 @@ class Args(DraftFlags):
         return [spec for item in self.tree for spec in re.split(r",\s*(?=none|chain|static|dynamic|best_first)", item)]
 
 
-class Run(NamedTuple):
-    """One pass of an arm over all batches."""
-
-    prefill_seconds: float
-    """0 where prefill is not what is measured."""
-    round_seconds: float
-    rounds: int
-    """Rounds of the loop; a batch goes on until its last row ends."""
-    generations: list[Generation]
-
-    @property
-    def tokens(self) -> list[np.ndarray]:
-        """New tokens of every prompt."""
-        return [row for generation in self.generations for row in generation.tokens]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens by all the time."""
-        return sum(map(len, self.tokens)) / (self.prefill_seconds + self.round_seconds)
-
-    @property
-    def tau(self) -> float:
-        """Tokens per target call; prefill and its token are not counted."""
-        tokens = self.tokens
-        return tau(sum(map(len, tokens)) - len(tokens), sum(int(g.calls.sum()) for g in self.generations))
-
-
-class Peer(NamedTuple):
-    """Another library's pass over the same batches."""
-
-    seconds: float
-    tokens: list[np.ndarray]
-
-
 def main(argv: list[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
@@ -178,14 +138,14 @@ def main(argv: list[str]) -> int:
             dtype=loading.DTYPES[args.dtype],
         )
     )
-    peer = load_peer(args, models) if args.peer != "none" else None
-    batches = make_batches(models, args)
+    peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
+    load = Load(make_batches(models, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(models, args)
-    runs, peers = time_arms(arms, batches, args, peer)
+    runs, peers = timing.time_arms(arms, load, repeats=args.repeats, peer=peer)
     with report.progress("timing parts", len(arms), "arms") as bar:
         rows = []
         for name, arm in arms.items():
-            rows.append(make_row(name, arm, runs, batches, args))
+            rows.append(make_row(name, arm, runs, load, args))
             bar.advance()
     result = make_result(args, rows, make_peer(args, runs, peers), started)
     print_result(result, args)
@@ -254,121 +214,22 @@ def make_arms(models: Models, args: Args) -> dict[str, Models]:
     arms = {"plain": models.plain()}
     if models.engine.tree is not None:
         trees = [parse_tree(spec) for spec in args.trees] or [models.engine.tree]
-        arms |= {getattr(tree, "spec", str(tree)): simulate(models.with_tree(tree), args) for tree in trees}
+        arms |= {
+            getattr(tree, "spec", str(tree)): timing.simulate(models.with_tree(tree), args.profile) for tree in trees
+        }
     return arms
 
 
-def simulate(models: Models, args: Args) -> Models:
-    """The arm with its accept lengths drawn from the profile, if one is given."""
-    tree = models.engine.tree
-    if args.profile is None or tree is None:
-        return models
-    profile = args.profile
-    if len(profile) == 1:
-        further = profile[0]
-        profile = (*(further**i * (1 - further) for i in range(tree.depth)), further**tree.depth)
-    rule = simulated(models.engine.rule, profile)
-    return models._replace(engine=dataclasses.replace(models.engine, rule=rule))
-
-
-def time_arms(
-    arms: dict[str, Models], batches: list[Requests], args: Args, peer: Callable[[Requests], list[np.ndarray]] | None
-) -> tuple[dict[str, list[Run]], list[Peer]]:
-    """Every arm's passes over all batches, arms taking turns; the first pass of each compiles and is not kept."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms}
-    peers: list[Peer] = []
-    passes = (len(arms) + (peer is not None)) * (args.repeats + 1)
-    with report.progress("timing", passes, "passes") as bar:
-        for repeat in range(args.repeats + 1):
-            for name, arm in arms.items():
-                run = decode_all(arm, batches, args)
-                runs[name] += [run] if repeat else []
-                bar.advance(1, f"{name}: {report.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
-            if peer is not None:
-                run = peer_all(peer, batches)
-                peers += [run] if repeat else []
-                bar.advance(1, args.peer)
-    return runs, peers
-
-
-def decode_all(models: Models, batches: list[Requests], args: Args) -> Run:
-    """One pass."""
-    prefill = rounds = 0.0
-    states = []
-    for requests in batches:
-        started = time.perf_counter()
-        state = jax.block_until_ready(begin(models, requests, args))
-        between = time.perf_counter()
-        state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, NO_LIMIT))
-        prefill += 0.0 if args.rounds_only else between - started
-        rounds += time.perf_counter() - between
-        states.append(collect(state))
-    return Run(prefill, rounds, sum(int(g.calls.max()) for g in states), states)
-
-
-def begin(models: Models, requests: Requests, args: Args) -> DecodeState:
-    """The prefilled state of a batch."""
-    return run_prefill(models.engine, models.weights, requests, *capacity_and_slots(models, requests, args))
-
-
-def capacity_and_slots(models: Models, requests: Requests, args: Args) -> tuple[int, int]:
-    """Of the cache a row, and of the output."""
-    capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], args.max_new_tokens)
-    return max(capacity, args.capacity), slots
-
-
-# The phases of `decode.decode_step`, each a program of its own.
-grow = jax.jit(decode.grow, static_argnames="engine")
-score = jax.jit(decode.score, static_argnames="engine")
-accept = jax.jit(decode.accept, static_argnames="engine")
-extend = jax.jit(decode.extend, static_argnames="engine")
-commit = jax.jit(decode.commit, donate_argnames="state")
-
-
-@jax.jit
-def nothing(*arguments: Any) -> Array:
-    """What handing a program its arguments costs."""
-    return jnp.zeros(())
-
-
-def time_parts(models: Models, requests: Requests, args: Args, rounds: int) -> dict[str, float]:
-    """Seconds of a whole round and of each of its parts, in the middle of decoding `requests`."""
-    engine, weights = models.engine, models.weights
-    state = run_rounds(engine, weights, begin(models, requests, args), np.int32(max(1, rounds // 2)))
-    tree = grow(engine, weights, state)
-    scored = score(engine, weights, state, tree)
-    accepted = accept(engine, state, tree, scored.logits_BNV)
-    one_round = functools.partial(run_rounds, engine)
-    parts = {
-        "nothing": Part(nothing, (weights, state)),
-        "round": Part(one_round, (weights, state, np.int32(1)), donated=1),
-        "target": Part(functools.partial(score, engine), (weights, state, tree)),
-        "verify": Part(functools.partial(accept, engine), (state, tree, scored.logits_BNV)),
-        "commit": Part(commit, (state, scored.fresh, accepted), donated=0),
-    }
-    if engine.drafter is not None:
-        path = (weights, state, scored.read_BND, accepted)
-        parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
-        parts["extend"] = Part(functools.partial(extend, engine), path)
-    seconds = cost.in_turns(parts, repeats=15)
-    dispatch = seconds.pop("nothing")
-    seconds = {name: max(0.0, taken - dispatch) for name, taken in seconds.items()}
-    seconds["draft"] = seconds.pop("grow", 0.0) + seconds.pop("extend", 0.0)
-    return seconds
-
-
-def make_row(
-    name: str, models: Models, runs: dict[str, list[Run]], batches: list[Requests], args: Args
-) -> dict[str, Any]:
+def make_row(name: str, models: Models, runs: dict[str, list[Run]], load: Load, args: Args) -> dict[str, Any]:
     """One arm's row: medians of its runs, the parts of a round, and the work a second by the models' sizes."""
-    mine = runs[name]
+    mine, batches = runs[name], load.batches
     middle = len(batches) // 2
     rounds = int(mine[0].generations[middle].calls.max())
-    parts = time_parts(models, batches[middle], args, rounds) if rounds else {}
+    parts = timing.time_parts(models, load, batches[middle], rounds) if rounds else {}
     round_seconds = parts.pop("round", 0.0)
     prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
     prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
-    work = round_work(models, args.batch, float(prefix))
+    work = timing.round_work(models, args.batch, float(prefix))
     speed = float(np.median([run.tokens_per_second for run in mine]))
     plain = float(np.median([run.tokens_per_second for run in runs["plain"]]))
     tree = models.engine.tree
@@ -383,11 +244,11 @@ def make_row(
         "tokens_per_second": speed,
         "tau": mine[0].tau,
         "block_efficiency": mine[0].tau,
-        "mbsu": memory_bound_speedup(models, mine[0].tau),
+        "mbsu": timing.memory_bound_speedup(models, mine[0].tau),
         "speedup": speed / plain,
         "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
         "identical_fraction": float(np.mean(same)) if comparable else None,
-        "capacity": capacity_and_slots(models, batches[0], args)[0],
+        "capacity": load.sizes(models, batches[0])[0],
         "round_ms": 1e3 * round_seconds if parts else None,
         **{f"{part}_ms": 1e3 * parts[part] if parts else None for part in ("draft", "target", "verify", "commit")},
         "overhead_ms": 1e3 * (round_seconds - sum(parts.values())) if parts else None,
@@ -397,78 +258,7 @@ def make_row(
     }
 
 
-def memory_bound_speedup(models: Models, tau: float) -> float:
-    """The arm's `cost.mbsu`; that of plain decoding is its tau, 1."""
-    engine, weights = models.engine, models.weights
-    if engine.tree is None or engine.drafter is None:
-        return tau
-    head_VD = decode.borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
-    ratio = cost.draft_ratio(weights.drafter, weights.target, head_VD)
-    return cost.mbsu(tau, ratio=ratio, passes=cost.drafter_passes(engine.drafter, engine.tree.depth))
-
-
-def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
-    """Bytes and FLOPs of one round: the target's call and, with a drafter, the tree's growth."""
-    engine, weights = models.engine, models.weights
-    itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
-    nodes = 1 if engine.tree is None else engine.tree.nodes
-    work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
-    if engine.tree is None or engine.drafter is None:
-        return work
-    lent = decode.borrowed(engine, weights)
-    return work + cost.draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)
-
-
-def load_peer(args: Args, models: Models) -> Callable[[Requests], list[np.ndarray]]:
-    """From a batch to its tokens by the greedy `generate` of transformers: same folder, fp32, a thread a core."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"--peer transformers needs {error.name}, which is not installed: install jaxspec-decoding[parity]"
-        ) from error
-    torch.set_num_threads(report.machine_facts()["cores"] or 1)
-    folder = loading.target_folder(args.target)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    pad = models.tokenizer.pad_id
-    stops = list(models.stop_ids)
-
-    def generate(requests: Requests) -> list[np.ndarray]:
-        lengths, budgets = np.asarray(requests.length_B), np.asarray(requests.budget_B)
-        width = int(lengths.max())
-        tokens, mask = np.full((len(lengths), width), pad), np.zeros((len(lengths), width), np.int64)
-        for row, seen, prompt, length in zip(tokens, mask, np.asarray(requests.tokens_BL), lengths, strict=True):
-            row[width - length :], seen[width - length :] = prompt[:length], 1
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=torch.from_numpy(tokens),
-                attention_mask=torch.from_numpy(mask),
-                do_sample=False,
-                max_new_tokens=int(budgets.max()),
-                eos_token_id=stops,
-                pad_token_id=pad,
-            )
-        rows = out[:, width:].numpy()
-        return [cut(row[:budget], stops) for row, budget in zip(rows, budgets, strict=True)]
-
-    return generate
-
-
-def cut(row: np.ndarray, stops: Sequence[int]) -> np.ndarray:
-    """`row` up to its first stop id, which is kept."""
-    found = np.flatnonzero(np.isin(row, stops))
-    return row[: found[0] + 1] if found.size else row
-
-
-def peer_all(peer: Callable[[Requests], list[np.ndarray]], batches: list[Requests]) -> Peer:
-    """The peer's pass."""
-    started = time.perf_counter()
-    tokens = [row for requests in batches for row in peer(requests)]
-    return Peer(time.perf_counter() - started, tokens)
-
-
-def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[Peer]) -> dict[str, Any] | None:
+def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[PeerRun]) -> dict[str, Any] | None:
     """The peer's entry in the result; None without one."""
     if not peers:
         return None

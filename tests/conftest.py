@@ -21,6 +21,14 @@ def forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compile_quickly() -> Iterator[None]:
+    """For modules whose time is the compiler's and whose claims are not about speed or the last bit."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
     """Grows by an entry whenever something is compiled; `clear` it once everything is warm."""

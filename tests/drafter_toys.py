@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -58,18 +59,25 @@ class Toy:
 
     def __init__(self, kind: str):
         self.drafter = KINDS[kind]
-        keys = jax.random.split(jax.random.key(3), 6)
-        params = self.drafter.init_params(keys[0])
-        leaves, shape = jax.tree.flatten(params)
-        noise = [jax.random.normal(jax.random.fold_in(keys[1], i), w.shape) for i, w in enumerate(leaves)]
+        rng = np.random.default_rng(3)
+
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape).astype(np.float32)
+
+        leaves, shape = jax.tree.flatten(jax.jit(self.drafter.init_params)(jax.random.key(3)))
         scale = {"draft_lm": 8, "medusa": 8, "fspad": 1}.get(kind.split()[0], 2)
-        moved = [scale * w + 0.05 * n if w.ndim > 1 else w + 0.3 * n for w, n in zip(leaves, noise, strict=True)]
-        self.params = jax.tree.unflatten(shape, moved)
-        self.borrowed = Borrowed(*(jax.random.normal(k, (VOCAB, WIDTH)) for k in keys[2:4]))
-        self.tokens = jax.random.randint(keys[4], (BATCH, LENGTH + STEPS + 1), 0, VOCAB)
+        noise = [normal(*w.shape) for w in leaves]
+        moved = [
+            scale * np.asarray(w) + 0.05 * n if w.ndim > 1 else np.asarray(w) + 0.3 * n
+            for w, n in zip(leaves, noise, strict=True)
+        ]
+        self.params = jax.tree.unflatten(shape, map(jnp.asarray, moved))
+        self.borrowed = Borrowed(*(jnp.asarray(normal(VOCAB, WIDTH)) for _ in range(2)))
+        self.tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH + STEPS + 1)))
         self.read_width = WIDTH * max(1, len(self.drafter.taps))
-        self.features = jax.random.normal(keys[5], (BATCH, LENGTH + 1, self.read_width))
-        self.empty = self.drafter.init_state(self.params, self.borrowed, self.tokens[:, 0], CAPACITY)
+        self.features = jnp.asarray(normal(BATCH, LENGTH + 1, self.read_width))
+        start = jax.jit(functools.partial(self.drafter.init_state, capacity=CAPACITY))
+        self.empty = start(self.params, self.borrowed, self.tokens[:, 0])
         self.extend = jax.jit(lambda *a: self.drafter.extend(self.params, self.borrowed, *a))
         self.expand = jax.jit(self._expand, static_argnames=("depth", "slot"))
         self.unroll = jax.jit(lambda *a: self.drafter.unroll(self.params, self.borrowed, *a), static_argnums=4)

@@ -19,9 +19,11 @@ from jaxspec.__main__ import main
 from jaxspec.base import Borrowed
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.sampling import Sampling
-from jaxspec.targets.llama import SHAPES
+from jaxspec.targets.llama import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES, Case, simulated
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ROW_KEYS = {
     "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "block_efficiency", "mbsu", "round_ms", "draft_ms",
@@ -194,7 +196,13 @@ def test_the_machine_moves_and_multiplies():
     assert cost.matmul_rate(size=64) > 0
 
 
-def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, capsys):
+@pytest.fixture
+def tinier(monkeypatch):
+    """The shape `tiny` with less of everything."""
+    monkeypatch.setitem(SHAPES, "tiny", LlamaConfig(97, 16, 1, 2, 1, 8, 32))
+
+
+def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, tinier, capsys):
     path = tmp_path / "out.json"
     flags = ["--shape", "tiny", "--tree", "chain:3,dynamic:8x3x3", "--simulate-acceptance", "0.7", "--limit", "2"]
     flags += ["--prefix", "20", "--max-new-tokens", "60", "--repeats", "1", "--capacity", "512", "--json", str(path)]
@@ -210,8 +218,7 @@ def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("profile", [(0.1, 0.2, 0.3, 0.4), (1.0,), (0.0, 0.0, 0.0, 1.0)])
 def test_simulated_accept_lengths_follow_their_profile(profile):
-    engine = loading.random_models("tiny", chain(3)).engine
-    rule = simulated(engine.rule, profile)
+    rule = simulated(RULES["target-draw"], profile)
     batch = 4000
     tree = jax.tree.map(
         lambda a: jax.numpy.broadcast_to(a, (batch, *a.shape[1:])), grow(chain(3), path_tables(0, 3, 3))
@@ -219,7 +226,8 @@ def test_simulated_accept_lengths_follow_their_profile(profile):
     logits = jax.numpy.zeros((batch, 4, 3))
     zero = jax.numpy.zeros(batch)
     sampling = Sampling(zero, zero.astype(int), zero + 1, jax.numpy.arange(batch, dtype=jax.numpy.uint32))
-    accepted = jax.device_get(rule.accept(Case("topk", tree, 3, logits, zero.astype(int), sampling)))
+    accept = jax.jit(lambda tree, length: rule.accept(Case("topk", tree, 3, logits, length, sampling)))
+    accepted = jax.device_get(accept(tree, zero.astype(int)))
     seen = np.bincount(accepted.count_B, minlength=4) / batch
     want = np.pad(profile, (0, 4 - len(profile)))
     assert np.abs(seen - want).max() < 0.04
@@ -251,7 +259,7 @@ def test_the_command_line_names_every_rule_and_shape():
     assert typing.get_args(importlib.import_module("jaxspec.infer.bench_decode").Shape) == tuple(SHAPES)
 
 
-def test_drawn_text_is_not_compared_with_plain_text(tmp_path):
+def test_drawn_text_is_not_compared_with_plain_text(tmp_path, tinier):
     path = tmp_path / "out.json"
     flags = ["--shape", "tiny", "--tree", "chain:2", "--draft-mode", "sample", "--temperature", "1", "--limit", "1"]
     flags += ["--prefix", "5", "--max-new-tokens", "8", "--repeats", "1", "--json", str(path)]

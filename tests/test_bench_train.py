@@ -10,6 +10,8 @@ import pytest
 from jaxspec.__main__ import main
 from jaxspec.targets.llama import SHAPES, LlamaConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROW_KEYS = {
     "recipe", "steps_per_second", "tokens_per_second", "flops_per_second", "mfu", "target_ms", "drafter_ms",
     "head_and_loss_ms",

@@ -13,12 +13,14 @@ import jax
 import pytest
 from random_models import write_drafter, write_target
 
-from jaxspec import serving, training
+from jaxspec import recipes, serving, training
 from jaxspec.__main__ import main
 from jaxspec.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.config import DistillConfig
 from jaxspec.drafters import Eagle
 from jaxspec.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 compare: Any = importlib.import_module("jaxspec.train.compare")
 
@@ -92,7 +94,7 @@ class Watch:
         self.decoded = 0
         self.before_training: dict[int, Any] = {}
         self.after_prompt: dict[int, Any] = {}
-        train, serve = compare.run_distillation, serving.serve
+        train, serve = recipes.run_distillation, serving.serve
 
         def watched_train(config: DistillConfig, data: Any) -> Any:
             self.before_training.get(len(self.trained), lambda: None)()
@@ -108,7 +110,7 @@ class Watch:
                 self.after_prompt.get(self.decoded, lambda: None)()
                 yield served
 
-        monkeypatch.setattr(compare, "run_distillation", watched_train)
+        monkeypatch.setattr(recipes, "run_distillation", watched_train)
         monkeypatch.setattr(serving, "serve", watched_serve)
         monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 

@@ -1,6 +1,7 @@
 """Distillation: which pairs are trained, what the sums mean, and that only the drafter learns."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from jaxspec.distill import (
     Batch,
+    TrainState,
     add_noise,
     eval_step,
     init_state,
@@ -25,19 +27,31 @@ from jaxspec.objective import Objective
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 VOCAB, LENGTH = 61, 24
 TARGET = Llama(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
 DRAFTER = Eagle(EagleConfig(16, 2, 1, 8, 32))
 
 
-def loss_sums(*arguments):
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+def sums_of(*arguments):
     return judged_batch(*arguments, learning=False)[1]
+
+
+@functools.cache
+def fresh() -> Any:
+    """A drafter's first weights."""
+    return jax.jit(DRAFTER.init_params)(jax.random.key(1))
+
+
+def begin(drafter: Eagle, optimizer: optax.GradientTransformation) -> TrainState:
+    return jax.jit(functools.partial(init_state, drafter, optimizer))(jax.random.key(2))
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    params = TARGET.init_params(jax.random.key(0))
-    return jax.tree.map(lambda a: a * 4, params)
+    return jax.jit(lambda key: jax.tree.map(lambda a: a * 4, TARGET.init_params(key)))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -73,28 +87,29 @@ def test_the_first_assistant_token_is_predicted_and_the_reference_mask_starts_la
 
 def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batch: Batch):
     objective = Objective(steps=2, chunk=7)
-    params = DRAFTER.init_params(jax.random.key(1))
-    sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective)
+    params = fresh()
+    sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective)
     totals = {"smooth_l1": np.zeros(2), "soft_cross_entropy": np.zeros(2)}
     accept, chain, count = np.zeros(2), np.zeros(2), np.zeros(2)
     borrowed = TARGET.borrowed(frozen)
+
+    @jax.jit
+    def alone(tokens: jax.Array) -> tuple[jax.Array, ...]:
+        """Of one document: both losses, the acceptance and the steps by pair, the pairs that run past its end too."""
+        at, mask = jnp.arange(tokens.shape[1])[None], causal_mask(tokens.shape[1])
+        features = TARGET.forward(frozen, tokens, at, mask).features_BLD
+        hidden = DRAFTER.unroll(params, borrowed, tokens, features, at, mask, 2).hidden_TBLD
+        wanted = jnp.stack([shift(features, j + 1) for j in range(2)])
+        draft, teacher = DRAFTER.logits(params, borrowed, hidden[:, 0]), TARGET.logits(frozen, wanted[:, 0])
+        return smooth_l1(hidden, wanted)[:, 0], soft_cross_entropy(draft, teacher), expected_acceptance(draft, teacher)
+
     for row in range(4):
         for begin, length in ((0, 11), (11, 9)):
-            tokens = batch.tokens_BL[row : row + 1, begin : begin + length]
-            at = jnp.arange(length)[None]
-            features = TARGET.forward(frozen, tokens, at, causal_mask(length)).features_BLD
-            logits = TARGET.logits(frozen, features)
-            hidden = DRAFTER.unroll(params, borrowed, tokens, features, at, causal_mask(length), 2).hidden_TBLD
-            accepted = np.zeros((2, length))
+            feature, token, accepted = map(np.asarray, alone(batch.tokens_BL[row : row + 1, begin : begin + length]))
             for j in range(2):
-                draft = DRAFTER.logits(params, borrowed, hidden[j])
-                for i in range(length - j - 2):
-                    if i + j + 2 < 4:
-                        continue
-                    p, q = logits[0, i + j + 1], draft[0, i]
-                    totals["smooth_l1"][j] += float(smooth_l1(hidden[j][0, i], features[0, i + j + 1]))
-                    totals["soft_cross_entropy"][j] += float(soft_cross_entropy(q, p))
-                    accepted[j, i] = float(expected_acceptance(q, p))
+                for i in range(max(0, 2 - j), length - j - 2):
+                    totals["smooth_l1"][j] += feature[j, i]
+                    totals["soft_cross_entropy"][j] += token[j, i]
                     accept[j] += accepted[j, i]
                     count[j] += 1
                     if j == 0 or i + 2 >= 4:  # a chain is counted where all of its steps are trained
@@ -107,7 +122,7 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
 
 
 def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
-    objective, params = Objective(chunk=5), DRAFTER.init_params(jax.random.key(1))
+    objective, params = Objective(chunk=5), fresh()
     mask_BLM, borrowed = segment_mask(batch.segments_BL), TARGET.borrowed(frozen)
     features = TARGET.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM).features_BLD
     mask_BL = step_masks(batch, objective)[0]
@@ -120,15 +135,15 @@ def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
         return jnp.sum(loss * mask_BL) / jnp.sum(mask_BL)
 
     def chunked(params) -> jax.Array:
-        return loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective).mean_loss(objective)
+        return sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective).mean_loss(objective)
 
-    expected, got = jax.value_and_grad(whole)(params), jax.jit(jax.value_and_grad(chunked))(params)
+    expected, got = jax.jit(jax.value_and_grad(whole))(params), jax.jit(jax.value_and_grad(chunked))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, expected)
 
 
 def test_steps_are_weighed_one_by_one(frozen, batch: Batch):
-    params = DRAFTER.init_params(jax.random.key(1))
-    sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, Objective(steps=3))
+    params = fresh()
+    sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, Objective(steps=3))
     steps = sums.losses("smooth_l1"), sums.losses("soft_cross_entropy")
     for objective, weigh in (
         (Objective(steps=3), (1, 1, 1)),
@@ -145,7 +160,7 @@ def test_steps_are_weighed_one_by_one(frozen, batch: Batch):
 
 def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: Batch):
     """Counted from the compiled program: a further step costs the drafter's own layer and head, nothing else."""
-    params = DRAFTER.init_params(jax.random.key(1))
+    params = fresh()
     traced = {}
     for steps in (1, 3):
         calls: list[int] = []
@@ -157,19 +172,20 @@ def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: 
 
         counting = Counting(TARGET.config)
         objective = Objective(steps=steps, chunk=LENGTH)
-        jax.eval_shape(lambda p, c=counting, o=objective: loss_sums(c, DRAFTER, frozen, p, batch, None, o), params)
+        call = functools.partial(judged_batch, counting, DRAFTER, frozen, learning=False)
+        jax.eval_shape(lambda p, f=call, o=objective: f(p, batch, None, o), params)
         traced[steps] = max(calls)
     assert traced[1] == traced[3] == 4 * LENGTH * 16
 
 
 def test_with_a_draft_vocabulary_only_what_it_holds_is_trained(frozen, batch: Batch):
-    params = DRAFTER.init_params(jax.random.key(1))
+    params = fresh()
     objective = Objective(steps=2, chunk=6, weights=(("kl", 1.0),))
-    everything = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective, jnp.arange(VOCAB))
-    plain = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective)
+    everything = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective, jnp.arange(VOCAB))
+    plain = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), everything, plain)
     some = jnp.asarray([1, 4, 9, 16, 25, 36, 49])
-    sums = loss_sums(TARGET, DRAFTER, frozen, params, batch, None, objective, some)
+    sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective, some)
     features = TARGET.forward(frozen, batch.tokens_BL, batch.positions_BL, segment_mask(batch.segments_BL)).features_BLD
     best = jnp.argmax(TARGET.logits(frozen, features), axis=-1)
     for j, mask in enumerate(step_masks(batch, objective)):
@@ -179,15 +195,15 @@ def test_with_a_draft_vocabulary_only_what_it_holds_is_trained(frozen, batch: Ba
 
 
 def test_tokens_outside_the_mask_do_not_matter(frozen, batch: Batch):
-    params = DRAFTER.init_params(jax.random.key(1))
+    params = fresh()
     padding = np.asarray(batch.segments_BL) == 0
     other = batch._replace(tokens_BL=jnp.where(padding, (batch.tokens_BL + 7) % VOCAB, batch.tokens_BL))
-    a, b = (loss_sums(TARGET, DRAFTER, frozen, params, x, None, Objective(steps=2)) for x in (batch, other))
+    a, b = (sums_of(TARGET, DRAFTER, frozen, params, x, None, Objective(steps=2)) for x in (batch, other))
     np.testing.assert_allclose(a.mean_loss(Objective(steps=2)), b.mean_loss(Objective(steps=2)), rtol=1e-6)
 
 
 def test_a_perfect_drafter_would_have_simulated_tau_of_steps_plus_one(frozen, batch: Batch):
-    sums = eval_step(TARGET, DRAFTER, Objective(steps=3), frozen, DRAFTER.init_params(jax.random.key(1)), batch)
+    sums = jax.jit(functools.partial(eval_step, TARGET, DRAFTER, Objective(steps=3)))(frozen, fresh(), batch)
     perfect = sums._replace(chain_sampled_T=sums.count_T, chain_greedy_T=sums.count_T)
     assert perfect.summary(Objective(steps=3))["simulated_tau"] == pytest.approx(4.0)
     assert 1.0 <= sums.summary(Objective(steps=3))["simulated_tau"] <= 4.0
@@ -196,7 +212,7 @@ def test_a_perfect_drafter_would_have_simulated_tau_of_steps_plus_one(frozen, ba
 def test_training_lowers_the_loss_and_leaves_the_target_alone(frozen, batch: Batch):
     optimizer = optax.adamw(3e-3)
     step = jax.jit(functools.partial(train_step, TARGET, DRAFTER, optimizer, Objective(noise=0.0)))
-    state = init_state(DRAFTER, optimizer, jax.random.key(2))
+    state = begin(DRAFTER, optimizer)
     losses = []
     for _ in range(60):
         state, loss, _ = step(frozen, state, batch)
@@ -207,9 +223,10 @@ def test_training_lowers_the_loss_and_leaves_the_target_alone(frozen, batch: Bat
 
 def test_a_loss_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(frozen, batch: Batch):
     optimizer = optax.adamw(1e-3)
-    state = init_state(DRAFTER, optimizer, jax.random.key(2))
+    state = begin(DRAFTER, optimizer)
     broken = jax.tree.map(lambda a: a * jnp.nan, frozen)
-    after, loss, _ = train_step(TARGET, DRAFTER, optimizer, Objective(), broken, state, batch)
+    step = jax.jit(functools.partial(train_step, TARGET, DRAFTER, optimizer, Objective()))
+    after, loss, _ = step(broken, state, batch)
     assert not np.isfinite(loss)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, (after.params, after.optimizer), (state.params, state.optimizer)))
 
@@ -223,24 +240,35 @@ def test_noise_is_bounded_by_the_documents_own_length(batch: Batch):
     assert np.array_equal(add_noise(clean, batch.segments_BL, keys, 0.0), clean)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])
-def test_one_update_on_a_mesh_equals_one_device(frozen, batch: Batch, mesh: tuple[int, int, int]):
-    target = TARGET.clone(config=LlamaConfig(64, 16, 2, 4, 2, 4, 32))
-    drafter = Eagle(EagleConfig(16, 4, 2, 4, 32))
-    frozen = jax.tree.map(lambda a: a * 4, target.init_params(jax.random.key(0)))
-    batch = Batch(*(jnp.concatenate([x, x]) for x in batch))
+class Update(NamedTuple):
+    """An update of a pair whose every axis divides, and what it is on one device."""
+
+    step: Any
+    given: tuple[Any, TrainState, Batch]
+    params: Any
+    loss: float
+
+
+@pytest.fixture(scope="module")
+def update(batch: Batch) -> Update:
+    target, drafter = TARGET.clone(config=LlamaConfig(64, 16, 2, 4, 2, 4, 32)), Eagle(EagleConfig(16, 4, 2, 4, 32))
+    frozen = jax.jit(lambda key: jax.tree.map(lambda a: a * 4, target.init_params(key)))(jax.random.key(0))
     optimizer = optax.sgd(0.1)
-    step = functools.partial(train_step, target, drafter, optimizer, Objective(steps=2))
-    state = init_state(drafter, optimizer, jax.random.key(2))
-    alone, loss, _ = jax.jit(step)(frozen, state, batch)
-    devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
-    grid = make_mesh(*mesh, devices=devices)
-    place = jax.device_put
-    spread, spread_loss, _ = jax.jit(step)(
+    step = jax.jit(functools.partial(train_step, target, drafter, optimizer, Objective(steps=2)))
+    given = (frozen, begin(drafter, optimizer), Batch(*(jnp.concatenate([x, x]) for x in batch)))
+    alone, loss, _ = step(*given)
+    return Update(step, given, alone.params, float(loss))
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 1)])
+def test_one_update_on_a_mesh_equals_one_device(update: Update, mesh: tuple[int, int, int]):
+    grid = make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1] * mesh[2]])
+    (frozen, state, batch), place = update.given, jax.device_put
+    spread, loss, _ = update.step(
         place(frozen, shardings(grid, frozen)), place(state, shardings(grid, state)), place(batch, batch_sharding(grid))
     )
-    assert float(spread_loss) == pytest.approx(float(loss), rel=1e-5)
-    for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(spread.params), strict=True):
+    assert float(loss) == pytest.approx(update.loss, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(update.params), jax.tree.leaves(spread.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 

@@ -15,6 +15,8 @@ from jaxspec.base import ROOT
 from jaxspec.checkpoint import load_drafter, save_drafter
 from jaxspec.drafters import DRAFTERS
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 toy = functools.cache(Toy)
 every = pytest.mark.parametrize("kind", KINDS)
 one_of_each = pytest.mark.parametrize("kind", ("eagle norms", "fspad", "eagle3", "medusa", "parallelspec", "draft_lm"))
@@ -154,8 +156,12 @@ def test_bf16_drafts_finite_logits(kind: str):
     t = toy(kind)
     drafter = t.drafter.clone(dtype=jnp.bfloat16)
     params, tables = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (t.params, t.borrowed))
-    state = drafter.init_state(params, tables, t.tokens[:, 0], LENGTH + STEPS)
-    pairs = (t.tokens[:, 1 : LENGTH + 1], t.features[:, :LENGTH].astype(jnp.bfloat16))
-    _, logits = drafter.extend(params, tables, state, *pairs, jnp.full(BATCH, LENGTH))
+
+    @jax.jit
+    def read(tokens, features):
+        state = drafter.init_state(params, tables, tokens[:, 0], LENGTH + STEPS)
+        return drafter.extend(params, tables, state, tokens[:, 1:], features, jnp.full(BATCH, LENGTH))[1]
+
+    logits = read(t.tokens[:, : LENGTH + 1], t.features[:, :LENGTH].astype(jnp.bfloat16))
     assert logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
     same(logits, t.read(t.empty, 0, LENGTH)[1], 0.2)

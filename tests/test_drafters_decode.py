@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
@@ -40,6 +39,8 @@ from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 VOCAB, WIDTH, DEEPEST, ROWS, BUDGET = 12, 16, 3, 8, 24
 LENGTHS = (40, 3, 16)
@@ -92,14 +93,6 @@ TREES["mixed"] = ByRoot((TREES["chain"], TREES["static"], TREES["dynamic"]))
 PAIRS = [*((head, "mixed") for head in HEADS), *((head, "best_first") for head in PARALLEL)]
 SINGLE = [pytest.param(head, tree, marks=pytest.mark.slow) for head in HEADS for tree in ("chain", "static", "dynamic")]
 every = pytest.mark.parametrize("head", HEADS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Nearly all the time here is the compiler's, and nothing here is about speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from drafter_toys import BATCH, KINDS, LENGTH, SHAPE, STEPS, VOCAB, WIDTH, Toy, 
 from jaxspec.base import Array, Borrowed
 from jaxspec.drafters import Eagle, EagleConfig, Fspad, FspadConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 toy = functools.cache(Toy)
 ROWS = LENGTH + 1
 AT = jnp.broadcast_to(jnp.arange(ROWS), (BATCH, ROWS))

@@ -12,6 +12,8 @@ from jaxspec.__main__ import main
 from jaxspec.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PROMPTS = ["how much is 2 and 3?", "what does everybody know", "say it again, " * 3, "1", "and 12 and 14 make?"]
 
 

@@ -25,10 +25,11 @@ FLOORS = (
     {"judging"},
     {"data", "decode", "distill", "checkpoint", "interchange", "cost", "report", "optimizer", "pretraining"},
     {"generation", "loading", "comparison", "compilers", "tracking"},
-    {"config", "serving", "identity", "aot", "figures", "exports"},
+    {"config", "serving", "identity", "aot", "figures", "exports", "timing", "peers"},
     {"regeneration"},
     {"cli", "flags", "configs"},
     {"training"},
+    {"recipes", "measurement"},
     {"train", "infer"},
     {"__main__"},
 )

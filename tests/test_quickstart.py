@@ -1,15 +1,33 @@
 """`jaxspec quickstart` from start to end, with little of everything."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
+from jaxspec import training
 from jaxspec.__main__ import main
+from jaxspec.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+quickstart: Any = importlib.import_module("jaxspec.infer.quickstart")
 LITTLE = ["--conversations", "30", "--held-out", "3", "--steps", "3", "--max-new-tokens", "24"]
 
 
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything measured once, on few questions; training on one device and judged by one step, to compile less."""
+    monkeypatch.setattr(quickstart, "PASSES", 1)
+    monkeypatch.setattr(quickstart, "TUNING", 2)
+    monkeypatch.setattr(training, "EVAL_STEPS", 1)
+    monkeypatch.setattr(training, "make_mesh", lambda *_: make_mesh(1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.usefixtures("little")
 def test_the_main_job_reports_its_keys_and_leaves_a_drafter_that_generate_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

@@ -12,6 +12,8 @@ from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
 from jaxspec.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 QUESTIONS = ("how much is 2 and 3?", "what does everybody know", "1", "and 12 and 14 make?", "say so again", "why")
 MIXTURE = ("--temperatures", "0,0.7:1,1.5:2", "--seed", "5")
 

@@ -16,6 +16,8 @@ from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree
 from jaxspec.trees.children import likeliest
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 VOCAB = 64
 TARGET = Llama(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
 DRAFTER = Eagle(EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))

@@ -19,6 +19,8 @@ from jaxspec.checkpoint import load_drafter
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIG = """
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 
@@ -70,6 +72,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "EVAL_STEPS", 1)
 
 
+@pytest.mark.usefixtures("little")
 def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_decodes(folder: Path):
     assert main(["train", "toy.py", "--json", "first.json"]) == 0
     first = json.loads((folder / "first.json").read_text())
@@ -90,6 +93,7 @@ def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_de
     assert main([*words, "--max-new-tokens", "8"]) == 0
 
 
+@pytest.mark.usefixtures("little")
 def test_changed_settings_and_wrong_configs_are_refused_in_a_sentence(folder: Path, capfd: pytest.CaptureFixture[str]):
     assert main(["train", "toy.py"]) == 0
     assert main(["train", "toy.py", "optimizer.peak_lr=1e-2"]) == 1

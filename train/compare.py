@@ -19,33 +19,23 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, comparison, cost, figures, flags, loading, report, serving
-from jaxspec.comparison import Counts, Decoded
-from jaxspec.config import DistillConfig, PretrainConfig, differences, experiments, load, to_dict
-from jaxspec.data import jsonl
+from jaxspec import cli, comparison, figures, flags, loading, report
+from jaxspec.comparison import Decoded
+from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import read_conversations
-from jaxspec.data.packing import Corpus, tokenize_conversations
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
-from jaxspec.generation import tau
-from jaxspec.loading import Models
-from jaxspec.serving import Job, Settings
-from jaxspec.training import RESUMABLE, Data, pack_data, read_corpus, run_distillation, say, termination_notice
-from jaxspec.trees import cut_tree, parse_tree
+from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
+from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm
+from jaxspec.serving import Settings
+from jaxspec.training import say, termination_notice
+from jaxspec.trees import parse_tree
 
-DECODING_SEED = 0
-"""Of the draws at temperatures above 0: every drafter meets the same ones."""
-EVALUATIONS = 10
-"""Points of a learning curve's held-out part."""
-LOSSES = 50
-"""Points that a learning curve's loss has at least, if there are so many steps."""
 NOTES = f"""\
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
 [low, high]: {comparison.CONFIDENCE:.0%} bootstrap interval over prompts; tau by seed shows what seeds of training add
@@ -137,31 +127,6 @@ class Args:
         return [int(word) for word in (words if recipe in self.headline_names else words[:1])]
 
 
-class Arm(NamedTuple):
-    """One recipe with one seed."""
-
-    recipe: str
-    seed: int
-    config: DistillConfig | PretrainConfig
-    """With the comparison's files and folders; a distillation's steps are still to be found."""
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """As messages call it."""
-        return f"{self.recipe}, seed {self.seed}"
-
-    @property
-    def drafter(self) -> Path:
-        """Where the finished drafter is."""
-        return Path(self.config.export_folder)
-
-    @property
-    def metrics(self) -> Path:
-        """The metric log of its training."""
-        return Path(self.config.checkpoint.folder) / "metrics.jsonl"
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns 1 if a recipe failed."""
     started = time.monotonic()
@@ -170,8 +135,8 @@ def main(argv: Sequence[str]) -> int:
     prompts = choose_prompts(args)
     tokenizer = ChatTokenizer.load(loading.target_folder(target))
     notes = Notes(args.out, begun_with(args, target))
-    corpora = Corpora(args, tokenizer)
-    measured = functools.partial(measure, args, target, make_jobs(prompts, args, tokenizer), notes)
+    corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
+    setup = Setup(make_jobs(prompts, args, tokenizer), args.trees, args.settings, args.slots, notes)
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:
@@ -180,7 +145,9 @@ def main(argv: Sequence[str]) -> int:
             say(f"{number}/{len(arms)} {arm.name}")
             try:
                 stopped(f"before {arm.name}")
-                decoded += measured(arm, train_arm(arm, args, corpora), stopped)
+                tokens = train_arm(arm, corpora, tokens=int(args.tokens))
+                models = loading.load_models(target, drafter=arm.drafter, tree="none", dtype=loading.DTYPES[args.dtype])
+                decoded += measure(setup, arm.recipe, arm.seed, models, tokens, stopped)
             except cli.Preempted:
                 raise
             except Exception as failure:  # whatever is wrong with a recipe is no reason to lose the others
@@ -244,17 +211,6 @@ def choose_prompts(args: Args) -> list[Prompt]:
     return first_of_each([p.source for p in named], named, args.limit)
 
 
-def first_of_each(sources: Sequence[str], items: Sequence[Any], limit: int) -> list[Any]:
-    """The first `limit` items of every source, in their order."""
-    seen: dict[str, int] = {}
-    chosen = []
-    for source, item in zip(sources, items, strict=True):
-        seen[source] = seen.get(source, 0) + 1
-        if seen[source] <= limit:
-            chosen.append(item)
-    return chosen
-
-
 def make_jobs(prompts: Sequence[Prompt], args: Args, tokenizer: ChatTokenizer) -> list[np.ndarray]:
     """The prompts as the target reads them; ValueError naming one that it cannot."""
     read = []
@@ -288,188 +244,6 @@ def contents(path: str) -> str:
         raise ValueError(f"{path}: no such file; make it with jaxspec regenerate --prompts CHATS --out {path}")
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-class Corpora:
-    """The conversations, tokenized when a recipe is to be trained on them; recipes of one row length share them."""
-
-    def __init__(self, args: Args, tokenizer: ChatTokenizer) -> None:
-        self.args, self.tokenizer = args, tokenizer
-        self.read: dict[int, tuple[Corpus, Corpus]] = {}
-        self.mixed: dict[tuple[str, int], Corpus] = {}
-
-    def of(self, length: int) -> tuple[Corpus, Corpus]:
-        """To learn from and to be judged by, cut to rows of `length` tokens."""
-        if length not in self.read:
-            held_out = read_conversations(self.args.eval)
-            judged = first_of_each([c.source for c in held_out], held_out, self.args.limit)
-            self.read[length] = (
-                read_corpus("train", self.args.train, tokenizer=self.tokenizer, length=length),
-                tokenize_conversations(judged, self.tokenizer, length=length),
-            )
-        return self.read[length]
-
-    def pack(self, config: DistillConfig) -> Data:
-        """The rows that a recipe learns from, with its own mix if it has one, and those it is judged by."""
-        length, mix = config.data.length, config.data.mix
-        if mix is not None and (mix, length) not in self.mixed:
-            self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, length=length)
-        return pack_data(config, *self.of(length), None if mix is None else self.mixed[mix, length])
-
-
-def train_arm(arm: Arm, args: Args, corpora: Corpora) -> int:
-    """Trains the arm unless it has been trained; returns the tokens that it was trained on, 0 for a PretrainConfig.
-
-    Raises ValueError if it was begun with other settings.
-    """
-    config = arm.config
-    if isinstance(config, PretrainConfig):
-        if not arm.drafter.is_dir():
-            raise ValueError(f"{arm.drafter}: no such folder; run jaxspec pretrain {arm.recipe} first")
-        return 0
-    finished = arm.folder / "trained.json"
-    keep_settings(arm)
-    if finished.is_file():
-        return int(json.loads(finished.read_text(encoding="utf-8"))["train_tokens"])
-    steps, tokens = comparison.steps_for(corpora.pack(config).train.token_counts(), int(args.tokens))
-    config = dataclasses.replace(
-        config,
-        name=arm.name,
-        optimizer=dataclasses.replace(config.optimizer, steps=steps),
-        eval_every=max(1, steps // EVALUATIONS),
-        log_every=min(config.log_every, max(1, steps // LOSSES)),
-    )
-    epochs = tokens / corpora.of(config.data.length)[0].summary.tokens
-    say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {epochs:.2f} epochs")
-    done = run_distillation(config, corpora.pack(config))
-    report.write_json(finished, {**done, "train_tokens": tokens})
-    return tokens
-
-
-def keep_settings(arm: Arm) -> None:
-    """Notes what the arm is trained with; ValueError if it was begun with something else.
-
-    Files and steps are left out: they belong to the whole comparison, which keeps its own.
-    """
-    settings = {name: value for name, value in to_dict(arm.config).items() if name in RESUMABLE}
-    settings["data"] = {k: v for k, v in settings["data"].items() if k not in ("train", "eval")}
-    settings["optimizer"] = {k: v for k, v in settings["optimizer"].items() if k != "steps"}
-    path, steps = arm.folder / "settings.json", Path(arm.config.checkpoint.folder).glob("[0-9]*")
-    if not (path.is_file() and ((arm.folder / "trained.json").is_file() or any(steps))):  # nothing to lose yet
-        report.write_json(path, settings)
-    changed = differences(json.loads(path.read_text(encoding="utf-8")), report.jsonable(settings))
-    if changed:
-        raise ValueError(
-            f"was trained with other settings ({'; '.join(changed)}): give another --out, or move {arm.folder} away "
-            "to train it anew"
-        )
-
-
-class Notes:
-    """What decoding each prompt took, in `decoded.jsonl` of the folder, beneath what the folder was begun with."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.path = folder / "decoded.jsonl"
-        self.known: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
-        for record in jsonl.journal(self.path, settings, of=folder):
-            self.known.setdefault(tuple(record["of"]), {})[record["prompt"]] = record
-
-    def add(self, of: tuple[Any, ...], prompt: int, answer: serving.Answer) -> None:
-        """Note one prompt's answer; on disk when this returns."""
-        record = {
-            "of": list(of),
-            "prompt": prompt,
-            "tokens": len(answer.tokens) - 1,
-            "calls": int(answer.calls),
-            "accepted": answer.accepted.tolist(),
-        }
-        jsonl.append(self.path, [record])
-        self.known.setdefault(of, {})[prompt] = record
-
-    def counts(self, of: tuple[Any, ...]) -> Counts:
-        """All prompts of a finished decoding, in order."""
-        records = [self.known[of][prompt] for prompt in sorted(self.known[of])]
-        return Counts(*(np.array([r[name] for r in records]) for name in ("tokens", "calls", "accepted")))
-
-
-def measure(
-    args: Args,
-    target: str,
-    prompts: Sequence[np.ndarray],
-    notes: Notes,
-    arm: Arm,
-    train_tokens: int,
-    stopped: Callable[[str], None],
-) -> list[Decoded]:
-    """The arm's drafter with every tree at every temperature; what is noted is not decoded again."""
-    models = loading.load_models(target, drafter=arm.drafter, tree="none", dtype=loading.DTYPES[args.dtype])
-    drafter, print_of_weights = models.engine.drafter, fingerprint(models)
-    assert drafter is not None
-    deepest, runs = drafter.deepest, []
-    for spec in args.trees:
-        asked = parse_tree(spec)
-        tree = asked if deepest is None else cut_tree(asked, deepest)
-        if tree != asked:
-            say(f"{arm.name}: drafts {deepest} deep at most, so {spec} becomes {tree.spec}")
-        for settings in args.settings:
-            of = (arm.recipe, arm.seed, print_of_weights, tree.spec, settings.temperature)
-            decode(models.with_tree(tree), prompts, settings, args.slots, notes, of, stopped)
-            run = Decoded(
-                arm.recipe,
-                arm.seed,
-                spec,
-                tree.spec,
-                settings.temperature,
-                notes.counts(of),
-                cost.drafter_passes(drafter, tree.depth),
-                sum(int(a.size) for a in jax.tree.leaves(models.weights.drafter)),
-                train_tokens,
-            )
-            say(f"{arm.name}, {spec}, {named(settings)}: tau {comparison.tau_interval(run.counts)}")
-            runs.append(run)
-    return runs
-
-
-def decode(
-    models: Models,
-    prompts: Sequence[np.ndarray],
-    settings: Settings,
-    slots: int,
-    notes: Notes,
-    of: tuple[Any, ...],
-    stopped: Callable[[str], None],
-) -> None:
-    """Answers the prompts that are not noted yet, and notes them."""
-    left = [
-        Job(i, tokens, serving.row_seed(DECODING_SEED, i))
-        for i, tokens in enumerate(prompts)
-        if i not in notes.known.get(of, {})
-    ]
-    if not left:
-        return
-    recipe, seed, _, tree, _ = of
-    tokens = calls = 0
-    with report.progress(f"{recipe}, seed {seed}, {tree}, {named(settings)}", len(left), "prompts") as bar:
-        for served in serving.serve(models, left, settings, slots=slots):
-            notes.add(of, served.job.key, served.answer)
-            tokens, calls = tokens + len(served.answer.tokens) - 1, calls + served.answer.calls
-            bar.advance(1, f"tau {tau(tokens, calls):.2f}")
-            stopped(f"while {recipe}, seed {seed} was measured")
-
-
-def named(settings: Settings) -> str:
-    """The temperature as a reader calls it."""
-    return comparison.named_temperature(settings.temperature)
-
-
-def fingerprint(models: Models) -> str:
-    """Of the drafter's weights, so that what others drafted is not taken for theirs."""
-    digest = hashlib.sha256()
-    scored = None if models.weights.vocab is None else models.weights.vocab.token_U
-    for path, leaf in jax.tree_util.tree_leaves_with_path((models.weights.drafter, scored)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def stop_if(noticed: Callable[[int], bool], where: str) -> None:
@@ -532,7 +306,7 @@ def draw(
     if curves:
         read = []
         for arm in curves:
-            steps = json.loads((arm.folder / "trained.json").read_text(encoding="utf-8"))["steps"]
+            steps = json.loads(arm.trained.read_text(encoding="utf-8"))["steps"]
             read.append(figures.read_curve(arm.recipe, arm.metrics, trained[arm.recipe, arm.seed] / steps))
         drawn.append(folder / "learning_curves.png")
         figures.draw_learning_curves(drawn[-1], read)

@@ -1,0 +1,139 @@
+"""Recipes trained on equal terms: the same conversations and tokens, and nothing that is finished twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxspec import comparison, report
+from jaxspec.config import DistillConfig, PretrainConfig, differences, to_dict
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import read_conversations
+from jaxspec.data.packing import Corpus, tokenize_conversations
+from jaxspec.training import RESUMABLE, Data, pack_data, read_corpus, run_distillation, say
+
+EVALUATIONS = 10
+"""Points of a learning curve's held-out part."""
+LOSSES = 50
+"""Points that a learning curve's loss has at least, if there are so many steps."""
+
+
+class Arm(NamedTuple):
+    """One recipe with one seed."""
+
+    recipe: str
+    seed: int
+    config: DistillConfig | PretrainConfig
+    """With the comparison's files and folders; a distillation's steps are still to be found."""
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"{self.recipe}, seed {self.seed}"
+
+    @property
+    def drafter(self) -> Path:
+        """Where the finished drafter is."""
+        return Path(self.config.export_folder)
+
+    @property
+    def metrics(self) -> Path:
+        """The metric log of its training."""
+        return Path(self.config.checkpoint.folder) / "metrics.jsonl"
+
+    @property
+    def trained(self) -> Path:
+        """What is left when its training is finished."""
+        return self.folder / "trained.json"
+
+
+def first_of_each(sources: Sequence[str], items: Sequence[Any], limit: int) -> list[Any]:
+    """The first `limit` items of every source, in their order."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for source, item in zip(sources, items, strict=True):
+        seen[source] = seen.get(source, 0) + 1
+        if seen[source] <= limit:
+            chosen.append(item)
+    return chosen
+
+
+class Corpora:
+    """The conversations, tokenized when a recipe is to be trained on them; recipes of one row length share them.
+
+    `train` and `judged` are files; of the second the first `limit` conversations of every source are taken.
+    """
+
+    def __init__(self, train: str, judged: str, limit: int, tokenizer: ChatTokenizer) -> None:
+        self.train, self.judged, self.limit, self.tokenizer = train, judged, limit, tokenizer
+        self.read: dict[int, tuple[Corpus, Corpus]] = {}
+        self.mixed: dict[tuple[str, int], Corpus] = {}
+
+    def of(self, length: int) -> tuple[Corpus, Corpus]:
+        """To learn from and to be judged by, cut to rows of `length` tokens."""
+        if length not in self.read:
+            held_out = read_conversations(self.judged)
+            judged = first_of_each([c.source for c in held_out], held_out, self.limit)
+            self.read[length] = (
+                read_corpus("train", self.train, tokenizer=self.tokenizer, length=length),
+                tokenize_conversations(judged, self.tokenizer, length=length),
+            )
+        return self.read[length]
+
+    def pack(self, config: DistillConfig) -> Data:
+        """The rows that a recipe learns from, with its own mix if it has one, and those it is judged by."""
+        length, mix = config.data.length, config.data.mix
+        if mix is not None and (mix, length) not in self.mixed:
+            self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, length=length)
+        return pack_data(config, *self.of(length), None if mix is None else self.mixed[mix, length])
+
+
+def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
+    """Trains the arm on at least `tokens` tokens unless it has been trained; returns how many it was trained on.
+
+    That is 0 for a PretrainConfig. Raises ValueError if it was begun with other settings.
+    """
+    config = arm.config
+    if isinstance(config, PretrainConfig):
+        if not arm.drafter.is_dir():
+            raise ValueError(f"{arm.drafter}: no such folder; run jaxspec pretrain {arm.recipe} first")
+        return 0
+    keep_settings(arm)
+    if arm.trained.is_file():
+        return int(json.loads(arm.trained.read_text(encoding="utf-8"))["train_tokens"])
+    steps, tokens = comparison.steps_for(corpora.pack(config).train.token_counts(), tokens)
+    config = dataclasses.replace(
+        config,
+        name=arm.name,
+        optimizer=dataclasses.replace(config.optimizer, steps=steps),
+        eval_every=max(1, steps // EVALUATIONS),
+        log_every=min(config.log_every, max(1, steps // LOSSES)),
+    )
+    epochs = tokens / corpora.of(config.data.length)[0].summary.tokens
+    say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {epochs:.2f} epochs")
+    done = run_distillation(config, corpora.pack(config))
+    report.write_json(arm.trained, {**done, "train_tokens": tokens})
+    return tokens
+
+
+def keep_settings(arm: Arm) -> None:
+    """Notes what the arm is trained with; ValueError if it was begun with something else.
+
+    Files and steps are left out: they belong to the whole comparison, which keeps its own.
+    """
+    settings = {name: value for name, value in to_dict(arm.config).items() if name in RESUMABLE}
+    settings["data"] = {k: v for k, v in settings["data"].items() if k not in ("train", "eval")}
+    settings["optimizer"] = {k: v for k, v in settings["optimizer"].items() if k != "steps"}
+    path, steps = arm.folder / "settings.json", Path(arm.config.checkpoint.folder).glob("[0-9]*")
+    if not (path.is_file() and (arm.trained.is_file() or any(steps))):  # nothing to lose yet
+        report.write_json(path, settings)
+    changed = differences(json.loads(path.read_text(encoding="utf-8")), report.jsonable(settings))
+    if changed:
+        raise ValueError(
+            f"was trained with other settings ({'; '.join(changed)}): give another --out, or move {arm.folder} away "
+            "to train it anew"
+        )

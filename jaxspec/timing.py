@@ -1,0 +1,199 @@
+"""Decoding timed: whole passes of several arms in turns, a round phase by phase, and the work that a round asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import cost, decode, report
+from jaxspec.base import Array
+from jaxspec.cost import Part
+from jaxspec.decode import DecodeState
+from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
+from jaxspec.loading import Models
+from jaxspec.requests import Requests
+from jaxspec.verify import simulated
+
+Peer = Callable[[Requests], list[np.ndarray]]
+"""Another library: from a batch to its new tokens."""
+
+
+class Load(NamedTuple):
+    """What every arm decodes."""
+
+    batches: list[Requests]
+    max_new_tokens: int
+    """At least the largest budget."""
+    capacity: int = 0
+    """Least slots of the cache; 0: what prompts and answers need."""
+    rounds_only: bool = False
+    """Whether prompts are stand-ins, so that reading them is no part of what is measured."""
+
+    def sizes(self, models: Models, requests: Requests) -> tuple[int, int]:
+        """Slots of the cache a row, and of the output."""
+        capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], self.max_new_tokens)
+        return max(capacity, self.capacity), slots
+
+    def begin(self, models: Models, requests: Requests) -> DecodeState:
+        """The prefilled state of a batch."""
+        return run_prefill(models.engine, models.weights, requests, *self.sizes(models, requests))
+
+
+class Run(NamedTuple):
+    """One pass of an arm over all batches."""
+
+    prefill_seconds: float
+    """0 where prefill is not what is measured."""
+    round_seconds: float
+    rounds: int
+    """Rounds of the loop; a batch goes on until its last row ends."""
+    generations: list[Generation]
+
+    @property
+    def tokens(self) -> list[np.ndarray]:
+        """New tokens of every prompt."""
+        return [row for generation in self.generations for row in generation.tokens]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens by all the time."""
+        return sum(map(len, self.tokens)) / (self.prefill_seconds + self.round_seconds)
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target call; prefill and its token are not counted."""
+        tokens = self.tokens
+        return tau(sum(map(len, tokens)) - len(tokens), sum(int(g.calls.sum()) for g in self.generations))
+
+
+class PeerRun(NamedTuple):
+    """Another library's pass over the same batches."""
+
+    seconds: float
+    tokens: list[np.ndarray]
+
+
+def simulate(models: Models, profile: Sequence[float] | None) -> Models:
+    """The models with accept lengths drawn from `profile`, if one is given; as they are where nothing is drafted.
+
+    One number is the chance of every further token; several are the probabilities of accepting 0, 1, 2 ... tokens.
+    """
+    tree = models.engine.tree
+    if profile is None or tree is None:
+        return models
+    if len(profile) == 1:
+        further = profile[0]
+        profile = (*(further**i * (1 - further) for i in range(tree.depth)), further**tree.depth)
+    rule = simulated(models.engine.rule, tuple(profile))
+    return models._replace(engine=dataclasses.replace(models.engine, rule=rule))
+
+
+def time_arms(
+    arms: dict[str, Models], load: Load, *, repeats: int, peer: tuple[str, Peer] | None = None
+) -> tuple[dict[str, list[Run]], list[PeerRun]]:
+    """Every arm's passes over all batches, arms taking turns; the first pass of each compiles and is not kept."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    peers: list[PeerRun] = []
+    passes = (len(arms) + (peer is not None)) * (repeats + 1)
+    with report.progress("timing", passes, "passes") as bar:
+        for repeat in range(repeats + 1):
+            for name, arm in arms.items():
+                run = decode_all(arm, load)
+                runs[name] += [run] if repeat else []
+                bar.advance(1, f"{name}: {report.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
+            if peer is not None:
+                run = peer_all(peer[1], load)
+                peers += [run] if repeat else []
+                bar.advance(1, peer[0])
+    return runs, peers
+
+
+def decode_all(models: Models, load: Load) -> Run:
+    """One pass."""
+    prefill = rounds = 0.0
+    states = []
+    for requests in load.batches:
+        started = time.perf_counter()
+        state = jax.block_until_ready(load.begin(models, requests))
+        between = time.perf_counter()
+        state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, NO_LIMIT))
+        prefill += 0.0 if load.rounds_only else between - started
+        rounds += time.perf_counter() - between
+        states.append(collect(state))
+    return Run(prefill, rounds, sum(int(g.calls.max()) for g in states), states)
+
+
+def peer_all(peer: Peer, load: Load) -> PeerRun:
+    """The peer's pass."""
+    started = time.perf_counter()
+    tokens = [row for requests in load.batches for row in peer(requests)]
+    return PeerRun(time.perf_counter() - started, tokens)
+
+
+# The phases of `decode.decode_step`, each a program of its own.
+grow = jax.jit(decode.grow, static_argnames="engine")
+score = jax.jit(decode.score, static_argnames="engine")
+accept = jax.jit(decode.accept, static_argnames="engine")
+extend = jax.jit(decode.extend, static_argnames="engine")
+commit = jax.jit(decode.commit, donate_argnames="state")
+
+
+@jax.jit
+def nothing(*arguments: Any) -> Array:
+    """What handing a program its arguments costs."""
+    return jnp.zeros(())
+
+
+def time_parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[str, float]:
+    """Seconds of a whole round and of each of its parts, in the middle of the `rounds` that `requests` take."""
+    engine, weights = models.engine, models.weights
+    state = run_rounds(engine, weights, load.begin(models, requests), np.int32(max(1, rounds // 2)))
+    tree = grow(engine, weights, state)
+    scored = score(engine, weights, state, tree)
+    accepted = accept(engine, state, tree, scored.logits_BNV)
+    one_round = functools.partial(run_rounds, engine)
+    parts = {
+        "nothing": Part(nothing, (weights, state)),
+        "round": Part(one_round, (weights, state, np.int32(1)), donated=1),
+        "target": Part(functools.partial(score, engine), (weights, state, tree)),
+        "verify": Part(functools.partial(accept, engine), (state, tree, scored.logits_BNV)),
+        "commit": Part(commit, (state, scored.fresh, accepted), donated=0),
+    }
+    if engine.drafter is not None:
+        path = (weights, state, scored.read_BND, accepted)
+        parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
+        parts["extend"] = Part(functools.partial(extend, engine), path)
+    seconds = cost.in_turns(parts, repeats=15)
+    dispatch = seconds.pop("nothing")
+    seconds = {name: max(0.0, taken - dispatch) for name, taken in seconds.items()}
+    seconds["draft"] = seconds.pop("grow", 0.0) + seconds.pop("extend", 0.0)
+    return seconds
+
+
+def memory_bound_speedup(models: Models, tau: float) -> float:
+    """The arm's `cost.mbsu`; that of plain decoding is its tau, 1."""
+    engine, weights = models.engine, models.weights
+    if engine.tree is None or engine.drafter is None:
+        return tau
+    head_VD = decode.borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
+    ratio = cost.draft_ratio(weights.drafter, weights.target, head_VD)
+    return cost.mbsu(tau, ratio=ratio, passes=cost.drafter_passes(engine.drafter, engine.tree.depth))
+
+
+def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
+    """Bytes and FLOPs of one round: the target's call and, with a drafter, the tree's growth."""
+    engine, weights = models.engine, models.weights
+    itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
+    nodes = 1 if engine.tree is None else engine.tree.nodes
+    work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
+    if engine.tree is None or engine.drafter is None:
+        return work
+    lent = decode.borrowed(engine, weights)
+    return work + cost.draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)
