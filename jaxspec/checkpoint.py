@@ -18,6 +18,8 @@ from jaxspec.layers import RopeScaling
 FORMAT = "jaxspec/1"
 CHECKSUMS = "jaxspec.sha256.json"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+# Else each process looks for itself whether there is something to replace, and they part where one looks too late.
+_OVERWRITING = ocp.options.FileOptions(skip_sync_file_validations=True)
 
 
 class Restored(NamedTuple):
@@ -113,7 +115,8 @@ def save_model(path: str | Path, params: Params, config: dict[str, Any], *, kind
     """
     path = Path(path).absolute()
     about = {"format": FORMAT, "kind": kind, "config": config}
-    ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=about, overwrite=True)
+    with ocp.Context(file_options=_OVERWRITING):
+        ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=about, overwrite=True)
     if jax.process_index() == 0:
         _write_checksums(path)
 
@@ -130,7 +133,7 @@ def load_model(
     if kind is not None and found != kind:
         raise ValueError(f"{path}: holds a {found}, not a {kind}")
     _verify_checksums(path)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         metadata = ocp.checkpointables_metadata(str(path)).metadata["params"]
         abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), metadata)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import signal
@@ -19,6 +20,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxspec import __version__, launch
 from jaxspec.base import Params
 from jaxspec.checkpoint import RunCheckpoints, abstract_like, save_drafter
 from jaxspec.cli import Preempted
@@ -47,7 +49,7 @@ class Outcome(NamedTuple):
     state: Any
     loss: float  # mean of the last logged steps
     evaluation: dict[str, Any]  # of the final state
-    tokens: int  # real tokens of this process's part of the run, padding apart
+    tokens: int  # real tokens since the run was started or resumed, over all processes, padding apart
     tokens_per_second: float
 
 
@@ -55,8 +57,8 @@ class Recipe(NamedTuple):
     """What one kind of training does; `train` drives it."""
 
     verb: str
-    init: Callable[[], Any]
-    """The state of step 0, under `jit`."""
+    init: Callable[..., Any]
+    """The state of step 0, under `jit`, from what is `given`."""
     update: Callable[[Any, HostBatch], tuple[Any, Any]]
     """A step: the new state and its loss, or where that is not finite the old state and the loss."""
     evaluate: Callable[[Any], dict[str, Any]]
@@ -65,6 +67,8 @@ class Recipe(NamedTuple):
     steps: int
     resumable: Sequence[str]
     """Fields of the config that a resumed run must share."""
+    given: tuple[Any, ...] = ()
+    """Arrays that `init` takes: it may not close over those that lie on the devices of several processes."""
 
 
 def train(
@@ -97,7 +101,7 @@ def train(
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 raise ValueError(_explain(step, losses[-1], document_ids(recipe.data.corpus, batch), checkpoints))
-            tokens += int(np.count_nonzero(batch["segments"]))
+            tokens += recipe.data.token_count(step - 1)
             rate = tokens / (time.monotonic() - began)
             losses = losses[-config.log_every :]
             shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
@@ -145,13 +149,15 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
 
     Raises ValueError if that checkpoint belongs to a run that differs in one of the recipe's `resumable` settings.
     """
-    abstract = jax.eval_shape(recipe.init)
+    abstract = jax.eval_shape(recipe.init, *recipe.given)
     layout = shardings(mesh, abstract)
     with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
         batches = iterate(recipe.data)
         resumed_from = checkpoints.latest_step()
+        advice = f"all must see the same in {checkpoints.folder}; start again once they do"
+        launch.agree("checkpoint", {"last checkpoint": resumed_from}, advice)
         if resumed_from is None:
-            state = jax.jit(recipe.init, out_shardings=layout)()
+            state = jax.jit(recipe.init, out_shardings=layout)(*recipe.given)
         else:
             restored = checkpoints.restore(resumed_from, abstract_like(abstract, layout))
             refuse_other_settings(restored.config, to_dict(config), recipe.resumable, checkpoints.folder)
@@ -219,6 +225,23 @@ class Data(NamedTuple):
         return {"mix": None if mixed is None else mixed._asdict()}
 
 
+def prepare(config: PretrainConfig | DistillConfig) -> None:
+    """ValueError unless all processes run the same and share the folders that it leaves things in."""
+    folders = {"checkpoint.folder": config.checkpoint.folder, "export_folder": config.export_folder}
+    for name, folder in folders.items():
+        if "://" in folder:
+            raise ValueError(
+                f"{name} is {folder!r}, and files are written to folders only: mount the bucket (docs/tpu.md says how) "
+                "and give the path in it"
+            )
+    if jax.process_count() > 1 and isinstance(config, DistillConfig) and config.compiler == "pmap":
+        raise ValueError("compiler='pmap' is for one process, and there are several: set compiler=jit or shard_map")
+    versions = {"jaxspec": __version__, "jax": jax.__version__}
+    launch.agree("settings", {**to_dict(config), "version": versions}, "start the same command on every host")
+    for folder in folders.values():
+        launch.check_shared(folder)
+
+
 def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer) -> Data:
     """The conversations of the config's files, tokenized and packed; says what they hold."""
     data = config.data
@@ -246,6 +269,8 @@ def pack_data(
         train = join(train, mixed)
     shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
     packed = functools.partial(PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, **shard)
+    prints = {"train": train.fingerprint, "eval": judged.fingerprint}
+    launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
     rows = packed(train, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
     if rows.mixed is not None:
         say(f"mix: {rows.mixed}")
@@ -322,7 +347,7 @@ def distill(
     frozen = jax.device_put(frozen, shardings(mesh, frozen))
     key = jax.random.key(config.seed)
 
-    def init() -> TrainState:
+    def init(frozen: Params) -> TrainState:
         return init_state(drafter, optimizer, key, target.borrowed(frozen), params)
 
     objective = config.objective
@@ -348,7 +373,7 @@ def distill(
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
         return updated(frozen, state, place(batch), vocab_U)
 
-    return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)
+    return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE, (frozen,)), config, mesh)
 
 
 def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
@@ -356,14 +381,27 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
 
     Returns the keys of `jaxspec train`.
     """
+    prepare(config)
     folder = target_folder(config.target)
-    target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
     data = data or read_data(config, ChatTokenizer.load(folder))
+    mesh = mesh_of(config.mesh)
+    read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
+    launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
+    target = load_target(folder, dtype=jnp.dtype(config.dtype), mesh=mesh, stacked=False)
     module, done = distill(config, target.module, target.params, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
     save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored)
     return {**done.keys(), **data.keys(), "drafter": config.export_folder}
+
+
+def files_in(path: Path) -> dict[str, int | str]:
+    """What tells a model's folder, or a file of a draft vocabulary, from another: sizes of weights, settings in hex."""
+    found: dict[str, int | str] = {}
+    for file in [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]:
+        settings = file.suffix == ".json"
+        found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if settings else file.stat().st_size
+    return found
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:

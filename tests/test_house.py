@@ -28,6 +28,7 @@ FLOORS = (
     {"config", "serving", "identity", "aot", "figures"},
     {"regeneration"},
     {"cli", "flags", "configs"},
+    {"launch"},
     {"training"},
     {"train", "infer"},
     {"__main__"},

@@ -33,6 +33,18 @@ def make_corpus(count: int = 150, longest: int = LENGTH) -> Corpus:
     )
 
 
+def test_a_fingerprint_tells_corpora_apart_by_anything_that_training_sees():
+    corpus = make_corpus()
+    assert corpus.fingerprint == make_corpus().fingerprint
+    changed = [
+        corpus._replace(tokens=corpus.tokens + 1),
+        corpus._replace(assistant_mask=~corpus.assistant_mask),
+        corpus._replace(source=corpus.source[::-1]),
+        corpus._replace(ids=corpus.ids[::-1]),
+    ]
+    assert len({c.fingerprint for c in [corpus, *changed]}) == 5
+
+
 def documents(batches: PackedBatches, epochs: int = 1) -> Counter:
     found: Counter = Counter()
     for i in range(len(batches)):

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, comparison, cost, figures, flags, loading, report, serving
+from jaxspec import cli, comparison, cost, figures, flags, launch, loading, report, serving
 from jaxspec.comparison import Counts, Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, differences, experiments, load, to_dict
 from jaxspec.data import jsonl
@@ -35,6 +35,7 @@ from jaxspec.data.conversations import read_conversations
 from jaxspec.data.packing import Corpus, tokenize_conversations
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.generation import tau
+from jaxspec.launch import Launch
 from jaxspec.loading import Models
 from jaxspec.serving import Job, Settings
 from jaxspec.training import RESUMABLE, Data, pack_data, read_corpus, run_distillation, say, termination_notice
@@ -166,6 +167,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns 1 if a recipe failed."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec compare", description=__doc__ or "")
+    with launch.joined(Launch(), prog="jaxspec compare"):  # whoever is told of others hears that they are one too many
+        launch.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
     target, arms = plan(args)
     prompts = choose_prompts(args)
     tokenizer = ChatTokenizer.load(loading.target_folder(target))

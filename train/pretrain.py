@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec import cli, loading
 from jaxspec.config import PretrainConfig, load
@@ -22,14 +22,18 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
+from jaxspec.launch import Launch, joined, meet
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
-from jaxspec.sharding import batch_sharding, replicated
+from jaxspec.sharding import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, Recipe, attention_blocks, mesh_of, optimizer_of, read_data, run, say
+from jaxspec.training import HostBatch, Recipe, attention_blocks, mesh_of, optimizer_of, prepare, read_data, run, say
 
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
 """Settings that may not change under a run's feet."""
+
+
+PROG = "jaxspec pretrain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +46,38 @@ class Args:
     """Changes such as optimizer.peak_lr=1e-3."""
     json: Path | None = None
     """Write the result here."""
+    launch: OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
     started = time.monotonic()
-    args = cli.parse(list(argv), Args, prog="jaxspec pretrain", description=__doc__ or "")
+    args = cli.parse(list(argv), Args, prog=PROG, description=__doc__ or "")
     config = load(args.config, args.overrides)
     if not isinstance(config, PretrainConfig):
         raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a PretrainConfig")
-    found = pretrain(config)
-    written = result("pretrain", dtype=config.dtype, seed=config.seed, started=started, **found)
+    with joined(args.launch, prog=PROG):
+        found = pretrain(config)
+        if jax.process_index() == 0:
+            show(config, result("pretrain", dtype=config.dtype, seed=config.seed, started=started, **found), args)
+    return 0
+
+
+def show(config: PretrainConfig, found: dict[str, Any], args: Args) -> None:
+    """Write the result where it is asked for, and print it."""
     if args.json:
-        write_json(args.json, written)
+        write_json(args.json, found)
     by_source = found["eval"]["by_source"]
     print_table(
         f"{config.name}: held-out loss after {found['steps']:,} steps",
         ("source", "nats a token"),
         [*by_source.items(), ("all", found["eval"]["loss"])],
     )
-    return 0
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
+    prepare(config)
     mesh = mesh_of(config.mesh)
     tokenizer = find_tokenizer(config)
     data = read_data(config, tokenizer)
@@ -82,7 +94,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return TrainState(params, optimizer.init(params), jnp.int32(0), train_key)
 
     place = functools.partial(place_batch, batch_sharding(mesh))
-    update = jax.jit(functools.partial(train_step, model, optimizer, config.loss_block), donate_argnums=0)
+    update = jax.jit(
+        functools.partial(train_step, model, optimizer, config.loss_block),
+        donate_argnums=0,
+        out_shardings=(shardings(mesh, jax.eval_shape(init)), replicated(mesh)),  # as it came in, or it compiles anew
+    )
     sums = jax.jit(
         functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
         out_shardings=replicated(mesh),
@@ -107,11 +123,12 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
     folder, vocab = Path(config.export_folder), config.model.vocab
     if config.tokenizer is not None:
         folder = loading.target_folder(config.tokenizer)
-    elif not (folder / "tokenizer.json").is_file():
+    elif jax.process_index() == 0 and not (folder / "tokenizer.json").is_file():
         say(f"training a tokenizer of {vocab:,} ids")
         conversations = read_all(config.data.train, limit=config.data.limit)
         texts = (message["content"] for c in conversations for message in c.messages)
         write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
+    meet("tokenizer")
     tokenizer = ChatTokenizer.load(folder)
     if tokenizer.vocab_size != vocab:
         raise ValueError(

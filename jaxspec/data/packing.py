@@ -1,6 +1,7 @@
 """Tokenized conversations in memory and their packing into rows of fixed length, as pure functions of (seed, step)."""
 
 import functools
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,14 @@ class Corpus(NamedTuple):
     def lengths(self) -> np.ndarray:
         """int64 [documents]: tokens in each."""
         return np.diff(self.offsets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that training sees of it, in hex."""
+        digest = hashlib.sha256(repr((self.sources, self.ids)).encode())
+        for array in (self.tokens, self.assistant_mask, self.offsets, self.source):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def join(first: Corpus, second: Corpus) -> Corpus:
@@ -266,10 +275,13 @@ class PackedBatches:
 
     def token_counts(self) -> Iterator[int]:
         """Real tokens, padding apart, of batches 0, 1, 2 ... of all processes together; without end as the batches."""
-        lengths = self.corpus.lengths
-        for index in range(len(self)):
-            rows = [self._row(index * self.batch + i) for i in range(self.batch)]
-            yield sum(int(lengths[row].sum()) for row in rows if row)
+        yield from map(self.token_count, range(len(self)))
+
+    def token_count(self, index: int) -> int:
+        """Real tokens, padding apart, of batch `index` of all processes together."""
+        offsets, rows = self.corpus.offsets, (self._row(index * self.batch + i) for i in range(self.batch))
+        documents = np.asarray([document for row in rows for document in row], np.int64)
+        return int(np.sum(offsets[documents + 1] - offsets[documents]))
 
     def _row(self, index: int) -> list[int]:
         """The documents of row `index` of the sequence of all epochs; none past the last epoch."""
