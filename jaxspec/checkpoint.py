@@ -18,8 +18,6 @@ from jaxspec.layers import RopeScaling
 FORMAT = "jaxspec/1"
 CHECKSUMS = "jaxspec.sha256.json"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
-# Else each process looks for itself whether there is something to replace, and they part where one looks too late.
-_OVERWRITING = ocp.options.FileOptions(skip_sync_file_validations=True)
 
 
 class Restored(NamedTuple):
@@ -115,7 +113,10 @@ def save_model(path: str | Path, params: Params, config: dict[str, Any], *, kind
     """
     path = Path(path).absolute()
     about = {"format": FORMAT, "kind": kind, "config": config}
-    with ocp.Context(file_options=_OVERWRITING):
+    context = ocp.Context()
+    # Else each process looks for itself whether there is something to replace, and they part where one looks too late.
+    context.file.skip_sync_file_validations = True
+    with context:
         ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=about, overwrite=True)
     if jax.process_index() == 0:
         _write_checksums(path)
