@@ -37,7 +37,7 @@ from jaxspec.interchange.hf import load_target
 from jaxspec.loading import check_width, open_drafter, target_folder
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import progress
-from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxspec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 HostBatch = Mapping[str, np.ndarray]
@@ -242,13 +242,14 @@ def prepare(config: PretrainConfig | DistillConfig) -> None:
         launch.check_shared(folder)
 
 
-def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer) -> Data:
-    """The conversations of the config's files, tokenized and packed; says what they hold."""
+def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, mesh: Mesh) -> Data:
+    """The conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
     data = config.data
     read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
     train = read("train", data.train, limit=data.limit)
     mix = None if data.mix is None else read("mix", data.mix)
-    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix)
+    rows = own_rows(mesh, data.batch)
+    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix, rows)
 
 
 def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Corpus:
@@ -258,17 +259,31 @@ def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int,
     return corpus
 
 
+def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
+    """The rows of a global batch that devices of this process hold; ValueError if the mesh cannot share them evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if batch % parts:
+        raise ValueError(f"data.batch is {batch}, and the mesh spreads rows over {parts} devices: let it be a multiple")
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return tuple(sorted({row for index in held for row in range(batch)[index[0]]}))  # type: ignore[index]
+
+
 def pack_data(
-    config: PretrainConfig | DistillConfig, train: Corpus, judged: Corpus, mixed: Corpus | None = None
+    config: PretrainConfig | DistillConfig,
+    train: Corpus,
+    judged: Corpus,
+    mixed: Corpus | None = None,
+    batch_rows: tuple[int, ...] | None = None,
 ) -> Data:
-    """This process's share of the corpora in packed rows: of `train`, `mixed` with the config's share of another,
-    shuffled epochs; of `judged` one in file order."""
+    """The corpora in packed rows: of `train`, `mixed` with the config's share of another, shuffled epochs; of `judged`
+    one in file order. Of every batch only `batch_rows`, unless None."""
     data, mix = config.data, None
     if mixed is not None:
         mix = Mix(len(train.ids), data.mix_share, data.mix_loss_on)
         train = join(train, mixed)
-    shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    packed = functools.partial(PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, **shard)
+    packed = functools.partial(
+        PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
+    )
     prints = {"train": train.fingerprint, "eval": judged.fingerprint}
     launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
     rows = packed(train, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
@@ -366,12 +381,12 @@ def distill(
     place = functools.partial(place_rows, batch_sharding(mesh))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        rows = (place(eval_data[i]) for i in range(len(eval_data)))
+        rows = (place(eval_data, eval_data[i]) for i in range(len(eval_data)))
         parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        return updated(frozen, state, place(batch), vocab_U)
+        return updated(frozen, state, place(train_data, batch), vocab_U)
 
     return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE, (frozen,)), config, mesh)
 
@@ -383,8 +398,8 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     """
     prepare(config)
     folder = target_folder(config.target)
-    data = data or read_data(config, ChatTokenizer.load(folder))
     mesh = mesh_of(config.mesh)
+    data = data or read_data(config, ChatTokenizer.load(folder), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
     launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
     target = load_target(folder, dtype=jnp.dtype(config.dtype), mesh=mesh, stacked=False)
@@ -412,10 +427,20 @@ def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict
     }
 
 
-def place_rows(sharding: jax.sharding.Sharding, batch: HostBatch) -> Batch:
-    """A packed batch on the mesh, rows split as `sharding` says."""
-    names = ("tokens", "segments", "positions", "loss_mask")
-    return Batch(*(jax.make_array_from_process_local_data(sharding, batch[name]) for name in names))
+def place_rows(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> Batch:
+    """A batch of `data` on the mesh, rows split as `sharding` says."""
+    return Batch(*(spread(sharding, data, batch[name]) for name in ("tokens", "segments", "positions", "loss_mask")))
+
+
+def spread(sharding: jax.sharding.Sharding, data: PackedBatches, x_BL: np.ndarray) -> jax.Array:
+    """A field of this process's rows of a batch as the global array; devices that hold the same rows may be several."""
+    every = np.arange(data.batch)
+    held = every if data.rows is None else np.asarray(data.rows)
+
+    def rows(index: Any) -> np.ndarray:
+        return x_BL[np.searchsorted(held, every[index[0]])]
+
+    return jax.make_array_from_callback((data.batch, *x_BL.shape[1:]), sharding, rows)
 
 
 def mesh_of(c: MeshConfig) -> Mesh:

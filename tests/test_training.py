@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxspec import training
 from jaxspec.checkpoint import RunCheckpoints, save_drafter
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
+from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.training import MetricLog, Recipe, drafter_for, train
+from jaxspec.training import MetricLog, Recipe, drafter_for, own_rows, spread, train
 
 
 class Numbers:
@@ -102,3 +104,34 @@ def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_pa
     with pytest.raises(ValueError, match="scores 24 tokens, and it is to score 32; it was made for another tokenizer"):
         drafter_for(config, target)
     assert drafter_for(config, dataclasses.replace(target, vocab=24)).module == drafter
+
+
+class Host:
+    """Stands for a sharding of which one process holds devices with some rows, several of them the same."""
+
+    def __init__(self, *rows: slice) -> None:
+        self.rows = rows
+
+    def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[int, tuple[slice]]:
+        return {device: (rows,) for device, rows in enumerate(self.rows)}
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
+    mesh = make_mesh(2, 2, 2)
+    assert own_rows(mesh, 8) == tuple(range(8))
+    monkeypatch.setattr(training, "batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
+    assert own_rows(mesh, 8) == (0, 1, 6, 7)
+    with pytest.raises(ValueError, match=r"data.batch is 6, and the mesh spreads rows over 4 devices"):
+        own_rows(mesh, 6)
+
+
+def test_rows_are_laid_where_the_global_batch_has_them(monkeypatch: pytest.MonkeyPatch):
+    x_BL = np.arange(8)[:, None] * np.ones((1, 4), np.int32)
+    whole, some = (cast(Any, SimpleNamespace(batch=8, rows=rows)) for rows in (None, (0, 1, 6, 7)))
+    placed = spread(batch_sharding(make_mesh(2, 2, 2)), whole, x_BL)
+    np.testing.assert_array_equal(placed, x_BL)
+    asked: list[Any] = []
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, rows: asked.append((shape, rows)))
+    spread(cast(Any, None), some, x_BL[[0, 1, 6, 7]])
+    shape, rows = asked[0]
+    assert shape == (8, 4) and rows((slice(6, 8), slice(None))).tolist() == x_BL[6:8].tolist()

@@ -27,13 +27,22 @@ from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
 from jaxspec.sharding import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, Recipe, attention_blocks, mesh_of, optimizer_of, prepare, read_data, run, say
-
-RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
-"""Settings that may not change under a run's feet."""
-
+from jaxspec.training import (
+    HostBatch,
+    Recipe,
+    attention_blocks,
+    mesh_of,
+    optimizer_of,
+    prepare,
+    read_data,
+    run,
+    say,
+    spread,
+)
 
 PROG = "jaxspec pretrain"
+RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
+"""Settings that may not change under a run's feet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +89,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     prepare(config)
     mesh = mesh_of(config.mesh)
     tokenizer = find_tokenizer(config)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, mesh)
     steps = config.optimizer.steps or len(data.train)
     shape = dataclasses.replace(
         config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
@@ -106,8 +115,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     recipe = Recipe(
         "pretrain",
         init,
-        update=lambda state, batch: update(state, place(batch)[0]),
-        evaluate=lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
+        update=lambda state, batch: update(state, place(data.train, batch)[0]),
+        evaluate=lambda state: evaluate(lambda batch: sums(state.params, *place(data.eval, batch)), data.eval),
         data=data.train,
         steps=steps,
         resumable=RESUMABLE,
@@ -174,10 +183,10 @@ def evaluate(sums: Callable[[HostBatch], tuple[jax.Array, jax.Array]], batches: 
     return {"loss": float(loss.sum() / max(count.sum(), 1)), "by_source": by_source, "tokens": int(count.sum())}
 
 
-def place_batch(sharding: jax.sharding.Sharding, batch: HostBatch) -> tuple[TokenBatch, jax.Array]:
-    """The batch and its source ids on the mesh, rows split as `sharding` says."""
+def place_batch(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> tuple[TokenBatch, jax.Array]:
+    """A batch of `data` and its source ids on the mesh, rows split as `sharding` says."""
     names = ("tokens", "segments", "positions", "loss_mask", "sources")
-    *fields, sources = (jax.make_array_from_process_local_data(sharding, batch[name]) for name in names)
+    *fields, sources = (spread(sharding, data, batch[name]) for name in names)
     return TokenBatch(*fields), sources
 
 

@@ -176,7 +176,7 @@ class PackedBatches:
 
     With `shuffle`, every epoch has its own order and its own packing; without, documents keep the order of the file.
     Epochs follow each other without a gap, and rows that are missing at the very end are padding.
-    With `shard_count` processes, each builds its `batch / shard_count` rows of the same global batch.
+    A process that needs only some `rows` of the global batch builds these.
     With a `mix`, the last documents of the corpus are taken in its proportion, and trained on as it says.
     """
 
@@ -187,13 +187,10 @@ class PackedBatches:
     epochs: int | None = 1  # None: without end
     loss_on: LossOn = "all"
     shuffle: bool = True
-    shard_index: int = 0
-    shard_count: int = 1
+    rows: tuple[int, ...] | None = None  # of the global batch, ascending; None: all
     mix: Mix | None = None
 
     def __post_init__(self) -> None:
-        if self.batch % self.shard_count:
-            raise ValueError(f"batch is {self.batch}, which {self.shard_count} processes cannot share evenly")
         _check_loss_on("loss_on", self.loss_on)
         longest = int(self.corpus.lengths.max())
         if longest > self.length:
@@ -210,9 +207,8 @@ class PackedBatches:
         return -(-sum(map(self._row_count, range(self.epochs))) // self.batch)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        rows = self.batch // self.shard_count
-        first = index * self.batch + self.shard_index * rows
-        return self._build([self._row(first + i) for i in range(rows)])
+        rows = range(self.batch) if self.rows is None else self.rows
+        return self._build([self._row(index * self.batch + i) for i in rows])
 
     @property
     def batches_per_epoch(self) -> int:
