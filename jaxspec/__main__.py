@@ -36,7 +36,7 @@ examples:
   jaxspec bench decode --help
 
 Every verb explains its flags with --help and writes its result with --json PATH.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 preempted (resume with the same command).
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 preempted, or another process lost (resume with the same command).
 JAXSPEC_TRACEBACK=1 shows the traceback of a failure."""
 
 

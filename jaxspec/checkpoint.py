@@ -339,8 +339,12 @@ def save_model(
     if _is_first():
         refuse_to_replace(path)
         _remove(draft)
+    context = ocp.Context()
+    # Else each process looks for itself whether something is there already, and they part where one looks too late.
+    context.file.skip_sync_file_validations = True
     try:
-        ocp.save_checkpointables(str(draft), {"params": params}, custom_metadata=_mark(kind))
+        with context:
+            ocp.save_checkpointables(str(draft), {"params": params}, custom_metadata=_mark(kind))
         if _is_first():
             for file in files:
                 shutil.copyfile(file, draft / file.name)
@@ -447,7 +451,7 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
 
 def _load_arrays(path: Path, name: str, part: str | None, sharding: jax.sharding.Sharding | None) -> Any:
     """What Orbax stored as `name`, or a part of it alone; ValueError where something is missing."""
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     context = ocp.Context()
     context.pytree.loading.partial_load = part is not None
     try:

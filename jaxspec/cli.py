@@ -20,6 +20,10 @@ class Preempted(Exception):
     """The machine was taken away after the state was saved: the same command resumes."""
 
 
+class WrongUsage(ValueError):
+    """Flags, or environment variables in their stead, that do not fit together."""
+
+
 def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
     """Returns an instance of the frozen dataclass `args` filled from `argv`.
 
@@ -31,26 +35,36 @@ def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str)
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code of `main(argv)`; an expected failure becomes one sentence on stderr.
 
-    Expected are `ValueError` and `OSError` (exit 1), `Preempted` (exit 75) and an interrupt (exit 130). Anything else
-    is a bug and keeps its traceback, as does every failure under `JAXSPEC_TRACEBACK=1`. `argv` is the command line
+    Expected are `ValueError` and `OSError` (exit 1), `WrongUsage` (2), `Preempted` (75), an interrupt (130). Anything
+    else is a bug and keeps its traceback, as does every failure under `JAXSPEC_TRACEBACK=1`. `argv` is the command line
     and `prog` the name of the running file, unless given.
     """
     argv = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).stem if prog is None else prog
     try:
         return main(list(argv))
-    except Preempted as stop:
-        reason = sentence(stop) or "stopped by preemption"
-        sys.stderr.write(f"{prog}: {reason.rstrip('.')}; resume with the same command.\n")
-        return EXIT_PREEMPTED
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted.\n")
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError) as failure:
-        if os.environ.get("JAXSPEC_TRACEBACK") == "1":
+    except (Exception, KeyboardInterrupt) as failure:
+        known = verdict(failure)
+        if known is None:
             raise
-        sys.stderr.write(f"{prog}: {sentence(failure) or type(failure).__name__}\n")
-        return EXIT_FAILED
+        code, reason = known
+        sys.stderr.write(f"{prog}: {reason}\n")
+        return code
+
+
+def verdict(failure: BaseException) -> tuple[int, str] | None:
+    """The exit code and sentence of an expected failure (see `run`); None for one that keeps its traceback."""
+    match failure:
+        case Preempted():
+            reason = sentence(failure) or "stopped by preemption"
+            return EXIT_PREEMPTED, f"{reason.rstrip('.')}; resume with the same command."
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "interrupted."
+        case WrongUsage():
+            return EXIT_USAGE, sentence(failure)
+        case ValueError() | OSError() if os.environ.get("JAXSPEC_TRACEBACK") != "1":
+            return EXIT_FAILED, sentence(failure) or type(failure).__name__
+    return None
 
 
 def sentence(failure: BaseException) -> str:

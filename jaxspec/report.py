@@ -196,9 +196,13 @@ class Progress:
 def progress(description: str, total: int | None, unit: str) -> Iterator[Progress]:
     """Yields a `Progress` shown on stderr: a live bar on a terminal, elsewhere a plain line at most every 20 s.
 
-    `unit` is a plural noun ("steps"); `total` is None where the end is not known.
+    `unit` is a plural noun ("steps"); `total` is None where the end is not known. Of several processes the first shows
+    it.
     """
     console = Console(stderr=True)
+    if jax.distributed.is_initialized() and jax.process_index():
+        yield Progress(description, total, unit, Bar(disable=True))
+        return
     if not console.is_terminal:
         line = Progress(description, total, unit, None)
         yield line

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import signal
 import sys
@@ -19,6 +20,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxspec import __version__, launch
 from jaxspec.base import Params
 from jaxspec.checkpoint import (
     Merit,
@@ -51,7 +53,7 @@ from jaxspec.interchange.hf import load_target
 from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import jsonable, progress
-from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxspec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.tracking import Tracker, provenance, session, track
 
@@ -64,7 +66,7 @@ class Outcome(NamedTuple):
     state: Any
     loss: float  # mean of the last logged steps
     evaluation: dict[str, Any]  # of that state
-    tokens: int  # real tokens of this process's part of the run, padding apart
+    tokens: int  # real tokens since the run was started or resumed, over all processes, padding apart
     tokens_per_second: float
 
 
@@ -72,8 +74,8 @@ class Recipe(NamedTuple):
     """What one kind of training does; `train` drives it."""
 
     verb: str
-    init: Callable[[], Any]
-    """The state of step 0, under `jit`."""
+    init: Callable[..., Any]
+    """The state of step 0, under `jit`, from what is `given`."""
     update: Callable[[Any, HostBatch], tuple[Any, Any]]
     """A step: the new state and its loss, or where that is not finite the old state and the loss."""
     evaluate: Callable[[Any], dict[str, Any]]
@@ -86,6 +88,8 @@ class Recipe(NamedTuple):
     """Figures of the evaluation by which a step can be the best; the first unless the config says."""
     model: Mapping[str, Any]
     """What the weights are, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's card."""
+    given: tuple[Any, ...] = ()
+    """Arrays that `init` takes: it may not close over those that lie on the devices of several processes."""
 
 
 def train(
@@ -133,7 +137,7 @@ def train(
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 raise ValueError(_explain(step, losses[-1], document_ids(recipe.data.corpus, batch), checkpoints))
-            tokens += int(np.count_nonzero(batch["segments"]))
+            tokens += recipe.data.token_count(step - 1)
             rate = tokens / (time.monotonic() - began)
             losses = losses[-config.log_every :]
             shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
@@ -200,7 +204,7 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
     one of the recipe's `resumable` settings.
     """
     kept, merit = config.checkpoint, merit_of(recipe, config.checkpoint)
-    abstract = jax.eval_shape(recipe.init)
+    abstract = jax.eval_shape(recipe.init, *recipe.given)
     wanted = abstract_like(abstract, shardings(mesh, abstract))
     opened = RunCheckpoints(kept.folder, keep=kept.keep, keep_best=kept.keep_best, merit=merit, tell=say)
     facts = {"name": config.name, "kind": recipe.verb, "steps": recipe.steps, "config": to_dict(config)}
@@ -234,7 +238,7 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
 
 def start_state(recipe: Recipe, wanted: Any) -> Any:
     """The state of step 0, laid out as `wanted`."""
-    return jax.jit(recipe.init, out_shardings=jax.tree.map(lambda a: a.sharding, wanted))()
+    return jax.jit(recipe.init, out_shardings=jax.tree.map(lambda a: a.sharding, wanted))(*recipe.given)
 
 
 def resume(
@@ -245,7 +249,10 @@ def resume(
     wanted: Any,
 ) -> Restored | None:
     """The last intact checkpoint, laid out as `wanted`, with `batches` moved to its place; None where there is none."""
-    if checkpoints.latest_step() is None:
+    latest = checkpoints.latest_step()
+    advice = f"all must see the same in {checkpoints.folder}; start again once they do"
+    launch.agree("checkpoint", {"last checkpoint": latest}, advice)
+    if latest is None:
         return None
     restored = checkpoints.restore(None, wanted)
     refuse_other_settings(restored.config, to_dict(config), recipe.resumable, checkpoints.folder)
@@ -301,13 +308,31 @@ class Data(NamedTuple):
         return {"mix": None if mixed is None else mixed._asdict()}
 
 
-def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer) -> Data:
-    """The conversations of the config's files, tokenized and packed; says what they hold."""
+def prepare(config: PretrainConfig | DistillConfig) -> None:
+    """ValueError unless all processes run the same and share the folders that it leaves things in."""
+    folders = {"checkpoint.folder": config.checkpoint.folder, "export_folder": config.export_folder}
+    for name, folder in folders.items():
+        if "://" in folder:
+            raise ValueError(
+                f"{name} is {folder!r}, and files are written to folders only: mount the bucket (docs/tpu.md says how) "
+                "and give the path in it"
+            )
+    if jax.process_count() > 1 and isinstance(config, DistillConfig) and config.compiler == "pmap":
+        raise ValueError("compiler='pmap' is for one process, and there are several: set compiler=jit or shard_map")
+    versions = {"jaxspec": __version__, "jax": jax.__version__}
+    launch.agree("settings", {**to_dict(config), "version": versions}, "start the same command on every host")
+    for folder in folders.values():
+        launch.check_shared(folder)
+
+
+def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, mesh: Mesh) -> Data:
+    """The conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
     data = config.data
     read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
     train = read("train", data.train, limit=data.limit)
     mix = None if data.mix is None else read("mix", data.mix)
-    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix)
+    rows = own_rows(mesh, data.batch)
+    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix, rows)
 
 
 def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Corpus:
@@ -317,17 +342,33 @@ def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int,
     return corpus
 
 
+def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
+    """The rows of a global batch that devices of this process hold; ValueError if the mesh cannot share them evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if batch % parts:
+        raise ValueError(f"data.batch is {batch}, and the mesh spreads rows over {parts} devices: let it be a multiple")
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return tuple(sorted({row for index in held for row in range(batch)[index[0]]}))  # type: ignore[index]
+
+
 def pack_data(
-    config: PretrainConfig | DistillConfig, train: Corpus, judged: Corpus, mixed: Corpus | None = None
+    config: PretrainConfig | DistillConfig,
+    train: Corpus,
+    judged: Corpus,
+    mixed: Corpus | None = None,
+    batch_rows: tuple[int, ...] | None = None,
 ) -> Data:
-    """This process's share of the corpora in packed rows: of `train`, `mixed` with the config's share of another,
-    shuffled epochs; of `judged` one in file order."""
+    """The corpora in packed rows: of `train`, `mixed` with the config's share of another, shuffled epochs; of `judged`
+    one in file order. Of every batch only `batch_rows`, unless None."""
     data, mix = config.data, None
     if mixed is not None:
         mix = Mix(len(train.ids), data.mix_share, data.mix_loss_on)
         train = join(train, mixed)
-    shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    packed = functools.partial(PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, **shard)
+    packed = functools.partial(
+        PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
+    )
+    prints = {"train": train.fingerprint, "eval": judged.fingerprint}
+    launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
     rows = packed(train, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
     if rows.mixed is not None:
         say(f"mix: {rows.mixed}")
@@ -412,7 +453,7 @@ def distill(
     frozen = jax.device_put(frozen, shardings(mesh, frozen))
     key = jax.random.key(config.seed)
 
-    def init() -> TrainState:
+    def init(frozen: Params) -> TrainState:
         return init_state(drafter, optimizer, key, target.borrowed(frozen), params)
 
     objective = config.objective
@@ -431,12 +472,12 @@ def distill(
     place = functools.partial(place_rows, batch_sharding(mesh))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        rows = (place(eval_data[i]) for i in range(len(eval_data)))
+        rows = (place(eval_data, eval_data[i]) for i in range(len(eval_data)))
         parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        return updated(frozen, state, place(batch), vocab_U)
+        return updated(frozen, state, place(train_data, batch), vocab_U)
 
     model = {
         "kind": "drafter",
@@ -445,7 +486,7 @@ def distill(
         ),
         "tokenizer": tokenizer_card(target_folder(config.target)),
     }
-    recipe = Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE, MERITS, model)
+    recipe = Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE, MERITS, model, (frozen,))
     return drafter, run(recipe, config, mesh)
 
 
@@ -454,15 +495,28 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
 
     Returns the keys of `jaxspec train`.
     """
+    prepare(config)
     folder = target_folder(config.target)
     refuse_to_replace(config.export_folder)
-    target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
-    data = data or read_data(config, ChatTokenizer.load(folder))
+    mesh = mesh_of(config.mesh)
+    data = data or read_data(config, ChatTokenizer.load(folder), mesh)
+    read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
+    launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
+    target = load_target(folder, dtype=jnp.dtype(config.dtype), mesh=mesh, stacked=False)
     module, done = distill(config, target.module, target.params, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
     save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=done.card)
     return {**done.keys(), **data.keys(), "drafter": config.export_folder}
+
+
+def files_in(path: Path) -> dict[str, int | str]:
+    """What tells a model's folder, or a file of a draft vocabulary, from another: sizes of weights, settings in hex."""
+    found: dict[str, int | str] = {}
+    for file in [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]:
+        settings = file.suffix == ".json"
+        found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if settings else file.stat().st_size
+    return found
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
@@ -473,10 +527,20 @@ def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict
     }
 
 
-def place_rows(sharding: jax.sharding.Sharding, batch: HostBatch) -> Batch:
-    """A packed batch on the mesh, rows split as `sharding` says."""
-    names = ("tokens", "segments", "positions", "loss_mask")
-    return Batch(*(jax.make_array_from_process_local_data(sharding, batch[name]) for name in names))
+def place_rows(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> Batch:
+    """A batch of `data` on the mesh, rows split as `sharding` says."""
+    return Batch(*(spread(sharding, data, batch[name]) for name in ("tokens", "segments", "positions", "loss_mask")))
+
+
+def spread(sharding: jax.sharding.Sharding, data: PackedBatches, x_BL: np.ndarray) -> jax.Array:
+    """A field of this process's rows of a batch as the global array; devices that hold the same rows may be several."""
+    every = np.arange(data.batch)
+    held = every if data.rows is None else np.asarray(data.rows)
+
+    def rows(index: Any) -> np.ndarray:
+        return x_BL[np.searchsorted(held, every[index[0]])]
+
+    return jax.make_array_from_callback((data.batch, *x_BL.shape[1:]), sharding, rows)
 
 
 def mesh_of(c: MeshConfig) -> Mesh:

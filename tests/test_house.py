@@ -28,6 +28,7 @@ FLOORS = (
     {"config", "serving", "identity", "aot", "figures", "exports", "timing", "peers"},
     {"regeneration"},
     {"cli", "flags", "configs"},
+    {"launch"},
     {"training"},
     {"recipes", "measurement"},
     {"train", "infer"},

@@ -19,10 +19,10 @@ from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_draft
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
-from jaxspec.sharding import make_mesh
+from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import read_record, track
-from jaxspec.training import Recipe, drafter_for, merit_of, save_due, train
+from jaxspec.training import Recipe, drafter_for, merit_of, own_rows, save_due, spread, train
 from jaxspec.training import run as whole_run
 
 MERIT = Merit("loss", rising=False)
@@ -39,7 +39,7 @@ class Numbers:
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.at += 1
-        return {"segments": np.ones((1, 4), np.int32), "documents": np.full((1, 4), self.at)}
+        return {"documents": np.full((1, 4), self.at)}
 
     def get_state(self) -> dict[str, Any]:
         return {"at": self.at}
@@ -54,6 +54,9 @@ class Documents:
     """Stands for the data: document `n` is called `doc-n`."""
 
     corpus = SimpleNamespace(ids=[f"doc-{n}" for n in range(9)])
+
+    def token_count(self, index: int) -> int:
+        return 4
 
 
 def run(
@@ -189,3 +192,34 @@ def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_pa
     with pytest.raises(ValueError, match="scores 24 tokens, and it is to score 32; it was made for another tokenizer"):
         drafter_for(config, target)
     assert drafter_for(config, dataclasses.replace(target, vocab=24)).module == drafter
+
+
+class Host:
+    """Stands for a sharding of which one process holds devices with some rows, several of them the same."""
+
+    def __init__(self, *rows: slice) -> None:
+        self.rows = rows
+
+    def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[int, tuple[slice]]:
+        return {device: (rows,) for device, rows in enumerate(self.rows)}
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
+    mesh = make_mesh(2, 2, 2)
+    assert own_rows(mesh, 8) == tuple(range(8))
+    monkeypatch.setattr(training, "batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
+    assert own_rows(mesh, 8) == (0, 1, 6, 7)
+    with pytest.raises(ValueError, match=r"data.batch is 6, and the mesh spreads rows over 4 devices"):
+        own_rows(mesh, 6)
+
+
+def test_rows_are_laid_where_the_global_batch_has_them(monkeypatch: pytest.MonkeyPatch):
+    x_BL = np.arange(8)[:, None] * np.ones((1, 4), np.int32)
+    whole, some = (cast(Any, SimpleNamespace(batch=8, rows=rows)) for rows in (None, (0, 1, 6, 7)))
+    placed = spread(batch_sharding(make_mesh(2, 2, 2)), whole, x_BL)
+    np.testing.assert_array_equal(placed, x_BL)
+    asked: list[Any] = []
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, rows: asked.append((shape, rows)))
+    spread(cast(Any, None), some, x_BL[[0, 1, 6, 7]])
+    shape, rows = asked[0]
+    assert shape == (8, 4) and rows((slice(6, 8), slice(None))).tolist() == x_BL[6:8].tolist()

@@ -25,11 +25,12 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, comparison, figures, flags, loading, report
+from jaxspec import cli, comparison, figures, flags, launch, loading, report
 from jaxspec.comparison import Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
+from jaxspec.launch import Launch
 from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
 from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm
 from jaxspec.serving import Settings
@@ -131,6 +132,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns 1 if a recipe failed."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec compare", description=__doc__ or "")
+    with launch.joined(Launch(), prog="jaxspec compare"):  # whoever is told of others hears that they are one too many
+        launch.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
     target, arms = plan(args)
     prompts = choose_prompts(args)
     tokenizer = ChatTokenizer.load(loading.target_folder(target))

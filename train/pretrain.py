@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec import cli, loading
 from jaxspec.checkpoint import Merit
@@ -23,12 +23,25 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
+from jaxspec.launch import Launch, joined, meet
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
-from jaxspec.sharding import batch_sharding, replicated
+from jaxspec.sharding import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama
-from jaxspec.training import HostBatch, Recipe, attention_blocks, mesh_of, optimizer_of, read_data, run, say
+from jaxspec.training import (
+    HostBatch,
+    Recipe,
+    attention_blocks,
+    mesh_of,
+    optimizer_of,
+    prepare,
+    read_data,
+    run,
+    say,
+    spread,
+)
 
+PROG = "jaxspec pretrain"
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
 """Settings that may not change under a run's feet."""
 
@@ -43,33 +56,41 @@ class Args:
     """Changes such as optimizer.peak_lr=1e-3."""
     json: Path | None = None
     """Write the result here."""
+    launch: OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code."""
     started = time.monotonic()
-    args = cli.parse(list(argv), Args, prog="jaxspec pretrain", description=__doc__ or "")
+    args = cli.parse(list(argv), Args, prog=PROG, description=__doc__ or "")
     config = load(args.config, args.overrides)
     if not isinstance(config, PretrainConfig):
         raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a PretrainConfig")
-    found = pretrain(config)
-    written = result("pretrain", dtype=config.dtype, seed=config.seed, started=started, **found)
+    with joined(args.launch, prog=PROG):
+        found = pretrain(config)
+        if jax.process_index() == 0:
+            show(config, result("pretrain", dtype=config.dtype, seed=config.seed, started=started, **found), args)
+    return 0
+
+
+def show(config: PretrainConfig, found: dict[str, Any], args: Args) -> None:
+    """Write the result where it is asked for, and print it."""
     if args.json:
-        write_json(args.json, written)
+        write_json(args.json, found)
     by_source = found["eval"]["by_source"]
     print_table(
         f"{config.name}: held-out loss after {found['steps']:,} steps",
         ("source", "nats a token"),
         [*by_source.items(), ("all", found["eval"]["loss"])],
     )
-    return 0
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
+    prepare(config)
     mesh = mesh_of(config.mesh)
     tokenizer = find_tokenizer(config)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, mesh)
     steps = config.optimizer.steps or len(data.train)
     shape = dataclasses.replace(
         config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
@@ -83,7 +104,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return TrainState(params, optimizer.init(params), jnp.int32(0), train_key)
 
     place = functools.partial(place_batch, batch_sharding(mesh))
-    update = jax.jit(functools.partial(train_step, model, optimizer, config.loss_block), donate_argnums=0)
+    update = jax.jit(
+        functools.partial(train_step, model, optimizer, config.loss_block),
+        donate_argnums=0,
+        out_shardings=(shardings(mesh, jax.eval_shape(init)), replicated(mesh)),  # as it came in, or it compiles anew
+    )
     sums = jax.jit(
         functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
         out_shardings=replicated(mesh),
@@ -91,8 +116,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     recipe = Recipe(
         "pretrain",
         init,
-        update=lambda state, batch: update(state, place(batch)[0]),
-        evaluate=lambda state: evaluate(lambda batch: sums(state.params, *place(batch)), data.eval),
+        update=lambda state, batch: update(state, place(data.train, batch)[0]),
+        evaluate=lambda state: evaluate(lambda batch: sums(state.params, *place(data.eval, batch)), data.eval),
         data=data.train,
         steps=steps,
         resumable=RESUMABLE,
@@ -114,11 +139,12 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
     folder, vocab = Path(config.export_folder), config.model.vocab
     if config.tokenizer is not None:
         folder = loading.target_folder(config.tokenizer)
-    elif not (folder / "tokenizer.json").is_file():
+    elif jax.process_index() == 0 and not (folder / "tokenizer.json").is_file():
         say(f"training a tokenizer of {vocab:,} ids")
         conversations = read_all(config.data.train, limit=config.data.limit)
         texts = (message["content"] for c in conversations for message in c.messages)
         write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
+    meet("tokenizer")
     tokenizer = ChatTokenizer.load(folder)
     if tokenizer.vocab_size != vocab:
         raise ValueError(
@@ -164,10 +190,10 @@ def evaluate(sums: Callable[[HostBatch], tuple[jax.Array, jax.Array]], batches: 
     return {"loss": float(loss.sum() / max(count.sum(), 1)), "by_source": by_source, "tokens": int(count.sum())}
 
 
-def place_batch(sharding: jax.sharding.Sharding, batch: HostBatch) -> tuple[TokenBatch, jax.Array]:
-    """The batch and its source ids on the mesh, rows split as `sharding` says."""
+def place_batch(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> tuple[TokenBatch, jax.Array]:
+    """A batch of `data` and its source ids on the mesh, rows split as `sharding` says."""
     names = ("tokens", "segments", "positions", "loss_mask", "sources")
-    *fields, sources = (jax.make_array_from_process_local_data(sharding, batch[name]) for name in names)
+    *fields, sources = (spread(sharding, data, batch[name]) for name in names)
     return TokenBatch(*fields), sources
 
 

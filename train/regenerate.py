@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from jaxspec import cli, flags, loading, report
+from jaxspec import cli, flags, launch, loading, report
 from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.flags import Flags
@@ -134,6 +134,8 @@ def main(argv: list[str]) -> int:
     """Runs the verb; returns 1 if not one conversation is finished."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec regenerate", description=__doc__ or "")
+    if args.part == (0, 1):
+        launch.refuse_several("jaxspec regenerate", "give each its --shard i/n and its own --out")
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
     conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)

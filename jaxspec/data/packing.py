@@ -1,6 +1,7 @@
 """Tokenized conversations in memory and their packing into rows of fixed length, as pure functions of (seed, step)."""
 
 import functools
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,14 @@ class Corpus(NamedTuple):
     def lengths(self) -> np.ndarray:
         """int64 [documents]: tokens in each."""
         return np.diff(self.offsets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that training sees of it, in hex."""
+        digest = hashlib.sha256(repr((self.sources, self.ids)).encode())
+        for array in (self.tokens, self.assistant_mask, self.offsets, self.source):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def join(first: Corpus, second: Corpus) -> Corpus:
@@ -167,7 +176,7 @@ class PackedBatches:
 
     With `shuffle`, every epoch has its own order and its own packing; without, documents keep the order of the file.
     Epochs follow each other without a gap, and rows that are missing at the very end are padding.
-    With `shard_count` processes, each builds its `batch / shard_count` rows of the same global batch.
+    A process that needs only some `rows` of the global batch builds these.
     With a `mix`, the last documents of the corpus are taken in its proportion, and trained on as it says.
     """
 
@@ -178,13 +187,10 @@ class PackedBatches:
     epochs: int | None = 1  # None: without end
     loss_on: LossOn = "all"
     shuffle: bool = True
-    shard_index: int = 0
-    shard_count: int = 1
+    rows: tuple[int, ...] | None = None  # of the global batch, ascending; None: all
     mix: Mix | None = None
 
     def __post_init__(self) -> None:
-        if self.batch % self.shard_count:
-            raise ValueError(f"batch is {self.batch}, which {self.shard_count} processes cannot share evenly")
         _check_loss_on("loss_on", self.loss_on)
         longest = int(self.corpus.lengths.max())
         if longest > self.length:
@@ -201,9 +207,8 @@ class PackedBatches:
         return -(-sum(map(self._row_count, range(self.epochs))) // self.batch)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        rows = self.batch // self.shard_count
-        first = index * self.batch + self.shard_index * rows
-        return self._build([self._row(first + i) for i in range(rows)])
+        rows = range(self.batch) if self.rows is None else self.rows
+        return self._build([self._row(index * self.batch + i) for i in rows])
 
     @property
     def batches_per_epoch(self) -> int:
@@ -266,10 +271,13 @@ class PackedBatches:
 
     def token_counts(self) -> Iterator[int]:
         """Real tokens, padding apart, of batches 0, 1, 2 ... of all processes together; without end as the batches."""
-        lengths = self.corpus.lengths
-        for index in range(len(self)):
-            rows = [self._row(index * self.batch + i) for i in range(self.batch)]
-            yield sum(int(lengths[row].sum()) for row in rows if row)
+        yield from map(self.token_count, range(len(self)))
+
+    def token_count(self, index: int) -> int:
+        """Real tokens, padding apart, of batch `index` of all processes together."""
+        offsets, rows = self.corpus.offsets, (self._row(index * self.batch + i) for i in range(self.batch))
+        documents = np.asarray([document for row in rows for document in row], np.int64)
+        return int(np.sum(offsets[documents + 1] - offsets[documents]))
 
     def _row(self, index: int) -> list[int]:
         """The documents of row `index` of the sequence of all epochs; none past the last epoch."""

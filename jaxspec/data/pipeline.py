@@ -40,8 +40,7 @@ def packed_batches(
     seed: int = 0,
     epochs: int | None = None,
     loss_on: Literal["all", "assistant"] = "all",
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: tuple[int, ...] | None = None,
 ) -> BatchIterator:
     """Shuffled packed batches of `conversations`, as `PackedBatches` describes them, through Grain."""
     corpus = tokenize_conversations(conversations, tokenizer, length=length)
@@ -53,7 +52,6 @@ def packed_batches(
             seed=seed,
             epochs=epochs,
             loss_on=loss_on,
-            shard_index=shard_index,
-            shard_count=shard_count,
+            rows=rows,
         )
     )
