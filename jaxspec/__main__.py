@@ -20,6 +20,7 @@ VERBS = {
     "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
+    "tokenize": Verb("jaxspec.train.tokenize_corpus", "tokenize a data set into sharded files on disk"),
     "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare what they are worth"),

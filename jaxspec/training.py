@@ -24,10 +24,11 @@ from jaxspec.checkpoint import RunCheckpoints, abstract_like, save_drafter
 from jaxspec.cli import Preempted
 from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, differences, to_dict
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import read_all
+from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.packing import Corpus, Mix, PackedBatches, join, tokenize_conversations
-from jaxspec.data.pipeline import BatchIterator, iterate
+from jaxspec.data.packing import Documents, Mix, PackedBatches, join, tokenize_conversations
+from jaxspec.data.pipeline import Batches, BatchIterator, iterate
+from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
 from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange.hf import load_target
@@ -60,7 +61,7 @@ class Recipe(NamedTuple):
     """A step: the new state and its loss, or where that is not finite the old state and the loss."""
     evaluate: Callable[[Any], dict[str, Any]]
     """Figures of a state on held-out data."""
-    data: PackedBatches
+    data: Batches
     steps: int
     resumable: Sequence[str]
     """Fields of the config that a resumed run must share."""
@@ -147,7 +148,7 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
     abstract = jax.eval_shape(recipe.init)
     layout = shardings(mesh, abstract)
     with RunCheckpoints(config.checkpoint.folder, keep=config.checkpoint.keep) as checkpoints:
-        batches = iterate(recipe.data)
+        batches = iterate(recipe.data, workers=config.data.workers or 0)
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
             state = jax.jit(recipe.init, out_shardings=layout)()
@@ -213,42 +214,83 @@ class Data(NamedTuple):
     eval: PackedBatches
 
     def keys(self) -> dict[str, Any]:
-        """What the training verbs report of it: the mix that was reached, None without one."""
-        mixed = self.train.mixed
-        return {"mix": None if mixed is None else mixed._asdict()}
+        """What the training verbs report of it: what happened to the conversations, the mix that was reached (None
+        without one), and what weighted files came to."""
+        mixed = {mix.name: mix._asdict() for mix in self.train.mixed}
+        documents = {part: getattr(self, part).corpus.summary._asdict() for part in ("train", "eval")}
+        return {"documents": documents, "mix": mixed.pop("mix", None), "weighted": list(mixed.values())}
+
+
+class Share(NamedTuple):
+    """A corpus that stands beside another in a fixed proportion."""
+
+    name: str
+    corpus: Documents
+    share: float
+    """Of the trained tokens of them all."""
 
 
 def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer) -> Data:
     """The conversations of the config's files, tokenized and packed; says what they hold."""
     data = config.data
     read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
-    train = read("train", data.train, limit=data.limit)
+    named = split_names(data.train)
+    total = sum(weight or 0 for _, weight in named)
+    if total:
+        corpora = [read(f"train, {name}", name, limit=data.limit) for name, _ in named]
+        shares = [Share(n.name, c, (n.weight or 0) / total) for n, c in zip(named, corpora, strict=True)]
+    else:
+        shares = [Share("", read("train", data.train, limit=data.limit), 1.0)]
     mix = None if data.mix is None else read("mix", data.mix)
-    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix)
+    return pack_data(config, shares[0].corpus, read("eval", data.eval, limit=data.eval_limit), mix, shares[1:])
 
 
-def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Corpus:
-    """The tokenized conversations of some files; says what they hold."""
-    corpus = tokenize_conversations(read_all(names, limit=limit), tokenizer, length=length)
+def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Documents:
+    """The tokenized conversations that `names` names, from disk where `jaxspec tokenize` wrote them; says what they
+    hold. `limit` is of each name."""
+    parts: list[Documents] = []
+    for name, weight in split_names(names):
+        if weight is not None:
+            raise ValueError(f"data.{part} is {names!r}: weights are for data.train; leave them out")
+        if is_corpus(name):
+            stored = StoredCorpus(name, limit)
+            stored.check(tokenizer)
+            parts.append(stored)
+        else:
+            parts.append(tokenize_conversations(read_conversations(name, limit=limit), tokenizer, length=length))
+    corpus = join(*parts)
     say(f"{part}: {corpus.summary}")
     return corpus
 
 
 def pack_data(
-    config: PretrainConfig | DistillConfig, train: Corpus, judged: Corpus, mixed: Corpus | None = None
+    config: PretrainConfig | DistillConfig,
+    train: Documents,
+    judged: Documents,
+    mixed: Documents | None = None,
+    others: Sequence[Share] = (),
 ) -> Data:
-    """This process's share of the corpora in packed rows: of `train`, `mixed` with the config's share of another,
-    shuffled epochs; of `judged` one in file order."""
-    data, mix = config.data, None
+    """This process's share of the corpora in packed rows: of `train`, `others` in their shares and `mixed` with the
+    config's, shuffled epochs; of `judged` one in file order."""
+    data = config.data
+    left = 1 if mixed is None else 1 - data.mix_share
+    corpora, mixes = [train], []
+    for other in others:
+        mixes.append(Mix(_count(corpora), other.share * left, data.loss_on, other.name))
+        corpora.append(other.corpus)
     if mixed is not None:
-        mix = Mix(len(train.ids), data.mix_share, data.mix_loss_on)
-        train = join(train, mixed)
+        mixes.append(Mix(_count(corpora), data.mix_share, data.mix_loss_on))
+        corpora.append(mixed)
     shard: dict[str, Any] = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
     packed = functools.partial(PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, **shard)
-    rows = packed(train, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
-    if rows.mixed is not None:
-        say(f"mix: {rows.mixed}")
+    rows = packed(join(*corpora), seed=config.seed, epochs=config.optimizer.epochs, mixes=tuple(mixes))
+    for mix in rows.mixed:
+        say(f"{mix.name}: {mix}")
     return Data(rows, packed(judged, shuffle=False))
+
+
+def _count(corpora: Sequence[Documents]) -> int:
+    return sum(len(corpus.lengths) for corpus in corpora)
 
 
 RESUMABLE = ("target", "drafter", "head", "init_from", "draft_vocab", "objective", "data", "optimizer", "seed", "dtype")
@@ -305,7 +347,7 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
 
 
 def distill(
-    config: DistillConfig, target: Llama, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
+    config: DistillConfig, target: Llama, frozen: Params, train_data: Batches, eval_data: Batches
 ) -> tuple[Any, Finished]:
     """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
@@ -400,14 +442,15 @@ def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation
     )
 
 
-def document_ids(corpus: Corpus, batch: HostBatch) -> list[str]:
+def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
     """The ids of the conversations in a batch."""
-    return [corpus.ids[i] for i in np.unique(batch["documents"]) if i >= 0]
+    return [str(corpus.ids[i]) for i in np.unique(batch["documents"]) if i >= 0]
 
 
 def refuse_other_settings(saved: dict[str, Any], now: dict[str, Any], fields: Sequence[str], folder: Path) -> None:
     """ValueError if a run would go on with settings that change what it computes."""
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
+    changed = [line for line in changed if not line.startswith("data.workers ")]
     if changed:
         raise ValueError(
             f"{folder}: belongs to a run with other settings ({'; '.join(changed)}); choose another checkpoint.folder"

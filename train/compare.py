@@ -32,7 +32,7 @@ from jaxspec.config import DistillConfig, PretrainConfig, differences, experimen
 from jaxspec.data import jsonl
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.packing import Corpus, tokenize_conversations
+from jaxspec.data.packing import Documents, tokenize_conversations
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.generation import tau
 from jaxspec.loading import Models
@@ -295,10 +295,10 @@ class Corpora:
 
     def __init__(self, args: Args, tokenizer: ChatTokenizer) -> None:
         self.args, self.tokenizer = args, tokenizer
-        self.read: dict[int, tuple[Corpus, Corpus]] = {}
-        self.mixed: dict[tuple[str, int], Corpus] = {}
+        self.read: dict[int, tuple[Documents, Documents]] = {}
+        self.mixed: dict[tuple[str, int], Documents] = {}
 
-    def of(self, length: int) -> tuple[Corpus, Corpus]:
+    def of(self, length: int) -> tuple[Documents, Documents]:
         """To learn from and to be judged by, cut to rows of `length` tokens."""
         if length not in self.read:
             held_out = read_conversations(self.args.eval)
