@@ -21,6 +21,7 @@ VERBS = {
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
     "tokenize": Verb("jaxspec.train.tokenize_corpus", "tokenize a data set into sharded files on disk"),
+    "features": Verb("jaxspec.train.features", "store what a target makes of a data set, for training without it"),
     "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare what they are worth"),

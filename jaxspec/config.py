@@ -34,6 +34,10 @@ class DataConfig:
     mix: str | None = None  # as eval; mixed in against forgetting: what the model was pretrained on
     mix_share: float = 0.1  # of the trained tokens that are the mix's; its conversations are repeated if they are few
     mix_loss_on: Literal["all", "assistant"] = "all"  # pretraining predicts every token, and so does what recalls it
+    features: str | None = None  # folder that `jaxspec features` wrote, read instead of running the target's layers
+    top_k: int | None = (
+        None  # learn from so many log-probabilities of that folder, the others as one, not from the head
+    )
     workers: int | None = None  # processes that prepare batches; None: a thread. May change when a run is resumed
 
     def __post_init__(self) -> None:
@@ -41,6 +45,7 @@ class DataConfig:
         _require(self, "batch", self.batch > 0)
         if not 0 < self.mix_share < 1:
             raise ValueError(f"mix_share is {self.mix_share:g}; it must be above 0 and below 1")
+        _require(self, "top_k", self.top_k is None or self.top_k > 0)
         _require(self, "workers", self.workers is None or self.workers > 0)
 
 

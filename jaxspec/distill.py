@@ -24,6 +24,7 @@ from jaxspec.losses import (
 )
 from jaxspec.losses.loss import mean
 from jaxspec.sampling import argmax
+from jaxspec.stored import Likely, Stored, lump, restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Batch(NamedTuple):
     """From 0 in each document."""
     loss_mask_BL: Array
     """Tokens worth predicting: the assistant's."""
+    stored: Stored | None = None
+    """What the target made of them, where that is read from disk."""
 
 
 class Sums(NamedTuple):
@@ -205,7 +208,9 @@ def loss_sums(
 
 
 def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
-    """What the frozen target makes of a batch."""
+    """What the frozen target makes of a batch, or made of it."""
+    if batch.stored is not None:
+        return restore(batch.stored, target.borrowed(frozen).embed_VD.dtype)
     mask_BLM = segment_mask(batch.segments_BL)
     return jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM))
 
@@ -250,7 +255,8 @@ def judge_batch(
     if unrolled.kept_TBL is not None:
         mask_TBL &= unrolled.kept_TBL
     judge = functools.partial(judge_chunk, drafter, params, borrowed, teacher, objective)
-    values = in_chunks(judge, unrolled, out.features_BLD, batch.tokens_BL, mask_TBL, draw_key, objective)
+    likely = None if batch.stored is None else batch.stored.likely
+    values = in_chunks(judge, unrolled, out.features_BLD, batch.tokens_BL, mask_TBL, draw_key, objective, likely)
     return totals(values, mask_TBL, objective)
 
 
@@ -273,6 +279,8 @@ class Chunk(NamedTuple):
     """The token after."""
     mask_TBC: Array
     key: Array
+    likely: Likely | None = None
+    """The target's likeliest tokens at the position, where these are to be learned from instead of its logits."""
 
 
 class Judged(NamedTuple):
@@ -291,9 +299,18 @@ class Judged(NamedTuple):
 def judge_chunk(
     drafter: Learner, params: Params, borrowed: Borrowed, teacher: Teacher, objective: Objective, chunk: Chunk
 ) -> Judged:
-    """Losses and measures of every step; the target's logits are made once for all of them."""
-    logits_BCV = teacher.target.logits(teacher.frozen, chunk.wanted_BCD)
-    token_BC, rest_BC, learns_BC = chunk.token_BC, None, jnp.ones(chunk.token_BC.shape, bool)
+    """Losses and measures of every step; the target's logits are made once for all of them.
+
+    With `likely` in the chunk both distributions are those of its tokens and of all others taken as one.
+    """
+    token_BC, rest_BC, lumped_BC = chunk.token_BC, None, None
+    learns_BC = jnp.ones(token_BC.shape, bool)
+    if (likely := chunk.likely) is not None:
+        logits_BCV, lumped_BC = jnp.concatenate([likely.logp_BLR, likely.rest_BL1], axis=-1), likely.rest_BL1[..., 0]
+        same_BCR = likely.token_BLR == token_BC[..., None]
+        token_BC = jnp.where(jnp.any(same_BCR, axis=-1), jnp.argmax(same_BCR, axis=-1), -1)
+    else:
+        logits_BCV = teacher.target.logits(teacher.frozen, chunk.wanted_BCD)
     if (ids := teacher.vocab_U) is not None:
         everything = jax.nn.logsumexp(logits_BCV, axis=-1)
         learns_BC = jnp.any(argmax(logits_BCV)[..., None] == ids, axis=-1)
@@ -307,7 +324,10 @@ def judge_chunk(
 
     def one(step: int) -> Judged:
         draft = drafter.logits(params, borrowed, chunk.hidden_TBCD[step], step)
-        scores = Scores(draft, logits_BCV, token_BC, jax.random.fold_in(chunk.key, step), rest_BC)
+        if likely is not None:
+            draft = lump(draft, likely.token_BLR)
+        key = jax.random.fold_in(chunk.key, step)
+        scores = Scores(draft, logits_BCV, token_BC, key, rest_BC, lumped_BC)
         losses = {name: loss.parts(scores) for name, loss in named}
         for name, _ in objective.weights:
             if name in FEATURE_LOSSES:
@@ -337,6 +357,7 @@ def in_chunks(
     mask_TBL: Array,
     key: Array | None,
     objective: Objective,
+    likely: Likely | None = None,
 ) -> Judged:
     """`judge` over chunks of predicted positions, laid back to the pairs they come from: everything `[T, B, L]`.
 
@@ -365,6 +386,7 @@ def in_chunks(
         cut(shift(tokens_BL, 1)[None])[:, 0],
         cut(aligned_TBL),
         jax.random.split(key, count),
+        jax.tree.map(lambda x: cut(x[None])[:, 0], likely),
     )
 
     @jax.checkpoint

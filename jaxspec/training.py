@@ -26,17 +26,21 @@ from jaxspec.config import DistillConfig, OptimizerConfig, PretrainConfig, diffe
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.draft_vocab import load_maps
+from jaxspec.data.features import FeatureBatches, FeatureStore
 from jaxspec.data.packing import Documents, Mix, PackedBatches, join, tokenize_conversations
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
 from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
 from jaxspec.distill import Batch, TrainState, eval_step, init_state, train_step
 from jaxspec.drafters import DRAFTERS, shape_of
-from jaxspec.interchange.hf import load_target
+from jaxspec.interchange.hf import fingerprint, load_tables, load_target
 from jaxspec.loading import check_width, open_drafter, target_folder
+from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import progress
 from jaxspec.sharding import batch_sharding, make_mesh, replicated, shardings
+from jaxspec.stored import ARRAYS, from_arrays
 from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.tables import Tables
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -347,18 +351,20 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
 
 
 def distill(
-    config: DistillConfig, target: Llama, frozen: Params, train_data: Batches, eval_data: Batches
+    config: DistillConfig, target: Llama | Tables, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
 ) -> tuple[Any, Finished]:
     """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
-    The target's forward pass and the drafter's update are one jitted program on the config's mesh.
+    The target's forward pass and the drafter's update are one jitted program on the config's mesh. With
+    `config.data.features` the target is not run: what it made of the data is read from disk.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
     drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
+    data = read_features(config, Data(train_data, eval_data), drafter.taps)
     blocks = attention_blocks(config, mesh)
     target, learner = target.clone(**blocks, taps=drafter.taps), drafter.clone(**blocks)
-    steps = config.optimizer.steps or len(train_data)
+    steps = config.optimizer.steps or len(data.train)
     optimizer = optimizer_of(config.optimizer, steps)
     frozen = jax.device_put(frozen, shardings(mesh, frozen))
     key = jax.random.key(config.seed)
@@ -382,7 +388,7 @@ def distill(
     place = functools.partial(place_rows, batch_sharding(mesh))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        rows = (place(eval_data[i]) for i in range(len(eval_data)))
+        rows = (place(data.eval[i]) for i in range(len(data.eval)))
         parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
@@ -390,7 +396,54 @@ def distill(
         state, loss, _ = updated(frozen, state, place(batch), vocab_U)
         return state, loss
 
-    return drafter, run(Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE), config, mesh)
+    return drafter, run(Recipe("train", init, update, evaluate, data.train, steps, RESUMABLE), config, mesh)
+
+
+class Reading(NamedTuple):
+    """Batches to learn from and to be judged by, wherever the target's features come from."""
+
+    train: Batches
+    eval: Batches
+
+
+def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> Reading:
+    """`data` with what the target makes of it, for a drafter that reads `taps`, where the config says it is stored.
+
+    Raises ValueError where it was made by another target or otherwise than this run would make it, or does not hold
+    what the drafter or its losses need.
+    """
+    top_k = config.data.top_k or 0
+    if config.data.features is None:
+        if top_k:
+            raise ValueError("data.top_k is for stored features: give data.features too, or leave it out")
+        return Reading(*data)
+    if top_k:
+        refuse_top_k(config, top_k)
+    store, folder = FeatureStore(config.data.features), target_folder(config.target)
+    tokenizer = ChatTokenizer.load(folder)
+    store.check(weights=fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
+    if taps:
+        store.check(taps=list(taps))
+    return Reading(
+        FeatureBatches(data.train, store, taps=bool(taps), top_k=top_k),
+        FeatureBatches(data.eval, store, taps=bool(taps)),
+    )
+
+
+def refuse_top_k(config: DistillConfig, top_k: int) -> None:
+    """ValueError where what is to be learned needs more than the target's `top_k` likeliest tokens."""
+    for name, _ in config.objective.weights:
+        if name not in FEATURE_LOSSES:
+            refuse_lumped(name, top_k)
+    if config.objective.position_weights.partition(":")[0] in ("cat", "d_pace"):
+        raise ValueError(
+            f"objective.position_weights={config.objective.position_weights} needs what the text's own "
+            "token got, which data.top_k may not hold: leave one of them out"
+        )
+    if config.draft_vocab is not None:
+        raise ValueError(
+            "data.top_k is of all tokens, and the drafter scores those of draft_vocab: leave data.top_k out"
+        )
 
 
 def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
@@ -398,10 +451,13 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
 
     Returns the keys of `jaxspec train`.
     """
-    folder = target_folder(config.target)
-    target = load_target(folder, dtype=jnp.dtype(config.dtype), stacked=False)
+    folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
+    if config.data.features is None:
+        target, frozen, _ = load_target(folder, dtype=dtype, stacked=False)
+    else:
+        target, frozen = load_tables(folder, dtype=dtype)
     data = data or read_data(config, ChatTokenizer.load(folder))
-    module, done = distill(config, target.module, target.params, data.train, data.eval)
+    module, done = distill(config, target, frozen, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
     save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored)
@@ -418,8 +474,9 @@ def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict
 
 def place_rows(sharding: jax.sharding.Sharding, batch: HostBatch) -> Batch:
     """A packed batch on the mesh, rows split as `sharding` says."""
-    names = ("tokens", "segments", "positions", "loss_mask")
-    return Batch(*(jax.make_array_from_process_local_data(sharding, batch[name]) for name in names))
+    names = ("tokens", "segments", "positions", "loss_mask", *ARRAYS)
+    placed = {n: jax.make_array_from_process_local_data(sharding, batch[n]) for n in names if n in batch}
+    return Batch(*[placed[name] for name in names[:4]], stored=from_arrays(placed))
 
 
 def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:

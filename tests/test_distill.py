@@ -223,7 +223,7 @@ def test_one_update_on_a_mesh_equals_one_device(frozen, batch: Batch, mesh: tupl
     target = TARGET.clone(config=LlamaConfig(64, 16, 2, 4, 2, 4, 32))
     drafter = Eagle(EagleConfig(16, 4, 2, 4, 32))
     frozen = jax.tree.map(lambda a: a * 4, target.init_params(jax.random.key(0)))
-    batch = Batch(*(jnp.concatenate([x, x]) for x in batch))
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
     optimizer = optax.sgd(0.1)
     step = functools.partial(train_step, target, drafter, optimizer, Objective(steps=2))
     state = init_state(drafter, optimizer, jax.random.key(2))

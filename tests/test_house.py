@@ -17,7 +17,7 @@ FLOORS = (
     {"base", "models"},
     {"sharding"},
     {"cache"},
-    {"layers", "sampling"},
+    {"layers", "sampling", "stored"},
     {"requests"},
     {"targets", "drafters", "losses", "trees"},
     {"verify"},

@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
+    if config.data.features is not None or config.data.top_k is not None:
+        raise ValueError("data.features and data.top_k are for jaxspec train: there is no target here; leave them out")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokenizer = find_tokenizer(config)
     data = read_data(config, tokenizer)

@@ -50,11 +50,12 @@ def jsd(draft_logits: Array, target_logits: Array, beta: float = 0.5) -> Array:
     return jnp.sum(beta * jnp.exp(logp) * (logp - logm) + (1 - beta) * jnp.exp(logq) * (logq - logm), axis=-1)
 
 
-def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10) -> Array:
+def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10, lumped: bool = False) -> Array:
     """`-sum_{v in top k of p} p_v log q_v`, neither side renormalised on the `k` tokens (HASS, arXiv 2408.15766).
 
-    Of `U <= k` tokens it is `soft_cross_entropy`.
+    Of `U <= k` tokens it is `soft_cross_entropy`. Where the last of them is many tokens `lumped`, it is never a term.
     """
-    _, top = jax.lax.top_k(target_logits, min(k, target_logits.shape[-1]))
+    tokens = target_logits[..., : target_logits.shape[-1] - lumped]
+    _, top = jax.lax.top_k(tokens, min(k, tokens.shape[-1]))
     p, logq = jnp.exp(log_probs(target_logits)), log_probs(draft_logits)
     return -jnp.sum(jnp.take_along_axis(p, top, axis=-1) * jnp.take_along_axis(logq, top, axis=-1), axis=-1)
