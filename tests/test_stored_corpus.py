@@ -132,6 +132,8 @@ def test_a_run_is_not_gone_on_with_by_other_settings(folder: Path, tokenizer: Ch
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files of something else"):
         list(write_corpus(tmp_path, str(folder / "talks.jsonl"), tokenizer, length=9))
+    with pytest.raises(ValueError, match=r"weights are for data\.train"):
+        list(write_corpus(tmp_path, f"{folder / 'talks.jsonl'}:2", tokenizer, length=9))
     with pytest.raises(ValueError, match="holds tokens or features, where conversations are needed"):
         read_conversations(folder / "corpus")
 

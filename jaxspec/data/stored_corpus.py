@@ -55,6 +55,8 @@ def write_corpus(
     """
     fields = token_fields(tokenizer.vocab_size)
     chosen = [named.name for named in split_names(names)]
+    if split_names(names)[0].weight is not None:
+        raise ValueError(f"{names!r}: weights are for data.train; tokenize each apart, and weigh the folders there")
     settings = {
         "format": FORMAT,
         **tokenizer.fingerprint,
