@@ -20,6 +20,8 @@ VERBS = {
     "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
+    "tokenize": Verb("jaxspec.train.tokenize_corpus", "tokenize a data set into sharded files on disk"),
+    "features": Verb("jaxspec.train.features", "store what a target makes of a data set, for training without it"),
     "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "runs": Verb("jaxspec.train.runs", "list runs: how far they are and the best tau they reached"),

@@ -21,22 +21,32 @@ Config = TypeVar("Config")
 class DataConfig:
     """Conversations to learn from and to be judged by."""
 
-    train: str  # JSONL; the union of several, joined by commas
-    eval: str  # JSONL, likewise
+    # JSONL (also .gz) or ArrayRecord files, folders or patterns of them, or folders that `jaxspec tokenize` wrote; the
+    # union of several, joined by commas. With weights, a.jsonl:0.7,b.jsonl:0.3, an epoch holds the first whole, and of
+    # the others what makes their share of the trained tokens.
+    train: str
+    eval: str  # likewise, without weights
     length: int = 512  # tokens in a row; longer conversations are cut
     batch: int = 16  # rows of a step, over all devices
     loss_on: Literal["all", "assistant"] = "all"
     limit: int | None = None  # read only so many conversations of each training file
     eval_limit: int | None = None
-    mix: str | None = None  # JSONL mixed in against forgetting: what the model was pretrained on
+    mix: str | None = None  # as eval; mixed in against forgetting: what the model was pretrained on
     mix_share: float = 0.1  # of the trained tokens that are the mix's; its conversations are repeated if they are few
     mix_loss_on: Literal["all", "assistant"] = "all"  # pretraining predicts every token, and so does what recalls it
+    features: str | None = None  # folder that `jaxspec features` wrote, read instead of running the target's layers
+    top_k: int | None = (
+        None  # learn from so many log-probabilities of that folder, the others as one, not from the head
+    )
+    workers: int | None = None  # processes that prepare batches; None: a thread. May change when a run is resumed
 
     def __post_init__(self) -> None:
         _require(self, "length", self.length > 1)
         _require(self, "batch", self.batch > 0)
         if not 0 < self.mix_share < 1:
             raise ValueError(f"mix_share is {self.mix_share:g}; it must be above 0 and below 1")
+        _require(self, "top_k", self.top_k is None or self.top_k > 0)
+        _require(self, "workers", self.workers is None or self.workers > 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from jaxspec.layers import segment_mask
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
 from jaxspec.objective import Objective, combiner, steps_of
 from jaxspec.sharding import gather_width, sum_gradients
+from jaxspec.stored import Stored, restore
 
 
 class TrainState(NamedTuple):
@@ -48,6 +49,8 @@ class Batch(NamedTuple):
     """From 0 in each document."""
     loss_mask_BL: Array
     """Tokens worth predicting: the assistant's."""
+    stored: Stored | None = None
+    """What the target made of them, where that is read from disk."""
 
 
 class Sums(NamedTuple):
@@ -166,7 +169,9 @@ def judged_batch(
 
 
 def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
-    """What the frozen target makes of a batch."""
+    """What the frozen target makes of a batch, or made of it."""
+    if batch.stored is not None:
+        return restore(batch.stored, target.borrowed(frozen).embed_VD.dtype)
     mask_BLM = segment_mask(batch.segments_BL)
     return jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM))
 
@@ -232,6 +237,7 @@ def judge_batch(
         layout.cut(by_position(mask_TBL)),
         layout.cut(by_position(learns_TBL)),
         jax.random.split(jax.random.key(0) if draw_key is None else draw_key, layout.chunks),
+        None if batch.stored is None else jax.tree.map(lambda x: layout.cut(x[None])[:, 0], batch.stored.likely),
     )
     in_passing = learning and objective.additive
     if in_passing:

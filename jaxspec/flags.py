@@ -83,6 +83,14 @@ class DraftFlags(Flags):
         return dataclasses.replace(super().settings, draft_temperature=self.draft_temperature)
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """Which shard of how many `--shard i/n` says. ValueError for any other form."""
+    words = text.split("/")
+    if len(words) == 2 and all(w.isdecimal() for w in words) and int(words[0]) < int(words[1]):
+        return int(words[0]), int(words[1])
+    raise ValueError(f"--shard is {text!r}; it must be i/n with i below n, from 0/4 to 3/4 for four shards")
+
+
 def refuse_below_one(args: object, *names: str) -> None:
     """ValueError naming the first of these flags that is given and less than 1."""
     for name in names:

@@ -15,6 +15,7 @@ from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptanc
 from jaxspec.losses.loss import log_probs, of_token
 from jaxspec.objective import Objective
 from jaxspec.sampling import argmax
+from jaxspec.stored import Likely, lump
 
 
 class Teacher(NamedTuple):
@@ -40,6 +41,8 @@ class Chunk(NamedTuple):
     learns_TBC: Array
     """Where its logits are trained."""
     key: Array
+    likely: Likely | None = None
+    """The target's likeliest tokens at the position, where these are to be learned from instead of its logits."""
 
 
 class Judged(NamedTuple):
@@ -59,9 +62,17 @@ Judge = Callable[[Params, Chunk], Judged]
 def judge_chunk(
     drafter: Learner, borrowed: Borrowed, teacher: Teacher, objective: Objective, params: Params, chunk: Chunk
 ) -> Judged:
-    """Losses and measures of every step; the target's logits are made once for all of them."""
-    logits_BCV = jax.lax.stop_gradient(teacher.target.logits(teacher.frozen, chunk.wanted_BCD))
-    token_BC, rest_BC = chunk.token_BC, None
+    """Losses and measures of every step; the target's logits are made once for all of them.
+
+    With `likely` in the chunk both distributions are those of its tokens and of all others taken as one.
+    """
+    token_BC, rest_BC, lumped_BC = chunk.token_BC, None, None
+    if (likely := chunk.likely) is None:
+        logits_BCV = jax.lax.stop_gradient(teacher.target.logits(teacher.frozen, chunk.wanted_BCD))
+    else:
+        logits_BCV, lumped_BC = jnp.concatenate([likely.logp_BLR, likely.rest_BL1], axis=-1), likely.rest_BL1[..., 0]
+        same_BCR = likely.token_BLR == token_BC[..., None]
+        token_BC = jnp.where(jnp.any(same_BCR, axis=-1), jnp.argmax(same_BCR, axis=-1), -1)
     if (ids := teacher.vocab_U) is not None:
         everything = jax.nn.logsumexp(logits_BCV, axis=-1)
         logits_BCV = logits_BCV[..., ids]
@@ -74,7 +85,9 @@ def judge_chunk(
 
     def one(step: int) -> Judged:
         draft = drafter.logits(params, borrowed, chunk.hidden_TBCD[step], step)
-        scores = Scores(draft, logits_BCV, token_BC, jax.random.fold_in(chunk.key, step), rest_BC)
+        if likely is not None:
+            draft = lump(draft, likely.token_BLR)
+        scores = Scores(draft, logits_BCV, token_BC, jax.random.fold_in(chunk.key, step), rest_BC, lumped_BC)
         losses = {name: loss.parts(scores) for name, loss in named}
         for name, _ in objective.weights:
             if name in FEATURE_LOSSES:

@@ -12,7 +12,7 @@ from jaxspec import comparison, report
 from jaxspec.config import DistillConfig, PretrainConfig, differences, to_dict
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.packing import Corpus, tokenize_conversations
+from jaxspec.data.packing import Documents, tokenize_conversations
 from jaxspec.training import RESUMABLE, Data, pack_data, read_corpus, run_distillation, say
 
 EVALUATIONS = 10
@@ -70,10 +70,10 @@ class Corpora:
 
     def __init__(self, train: str, judged: str, limit: int, tokenizer: ChatTokenizer) -> None:
         self.train, self.judged, self.limit, self.tokenizer = train, judged, limit, tokenizer
-        self.read: dict[int, tuple[Corpus, Corpus]] = {}
-        self.mixed: dict[tuple[str, int], Corpus] = {}
+        self.read: dict[int, tuple[Documents, Documents]] = {}
+        self.mixed: dict[tuple[str, int], Documents] = {}
 
-    def of(self, length: int) -> tuple[Corpus, Corpus]:
+    def of(self, length: int) -> tuple[Documents, Documents]:
         """To learn from and to be judged by, cut to rows of `length` tokens."""
         if length not in self.read:
             held_out = read_conversations(self.judged)

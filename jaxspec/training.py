@@ -43,18 +43,24 @@ from jaxspec.config import (
     to_dict,
 )
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import read_all
+from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.packing import Corpus, Mix, PackedBatches, join, tokenize_conversations
-from jaxspec.data.pipeline import BatchIterator, iterate
+from jaxspec.data.features import FeatureBatches, FeatureStore
+from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
+from jaxspec.data.pipeline import Batches, BatchIterator, iterate
+from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
 from jaxspec.distill import Batch, TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
-from jaxspec.interchange.hf import load_target
+from jaxspec.interchange import hf
+from jaxspec.interchange.hf import load_tables, load_target
 from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
+from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import jsonable, progress
 from jaxspec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated, shardings
+from jaxspec.stored import ARRAYS, from_arrays
 from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.tables import Tables
 from jaxspec.tracking import Tracker, provenance, session, track
 
 HostBatch = Mapping[str, np.ndarray]
@@ -80,7 +86,7 @@ class Recipe(NamedTuple):
     """A step: the new state and its loss, or where that is not finite the old state and the loss."""
     evaluate: Callable[[Any], dict[str, Any]]
     """Figures of a state on held-out data."""
-    data: PackedBatches
+    data: Batches
     steps: int
     resumable: Sequence[str]
     """Fields of the config that a resumed run must share."""
@@ -208,7 +214,8 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
     wanted = abstract_like(abstract, shardings(mesh, abstract))
     opened = RunCheckpoints(kept.folder, keep=kept.keep, keep_best=kept.keep_best, merit=merit, tell=say)
     facts = {"name": config.name, "kind": recipe.verb, "steps": recipe.steps, "config": to_dict(config)}
-    with opened as checkpoints, contextlib.closing(iterate(recipe.data)) as batches, contextlib.ExitStack() as stack:
+    ahead = contextlib.closing(iterate(recipe.data, workers=config.data.workers or 0))
+    with opened as checkpoints, ahead as batches, contextlib.ExitStack() as stack:
         resumed = resume(recipe, config, checkpoints, batches, wanted)
         start = 0 if resumed is None else resumed.step
         state = start_state(recipe, wanted) if resumed is None else resumed.state
@@ -303,9 +310,20 @@ class Data(NamedTuple):
     eval: PackedBatches
 
     def keys(self) -> dict[str, Any]:
-        """What the training verbs report of it: the mix that was reached, None without one."""
-        mixed = self.train.mixed
-        return {"mix": None if mixed is None else mixed._asdict()}
+        """What the training verbs report of it: what happened to the conversations, the mix that was reached (None
+        without one), and what weighted files came to."""
+        mixed = {mix.name: mix._asdict() for mix in self.train.mixed}
+        documents = {part: getattr(self, part).corpus.summary._asdict() for part in ("train", "eval")}
+        return {"documents": documents, "mix": mixed.pop("mix", None), "weighted": list(mixed.values())}
+
+
+class Share(NamedTuple):
+    """A corpus that stands beside another in a fixed proportion."""
+
+    name: str
+    corpus: Documents
+    share: float
+    """Of the trained tokens of them all."""
 
 
 def prepare(config: PretrainConfig | DistillConfig) -> None:
@@ -329,15 +347,32 @@ def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, 
     """The conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
     data = config.data
     read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
-    train = read("train", data.train, limit=data.limit)
+    named = split_names(data.train)
+    total = sum(weight or 0 for _, weight in named)
+    if total:
+        corpora = [read(f"train, {name}", name, limit=data.limit) for name, _ in named]
+        shares = [Share(n.name, c, (n.weight or 0) / total) for n, c in zip(named, corpora, strict=True)]
+    else:
+        shares = [Share("", read("train", data.train, limit=data.limit), 1.0)]
     mix = None if data.mix is None else read("mix", data.mix)
     rows = own_rows(mesh, data.batch)
-    return pack_data(config, train, read("eval", data.eval, limit=data.eval_limit), mix, rows)
+    return pack_data(config, shares[0].corpus, read("eval", data.eval, limit=data.eval_limit), mix, shares[1:], rows)
 
 
-def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Corpus:
-    """The tokenized conversations of some files; says what they hold."""
-    corpus = tokenize_conversations(read_all(names, limit=limit), tokenizer, length=length)
+def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Documents:
+    """The tokenized conversations that `names` names, from disk where `jaxspec tokenize` wrote them; says what they
+    hold. `limit` is of each name."""
+    parts: list[Documents] = []
+    for name, weight in split_names(names):
+        if weight is not None:
+            raise ValueError(f"data.{part} is {names!r}: weights are for data.train; leave them out")
+        if is_corpus(name):
+            stored = StoredCorpus(name, limit)
+            stored.check(tokenizer)
+            parts.append(stored)
+        else:
+            parts.append(tokenize_conversations(read_conversations(name, limit=limit), tokenizer, length=length))
+    corpus = join(*parts)
     say(f"{part}: {corpus.summary}")
     return corpus
 
@@ -353,26 +388,36 @@ def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
 
 def pack_data(
     config: PretrainConfig | DistillConfig,
-    train: Corpus,
-    judged: Corpus,
-    mixed: Corpus | None = None,
+    train: Documents,
+    judged: Documents,
+    mixed: Documents | None = None,
+    others: Sequence[Share] = (),
     batch_rows: tuple[int, ...] | None = None,
 ) -> Data:
-    """The corpora in packed rows: of `train`, `mixed` with the config's share of another, shuffled epochs; of `judged`
-    one in file order. Of every batch only `batch_rows`, unless None."""
-    data, mix = config.data, None
+    """The corpora in packed rows: of `train`, `others` in their shares and `mixed` with the config's, shuffled epochs;
+    of `judged` one in file order. Of every batch only `batch_rows`, unless None."""
+    data = config.data
+    left = 1 if mixed is None else 1 - data.mix_share
+    corpora, mixes = [train], []
+    for other in others:
+        mixes.append(Mix(_count(corpora), other.share * left, data.loss_on, other.name))
+        corpora.append(other.corpus)
     if mixed is not None:
-        mix = Mix(len(train.ids), data.mix_share, data.mix_loss_on)
-        train = join(train, mixed)
+        mixes.append(Mix(_count(corpora), data.mix_share, data.mix_loss_on))
+        corpora.append(mixed)
     packed = functools.partial(
         PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
     )
-    prints = {"train": train.fingerprint, "eval": judged.fingerprint}
+    prints = {"train": [fingerprint(corpus) for corpus in corpora], "eval": fingerprint(judged)}
     launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
-    rows = packed(train, seed=config.seed, epochs=config.optimizer.epochs, mix=mix)
-    if rows.mixed is not None:
-        say(f"mix: {rows.mixed}")
+    rows = packed(join(*corpora), seed=config.seed, epochs=config.optimizer.epochs, mixes=tuple(mixes))
+    for mix in rows.mixed:
+        say(f"{mix.name}: {mix}")
     return Data(rows, packed(judged, shuffle=False))
+
+
+def _count(corpora: Sequence[Documents]) -> int:
+    return sum(len(corpus.lengths) for corpus in corpora)
 
 
 MERITS = (
@@ -437,18 +482,20 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
 
 
 def distill(
-    config: DistillConfig, target: Llama, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
+    config: DistillConfig, target: Llama | Tables, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
 ) -> tuple[Any, Finished]:
     """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
-    The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`.
+    The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`. With
+    `config.data.features` the target is not run: what it made of the data is read from disk.
     """
     mesh = mesh_of(config.mesh)
     vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
     drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
+    data = read_features(config, Data(train_data, eval_data), drafter.taps)
     blocks = attention_blocks(config, mesh)
     target, learner = target.clone(**blocks, taps=drafter.taps), drafter.clone(**blocks)
-    steps = config.optimizer.steps or len(train_data)
+    steps = config.optimizer.steps or len(data.train)
     optimizer = optimizer_of(config.optimizer, steps)
     frozen = jax.device_put(frozen, shardings(mesh, frozen))
     key = jax.random.key(config.seed)
@@ -472,7 +519,7 @@ def distill(
     place = functools.partial(place_rows, batch_sharding(mesh))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        rows = (place(eval_data, eval_data[i]) for i in range(len(eval_data)))
+        rows = (place(eval_data, data.eval[i]) for i in range(len(data.eval)))
         parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
@@ -486,8 +533,55 @@ def distill(
         ),
         "tokenizer": tokenizer_card(target_folder(config.target)),
     }
-    recipe = Recipe("train", init, update, evaluate, train_data, steps, RESUMABLE, MERITS, model, (frozen,))
+    recipe = Recipe("train", init, update, evaluate, data.train, steps, RESUMABLE, MERITS, model, (frozen,))
     return drafter, run(recipe, config, mesh)
+
+
+class Reading(NamedTuple):
+    """Batches to learn from and to be judged by, wherever the target's features come from."""
+
+    train: Batches
+    eval: Batches
+
+
+def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> Reading:
+    """`data` with what the target makes of it, for a drafter that reads `taps`, where the config says it is stored.
+
+    Raises ValueError where it was made by another target or otherwise than this run would make it, or does not hold
+    what the drafter or its losses need.
+    """
+    top_k = config.data.top_k or 0
+    if config.data.features is None:
+        if top_k:
+            raise ValueError("data.top_k is for stored features: give data.features too, or leave it out")
+        return Reading(*data)
+    if top_k:
+        refuse_top_k(config, top_k)
+    store, folder = FeatureStore(config.data.features), target_folder(config.target)
+    tokenizer = ChatTokenizer.load(folder)
+    store.check(weights=hf.fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
+    if taps:
+        store.check(taps=list(taps))
+    return Reading(
+        FeatureBatches(data.train, store, taps=bool(taps), top_k=top_k),
+        FeatureBatches(data.eval, store, taps=bool(taps)),
+    )
+
+
+def refuse_top_k(config: DistillConfig, top_k: int) -> None:
+    """ValueError where what is to be learned needs more than the target's `top_k` likeliest tokens."""
+    for name, _ in config.objective.weights:
+        if name not in FEATURE_LOSSES:
+            refuse_lumped(name, top_k)
+    if config.objective.position_weights.partition(":")[0] in ("cat", "d_pace"):
+        raise ValueError(
+            f"objective.position_weights={config.objective.position_weights} needs what the text's own "
+            "token got, which data.top_k may not hold: leave one of them out"
+        )
+    if config.draft_vocab is not None:
+        raise ValueError(
+            "data.top_k is of all tokens, and the drafter scores those of draft_vocab: leave data.top_k out"
+        )
 
 
 def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
@@ -496,14 +590,17 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     Returns the keys of `jaxspec train`.
     """
     prepare(config)
-    folder = target_folder(config.target)
+    folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
     refuse_to_replace(config.export_folder)
     mesh = mesh_of(config.mesh)
     data = data or read_data(config, ChatTokenizer.load(folder), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
     launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
-    target = load_target(folder, dtype=jnp.dtype(config.dtype), mesh=mesh, stacked=False)
-    module, done = distill(config, target.module, target.params, data.train, data.eval)
+    if config.data.features is None:
+        target, frozen, _ = load_target(folder, dtype=dtype, mesh=mesh, stacked=False)
+    else:
+        target, frozen = load_tables(folder, dtype=dtype)
+    module, done = distill(config, target, frozen, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
     save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=done.card)
@@ -529,7 +626,9 @@ def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict
 
 def place_rows(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> Batch:
     """A batch of `data` on the mesh, rows split as `sharding` says."""
-    return Batch(*(spread(sharding, data, batch[name]) for name in ("tokens", "segments", "positions", "loss_mask")))
+    names = ("tokens", "segments", "positions", "loss_mask", *ARRAYS)
+    placed = {name: spread(sharding, data, batch[name]) for name in names if name in batch}
+    return Batch(*[placed[name] for name in names[:4]], stored=from_arrays(placed))
 
 
 def spread(sharding: jax.sharding.Sharding, data: PackedBatches, x_BL: np.ndarray) -> jax.Array:
@@ -568,14 +667,15 @@ def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation
     )
 
 
-def document_ids(corpus: Corpus, batch: HostBatch) -> list[str]:
+def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
     """The ids of the conversations in a batch."""
-    return [corpus.ids[i] for i in np.unique(batch["documents"]) if i >= 0]
+    return [str(corpus.ids[i]) for i in np.unique(batch["documents"]) if i >= 0]
 
 
 def refuse_other_settings(saved: dict[str, Any], now: dict[str, Any], fields: Sequence[str], folder: Path) -> None:
     """ValueError if a run would go on with settings that change what it computes."""
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
+    changed = [line for line in changed if not line.startswith("data.workers ")]
     if changed:
         raise ValueError(
             f"{folder}: belongs to a run with other settings ({'; '.join(changed)}); choose another checkpoint.folder"

@@ -4,14 +4,9 @@ from collections.abc import Iterator
 
 import jax
 import pytest
-from absl import flags
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-
-# Grain's worker processes read absl flags, which nobody parses under pytest.
-if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,7 +28,7 @@ def random_weights(module: Any, scale: float, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(module.init_params, jax.random.key(0)))
 
 
-def write_target(folder: Path) -> Path:
+def write_target(folder: Path, *, layers: int = 1) -> Path:
     """A target whose answers end after some thirty tokens and hold hardly any other special token."""
     fillers = ("they say", "as is well known", "or so it seems to everyone here", "which nobody would deny")
     texts = [f"{a} and {b} make {a + b}, {filler}" for a in range(20) for b in range(20) for filler in fillers]
@@ -36,7 +36,7 @@ def write_target(folder: Path) -> Path:
     write_tokenizer_folder(folder, tokenizer, max_length=POSITIONS)
     end = SPECIAL_TOKENS.index(END)
     config = LlamaConfig(
-        vocab=SIZE, width=32, layers=1, heads=4, kv_heads=2, head_dim=8, mlp=64, max_positions=POSITIONS,
+        vocab=SIZE, width=32, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp=64, max_positions=POSITIONS,
         bos_id=0, eos_ids=(end,), pad_id=SPECIAL_TOKENS.index(PAD),
     )  # fmt: skip
     params = random_weights(Llama(config), 0.5, 37)

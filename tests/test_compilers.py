@@ -29,7 +29,8 @@ def batch() -> Batch:
     segments = np.repeat([[1] * 11 + [2] * 9 + [0] * 4], 8, axis=0)
     positions = np.repeat([[*range(11), *range(9), 0, 0, 0, 0]], 8, axis=0)
     answers = (segments > 0) & (positions >= rng.integers(2, 8, (8, 1)))  # rows train on different numbers of tokens
-    return Batch(*map(jnp.asarray, (rng.integers(0, 64, (8, 24)), segments, positions, answers)))
+    tokens = rng.integers(0, 64, (8, 24))
+    return Batch(*[jnp.asarray(x) for x in (tokens, segments, positions, answers)])  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """Reading conversations from JSONL."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxspec.data.conversations import read_all, read_conversations
+from jaxspec.data.conversations import Named, read_all, read_conversations, split_names
 
 GOOD = {
     "id": "a",
@@ -52,6 +54,8 @@ def test_limit_stops_before_lines_behind_it_are_read(tmp_path: Path):
         ({"messages": []}, "line 2: `messages` must be a non-empty list"),
         ({"messages": [{"role": "user"}]}, "line 2: message 0: `content` must be text"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "line 2: message 0: role 'wizard' is not one of"),
+        ({"messages": [{"role": "user", "content": None}]}, "line 2: message 0: `content` must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "has a part of type 'image_url'"),
         ({"conversations": [{"from": "bard", "value": "x"}]}, "line 2: message 0: `from` is 'bard'"),
     ],
 )
@@ -80,3 +84,71 @@ def test_file_names_that_are_missing_are_refused(tmp_path: Path):
         read_all(f"{first},")
     with pytest.raises(ValueError, match=r"second\.jsonl: no such file"):
         read_all(f"{first},{tmp_path}/second.jsonl")
+
+
+def test_openai_parts_and_its_newer_role_are_read(tmp_path: Path):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    turns = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
+    (found,) = read_conversations(write(tmp_path / "x.jsonl", {"messages": turns}))
+    assert found.messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"})
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder `chats` of three shards, one a form: two conversations each."""
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    lines = [json.dumps({"id": str(i), "messages": GOOD["messages"]}) for i in range(6)]
+    write(folder / "part-0.jsonl", *lines[:2])
+    with gzip.open(folder / "part-1.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines[2:4]))
+    writer = ArrayRecordWriter(str(folder / "part-2.array_record-00000-of-00001"), "group_size:1")
+    for line in lines[4:]:
+        writer.write(line.encode())
+    writer.close()
+    (folder / "README.md").write_text("not a shard")
+    return folder
+
+
+def test_a_folder_of_shards_is_read_in_the_order_of_their_names(shards: Path):
+    found = read_conversations(shards)
+    assert [c.id for c in found] == list("012345") and {c.source for c in found} == {"chats"}
+    assert [c.id for c in read_conversations(shards, limit=5)] == list("01234")
+    assert [c.id for c in read_conversations(f"{shards}/*.jsonl*")] == list("0123")
+    assert read_conversations(shards / "part-1.jsonl.gz")[0].source == "part-1"
+
+
+def test_what_is_wrong_in_a_shard_is_named(shards: Path):
+    writer = ArrayRecordWriter(str(shards / "bad.array_record"), "group_size:1")
+    for record in (json.dumps(GOOD), "[1]"):
+        writer.write(record.encode())
+    writer.close()
+    with pytest.raises(ValueError, match=r"bad\.array_record, record 2: expected a JSON object, found list"):
+        read_conversations(shards)
+    (shards / "bad.array_record").write_bytes(b"not one")
+    with pytest.raises(ValueError, match=r"bad\.array_record: not a whole ArrayRecord file"):
+        read_conversations(shards)
+    packed = (shards / "part-1.jsonl.gz").read_bytes()
+    (shards / "part-1.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"part-1\.jsonl\.gz: not a whole gzip file"):
+        read_conversations(shards / "part-1.jsonl.gz")
+    (shards / "x.jsonl").write_bytes(b'{"messages": "\xff"}')
+    with pytest.raises(ValueError, match=r"x\.jsonl: not UTF-8 text"):
+        read_conversations(shards / "x.jsonl")
+    (shards / "empty").mkdir()
+    with pytest.raises(ValueError, match="the folder holds no file that ends in"):
+        read_conversations(shards / "empty")
+
+
+def test_weights_stand_behind_names():
+    assert split_names("a.jsonl, b:c/") == [Named("a.jsonl", None), Named("b:c/", None)]
+    assert split_names("a.jsonl:0.7,b:c/:3") == [Named("a.jsonl", 0.7), Named("b:c/", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [("a:1,b", "gives some a weight and others none"), ("a:1,b:0", "the weight of b is 0"), ("a:1,:2", "no file")],
+)
+def test_wrong_weights_are_named(names: str, match: str):
+    with pytest.raises(ValueError, match=match):
+        split_names(names)

@@ -255,7 +255,7 @@ def update(batch: Batch) -> Update:
     frozen = jax.jit(lambda key: jax.tree.map(lambda a: a * 4, target.init_params(key)))(jax.random.key(0))
     optimizer = optax.sgd(0.1)
     step = jax.jit(functools.partial(train_step, target, drafter, optimizer, Objective(steps=2)))
-    given = (frozen, begin(drafter, optimizer), Batch(*(jnp.concatenate([x, x]) for x in batch)))
+    given = (frozen, begin(drafter, optimizer), jax.tree.map(lambda x: jnp.concatenate([x, x]), batch))
     alone, loss, _ = step(*given)
     return Update(step, given, alone.params, float(loss))
 

@@ -229,8 +229,8 @@ def test_a_few_training_steps_lower_the_loss_and_are_compiled_once(head: str, co
     optimizer = optax.adam(1e-2)
     step = jax.jit(functools.partial(train_step, module.clone(taps=drafter.taps), drafter, optimizer, OBJECTIVES[head]))
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
-    ones, at = np.ones_like(tokens), np.broadcast_to(np.arange(12), (2, 12))
-    rows = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, ones, at, ones)))
+    tokens, ones, at = map(jnp.int32, (tokens, np.ones_like(tokens), np.broadcast_to(np.arange(12), (2, 12))))
+    rows = Batch(tokens, ones, at, ones)
     params = jax.tree.map(jnp.asarray, random_weights(drafter, 0.2, 3))
     state = init_state(drafter, optimizer, jax.random.key(0), params=params)
     losses = []

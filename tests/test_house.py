@@ -17,7 +17,7 @@ FLOORS = (
     {"base", "models", "flops"},
     {"sharding"},
     {"cache"},
-    {"layers", "sampling"},
+    {"layers", "sampling", "stored"},
     {"requests", "card", "event_file"},
     {"targets", "drafters", "losses", "trees"},
     {"verify"},

@@ -87,6 +87,8 @@ def show(config: PretrainConfig, found: dict[str, Any], args: Args) -> None:
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train and export; returns the verb's own JSON keys."""
+    if config.data.features is not None or config.data.top_k is not None:
+        raise ValueError("data.features and data.top_k are for jaxspec train: there is no target here; leave them out")
     prepare(config)
     mesh = mesh_of(config.mesh)
     tokenizer = find_tokenizer(config)

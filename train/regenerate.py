@@ -77,10 +77,7 @@ class Args(Flags):
     @property
     def part(self) -> tuple[int, int]:
         """Which shard of how many."""
-        words = self.shard.split("/")
-        if len(words) == 2 and all(w.isdecimal() for w in words) and int(words[0]) < int(words[1]):
-            return int(words[0]), int(words[1])
-        raise ValueError(f"--shard is {self.shard!r}; it must be i/n with i below n, from 0/4 to 3/4 for four shards")
+        return flags.parse_part(self.shard)
 
     @property
     def mixture(self) -> Temperatures | None:

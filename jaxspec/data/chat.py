@@ -1,6 +1,7 @@
 """Chat tokenizers: a HuggingFace tokenizer with its Jinja template, loss masks from token spans, streamed decoding."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 Message = dict[str, str]
+_PROBE = "The 3 quick foxes' d\u00e9j\u00e0 vu:\n\tx  = 1234.5;\u4e2d\u6587 \U0001f98a"  # is split in many ways
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
 
 
@@ -79,6 +81,13 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         """Ids are below this number."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Short hashes of all that decides the tokens of a conversation: of the `tokenizer`, and of its `template`."""
+        vocab = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
+        known = json.dumps([vocab, self.special_tokens, self.encode(_PROBE).tolist()])
+        return {"tokenizer": _digest(known), "template": _digest(self.template)}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as text, special tokens included. ValueError where the template refuses it."""
@@ -183,6 +192,10 @@ class IncrementalDecoder:
             self._ids = self._ids[self._emitted :]
             self._emitted = len(self._ids)
         return text
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _mask_turns(encoding: Encoding, turns: Sequence[tuple[int, int]]) -> np.ndarray:

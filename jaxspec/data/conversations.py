@@ -1,12 +1,21 @@
-"""Conversations on disk: one JSON object a line, as messages or in ShareGPT's form."""
+"""Conversations on disk, in files or folders: a JSON object a line or record, in our, OpenAI's or ShareGPT's form."""
 
+from __future__ import annotations
+
+import glob
+import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROLES = ("system", "user", "assistant", "tool")
+_OTHER_ROLES = {"developer": "system"}  # OpenAI's newer name
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_RECORDS_AT_ONCE = 1024
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".array_record", ".arrayrecord")
 
 
 class Conversation(NamedTuple):
@@ -19,36 +28,102 @@ class Conversation(NamedTuple):
     """Its last answer was cut, so nothing says that it ends there."""
 
 
-def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Conversation]:
-    """The conversations of a JSONL file in file order, at most `limit` of them.
+class Record(NamedTuple):
+    """A conversation as it is written, and where."""
 
-    A line is `{"id", "source", "messages": [{"role", "content"}]}` or ShareGPT's
-    `{"conversations": [{"from", "value"}]}`; `id` defaults to the line number, `source` to the file's name. With
-    `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished.
+    path: Path
+    place: str
+    """`line 3` or `record 3`, from 1."""
+    text: str | bytes
+    source: str
+    """Stands in where the conversation names none."""
+
+    def parse(self) -> Conversation:
+        """The conversation; ValueError naming file and place where it is none."""
+        try:
+            return parse_conversation(json.loads(self.text), id=self.place.split()[1], source=self.source)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, {self.place}: {error}") from error
+
+
+class Named(NamedTuple):
+    """One of several sets of conversations, as a setting names it."""
+
+    name: str
+    weight: float | None
+    """How much it is to count beside the others; None where nothing is said."""
+
+
+def split_names(names: str) -> list[Named]:
+    """`"a.jsonl, shards/:0.3"` as names with their weights. ValueError for an empty name, a weight that is not above 0,
+    or weights for some of them only."""
+    found = []
+    for item in names.split(","):
+        name, colon, weight = item.strip().rpartition(":")
+        number = _number(weight) if colon else None
+        found.append(Named(item.strip(), None) if number is None else Named(name, number))
+    if not all(named.name for named in found):
+        raise ValueError(f"{names!r}: names no file before or behind a comma; give files joined by commas")
+    for name, weight in found:
+        if weight is not None and not 0 < weight < math.inf:
+            raise ValueError(f"{names!r}: the weight of {name} is {weight:g}; it must be above 0")
+    if len({weight is None for _, weight in found}) > 1:
+        raise ValueError(f"{names!r}: gives some a weight and others none; give each one, or none")
+    return found
+
+
+def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Conversation]:
+    """The conversations that `path` names (see `find_files`) in their order, at most `limit` of them.
+
+    A line, or a record of an ArrayRecord file, is `{"id", "source", "messages": [{"role", "content"}]}`, where
+    `content` is text or OpenAI's list of parts of type `text`, or ShareGPT's `{"conversations": [{"from", "value"}]}`;
+    `id` defaults to the line's number, `source` to the name of the file, or of the folder where that is what is named.
+    With `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished.
     Raises ValueError naming the file and line of the first bad line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a JSONL file of conversations")
-    conversations: list[Conversation] = []
-    for number, line in _numbered_lines(path):
-        if limit is not None and len(conversations) >= limit:
-            break
-        try:
-            conversations.append(parse_conversation(json.loads(line), id=str(number), source=path.stem))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    conversations = [record.parse() for record in read_records(path, limit=limit)]
     if not conversations:
         raise ValueError(f"{path}: holds no conversation")
     return conversations
 
 
 def read_all(names: str, *, limit: int | None = None) -> list[Conversation]:
-    """The conversations of several files, their names joined by commas, one file after another; `limit` is of each."""
-    paths = [name.strip() for name in names.split(",")]
-    if not all(paths):
-        raise ValueError(f"{names!r}: names no file before or behind a comma; give files joined by commas")
-    return [conversation for path in paths for conversation in read_conversations(path, limit=limit)]
+    """The conversations of several names joined by commas, one after another, whatever their weights; `limit` is of
+    each."""
+    return [c for named in split_names(names) for c in read_conversations(named.name, limit=limit)]
+
+
+def read_records(name: str | Path, *, limit: int | None = None) -> Iterator[Record]:
+    """What `read_conversations` reads, one at a time and not yet parsed."""
+    files, left = find_files(name), math.inf if limit is None else limit
+    alone = len(files) == 1 and Path(name) == files[0]
+    for path in files:
+        for place, text in _read_array_record(path) if _is_array_record(path) else _read_lines(path):
+            if left <= 0:
+                return
+            left -= 1
+            yield Record(path, place, text, _stem(path) if alone else path.absolute().parent.name)
+
+
+def find_files(name: str | Path) -> list[Path]:
+    """The files behind a name, sorted: itself, those of a folder, or those that fit a pattern such as `shards/*.jsonl`.
+
+    Of a folder those are taken that end in `.jsonl`, `.jsonl.gz` or `.array_record`. ValueError if there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if (path / "about.json").is_file():
+            raise ValueError(f"{path}: holds tokens or features, where conversations are needed")
+        found = sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES) or _is_array_record(p))
+        if not found:
+            raise ValueError(f"{path}: the folder holds no file that ends in {', '.join(_SUFFIXES)}")
+        return found
+    found = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if Path(p).is_file())
+    if not found:
+        raise ValueError(f"{path}: no such file; give a JSONL file of conversations, or a folder or pattern of them")
+    return found
 
 
 def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
@@ -57,7 +132,8 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if "messages" in record:
         messages = _list_of(record, "messages")
-        pairs = [(_text(m, "role", i), _text(m, "content", i)) for i, m in enumerate(messages)]
+        pairs = [(_text(m, "role", i), _content(m, i)) for i, m in enumerate(messages)]
+        pairs = [(_OTHER_ROLES.get(role, role), content) for role, content in pairs]
     elif "conversations" in record:
         messages = _list_of(record, "conversations")
         pairs = [(_sharegpt_role(_text(m, "from", i), i), _text(m, "value", i)) for i, m in enumerate(messages)]
@@ -74,11 +150,48 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
     )
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+
+
+def _is_array_record(path: Path) -> bool:
+    """Also of names such as `train.array_record-00000-of-00008`."""
+    return ".array_record" in path.name or ".arrayrecord" in path.name
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
+    with opened as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+
+
+def _read_array_record(path: Path) -> Iterator[tuple[str, bytes]]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(str(path))
+        if not reader.ok():
+            raise RuntimeError("it is no such file, or cut short")
+        for first in range(0, reader.num_records(), _RECORDS_AT_ONCE):
+            upto = min(first + _RECORDS_AT_ONCE, reader.num_records())
+            for i, record in enumerate(reader.read(first, upto), first + 1):
+                yield f"record {i}", record
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not a whole ArrayRecord file ({error})") from error
 
 
 def _list_of(record: dict, field: str) -> list:
@@ -93,6 +206,18 @@ def _text(message: object, field: str, index: int) -> str:
     if not isinstance(value, str):
         raise ValueError(f"message {index}: `{field}` must be text")
     return value
+
+
+def _content(message: object, index: int) -> str:
+    """The text of a message: as it is, or in OpenAI's parts."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return _text(message, "content", index)
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"message {index}: `content` has a part of type {kind!r}; only text can be learned from")
+    return "".join(part["text"] for part in parts)
 
 
 def _sharegpt_role(role: str, index: int) -> str:

@@ -1,5 +1,7 @@
 """Grain pipelines over packed conversations, with exact resume."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -7,11 +9,27 @@ import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.data.packing import Documents, PackedBatches, tokenize_conversations
+
+
+class Batches(Protocol):
+    """Batches by number, such as `PackedBatches`: what is at a number depends on nothing that was read before."""
+
+    @property
+    def corpus(self) -> Documents:
+        """What their `documents` are indices into."""
+        ...
+
+    def token_count(self, index: int) -> int:
+        """Real tokens of a batch, over all processes."""
+        ...
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 class BatchIterator(Protocol):
-    """An iterator whose place can be written down: a Grain dataset iterator is one."""
+    """An iterator whose place can be written down."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
     def __next__(self) -> dict[str, np.ndarray]: ...
@@ -20,15 +38,60 @@ class BatchIterator(Protocol):
     def close(self) -> None: ...
 
 
-def iterate(batches: PackedBatches, *, threads: int = 1, prefetch: int = 4) -> BatchIterator:
-    """A Grain iterator over `batches`, assembled ahead of need; its state is small JSON and resume is exact.
+def iterate(batches: Batches, *, threads: int = 1, prefetch: int = 4, workers: int = 0) -> BatchIterator:
+    """An iterator over `batches`, assembled ahead of need by a thread or by `workers` processes of Grain's.
 
-    A global batch does not depend on the number of processes, so neither does the state.
+    Its state is the number of the next batch. A global batch does not depend on the number of processes that train or
+    prepare it, so neither does the state: resume is exact, whatever these are. A worker holds its own copy of a corpus
+    that is in memory, and takes seconds to start.
     """
-    import grain
+    return _Numbered(batches, threads, prefetch, workers)
 
-    dataset = grain.MapDataset.source(batches)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+
+class _Numbered:
+    def __init__(self, batches: Batches, threads: int, prefetch: int, workers: int) -> None:
+        self._batches, self._threads, self._prefetch, self._workers = batches, threads, prefetch, workers
+        self._next, self._ahead = 0, None
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._ahead is None:
+            self._ahead = self._open()
+        batch = next(self._ahead)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.close()
+        self._next = int(state["next_index"])
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _open(self) -> Any:
+        import grain
+
+        rest = grain.MapDataset.source(self._batches)[self._next :]  # type: ignore[arg-type]
+        ahead = rest.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch))
+        if self._workers:
+            _parse_flags()
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return iter(ahead)
+
+
+def _parse_flags() -> None:
+    """Grain 0.2.18 reads absl flags when it starts workers, and fails where nobody has parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def packed_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from jaxspec.interchange.tensors import (
 from jaxspec.layers import layer_shapes
 from jaxspec.sharding import shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.tables import Tables
 
 
 class Part(NamedTuple):
@@ -77,6 +79,32 @@ def load_target(folder: str | Path, *, dtype: Any, mesh: Mesh | None = None, sta
     return LoadedTarget(module, params, module.config)
 
 
+def load_tables(folder: str | Path, *, dtype: Any) -> tuple[Tables, Params]:
+    """Embedding and LM head alone of the model in a HuggingFace Llama folder, in `dtype`; errors as `read_llama`."""
+    folder, config = Path(folder), read_config(folder)
+    plan = {name: shape for name, shape in weight_shapes(config, False).items() if name in ("embed", "head")}
+    return Tables(config), _read(folder, config, plan, None, jnp.dtype(dtype))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A short hash of the model in a HuggingFace Llama folder: of its shape, and of the first and middle row of every
+    tensor, so that a model trained further has another, and one of 140 GB takes a second."""
+    folder, config = Path(folder), read_config(folder)
+    shape = [
+        getattr(config, name) for name in ("heads", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "norm_eps")
+    ]
+    digest = hashlib.sha256(repr(shape).encode())
+    with contextlib.ExitStack() as stack:
+        tensors = open_tensors(folder, stack)
+        check_tensors(tensors, tensor_shapes(config), folder)
+        for name in sorted(tensor_shapes(config)):
+            rows = tensors[name].get_shape()[0]
+            digest.update(f"{name} {tensors[name].get_dtype()} {tensors[name].get_shape()}".encode())
+            for row in (0, rows // 2):
+                digest.update(np.ascontiguousarray(tensors[name][row : row + 1]).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def read_llama(
     folder: str | Path, *, dtype: Any, param_dtype: Any = None, mesh: Mesh | None = None, stacked: bool = False
 ) -> tuple[Llama, Params]:
@@ -90,7 +118,12 @@ def read_llama(
     """
     folder, config = Path(folder), read_config(folder)
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    plan = weight_shapes(config, stacked)
+    params = _read(folder, config, weight_shapes(config, stacked), mesh, param_dtype)
+    return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), params
+
+
+def _read(folder: Path, config: LlamaConfig, plan: Params, mesh: Mesh | None, dtype: Any) -> Params:
+    """The weights of `plan`, a part of `weight_shapes`."""
     homes = jax.tree.map(lambda _: None, plan) if mesh is None else shardings(mesh, plan)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
@@ -99,13 +132,13 @@ def read_llama(
 
         def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> jax.Array:
             sources, shape = _sources(path, config.layers), weight.shape
-            return place(shape, home, lambda block: _assemble(tensors, sources, shape, block, param_dtype))
+            return place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype))
 
         flat, tree = jax.tree_util.tree_flatten_with_path(plan)
         arrays = [
             read(path, weight, home) for (path, weight), home in zip(flat, tree.flatten_up_to(homes), strict=True)
         ]
-    return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), tree.unflatten(arrays)
+    return tree.unflatten(arrays)
 
 
 def stored_dtype(folder: str | Path) -> str:

@@ -38,7 +38,7 @@ LOGIT_LOSSES: dict[str, Entry] = {
     "kl": Entry(lambda s: kl(s.draft, s.target)),
     "reverse_kl": Entry(lambda s: reverse_kl(s.draft, s.target)),
     "jsd": Entry(lambda s, beta: jsd(s.draft, s.target, beta), _BETA),
-    "top_k": Entry(lambda s, k: top_k_cross_entropy(s.draft, s.target, k), _K),
+    "top_k": Entry(lambda s, k: top_k_cross_entropy(s.draft, s.target, k, s.lumped is not None), _K),
     "tvd": Entry(lambda s: tvd(s.draft, s.target, s.rest)),
     "neg_log_acceptance": Entry(lambda s: neg_log_acceptance(s.draft, s.target, s.rest)),
     "lk": Entry(lambda s, eta: lk(s.draft, s.target, eta, s.rest), _ETA),
@@ -49,6 +49,21 @@ LOGIT_LOSSES: dict[str, Entry] = {
     "tvdpp_uniform_vocab": Entry(lambda s: tvdpp_uniform_vocab(s.draft, s.target, s.rest), None, standardised),
 }
 """Name -> loss of the draft's distribution; `logit_loss` makes one by its spec."""
+
+
+LUMPED = ("soft_cross_entropy", "kl", "top_k")
+"""Losses that can be made of the target's likeliest tokens and the mass of all others, taken as one token. Of the first
+two, what they say of the others among themselves is then left out, `p_rest KL(p | rest, q | rest)` of `kl`; `top_k` is
+what it was."""
+
+
+def refuse_lumped(spec: str, tokens: int) -> None:
+    """ValueError if the loss called `spec` needs more of the target than its `tokens` likeliest tokens."""
+    name, number = read_spec("loss", spec, {name: entry.knob for name, entry in LOGIT_LOSSES.items()})
+    if name not in LUMPED:
+        raise ValueError(f"loss {spec!r} needs all of the target's probabilities; choose from {', '.join(LUMPED)}")
+    if name == "top_k" and number[0] > tokens:
+        raise ValueError(f"loss {spec!r} needs more of the target's tokens than {tokens}")
 
 
 @functools.cache  # one object a spec, so that programs that hold it are traced once
@@ -64,6 +79,7 @@ def logit_loss(spec: str) -> LogitLoss:
 __all__ = [
     "FEATURE_LOSSES",
     "LOGIT_LOSSES",
+    "LUMPED",
     "LogitLoss",
     "Scores",
     "agreement",
@@ -77,6 +93,7 @@ __all__ = [
     "logit_loss",
     "neg_log_acceptance",
     "position_weights",
+    "refuse_lumped",
     "reverse_kl",
     "smooth_l1",
     "soft_cross_entropy",

@@ -49,13 +49,14 @@ def jsd(draft_logits: Array, target_logits: Array, beta: float = 0.5) -> Array:
     return jnp.sum(beta * jnp.exp(logp) * (logp - logm) + (1 - beta) * jnp.exp(logq) * (logq - logm), axis=-1)
 
 
-def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10) -> Array:
+def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10, lumped: bool = False) -> Array:
     """`-sum_{v in top k of p} p_v log q_v`, neither side renormalised on the `k` tokens (HASS, arXiv 2408.15766).
 
-    Of `U <= k` tokens it is `soft_cross_entropy`.
+    Of `U <= k` tokens it is `soft_cross_entropy`. Where the last of them is many tokens `lumped`, it is never a term.
     """
-    at, best = greatest(target_logits, min(k, target_logits.shape[-1]))
+    tokens = target_logits.shape[-1] - lumped
+    at, best = greatest(target_logits[..., :tokens], min(k, tokens))
     # By comparison with the last of them: elementwise, where gathers (and their scatters on the way back) are slow.
     ids, last, least = jnp.arange(target_logits.shape[-1]), at[..., -1:], best[..., -1:]
-    taken = (target_logits > least) | ((target_logits == least) & (ids <= last))
+    taken = ((target_logits > least) | ((target_logits == least) & (ids <= last))) & (ids < tokens)
     return -jnp.sum(jnp.where(taken, jnp.exp(log_probs(target_logits)) * log_probs(draft_logits), 0), axis=-1)

@@ -25,6 +25,8 @@ class Scores(NamedTuple):
     """For losses that sample; the callers of one batch give every chunk its own."""
     rest: Array | None = None
     """Log of the target's mass outside the `U` tokens `[...]`; None where `U` is the whole vocabulary."""
+    lumped: Array | None = None
+    """Where the last of the `U` stands for all tokens that are not among the others, log of their mass `[...]`."""
 
 
 def mean(sums: Array, count: Array) -> Array:

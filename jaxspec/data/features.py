@@ -1,0 +1,259 @@
+"""A target's features on disk: planned in the order training reads them first, and read for any packing of the same
+documents.
+
+What a target makes of a document depends on its tokens alone, so a store is looked up by `packing.key`: it serves every
+part, mix and order of the documents it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec.data import shards
+from jaxspec.data.packing import Documents, PackedBatches
+from jaxspec.data.shards import Field, Records, Shard
+from jaxspec.stored import ARRAYS, KINDS, Kind
+
+FORMAT = "jaxspec-features/1"
+INDEX = "index.npy"
+_ENTRY = np.dtype([("key", "<u8"), ("length", "<i4")])
+
+
+def feature_fields(width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: int = 0) -> tuple[Field, ...]:
+    """What a record holds: features of `width` numbers, as many for each of `taps` layers, and `top_k` tokens."""
+    fields = []
+    for name, parts in (("features", 1), ("taps", taps)):
+        if parts:
+            fields.append(Field(name, KINDS[kind], width * parts))
+            fields += [Field(f"{name}_scale", "float32", parts)] if kind == "int8" else []
+    if top_k:
+        token = "uint16" if vocab <= 1 << 16 else "int32"
+        fields += [Field("top_tokens", token, top_k), Field("top_logp", "float32", top_k), Field("rest", "float32", 1)]
+    return tuple(fields)
+
+
+class Piece(NamedTuple):
+    """A batch to be run, for those of its documents that none before it holds."""
+
+    part: int
+    index: int
+    first: int
+    """Number of its first new document among all that are stored."""
+    count: int
+
+
+class Plan(NamedTuple):
+    """Which documents a store holds, in what order, and how they come about."""
+
+    index: np.ndarray
+    """`key` and `length` of every document."""
+    pieces: tuple[Piece, ...]
+    shards: tuple[tuple[int, int], ...]
+    """The pieces of each file, from the first to before the last."""
+    bytes_per_token: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all documents."""
+        return int(self.index["length"].sum(dtype=np.int64))
+
+    def of(self, shard: int) -> np.ndarray:
+        """The part of the index that one file holds."""
+        first, last = (self.pieces[i] for i in (self.shards[shard][0], self.shards[shard][1] - 1))
+        return self.index[first.first : last.first + last.count]
+
+    def size(self, shard: int) -> int:
+        """Bytes of a file, about."""
+        index = self.of(shard)
+        own = int(index["length"].sum(dtype=np.int64)) * self.bytes_per_token
+        return own + len(index) * shards.RECORD_OVERHEAD + shards.FILE_OVERHEAD
+
+    @property
+    def digest(self) -> str:
+        """A short hash of documents, order and files."""
+        return hashlib.sha256(self.index.tobytes() + repr((self.pieces, self.shards)).encode()).hexdigest()[:16]
+
+
+def plan_features(parts: Sequence[PackedBatches], fields: Sequence[Field], *, shard_bytes: int) -> Plan:
+    """Every document of `parts` once, where it is first met; a file ends with the batch that fills `shard_bytes`."""
+    keys = [part.corpus.keys for part in parts]
+    bytes_per_token = sum(field.size for field in fields)
+    seen: set[int] = set()
+    entries: list[tuple[int, int]] = []
+    pieces: list[Piece] = []
+    ranges: list[tuple[int, int]] = []
+    filled, begin = 0, 0
+    for number, part in enumerate(parts):
+        for index in range(len(part)):
+            new = [d for row in part.documents_of(index) for d in row if not _met(int(keys[number][d]), seen)]
+            if not new:
+                continue
+            pieces.append(Piece(number, index, len(entries), len(new)))
+            entries += [(int(keys[number][d]), int(part.corpus.lengths[d])) for d in new]
+            filled += sum(length for _, length in entries[-len(new) :]) * bytes_per_token
+            if filled >= shard_bytes:
+                ranges.append((begin, len(pieces)))
+                filled, begin = 0, len(pieces)
+    if begin < len(pieces):
+        ranges.append((begin, len(pieces)))
+    return Plan(np.asarray(entries, _ENTRY), tuple(pieces), tuple(ranges), bytes_per_token)
+
+
+def _met(key: int, seen: set[int]) -> bool:
+    """Whether `key` was met before; from now on it was."""
+    known = key in seen
+    seen.add(key)
+    return known
+
+
+def spans(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int, int, int]]:
+    """`(document, row, begin, end)` of every document of a batch, row by row."""
+    for row, begin in np.argwhere((batch["segments"] > 0) & (batch["positions"] == 0)):
+        length = int(np.sum(batch["segments"][row] == batch["segments"][row, begin]))
+        yield int(batch["documents"][row, begin]), int(row), int(begin), int(begin) + length
+
+
+def new_records(
+    plan: Plan,
+    piece: Piece,
+    fields: Sequence[Field],
+    keys: np.ndarray,
+    batch: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+) -> Iterator[bytes]:
+    """The records of a piece, cut out of what the target made of its batch, `[B, L, width]`."""
+    wanted = iter(plan.index["key"][piece.first : piece.first + piece.count].tolist())
+    expected = next(wanted, None)
+    for document, row, begin, end in spans(batch):
+        if int(keys[document]) == expected:
+            yield shards.pack_record(fields, {name: array[row, begin:end] for name, array in arrays.items()})
+            expected = next(wanted, None)
+
+
+def begin_store(folder: Path, settings: dict[str, Any], plan: Plan) -> None:
+    """Make the folder for a plan, or go on in one. ValueError where it was begun with other settings or documents."""
+    shards.begin(folder, {"format": FORMAT, **settings, "contents": plan.digest})
+    if not (folder / INDEX).is_file():
+        shards.write_array(folder / INDEX, plan.index)
+    shards.write_json(folder / "contents.json", {"records": [len(plan.of(i)) for i in range(len(plan.shards))]})
+
+
+class FeatureStore:
+    """The features in a folder that `jaxspec features` finished.
+
+    Raises ValueError where it is not finished, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.about = shards.read_about(self.folder, FORMAT)
+        counts = json.loads((self.folder / "contents.json").read_text(encoding="utf-8"))["records"]
+        made = sum(Shard(self.folder, number).note_path.is_file() for number in range(len(counts)))
+        if made < len(counts):
+            raise ValueError(
+                f"{folder}: {made} of {len(counts)} files are finished; give the jaxspec features command that began it"
+            )
+        self._fields = [Field(*field) for field in self.about["fields"]]
+        self._records = Records(self.folder, counts, "features")
+        index = shards.read_array(self.folder / INDEX)
+        self._lengths = index["length"]
+        self._order = np.argsort(index["key"], kind="stable")
+        self._sorted = index["key"][self._order]
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose inputs are stored beside the features."""
+        return tuple(self.about["taps"])
+
+    @property
+    def top_k(self) -> int:
+        """Tokens whose log-probabilities are stored; 0 for none."""
+        return self.about["top_k"]
+
+    def check(self, **facts: Any) -> None:
+        """ValueError naming the first of these facts, as `about.json` names them, that the store was not made with."""
+        for name, mine in facts.items():
+            if self.about[name] != mine:
+                raise ValueError(
+                    f"{self.folder}: was made with {name} {self.about[name]!r}, and this run has {mine!r}; make the "
+                    "features anew with jaxspec features, for the same config"
+                )
+
+    def find(self, corpus: Documents) -> np.ndarray:
+        """int64 [documents]: the number of every document's record. ValueError where documents are not stored."""
+        keys = corpus.keys
+        place = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
+        missing = int(np.sum(self._sorted[place] != keys))
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {missing:,} of {len(keys):,} documents are not stored; give jaxspec features the same "
+                "data, data.length and tokenizer as the training"
+            )
+        return self._order[place]
+
+    def read(self, numbers: Sequence[int], names: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Some records' arrays `[L, width]` of these names. ValueError naming the file that is damaged."""
+        found = []
+        for number, record in zip(numbers, self._records.read(numbers), strict=True):
+            arrays, _ = shards.unpack_record(self._fields, record, int(self._lengths[number]))
+            found.append({name: arrays[name] for name in names})
+        return found
+
+    def empty(self, rows: int, length: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Zeros for a batch, `[B, L, width]`."""
+        return {f.name: np.zeros((rows, length, f.width), f.kind) for f in self._fields if f.name in names}
+
+
+class FeatureBatches:
+    """Packed batches with what the target makes of them, read from a store: arrays of `ARRAYS`, zero on padding.
+
+    With `taps` those are among them, and with `top_k` so many of the likeliest tokens. Raises ValueError where a
+    document is not stored, or `top_k` are not.
+    """
+
+    def __init__(self, packed: PackedBatches, store: FeatureStore, *, taps: bool = False, top_k: int = 0) -> None:
+        if top_k > store.top_k:
+            raise ValueError(
+                f"{store.folder}: holds {store.top_k} log-probabilities a token, and data.top_k is {top_k}"
+            )
+        self.packed, self.corpus = packed, packed.corpus
+        self._store, self._top_k, self._places = store, top_k, store.find(packed.corpus)
+        wanted = ARRAYS[:2] + (ARRAYS[2:4] if taps else ()) + (ARRAYS[4:] if top_k else ())
+        self._names = [name for name in wanted if name in store.empty(0, 0, ARRAYS)]
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def token_count(self, index: int) -> int:
+        """See `PackedBatches`."""
+        return self.packed.token_count(index)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch = self.packed[index]
+        rows, length = batch["tokens"].shape
+        arrays = self._store.empty(rows, length, self._names)
+        placed = list(spans(batch))
+        read = self._store.read([self._places[document] for document, *_ in placed], self._names)
+        for (_, row, begin, end), record in zip(placed, read, strict=True):
+            for name in self._names:
+                arrays[name][row, begin:end] = record[name]
+        return batch | (shorten(arrays, self._top_k) if self._top_k else arrays)
+
+
+def shorten(arrays: dict[str, np.ndarray], top_k: int) -> dict[str, np.ndarray]:
+    """The first `top_k` of the likeliest tokens; the mass of those left out goes to the rest."""
+    logp, rest = arrays["top_logp"], arrays["rest"]
+    for place in range(logp.shape[-1] - 1, top_k - 1, -1):
+        rest = np.logaddexp(rest, logp[..., place : place + 1])
+    kept = {
+        "top_tokens": arrays["top_tokens"][..., :top_k].astype(np.int32),
+        "top_logp": logp[..., :top_k],
+        "rest": rest,
+    }
+    return {**arrays, **kept}

@@ -1,0 +1,218 @@
+"""Tokenized corpora on disk: a record a document, read as packing asks for it, and an index mapped into memory.
+
+What a process holds of a corpus is then its index, and that is shared between processes of one machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxspec.data import shards
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import Record, find_files, read_records, split_names
+from jaxspec.data.packing import Document, Ids, Summary, key, tokenize_conversations
+from jaxspec.data.shards import Field, Records, Shard, ShardWriter
+
+FORMAT = "jaxspec-corpus/1"
+INDEX = "index.npy"
+CONTENTS = "contents.json"
+"""Written last: the corpus is complete."""
+_TOGETHER = 1024  # conversations tokenized together
+_ENTRY = np.dtype(
+    [("length", "<i4"), ("assistant", "<i4"), ("said", "<i4"), ("source", "<i4"), ("truncated", "?"), ("key", "<u8")]
+)
+"""A document's tokens, the assistant's of them, those but for its first token, and the rest of what `Documents` ask."""
+
+
+def token_fields(vocab: int) -> tuple[Field, ...]:
+    """What a record holds, the conversation's id behind it."""
+    return Field("tokens", "uint16" if vocab <= 1 << 16 else "int32", 1), Field("assistant", "uint8", 1)
+
+
+def write_corpus(
+    folder: Path,
+    names: str,
+    tokenizer: ChatTokenizer,
+    *,
+    length: int,
+    limit: int | None = None,
+    shard_documents: int = 1 << 16,
+    part: tuple[int, int] = (0, 1),
+    verify: bool = False,
+) -> Generator[int, None, None]:
+    """Tokenize the conversations that `names` names (joined by commas), each cut to `length` tokens, into `folder`.
+
+    Goes on where it was stopped. Of `part` `(i, n)` every n-th shard is made, from the i-th; whoever finds all shards
+    finished completes the corpus. With `verify`, shards whose checksum has changed are made anew. Yields how many
+    conversations were done or passed over. Raises ValueError where the folder was begun with something else, or a
+    conversation is malformed or refused, naming it.
+    """
+    fields = token_fields(tokenizer.vocab_size)
+    chosen = [named.name for named in split_names(names)]
+    if split_names(names)[0].weight is not None:
+        raise ValueError(f"{names!r}: weights are for data.train; tokenize each apart, and weigh the folders there")
+    settings = {
+        "format": FORMAT,
+        **tokenizer.fingerprint,
+        "files": [[str(path), path.stat().st_size] for name in chosen for path in find_files(name)],
+        "length": length,
+        "limit": limit,
+        "shard_documents": shard_documents,
+        "fields": [list(field) for field in fields],
+    }
+    shards.begin(folder, settings)
+    records = (record for name in chosen for record in read_records(name, limit=limit))
+    whole = True
+    for number in count():
+        first = next(records, None)
+        if first is None:
+            break
+        shard, block = Shard(folder, number), chain([first], islice(records, shard_documents - 1))
+        if shard.note() and not (verify and shard.is_damaged()):
+            yield sum(1 for _ in block)
+        elif number % part[1] == part[0]:
+            yield from _write_shard(shard, block, tokenizer, fields, length)
+        else:
+            whole = False
+            yield sum(1 for _ in block)
+    if number == 0:
+        raise ValueError(f"{names}: holds no conversation")
+    if whole:
+        _complete(folder, number)
+
+
+def _write_shard(
+    shard: Shard, records: Iterator[Record], tokenizer: ChatTokenizer, fields: Sequence[Field], length: int
+) -> Iterator[int]:
+    """Writes one shard and its part of the index; yields how many conversations each step has done."""
+    entries, sources = [], {}
+    writer = ShardWriter(shard, "group_size:1,zstd:3")
+    while block := [record.parse() for record in islice(records, _TOGETHER)]:
+        corpus = tokenize_conversations(block, tokenizer, length=length + 1)
+        documents = [Document(*(x[:length] for x in d)) for d in corpus.read(range(len(block)))]
+        for conversation, (tokens, mask) in zip(block, documents, strict=True):
+            writer.write(shards.pack_record(fields, {"tokens": tokens, "assistant": mask}, conversation.id.encode()))
+        entries.append(_entries(corpus.lengths > length, documents))
+        entries[-1]["source"] = [sources.setdefault(c.source, len(sources)) for c in block]
+        yield len(block)
+    shards.write_array(_index_of(shard), np.concatenate(entries))
+    writer.seal(sources=list(sources))
+
+
+def _entries(truncated: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
+    entries = np.zeros(len(documents), _ENTRY)
+    entries["truncated"] = truncated
+    for entry, (tokens, mask) in zip(entries, documents, strict=True):
+        entry["length"], entry["assistant"], entry["said"] = len(tokens), mask.sum(), mask[1:].sum()
+        entry["key"] = key(tokens)
+    return entries
+
+
+def _index_of(shard: Shard) -> Path:
+    return shard.path.with_suffix(".npy")
+
+
+def _complete(folder: Path, count: int) -> None:
+    """Joins the parts of the index, and notes that all is there."""
+    made = [Shard(folder, number) for number in range(count)]
+    notes = [shard.note() or {} for shard in made]
+    sources = sorted({source for note in notes for source in note["sources"]})
+    parts = []
+    for shard, note in zip(made, notes, strict=True):
+        part = np.array(shards.read_array(_index_of(shard)))
+        part["source"] = np.asarray([sources.index(s) for s in note["sources"]], np.int32)[part["source"]]
+        parts.append(part)
+    shards.write_array(folder / INDEX, np.concatenate(parts))
+    counts = [note["records"] for note in notes]
+    shards.write_json(folder / CONTENTS, {"records": counts, "sources": sources})
+
+
+def is_corpus(name: str | Path) -> bool:
+    """Whether `name` is a folder that `write_corpus` began."""
+    about = Path(name) / shards.ABOUT
+    return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("format") == FORMAT
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all of its shards are made."""
+    return (folder / CONTENTS).is_file()
+
+
+class StoredCorpus:
+    """A corpus that `write_corpus` completed, or its first `limit` documents; see `packing.Documents`.
+
+    Raises ValueError where it is not complete.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self.about = shards.read_about(self.folder, FORMAT)
+        if not is_complete(self.folder):
+            raise ValueError(f"{folder}: is not complete; give the jaxspec tokenize command that began it again")
+        contents = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8"))
+        self.sources: tuple[str, ...] = tuple(contents["sources"])
+        self._fields = [Field(*field) for field in self.about["fields"]]
+        self._records = Records(self.folder, contents["records"], "tokenize")
+        self._index = index = shards.read_array(self.folder / INDEX)[:limit]
+        self.summary = Summary(
+            documents=len(index),
+            tokens=int(index["length"].sum(dtype=np.int64)),
+            truncated=int(index["truncated"].sum()),
+            without_assistant=int((index["assistant"] == 0).sum()),
+            only_assistant=int((index["assistant"] == index["length"]).sum()),
+        )
+
+    def __reduce__(self) -> Any:
+        return StoredCorpus, (self.folder, self.limit)  # a copy in another process maps the same file
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """See `Documents`."""
+        return self._index["length"]
+
+    @property
+    def said(self) -> np.ndarray:
+        """See `Documents`."""
+        return self._index["said"]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """See `Documents`."""
+        return self._index["key"]
+
+    @property
+    def source(self) -> np.ndarray:
+        """See `Documents`."""
+        return self._index["source"]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """See `Documents`."""
+        return Ids(len(self._index), lambda document: self._unpack([document])[0][1])
+
+    def read(self, documents: Sequence[int]) -> list[Document]:
+        """See `Documents`. Raises ValueError naming the file that is damaged."""
+        return [document for document, _ in self._unpack(documents)]
+
+    def check(self, tokenizer: ChatTokenizer) -> None:
+        """ValueError if it was made with another tokenizer or template."""
+        for name, mine in tokenizer.fingerprint.items():
+            if self.about[name] != mine:
+                raise ValueError(
+                    f"{self.folder}: was tokenized with another {name} than the target's; give jaxspec tokenize the "
+                    "--target that is trained for, and another --out"
+                )
+
+    def _unpack(self, documents: Sequence[int]) -> list[tuple[Document, str]]:
+        found = []
+        for document, record in zip(documents, self._records.read(documents), strict=True):
+            arrays, id = shards.unpack_record(self._fields, record, int(self._index["length"][document]))
+            tokens, mask = arrays["tokens"][:, 0].astype(np.int32), arrays["assistant"][:, 0].astype(bool)
+            found.append((Document(tokens, mask), id.decode()))
+        return found

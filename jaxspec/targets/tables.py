@@ -1,0 +1,37 @@
+"""A frozen target of which embedding and LM head are all there is: its features were computed before."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
+from jaxspec.layers import score_tokens
+from jaxspec.targets.llama import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """See `base.Target`. Weights: `embed [V, D]`, and `head [V, D]` unless tied."""
+
+    config: LlamaConfig
+
+    def clone(self, **_: Any) -> Tables:
+        """Itself: there is no layer that could be run otherwise."""
+        return self
+
+    def forward(self, params: Params, *_: Any, **__: Any) -> TargetOutput:
+        """ValueError: there are no layers to run."""
+        raise ValueError("this target has no layers; give its features with data.features, or load it whole")
+
+    def logits(self, params: Params, features_BLD: Array) -> Array:
+        """fp32 logits `[B, L, V]` of the token after each feature: those of the whole target, bit for bit."""
+        return score_tokens(features_BLD, self.borrowed(params).head_VD)
+
+    def borrowed(self, params: Params) -> Borrowed:
+        """The embedding and LM head (one table when tied)."""
+        return Borrowed(params["embed"], params["embed"] if self.config.tied else params["head"])
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """ValueError: there are no layers to keep keys and values of."""
+        raise ValueError("this target has no layers, so it cannot decode; load it whole")

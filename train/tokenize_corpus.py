@@ -1,0 +1,93 @@
+"""Tokenize conversations into sharded files on disk, for data sets that are too large to be held in memory.
+
+`jaxspec train` takes the folder where it takes a JSONL file, and has the same batches; a process then holds some 50
+bytes a conversation, half of them shared with the other processes of its machine. A run that was stopped goes on where
+it was: give the same command. Many machines can fill one folder, each with its own --shard i/n; the one that finishes
+last completes it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from jaxspec import cli, flags, loading, report
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.stored_corpus import StoredCorpus, is_complete, write_corpus
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec tokenize`."""
+
+    data: Positional[str]
+    """Conversations: JSONL (also .gz) or ArrayRecord files, folders or patterns of them, several joined by commas."""
+    out: str
+    """Folder for the corpus."""
+    target: str = "tiny"
+    """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the target that comes with jaxspec."""
+    length: int = 2048
+    """Tokens of a conversation that are kept; training's data.length may not be less."""
+    limit: int | None = None
+    """Take only so many conversations of each that is named."""
+    shard_documents: int = 65536
+    """Conversations of a file."""
+    shard: str = "0/1"
+    """Make only every n-th file, beginning with the i-th: 0/4, 1/4, 2/4 or 3/4."""
+    verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check the SHA-256 of finished files first, and make damaged ones anew."""
+    json: str | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        flags.refuse_below_one(self, "length", "limit", "shard_documents")
+        _ = self.part
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which shard of how many."""
+        return flags.parse_part(self.shard)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec tokenize", description=__doc__ or "")
+    folder = Path(args.out)
+    tokenizer = ChatTokenizer.load(loading.target_folder(args.target))
+    work = write_corpus(
+        folder,
+        args.data,
+        tokenizer,
+        length=args.length,
+        limit=args.limit,
+        shard_documents=args.shard_documents,
+        part=args.part,
+        verify=args.verify,
+    )
+    with report.progress("tokenizing", None, "conversations") as bar:
+        for done in work:
+            bar.advance(done)
+    result = {"out": args.out, "complete": is_complete(folder)}
+    if result["complete"]:
+        corpus = StoredCorpus(folder)
+        result |= {**corpus.summary._asdict(), "sources": list(corpus.sources)}
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        result |= {"bytes": size, "bytes_per_token": size / corpus.summary.tokens}
+        rows = [[name, value] for name, value in result.items() if name not in ("out", "complete", "sources")]
+        report.print_table(args.out, ["measure", "value"], rows)
+    else:
+        sys.stderr.write(f"{args.out}: this part is done, and files of other parts are missing\n")
+    if args.json:
+        report.write_json(args.json, report.result("tokenize", dtype="int32", seed=None, started=started, **result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
