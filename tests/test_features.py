@@ -258,7 +258,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(folder: Path, monkeypatch, capfd):
     """Also: parts made apart, a damaged file, sizes that are said beforehand, and a disk that is too small."""
-    monkeypatch.setattr(features, "make_mesh", lambda *_: ONE)
+    monkeypatch.setattr(features, "mesh_of", lambda _: ONE)
     words = ["features", "toy.py", *EAGLE3, *STORE, "--out", "torn", "--json", "torn.json"]
     assert main([*words, "--count-only"]) == 0 and not Path("torn").exists()
     written, said = json.loads(Path("torn.json").read_text()), capfd.readouterr().err
@@ -273,7 +273,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(folder
     )
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(features, "make_mesh", lambda *_: ONE)
+    monkeypatch.setattr(features, "mesh_of", lambda _: ONE)
 
     sealed = iter("yn")
 
