@@ -339,6 +339,8 @@ def prepare(config: PretrainConfig | DistillConfig) -> None:
         raise ValueError("compiler='pmap' is for one process, and there are several: set compiler=jit or shard_map")
     versions = {"jaxspec": __version__, "jax": jax.__version__}
     launch.agree("settings", {**to_dict(config), "version": versions}, "start the same command on every host")
+    if isinstance(config, DistillConfig) and jax.process_index() == 0:  # the others would see what it writes there
+        refuse_to_replace(config.export_folder)
     for folder in folders.values():
         launch.check_shared(folder)
 
@@ -591,7 +593,6 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     """
     prepare(config)
     folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
-    refuse_to_replace(config.export_folder)
     mesh = mesh_of(config.mesh)
     data = data or read_data(config, ChatTokenizer.load(folder), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}

@@ -126,7 +126,7 @@ class State(NamedTuple):
 
 def finish(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int, export: Literal["last", "best"] = "last") -> Any:
     """A whole run, resumed if there is one, whose weights count steps and whose evaluation is best at step 2."""
-    monkeypatch.setattr(training, "iterate", lambda data: Numbers())
+    monkeypatch.setattr(training, "iterate", lambda data, **_: Numbers())
     recipe = Recipe(
         "toy",
         init=lambda: State({"a": jnp.zeros(1)}),

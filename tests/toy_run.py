@@ -37,6 +37,9 @@ class Draws:
     def __len__(self) -> int:
         return 1000
 
+    def token_count(self, index: int) -> int:
+        return ROWS
+
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
         share = ROWS // jax.process_count()
         x = np.random.default_rng(index.__index__()).normal(size=(ROWS, 16)).astype(np.float32)
