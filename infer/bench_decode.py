@@ -29,7 +29,9 @@ from jaxspec.timing import Load, PeerRun, Run
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
-Shape = Literal["tiny", "125m", "llama3-1b", "llama3-8b", "llama3-70b"]
+Shape = Literal[
+    "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
+]
 NOTES = """\
 tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted

@@ -23,6 +23,7 @@ VERBS = {
     "tokenize": Verb("jaxspec.train.tokenize_corpus", "tokenize a data set into sharded files on disk"),
     "features": Verb("jaxspec.train.features", "store what a target makes of a data set, for training without it"),
     "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
+    "plan": Verb("jaxspec.train.plan", "compile a training run for a TPU slice that is not here: memory, time, cost"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "runs": Verb("jaxspec.train.runs", "list runs: how far they are and the best tau they reached"),
     "export": Verb("jaxspec.train.export", "write a run's model, a drafter or a target as an Orbax checkpoint"),

@@ -6,6 +6,7 @@ import collections
 import importlib.util
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jaxspec import hlo
 from jaxspec.base import KVCache
 from jaxspec.decode import DecodeState, Engine, Weights, prefill
 from jaxspec.generation import run_rounds
 from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling
 from jaxspec.sharding import make_mesh, replicated, shardings
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 class Plan(NamedTuple):
@@ -36,8 +36,8 @@ class Plan(NamedTuple):
     cache_bytes: int
     """This chip's part of all caches."""
     cache_copies: tuple[str, ...]
-    """Instructions in the loop that write another buffer of a cache's shape. A move of a whole cache between HBM and
-    on-chip memory is not one: XLA chooses that for caches that fit, to read them there."""
+    """Instructions in the loop that write another buffer of a cache's shape, with it. A move of a whole cache between
+    HBM and on-chip memory is not one: XLA chooses that for caches that fit, to read them there."""
     host_calls: tuple[str, ...]
     """Instructions that talk to the host."""
     outer_loops: int
@@ -46,15 +46,16 @@ class Plan(NamedTuple):
     """Collectives in the loop, as `all-reduce bf16[1,60,4096]` -> how many of them the program text has."""
 
 
-def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the chips of a TPU slice such as `v6e:2x4`, known to the compiler only.
+def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1, slices: int = 1) -> Mesh:
+    """A mesh over the chips of a TPU slice such as `v6e:2x4`, or of several, known to the compiler only.
 
     Raises ModuleNotFoundError without libtpu, and ValueError for a mesh that does not take all chips.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError('compiling for a TPU that is not here needs libtpu: pip install "jax[tpu]"')
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return make_mesh(data, fsdp, tensor, devices=list(described.devices))
+    several = {"num_slices": slices} if slices > 1 else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
+    return make_mesh(data, fsdp, tensor, slices=slices, devices=list(described.devices))
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
@@ -103,8 +104,8 @@ def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, cap
         ) from error
     memory = compiled.memory_analysis()
     assert memory is not None
-    text = compiled.as_text() or ""
-    loop = _loop_instructions(text)
+    program = hlo.parse(compiled.as_text() or "")
+    loop = list(_in_loops(program))
     shapes = {_dims(s) for b in buffers for s in (b.shape, b.sharding.shard_shape(b.shape))}
     return Plan(
         arguments=memory.argument_size_in_bytes,
@@ -112,10 +113,10 @@ def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, cap
         peak=memory.peak_memory_in_bytes,
         aliased=memory.alias_size_in_bytes,
         cache_bytes=_bytes_a_chip(buffers),
-        cache_copies=tuple(line for line in loop if _copies(line, shapes)),
-        host_calls=tuple(line for line in loop if _HOST.search(line)),
-        outer_loops=sum(" while(" in line for line in text[text.index("\nENTRY") :].splitlines()),
-        sent=dict(collections.Counter(filter(None, map(_sent, loop)))),
+        cache_copies=tuple(_named(i) for i in loop if _copies(program, i, shapes)),
+        host_calls=tuple(_named(i) for i in loop if i.kind in _HOST_CALLS or _CALLBACK.search(i.attributes)),
+        outer_loops=sum(i.opcode == "while" for i in program.computations[program.entry]),
+        sent=dict(collections.Counter(_named(i) for i in loop if i.kind in hlo.COLLECTIVES)),
     )
 
 
@@ -123,51 +124,24 @@ def _bytes_a_chip(arrays: list[Any]) -> int:
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
-# Reading HLO text. An instruction is `%name = shape opcode(operands), attributes`; a shape ends in `{layout}`, where
-# `S(1)` marks on-chip memory.
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\(")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_HOST = re.compile(r" (infeed|outfeed|send|recv)(-done)?\(|host_callback|xla_python|callback")
-_CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computation)=(%[\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_HOST_CALLS = ("infeed", "outfeed", "send", "send-done", "recv", "recv-done")
+_CALLBACK = re.compile(r"host_callback|xla_python|callback")
+_INSIDE = ("fusion", "reduce", "reduce-scatter", "all-reduce", "sort", "scatter", "reduce-window")
+"""Instructions whose computations are their own affair."""
 
 
-def _loop_instructions(text: str) -> list[str]:
-    """The instructions of the program's loops, nested loops and branches included.
-
-    A fusion is one instruction; its line gets `writes=a slice` appended where it updates a buffer in place, else
-    `writes=all`.
-    """
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            name = line.split()[1] if line.startswith("ENTRY") else line.split()[0]
-            entry = name if line.startswith("ENTRY") else entry
-            lines = computations.setdefault(name, [])
-        elif _INSTRUCTION.match(line):
-            lines.append(line)
-    found, seen = [], {entry}
-    waiting = [name for line in computations.get(entry, []) if " while(" in line for name in _CALLED.findall(line)]
+def _in_loops(program: hlo.Program) -> Iterator[hlo.Instruction]:
+    """The instructions of the program's loops, nested loops and branches included; a fusion is one."""
+    waiting = [i for i in program.computations[program.entry] if i.opcode == "while"]
+    seen = set()
     while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in computations.get(name, []):
-            if match := re.search(r" fusion\(.*calls=(%[\w.\-]+)", line):
-                inside = computations.get(match[1], [])
-                in_place = any(" dynamic-update-slice(" in x for x in inside)
-                line += f" writes={'a slice' if in_place else 'all'}"
-            elif not re.search(r" (all-reduce|reduce|reduce-scatter|sort|scatter|reduce-window)(-start)?\(", line):
-                waiting += _CALLED.findall(line)
-                waiting += [b.strip() for group in _BRANCHES.findall(line) for b in group.split(",")]
-            found.append(line.strip())
-    return found
-
-
-def _shapes(text: str) -> list[tuple[str, str, str]]:
-    return _SHAPE.findall(text)
+        for name in waiting.pop().all_called:
+            if name not in seen:
+                seen.add(name)
+                for i in program.computations.get(name, ()):
+                    yield i
+                    if i.kind not in _INSIDE:
+                        waiting.append(i)
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,24 +149,18 @@ def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n > 1))
 
 
-def _copies(line: str, shapes: set[tuple[int, ...]]) -> bool:
+def _copies(program: hlo.Program, i: hlo.Instruction, shapes: set[tuple[int, ...]]) -> bool:
     """Whether an instruction fills a second buffer of one of these shapes."""
-    match = _INSTRUCTION.match("  " + line)
-    assert match is not None
-    results = _shapes(match["result"])
-    hit = [r for r in results if _dims(tuple(int(n) for n in r[1].split(",") if n)) in shapes]
-    if not hit:
+    if not any(_dims(s.dims) in shapes for s in i.result):
         return False
-    if match["opcode"] == "copy-start":
-        return len({"S(" in layout for _, _, layout in results[:2]}) == 1
-    return match["opcode"] in ("copy", "transpose", *COLLECTIVES) or line.endswith("writes=all")
+    if i.opcode == "copy-start":
+        return i.result[0].space == i.result[1].space
+    if i.opcode == "fusion":
+        inside = program.computations[i.called("calls") or ""]
+        return not any(inner.opcode == "dynamic-update-slice" for inner in inside)
+    return i.opcode in ("copy", "transpose", *hlo.COLLECTIVES)
 
 
-def _sent(line: str) -> str | None:
-    match = _INSTRUCTION.match("  " + line)
-    assert match is not None
-    opcode = match["opcode"].removesuffix("-start")
-    if opcode not in COLLECTIVES:
-        return None
-    kind, sizes, _ = _shapes(match["result"])[-1 if opcode == "all-gather" else 0]
-    return f"{opcode} {kind}[{sizes}]"
+def _named(i: hlo.Instruction) -> str:
+    """`all-reduce bf16[1,60,4096]`: the opcode, and what it makes."""
+    return f"{i.kind} {i.result[-1 if i.kind == 'all-gather' else 0] if i.result else ''}"

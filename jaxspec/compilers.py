@@ -39,28 +39,9 @@ def compile_step(
 
     ValueError where the mesh does not suit.
     """
-    compute = functools.partial(gradients, target, drafter, objective)
-
-    def step(
-        gradients_of: Callable[..., tuple[Params, Sums]], frozen: Params, state: TrainState, batch: Batch, vocab_U: Any
-    ) -> tuple[TrainState, Array]:
-        key = jax.random.fold_in(state.key, state.step)
-        gradient, sums = gradients_of(frozen, state.params, batch, key, vocab_U)
-        loss = sums.mean_loss(objective)
-        return update(optimizer, state, gradient, loss), loss
-
-    if compiler == "jit":
-        return _under(mesh, jax.jit(functools.partial(step, compute), donate_argnums=1))
-    if compiler == "shard_map":
-        if mesh.shape["tensor"] > 1:
-            raise ValueError(
-                f"compiler='shard_map' spreads rows and weights, and the mesh has tensor={mesh.shape['tensor']}: set "
-                "mesh.tensor=1, or compiler=jit"
-            )
-        spread = functools.partial(_spread, mesh, functools.partial(compute, axes=ROW_AXES))
-        return jax.jit(functools.partial(step, spread), donate_argnums=1)
+    step, compute = _step_of(target, drafter, optimizer, objective)
     if compiler != "pmap":
-        raise ValueError(f"compiler is {compiler!r}; there are jit, shard_map and pmap")
+        return _under(mesh, _jitted(compiler, mesh, step, compute), compiler)
     if mesh.size > mesh.shape["data"]:
         raise ValueError("compiler='pmap' spreads rows alone: set mesh.fsdp, mesh.tensor and mesh.slices to 1")
     axis = "data"
@@ -79,9 +60,63 @@ def compile_step(
     return run
 
 
-def _under(mesh: Mesh, compiled: Step) -> Step:
-    """The step with the mesh in context, which the constraints in the models refer to; one device needs none."""
-    if mesh.size == 1:
+def lower_step(
+    compiler: Compiler,
+    mesh: Mesh,
+    target: Target,
+    drafter: Any,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *arguments: Any,
+) -> jax.stages.Lowered:
+    """The program of `compile_step` for abstract arguments, ready to be compiled for devices that are not here.
+
+    ValueError for `pmap`, which compiles for devices that are.
+    """
+    step, compute = _step_of(target, drafter, optimizer, objective)
+    jitted: Any = _jitted(compiler, mesh, step, compute)
+    if compiler == "shard_map":
+        return jitted.lower(*arguments)
+    with jax.set_mesh(mesh):
+        return jitted.lower(*arguments)
+
+
+def _step_of(
+    target: Target, drafter: Any, optimizer: optax.GradientTransformation, objective: Objective
+) -> tuple[Callable[..., tuple[TrainState, Array]], Callable[..., tuple[Params, Sums]]]:
+    """The step, given how gradients are made, and how they are made on one device."""
+
+    def step(
+        gradients_of: Callable[..., tuple[Params, Sums]], frozen: Params, state: TrainState, batch: Batch, vocab_U: Any
+    ) -> tuple[TrainState, Array]:
+        key = jax.random.fold_in(state.key, state.step)
+        gradient, sums = gradients_of(frozen, state.params, batch, key, vocab_U)
+        loss = sums.mean_loss(objective)
+        return update(optimizer, state, gradient, loss), loss
+
+    return step, functools.partial(gradients, target, drafter, objective)
+
+
+def _jitted(
+    compiler: Compiler, mesh: Mesh, step: Callable[..., Any], compute: Callable[..., tuple[Params, Sums]]
+) -> Step:
+    """The step as one program for a mesh."""
+    if compiler == "jit":
+        return jax.jit(functools.partial(step, compute), donate_argnums=1)
+    if compiler != "shard_map":
+        raise ValueError(f"compiler is {compiler!r}; a program for a mesh comes from jit or shard_map")
+    if mesh.shape["tensor"] > 1:
+        raise ValueError(
+            f"compiler='shard_map' spreads rows and weights, and the mesh has tensor={mesh.shape['tensor']}: set "
+            "mesh.tensor=1, or compiler=jit"
+        )
+    spread = functools.partial(_spread, mesh, functools.partial(compute, axes=ROW_AXES))
+    return jax.jit(functools.partial(step, spread), donate_argnums=1)
+
+
+def _under(mesh: Mesh, compiled: Step, compiler: Compiler) -> Step:
+    """The step with the mesh in context, which `jit`'s constraints in the models refer to; one device needs none."""
+    if mesh.size == 1 or compiler != "jit":
         return compiled
 
     def run(*arguments: Any) -> tuple[TrainState, Array]:

@@ -102,6 +102,26 @@ def _setting(row: Mapping[str, Any]) -> tuple[str, float]:
     return row["tree"], row["temperature"]
 
 
+def draw_plan(path: Path, title: str, memory: Mapping[str, float], seconds: Mapping[str, float]) -> None:
+    """Bytes of a chip's HBM by part, beside its `capacity`, and the seconds of a step by what takes them."""
+    figure, (left, right) = _canvas(1, 2, width=10.5, height=3.2)
+    begin = 0.0
+    for (part, size), colour in zip(((k, v) for k, v in memory.items() if k != "capacity"), COLOURS, strict=False):
+        left.barh([0], [size / 1e9], left=[begin], color=colour, height=0.5, label=f"{part} {size / 1e9:.3g}")
+        begin += size / 1e9
+    left.axvline(
+        memory["capacity"] / 1e9, color="black", linestyle="--", label=f"capacity {memory['capacity'] / 1e9:.3g}"
+    )
+    left.set(xlabel="GB of a chip", yticks=[], ylim=(-0.4, 1.6))
+    left.legend(frameon=False, ncols=2, loc="upper left", fontsize=8)
+    names = list(seconds)
+    right.barh(names, [1e3 * seconds[name] for name in names], color=COLOURS[0], height=0.5)
+    right.set(xlabel="ms of a step")
+    right.invert_yaxis()
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
     """A figure without a window, and its panels."""
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height * rows), layout="constrained")
@@ -132,6 +152,11 @@ def _finish(figure: Any, path: Path, looks: dict[str, dict[str, Any]]) -> None:
     figure.legend(
         handles=handles, loc="outside right upper", frameon=False, title="recipe", alignment="left", handlelength=3
     )
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """The file whole or not at all."""
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, dpi=150, format="png")
     draft.replace(path)

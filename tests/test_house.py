@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from lower floors and from its own package. Modules of one floor do not see each other.
 FLOORS = (
     {"jaxspec"},  # jaxspec/__init__.py
-    {"base", "models", "flops"},
+    {"base", "models", "flops", "hlo", "chips"},
     {"sharding"},
     {"cache"},
     {"layers", "sampling", "stored"},
@@ -30,7 +30,7 @@ FLOORS = (
     {"cli", "flags", "configs"},
     {"launch"},
     {"training"},
-    {"recipes", "measurement"},
+    {"recipes", "measurement", "planning"},
     {"train", "infer"},
     {"__main__"},
 )

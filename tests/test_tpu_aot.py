@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec import aot
+from jaxspec import aot, hlo
 from jaxspec.decode import Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.layers import RopeScaling
@@ -133,7 +133,8 @@ ENTRY %main (p: bf16[2,8,128]) -> bf16[2,8,128] {
 
 
 def test_copies_are_found_in_a_hand_drawn_program():
-    loop = aot._loop_instructions(HLO)
-    copied = [line for line in loop if aot._copies(line, {aot._dims((2, 8, 128))})]
-    assert sorted(line.removeprefix("ROOT ").split()[0] for line in copied) == ["%rewritten", "%swapped", "%twin"]
-    assert [s for s in map(aot._sent, loop) if s] == ["all-reduce f32[4,8]"]
+    program = hlo.parse(HLO)
+    loop = list(aot._in_loops(program))
+    copied = [i.name for i in loop if aot._copies(program, i, {aot._dims((2, 8, 128))})]
+    assert sorted(copied) == ["rewritten", "swapped", "twin"]
+    assert [aot._named(i) for i in loop if i.kind in hlo.COLLECTIVES] == ["all-reduce f32[4,8]"]

@@ -41,7 +41,9 @@ from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training import attention_blocks, drafter_for, optimizer_of
 
-Shape = Literal["tiny", "125m", "llama3-1b", "llama3-8b", "llama3-70b"]
+Shape = Literal[
+    "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
+]
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "draft_lm_kld"}
 """Other names of experiments."""

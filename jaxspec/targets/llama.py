@@ -66,6 +66,10 @@ _LLAMA3 = RopeScaling("llama3", 8.0)
 SHAPES = {
     "tiny": LlamaConfig(4096, 256, 7, 4, 2, 64, 640, tied=True),
     "125m": LlamaConfig(50304, 768, 12, 12, 12, 64, 2048, tied=True),
+    "llama2-7b": LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, norm_eps=1e-5, max_positions=4096),
+    "vicuna-7b": LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, norm_eps=1e-5, max_positions=4096),
+    "vicuna-13b": LlamaConfig(32000, 5120, 40, 40, 40, 128, 13824, norm_eps=1e-5, max_positions=4096),
+    "vicuna-33b": LlamaConfig(32000, 6656, 60, 52, 52, 128, 17920, norm_eps=1e-6, max_positions=2048),
     "llama3-1b": LlamaConfig(
         128256, 2048, 16, 32, 8, 64, 8192, 5e5, dataclasses.replace(_LLAMA3, factor=32.0), tied=True,
         max_positions=131072,

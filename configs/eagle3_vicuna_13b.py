@@ -1,0 +1,15 @@
+"""EAGLE-3 for Vicuna-13B, all 32,000 tokens scored, else as eagle3_llama3_8b."""
+
+import dataclasses
+
+from jaxspec.config import CheckpointConfig, load
+
+base = load("eagle3_llama3_8b")
+config = dataclasses.replace(
+    base,
+    name="eagle3_vicuna_13b",
+    target="models/vicuna-13b",
+    draft_vocab=None,
+    checkpoint=CheckpointConfig("runs/eagle3_vicuna_13b", save_every=None, save_minutes=15),
+    export_folder="runs/eagle3_vicuna_13b/drafter",
+)

@@ -1,0 +1,86 @@
+"""What TPU chips can do, by their makers' figures, and how fast a mesh axis is on their network.
+
+Peak rates, memory and links are those of Google Cloud's documentation (docs.cloud.google.com/tpu, 2026); where it gives
+the bandwidth of a chip's links together and both ways, a link has its part of that, one way. v4's network between
+slices is an estimate: it is not in that documentation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Chip(NamedTuple):
+    """One chip; rates are a second's."""
+
+    flops: float
+    """Peak of bf16 matmuls."""
+    int8_ops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    links: int
+    """To neighbours: two for every axis of the torus."""
+    link_bandwidth: float
+    """Bytes of one link, one way."""
+    slice_bandwidth: float
+    """Bytes of a chip's share of the data-centre network, one way."""
+    whole_ring: int
+    """Chips along an axis of a slice from which on its ends are joined, in multiples of this."""
+    cores: int = 1
+    """Devices that JAX sees in a chip, which share all of the above."""
+
+
+CHIPS = {
+    "v4": Chip(275e12, 275e12, 32 * 2**30, 1228e9, 6, 50e9, 6.25e9, 4, cores=2),
+    "v5e": Chip(197e12, 393e12, 16 * 2**30, 819e9, 4, 50e9, 3.125e9, 16),
+    "v5p": Chip(459e12, 918e12, 95 * 2**30, 2765e9, 6, 100e9, 6.25e9, 4),
+    "v6e": Chip(918e12, 1836e12, 32 * 2**30, 1638e9, 4, 100e9, 12.5e9, 16),
+    "tpu7x": Chip(2307e12, 2307e12, 192 * 2**30, 7380e9, 6, 100e9, 12.5e9, 4, cores=2),
+}
+"""By the name that stands before the colon of a topology, such as `v6e:8x8`."""
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as `v5p:4x4x8`. ValueError where there is no such chip, or no shape behind it."""
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS:
+        raise ValueError(f"topology {topology!r}: there is no chip {name!r}; choose from {', '.join(CHIPS)}")
+    if not all(part.isdecimal() and int(part) > 0 for part in shape.split("x")):
+        raise ValueError(f"topology {topology!r}: give the chip and the slice's shape, such as v6e:8x8 or v5p:4x4x8")
+    return CHIPS[name]
+
+
+def device_part(chip: Chip) -> Chip:
+    """A device's share of its chip."""
+    n = chip.cores
+    return chip._replace(
+        flops=chip.flops / n,
+        int8_ops=chip.int8_ops / n,
+        hbm_bytes=chip.hbm_bytes // n,
+        hbm_bandwidth=chip.hbm_bandwidth / n,
+        link_bandwidth=chip.link_bandwidth / n,
+        slice_bandwidth=chip.slice_bandwidth / n,
+    )
+
+
+def network_bandwidth(chip: Chip, devices: Sequence[Any], shape: Sequence[int]) -> float:
+    """Bytes a second, one way, that each of some devices of a slice of this shape can pass on among themselves.
+
+    Where they stand along several axes of the torus, all of these work together; an axis works both ways around where
+    the slice holds the whole ring and they do too, else one way. Devices of several slices share the slower network.
+    """
+    if len({getattr(device, "slice_index", 0) or 0 for device in devices}) > 1:
+        return chip.slice_bandwidth
+    places = np.asarray([device.coords for device in devices])
+    total = 0.0
+    for axis in range(places.shape[1]):
+        along = len(set(places[:, axis].tolist()))
+        if along < 2:
+            continue
+        whole = along == shape[axis] and along % chip.whole_ring == 0 and along > 2
+        total += chip.link_bandwidth * (2 if whole else 1)
+    return total or math.inf  # within one chip

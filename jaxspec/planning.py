@@ -1,0 +1,335 @@
+"""What a training run needs of TPUs that are not here: memory, arithmetic, messages, time, from the compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxspec import aot, hlo
+from jaxspec.chips import Chip, chip_of, device_part, network_bandwidth
+from jaxspec.compilers import lower_step
+from jaxspec.config import DistillConfig
+from jaxspec.decode import DraftVocab, Engine, Weights
+from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.flops import count_flops
+from jaxspec.interchange.hf_config import read_config
+from jaxspec.loading import target_folder
+from jaxspec.sharding import ROW_AXES, batch_sharding, replicated
+from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
+from jaxspec.training import attention_blocks, drafter_for, optimizer_of
+from jaxspec.trees import cut_tree, parse_tree
+
+PARTS = ("target", "drafter", "optimizer", "activations", "caches")
+
+
+class Memory(NamedTuple):
+    """Bytes of one chip's HBM."""
+
+    target: int
+    drafter: int
+    """The fp32 masters."""
+    optimizer: int
+    activations: int
+    """All that is not held between steps: activations, gradients, gathered weights, the batch, the program itself."""
+    caches: int
+    total: int
+    """The most that is held at one time; where it does not fit, what XLA says it would be."""
+    capacity: int
+
+
+class Costs(NamedTuple):
+    """One step on one device, as the compiled program has it."""
+
+    flops: float
+    model_flops: float
+    """Its share of what the mathematics asks for, recomputation apart."""
+    bytes: float
+    computing: float
+    """Seconds of instructions that arithmetic holds up."""
+    moving: float
+    """Seconds of those that HBM holds up."""
+    sending: dict[str, float]
+    """Seconds of messages, by the mesh axes that they go along, joined by `+`."""
+    collective_bytes: dict[str, float]
+    """What a device sends, likewise."""
+    largest_message: str
+    """The largest array in any message."""
+
+    @property
+    def network(self) -> float:
+        """Seconds of all messages, one after another."""
+        return sum(self.sending.values())
+
+    @property
+    def roofline(self) -> float:
+        """Seconds of a step whose messages all hide behind its work, or its work behind them."""
+        return max(self.computing + self.moving, self.network)
+
+    @property
+    def bound_by(self) -> str:
+        """`compute`, `memory`, or `network` with the axes that take longest."""
+        if self.network > self.computing + self.moving:
+            return f"network ({max(self.sending, key=self.sending.__getitem__)})"
+        return "compute" if self.computing >= self.moving else "memory"
+
+
+class StepPlan(NamedTuple):
+    """A training step on a slice."""
+
+    mesh: dict[str, int]
+    chips: int
+    memory: Memory
+    costs: Costs | None
+    """None where the step does not fit."""
+    tokens: int
+    """Of a step, padding included."""
+    peak_flops: float
+    """Of one device."""
+    devices_per_chip: int
+    """As JAX counts them."""
+    why: str = ""
+    """What XLA says where it does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether XLA could place the step in HBM."""
+        return self.costs is not None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs a second at the roofline, by the peak."""
+        return self.costs and self.costs.model_flops / self.costs.roofline / self.peak_flops
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all chips, at the roofline."""
+        return self.costs and self.tokens / self.costs.roofline
+
+    def chip_hours(self, steps: int) -> float | None:
+        """Of so many steps, at the roofline."""
+        return self.costs and steps * self.costs.roofline * self.chips / 3600
+
+    @property
+    def advice(self) -> str:
+        """What to change, by what binds."""
+        if self.costs is None:
+            return (
+                "spread weights over more chips (mesh.fsdp, mesh.tensor), take fewer rows a step (data.batch) or "
+                "shorter ones (data.length), or smaller pieces of logits (objective.chunk)"
+            )
+        if self.costs.bound_by.startswith("network"):
+            return (
+                "take more rows a step (data.batch), or spread weights over fewer chips (mesh.fsdp) and rows over more"
+            )
+        if self.costs.bound_by == "memory":
+            return "take more rows a step (data.batch), or larger pieces of logits (objective.chunk)"
+        return "nothing on this slice: the matmuls set the time"
+
+
+class DecodePlan(NamedTuple):
+    """Speculative decoding on a slice."""
+
+    chips: int
+    memory: Memory
+    why: str = ""
+    """What is said where it does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether XLA could place the program in HBM."""
+        return not self.why
+
+
+def target_shape(name: str) -> LlamaConfig:
+    """The shape of a target that may not be here: that of its folder, or the known one that the folder is called by."""
+    folder = target_folder(name)
+    if (folder / "config.json").is_file():
+        return read_config(folder)
+    if Path(name).name in SHAPES:
+        return SHAPES[Path(name).name]
+    raise ValueError(
+        f"target {name!r}: there is no such folder, and no shape is called so; give a folder with its config.json "
+        f"(weights are not needed), or one of {', '.join(SHAPES)}"
+    )
+
+
+def plan_step(config: DistillConfig, topology: str, *, draft_vocab: int | None = None) -> StepPlan:
+    """Compile a config's training step for a TPU slice such as `v5p:4x4x8` (of each of `mesh.slices`) and read it.
+
+    The target's weights are not needed, and nothing is allocated. `draft_vocab` is the number of tokens that the
+    drafter scores, where it scores not all. ValueError where mesh, batch and shapes do not fit together.
+    """
+    chip = chip_of(topology)
+    mesh = aot.tpu_mesh(topology, slices=config.mesh.slices, **_axes(config))
+    shape = target_shape(config.target)
+    given, arguments = abstract_step(config, shape, mesh, draft_vocab)
+    target, learner, optimizer = given
+    frozen, state, batch, _ = arguments
+    device = device_part(chip)
+    parts = [_bytes_held(part) for part in (frozen, state.params, state.optimizer)]
+    tokens = math.prod(batch.tokens_BL.shape)
+    common = {"mesh": dict(mesh.shape), "chips": mesh.size // chip.cores, "tokens": tokens}
+    common |= {"peak_flops": device.flops, "devices_per_chip": chip.cores}
+    lowered = lower_step(config.compiler, mesh, target, learner, optimizer, config.objective, *arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        memory = _memory(chip, parts, max(_named_bytes(str(error)), sum(parts)))
+        return StepPlan(**common, memory=memory, costs=None, why=str(error).splitlines()[0])
+    memory = _memory(chip, parts, peak_bytes(compiled))
+    program = hlo.parse(compiled.as_text() or "")
+    step = functools.partial(train_step, target, learner, optimizer, config.objective)
+    model = count_flops(step, *arguments).model / mesh.size
+    return StepPlan(**common, memory=memory, costs=read_costs(program, mesh, topology, model))
+
+
+def plan_decoding(
+    config: DistillConfig,
+    topology: str,
+    *,
+    tree: str,
+    batch: int,
+    capacity: int,
+    draft_vocab: int | None = None,
+) -> DecodePlan:
+    """Compile `batch` prompts' rounds of decoding with a config's drafter, in bf16, the target spread over a slice.
+
+    The tree is cut where the drafter drafts less deep. ValueError where mesh and shapes do not fit together.
+    """
+    chip, shape = chip_of(topology), target_shape(config.target)
+    size = aot.tpu_mesh(topology, data=-1).size
+    tensor = math.gcd(size, shape.kv_heads)
+    mesh = aot.tpu_mesh(topology, data=size // tensor, tensor=tensor)
+    bf16 = jnp.bfloat16
+    drafter = drafter_for(config, shape, draft_vocab).module.clone(dtype=bf16)
+    target = Llama(shape, stacked=False, dtype=bf16, param_dtype=bf16, taps=drafter.taps)
+    policy = parse_tree(tree)
+    policy = policy if drafter.deepest is None else cut_tree(policy, drafter.deepest)
+    key = jax.random.key(0)
+
+    def init() -> Weights:
+        params = target.init_params(key)
+        borrowed = target.borrowed(params)
+        token_U = None if draft_vocab is None else jnp.arange(draft_vocab)
+        vocab = None if token_U is None else DraftVocab(token_U, borrowed.head_VD[token_U])
+        drafting = jax.tree.map(lambda a: a.astype(bf16), drafter.init_params(key, borrowed))
+        return Weights(params, drafting, vocab)
+
+    weights = jax.eval_shape(init)
+    held = [_bytes_held(aot.place(mesh, part)) for part in (weights.target, (weights.drafter, weights.vocab))]
+    parts = dict(zip(("target", "drafter"), (chip.cores * size for size in held), strict=True))
+
+    def memory(caches: int, total: int) -> Memory:
+        caches, total = chip.cores * caches, chip.cores * total
+        rest = total - caches - sum(parts.values())
+        return Memory(
+            **parts, optimizer=0, activations=max(0, rest), caches=caches, total=total, capacity=chip.hbm_bytes
+        )
+
+    chips = size // chip.cores
+    try:
+        found = aot.plan_rounds(Engine(target, drafter, policy), weights, mesh, batch=batch, capacity=capacity)
+    except ValueError as problem:
+        if "does not fit a chip" not in str(problem):
+            raise
+        return DecodePlan(chips, memory(0, max(sum(held), _named_bytes(str(problem)))), str(problem))
+    return DecodePlan(chips, memory(found.cache_bytes, found.peak))
+
+
+def _axes(config: DistillConfig) -> dict[str, int]:
+    return {name: getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
+
+
+def abstract_step(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, draft_vocab: int | None) -> tuple[Any, Any]:
+    """`((target, drafter, optimizer), (frozen, state, batch, vocab))` of a step, arrays as shapes on the mesh."""
+    dtype = jnp.dtype(config.dtype)
+    blocks = attention_blocks(config, mesh)
+    drafter = drafter_for(config, shape, draft_vocab).module
+    optimizer = optimizer_of(config.optimizer, config.optimizer.steps or 1000)
+    target = Llama(shape, stacked=True, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
+    key = jax.random.key(0)
+    frozen = jax.eval_shape(target.init_params, key)
+    state = jax.eval_shape(lambda frozen: init_state(drafter, optimizer, key, target.borrowed(frozen)), frozen)
+    rows = config.data.batch, config.data.length
+    parts = batch_sharding(mesh)
+    if rows[0] % (spread := math.prod(mesh.shape[axis] for axis in ROW_AXES)):
+        raise ValueError(
+            f"data.batch is {rows[0]}, and the mesh spreads rows over {spread} devices: let it be a multiple"
+        )
+    integers: Any = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=parts)
+    flags: Any = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=parts)
+    vocab = draft_vocab and jax.ShapeDtypeStruct((draft_vocab,), jnp.int32, sharding=replicated(mesh))
+    arguments = (aot.place(mesh, frozen), aot.place(mesh, state), Batch(integers, integers, integers, flags), vocab)
+    return (target, drafter.clone(**blocks), optimizer), arguments
+
+
+def read_costs(program: hlo.Program, mesh: Mesh, topology: str, model_flops: float) -> Costs:
+    """What a compiled program takes on each device of a mesh over slices of this topology."""
+    chip = device_part(chip_of(topology))
+    cost = hlo.cost_of(program, flops_per_second=functools.partial(_rate, chip), bytes_per_second=chip.hbm_bandwidth)
+    shape = [int(n) for n in topology.partition(":")[2].split("x")]
+    seconds: dict[str, float] = {}
+    sent: dict[str, float] = {}
+    for message, count in cost.sent.items():
+        axes = "+".join(mesh_axes(mesh, message.group)) or "chip"
+        within = [mesh.devices.flat[i] for i in message.group]
+        taken = message.bytes / network_bandwidth(chip, within, [*shape, 1][:3])
+        seconds[axes] = seconds.get(axes, 0.0) + count * taken
+        sent[axes] = sent.get(axes, 0.0) + count * message.bytes
+    largest = max((m.largest for m in cost.sent), key=lambda s: s.bytes, default="")
+    return Costs(cost.flops, model_flops, cost.bytes, cost.computing, cost.moving, seconds, sent, str(largest))
+
+
+def mesh_axes(mesh: Mesh, group: tuple[int, ...]) -> list[str]:
+    """The mesh axes along which some of its devices differ."""
+    places = np.unravel_index(np.asarray(group), mesh.devices.shape)
+    return [name for name, at in zip(mesh.axis_names, places, strict=True) if len(set(at.tolist())) > 1]
+
+
+def _rate(chip: Chip, matmul: hlo.Instruction) -> float:
+    """Peak rate of a matmul; XLA's default precision makes bf16 of fp32, and integers have their own rate."""
+    return chip.int8_ops if matmul.result[0].kind == "s32" else chip.flops
+
+
+def peak_bytes(compiled: Any) -> int:
+    """The most that a device holds at one time."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(
+        getattr(memory, "peak_memory_in_bytes", 0),
+        held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+    )
+
+
+def _bytes_held(tree: Any) -> int:
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _memory(chip: Chip, parts: list[int], total: int) -> Memory:
+    """Of a chip, from a device's."""
+    n = chip.cores
+    target, drafter, optimizer = (n * part for part in parts)
+    return Memory(target, drafter, optimizer, n * (total - sum(parts)), 0, n * total, chip.hbm_bytes)
+
+
+def _named_bytes(message: str) -> int:
+    """`Used 20.1G of 15.75G hbm` in bytes; 0 where XLA says no number."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    return int(float(used[1]) * 2 ** (10 * " KMGT".index(used[2] or " "))) if used else 0
+
+
+def with_mesh(config: DistillConfig, *, data: int, fsdp: int, tensor: int, batch: int) -> DistillConfig:
+    """The config on another mesh, with another global batch."""
+    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+    return dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, batch=batch))

@@ -1,0 +1,285 @@
+"""Plan a training run on a TPU slice before paying for it: memory, time and what binds, from the compiled programs.
+
+The config's training step, and the decoding of its drafter, are compiled for the slice by libtpu; no TPU, no weights
+and no data are needed (of a target that is not here, give a folder with its config.json, or call it by a known shape:
+target=llama3-8b). Times are rooflines, from the chip's peak rates: what a step takes at the least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from tyro.conf import Positional
+
+from jaxspec import cli, figures, flags, planning, report
+from jaxspec.chips import chip_of
+from jaxspec.config import DistillConfig, load
+from jaxspec.planning import DecodePlan, StepPlan
+
+PROG = "jaxspec plan"
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+"""So that libtpu neither looks for a TPU nor talks of missing one."""
+NOTES = """\
+activations: all that is not held between steps, gathered weights, gradients and the program included
+compute, memory: time of the instructions that matmuls and HBM hold up, one after another; network: of all messages
+roofline: the longer of work and network, each hiding behind the other; no padding; nothing is faster than this
+MFU: FLOPs that the mathematics asks for, recomputation left out, by the chip's peak, at the roofline
+GB, TFLOP: powers of ten, except capacity, which is as the maker counts it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Command line of `jaxspec plan`."""
+
+    config: Positional[str]
+    """Name of an experiment in configs/, or path of a Python file."""
+    overrides: Positional[tuple[str, ...]] = ()
+    """Changes such as data.batch=512 mesh.fsdp=16."""
+    topology: str
+    """Chip (v4, v5e, v5p, v6e, tpu7x) and shape of a slice, such as v6e:8x8 or v5p:4x4x8; mesh.slices says how many."""
+    draft_vocab: int | None = None
+    """Tokens that the drafter scores; needed where the config names a draft_vocab file that is not here."""
+    steps: int | None = None
+    """Steps of the run; default: optimizer.steps of the config."""
+    sweep: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Try other meshes, then other batches on the best, and rank what fits. Each takes a compilation."""
+    decode: str | None = None
+    """Topology to decode on too, such as v6e:2x4, the target spread over all its chips; none: training alone."""
+    decode_batch: int = 8
+    """Prompts decoded together."""
+    decode_capacity: int = 4096
+    """Cache slots of each."""
+    decode_tree: str = "dynamic:60x6x10"
+    """Draft tree."""
+    plot: Path | None = None
+    """Draw memory and time into this PNG."""
+    json: Path | None = None
+    """File for the result."""
+
+    def __post_init__(self) -> None:
+        flags.refuse_below_one(self, "draft_vocab", "steps", "decode_batch", "decode_capacity")
+        chip_of(self.topology)
+        if self.decode is not None:
+            chip_of(self.decode)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; returns 1 if nothing fits."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog=PROG, description=__doc__ or "")
+    config = load(args.config, args.overrides)
+    if not isinstance(config, DistillConfig):
+        raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a DistillConfig")
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    plans = list(all_plans(config, args))
+    ranked = sorted(plans, key=lambda planned: -(planned[1].tokens_per_second or 0))
+    best, plan = ranked[0]
+    decoding = None if args.decode is None else plan_decoding(best, args)
+    found = describe(best, plan, args)
+    if len(ranked) > 1:
+        found["sweep"] = [describe(tried, planned, args) for tried, planned in ranked]
+    if decoding is not None:
+        found["decode"] = describe_decoding(decoding)
+    written = report.result("plan", dtype=config.dtype, seed=None, started=started, **found)
+    show(best, plan, decoding, ranked, found, args)
+    if args.plot is not None:
+        draw(args.plot, f"{config.name} on {args.topology}, {name_of(best, plan)}", plan)
+    if args.json is not None:
+        report.write_json(args.json, written)
+    return 0 if plan.fits and (decoding is None or decoding.fits) else cli.EXIT_FAILED
+
+
+def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig, StepPlan]]:
+    """The config as it stands; in a sweep, other meshes with its batch, and other batches on the best of these."""
+    found: dict[Any, StepPlan | None] = {}
+    with report.progress("compiling", None, "programs") as bar:
+
+        def plan(tried: DistillConfig) -> tuple[DistillConfig, StepPlan] | None:
+            place = (tried.mesh, tried.data.batch)
+            if place in found:
+                return None
+            try:
+                found[place] = planning.plan_step(tried, args.topology, draft_vocab=args.draft_vocab)
+            except ValueError:
+                if not found:  # the config itself
+                    raise
+                found[place] = None  # shapes that this mesh does not divide
+            planned = found[place]
+            bar.advance(1, name_of(tried, planned) if planned else "")
+            return (tried, planned) if planned else None
+
+        first = plan(config)
+        assert first is not None
+        yield first
+        if not args.sweep:
+            return
+        meshes = [p for tried in other_meshes(config, first[1]) if (p := plan(tried)) is not None]
+        yield from meshes
+        best = max([first, *meshes], key=lambda planned: planned[1].tokens_per_second or 0)[0]
+        batches = (dataclasses.replace(best.data, batch=best.data.batch * n // 4) for n in (1, 2, 8, 16))
+        yield from filter(None, (plan(dataclasses.replace(best, data=data)) for data in batches if data.batch))
+
+
+def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConfig]:
+    """The config's slices cut into data, fsdp and tensor by powers of two."""
+    devices = first.mesh["data"] * first.mesh["fsdp"] * first.mesh["tensor"]
+    for tensor in (1, 2, 4, 8):
+        fsdp = devices // tensor
+        while fsdp * tensor >= 4 and devices % (fsdp * tensor) == 0:
+            yield planning.with_mesh(
+                config, data=devices // tensor // fsdp, fsdp=fsdp, tensor=tensor, batch=config.data.batch
+            )
+            fsdp //= 4
+
+
+def plan_decoding(config: DistillConfig, args: Args) -> DecodePlan:
+    """The decoding of the config's drafter on the slice that `--decode` names."""
+    assert args.decode is not None
+    return planning.plan_decoding(
+        config,
+        args.decode,
+        tree=args.decode_tree,
+        batch=args.decode_batch,
+        capacity=args.decode_capacity,
+        draft_vocab=args.draft_vocab,
+    )
+
+
+def steps_of(config: DistillConfig, args: Args) -> int | None:
+    """Steps of the whole run, where they are known without its data."""
+    return args.steps or config.optimizer.steps
+
+
+def describe(config: DistillConfig, plan: StepPlan, args: Args) -> dict[str, Any]:
+    """The verb's own JSON keys."""
+    costs, steps = plan.costs, steps_of(config, args)
+    return {
+        "topology": args.topology,
+        "chips": plan.chips,
+        "mesh": plan.mesh,
+        "batch": config.data.batch,
+        "length": config.data.length,
+        "fits": plan.fits,
+        "hbm_bytes_per_chip": plan.memory._asdict(),
+        "flops_per_chip": costs and costs.flops * plan.devices_per_chip,
+        "model_flops_per_chip": costs and costs.model_flops * plan.devices_per_chip,
+        "hbm_traffic_bytes_per_chip": costs and costs.bytes * plan.devices_per_chip,
+        "collective_bytes": costs and costs.collective_bytes,
+        "collective_seconds": costs and costs.sending,
+        "collective_share": costs and costs.network / (costs.network + costs.computing + costs.moving),
+        "largest_message": costs and costs.largest_message,
+        "compute_seconds": costs and costs.computing,
+        "memory_seconds": costs and costs.moving,
+        "roofline_seconds_per_step": costs and costs.roofline,
+        "bound_by": costs and costs.bound_by,
+        "advice": plan.advice,
+        "mfu": plan.mfu,
+        "tokens_per_second": plan.tokens_per_second,
+        "steps": steps,
+        "hours": None if costs is None or steps is None else steps * costs.roofline / 3600,
+        "chip_hours": None if steps is None else plan.chip_hours(steps),
+    }
+
+
+def describe_decoding(plan: DecodePlan) -> dict[str, Any]:
+    """The same of decoding."""
+    return {
+        "fits": plan.fits,
+        "chips": plan.chips,
+        "hbm_bytes_per_chip": plan.memory._asdict(),
+        "why": plan.why or None,
+    }
+
+
+def show(
+    config: DistillConfig,
+    plan: StepPlan,
+    decoding: DecodePlan | None,
+    ranked: list[tuple[DistillConfig, StepPlan]],
+    found: dict[str, Any],
+    args: Args,
+) -> None:
+    """Prints what a chip holds, what a step takes, and what to change."""
+    gb = {name: size / 1e9 for name, size in plan.memory._asdict().items()}
+    columns = ["program", *planning.PARTS, "total", "capacity"]
+    rows = [["training", *gb.values()]]
+    if decoding is not None:
+        rows.append(["decoding", *(size / 1e9 for size in decoding.memory)])
+    report.print_table(f"{config.name} on {args.topology}, {name_of(config, plan)}: GB of a chip", columns, rows)
+    if plan.costs is None:
+        sys.stdout.write(
+            f"does not fit: the step needs {gb['total']:.2f} GB of a chip's {gb['capacity']:.2f} ({plan.why}); "
+            f"{plan.advice}\n"
+        )
+    else:
+        costs = plan.costs
+        times = [[f"network, {axes}", 1e3 * seconds] for axes, seconds in costs.sending.items()]
+        rows = [
+            ["TFLOP a chip", found["flops_per_chip"] / 1e12],
+            ["HBM traffic a chip, GB", found["hbm_traffic_bytes_per_chip"] / 1e9],
+            *([f"sent along {axes}, GB", size / 1e9] for axes, size in costs.collective_bytes.items()),
+            ["compute, ms", 1e3 * costs.computing],
+            ["memory, ms", 1e3 * costs.moving],
+            *times,
+            ["roofline, ms", 1e3 * costs.roofline],
+            ["bound by", costs.bound_by],
+            ["MFU", f"{plan.mfu:.1%}"],
+            ["tokens/s", f"{plan.tokens_per_second:,.0f}"],
+        ]
+        if found["hours"] is not None:
+            rows.append([f"hours of {found['steps']:,} steps", found["hours"]])
+            rows.append(["chip-hours", found["chip_hours"]])
+        report.print_table("A step", ["measure", "value"], rows)
+        sys.stdout.write(f"bound by {costs.bound_by}: {plan.advice}\n")
+    if decoding is not None and not decoding.fits:
+        sys.stdout.write(f"decoding does not fit: {decoding.why}\n")
+    if len(ranked) > 1:
+        rows = [
+            [name_of(tried, p), p.fits, p.memory.total / 1e9, p.costs and p.costs.bound_by, p.mfu, p.tokens_per_second]
+            for tried, p in ranked
+        ]
+        report.print_table("Tried", ["mesh, batch", "fits", "GB a chip", "bound by", "MFU", "tokens/s"], rows)
+    sys.stdout.write(NOTES + "\n")
+
+
+def name_of(config: DistillConfig, plan: StepPlan) -> str:
+    """Mesh and batch in words."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    return f"{mesh or 'one chip'}, batch {config.data.batch:,} of {config.data.length:,}"
+
+
+def draw(path: Path, title: str, plan: StepPlan) -> None:
+    """Memory and time as a picture, if matplotlib is there."""
+    problem = figures.missing()
+    if problem:
+        sys.stderr.write(problem + "\n")
+        return
+    seconds = {}
+    if plan.costs is not None:
+        network = {f"network, {axes}": taken for axes, taken in plan.costs.sending.items()}
+        seconds = {"compute": plan.costs.computing, "memory": plan.costs.moving, **network}
+    memory = {name: size for name, size in plan.memory._asdict().items() if name != "total"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures.draw_plan(path, title, memory, seconds)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
