@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -329,7 +330,7 @@ def _named_bytes(message: str) -> int:
     return int(float(used[1]) * 2 ** (10 * " KMGT".index(used[2] or " "))) if used else 0
 
 
-def with_mesh(config: DistillConfig, *, data: int, fsdp: int, tensor: int, batch: int) -> DistillConfig:
-    """The config on another mesh, with another global batch."""
-    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
-    return dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, batch=batch))
+def on_mesh(config: DistillConfig, sizes: Mapping[str, int]) -> DistillConfig:
+    """The config with these sizes of mesh axes; the number of slices stays."""
+    axes = {name: sizes[name] for name in ("data", "fsdp", "tensor")}
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from jaxspec import config, planning
+from jaxspec import aot, config, hlo, planning
 from jaxspec.__main__ import main
 from jaxspec.chips import CHIPS, chip_of, device_part, network_bandwidth
+from jaxspec.compilers import lower_step
 from jaxspec.planning import Costs, Memory, StepPlan
 from jaxspec.targets.llama import SHAPES
 
@@ -130,6 +131,24 @@ def test_a_config_that_does_not_suit_the_slice_is_one_sentence(capfd):
     assert "needs 4 devices, but there are 8" in capfd.readouterr().err
     assert main(["plan", "tiny", "--topology", "v6e:2x2"]) == 1
     assert "holds a PretrainConfig, not a DistillConfig" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_logits_are_sent_and_no_fp32_logits_of_all_tokens_exist():
+    """HASS at Llama-3-8B's width, vocabulary and rows, two layers of the target, on 16 chips of v6e."""
+    pytest.importorskip("libtpu")
+    job = config.load("hass_llama3_8b", ["mesh.fsdp=16", "data.batch=16"])
+    shape = dataclasses.replace(SHAPES["llama3-8b"], layers=2)
+    mesh = aot.tpu_mesh("v6e:4x4", fsdp=16)
+    models, arguments = planning.abstract_step(job, shape, mesh, None)
+    target, drafter, optimizer = models
+    step = lower_step("jit", mesh, target, drafter, optimizer, job.objective, *arguments).compile()
+    program = hlo.parse(step.as_text() or "")
+    sent = {m.largest for m in hlo.cost_of(program, flops_per_second=lambda _: 1, bytes_per_second=1).sent}
+    assert {s.dims for s in sent if shape.vocab in s.dims} <= {(shape.vocab, shape.width)}  # the head's own weights
+    made = {s for lines in program.computations.values() for i in lines for s in i.result if s.kind == "f32"}
+    of_all_tokens = job.data.length * shape.vocab  # one row a chip
+    assert not [s for s in made if shape.vocab in s.dims and s.size >= of_all_tokens]
 
 
 @pytest.mark.slow

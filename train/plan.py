@@ -131,6 +131,7 @@ def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig
         yield first
         if not args.sweep:
             return
+        found[planning.on_mesh(config, first[1].mesh).mesh, config.data.batch] = None  # -1 has its number now
         meshes = [p for tried in other_meshes(config, first[1]) if (p := plan(tried)) is not None]
         yield from meshes
         best = max([first, *meshes], key=lambda planned: planned[1].tokens_per_second or 0)[0]
@@ -144,9 +145,7 @@ def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConf
     for tensor in (1, 2, 4, 8):
         fsdp = devices // tensor
         while fsdp * tensor >= 4 and devices % (fsdp * tensor) == 0:
-            yield planning.with_mesh(
-                config, data=devices // tensor // fsdp, fsdp=fsdp, tensor=tensor, batch=config.data.batch
-            )
+            yield planning.on_mesh(config, {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor})
             fsdp //= 4
 
 
@@ -252,10 +251,12 @@ def show(
     if decoding is not None and not decoding.fits:
         sys.stdout.write(f"decoding does not fit: {decoding.why}\n")
     if len(ranked) > 1:
-        rows = [
-            [name_of(tried, p), p.fits, p.memory.total / 1e9, p.costs and p.costs.bound_by, p.mfu, p.tokens_per_second]
-            for tried, p in ranked
-        ]
+    if len(ranked) > 1:
+        rows = []
+        for tried, p in ranked:
+            mfu = p.mfu and f"{p.mfu:.1%}"
+            bound = p.costs and p.costs.bound_by
+            rows.append([name_of(tried, p), p.fits, p.memory.total / 1e9, bound, mfu, p.tokens_per_second])
         report.print_table("Tried", ["mesh, batch", "fits", "GB a chip", "bound by", "MFU", "tokens/s"], rows)
     sys.stdout.write(NOTES + "\n")
 
