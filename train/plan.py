@@ -251,7 +251,6 @@ def show(
     if decoding is not None and not decoding.fits:
         sys.stdout.write(f"decoding does not fit: {decoding.why}\n")
     if len(ranked) > 1:
-    if len(ranked) > 1:
         rows = []
         for tried, p in ranked:
             mfu = p.mfu and f"{p.mfu:.1%}"
