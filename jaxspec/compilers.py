@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from jaxspec.sharding import ROW_AXES, shardings
 Compiler = Literal["jit", "shard_map", "pmap"]
 Step = Callable[[Params, TrainState, Batch, Any], tuple[TrainState, Array]]
 """`(frozen, state, batch, draft vocabulary) -> (state, mean loss)`; the state it is given is consumed."""
+Result = TypeVar("Result")
 
 
 def compile_step(
@@ -50,7 +51,7 @@ def compile_step(
         return update(optimizer, state, gradient, loss), loss
 
     if compiler == "jit":
-        return _under(mesh, jax.jit(functools.partial(step, compute), donate_argnums=1))
+        return under(mesh, jax.jit(functools.partial(step, compute), donate_argnums=1))
     if compiler == "shard_map":
         if mesh.shape["tensor"] > 1:
             raise ValueError(
@@ -79,12 +80,12 @@ def compile_step(
     return run
 
 
-def _under(mesh: Mesh, compiled: Step) -> Step:
-    """The step with the mesh in context, which the constraints in the models refer to; one device needs none."""
+def under(mesh: Mesh, compiled: Callable[..., Result]) -> Callable[..., Result]:
+    """`compiled` with the mesh in context, which the constraints in the models refer to; one device needs none."""
     if mesh.size == 1:
         return compiled
 
-    def run(*arguments: Any) -> tuple[TrainState, Array]:
+    def run(*arguments: Any) -> Result:
         with jax.set_mesh(mesh):
             return compiled(*arguments)
 
