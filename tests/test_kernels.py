@@ -43,6 +43,7 @@ def given(batch: int = 2, kv_heads: int = 2, group: int = 2) -> tuple[Any, ...]:
     )
 
 
+@jax.jit
 def plain(q: Any, k: Any, v: Any, segments: Any) -> jax.Array:
     return attend(q, k, v, segment_mask(segments))
 
@@ -75,7 +76,7 @@ def test_cudnns_mask_and_layout_are_those_of_the_plain_attention(monkeypatch: py
         return attention(*arguments, **others)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    np.testing.assert_allclose(attend_cudnn(*given()), plain(*given()), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(attend_cudnn)(*given()), plain(*given()), atol=1e-5)
     assert asked == ["cudnn"]
 
 
@@ -133,8 +134,9 @@ def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch
     q, k, v, segments = given(batch=2, kv_heads=1)
     q, k, v, segments = q[:, :9], k[..., :9], v[:, :, :9], segments[:, :9]
     expected = plain(q, k, v, segments)
+    run = jax.jit(functools.partial(attend_text, kernel="cudnn", block=4))
     for mask in (Packed(segments), segment_mask(segments)):
-        np.testing.assert_allclose(attend_text(q, k, v, mask, kernel="cudnn", block=4), expected, atol=1e-6)
+        np.testing.assert_allclose(run(q, k, v, mask), expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drafter_toys import BATCH, LENGTH, Toy
+from drafter_toys import KINDS, VOCAB, WIDTH
 
-from jaxspec.base import Packed
-from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.base import Borrowed, Packed
 from jaxspec.layers import Remat
 from jaxspec.targets.llama import Llama, LlamaConfig, unstack
 
@@ -24,45 +23,55 @@ def text(rows: int, length: int) -> tuple[Any, ...]:
     return tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), Packed(segments)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "medusa", "parallelspec", "draft_lm"])
+class Head:
+    """A drafter whose loss is differentiated, without compiling anything before."""
+
+    def __init__(self, kind: str):
+        self.drafter, rows, length = KINDS[kind], 2, 24
+        tokens, *seen = text(rows, length)
+        table = jnp.cos(jnp.arange(CONFIG.vocab * WIDTH, dtype=jnp.float32)).reshape(CONFIG.vocab, WIDTH)
+        read = table[tokens] if not self.drafter.taps else jnp.tile(table[tokens], len(self.drafter.taps))
+        self.given = (Borrowed(table, table), tokens % VOCAB, read, *seen, 3)
+
+    def loss(self, remat: Remat, params: Any) -> jax.Array:
+        return jnp.mean(self.drafter.clone(remat=remat).unroll(params, *self.given).hidden_TBLD ** 2)
+
+
+def kept_bytes(loss: Any, params: Any) -> int:
+    """What the backward pass is handed."""
+    back = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
+
+
+def target_loss(remat: Remat, params: Any) -> jax.Array:
+    return jnp.sum(Llama(CONFIG, remat=remat).forward(params, *text(2, 128)).features_BLD)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa", "parallelspec", "draft_lm"])
+def test_a_drafter_keeps_less_the_more_it_computes_again(kind: str):
+    head = Head(kind)
+    params = jax.eval_shape(head.drafter.init_params, jax.random.key(0))
+    full, dots, none = (kept_bytes(functools.partial(head.loss, remat), params) for remat in ("full", "dots", "none"))
+    assert full <= dots < none
+
+
 @pytest.mark.usefixtures("compile_quickly")
-def test_gradients_through_what_is_computed_again_are_the_same(kind: str):
-    t = Toy(kind)
-    at, seen = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH)), Packed(jnp.ones((BATCH, LENGTH), jnp.int32))
-
-    def loss(drafter: Any, params: Any) -> jax.Array:
-        out = drafter.unroll(params, t.borrowed, t.tokens[:, :LENGTH], t.features[:, :LENGTH], at, seen, 3)
-        return jnp.mean(out.hidden_TBLD**2)
-
-    def gradient(remat: Remat) -> Any:
-        return jax.jit(jax.grad(functools.partial(loss, t.drafter.clone(remat=remat))))(t.params)
-
-    expected = gradient("none")
-    for remat in ("dots", "full") if kind == "draft_lm" else ("full",):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), gradient(remat), expected)
+def test_gradients_through_what_is_computed_again_are_the_same():
+    head = Head("eagle")
+    params = jax.jit(head.drafter.init_params)(jax.random.key(0))
+    found, expected = (jax.jit(jax.grad(functools.partial(head.loss, remat)))(params) for remat in ("full", "none"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
 
 
-def test_the_less_is_kept_the_less_memory_a_target_and_a_head_take():
-    tokens, positions, seen = text(2, 128)
-    head = Eagle(EagleConfig(32, 4, 2, 8, 128))
+def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again():
+    """Of the compiled program: what its scan over layers hands to the backward one."""
+    params = jax.eval_shape(Llama(CONFIG).init_params, jax.random.key(0))
 
-    def target_loss(remat: Remat, params: Any) -> jax.Array:
-        return jnp.sum(Llama(CONFIG, remat=remat).forward(params, tokens, positions, seen).features_BLD)
-
-    def head_loss(remat: Remat, params: Any) -> jax.Array:
-        given = (borrowed, tokens, borrowed.embed_VD[tokens], positions, seen)
-        return jnp.sum(head.clone(remat=remat).unroll(params, *given, 4).hidden_TBLD)
-
-    def temporaries(loss: Any, remat: Remat, params: Any) -> int:
-        compiled = jax.jit(jax.grad(functools.partial(loss, remat))).lower(params).compile()
+    def temporaries(remat: Remat) -> int:
+        compiled = jax.jit(jax.grad(functools.partial(target_loss, remat))).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    params = Llama(CONFIG).init_params(jax.random.key(0))
-    borrowed = Llama(CONFIG).borrowed(params)
-    least, less, most = (temporaries(target_loss, remat, params) for remat in ("full", "dots", "none"))
-    assert least < less < most
-    params = head.init_params(jax.random.key(0))
-    assert temporaries(head_loss, "full", params) < temporaries(head_loss, "none", params)
+    assert temporaries("full") < temporaries("dots") < temporaries("none")
 
 
 @pytest.mark.usefixtures("compile_quickly")
