@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from jaxspec import aot, kernels
 from jaxspec.base import Packed
 from jaxspec.kernels import attend_cudnn, attend_splash, choose_kernel, takes
 from jaxspec.layers import attend, attend_text, segment_mask
-from jaxspec.sharding import make_mesh
+from jaxspec.quantization import CONTRACTED, quantize
+from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 LENGTH, CHANNELS = 200, 16
@@ -141,19 +143,27 @@ def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch
 
 @pytest.mark.slow
 def test_a_targets_layer_with_splash_and_int8_weights_compiles_for_tpus_that_are_not_here():
-    """Two rows and two key-value heads over four chips: the kernel is in the program, and attention sends nothing."""
+    """Two rows and two key-value heads over four chips; matmuls read int8, and no matrix is written out wide."""
     pytest.importorskip("libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     mesh = aot.tpu_mesh("v6e:2x2", data=2, tensor=2)
     kernel = choose_kernel("auto", mesh.devices.flat[0], "bfloat16")
-    model = Llama(LlamaConfig(512, 512, 1, 8, 2, 64, 1024), stacked=False, dtype=jnp.bfloat16, kernel=kernel)
-    params = jax.eval_shape(model.init_params, jax.random.key(0))
+    model = Llama(LlamaConfig(256, 512, 1, 8, 2, 64, 1536), dtype=jnp.bfloat16, kernel=kernel)
+
+    def init(key: jax.Array) -> Any:
+        params = model.init_params(key)
+        for name in CONTRACTED:
+            params["layers"] |= quantize(name, params["layers"][name])
+        return params
 
     def run(params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         return model.forward(params, tokens, tokens, Packed(segments)).features_BLD
 
-    rows = jax.ShapeDtypeStruct((2, 640), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(("slice", "data", "fsdp"))))
+    params = aot.place(mesh, jax.eval_shape(init, jax.random.key(0)))
+    rows = jax.ShapeDtypeStruct((2, 640), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        text = jax.jit(run).lower(aot.place(mesh, params), rows, rows).compile().as_text() or ""
+        text = jax.jit(run).lower(params, rows, rows).compile().as_text() or ""
+    program = text[text.index("\nENTRY") :]
     assert "tpu_custom_call" in text and "splash" in text
+    assert "s8[1,512,768]" in program and not re.search(r"(bf16|f32)\[(1,)?(512,768|768,512)\]", program)
