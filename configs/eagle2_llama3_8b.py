@@ -22,4 +22,5 @@ config = DistillConfig(
     export_folder="runs/eagle2_llama3_8b/drafter",
     dtype="bfloat16",
     query_block=512,
+    scan_layers=True,
 )

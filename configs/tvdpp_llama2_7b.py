@@ -31,4 +31,5 @@ config = DistillConfig(
     export_folder="runs/tvdpp_llama2_7b/drafter",
     dtype="bfloat16",
     query_block=512,
+    scan_layers=True,
 )

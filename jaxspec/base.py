@@ -43,6 +43,17 @@ class KVCache(NamedTuple):
         return self.k_YBKCS.shape[-1]
 
 
+class Packed(NamedTuple):
+    """Which tokens of packed rows see each other, in place of a mask: causally, those of one document."""
+
+    segments_BL: Array
+    """1, 2, .. for the documents of a row; 0 on padding, whose tokens see only themselves."""
+
+
+Mask = Array | Packed
+"""`[B, L, M]`, or what says the same."""
+
+
 class TargetOutput(NamedTuple):
     """What a target returns for `L` tokens: the input of its LM head, and the keys and values it computed."""
 
@@ -176,7 +187,7 @@ class Target(Protocol):
         params: Params,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         prefix: tuple[KVCache, Array] | None = None,
         *,
         keep_kv: bool = False,
@@ -273,7 +284,7 @@ class Learner(Drafter, Protocol):
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         steps: int,
         keys_B: Array | None = None,
     ) -> Unrolled:

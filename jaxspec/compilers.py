@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from jaxspec.sharding import ROW_AXES, shardings
 Compiler = Literal["jit", "shard_map", "pmap"]
 Step = Callable[[Params, TrainState, Batch, Any], tuple[TrainState, Array]]
 """`(frozen, state, batch, draft vocabulary) -> (state, mean loss)`; the state it is given is consumed."""
+Result = TypeVar("Result")
 
 
 def compile_step(
@@ -41,7 +42,8 @@ def compile_step(
     """
     step, compute = _step_of(target, drafter, optimizer, objective)
     if compiler != "pmap":
-        return _under(mesh, _jitted(compiler, mesh, step, compute), compiler)
+        jitted = _jitted(compiler, mesh, step, compute)
+        return under(mesh, jitted) if compiler == "jit" else jitted
     if mesh.size > mesh.shape["data"]:
         raise ValueError("compiler='pmap' spreads rows alone: set mesh.fsdp, mesh.tensor and mesh.slices to 1")
     axis = "data"
@@ -114,12 +116,12 @@ def _jitted(
     return jax.jit(functools.partial(step, spread), donate_argnums=1)
 
 
-def _under(mesh: Mesh, compiled: Step, compiler: Compiler) -> Step:
-    """The step with the mesh in context, which `jit`'s constraints in the models refer to; one device needs none."""
-    if mesh.size == 1 or compiler != "jit":
+def under(mesh: Mesh, compiled: Callable[..., Result]) -> Callable[..., Result]:
+    """`compiled` with the mesh in context, which the constraints in the models refer to; one device needs none."""
+    if mesh.size == 1:
         return compiled
 
-    def run(*arguments: Any) -> tuple[TrainState, Array]:
+    def run(*arguments: Any) -> Result:
         with jax.set_mesh(mesh):
             return compiled(*arguments)
 

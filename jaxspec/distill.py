@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxspec.base import Array, Borrowed, Learner, Params, Target, TargetOutput, Unrolled
+from jaxspec.base import Array, Borrowed, Learner, Packed, Params, Target, TargetOutput, Unrolled
 from jaxspec.judging import (
     Chunk,
     Judged,
@@ -23,7 +23,6 @@ from jaxspec.judging import (
     learnable,
     shift,
 )
-from jaxspec.layers import segment_mask
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
 from jaxspec.objective import Objective, combiner, steps_of
 from jaxspec.sharding import gather_width, sum_gradients
@@ -172,8 +171,8 @@ def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
     """What the frozen target makes of a batch, or made of it."""
     if batch.stored is not None:
         return restore(batch.stored, target.borrowed(frozen).embed_VD.dtype)
-    mask_BLM = segment_mask(batch.segments_BL)
-    return jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM))
+    seen = Packed(batch.segments_BL)
+    return jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, seen))
 
 
 def lend(target: Target, frozen: Params, vocab_U: Array | None) -> Borrowed:
@@ -198,7 +197,7 @@ def unroll_batch(
     if noise_key is not None:
         read_BLD = add_noise(read_BLD, batch.segments_BL, row_keys(noise_key, rows, axes), objective.noise)
     slot_keys_B = None if slot_key is None else row_keys(slot_key, rows, axes)
-    given = (batch.tokens_BL, read_BLD, batch.positions_BL, segment_mask(batch.segments_BL))
+    given = (batch.tokens_BL, read_BLD, batch.positions_BL, Packed(batch.segments_BL))
     return drafter.unroll(params, borrowed, *given, objective.steps, slot_keys_B)
 
 

@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, KVCache, Params
+from jaxspec.base import Array, KVCache, Mask, Packed, Params
+from jaxspec.kernels import Kernel, attend_packed, takes
+from jaxspec.quantization import rescale
 from jaxspec.sharding import constrain
 
 MASKED = -1e30
@@ -84,7 +86,7 @@ def project_qkv(layer: Params, x_BLD: Array, cos: Array, sin: Array) -> tuple[Ar
     One fused weight `qkv [D, K, G + 2, C]` (queries of the group, its key, its value): one matmul, and it shards over
     the key-value heads as it stands.
     """
-    qkv_BLKJC = jnp.einsum("BLD,DKJC->BLKJC", x_BLD, layer["qkv"].astype(x_BLD.dtype))
+    qkv_BLKJC = rescale(layer, "qkv", jnp.einsum("BLD,DKJC->BLKJC", x_BLD, layer["qkv"].astype(x_BLD.dtype)))
     qkv_BLKJC = constrain(qkv_BLKJC, "batch", None, "kv_heads", None, None)
     turned = rotate(qkv_BLKJC[..., :-1, :], cos, sin)
     k_BKCL = jnp.transpose(turned[..., -1, :], (0, 2, 3, 1))
@@ -219,19 +221,55 @@ def attend_causal(
     return jnp.concatenate(outputs, axis=1)
 
 
+def attend_text(
+    q_BLKGC: Array,
+    k_BKCL: Array,
+    v_BKLC: Array,
+    mask_BLL: Mask,
+    *,
+    kernel: Kernel = "xla",
+    block: int | None = None,
+    by_row: bool = False,
+) -> Array:
+    """`attend` of whole training rows, whose mask is causal: by the kernel where it takes them packed as they are, else
+    `attend_causal` in blocks, if any."""
+    if isinstance(mask_BLL, Packed) and kernel != "xla" and takes(kernel, q_BLKGC.shape[1], q_BLKGC.shape[-1]):
+        return attend_packed(kernel, q_BLKGC, k_BKCL, v_BKLC, mask_BLL.segments_BL)
+    mask_BLL = as_mask(mask_BLL)
+    if block:
+        return attend_causal(q_BLKGC, k_BKCL, v_BKLC, mask_BLL, block=block, by_row=by_row)
+    return attend(q_BLKGC, k_BKCL, v_BKLC, mask_BLL)
+
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass of a layer computes again: nothing; what is no product with a weight; all of it."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def recompute(remat: Remat, function: Function) -> Function:
+    """`function`, whose backward pass makes again what `remat` says and keeps the rest."""
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(function, policy=policy)  # type: ignore[return-value]
+
+
 def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     """The attention output projection, `[B, L, D]`."""
     out = layer["out"].astype(mixed_BLKGC.dtype)
     # As one contracted axis: of three, XLA:CPU makes one by copying the weight, each call.
     mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
-    return hold_rows(jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
+    return hold_rows(rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1]))))
 
 
 def gated_mlp(layer: Params, x_BLD: Array) -> Array:
     """`down(silu(gate(x)) * up(x))`."""
-    gate, up, down = (layer[name].astype(x_BLD.dtype) for name in ("gate", "up", "down"))
-    inner_BLF = jax.nn.silu(constrain(x_BLD @ gate, *WIDE)) * constrain(x_BLD @ up, *WIDE)
-    return hold_rows(inner_BLF @ down)
+
+    def times(x: Array, name: str) -> Array:
+        return rescale(layer, name, x @ layer[name].astype(x.dtype))
+
+    inner_BLF = jax.nn.silu(constrain(times(x_BLD, "gate"), *WIDE)) * constrain(times(x_BLD, "up"), *WIDE)
+    return hold_rows(times(inner_BLF, "down"))
 
 
 class LayerShape(Protocol):
@@ -311,3 +349,8 @@ def segment_mask(segments_BL: Array) -> Array:
     same = segments_BL[:, :, None] == segments_BL[:, None, :]
     real = (segments_BL > 0)[:, :, None]
     return (same & real & causal_mask(segments_BL.shape[1])) | jnp.eye(segments_BL.shape[1], dtype=bool)[None]
+
+
+def as_mask(mask: Mask) -> Array:
+    """The array that a mask stands for."""
+    return segment_mask(mask.segments_BL) if isinstance(mask, Packed) else mask

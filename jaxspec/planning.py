@@ -24,6 +24,7 @@ from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.flops import count_flops
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.loading import target_folder
+from jaxspec.quantization import quantize_layers
 from jaxspec.sharding import ROW_AXES, batch_sharding, replicated
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training import attention_blocks, drafter_for, optimizer_of
@@ -190,7 +191,8 @@ def plan_step(config: DistillConfig, topology: str, *, draft_vocab: int | None =
         return StepPlan(**common, memory=memory, costs=None, why=str(error).splitlines()[0])
     memory = _memory(chip, parts, peak_bytes(compiled))
     program = hlo.parse(compiled.as_text() or "")
-    step = functools.partial(train_step, target, learner, optimizer, config.objective)
+    countable = (module.clone(kernel="xla") for module in (target, learner))  # what is in a kernel cannot be counted
+    step = functools.partial(train_step, *countable, optimizer, config.objective)
     model = count_flops(step, *arguments).model / mesh.size
     return StepPlan(**common, memory=memory, costs=read_costs(program, mesh, topology, model))
 
@@ -258,9 +260,12 @@ def abstract_step(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, draft_v
     blocks = attention_blocks(config, mesh)
     drafter = drafter_for(config, shape, draft_vocab).module
     optimizer = optimizer_of(config.optimizer, config.optimizer.steps or 1000)
-    target = Llama(shape, stacked=True, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
+    stacked = config.scan_layers
+    target = Llama(shape, stacked=stacked, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
     key = jax.random.key(0)
     frozen = jax.eval_shape(target.init_params, key)
+    if config.target_weights == "int8":
+        frozen = jax.eval_shape(quantize_layers, frozen)
     state = jax.eval_shape(lambda frozen: init_state(drafter, optimizer, key, target.borrowed(frozen)), frozen)
     rows = config.data.batch, config.data.length
     parts = batch_sharding(mesh)

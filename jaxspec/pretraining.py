@@ -5,8 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Params
-from jaxspec.layers import segment_mask
+from jaxspec.base import Array, Packed, Params
 from jaxspec.targets.llama import Llama
 
 
@@ -34,9 +33,8 @@ def next_token_loss(model: Llama, params: Params, batch: TokenBatch, *, block: i
     B, L = batch.tokens_BL.shape
     if L % block:
         raise ValueError(f"loss_block is {block}, which does not divide the row length {L}")
-    features_BLD = model.forward(
-        params, batch.tokens_BL, batch.positions_BL, segment_mask(batch.segments_BL)
-    ).features_BLD
+    seen = Packed(batch.segments_BL)
+    features_BLD = model.forward(params, batch.tokens_BL, batch.positions_BL, seen).features_BLD
     next_BL = jnp.roll(batch.tokens_BL, -1, axis=1)
 
     @jax.checkpoint

@@ -41,6 +41,9 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "sampling_down": ("mlp", "width"),
     "block": (None, "width"),
     "heads": ("vocab", "width"),
+    "qkv_scale": ("kv_heads", None, None),
+    "gate_scale": ("mlp",),
+    "up_scale": ("mlp",),
 }
 """Leaf name -> its logical axes, trailing axes first matched; stacked layers add one unsharded axis in front."""
 

@@ -32,7 +32,7 @@ from jaxspec.checkpoint import (
     save_drafter,
 )
 from jaxspec.cli import Preempted
-from jaxspec.compilers import compile_step
+from jaxspec.compilers import compile_step, under
 from jaxspec.config import (
     CheckpointConfig,
     DistillConfig,
@@ -53,6 +53,7 @@ from jaxspec.distill import Batch, TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
+from jaxspec.kernels import choose_kernel
 from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
 from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.optimizer import make_optimizer, make_schedule
@@ -430,7 +431,10 @@ MERITS = (
     Merit("loss", rising=False),
 )
 """Figures by which a drafter's steps are compared."""
-RESUMABLE = ("target", "drafter", "head", "init_from", "draft_vocab", "objective", "data", "optimizer", "seed", "dtype")
+RESUMABLE = (
+    *("target", "target_weights", "drafter", "head", "init_from", "draft_vocab"),
+    *("objective", "data", "optimizer", "seed", "dtype"),
+)
 """Settings of a distillation that may not change under a run's feet."""
 EVAL_STEPS = 5
 """Draft steps that evaluation unrolls at least, for simulated tau."""
@@ -518,6 +522,7 @@ def distill(
     )
     updated = compile_step(config.compiler, mesh, target, learner, optimizer, objective)
     sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
+    sums_of = under(mesh, sums_of)
     place = functools.partial(place_rows, batch_sharding(mesh))
 
     def evaluate(state: TrainState) -> dict[str, Any]:
@@ -598,8 +603,11 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
     launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
     if config.data.features is None:
-        target, frozen, _ = load_target(folder, dtype=dtype, mesh=mesh, stacked=False)
+        how = {"stacked": config.scan_layers, "weights": config.target_weights}
+        target, frozen, _ = load_target(folder, dtype=dtype, mesh=mesh, **how)
     else:
+        if config.target_weights != "same":
+            say(f"target_weights={config.target_weights} saves nothing: features are read, and no layer of the target")
         target, frozen = load_tables(folder, dtype=dtype)
     module, done = distill(config, target, frozen, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
@@ -618,10 +626,15 @@ def files_in(path: Path) -> dict[str, int | str]:
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
-    """How the models attend over training rows; see `layers.attend_causal`."""
+    """How the models attend over training rows, and what they keep of it; see `layers.attend_text` and `recompute`.
+
+    ValueError where the mesh's devices cannot attend as the config says.
+    """
     return {
+        "kernel": choose_kernel(config.attention, mesh.devices.flat[0], config.dtype),
+        "remat": config.remat,
         "query_block": config.query_block,
-        "row_by_row": mesh.size == 1 and jax.default_backend() == "cpu",
+        "row_by_row": mesh.size == 1 and mesh.devices.flat[0].platform == "cpu",
     }
 
 
@@ -675,6 +688,7 @@ def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
 
 def refuse_other_settings(saved: dict[str, Any], now: dict[str, Any], fields: Sequence[str], folder: Path) -> None:
     """ValueError if a run would go on with settings that change what it computes."""
+    saved = {"target_weights": "same", **saved}  # runs begun before it could be said
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
     changed = [line for line in changed if not line.startswith("data.workers ")]
     if changed:

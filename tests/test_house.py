@@ -16,7 +16,7 @@ FLOORS = (
     {"jaxspec"},  # jaxspec/__init__.py
     {"base", "models", "flops", "hlo", "chips"},
     {"sharding"},
-    {"cache"},
+    {"cache", "kernels", "quantization"},
     {"layers", "sampling", "stored"},
     {"requests", "card", "event_file"},
     {"targets", "drafters", "losses", "trees"},

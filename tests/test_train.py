@@ -122,6 +122,7 @@ def test_an_eagle3_head_with_a_draft_vocabulary_goes_from_the_targets_answers_to
     words = ["answers.jsonl", "--size", "20", "--target", "target", "--out", "vocab.safetensors"]
     assert main(["draft-vocab", *words]) == 0
     words = ["head.taps=0", "draft_vocab=vocab.safetensors", "data.train=answers.jsonl", "data.eval=answers.jsonl"]
+    words += ["target_weights=int8", "scan_layers=true", "remat=dots"]
     assert main(["train", "eagle3", *SMALL, *words, "export_folder=head", "--json", "result.json"]) == 0
     judged = json.loads((folder / "result.json").read_text())["eval"]
     assert judged["soft_cross_entropy"] > 0 and judged["expected_acceptance"] > 0

@@ -150,7 +150,7 @@ class TableTarget:
         params: Params,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Any,
         prefix: Any = None,
         *,
         keep_kv=False,

@@ -26,6 +26,7 @@ import tyro
 from tyro.conf import Positional
 
 from jaxspec import cli, flags, loading, report
+from jaxspec.compilers import under
 from jaxspec.config import DistillConfig, load, to_dict
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
@@ -172,6 +173,7 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
     about = {
         "target": config.target,
         "weights": fingerprint(folder),
+        "target_weights": config.target_weights,
         **ChatTokenizer.load(folder).fingerprint,
         "dtype": config.dtype,
         "store": args.store,
@@ -251,7 +253,8 @@ def open_target(work: Work) -> Run:
     config, args = work.config, work.args
     mesh = mesh_of(config.mesh)
     folder, dtype = loading.target_folder(config.target), jnp.dtype(config.dtype)
-    loaded = load_target(folder, dtype=dtype, mesh=mesh, stacked=False)
+    how = {"stacked": config.scan_layers, "weights": config.target_weights}
+    loaded = load_target(folder, dtype=dtype, mesh=mesh, **how)
     target = loaded.module.clone(**attention_blocks(config, mesh), taps=work.taps)
     frozen = loaded.params
 
@@ -260,8 +263,8 @@ def open_target(work: Work) -> Run:
         out = read_batch(target, frozen, batch)
         return to_arrays(store(target, frozen, out, kind=args.store, taps=len(work.taps), top_k=args.top_k))
 
-    place = functools.partial(place_rows, batch_sharding(mesh))
-    return lambda data, batch: compute(frozen, place(data, batch))
+    place, made = functools.partial(place_rows, batch_sharding(mesh)), under(mesh, compute)
+    return lambda data, batch: made(frozen, place(data, batch))
 
 
 def run_pieces(

@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec import cli, loading
 from jaxspec.checkpoint import Merit
+from jaxspec.compilers import under
 from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
@@ -97,7 +98,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     shape = dataclasses.replace(
         config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
     )
-    model = Llama(shape, remat=config.remat, dtype=jnp.dtype(config.dtype), **attention_blocks(config, mesh))
+    model = Llama(shape, dtype=jnp.dtype(config.dtype), **attention_blocks(config, mesh))
     optimizer = optimizer_of(config.optimizer, steps)
 
     def init() -> TrainState:
@@ -111,10 +112,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         donate_argnums=0,
         out_shardings=(shardings(mesh, jax.eval_shape(init)), replicated(mesh)),  # as it came in, or it compiles anew
     )
+    update = under(mesh, update)
     sums = jax.jit(
         functools.partial(eval_sums, model, config.loss_block, len(data.eval.corpus.sources)),
         out_shardings=replicated(mesh),
     )
+    sums = under(mesh, sums)
     recipe = Recipe(
         "pretrain",
         init,

@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.base import Array, Borrowed, Frontier, KVCache, Params, Unrolled
+from jaxspec.base import Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
     Prefix,
     RopeScaling,
+    as_mask,
     attend,
-    attend_causal,
     causal_mask,
     decoder_layer,
     init_weight,
     layer_shapes,
+    recompute,
     rms_norm,
     rope,
     rope_frequencies,
@@ -88,7 +89,7 @@ class DraftLM(DrafterModule):
         params: Params,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         past: tuple[KVCache, Array] | None = None,
         scratch: tuple[DraftLMScratch, int] | None = None,
     ) -> tuple[Array, KVCache]:
@@ -107,14 +108,17 @@ class DraftLM(DrafterModule):
                 begin, end = scratch[1], scratch[1] + tokens_BL.shape[1]
                 k = scratch[0].k_YBKCM[layer].at[..., begin:end].set(k)
                 v = scratch[0].v_YBKMC[layer].at[:, :, begin:end].set(v)
-                return attend(q, k[..., :end], v[:, :, :end], mask_BLM, prefix), (k, v)
-            if prefix is None and self.query_block and self.query_block < tokens_BL.shape[1]:
-                return attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row), (k, v)
-            return attend(q, k, v, mask_BLM, prefix), (k, v)
+                return attend(q, k[..., :end], v[:, :, :end], as_mask(mask_BLM), prefix), (k, v)
+            if prefix is None:
+                return self.attend_text(q, k, v, mask_BLM), (k, v)
+            return attend(q, k, v, as_mask(mask_BLM), prefix), (k, v)
+
+        def block(i: int, layer: Params, x: Array) -> tuple[Array, tuple[Array, Array]]:
+            return decoder_layer(layer, x, turn, c.norm_eps, functools.partial(mix, i))
 
         fresh = []
         for i, layer in enumerate(params["layers"]):
-            x, row = decoder_layer(layer, x, turn, c.norm_eps, functools.partial(mix, i))
+            x, row = recompute(self.remat, functools.partial(block, i))(layer, x)
             fresh.append(row)
         keys, values = (jnp.stack(rows) for rows in zip(*fresh, strict=True))
         return rms_norm(x, params["norm"], c.norm_eps), KVCache(keys, values)
@@ -199,7 +203,7 @@ class DraftLM(DrafterModule):
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         steps: int,
         keys_B: Array | None = None,
     ) -> Unrolled:

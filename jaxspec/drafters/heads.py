@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -9,17 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Params, Unrolled
+from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
     MASKED,
     Prefix,
     RopeScaling,
+    as_mask,
     attend,
-    attend_causal,
     causal_mask,
     merge_heads,
     project_qkv,
+    recompute,
     rope,
     rope_frequencies,
     score_tokens,
@@ -81,7 +83,7 @@ class OneLayer(DrafterModule):
         q: Array,
         k: Array,
         v: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         own: list[tuple[Array, Array]],
         zero_logits_BL: Array | None = None,
     ) -> Array:
@@ -90,12 +92,10 @@ class OneLayer(DrafterModule):
         `zero_logits` counts further keys of score 0 that a row sees and that carry no value.
         """
         if not own and zero_logits_BL is None:
-            if self.query_block and self.query_block < q.shape[1]:
-                return attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
-            return attend(q, k, v, mask_BLM)
+            return self.attend_text(q, k, v, mask_BLM)
         q = q * jnp.asarray(self.config.head_dim**-0.5, q.dtype)
         causal = jnp.einsum("BLKGC,BKCM->BKGLM", q, k, preferred_element_type=jnp.float32)
-        causal = jnp.where(mask_BLM[:, None, None], causal, MASKED)
+        causal = jnp.where(as_mask(mask_BLM)[:, None, None], causal, MASKED)
         scores = [jnp.einsum("BLKGC,BKCL->BKGL", q, x, preferred_element_type=jnp.float32) for x, _ in own]
         if zero_logits_BL is not None:
             count = zero_logits_BL[:, None, None].astype(jnp.float32)
@@ -140,7 +140,7 @@ class OneLayer(DrafterModule):
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         steps: int,
         keys_B: Array | None = None,
     ) -> Unrolled:
@@ -261,22 +261,26 @@ class Recurrent(OneLayer):
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         steps: int,
         keys_B: Array | None,
     ) -> Unrolled:
+        length = tokens_BL.shape[1]
+
+        def draft(step: int, token_BL: Array, feature_BLD: Array, before: list[tuple[Array, Array]]) -> Any:
+            stream, seen = self.fuse(look_up(borrowed.embed_VD, token_BL), feature_BLD)
+            q, k, v = self.project(seen, positions_BL + step)
+            (first_k, first_v), *own = [*before, (k, v)]
+            hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None
+            mixed = self.attend_row(q, first_k, first_v, mask_BLM, own, hidden_keys)
+            return *self.finish(self.mix(stream, mixed)), (k, v)
+
         outputs, features, pairs = [], [], []
         feature, token = self.read(features_BLD), tokens_BL
-        length = tokens_BL.shape[1]
         for step in range(steps):
             token = jnp.pad(token[:, 1:], ((0, 0), (0, 1)))
-            stream, seen = self.fuse(look_up(borrowed.embed_VD, token), feature)
-            q, k, v = self.project(seen, positions_BL + step)
-            pairs.append((k, v))
-            hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None
-            first_k, first_v = pairs[0]
-            mixed = self.attend_row(q, first_k, first_v, mask_BLM, pairs[1:], hidden_keys)
-            hidden, feature = self.finish(self.mix(stream, mixed))
+            hidden, feature, pair = recompute(self.remat, functools.partial(draft, step))(token, feature, pairs)
+            pairs.append(pair)
             outputs.append(hidden)
             features.append(feature)
             feature = jax.lax.stop_gradient(feature) if self.detach else feature

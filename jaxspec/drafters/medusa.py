@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Params, Unrolled
+from jaxspec.base import Array, Borrowed, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OnePass, ParallelState, init_weight
-from jaxspec.layers import score_tokens
+from jaxspec.layers import recompute, score_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,14 @@ class Medusa(OnePass):
     def predict(self, feature_BLD: Array) -> Array:
         """Every head's output, `[K, B, L, D]`: `x + silu(W x + b)`."""
         w = self.weights
+
+        def residual(out: Array) -> Array:
+            inner = jnp.einsum("TBLD,TDE->TBLE", out, w["block"].astype(self.dtype))
+            return out + jax.nn.silu(inner + w["block_bias"].astype(self.dtype)[:, None, None])
+
         out = jnp.broadcast_to(feature_BLD.astype(self.dtype), (self.config.tokens, *feature_BLD.shape))
         for _ in range(self.config.layers):
-            inner = jnp.einsum("TBLD,TDE->TBLE", out, w["block"].astype(self.dtype))
-            out = out + jax.nn.silu(inner + w["block_bias"].astype(self.dtype)[:, None, None])
+            out = recompute(self.remat, residual)(out)
         return out
 
     def score(self, hidden_BLD: Array, head_VD: Array, head: int) -> Array:
@@ -112,7 +116,7 @@ class Medusa(OnePass):
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         steps: int,
         keys_B: Array | None = None,
     ) -> Unrolled:

@@ -7,7 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Params
+from jaxspec.base import Array, Borrowed, Mask, Params
+from jaxspec.kernels import Kernel
+from jaxspec.layers import Remat, attend_text
 
 
 class DrafterModule(nn.Module):
@@ -25,6 +27,15 @@ class DrafterModule(nn.Module):
     """Training only: attend in blocks of so many queries, see `attend_causal`. Drafters without attention ignore it."""
     row_by_row: bool = False
     """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+    kernel: Kernel = "xla"
+    """Training only: what attends over packed rows, see `attend_text`."""
+    remat: Remat = "none"
+    """Training only: what the backward pass of each step or layer computes again, see `recompute`."""
+
+    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask) -> Array:
+        """Causal attention of whole training rows, in the way that the fields above say."""
+        how = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row}
+        return attend_text(q, k, v, mask_BLM, **how)
 
     @property
     def deepest(self) -> int | None:

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.base import Array, Borrowed, KVCache, Unrolled
+from jaxspec.base import Array, Borrowed, KVCache, Mask, Unrolled
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
-from jaxspec.layers import Prefix, attend, gated_mlp, rms_norm
+from jaxspec.layers import Prefix, as_mask, attend, gated_mlp, recompute, rms_norm
 from jaxspec.sharding import look_up
 
 
@@ -150,7 +150,7 @@ class ParallelSpec(OnePass, OneLayer):
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         steps: int,
         keys_B: Array | None,
     ) -> Unrolled:
@@ -163,13 +163,18 @@ class ParallelSpec(OnePass, OneLayer):
         token = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
         stream = self.fuse(look_up(borrowed.embed_VD, token), features_BLD)
         q, k, v = self.project(stream, positions_BL)
-        outputs = [self.finish(stream, self.attend_row(q, k, v, mask_BLM, []))]
+
+        def read(stream: Array, q: Array, mask: Mask, own: list[tuple[Array, Array]]) -> Array:
+            return self.finish(stream, self.attend_row(q, k, v, mask, own))
+
+        read = recompute(self.remat, read)
+        outputs = [read(stream, q, mask_BLM, [])]
         kept = [jnp.ones((batch, length), bool)]
         order_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
         if keys_B is not None and c.keep < 1:
             order_BL = jnp.argsort(jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B), axis=1)
         rows = jnp.arange(batch)[:, None]
-        mask_BLM = jnp.broadcast_to(mask_BLM, (batch, length, length))
+        mask_BLL = jnp.broadcast_to(as_mask(mask_BLM), (batch, length, length))
         slots = []
         for depth in range(1, c.tokens):
             # The first so many of one order: every depth's positions are among those of the depth before.
@@ -179,7 +184,7 @@ class ParallelSpec(OnePass, OneLayer):
         for depth, (at, stream, (q, _, _)) in list(enumerate(slots, 1))[: steps - 1]:
             group = slots if c.bidirectional else slots[:depth]
             own = [(k_own[..., : at.shape[1]], v_own[:, :, : at.shape[1]]) for _, _, (_, k_own, v_own) in group]
-            hidden = self.finish(stream, self.attend_row(q, k, v, mask_BLM[rows, at], own))
+            hidden = read(stream, q, mask_BLL[rows, at], own)
             outputs.append(jnp.zeros_like(outputs[0]).at[rows, at].set(hidden))
             kept.append(jnp.zeros_like(kept[0]).at[rows, at].set(True))
         hidden_TBLD = jnp.stack(outputs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from jaxspec.interchange.tensors import (
     write_atomically,
 )
 from jaxspec.layers import layer_shapes
-from jaxspec.sharding import shardings
+from jaxspec.quantization import CONTRACTED, quantize
+from jaxspec.sharding import leaf_name, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.targets.tables import Tables
 
@@ -73,9 +75,19 @@ class LoadedTarget(NamedTuple):
     config: LlamaConfig
 
 
-def load_target(folder: str | Path, *, dtype: Any, mesh: Mesh | None = None, stacked: bool = False) -> LoadedTarget:
-    """The model in a HuggingFace Llama folder, weights and activations in `dtype`; see `read_llama`."""
-    module, params = read_llama(folder, dtype=dtype, mesh=mesh, stacked=stacked)
+def load_target(
+    folder: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    stacked: bool = False,
+    weights: Literal["same", "int8"] = "same",
+) -> LoadedTarget:
+    """The model in a HuggingFace Llama folder, weights and activations in `dtype`; see `read_llama`.
+
+    With `weights="int8"` the matrices of its layers are quantized as they are read, one after another.
+    """
+    module, params = read_llama(folder, dtype=dtype, mesh=mesh, stacked=stacked, quantized=weights == "int8")
     return LoadedTarget(module, params, module.config)
 
 
@@ -106,23 +118,32 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def read_llama(
-    folder: str | Path, *, dtype: Any, param_dtype: Any = None, mesh: Mesh | None = None, stacked: bool = False
+    folder: str | Path,
+    *,
+    dtype: Any,
+    param_dtype: Any = None,
+    mesh: Mesh | None = None,
+    stacked: bool = False,
+    quantized: bool = False,
 ) -> tuple[Llama, Params]:
     """The module and weights in a HuggingFace Llama folder: `model.safetensors`, or the shards its index lists.
 
     Weights are cast to `param_dtype` (by default `dtype`). The host holds about one weight beside those already
     placed: it is assembled in one buffer from pieces of 16 MiB and moved before the next is begun; with
     `stacked=True` one weight spans all layers. With a mesh a buffer holds one device's block, and only that block is
-    read. Raises ValueError or OSError, one sentence naming the file or tensor, where one is missing, unexpected, of a
-    wrong shape, of a dtype that is not supported, or corrupt.
+    read; with `quantized` a layer's matrix becomes int8 where it lies before the next is read. Raises ValueError or
+    OSError, one sentence naming the file or tensor, where one is missing, unexpected, of a wrong shape, of a dtype that
+    is not supported, or corrupt.
     """
     folder, config = Path(folder), read_config(folder)
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
-    params = _read(folder, config, weight_shapes(config, stacked), mesh, param_dtype)
+    params = _read(folder, config, weight_shapes(config, stacked), mesh, param_dtype, quantized)
     return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), params
 
 
-def _read(folder: Path, config: LlamaConfig, plan: Params, mesh: Mesh | None, dtype: Any) -> Params:
+def _read(
+    folder: Path, config: LlamaConfig, plan: Params, mesh: Mesh | None, dtype: Any, quantized: bool = False
+) -> Params:
     """The weights of `plan`, a part of `weight_shapes`."""
     homes = jax.tree.map(lambda _: None, plan) if mesh is None else shardings(mesh, plan)
     with contextlib.ExitStack() as stack:
@@ -130,15 +151,37 @@ def _read(folder: Path, config: LlamaConfig, plan: Params, mesh: Mesh | None, dt
         check_tensors(tensors, tensor_shapes(config), folder)
         _refuse_extra(tensors, config, folder)
 
-        def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> jax.Array:
+        def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> Any:
             sources, shape = _sources(path, config.layers), weight.shape
-            return place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype))
+            placed = place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype))
+            name = leaf_name(path)
+            return _quantizer(name, mesh, shape, dtype)(placed) if quantized and name in CONTRACTED else placed
 
         flat, tree = jax.tree_util.tree_flatten_with_path(plan)
         arrays = [
             read(path, weight, home) for (path, weight), home in zip(flat, tree.flatten_up_to(homes), strict=True)
         ]
-    return tree.unflatten(arrays)
+    params = tree.unflatten(arrays)
+    layers = params.get("layers")
+    if isinstance(layers, list):
+        return {**params, "layers": [_flat(layer) for layer in layers]}
+    return params if layers is None else {**params, "layers": _flat(layers)}
+
+
+def _flat(layer: Params) -> Params:
+    """A layer whose matrices may be what `quantize` made of them."""
+    each = (made if isinstance(made, dict) else {name: made} for name, made in layer.items())
+    return {name: array for made in each for name, array in made.items()}
+
+
+@functools.cache
+def _quantizer(
+    name: str, mesh: Mesh | None, shape: tuple[int, ...], dtype: Any
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """`quantize` of one matrix, of every layer alike; what it makes lies on the mesh by its names."""
+    made = functools.partial(quantize, name)
+    homes = None if mesh is None else shardings(mesh, jax.eval_shape(made, jax.ShapeDtypeStruct(shape, dtype)))
+    return jax.jit(made, out_shardings=homes)
 
 
 def stored_dtype(folder: str | Path) -> str:

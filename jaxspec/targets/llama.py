@@ -12,16 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
-from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
+from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, TargetOutput
+from jaxspec.kernels import Kernel
 from jaxspec.layers import (
     Prefix,
+    Remat,
     RopeScaling,
+    as_mask,
     attend,
-    attend_causal,
+    attend_text,
     decoder_layer,
     hold_rows,
     init_weight,
     layer_shapes,
+    recompute,
     rms_norm,
     rope,
     rope_frequencies,
@@ -97,7 +101,8 @@ class Llama(nn.Module):
 
     config: LlamaConfig
     stacked: bool = True
-    remat: bool = False
+    remat: Remat = "none"
+    """What the backward pass of each layer computes again, see `recompute`."""
     dtype: Any = jnp.float32
     """Dtype of activations and of the cache; softmax, norms and logits are fp32 throughout."""
     param_dtype: Any = jnp.float32
@@ -105,6 +110,8 @@ class Llama(nn.Module):
     """Training only (no prefix, a causal mask): attend in blocks of so many queries, see `attend_causal`."""
     row_by_row: bool = False
     """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+    kernel: Kernel = "xla"
+    """What attends over packed training rows, see `attend_text`."""
     taps: tuple[int, ...] = ()
     """Layers whose inputs (the residual stream, no norm) are put out as `TargetOutput.taps_BLD`, in this order."""
 
@@ -133,7 +140,7 @@ class Llama(nn.Module):
         self,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         prefix: tuple[KVCache, Array] | None = None,
         keep_kv: bool = False,
     ) -> TargetOutput:
@@ -144,16 +151,16 @@ class Llama(nn.Module):
 
         def block(x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
             def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                if self.query_block and past is None:
-                    mixed = attend_causal(q, k, v, mask_BLM, block=self.query_block, by_row=self.row_by_row)
+                if past is None:
+                    how = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row}
+                    mixed = attend_text(q, k, v, mask_BLM, **how)
                 else:
-                    mixed = attend(q, k, v, mask_BLM, past)
+                    mixed = attend(q, k, v, as_mask(mask_BLM), past)
                 return mixed, ((k, v) if keep_kv else None)
 
             return decoder_layer(gather_width(layer), x, turn, c.norm_eps, mix)
 
-        if self.remat:
-            block = jax.checkpoint(block)
+        block = recompute(self.remat, block)
 
         def past(layer: Array | int) -> Prefix | None:
             return None if prefix is None else Prefix(prefix[0], layer, prefix[1])
@@ -194,15 +201,15 @@ class Llama(nn.Module):
         params: Params,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_BLM: Array,
+        mask_BLM: Mask,
         prefix: tuple[KVCache, Array] | None = None,
         *,
         keep_kv: bool = False,
     ) -> TargetOutput:
         """Features `[B, L, D]` of `L` tokens at absolute `positions`, and with `keep_kv` their keys and values.
 
-        `mask_BLM` says which of the call's own tokens each one sees (`[1, L, L]` for all rows alike); `prefix` is
-        `(cache, length_B)`, seen by every token up to `length`.
+        `mask_BLM` says which of the call's own tokens each one sees (`[1, L, L]` for all rows alike; `Packed` for
+        documents in rows, without a prefix); `prefix` is `(cache, length_B)`, seen by every token up to `length`.
         """
         out = self.apply({"params": params}, tokens_BL, positions_BL, mask_BLM, prefix, keep_kv)
         assert isinstance(out, TargetOutput)

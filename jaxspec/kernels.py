@@ -1,0 +1,109 @@
+"""Attention within packed documents by accelerators' kernels: splash attention on TPUs, cuDNN's on NVIDIA's GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxspec.base import Array
+from jaxspec.sharding import AXIS_RULES, splits
+
+Kernel = Literal["xla", "splash", "cudnn"]
+"""What attends: XLA by blocks of queries (`layers.attend_causal`), or a kernel of this module."""
+LANES = 128
+"""Rows of a splash block come in multiples of so many."""
+BLOCKS = (512, 256, LANES)
+"""Queries, and keys, that splash takes at once: the more, the less it reads anew."""
+
+
+def choose_kernel(asked: Literal["auto"] | Kernel, device: Any, dtype: Any) -> Kernel:
+    """What attends on devices like this one, with activations in `dtype`; `auto` is the best there is.
+
+    ValueError where what is asked for does not run there.
+    """
+    nvidia, narrow = device.platform == "gpu" and "NVIDIA" in device.device_kind, jnp.dtype(dtype).itemsize == 2
+    if asked == "auto":
+        return "splash" if device.platform == "tpu" else "cudnn" if nvidia and narrow else "xla"
+    if asked == "splash" and device.platform != "tpu":
+        raise ValueError(f"attention=splash is for TPUs, and the mesh has {device.device_kind}: set attention=auto")
+    if asked == "cudnn" and not nvidia:
+        raise ValueError(
+            f"attention=cudnn is for NVIDIA's GPUs, and the mesh has {device.device_kind}: set attention=auto"
+        )
+    if asked == "cudnn" and not narrow:
+        raise ValueError(f"attention=cudnn takes no {jnp.dtype(dtype).name}: set dtype=bfloat16, or attention=auto")
+    return asked
+
+
+def takes(kernel: Kernel, length: int, channels: int) -> bool:
+    """Whether a kernel takes rows of this length with heads of so many channels: cuDNN's alone is particular."""
+    return kernel != "cudnn" or (length % 2 == 0 and channels % 8 == 0 and channels <= LANES)
+
+
+def lone_padding(segments_BL: Array) -> Array:
+    """Segments in which every token of padding (0) is one of its own: it sees only itself."""
+    return jnp.where(segments_BL > 0, segments_BL, -1 - jnp.arange(segments_BL.shape[1], dtype=segments_BL.dtype))
+
+
+def attend_splash(
+    q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array, *, interpret: bool = False
+) -> Array:
+    """`layers.attend` under `layers.segment_mask`, by splash attention: `[B, L, K, G, C]`; no scores in memory.
+
+    Rows are padded to whole blocks. `interpret` runs the kernel's text on any platform, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
+
+    batch, length, kv_heads, group, channels = q_BLKGC.shape
+    block = next(b for b in BLOCKS if b == LANES or -length % b <= length // 8)
+    extra, whole = -length % block, length + -length % block
+    q_BHLC = jnp.transpose(q_BLKGC * jnp.asarray(channels**-0.5, q_BLKGC.dtype), (0, 2, 3, 1, 4))
+    q_BHLC = q_BHLC.reshape(batch, kv_heads * group, length, channels)
+    k_BKLC = jnp.swapaxes(k_BKCL, 2, 3)
+    q_BHLC, k_BKLC, v_BKLC = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q_BHLC, k_BKLC, v_BKLC))
+    own_BL = lone_padding(jnp.pad(segments_BL, ((0, 0), (0, extra))))
+    sizes = splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True)
+    mask = splash.MultiHeadMask([splash.CausalMask((whole, whole)) for _ in range(kv_heads * group)])
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    mixed_BHLC: Any = jax.vmap(kernel)(q_BHLC, k_BKLC, v_BKLC, splash.SegmentIds(own_BL, own_BL))
+    mixed_BKGLC = mixed_BHLC[:, :, :length].reshape(batch, kv_heads, group, length, channels)
+    return jnp.transpose(mixed_BKGLC, (0, 3, 1, 2, 4)).astype(q_BLKGC.dtype)
+
+
+def attend_cudnn(q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array) -> Array:
+    """The same by cuDNN's fused attention, which reads `[B, L, L]` of a mask besides; bf16 or fp16."""
+    batch, length, kv_heads, group, channels = q_BLKGC.shape
+    own_BL = lone_padding(segments_BL)
+    mixed_BLHC = jax.nn.dot_product_attention(
+        q_BLKGC.reshape(batch, length, kv_heads * group, channels),
+        jnp.transpose(k_BKCL, (0, 3, 1, 2)),
+        jnp.transpose(v_BKLC, (0, 2, 1, 3)),
+        mask=(own_BL[:, :, None] == own_BL[:, None, :])[:, None],
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return mixed_BLHC.reshape(q_BLKGC.shape)
+
+
+KERNELS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {"splash": attend_splash, "cudnn": attend_cudnn}
+
+
+def attend_packed(kernel: Kernel, q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array) -> Array:
+    """`layers.attend` under `layers.segment_mask`, by a kernel.
+
+    XLA cannot split a kernel: in a program traced under `jax.set_mesh` each device takes its rows and key-value heads,
+    as `jaxspec.sharding` spreads them.
+    """
+    attend, mesh = KERNELS[kernel], jax.sharding.get_abstract_mesh()
+    arguments = (q_BLKGC, k_BKCL, v_BKLC, segments_BL)
+    if mesh.empty or mesh.manual_axes:
+        return attend(*arguments)
+    rows = None if q_BLKGC.shape[0] % splits("batch") else AXIS_RULES["batch"]
+    heads = None if q_BLKGC.shape[2] % splits("kv_heads") else AXIS_RULES["kv_heads"]
+    by_row, by_head = P(rows, None, heads), P(rows, heads)
+    spread = jax.shard_map(attend, in_specs=(by_row, by_head, by_head, P(rows)), out_specs=by_row, check_vma=False)
+    return spread(*arguments)

@@ -1,0 +1,50 @@
+"""Weights of decoder layers as int8 with a scale an output channel: half of bf16's memory and traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jaxspec.base import Array, Params
+
+CONTRACTED = {"qkv": (-4,), "out": (-4, -3, -2), "gate": (-2,), "up": (-2,), "down": (-2,)}
+"""The matrices of a layer -> their axes that a matmul sums over; the others are its output channels."""
+LEVELS = 127
+
+
+def scale_name(name: str) -> str:
+    """What the scales of a matrix are called."""
+    return f"{name}_scale"
+
+
+def quantize(name: str, weight: Array) -> dict[str, Array]:
+    """A layer's matrix `name`, stacked or not, as int8, and its fp32 scales under `scale_name`.
+
+    With scale `s = max |w| / 127` of an output channel, `|w - s * int8(w)| <= s / 2`.
+    """
+    wide, axes = weight.astype(jnp.float32), CONTRACTED[name]
+    top = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    scale = jnp.where(top > 0, top / LEVELS, 1.0)
+    whole = jnp.clip(jnp.round(wide / scale), -LEVELS, LEVELS).astype(jnp.int8)
+    return {name: whole, scale_name(name): jnp.squeeze(scale, axes)}
+
+
+def quantize_layers(params: Params) -> Params:
+    """A target's weights with every matrix of its layers quantized; `layers` holds a dict a layer, or one stacked."""
+
+    def one(layer: Params) -> Params:
+        made = [quantize(name, w) if name in CONTRACTED else {name: w} for name, w in layer.items()]
+        return {name: weight for part in made for name, weight in part.items()}
+
+    layers = params["layers"]
+    return {**params, "layers": one(layers) if isinstance(layers, dict) else [one(layer) for layer in layers]}
+
+
+def rescale(layer: Mapping[str, Array], name: str, product: Array) -> Array:
+    """What a matmul with the matrix `name` gave, in the matrix's own units: as it is where that is not quantized.
+
+    Scaling the product and not the matrix leaves int8 the matmul's operand, which XLA converts as it reads it.
+    """
+    scale = layer.get(scale_name(name))
+    return product if scale is None else (product.astype(jnp.float32) * scale).astype(product.dtype)

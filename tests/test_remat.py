@@ -1,0 +1,88 @@
+"""What the backward pass computes again changes its memory and not its results; nor does a scan over layers."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drafter_toys import KINDS, VOCAB, WIDTH
+
+from jaxspec.base import Borrowed, Packed
+from jaxspec.layers import Remat
+from jaxspec.targets.llama import Llama, LlamaConfig, unstack
+
+CONFIG = LlamaConfig(32, 32, 4, 4, 2, 8, 128)
+
+
+def text(rows: int, length: int) -> tuple[Any, ...]:
+    """Tokens, positions and packed documents."""
+    tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, CONFIG.vocab)
+    segments = jnp.broadcast_to(1 + (jnp.arange(length) > length // 3), tokens.shape)
+    return tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), Packed(segments)
+
+
+class Head:
+    """A drafter whose loss is differentiated, without compiling anything before."""
+
+    def __init__(self, kind: str):
+        self.drafter, rows, length = KINDS[kind], 2, 24
+        tokens, *seen = text(rows, length)
+        table = jnp.cos(jnp.arange(CONFIG.vocab * WIDTH, dtype=jnp.float32)).reshape(CONFIG.vocab, WIDTH)
+        read = table[tokens] if not self.drafter.taps else jnp.tile(table[tokens], len(self.drafter.taps))
+        self.given = (Borrowed(table, table), tokens % VOCAB, read, *seen, 3)
+
+    def loss(self, remat: Remat, params: Any) -> jax.Array:
+        return jnp.mean(self.drafter.clone(remat=remat).unroll(params, *self.given).hidden_TBLD ** 2)
+
+
+def kept_bytes(loss: Any, params: Any) -> int:
+    """What the backward pass is handed."""
+    back = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
+
+
+def target_loss(remat: Remat, params: Any) -> jax.Array:
+    return jnp.sum(Llama(CONFIG, remat=remat).forward(params, *text(2, 128)).features_BLD)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa", "parallelspec", "draft_lm"])
+def test_a_drafter_keeps_less_the_more_it_computes_again(kind: str):
+    head = Head(kind)
+    params = jax.eval_shape(head.drafter.init_params, jax.random.key(0))
+    full, dots, none = (kept_bytes(functools.partial(head.loss, remat), params) for remat in ("full", "dots", "none"))
+    assert full <= dots < none
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_gradients_through_what_is_computed_again_are_the_same():
+    head = Head("eagle")
+    params = jax.jit(head.drafter.init_params)(jax.random.key(0))
+    found, expected = (jax.jit(jax.grad(functools.partial(head.loss, remat)))(params) for remat in ("full", "none"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again():
+    """Of the compiled program: what its scan over layers hands to the backward one."""
+    params = jax.eval_shape(Llama(CONFIG).init_params, jax.random.key(0))
+
+    def temporaries(remat: Remat) -> int:
+        compiled = jax.jit(jax.grad(functools.partial(target_loss, remat))).lower(params).compile()
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes
+
+    assert temporaries("full") < temporaries("dots") < temporaries("none")
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_a_scan_over_layers_is_the_layers_one_after_another():
+    stacked = Llama(CONFIG, taps=(1, 3))
+    params = stacked.init_params(jax.random.key(0))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def read(target: Llama, params: Any) -> Any:
+        return target.forward(params, *text(2, 24))
+
+    found, expected = read(stacked, params), read(stacked.clone(stacked=False), unstack(params))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found, expected)
