@@ -12,8 +12,11 @@ from jaxspec import comparison, report
 from jaxspec.config import DistillConfig, PretrainConfig, differences, to_dict
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
+from jaxspec.data.features import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
-from jaxspec.training import RESUMABLE, Data, pack_data, read_corpus, run_distillation, say
+from jaxspec.interchange.hf_config import read_config
+from jaxspec.loading import target_folder
+from jaxspec.training import RESUMABLE, Data, drafter_for, pack_data, read_corpus, run_distillation, say
 
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""
@@ -120,13 +123,22 @@ def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
     return tokens
 
 
+def usable_features(config: DistillConfig, target: str, folder: str | None) -> str | None:
+    """The folder of stored features, if it holds all that a recipe reads: every document, and the layers it taps."""
+    if folder is None or config.data.mix is not None:
+        return None
+    scored = None if config.draft_vocab is None else 1
+    taps = drafter_for(config, read_config(target_folder(target)), scored).module.taps
+    return folder if taps in ((), FeatureStore(folder).taps) else None
+
+
 def keep_settings(arm: Arm) -> None:
     """Notes what the arm is trained with; ValueError if it was begun with something else.
 
-    Files and steps are left out: they belong to the whole comparison, which keeps its own.
+    Files and steps are left out: they belong to the whole comparison, which keeps its own. So are stored features.
     """
     settings = {name: value for name, value in to_dict(arm.config).items() if name in RESUMABLE}
-    settings["data"] = {k: v for k, v in settings["data"].items() if k not in ("train", "eval")}
+    settings["data"] = {k: v for k, v in settings["data"].items() if k not in ("train", "eval", "features")}
     settings["optimizer"] = {k: v for k, v in settings["optimizer"].items() if k != "steps"}
     path, steps = arm.folder / "settings.json", Path(arm.config.checkpoint.folder).glob("[0-9]*")
     if not (path.is_file() and (arm.trained.is_file() or any(steps))):  # nothing to lose yet

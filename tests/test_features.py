@@ -28,6 +28,7 @@ from jaxspec.distill import Batch, judged_batch
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
 from jaxspec.losses import Scores, logit_loss
 from jaxspec.objective import Objective
+from jaxspec.recipes import usable_features
 from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.stored import Kind, Stored, grow, likeliest, lump, shrink
 from jaxspec.training import Data, Reading, place_rows, read_data, read_features
@@ -347,6 +348,15 @@ def test_what_the_likeliest_tokens_cannot_teach_is_refused(folder: Path, changes
     data = read_data(found, ChatTokenizer.load("target"), ONE)
     with pytest.raises(ValueError, match=match):
         read_features(found, data, ())
+
+
+def test_a_comparison_uses_a_store_where_it_holds_what_a_recipe_reads(folder: Path):
+    def usable(*changes: str) -> str | None:
+        return usable_features(config(*changes), "target", "store")
+
+    assert usable() == usable("drafter=eagle3", "head.taps=0,1") == "store"
+    assert usable(*MIX) is usable("drafter=eagle3", "head.taps=1") is None
+    assert usable_features(config(), "target", None) is None
 
 
 @pytest.mark.slow

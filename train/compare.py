@@ -32,7 +32,7 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.launch import Launch
 from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
-from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm
+from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.serving import Settings
 from jaxspec.training import say, termination_notice
 from jaxspec.trees import parse_tree
@@ -56,6 +56,9 @@ class Args:
     """Conversations to learn from that the target wrote, as jaxspec regenerate makes them."""
     eval: str = "runs/answers_eval.jsonl"
     """The same, held out: for the learning curves."""
+    features: str | None = None
+    """Folder that jaxspec features wrote for these conversations: recipes whose needs it meets learn from it and do not
+    run the target, which is quicker; those with a mix, or with tapped layers that are not stored, train as ever."""
     prompts: str | None = None
     """File of prompts to measure tau on. Default: those of --eval."""
     limit: int = 100
@@ -199,7 +202,14 @@ def own_config(
     return dataclasses.replace(
         config,
         target=target,
-        data=dataclasses.replace(config.data, train=args.train, eval=args.eval, limit=None, eval_limit=None),
+        data=dataclasses.replace(
+            config.data,
+            train=args.train,
+            eval=args.eval,
+            limit=None,
+            eval_limit=None,
+            features=usable_features(config, target, args.features),
+        ),
         optimizer=dataclasses.replace(config.optimizer, steps=1, epochs=None),
         checkpoint=dataclasses.replace(config.checkpoint, folder=str(folder / "run")),
         export_folder=str(folder / "drafter"),
