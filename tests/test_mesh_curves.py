@@ -1,0 +1,98 @@
+"""Twenty steps of every drafter on meshes of eight devices give the loss curve of one."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec.compilers import compile_step
+from jaxspec.distill import Batch, init_state
+from jaxspec.drafters import (
+    DRAFTERS,
+    DraftLM,
+    DraftLMConfig,
+    Eagle,
+    Eagle3,
+    Eagle3Config,
+    EagleConfig,
+    Fspad,
+    FspadConfig,
+    Medusa,
+    MedusaConfig,
+    ParallelSpec,
+    ParallelSpecConfig,
+)
+from jaxspec.objective import Objective
+from jaxspec.optimizer import make_optimizer, make_schedule
+from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.targets.llama import Llama, LlamaConfig
+
+STEPS, VOCAB, LENGTH, ROWS = 20, 64, 24, 8
+SHAPE = (16, 8, 8, 4, 32)
+"""Width, heads, key-value heads, head size, MLP: every axis takes eight devices."""
+TARGET = Llama(LlamaConfig(VOCAB, 16, 3, 8, 8, 4, 32))
+HASS = Objective(steps=3, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:4", 1.0)), chunk=8)
+PAIRS: dict[str, tuple[Any, Objective]] = {
+    "eagle": (Eagle(EagleConfig(*SHAPE)), HASS),
+    "fspad": (Fspad(FspadConfig(*SHAPE)), Objective(chunk=8)),
+    "eagle3": (
+        Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1, 2))),
+        Objective(steps=2, weights=(("soft_cross_entropy", 1.0),), step_decay=0.8, noise=0.0, chunk=8),
+    ),
+    "medusa": (
+        Medusa(MedusaConfig(16, 3, vocab=VOCAB)),
+        Objective(steps=3, weights=(("cross_entropy", 1.0),), step_decay=0.8, noise=0.0, chunk=8),
+    ),
+    "parallelspec": (
+        ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=3, keep=0.7)),
+        Objective(steps=3, weights=(("smooth_l1", 1.0), ("kl", 1.0)), feature_steps=1, chunk=8),
+    ),
+    "draft_lm": (
+        DraftLM(DraftLMConfig(VOCAB, 16, 1, 8, 8, 4, 32)),
+        Objective(weights=(("tvdpp_exact_pos", 1.0),), noise=0.0, chunk=8),
+    ),
+}
+
+
+def test_every_drafter_is_here():
+    assert PAIRS.keys() == DRAFTERS.keys()
+
+
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1] * 11 + [2] * 9 + [0] * 4], ROWS, axis=0)
+    positions = np.repeat([[*range(11), *range(9), 0, 0, 0, 0]], ROWS, axis=0)
+    answers = (segments > 0) & (positions >= rng.integers(2, 8, (ROWS, 1)))
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    return Batch(*[jnp.asarray(x) for x in (tokens, segments, positions, answers)])  # type: ignore[arg-type]
+
+
+@functools.cache
+def curve(name: str, sizes: tuple[int, int, int] | None) -> list[float]:
+    """The losses on a mesh of these sizes, or on one device."""
+    drafter, objective = PAIRS[name]
+    mesh = make_mesh(devices=jax.devices()[:1]) if sizes is None else make_mesh(*sizes)
+    rate = make_schedule(peak_lr=1e-3, steps=STEPS, warmup_steps=2, schedule="linear")
+    optimizer = make_optimizer(rate, clip_value=0.5)
+    frozen = jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0)))
+    state = init_state(drafter, optimizer, jax.random.key(1), TARGET.borrowed(frozen))
+    step = compile_step("jit", mesh, TARGET.clone(taps=drafter.taps), drafter, optimizer, objective)
+    frozen, state = (jax.device_put(x, shardings(mesh, x)) for x in (frozen, state))
+    rows, losses = jax.device_put(batch(), batch_sharding(mesh)), []
+    for _ in range(STEPS):
+        state, loss = step(frozen, state, rows, None)
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_curve_on_a_mesh_is_that_of_one_device(name: str, sizes: tuple[int, int, int]):
+    alone = curve(name, None)
+    assert alone[-1] < alone[0]
+    most = max(map(abs, alone))  # TVD++ passes through 0
+    np.testing.assert_allclose(curve(name, sizes), alone, rtol=1e-5, atol=1e-5 * most)
