@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import importlib
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import jax
 
@@ -22,7 +23,7 @@ from jaxspec.data.jsonl import drop_torn_line, read_lines
 from jaxspec.event_file import EventFile, append_whole
 from jaxspec.report import git_sha, jsonable, machine_facts, write_json
 
-METRICS, TENSORBOARD, RECORD = "metrics.jsonl", "tensorboard", "run.json"
+METRICS, TENSORBOARD, RECORD, LOCK = "metrics.jsonl", "tensorboard", "run.json", ".lock"
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -138,6 +139,44 @@ def track(
         for sink in sinks:
             stack.callback(sink.close)
         yield Tracker(sinks, tell)
+
+
+@contextlib.contextmanager
+def sole(folder: Path) -> Iterator[None]:
+    """Holds a run's folder, so that nobody else trains there; ValueError where somebody does.
+
+    The lock goes with the process, however that ends. A file system without locks is trusted.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        if not _lock(file):
+            raise ValueError(
+                f"{folder}: another process trains there; wait for it, or change checkpoint.folder"
+            )
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process trains in a run's folder, as far as this machine can see."""
+    path = folder / LOCK
+    if not path.is_file():
+        return False
+    with path.open("a") as file:
+        return not _lock(file)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file until it is closed; False where another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # there are no locks here
+        pass
+    return True
 
 
 @contextlib.contextmanager

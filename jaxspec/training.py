@@ -62,7 +62,7 @@ from jaxspec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated, sh
 from jaxspec.stored import ARRAYS, from_arrays
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.targets.tables import Tables
-from jaxspec.tracking import Tracker, provenance, session, track
+from jaxspec.tracking import Tracker, provenance, session, sole, track
 
 HostBatch = Mapping[str, np.ndarray]
 
@@ -216,7 +216,7 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
     opened = RunCheckpoints(kept.folder, keep=kept.keep, keep_best=kept.keep_best, merit=merit, tell=say)
     facts = {"name": config.name, "kind": recipe.verb, "steps": recipe.steps, "config": to_dict(config)}
     ahead = contextlib.closing(iterate(recipe.data, workers=config.data.workers or 0))
-    with opened as checkpoints, ahead as batches, contextlib.ExitStack() as stack:
+    with sole(Path(kept.folder)), opened as checkpoints, ahead as batches, contextlib.ExitStack() as stack:
         resumed = resume(recipe, config, checkpoints, batches, wanted)
         start = 0 if resumed is None else resumed.step
         state = start_state(recipe, wanted) if resumed is None else resumed.state

@@ -60,7 +60,7 @@ def test_runs_are_listed_with_their_progress_tau_and_state(runs: Path, capsys: p
         "kind": "train", "step": 8, "steps": 9, "loss": 1.5, "simulated_tau": 3.25, "tau": 2.75, "state": "finished"
     }  # fmt: skip
     assert (rows["tiny"]["simulated_tau"], rows["tiny"]["tau"]) == (None, None)
-    assert [rows[n]["state"] for n in ("tiny", "killed", "torn")] == ["stopped", "unknown", "damaged record"]
+    assert [rows[n]["state"] for n in ("tiny", "killed", "torn")] == ["stopped", "killed", "damaged record"]
     shown = capsys.readouterr().out
     assert "4 runs below runs" in shown and "3.25" in shown and "compare/hass/seed-1/run" in shown
 

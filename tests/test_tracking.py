@@ -15,7 +15,19 @@ import pytest
 
 from jaxspec import __version__
 from jaxspec.event_file import EventFile, masked_crc
-from jaxspec.tracking import METRICS, RECORD, TENSORBOARD, JsonLines, flat, read_metrics, read_record, session, track
+from jaxspec.tracking import (
+    METRICS,
+    RECORD,
+    TENSORBOARD,
+    JsonLines,
+    flat,
+    is_held,
+    read_metrics,
+    read_record,
+    session,
+    sole,
+    track,
+)
 
 FACTS = {"name": "toy", "kind": "train", "steps": 9, "config": {"seed": 3}}
 
@@ -129,3 +141,16 @@ def test_a_record_that_is_not_one_is_named(tmp_path: Path):
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(ValueError, match="not the record of a run"):
         read_record(tmp_path)
+
+
+def test_a_second_trainer_is_kept_out_while_the_first_is_there(tmp_path: Path):
+    with sole(tmp_path):
+        assert is_held(tmp_path)
+        with (
+            pytest.raises(ValueError, match="another process trains there; wait for it, or choose another"),
+            sole(tmp_path),
+        ):
+            pass
+    assert not is_held(tmp_path) and not is_held(tmp_path / "elsewhere")
+    with sole(tmp_path):  # and it is free again
+        pass

@@ -30,7 +30,7 @@ COLUMNS = {
 }
 NOTES = """\
 simulated tau: the best of the run's evaluations on held-out text; measured: the best that jaxspec compare decoded with
-state: unknown where a run goes on at this moment, or was killed
+state: killed where a run ended without a word, or goes on where its lock cannot be seen from here
 """
 
 
@@ -91,7 +91,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "simulated_tau": max(taus, default=None),
         "tau": measured_tau(folder),
-        "state": latest.get("end", "unknown"),
+        "state": latest.get("end") or ("running" if tracking.is_held(folder) else "killed"),
         "date": latest.get("ended", latest["started"]),
     }
 
