@@ -153,9 +153,7 @@ def sole(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as file:
         if not _lock(file):
-            raise ValueError(
-                f"{folder}: another process trains there; wait for it, or change checkpoint.folder"
-            )
+            raise ValueError(f"{folder}: another process trains there; wait for it, or change checkpoint.folder")
         yield
 
 
