@@ -69,7 +69,7 @@ def attend_splash(
     sizes = splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True)
     mask = splash.MultiHeadMask([splash.CausalMask((whole, whole)) for _ in range(kv_heads * group)])
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    mixed_BHLC = jax.vmap(kernel)(q_BHLC, k_BKLC, v_BKLC, splash.SegmentIds(own_BL, own_BL))
+    mixed_BHLC: Any = jax.vmap(kernel)(q_BHLC, k_BKLC, v_BKLC, splash.SegmentIds(own_BL, own_BL))
     mixed_BKGLC = mixed_BHLC[:, :, :length].reshape(batch, kv_heads, group, length, channels)
     return jnp.transpose(mixed_BKGLC, (0, 3, 1, 2, 4)).astype(q_BLKGC.dtype)
 
