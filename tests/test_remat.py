@@ -69,7 +69,8 @@ def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again()
 
     def temporaries(remat: Remat) -> int:
         compiled = jax.jit(jax.grad(functools.partial(target_loss, remat))).lower(params).compile()
-        memory: Any = compiled.memory_analysis()
+        memory = compiled.memory_analysis()
+        assert memory is not None
         return memory.temp_size_in_bytes
 
     assert temporaries("full") < temporaries("dots") < temporaries("none")
