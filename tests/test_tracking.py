@@ -147,7 +147,7 @@ def test_a_second_trainer_is_kept_out_while_the_first_is_there(tmp_path: Path):
     with sole(tmp_path):
         assert is_held(tmp_path)
         with (
-            pytest.raises(ValueError, match="another process trains there; wait for it, or choose another"),
+            pytest.raises(ValueError, match="another process trains there; wait for it"),
             sole(tmp_path),
         ):
             pass
