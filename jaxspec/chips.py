@@ -1,8 +1,8 @@
 """What TPU chips can do, by their makers' figures, and how fast a mesh axis is on their network.
 
 Peak rates, memory and links are those of Google Cloud's documentation (docs.cloud.google.com/tpu, 2026); where it gives
-the bandwidth of a chip's links together and both ways, a link has its part of that, one way. v4's network between
-slices is an estimate: it is not in that documentation.
+the bandwidth of a chip's links together and both ways, a link has its part of that, one way: there are two for every
+axis of the torus. Not in that documentation, and so estimates: v4's network between slices, and tpu7x's rate of int8.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ class Chip(NamedTuple):
     int8_ops: float
     hbm_bytes: int
     hbm_bandwidth: float
-    links: int
-    """To neighbours: two for every axis of the torus."""
     link_bandwidth: float
     """Bytes of one link, one way."""
     slice_bandwidth: float
@@ -35,11 +33,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(275e12, 275e12, 32 * 2**30, 1228e9, 6, 50e9, 6.25e9, 4, cores=2),
-    "v5e": Chip(197e12, 393e12, 16 * 2**30, 819e9, 4, 50e9, 3.125e9, 16),
-    "v5p": Chip(459e12, 918e12, 95 * 2**30, 2765e9, 6, 100e9, 6.25e9, 4),
-    "v6e": Chip(918e12, 1836e12, 32 * 2**30, 1638e9, 4, 100e9, 12.5e9, 16),
-    "tpu7x": Chip(2307e12, 2307e12, 192 * 2**30, 7380e9, 6, 100e9, 12.5e9, 4, cores=2),
+    "v4": Chip(275e12, 275e12, 32 * 2**30, 1228e9, 50e9, 6.25e9, 4, cores=2),
+    "v5e": Chip(197e12, 393e12, 16 * 2**30, 819e9, 50e9, 3.125e9, 16),
+    "v5p": Chip(459e12, 918e12, 95 * 2**30, 2765e9, 100e9, 6.25e9, 4),
+    "v6e": Chip(918e12, 1836e12, 32 * 2**30, 1638e9, 100e9, 12.5e9, 16),
+    "tpu7x": Chip(2307e12, 2307e12, 192 * 2**30, 7380e9, 100e9, 12.5e9, 4, cores=2),
 }
 """By the name that stands before the colon of a topology, such as `v6e:8x8`."""
 

@@ -284,7 +284,7 @@ def message_of(i: Instruction, devices: int) -> Message | None:
 
 
 def _group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The devices of the group that device 0 is in; XLA writes groups in four ways."""
+    """The devices of the group that device 0 is in. ValueError where XLA writes groups in none of the ways known."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs[1]), int(pairs[2])
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
@@ -297,9 +297,11 @@ def _group(attributes: str, devices: int) -> tuple[int, ...]:
         order = [int(d) for d in iota[4].split(",")] if iota[4] else list(range(len(dims)))
         places = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
         return tuple(sorted(next(row for row in places.tolist() if 0 in row)))
-    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
-    groups = [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
-    return tuple(next((g for g in groups if 0 in g), range(devices)))
+    listed = re.search(r"replica_groups=\{([\d,{}]*)\}", attributes)
+    if listed is None:
+        raise ValueError(f"the groups of a collective are written in a way that is not known: {attributes[:120]}")
+    groups = [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])]
+    return tuple(next((g for g in groups if 0 in g), range(devices)))  # none listed: all together
 
 
 def _with_inside(program: Program, i: Instruction) -> Iterator[tuple[str | None, Instruction]]:

@@ -71,6 +71,27 @@ def test_convolutions_count_what_they_multiply(attributes: str, left, right, out
     assert cost(program).flops == 2 * pairs
 
 
+@pytest.mark.parametrize(("name", "matmuls"), [("fwd_segmented", 2), ("dq_segmented", 3), ("dkv_segmented", 5)])
+def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(name: str, matmuls: int):
+    batch, heads, kv_heads, length, channels = 2, 8, 4, 64, 16
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    given = [
+        Instruction(n, "parameter", (Shape("bf16", (batch, count, length, channels), 0),), (), "")
+        for n, count in shapes.items()
+    ]
+    result = given[0].result
+    kernel = Instruction(f"splash_mha_{name}.7", "custom-call", result, ("q", "k", "v"), '"tpu_custom_call"')
+    assert cost(hlo.Program({"main": (*given, kernel)}, "main")).flops == (
+        matmuls * 2 * batch * heads * length * length * channels / 2
+    )
+
+
+def test_a_collective_whose_groups_cannot_be_read_is_refused():
+    i = Instruction("r", "all-reduce", (Shape("f32", (10,), 0),), ("x",), "replica_groups=<new way>, to_apply=%add")
+    with pytest.raises(ValueError, match="written in a way that is not known: replica_groups=<new way>"):
+        hlo.message_of(i, 4)
+
+
 def test_a_slice_of_stacked_weights_reads_that_slice_alone():
     """So a scan over layers reads every weight once, and writes an array of results once."""
 
