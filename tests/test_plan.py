@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -131,6 +132,12 @@ def test_a_config_that_does_not_suit_the_slice_is_one_sentence(capfd):
     assert "needs 4 devices, but there are 8" in capfd.readouterr().err
     assert main(["plan", "tiny", "--topology", "v6e:2x2"]) == 1
     assert "holds a PretrainConfig, not a DistillConfig" in capfd.readouterr().err
+
+
+def test_without_libtpu_the_verb_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", "eagle2", *SMALL, "--topology", "v6e:2x2"]) == 1
+    assert 'needs libtpu: pip install "jax[tpu]"' in capfd.readouterr().err
 
 
 @pytest.mark.slow

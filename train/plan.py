@@ -24,6 +24,7 @@ from jaxspec import cli, figures, flags, planning, report
 from jaxspec.chips import chip_of
 from jaxspec.config import DistillConfig, load
 from jaxspec.planning import DecodePlan, StepPlan
+from jaxspec.training import say
 
 PROG = "jaxspec plan"
 LIBTPU = {
@@ -89,7 +90,10 @@ def main(argv: list[str]) -> int:
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
-    plans = list(all_plans(config, args))
+    try:
+        plans = list(all_plans(config, args))
+    except ModuleNotFoundError as missing:
+        raise ValueError(str(missing)) from missing
     ranked = sorted(plans, key=lambda planned: -(planned[1].tokens_per_second or 0))
     best, plan = ranked[0]
     decoding = None if args.decode is None else plan_decoding(best, args)
@@ -118,10 +122,11 @@ def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig
                 return None
             try:
                 found[place] = planning.plan_step(tried, args.topology, draft_vocab=args.draft_vocab)
-            except ValueError:
+            except ValueError as problem:
                 if not found:  # the config itself
                     raise
-                found[place] = None  # shapes that this mesh does not divide
+                found[place] = None
+                say(f"left out: {problem}")
             planned = found[place]
             bar.advance(1, name_of(tried, planned) if planned else "")
             return (tried, planned) if planned else None
