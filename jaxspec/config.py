@@ -247,6 +247,24 @@ def to_dict(config: Any) -> Any:
     raise TypeError(f"a config cannot hold a {type(config).__name__}: {config!r}")
 
 
+def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
+    """`saved`, what `to_dict` gave of a config of this class, with the fields it lacks at their defaults.
+
+    Files of an earlier version lack the settings that came after it; a field without a default stays away.
+    """
+    result = dict(saved)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in saved:
+            nested = dataclasses.is_dataclass(value) and isinstance(saved[field.name], dict)
+            result[field.name] = completed(saved[field.name], value) if nested else saved[field.name]
+        elif field.default is not dataclasses.MISSING:
+            result[field.name] = to_dict(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            result[field.name] = to_dict(field.default_factory())
+    return result
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Where two results of `to_dict` differ: one "a.b was x, is y" a field."""
     if isinstance(old, dict) and isinstance(new, dict):

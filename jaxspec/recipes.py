@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxspec import comparison, report
-from jaxspec.config import DistillConfig, PretrainConfig, differences, to_dict
+from jaxspec.config import DistillConfig, PretrainConfig, completed, differences, to_dict
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.features import FeatureStore
@@ -132,18 +132,25 @@ def usable_features(config: DistillConfig, target: str, folder: str | None) -> s
     return folder if taps in ((), FeatureStore(folder).taps) else None
 
 
-def keep_settings(arm: Arm) -> None:
-    """Notes what the arm is trained with; ValueError if it was begun with something else.
+def compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """What an arm may not change of its config's `to_dict`.
 
-    Files and steps are left out: they belong to the whole comparison, which keeps its own. So are stored features.
+    Files and steps are left out: they belong to the whole comparison, which keeps its own. So is what alters only the
+    speed: stored features and the processes that prepare batches.
     """
-    settings = {name: value for name, value in to_dict(arm.config).items() if name in RESUMABLE}
-    settings["data"] = {k: v for k, v in settings["data"].items() if k not in ("train", "eval", "features")}
-    settings["optimizer"] = {k: v for k, v in settings["optimizer"].items() if k != "steps"}
+    apart = {"data": ("train", "eval", "features", "workers"), "optimizer": ("steps",)}
+    kept = {name: value for name, value in settings.items() if name in RESUMABLE}
+    return kept | {part: {k: v for k, v in kept[part].items() if k not in names} for part, names in apart.items()}
+
+
+def keep_settings(arm: Arm) -> None:
+    """Notes what the arm is trained with; ValueError if it was begun with something else."""
+    settings = compared(report.jsonable(to_dict(arm.config)))
     path, steps = arm.folder / "settings.json", Path(arm.config.checkpoint.folder).glob("[0-9]*")
     if not (path.is_file() and (arm.trained.is_file() or any(steps))):  # nothing to lose yet
         report.write_json(path, settings)
-    changed = differences(json.loads(path.read_text(encoding="utf-8")), report.jsonable(settings))
+    before = compared(completed(json.loads(path.read_text(encoding="utf-8")), arm.config))
+    changed = differences(before, settings)
     if changed:
         raise ValueError(
             f"was trained with other settings ({'; '.join(changed)}): give another --out, or move {arm.folder} away "

@@ -39,6 +39,7 @@ from jaxspec.config import (
     MeshConfig,
     OptimizerConfig,
     PretrainConfig,
+    completed,
     differences,
     to_dict,
 )
@@ -263,7 +264,7 @@ def resume(
     if latest is None:
         return None
     restored = checkpoints.restore(None, wanted)
-    refuse_other_settings(restored.config, to_dict(config), recipe.resumable, checkpoints.folder)
+    refuse_other_settings(restored.config, config, recipe.resumable, checkpoints.folder)
     batches.set_state(restored.data_state)
     say(f"resumed from step {restored.step:,} of {checkpoints.folder}")
     return restored
@@ -686,9 +687,9 @@ def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
     return [str(corpus.ids[i]) for i in np.unique(batch["documents"]) if i >= 0]
 
 
-def refuse_other_settings(saved: dict[str, Any], now: dict[str, Any], fields: Sequence[str], folder: Path) -> None:
+def refuse_other_settings(saved: dict[str, Any], config: Any, fields: Sequence[str], folder: Path) -> None:
     """ValueError if a run would go on with settings that change what it computes."""
-    saved = {"target_weights": "same", **saved}  # runs begun before it could be said
+    saved, now = completed(saved, config), to_dict(config)
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
     changed = [line for line in changed if not line.startswith("data.workers ")]
     if changed:

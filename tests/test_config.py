@@ -8,7 +8,16 @@ from typing import Literal
 import pytest
 
 from jaxspec import config as configs
-from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, differences, load, override, to_dict
+from jaxspec.config import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    completed,
+    differences,
+    load,
+    override,
+    to_dict,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,3 +133,13 @@ def test_differences_name_the_fields():
     other = dataclasses.replace(Outer(), count=2, inner=Inner(rate=0.1))
     assert differences(to_dict(Outer()), to_dict(other)) == ["count was 1, is 2", "inner.rate was 0.5, is 0.1"]
     assert differences(to_dict(Outer()), to_dict(Outer())) == []
+
+
+def test_what_an_earlier_version_did_not_know_is_at_its_default():
+    config = DataConfig("a.jsonl", "b.jsonl", length=64)
+    early = {"train": "a.jsonl", "eval": "b.jsonl", "length": 64}
+    assert completed(early, config) == to_dict(config)
+    assert completed({"length": 64, "gone": 1}, config)["gone"] == 1  # and nothing is dropped
+    assert "train" not in completed({"length": 64}, config)  # which has no default
+    outer = dataclasses.replace(Outer(), inner=Inner(rate=0.1))
+    assert completed({"count": 1, "inner": {}}, outer)["inner"] == to_dict(Inner())
