@@ -345,6 +345,8 @@ def _parse(text: str, kind: Any) -> Any:
         return _choose(text, {str(a): a for a in arguments})
     if origin is tuple:
         items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        if len(items) == 1 and arguments[-1] is not Ellipsis:  # a pair within a list: top_k:10:1.0
+            items = text.rsplit(":", len(arguments) - 1)
         kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(items):
             raise ValueError
@@ -383,6 +385,8 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is tuple:
+        if arguments[-1] is not Ellipsis:
+            return ":".join(_describe(a).removeprefix("a ") for a in arguments)
         return f"values separated by commas, each {_describe(arguments[0])}"
     named = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return named.get(kind, f"a {getattr(kind, '__name__', kind)}, which the config file must set")

@@ -22,6 +22,9 @@ class Objective:
     """Draft steps `T` unrolled from every position; more than one is HASS's context alignment."""
     weights: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1))
     """Losses by name (`losses.FEATURE_LOSSES` and `losses.logit_loss`), each with its weight."""
+    late: tuple[tuple[str, float], ...] = ()
+    """Losses that join when this share of the run's steps is made, by name, each with its share: HASS's script trains
+    four fifths of its epochs without the top-k loss."""
     step_decay: float = 1.0
     """Step `j`, from 0, counts `step_decay^j`: 1 in HASS, 0.8 in EAGLE-3 and Medusa."""
     step_weights: tuple[float, ...] = ()
@@ -49,6 +52,27 @@ class Objective:
             raise ValueError(
                 f"step_weights has {len(self.step_weights)} numbers for steps={self.steps}: give one a step"
             )
+
+        weighted = [name for name, _ in self.weights]
+        for name, share in self.late:
+            if name not in weighted or not 0 < share < 1:
+                raise ValueError(
+                    f"late={name}:{share:g}: give a loss of weights ({', '.join(weighted)}) and a share of the steps "
+                    "above 0 and below 1"
+                )
+        if self.late and len(dict(self.late)) == len(weighted):
+            raise ValueError("late names every loss of weights: one of them must count from the beginning")
+
+    def stages(self, steps: int) -> list[tuple[int, Objective]]:
+        """What a run of so many steps minimises, from which step on, from 0; at least one, in order."""
+        begin = {name: min(max(1, round(share * steps)), steps) for name, share in self.late}
+        first_steps = sorted({0, *begin.values()})
+        return [
+            (first, dataclasses.replace(self, late=(), weights=self._joined(first, begin))) for first in first_steps
+        ]
+
+    def _joined(self, step: int, begin: dict[str, int]) -> tuple[tuple[str, float], ...]:
+        return tuple((name, weight) for name, weight in self.weights if begin.get(name, 0) <= step)
 
     @property
     def per_step(self) -> tuple[float, ...]:

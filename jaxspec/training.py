@@ -521,7 +521,10 @@ def distill(
         steps=max(objective.steps, EVAL_STEPS if deepest is None else min(EVAL_STEPS, deepest)),
         step_weights=(),
     )
-    updated = compile_step(config.compiler, mesh, target, learner, optimizer, objective)
+    stages = [
+        (first, compile_step(config.compiler, mesh, target, learner, optimizer, stage))
+        for first, stage in objective.stages(steps)
+    ]
     sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
     sums_of = under(mesh, sums_of)
     place = functools.partial(place_rows, batch_sharding(mesh))
@@ -532,6 +535,8 @@ def distill(
         return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
 
     def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
+        made = int(state.step) if len(stages) > 1 else 0
+        updated = [compiled for first, compiled in stages if first <= made][-1]
         return updated(frozen, state, place(train_data, batch), vocab_U)
 
     model = {

@@ -25,6 +25,7 @@ class Inner:
     rate: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
     sizes: tuple[int, ...] = ()
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Outer:
         ("inner.rate=1e-3", "inner", Inner(rate=1e-3)),
         ("inner.betas=0.8,0.9", "inner", Inner(betas=(0.8, 0.9))),
         ("inner.sizes=(1,2,3)", "inner", Inner(sizes=(1, 2, 3))),
+        ("inner.parts=l1:1,top_k:10:.5", "inner", Inner(parts=(("l1", 1.0), ("top_k:10", 0.5)))),
+        ("inner.parts=l1:1", "inner", Inner(parts=(("l1", 1.0),))),
     ],
 )
 def test_an_override_is_read_by_the_fields_type(item: str, field: str, value: object):
@@ -71,7 +74,8 @@ def test_the_last_override_of_a_field_wins_and_others_stay():
         ("fast=maybe", "it takes true or false"),
         ("mode=c", "it takes a or b"),
         ("inner.betas=1", "field 'inner.betas' cannot be '1'"),
-        ("inner=1", "field 'inner' is a group; set one of its fields: rate, betas, sizes"),
+        ("inner.parts=l1", "it takes values separated by commas, each text:number"),
+        ("inner=1", "field 'inner' is a group; set one of its fields: rate, betas, sizes, parts"),
         ("count.x=1", "field 'count' has no fields of its own"),
         ("count", "not of the form field=value"),
         ("=1", "not of the form field=value"),

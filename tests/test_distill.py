@@ -158,6 +158,24 @@ def test_steps_are_weighed_one_by_one(frozen, batch: Batch):
         Objective(steps=3, step_weights=(1.0, 1.0))
 
 
+def test_late_losses_join_at_their_share_of_the_steps():
+    weights = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:10", 1.0))
+    (first, before), (second, between), (third, whole) = Objective(
+        weights=weights, late=(("top_k:10", 0.8), ("soft_cross_entropy", 0.5))
+    ).stages(10)
+    assert (first, second, third) == (0, 5, 8)
+    assert before == Objective(weights=weights[:1])
+    assert between == Objective(weights=weights[:2])
+    assert whole == Objective(weights=weights)
+    assert Objective(weights=weights).stages(10) == [(0, Objective(weights=weights))]
+    with pytest.raises(ValueError, match=r"late=top_k:5:0.8: give a loss of weights \(smooth_l1, soft_cross_entropy"):
+        Objective(weights=weights, late=(("top_k:5", 0.8),))
+    with pytest.raises(ValueError, match="late=top_k:10:1: "):
+        Objective(weights=weights, late=(("top_k:10", 1.0),))
+    with pytest.raises(ValueError, match="one of them must count from the beginning"):
+        Objective(weights=weights[:1], late=(("smooth_l1", 0.5),))
+
+
 def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: Batch):
     """Counted from the compiled program: a further step costs the drafter's own layer and head, nothing else."""
     params = fresh()

@@ -147,3 +147,23 @@ def test_the_two_stages_of_hass_are_one_training_that_changes_its_loss(folder: P
     assert second["eval"]["smooth_l1"] == pytest.approx(first["eval"]["smooth_l1"])
     one, two = (load_drafter(result["drafter"]).params for result in (first, second))
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.usefixtures("little")
+def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path):
+    """Without it for two of three steps, then with it: the losses of both runs, and a resumed run goes on late."""
+    plain = ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1",)
+    late = ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1,top_k:2:1", "objective.late=top_k:2:0.6")
+    losses = {}
+    for name, changes in (("plain", plain), ("late", late)):
+        run = (f"checkpoint.folder={name}", "checkpoint.save_every=2", f"export_folder={name}/drafter")
+        command = ["train", "eagle2", *SMALL, "log_every=1", *changes, *run]
+        assert main(command) == 0
+        if name == "late":
+            shutil.rmtree(folder / name / "3")
+            assert main(command) == 0
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert losses["late"][1] == losses["plain"][1]
+    assert losses["late"][2] == losses["plain"][2]
+    assert losses["late"][3] > losses["plain"][3] + 0.1
