@@ -36,12 +36,14 @@ KINDS: dict[str, Any] = {
     "eagle norms": Eagle(EagleConfig(WIDTH, 4, 2, 4, 20, bias=False, embedding_norm=True, head_norm=True)),
     "fspad": Fspad(FspadConfig(*SHAPE)),
     "fspad without sampling": Fspad(FspadConfig(*SHAPE, feature_sampling=False)),
-    "fspad without alignment": Fspad(FspadConfig(*SHAPE, partial_alignment=False)),
+    "fspad without alignment": Fspad(FspadConfig(*SHAPE, partial_alignment=False, embedding_norm=True)),
     "eagle3": Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1, 2))),
     "medusa": Medusa(MedusaConfig(WIDTH, STEPS, vocab=VOCAB)),
     "medusa sharing the head": Medusa(MedusaConfig(WIDTH, STEPS, layers=2)),
     "parallelspec": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=STEPS)),
-    "parallelspec in medusa": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=STEPS, host="medusa")),
+    "parallelspec in medusa": ParallelSpec(
+        ParallelSpecConfig(*SHAPE, tokens=STEPS, host="medusa", embedding_norm=True)
+    ),
     "parallelspec both ways": ParallelSpec(
         ParallelSpecConfig(*SHAPE, tokens=STEPS, bidirectional=True, mask_feature="anchor_copy")
     ),

@@ -141,6 +141,20 @@ def test_every_weight_learns(kind: str):
         assert jnp.abs(gradient).max() > 1e-6, path
 
 
+@pytest.mark.parametrize("kind", [k for k, d in KINDS.items() if getattr(d.config, "embedding_norm", False)])
+def test_the_scale_of_normed_embeddings_is_nothing_to_the_head(kind: str):
+    rows = LENGTH + 1
+    at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
+    given = (toy(kind).tokens[:, :rows], toy(kind).features, at, causal(rows), 1)
+    unroll = jax.jit(toy(kind).drafter.unroll, static_argnums=6)
+
+    def hidden(scale: float) -> jax.Array:
+        borrowed = toy(kind).borrowed._replace(embed_VD=scale * toy(kind).borrowed.embed_VD)
+        return unroll(toy(kind).params, borrowed, *given).hidden_TBLD
+
+    same(hidden(50.0), hidden(1.0), 1e-4)
+
+
 @every
 def test_a_checkpoint_brings_back_the_same_drafter(kind: str, tmp_path):
     t = toy(kind)

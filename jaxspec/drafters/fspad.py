@@ -27,14 +27,16 @@ class FspadConfig(EagleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embedding_norm or self.head_norm:
-            raise ValueError("an FSPAD head has no embedding_norm and no head_norm: leave them off")
+        if self.head_norm:
+            raise ValueError("an FSPAD head has no head_norm: leave it off")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight."""
         shapes: dict[str, tuple[int, ...]] = {"fc": (2 * self.width, self.width)}
         if self.bias:
             shapes["fc_bias"] = (self.width,)
+        if self.embedding_norm:
+            shapes["embedding_norm"] = (self.width,)
         if self.feature_sampling:
             shapes |= {
                 "sampling_norm": (self.width,),
@@ -57,8 +59,13 @@ class Fspad(Recurrent):
         return self.config.zero_logits
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
-        """`h = fc([e; f])`; with feature sampling `h + down(silu(gate(e)) * up(norm(h)))`, `e` not normalised."""
+        """`h = fc([e; f])`; with feature sampling `h + down(silu(gate(e)) * up(norm(h)))`.
+
+        The paper's code takes the embedding `e` as it is; with `embedding_norm` it is normalised, which is ours.
+        """
         w = self.weights
+        if self.config.embedding_norm:
+            embedding_BLD = rms_norm(embedding_BLD, w["embedding_norm"], self.config.norm_eps)
         h = concatenate_and_project(w, embedding_BLD, feature_BLD, self.dtype)
         if not self.config.feature_sampling:
             return h, h

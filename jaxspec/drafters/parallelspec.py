@@ -49,8 +49,8 @@ class ParallelSpecConfig(EagleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.embedding_norm or self.head_norm or self.zero_logits:
-            raise ValueError("a ParallelSpec drafter has no embedding_norm, head_norm or zero_logits: leave them off")
+        if self.head_norm or self.zero_logits:
+            raise ValueError("a ParallelSpec drafter has no head_norm and no zero_logits: leave them off")
         if self.tokens < 1 or not 0 < self.keep_least <= 1 or not 0 < self.keep <= 1:
             raise ValueError(
                 f"tokens={self.tokens} must be at least 1, keep={self.keep} and keep_least={self.keep_least} in (0, 1]"
@@ -65,6 +65,8 @@ class ParallelSpecConfig(EagleConfig):
             shapes["fc"] = (2 * self.width, self.width)
             if self.bias:
                 shapes["fc_bias"] = (self.width,)
+        if self.embedding_norm:
+            shapes["embedding_norm"] = (self.width,)
         masks = self.tokens - 1
         shapes["mask_tokens"] = (1 if self.shared_mask else masks, self.width)
         if self.mask_feature in ("shared", "per_depth"):
@@ -80,7 +82,9 @@ class ParallelSpec(OnePass, OneLayer):
     """The ParallelSpec drafter as pure functions of its weights."""
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> Array:
-        """The layer's input at a slot."""
+        """The layer's input at a slot; with `embedding_norm` (reconstruction) embeddings weigh as much as features."""
+        if self.config.embedding_norm:
+            embedding_BLD = rms_norm(embedding_BLD, self.weights["embedding_norm"], self.config.norm_eps)
         if self.config.host == "medusa":
             return embedding_BLD.astype(self.dtype) + feature_BLD.astype(self.dtype)
         return concatenate_and_project(self.weights, embedding_BLD, feature_BLD, self.dtype)
