@@ -10,7 +10,7 @@ config = DistillConfig(
     name="parallelspec_eagle",
     target="tiny",
     drafter="parallelspec",
-    head=HeadConfig(tokens=6),
+    head=HeadConfig(tokens=6, embedding_norm=True),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),

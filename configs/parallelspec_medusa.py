@@ -11,7 +11,7 @@ config = DistillConfig(
     name="parallelspec_medusa",
     target="tiny",
     drafter="parallelspec",
-    head=HeadConfig(tokens=5, host="medusa"),
+    head=HeadConfig(tokens=5, host="medusa", embedding_norm=True),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),
