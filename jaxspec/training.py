@@ -668,7 +668,7 @@ def mesh_of(c: MeshConfig) -> Mesh:
 
 
 def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW as the config says, over `steps` updates."""
+    """The optimizer that the config says, over `steps` updates."""
     rate = make_schedule(
         peak_lr=c.peak_lr,
         steps=steps,
@@ -678,6 +678,7 @@ def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation
     )
     return make_optimizer(
         rate,
+        kind=c.kind,
         weight_decay=c.weight_decay,
         b1=c.b1,
         b2=c.b2,
