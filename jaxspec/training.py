@@ -263,8 +263,8 @@ def resume(
     launch.agree("checkpoint", {"last checkpoint": latest}, advice)
     if latest is None:
         return None
+    refuse_other_settings(checkpoints.settings(latest), config, recipe.resumable, checkpoints.folder)
     restored = checkpoints.restore(None, wanted)
-    refuse_other_settings(restored.config, config, recipe.resumable, checkpoints.folder)
     batches.set_state(restored.data_state)
     say(f"resumed from step {restored.step:,} of {checkpoints.folder}")
     return restored
