@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxspec import cli, loading, report, serving
 from jaxspec.checkpoint import save_drafter
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
@@ -175,8 +175,10 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
         name="quickstart",
         target=args.target,
         data=DataConfig(train="", eval="", length=256, batch=8, loss_on="assistant"),
+        head=HeadConfig(embedding_norm=True),
         optimizer=OptimizerConfig(
             peak_lr=5e-3,
+            kind="muon",
             warmup_steps=min(20, args.steps),
             steps=args.steps,
             weight_decay=0.01,
