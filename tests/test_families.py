@@ -43,6 +43,22 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+}
+GEMMA3_ROPE = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+PATTERN = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": False,
+    "final_logit_softcapping": 5.0,
+}
+EXPERTS = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 UPPER = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 VARIATIONS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
@@ -54,11 +70,27 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12},
     "qwen3 upper window, bias": {"head_dim": 8, "attention_bias": True, **UPPER},
     "qwen3 linear, stacked": {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+    "phi3 window": {"sliding_window": 4},
+    "phi3 partial": {"tie_word_embeddings": True, "rope_parameters": {"partial_rotary_factor": 0.5, **PLAIN}},
+    "phi3 longrope, partial, stacked": {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+    "gemma2": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0},
+    "gemma2 uncapped, bias, stacked": {"head_dim": 8, "sliding_window": 4, "attention_bias": True, **UNCAPPED},
+    "gemma3": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "rope_parameters": GEMMA3_ROPE},
+    "gemma3 pattern, untied, stacked": {"head_dim": 8, "sliding_window": 4, "num_hidden_layers": 3, **PATTERN},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral window, stacked": {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 4},
+    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
+    "qwen3_moe bias, stacked": {**EXPERTS, "attention_bias": True},
 }
 CONFIGS = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3Text",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
 }
 LENGTHS = (9, 5)  # prompt tokens of the two rows
 # Nodes of a tree: a root, two children, and a child of each.
@@ -142,6 +174,9 @@ def config_of(folder: Path, **fields: Any) -> Any:
         ),
         ({"model_type": "qwen2", "hidden_act": "relu2"}, ["hidden_act", "'relu2'", "'silu'"]),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2, **UPPER}, ["'linear_attention'"]),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["mlp_only_layers=[0]", "experts"]),
+        ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, ["short_factor", "4 numbers"]),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is(tmp_path: Path, fields: Any, words: list[str]):

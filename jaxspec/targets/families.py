@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxspec.targets.family import LLAMA, Family
+from jaxspec.targets.gemma import GEMMA2, GEMMA3
 from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 from jaxspec.targets.mistral import MISTRAL
+from jaxspec.targets.mixtral import MIXTRAL
+from jaxspec.targets.phi3 import PHI3
 from jaxspec.targets.qwen2 import QWEN2
 from jaxspec.targets.qwen3 import QWEN3
+from jaxspec.targets.qwen3_moe import QWEN3_MOE
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+}
 """A new family is one file and one entry here."""
 
 

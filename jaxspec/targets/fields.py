@@ -140,13 +140,15 @@ class Rope:
     @property
     def kind(self) -> str:
         """The kind of scaling."""
-        return self.values.get("rope_type", self.values.get("type", "default"))
+        kind = self.values.get("rope_type", self.values.get("type", "default"))
+        # Early Phi-3 files call it so.
+        return "longrope" if kind == "su" or (kind == "yarn" and "short_factor" in self.values) else kind
 
     def number(self, name: str) -> float:
         """A positive number that this kind of scaling needs."""
         value = self.values.get(name)
         if value is None and name == "original_max_position_embeddings":
-            value = self.fields.raw.get(name)
+            value = self.fields.find(name)
         if value is None:
             raise ValueError(
                 f"{self.fields.path}: {self.field} has no field {name}, which rope_type {self.kind!r} needs"
