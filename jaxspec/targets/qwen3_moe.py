@@ -22,7 +22,7 @@ def _config(fields: Fields) -> DecoderConfig:
         out_bias=bias,
         qk_norm=True,
         activation=fields.activation(),
-        experts=fields.integer("num_experts"),
+        experts=fields.integer("num_local_experts", fields.find("num_experts")),  # transformers 5 writes Mixtral's name
         chosen=fields.integer("num_experts_per_tok"),
         expert_mlp=fields.integer("moe_intermediate_size"),
         renormalize=fields.flag("norm_topk_prob"),
