@@ -251,13 +251,13 @@ def _attend_prefix(q_BKQC: Array, prefix: Prefix, score_cap: float | None = None
 
     def over(begin: int, end: int) -> _Part:
         seen_BS = jnp.arange(begin, end) < prefix.length_B[:, None]
+        # One slice for layer and slots: a conditional would be handed a copy of the whole layer.
+        k_BKCS, v_BKSC = k_YBKCS[prefix.layer, ..., begin:end], v_YBKSC[prefix.layer, :, :, begin:end]
         seen = seen_BS[:, None, None]
         if prefix.first_BL is not None:
             inside_BLS = jnp.arange(begin, end) >= prefix.first_BL[..., None]
             group = q_BKQC.shape[2] // prefix.first_BL.shape[1]
             seen = seen & jnp.tile(inside_BLS[:, None], (1, 1, group, 1))
-        # One slice for layer and slots: a conditional would be handed a copy of the whole layer.
-        k_BKCS, v_BKSC = k_YBKCS[prefix.layer, ..., begin:end], v_YBKSC[prefix.layer, :, :, begin:end]
         return _attend_part(q_BKQC, k_BKCS, v_BKSC, seen, score_cap)
 
     def behind(begin: int, part: _Part) -> _Part:

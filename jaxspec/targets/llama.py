@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -219,7 +220,7 @@ class Llama(nn.Module):
         views = [view(c, window, positions_BL, mask_BLM) for window in kinds]
         kind_of = [kinds.index(window) for window in windows]
 
-        def block(x: Array, layer: Params, past: Prefix | None, seen: View) -> tuple[Array, Any]:
+        def block(seen: View, x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
             def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
                 scores = {"scale": options.score_scale, "score_cap": options.score_cap}
                 if past is None:
@@ -231,18 +232,15 @@ class Llama(nn.Module):
 
             return decoder_layer(gather_width(layer), x, seen.turn, c.norm_eps, mix, options)
 
-        remat_block = recompute(self.remat, block)
+        blocks = [recompute(self.remat, functools.partial(block, seen)) for seen in views]
         several = stack_views(views) if self.stacked and len(views) > 1 else None
 
         def run(x: Array, layer: Params, at: Array | int) -> tuple[Array, Any]:
             past = None if prefix is None else Prefix(prefix[0], at, prefix[1])
-            if isinstance(at, int):
-                seen = views[kind_of[at]]
-            elif several is not None:
-                seen = jax.tree.map(lambda a: a[jnp.asarray(kind_of)[at]], several)
-            else:
-                seen = views[0]
-            return remat_block(x, layer, past, seen)
+            if several is None:
+                return blocks[kind_of[at] if isinstance(at, int) else 0](x, layer, past)
+            seen = jax.tree.map(lambda a: a[jnp.asarray(kind_of)[at]], several)
+            return recompute(self.remat, functools.partial(block, seen))(x, layer, past)
 
         tapped: list[Array] = [jnp.zeros_like(x) for _ in self.taps]
         if self.stacked:
