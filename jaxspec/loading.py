@@ -19,6 +19,7 @@ from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.interchange.hf import load_target
+from jaxspec.layers import PLAIN
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
@@ -131,6 +132,11 @@ def open_drafter(
         if theirs != tokenizer.tokenizer.get_vocab():
             raise ValueError(f"{path}: the draft model's tokenizer has another vocabulary than the target's")
     c = found.config
+    if c.options != PLAIN or c.rope_scaling != c.drafter_rope:
+        raise ValueError(
+            f"{path}: a draft model may be a Llama, or of a family whose options are all Llama's; this one has others "
+            "(windows, biases, norms or rotary positions)"
+        )
     shape = DraftLMConfig(
         c.vocab, c.width, c.layers, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, c.norm_eps,
         c.tied,
