@@ -442,7 +442,7 @@ def drafter_config(
 
 def drafter_shape(name: str, values: Mapping[str, Any]) -> Any:
     """The configuration of drafter `name` from the JSON that a card holds; TypeError where it has other fields."""
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if fields.get("rope_scaling"):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     return DRAFTERS[name][1](**fields)

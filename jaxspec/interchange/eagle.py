@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from jaxspec.drafters.eagle import EagleConfig
@@ -22,8 +24,9 @@ def is_eagle(shapes: Shapes) -> bool:
 
 def eagle_config(folder: Folder) -> EagleConfig:
     """The shape of the head: `fc`'s bias and the norms by the tensors that are there, for config.json often errs."""
-    present = {weight: name in folder.tensors for name, weight in NORMS.items()}
-    return EagleConfig(**head_shape(folder), bias="fc.bias" in folder.tensors and not adds_bias(folder), **present)
+    fields: dict[str, Any] = {weight: name in folder.tensors for name, weight in NORMS.items()}
+    fields["bias"] = "fc.bias" in folder.tensors and not adds_bias(folder)
+    return EagleConfig(**head_shape(folder), **fields)
 
 
 def adds_bias(folder: Folder) -> bool:

@@ -17,7 +17,7 @@ from jaxspec.interchange.layout import Folder, Shapes, Table, head_shape, layer_
 IGNORED = ("embed_tokens.weight", "d2t", "t2d")
 IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
 LayerIds = Literal["input", "output"]
-_NEWER = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_NEWER = ("norm_before_fc", "fc_norm", "norm_output")
 
 
 def is_eagle3(shapes: Shapes) -> bool:
@@ -49,7 +49,8 @@ def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: L
             f"rows and a multiple of columns, and fc.weight is {(rows, columns)}"
         )
     taps = read_taps(folder, columns // rows, target_layers, layer_ids)
-    return Eagle3Config(**fields, vocab=shapes["lm_head.weight"][0], taps=taps)
+    before = raw.get("norm_before_residual", "speculators_model_type" in raw)  # what each reader takes for absent
+    return Eagle3Config(**fields, vocab=shapes["lm_head.weight"][0], taps=taps, norm_before_residual=bool(before))
 
 
 def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: LayerIds | None) -> tuple[int, ...]:
@@ -64,8 +65,8 @@ def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: 
     if ids is None:
         if target_layers is None or count != 3:
             raise ValueError(
-                f"{path} does not say which {count} layers of the target the head reads: name the target with --target, "
-                f"for the default three, or add {IDS}"
+                f"{path} does not say which {count} layers of the target the head reads: name the target with "
+                f"--target, for the default three, or add {IDS}"
             )
         return default_taps(target_layers)
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or len(ids) != count:

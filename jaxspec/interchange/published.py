@@ -85,6 +85,7 @@ def read_drafter(path: str | Path, *, target_layers: int | None = None, layer_id
     something is missing, extra, contradictory or not supported, and where the folder holds a whole LM.
     """
     with opened(path) as folder:
+        config: Any
         match family := family_of(folder):
             case "eagle":
                 config = eagle.eagle_config(folder)

@@ -179,7 +179,7 @@ def _eagle3_keys(prefix: str = "midlayer.", *, maps: bool = False, embedding: bo
 
 
 def _scored(draft: Draft) -> Fields:
-    return {"draft_vocab_size": draft.config.vocab}
+    return {"draft_vocab_size": draft.config.vocab, "norm_before_residual": draft.config.norm_before_residual}
 
 
 def _ids_by_output(draft: Draft) -> Fields:
@@ -211,8 +211,8 @@ def _default_ids_only(server: str) -> Callable[[Draft], Fields]:
     return make
 
 
-def _eagle3_fields(architecture: str, ids: Callable[[Draft], Fields], **more: Any) -> Callable[[Draft], Fields]:
-    return lambda draft: {**llama_fields(draft, architecture), **_scored(draft), **ids(draft), **more}
+def _eagle3_fields(architecture: str, ids: Callable[[Draft], Fields]) -> Callable[[Draft], Fields]:
+    return lambda draft: {**llama_fields(draft, architecture), **_scored(draft), **ids(draft)}
 
 
 def _speculators_fields(draft: Draft) -> Fields:
@@ -224,7 +224,6 @@ def _speculators_fields(draft: Draft) -> Fields:
         **_scored(draft),
         **_ids_by_input(draft),
         "has_no_defaults_at_init": False,
-        "norm_before_residual": False,
         "target_hidden_size": None,
         "torch_dtype": dtype,
         "speculators_model_type": "eagle3",
@@ -332,7 +331,7 @@ SERVERS: dict[str, Server] = {
             "eagle3": Form(
                 _eagle3_keys(),
                 _eagle3(),
-                _eagle3_fields("LlamaForCausalLMEagle3", _ids_by_input, norm_before_residual=False),
+                _eagle3_fields("LlamaForCausalLMEagle3", _ids_by_input),
             ),
             "medusa": Form(_medusa_keys, _medusa, _medusa_fields),
         },
@@ -370,7 +369,7 @@ SERVERS: dict[str, Server] = {
             "eagle3": Form(
                 _eagle3_keys(),
                 _eagle3(),
-                _eagle3_fields("LlamaForCausalLM", _default_ids_only("tpu-inference"), norm_before_residual=False),
+                _eagle3_fields("LlamaForCausalLM", _default_ids_only("tpu-inference")),
             )
         },
         {
@@ -386,6 +385,9 @@ SERVERS: dict[str, Server] = {
 LM_SERVERS = ("sglang", "vllm", "sglang-jax")
 """Those that draft with an ordinary LM's folder (STANDALONE, draft_model)."""
 
+NORM_FIRST = ("vllm", "speculators", "tpu-inference")
+"""Those that honour an EAGLE-3 head's `norm_before_residual`."""
+
 
 def served_as(family: str, config: Any) -> str:
     """The family that a drafter is written as: FSPAD without its two parts is an EAGLE head."""
@@ -400,6 +402,8 @@ def unserved(server: str, family: str, config: Any) -> str | None:
         return f"{server} cannot serve {family}: {about.refusals[family]}"
     if family == "eagle" and (config.embedding_norm or config.head_norm):
         return f"{server} cannot serve an EAGLE head with norms around its layer: it would draft without them"
+    if family == "eagle3" and config.norm_before_residual and server not in NORM_FIRST:
+        return f"{server} is not known to honour norm_before_residual, and this head was trained with it"
     return None
 
 
@@ -422,7 +426,7 @@ def render(server: str, draft: Draft) -> tuple[Tensors, Fields]:
         )
     tensors, fields = form.tensors(draft), form.fields(draft)
     form.keys(draft).check(tensors, server)
-    stamp = {"version": __version__, "written_for": server, "assumes": about.version, "family": family}
+    stamp: Fields = {"version": __version__, "written_for": server, "assumes": about.version, "family": family}
     if family == "eagle":
         stamp["fc_bias"] = draft.config.bias
     return tensors, {**fields, "jaxspec": stamp}
