@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: name a folder in HuggingFace layout that holds {path.name}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         raise ValueError(f"{path} is not valid JSON ({failure}): it may be truncated; download it again") from failure
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is expected")
