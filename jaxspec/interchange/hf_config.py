@@ -36,7 +36,7 @@ def write_config(folder: str | Path, config: LlamaConfig, dtype: str) -> None:
     ValueError for another family than Llama.
     """
     check_writable(config)
-    stop, scaling = list(config.eos_ids) or None, _rope_fields(config.rope_scaling)
+    stop, scaling = list(config.eos_ids) or None, rope_fields(config.rope_scaling)
     special = {"bos_token_id": config.bos_id, "eos_token_id": stop, "pad_token_id": config.pad_id}
     fields = {
         "architectures": [LLAMA.architecture],
@@ -80,7 +80,8 @@ def check_writable(config: LlamaConfig) -> None:
         )
 
 
-def _rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """A rotary scaling that drafters have too as config.json says it."""
     if scaling is None:
         return None
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

@@ -37,6 +37,9 @@ from jaxspec.layers import (
 )
 from jaxspec.sharding import gather_width, look_up
 
+DRAFTER_ROPES = ("linear", "llama3")
+"""Kinds of rotary scaling that drafters have too."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -76,7 +79,7 @@ class LlamaConfig:
     def drafter_rope(self) -> RopeScaling | None:
         """The rotary scaling that a drafter can share."""
         scaling = self.rope_scaling
-        return scaling if scaling is not None and scaling.kind in ("linear", "llama3") else None
+        return scaling if scaling is not None and scaling.kind in DRAFTER_ROPES else None
 
 
 @dataclasses.dataclass(frozen=True)
