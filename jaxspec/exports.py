@@ -58,8 +58,8 @@ class Exportable(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The drafter's name in the `DRAFTERS` table; `llama` for a target."""
-        return self.config["drafter"] if self.kind == "drafter" else "llama"
+        """The drafter's name in the `DRAFTERS` table; a target's `model_type`."""
+        return self.config["drafter"] if self.kind == "drafter" else self.config.get("family", "llama")
 
 
 def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str | None = None) -> Exportable:
@@ -90,6 +90,8 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
 
 def refusal(model: Exportable, to: str) -> str | None:
     """Why a model cannot be written in a format, one of `FORMATS`; None where it can, its tensors permitting."""
+    if to == "hf" and model.kind == "target" and model.family != "llama":
+        return f"of targets only Llamas are written as HuggingFace folders, and this is a {model.family}: copy its own"
     if to == "orbax" or (to == "hf" and (model.kind == "target" or model.family == "draft_lm")):
         return None
     if to == "hf":
