@@ -164,6 +164,10 @@ class RunCheckpoints:
         before = None if best is None else self._merit.of(self._metrics[best])
         return before is None or value > before
 
+    def settings(self, step: int) -> dict[str, Any]:
+        """The config that a step was saved with."""
+        return read_card(self.folder / str(step))["config"]
+
     def restore(self, step: int | None, abstract_state: Any) -> Restored:
         """The state of `step` (None: the last that is intact), laid out as `abstract_state`'s `ShapeDtypeStruct`s say.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from jaxspec.layers import Remat
 from jaxspec.objective import Objective
+from jaxspec.optimizer import OptimizerKind
 from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")
@@ -54,9 +55,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up; `steps` or `epochs` says how long."""
+    """AdamW or Muon with linear warm-up; `steps` or `epochs` says how long."""
 
     peak_lr: float
+    kind: OptimizerKind = "adamw"
     warmup_steps: int = 100
     steps: int | None = None
     epochs: int | None = None

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and decay, as every training program here uses it."""
+"""AdamW or Muon with warm-up and decay, as every training program here uses them."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -6,9 +6,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from jaxspec.base import Array, Params
+from jaxspec.quantization import CONTRACTED
 
+OptimizerKind = Literal["adamw", "muon"]
+MATRICES = CONTRACTED | dict.fromkeys(("fc", "sampling_gate", "sampling_up", "sampling_down", "block"), (-2,))
+"""Weights that Muon takes as matrices -> the axes, the first of theirs, that a matmul sums over."""
 Schedule = Callable[[Any], Array]
 
 
@@ -36,6 +41,7 @@ def make_schedule(
 def make_optimizer(
     rate: Schedule,
     *,
+    kind: OptimizerKind = "adamw",
     weight_decay: float = 0.0,
     b1: float = 0.9,
     b2: float = 0.95,
@@ -43,10 +49,39 @@ def make_optimizer(
     clip_norm: float | None = None,
     clip_value: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind gradient clipping; norms and biases do not decay."""
+    """AdamW (Loshchilov and Hutter 2019) behind gradient clipping, or Muon (Jordan et al. 2024); norms and biases do
+    not decay.
+
+    Muon makes the momentum of every matrix orthogonal, scaled so that AdamW's learning rates suit it (Liu et al. 2025),
+    with momentum 0.95; tables of tokens, norms and biases stay with Adam (Nesterov's), and do not decay.
+    """
     clips = [] if clip_value is None else [optax.clip(clip_value)]
     clips += [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    return optax.chain(*clips, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=_decays))
+    if kind == "adamw":
+        return optax.chain(*clips, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=_decays))
+    muon = contrib.muon(
+        rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=_decays,
+        adam_b1=b1,
+        adam_b2=b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+    )
+    return optax.chain(*clips, muon)
+
+
+def _matrices(params: Params) -> Any:
+    """How Muon reads each weight as a matrix, or as many as stacked layers or heads there are; None: it does not."""
+
+    def read(path: Any, weight: Array) -> contrib.MuonDimensionNumbers | None:
+        axes = MATRICES.get(str(getattr(path[-1], "key", "")))
+        if axes is None:
+            return None
+        summed = tuple(weight.ndim + axis for axis in axes)
+        return contrib.MuonDimensionNumbers(summed, tuple(range(summed[-1] + 1, weight.ndim)))
+
+    return jax.tree_util.tree_map_with_path(read, params)
 
 
 def _decays(params: Params) -> Any:

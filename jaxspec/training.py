@@ -263,8 +263,8 @@ def resume(
     launch.agree("checkpoint", {"last checkpoint": latest}, advice)
     if latest is None:
         return None
+    refuse_other_settings(checkpoints.settings(latest), config, recipe.resumable, checkpoints.folder)
     restored = checkpoints.restore(None, wanted)
-    refuse_other_settings(restored.config, config, recipe.resumable, checkpoints.folder)
     batches.set_state(restored.data_state)
     say(f"resumed from step {restored.step:,} of {checkpoints.folder}")
     return restored
@@ -668,7 +668,7 @@ def mesh_of(c: MeshConfig) -> Mesh:
 
 
 def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW as the config says, over `steps` updates."""
+    """The optimizer that the config says, over `steps` updates."""
     rate = make_schedule(
         peak_lr=c.peak_lr,
         steps=steps,
@@ -678,6 +678,7 @@ def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation
     )
     return make_optimizer(
         rate,
+        kind=c.kind,
         weight_decay=c.weight_decay,
         b1=c.b1,
         b2=c.b2,

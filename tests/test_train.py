@@ -167,3 +167,16 @@ def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path):
     assert losses["late"][1] == losses["plain"][1]
     assert losses["late"][2] == losses["plain"][2]
     assert losses["late"][3] > losses["plain"][3] + 0.1
+
+
+@pytest.mark.usefixtures("little")
+def test_a_run_of_muon_goes_on_as_muon_alone(folder: Path, capfd: pytest.CaptureFixture[str]):
+    run = ("checkpoint.folder=m", "checkpoint.save_every=2", "export_folder=m/drafter", "optimizer.kind=muon")
+    assert main(["train", "eagle2", *SMALL, *run]) == 0
+    whole = load_drafter(folder / "m/drafter").params
+    shutil.rmtree(folder / "m/3")
+    assert main(["train", "eagle2", *SMALL, *run, "optimizer.kind=adamw"]) == 1
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.endswith("(optimizer.kind was muon, is adamw); choose another checkpoint.folder")
+    assert main(["train", "eagle2", *SMALL, *run]) == 0
+    jax.tree.map(np.testing.assert_array_equal, load_drafter(folder / "m/drafter").params, whole)
