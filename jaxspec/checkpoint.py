@@ -361,6 +361,27 @@ def save_model(
             _remove(draft)
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `path` when the block ends, and vanishes if it fails.
+
+    What is in `path` must be something that jaxspec exported; its card is to be written last. Raises ValueError where
+    it is not, and OSError, in one sentence, where it cannot be written.
+    """
+    path = Path(path).absolute()
+    refuse_to_replace(path)
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        _remove(draft)
+        draft.mkdir(parents=True)
+        yield draft
+        _replace(draft, path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({_reason(error)})") from error
+    finally:
+        _remove(draft)
+
+
 def load_model(
     path: str | Path, *, kind: str | None = None, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Params, dict[str, Any]]:
@@ -423,6 +444,14 @@ def drafter_config(
     return config
 
 
+def drafter_shape(name: str, values: Mapping[str, Any]) -> Any:
+    """The configuration of drafter `name` from the JSON that a card holds; TypeError where it has other fields."""
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if fields.get("rope_scaling"):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return DRAFTERS[name][1](**fields)
+
+
 def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedDrafter:
     """The drafter in a folder that `save_drafter` wrote, weights and activations in `dtype`.
 
@@ -432,12 +461,8 @@ def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedD
     name = config.get("drafter")
     if name not in DRAFTERS:
         raise ValueError(f"{path}: drafter {name!r} is not one of {', '.join(DRAFTERS)}")
-    kind, shape = DRAFTERS[name]
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config["shape"].items()}
-    if values.get("rope_scaling"):
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     try:
-        module = kind(shape(**values), dtype=dtype)
+        module = DRAFTERS[name][0](drafter_shape(name, config["shape"]), dtype=dtype)
     except TypeError as error:
         raise ValueError(f"{path}: the shape of drafter {name!r} is not this version's ({error})") from error
     expected = jax.eval_shape(module.init_params, jax.random.key(0))

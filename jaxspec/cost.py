@@ -38,12 +38,16 @@ def matmul_weights(params: Any) -> tuple[int, int]:
 def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, prefix: float, itemsize: int) -> Work:
     """One call of the target: every weight read once; 2 FLOPs a weight and token; attention over `prefix` and `tokens`.
 
-    A tied head counts as the matmul it is. The cache is read up to `prefix`, not to its capacity.
+    A tied head counts as the matmul it is. The cache is read up to `prefix`, not to its capacity. Of experts all are
+    read, and a token is multiplied by those chosen for it.
     """
     count, size = matmul_weights(params)
     if config.tied:
         count, size = count + params["embed"].size, size + params["embed"].nbytes
     c, seen = config, prefix + tokens
+    if c.options.experts:
+        each = 3 * c.width * c.options.expert_mlp
+        count -= c.layers * (c.options.experts - c.options.chosen) * each
     cache = 2 * c.layers * batch * c.kv_heads * c.head_dim * prefix * itemsize
     attention = 4 * c.layers * batch * tokens * c.heads * c.head_dim * seen
     return Work(size + cache, 2.0 * count * batch * tokens + attention)

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxspec import __version__
 from jaxspec.base import Params
-from jaxspec.card import CARD, read_card
-from jaxspec.checkpoint import Merit, complete_steps, load_model, load_run_params, save_model
-from jaxspec.interchange.hf import load_target, stored_dtype
+from jaxspec.card import CARD, read_card, write_card
+from jaxspec.checkpoint import (
+    Merit,
+    complete_steps,
+    drafter_config,
+    drafter_shape,
+    load_model,
+    load_run_params,
+    save_model,
+    whole_folder,
+)
+from jaxspec.drafters import DRAFTERS
+from jaxspec.interchange.eagle3 import LayerIds
+from jaxspec.interchange.hf import load_tables, load_target, stored_dtype, write_llama
+from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.published import published_family, read_drafter
+from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
+from jaxspec.layers import RopeScaling
 from jaxspec.loading import target_folder, tokenizer_card
 from jaxspec.report import git_sha
+from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import RECORD, provenance, read_record
 
+FORMATS = ("orbax", "hf", *SERVERS)
+"""Names that `jaxspec export --to` takes."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -32,57 +53,162 @@ class Exportable(NamedTuple):
     """What else its card says: `tokenizer`, `metrics`, `provenance`."""
     files: Sequence[Path] = ()
     """Those of its tokenizer, if it is a target."""
+    layout: str = "orbax"
+    """In which it was found: `orbax`, `hf`, or `published` for another project's drafter."""
 
     @property
     def family(self) -> str:
-        """The drafter's name in the `DRAFTERS` table; `llama` for a target."""
-        return self.config["drafter"] if self.kind == "drafter" else "llama"
+        """The drafter's name in the `DRAFTERS` table; a target's `model_type`."""
+        return self.config["drafter"] if self.kind == "drafter" else self.config.get("family", "llama")
 
 
-class Format(NamedTuple):
-    """A way to write a model."""
-
-    write: Callable[[Path, Exportable], None]
-    kinds: tuple[str, ...]
-    """Of models that it can hold."""
-
-
-def find_model(name: str, *, step: str = "best", dtype: Any = None) -> Exportable:
+def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str | None = None) -> Exportable:
     """The model that `name` stands for, weights in `dtype` (None: as they are stored).
 
     `name` is a run's folder, of which `step` says which ("best", "last" or a number), a folder that `save_model` wrote,
-    a HuggingFace folder of a target, or "tiny" for the bundled one. Raises ValueError where it is none of these.
+    a HuggingFace folder of a target, a published drafter's (made for `target`), or "tiny" for the bundled one.
+    Raises ValueError where it is none of these.
     """
     folder = target_folder(name)
     if (folder / RECORD).is_file():
         found = _of_run(folder, step)
     elif (folder / "config.json").is_file():
-        return _of_target(folder, name, dtype)
+        if published_family(folder) == "lm":
+            return _of_target(folder, name, dtype)
+        found = published_drafter(folder, name, target=target)
     elif (folder / CARD).is_file() or (folder / "_CHECKPOINT_METADATA").is_file():
         found = _of_model(folder)
     else:
         raise ValueError(
             f"{name}: neither a run ({RECORD}), nor a drafter of jaxspec ({CARD}), nor a target in HuggingFace layout "
-            "(config.json)"
+            "or a published drafter (config.json)"
         )
     if dtype is None:
         return found
     return found._replace(params=jax.tree.map(lambda a: a.astype(dtype), found.params))
 
 
-def write_orbax(out: Path, model: Exportable) -> None:
-    """An Orbax checkpoint of `params` with its card beside it; see `checkpoint.save_model`."""
-    about = {"family": model.family, **model.card}
-    save_model(out, model.params, dict(model.config), kind=model.kind, about=about, files=model.files)
+def refusal(model: Exportable, to: str) -> str | None:
+    """Why a model cannot be written in a format, one of `FORMATS`; None where it can, its tensors permitting."""
+    if to == "hf" and model.kind == "target" and model.family != "llama":
+        return f"of targets only Llamas are written as HuggingFace folders, and this is a {model.family}: copy its own"
+    if to == "orbax" or (to == "hf" and (model.kind == "target" or model.family == "draft_lm")):
+        return None
+    if to == "hf":
+        return "hf is a whole LM's layout, and this is a head below its target's: choose a server"
+    if model.kind == "target":
+        return "it is a target, which servers read in HuggingFace layout: choose hf"
+    if model.family == "draft_lm" and to in LM_SERVERS:
+        return None
+    return unserved(to, model.family, _shape(model))
 
 
-FORMATS: dict[str, Format] = {"orbax": Format(write_orbax, ("target", "drafter"))}
-"""Name -> what `jaxspec export --to` writes."""
+def formats_for(model: Exportable) -> list[str]:
+    """Names of the formats that a model can be written in."""
+    return [name for name in FORMATS if refusal(model, name) is None]
 
 
-def formats_for(kind: str) -> list[str]:
-    """Names of the formats that can hold a model of a kind."""
-    return [name for name, format in FORMATS.items() if kind in format.kinds]
+def facts(model: Exportable) -> dict[str, Any]:
+    """What `jaxspec inspect`, `import` and `export` all tell of a model."""
+    leaves = jax.tree.leaves(model.params)
+    return {
+        "kind": model.kind,
+        "family": model.family,
+        "format": model.layout,
+        "parameters": sum(leaf.size for leaf in leaves),
+        "dtype": "/".join(sorted({str(leaf.dtype) for leaf in leaves})),
+        "exportable_to": formats_for(model),
+    }
+
+
+def shapes(model: Exportable) -> dict[str, list[int]]:
+    """Of every weight, layers numbered."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
+    }
+
+
+def conventions(model: Exportable) -> dict[str, Any]:
+    """How its numbers are to be read: rotary base, and of an EAGLE-3 head its layers and vocabulary."""
+    shape = model.config if model.kind == "target" else model.config["shape"]
+    told = {name: shape[name] for name in ("rope_theta", "rope_scaling", "bias", "head_dim") if name in shape}
+    if shape.get("taps"):
+        told["taps"] = f"inputs of layers {', '.join(map(str, shape['taps']))} of the target"
+    if model.kind == "drafter":
+        scored = model.config.get("draft_vocab")
+        told["scores"] = "all tokens" if scored is None else f"{len(scored):,} tokens"
+    return told
+
+
+def write(to: str, out: Path, model: Exportable, target: str | None = None) -> None:
+    """Write a model in a format; `target` names the folder of the one that a drafter was made for.
+
+    Servers' folders carry a card beside what the server reads. The folder appears whole or not at all, and nothing is
+    written where the model does not fit the format. Raises ValueError and OSError, in one sentence.
+    """
+    if reason := refusal(model, to):
+        raise ValueError(f"it cannot be written to {to}: {reason}")
+    if to == "orbax":
+        about = {"family": model.family, **model.card}
+        save_model(out, model.params, dict(model.config), kind=model.kind, about=about, files=model.files)
+        return
+    card = {"kind": "export", "family": model.family, "written_for": to, "provenance": {"jaxspec": __version__}}
+    if model.kind == "target" or model.family == "draft_lm":
+        _write_lm(out, model, target, card)
+        return
+    tensors, fields = render(to, _draft(model, to, target))
+    with whole_folder(out) as folder:
+        write_rendered(folder, tensors, fields)
+        write_card(folder, {**card, "assumes": SERVERS[to].version})
+
+
+def _write_lm(out: Path, model: Exportable, target: str | None, card: Mapping[str, Any]) -> None:
+    """A whole LM in HuggingFace layout, with its tokenizer's files: a draft LM's are its target's."""
+    if model.kind == "drafter" and target is None:
+        raise ValueError("a draft LM's folder needs its tokenizer, which is the target's: name it with --target")
+    config = _lm_config(model)
+    if target is not None:
+        of = read_config(target_folder(target))
+        special = {"bos_id": of.bos_id, "eos_ids": of.eos_ids, "pad_id": of.pad_id, "max_positions": of.max_positions}
+        config = dataclasses.replace(config, **special)
+    files = model.files if target is None else _tokenizer_files(target_folder(target))
+    with whole_folder(out) as folder:
+        write_llama(folder, model.params, config, dtype=str(jax.tree.leaves(model.params)[0].dtype))
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        write_card(folder, card)
+
+
+def _lm_config(model: Exportable) -> LlamaConfig:
+    values = dict(model.config if model.kind == "target" else model.config["shape"])
+    if isinstance(values.get("rope_scaling"), Mapping):
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    if "eos_ids" in values:
+        values["eos_ids"] = tuple(values["eos_ids"])
+    return LlamaConfig(**values)
+
+
+def _shape(model: Exportable) -> Any:
+    return drafter_shape(model.config["drafter"], model.config["shape"])
+
+
+def _draft(model: Exportable, to: str, target: str | None) -> Draft:
+    if target is None:
+        raise ValueError(f"{to} needs to know of the target's vocabulary and depth: name its folder with --target")
+    folder, shape = target_folder(target), _shape(model)
+    config = read_config(folder)
+    if config.width != shape.width:
+        raise ValueError(
+            f"the drafter is {shape.width} wide and {target} {config.width}: it was made for another target"
+        )
+    tables = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))[1]
+    embed_VD = np.asarray(tables["embed"])
+    head_VD = np.asarray(tables.get("head", tables["embed"]))
+    scored = model.config.get("draft_vocab")
+    return Draft(
+        model.family, shape, model.params, None if scored is None else tuple(scored), config, target, embed_VD, head_VD
+    )
 
 
 def _of_run(folder: Path, step: str) -> Exportable:
@@ -115,10 +241,29 @@ def choose_step(folder: Path, merit: Merit, step: str) -> int:
     return ranked[-1][1] if step == "best" and ranked else max(steps)
 
 
+def published_drafter(
+    folder: Path, name: str, *, target: str | None = None, layer_ids: LayerIds | None = None
+) -> Exportable:
+    """The head in a published folder, called `name`; see `interchange.published.read_drafter`.
+
+    With the folder of its target, its width and vocabulary are held to the target's. Raises ValueError and OSError as
+    that function, and where it was made for another target.
+    """
+    of = None if target is None else read_config(target_folder(target))
+    found = read_drafter(folder, target_layers=None if of is None else of.layers, layer_ids=layer_ids)
+    if of is not None and found.config.width != of.width:
+        raise ValueError(f"{name}: {found.config.width} wide, and {target} is {of.width} wide: it is another target's")
+    module = DRAFTERS[found.name][0](found.config)
+    config = drafter_config(found.name, module, draft_vocab=found.draft_vocab)
+    return Exportable(
+        "drafter", found.params, config, {"provenance": {"from": name, "git_sha": git_sha()}}, (), "published"
+    )
+
+
 def _of_target(folder: Path, name: str, dtype: Any) -> Exportable:
     loaded = load_target(folder, dtype=jnp.dtype(dtype or stored_dtype(folder)), stacked=True)
     about = {"tokenizer": tokenizer_card(folder), "provenance": {"from": name, "git_sha": git_sha()}}
-    return Exportable("target", loaded.params, dataclasses.asdict(loaded.config), about, _tokenizer_files(folder))
+    return Exportable("target", loaded.params, dataclasses.asdict(loaded.config), about, _tokenizer_files(folder), "hf")
 
 
 def _of_model(folder: Path) -> Exportable:

@@ -28,7 +28,8 @@ class RopeScaling:
 
     `linear` divides every frequency by `factor`; `llama3` (Llama 3.1 model card) leaves wavelengths below
     `original_positions / high_freq_factor` alone, divides those above `original_positions / low_freq_factor` and
-    interpolates between.
+    interpolates between; `yarn` (arXiv 2309.00071) interpolates by channel, between `low` and `high`, from frequencies
+    left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`.
     """
 
     kind: str
@@ -36,6 +37,59 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    low: float = dataclasses.field(default=0.0, repr=False)
+    high: float = dataclasses.field(default=1.0, repr=False)
+    factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    amplitude: float = dataclasses.field(default=1.0, repr=False)
+    """Queries and keys are longer by this where they are rotated."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(self.factors))  # a list in a file that a drafter was saved with
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where a decoder departs from Llama's; each as it stands here leaves no trace in a program."""
+
+    windows: tuple[int | None, ...] = ()
+    """For each layer how many tokens, its own included, a query sees at most; None: all. Empty: all, in every layer."""
+    local_theta: float | None = None
+    """Base of the rotary frequencies, unscaled, of layers with a window; None: as in the others."""
+    rotary: int | None = None
+    """So many channels of a head are rotated, from the first; None: all."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    """RMS norms over the channels of every query and key, before they are rotated."""
+    norms_behind: bool = False
+    """Attention and MLP each have a norm of their own behind them too."""
+    centred_norms: bool = False
+    """Norms multiply by `1 + weight`, in fp32."""
+    activation: str = "silu"
+    """Of the MLP; one of `ACTIVATIONS`."""
+    score_scale: float | None = None
+    """Of attention scores, instead of `1 / sqrt(C)`."""
+    score_cap: float | None = None
+    """Attention scores become `cap * tanh(score / cap)`."""
+    logit_cap: float | None = None
+    """Logits likewise."""
+    embed_scale: float = 1.0
+    """What embeddings are multiplied by, rounded to the activations' dtype."""
+    experts: int = 0
+    """MLPs of a layer, of which a router chooses for every token; 0: one MLP and no router."""
+    chosen: int = 0
+    expert_mlp: int = 0
+    """Inner width of each expert."""
+    renormalize: bool = True
+    """The chosen experts' weights sum to 1; else they are their part of a softmax over all."""
+
+
+PLAIN = Options()
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 WIDE = ("batch", None, "mlp")
@@ -47,10 +101,15 @@ def hold_rows(x_BLD: Array) -> Array:
     return constrain(x_BLD, "batch", None, None)
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, statistics in fp32, in `x`'s dtype."""
+def rms_norm(x: Array, weight: Array, eps: float, *, centred: bool = False) -> Array:
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, statistics in fp32, in `x`'s dtype.
+
+    Where `centred`, by `1 + weight` in fp32 (Gemma's).
+    """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if centred:
+        return ((1 + weight.astype(jnp.float32)) * wide).astype(x.dtype)
     return weight.astype(x.dtype) * wide.astype(x.dtype)
 
 
@@ -61,34 +120,61 @@ def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = 
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        return frequency / jnp.asarray(scaling.factors, jnp.float32)
+    if scaling.kind == "yarn":
+        part = jnp.clip((jnp.arange(channels // 2) - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        return frequency / scaling.factor * part + frequency * (1 - part)
     turns = scaling.original_positions * frequency / (2 * math.pi)
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = jnp.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
-def rope(positions_BL: Array, frequencies: Array) -> tuple[Array, Array]:
-    """Cosine and sine `[B, L, C / 2]`, fp32, of every position."""
+def rope(positions_BL: Array, frequencies: Array, amplitude: float = 1.0) -> tuple[Array, Array]:
+    """Cosine and sine `[B, L, C / 2]`, fp32, of every position, times `amplitude`."""
     angle = positions_BL[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if amplitude == 1 else (amplitude * cos, amplitude * sin)
 
 
 def rotate(x_BLKJC: Array, cos_BLC: Array, sin_BLC: Array) -> Array:
-    """Rotate channel `i` with channel `i + C/2` by the position's angle (the half-split form of Llama checkpoints)."""
+    """Rotate channel `i` with channel `i + C/2` by the position's angle (the half-split form of Llama checkpoints).
+
+    Where there are angles for fewer channels, only so many, from the first, are rotated.
+    """
+    turned = 2 * cos_BLC.shape[-1]
+    if turned < x_BLKJC.shape[-1]:
+        first = rotate(x_BLKJC[..., :turned], cos_BLC, sin_BLC)
+        return jnp.concatenate([first, x_BLKJC[..., turned:]], axis=-1)
     first, second = jnp.split(x_BLKJC.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BLC[:, :, None, None, :], sin_BLC[:, :, None, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLKJC.dtype)
 
 
-def project_qkv(layer: Params, x_BLD: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+def add_bias(layer: Params, name: str, product: Array) -> Array:
+    """What a matmul with the matrix `name` gave, and its bias where it has one."""
+    bias = layer.get(f"{name}_bias")
+    return product if bias is None else product + bias.astype(product.dtype)
+
+
+def project_qkv(
+    layer: Params, x_BLD: Array, cos: Array, sin: Array, norm: Callable[[Array, Array], Array] | None = None
+) -> tuple[Array, Array, Array]:
     """Rotated queries `[B, L, K, G, C]`, rotated keys `[B, K, C, L]` and values `[B, K, L, C]`.
+
+    With `norm(x, weight)`, queries and keys are normed by the layer's `q_norm` and `k_norm` before.
 
     One fused weight `qkv [D, K, G + 2, C]` (queries of the group, its key, its value): one matmul, and it shards over
     the key-value heads as it stands.
     """
     qkv_BLKJC = rescale(layer, "qkv", jnp.einsum("BLD,DKJC->BLKJC", x_BLD, layer["qkv"].astype(x_BLD.dtype)))
-    qkv_BLKJC = constrain(qkv_BLKJC, "batch", None, "kv_heads", None, None)
-    turned = rotate(qkv_BLKJC[..., :-1, :], cos, sin)
+    qkv_BLKJC = constrain(add_bias(layer, "qkv", qkv_BLKJC), "batch", None, "kv_heads", None, None)
+    qk_BLKJC = qkv_BLKJC[..., :-1, :]
+    if norm is not None:
+        each = [layer["q_norm"]] * (qk_BLKJC.shape[-2] - 1) + [layer["k_norm"]]
+        qk_BLKJC = norm(qk_BLKJC, jnp.stack(each))
+    turned = rotate(qk_BLKJC, cos, sin)
     k_BKCL = jnp.transpose(turned[..., -1, :], (0, 2, 3, 1))
     v_BKLC = jnp.transpose(qkv_BLKJC[..., -1, :], (0, 2, 1, 3))
     return turned[..., :-1, :], k_BKCL, v_BKLC
@@ -102,9 +188,15 @@ class _Part(NamedTuple):
     total_BKQ: Array
 
 
-def _attend_part(q_BKQC: Array, k_BKCM: Array, v_BKMC: Array, seen: Array) -> _Part:
+def cap(x: Array, limit: float | None) -> Array:
+    """`limit * tanh(x / limit)`: between `-limit` and `limit`; `x` where there is none."""
+    return x if limit is None else limit * jnp.tanh(x / limit)
+
+
+def _attend_part(q_BKQC: Array, k_BKCM: Array, v_BKMC: Array, seen: Array, score_cap: float | None = None) -> _Part:
     """One part; `seen` is a mask that broadcasts to the scores `[B, K, Q, M]`."""
     scores = jnp.einsum("BKQC,BKCM->BKQM", q_BKQC, k_BKCM.astype(q_BKQC.dtype), preferred_element_type=jnp.float32)
+    scores = cap(scores, score_cap)
     scores = jnp.where(seen, scores, MASKED)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
     weight = jnp.exp(scores - top[..., None])
@@ -121,10 +213,10 @@ def _merge(a: _Part, b: _Part) -> _Part:
     return _Part(mixed, top, a.total_BKQ * x + b.total_BKQ * y)
 
 
-def _grouped(q_BLKGC: Array) -> Array:
+def _grouped(q_BLKGC: Array, scale: float | None = None) -> Array:
     """Scaled queries `[B, K, G * L, C]`: one plain batched matmul for all the queries a key serves."""
     batch, length, kv_heads, group, channels = q_BLKGC.shape
-    q = q_BLKGC * jnp.asarray(channels**-0.5, q_BLKGC.dtype)
+    q = q_BLKGC * jnp.asarray(channels**-0.5 if scale is None else scale, q_BLKGC.dtype)
     return jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(batch, kv_heads, group * length, channels)
 
 
@@ -142,6 +234,8 @@ class Prefix(NamedTuple):
     layer: Array | int
     length_B: Array
     """Each row's queries see its first `length` slots."""
+    first_BL: Array | None = None
+    """Of these each query sees those from this slot on; None: all."""
 
 
 PREFIX_BLOCK = 64
@@ -150,7 +244,7 @@ PREFIX_BYTES = 8 * 2**20
 """Keys and values that accelerators attend at once, likewise: a branch costs them more than to read so much."""
 
 
-def _attend_prefix(q_BKQC: Array, prefix: Prefix) -> _Part:
+def _attend_prefix(q_BKQC: Array, prefix: Prefix, score_cap: float | None = None) -> _Part:
     """The queries over the committed tokens, in the way that suits the platform the program is lowered for."""
     k_YBKCS, v_YBKSC = prefix.cache
     capacity, longest = prefix.cache.capacity, jnp.max(prefix.length_B)
@@ -159,7 +253,12 @@ def _attend_prefix(q_BKQC: Array, prefix: Prefix) -> _Part:
         seen_BS = jnp.arange(begin, end) < prefix.length_B[:, None]
         # One slice for layer and slots: a conditional would be handed a copy of the whole layer.
         k_BKCS, v_BKSC = k_YBKCS[prefix.layer, ..., begin:end], v_YBKSC[prefix.layer, :, :, begin:end]
-        return _attend_part(q_BKQC, k_BKCS, v_BKSC, seen_BS[:, None, None])
+        seen = seen_BS[:, None, None]
+        if prefix.first_BL is not None:
+            inside_BLS = jnp.arange(begin, end) >= prefix.first_BL[..., None]
+            group = q_BKQC.shape[2] // prefix.first_BL.shape[1]
+            seen = seen & jnp.tile(inside_BLS[:, None], (1, 1, group, 1))
+        return _attend_part(q_BKQC, k_BKCS, v_BKSC, seen, score_cap)
 
     def behind(begin: int, part: _Part) -> _Part:
         # What is summed together is fixed, so a row's result depends neither on the capacity nor on longer rows.
@@ -184,22 +283,33 @@ def attend(
     v_BKMC: Array,
     mask_BLM: Array,
     prefix: Prefix | None = None,
+    *,
+    scale: float | None = None,
+    score_cap: float | None = None,
 ) -> Array:
     """Attention of `L` queries over the call's own keys (by mask) and the whole committed prefix: `[B, L, K, G, C]`.
 
     A tree needs only its own ancestor mask, for every query sees all of its row's prefix. One fp32 softmax spans both
-    parts. Scale `1 / sqrt(C)`.
+    parts. Scale `1 / sqrt(C)`, unless another is given; see `cap` for `score_cap`.
     """
-    q = _grouped(q_BLKGC)
+    q = _grouped(q_BLKGC, scale)
     group = q_BLKGC.shape[3]
-    part = _attend_part(q, k_BKCM, v_BKMC, jnp.tile(mask_BLM[:, None], (1, 1, group, 1)))
+    part = _attend_part(q, k_BKCM, v_BKMC, jnp.tile(mask_BLM[:, None], (1, 1, group, 1)), score_cap)
     if prefix is not None:
-        part = _merge(part, _attend_prefix(q, prefix))
+        part = _merge(part, _attend_prefix(q, prefix, score_cap))
     return _finish(part, q_BLKGC)
 
 
 def attend_causal(
-    q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, mask_BLL: Array, *, block: int, by_row: bool = False
+    q_BLKGC: Array,
+    k_BKCL: Array,
+    v_BKLC: Array,
+    mask_BLL: Array,
+    *,
+    block: int,
+    by_row: bool = False,
+    scale: float | None = None,
+    score_cap: float | None = None,
 ) -> Array:
     """`attend` for long sequences whose mask is causal: in blocks of `block` queries, scores recomputed backward.
 
@@ -210,14 +320,15 @@ def attend_causal(
     length = q_BLKGC.shape[1]
     mask_BLL = jnp.broadcast_to(mask_BLL, (q_BLKGC.shape[0], length, length))
     outputs = []
+    mix = functools.partial(attend, scale=scale, score_cap=score_cap)
     for begin in range(0, length, block):
         end = min(begin + block, length)
         args = (q_BLKGC[:, begin:end], k_BKCL[..., :end], v_BKLC[:, :, :end], mask_BLL[:, begin:end, :end])
         if by_row:
-            one = jax.checkpoint(lambda row: attend(*(x[None] for x in row))[0])
+            one = jax.checkpoint(lambda row: mix(*(x[None] for x in row))[0])
             outputs.append(jax.lax.map(one, args))
         else:
-            outputs.append(jax.checkpoint(attend)(*args))
+            outputs.append(jax.checkpoint(mix)(*args))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -230,15 +341,24 @@ def attend_text(
     kernel: Kernel = "xla",
     block: int | None = None,
     by_row: bool = False,
+    scale: float | None = None,
+    score_cap: float | None = None,
 ) -> Array:
     """`attend` of whole training rows, whose mask is causal: by the kernel where it takes them packed as they are, else
     `attend_causal` in blocks, if any."""
-    if isinstance(mask_BLL, Packed) and kernel != "xla" and takes(kernel, q_BLKGC.shape[1], q_BLKGC.shape[-1]):
+    how = {"scale": scale, "score_cap": score_cap}
+    usual = scale is None and score_cap is None
+    if (
+        usual
+        and isinstance(mask_BLL, Packed)
+        and kernel != "xla"
+        and takes(kernel, q_BLKGC.shape[1], q_BLKGC.shape[-1])
+    ):
         return attend_packed(kernel, q_BLKGC, k_BKCL, v_BKLC, mask_BLL.segments_BL)
     mask_BLL = as_mask(mask_BLL)
     if block:
-        return attend_causal(q_BLKGC, k_BKCL, v_BKLC, mask_BLL, block=block, by_row=by_row)
-    return attend(q_BLKGC, k_BKCL, v_BKLC, mask_BLL)
+        return attend_causal(q_BLKGC, k_BKCL, v_BKLC, mask_BLL, block=block, by_row=by_row, **how)
+    return attend(q_BLKGC, k_BKCL, v_BKLC, mask_BLL, **how)
 
 
 Remat = Literal["none", "dots", "full"]
@@ -259,17 +379,43 @@ def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     out = layer["out"].astype(mixed_BLKGC.dtype)
     # As one contracted axis: of three, XLA:CPU makes one by copying the weight, each call.
     mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
-    return hold_rows(rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1]))))
+    out_BLD = rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
+    return hold_rows(add_bias(layer, "out", out_BLD))
 
 
-def gated_mlp(layer: Params, x_BLD: Array) -> Array:
-    """`down(silu(gate(x)) * up(x))`."""
+def gated_mlp(layer: Params, x_BLD: Array, activation: str = "silu") -> Array:
+    """`down(silu(gate(x)) * up(x))`, or with another of `ACTIVATIONS`."""
 
     def times(x: Array, name: str) -> Array:
         return rescale(layer, name, x @ layer[name].astype(x.dtype))
 
-    inner_BLF = jax.nn.silu(constrain(times(x_BLD, "gate"), *WIDE)) * constrain(times(x_BLD, "up"), *WIDE)
+    inner_BLF = ACTIVATIONS[activation](constrain(times(x_BLD, "gate"), *WIDE)) * constrain(times(x_BLD, "up"), *WIDE)
     return hold_rows(times(inner_BLF, "down"))
+
+
+def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
+    """A mixture of gated MLPs: the sum of those that the router chooses for a token, by its softmax over all of them.
+
+    Rows are sorted by expert and multiplied in groups, so a token costs as many MLPs as it is given.
+    """
+    batch, length, width = x_BLD.shape
+    x_ND = x_BLD.reshape(-1, width)
+    scores_NE = jax.nn.softmax((x_ND @ layer["router"].astype(x_ND.dtype)).astype(jnp.float32), axis=-1)
+    weight_NR, expert_NR = jax.lax.top_k(scores_NE, options.chosen)
+    if options.renormalize:
+        weight_NR = weight_NR / jnp.sum(weight_NR, axis=-1, keepdims=True)
+    order = jnp.argsort(expert_NR.reshape(-1), stable=True)
+    sizes_E = jnp.bincount(expert_NR.reshape(-1), length=options.experts).astype(jnp.int32)
+
+    def times(rows: Array, name: str) -> Array:
+        return jax.lax.ragged_dot(rows, layer[name].astype(rows.dtype), sizes_E)
+
+    rows_MD = x_ND[order // options.chosen]
+    inner_MF = ACTIVATIONS[options.activation](times(rows_MD, "expert_gate")) * times(rows_MD, "expert_up")
+    made_MD = times(inner_MF, "expert_down")[jnp.argsort(order)]
+    made_NRD = made_MD.reshape(-1, options.chosen, width)
+    mixed_ND = jnp.einsum("NRD,NR->ND", made_NRD, weight_NR.astype(x_BLD.dtype))
+    return hold_rows(mixed_ND.reshape(batch, length, width))
 
 
 class LayerShape(Protocol):
@@ -287,10 +433,10 @@ class LayerShape(Protocol):
     def mlp(self) -> int: ...
 
 
-def layer_shapes(c: LayerShape) -> dict[str, tuple[int, ...]]:
+def layer_shapes(c: LayerShape, options: Options = PLAIN) -> dict[str, tuple[int, ...]]:
     """Shape of every weight of one decoder layer."""
     group = c.heads // c.kv_heads
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "attention_norm": (c.width,),
         "qkv": (c.width, c.kv_heads, group + 2, c.head_dim),
         "out": (c.kv_heads, group, c.head_dim, c.width),
@@ -299,13 +445,33 @@ def layer_shapes(c: LayerShape) -> dict[str, tuple[int, ...]]:
         "up": (c.width, c.mlp),
         "down": (c.mlp, c.width),
     }
+    if options.qkv_bias:
+        shapes["qkv_bias"] = shapes["qkv"][1:]
+    if options.out_bias:
+        shapes["out_bias"] = (c.width,)
+    if options.qk_norm:
+        shapes |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+    if options.norms_behind:
+        shapes |= {"attention_out_norm": (c.width,), "mlp_out_norm": (c.width,)}
+    if options.experts:
+        for name in ("gate", "up", "down"):
+            del shapes[name]
+        into = (options.experts, c.width, options.expert_mlp)
+        shapes |= {"router": (c.width, options.experts), "expert_gate": into, "expert_up": into}
+        shapes["expert_down"] = (options.experts, options.expert_mlp, c.width)
+    return shapes
 
 
-def init_weight(key: Array, name: str, shape: tuple[int, ...], layers: int, dtype: Any) -> Array:
-    """Ones for norms, else normal(0.02), residual outputs scaled by `1 / sqrt(2 * layers)` (GPT-2's rule)."""
+def init_weight(
+    key: Array, name: str, shape: tuple[int, ...], layers: int, dtype: Any, *, centred: bool = False
+) -> Array:
+    """Ones for norms (zeros where `centred`), zeros for biases, else normal(0.02), residual outputs scaled by
+    `1 / sqrt(2 * layers)` (GPT-2's rule)."""
+    if name.endswith("bias") or (centred and name.endswith("norm")):
+        return jnp.zeros(shape, dtype)
     if name.endswith("norm"):
         return jnp.ones(shape, dtype)
-    scale = 0.02 / math.sqrt(2 * layers) if name in ("out", "down") else 0.02
+    scale = 0.02 / math.sqrt(2 * layers) if name in ("out", "down", "expert_down") else 0.02
     return scale * jax.random.normal(key, shape, dtype)
 
 
@@ -318,15 +484,31 @@ def decoder_layer(
     turn: tuple[Array, Array],
     eps: float,
     mix: Callable[[Array, Array, Array], tuple[Array, Kept]],
+    options: Options = PLAIN,
 ) -> tuple[Array, Kept]:
     """A Llama's layer: `x += out(mix(qkv(norm(x))))`, then `x += mlp(norm(x))`; `turn` is what `rope` gave.
+
+    With `options` another family's: norms behind attention and MLP, norms of queries and keys, experts.
 
     `mix` is the attention: from queries, keys and values as `project_qkv` puts them out to `[B, L, K, G, C]` and
     whatever else the caller wants of them, which is returned beside the stream.
     """
-    mixed, kept = mix(*project_qkv(layer, rms_norm(x_BLD, layer["attention_norm"], eps), *turn))
-    x_BLD = x_BLD + merge_heads(layer, mixed)
-    return x_BLD + gated_mlp(layer, rms_norm(x_BLD, layer["mlp_norm"], eps)), kept
+
+    def norm(x: Array, weight: Array) -> Array:
+        return rms_norm(x, weight, eps, centred=options.centred_norms)
+
+    def behind(x: Array, name: str) -> Array:
+        return norm(x, layer[name]) if options.norms_behind else x
+
+    heads = project_qkv(layer, norm(x_BLD, layer["attention_norm"]), *turn, norm if options.qk_norm else None)
+    mixed, kept = mix(*heads)
+    x_BLD = x_BLD + behind(merge_heads(layer, mixed), "attention_out_norm")
+    inner_BLD = norm(x_BLD, layer["mlp_norm"])
+    if options.experts:
+        made_BLD = expert_mlp(layer, inner_BLD, options)
+    else:
+        made_BLD = gated_mlp(layer, inner_BLD, options.activation)
+    return x_BLD + behind(made_BLD, "mlp_out_norm"), kept
 
 
 def score_tokens(x_BLD: Array, table_VD: Array) -> Array:

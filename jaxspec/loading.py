@@ -17,8 +17,10 @@ from jaxspec.checkpoint import LoadedDrafter, load_drafter
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
-from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, EagleConfig
+from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.interchange.hf import load_target
+from jaxspec.interchange.published import published_family, read_drafter
+from jaxspec.layers import PLAIN
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
@@ -117,20 +119,35 @@ def tokenizer_card(folder: Path) -> dict[str, Any] | None:
 
 
 def open_drafter(
-    path: str | Path, *, dtype: Any = jnp.float32, tokenizer: ChatTokenizer | None = None
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    tokenizer: ChatTokenizer | None = None,
+    target_layers: int | None = None,
 ) -> LoadedDrafter:
-    """The drafter in a folder: one of ours, or a HuggingFace folder, which is taken for an independent draft LM.
+    """The drafter in a folder: one of ours, a published head, or a whole LM in HuggingFace layout.
 
-    Raises ValueError as `load_drafter`, and where a draft LM's tokenizer, compared by vocabulary, is not `tokenizer`.
+    `target_layers` is for heads that read the default layers of their target. Raises ValueError as `load_drafter` and
+    `interchange.published.read_drafter`, and where an LM's tokenizer, compared by vocabulary, is not `tokenizer`.
     """
     if not (Path(path) / "config.json").is_file():
         return load_drafter(path, dtype=dtype)
+    if published_family(path) != "lm":
+        head = read_drafter(path, target_layers=target_layers)
+        module = DRAFTERS[head.name][0](head.config, dtype=dtype)
+        params = jax.tree.map(lambda a: jnp.asarray(a, dtype), head.params)
+        return LoadedDrafter(head.name, module, params, {}, head.draft_vocab)
     found = load_target(path, dtype=dtype, stacked=False)
     if tokenizer is not None:
         theirs = ChatTokenizer.load(path).tokenizer.get_vocab()
         if theirs != tokenizer.tokenizer.get_vocab():
             raise ValueError(f"{path}: the draft model's tokenizer has another vocabulary than the target's")
     c = found.config
+    if c.options != PLAIN or c.rope_scaling != c.drafter_rope:
+        raise ValueError(
+            f"{path}: a draft model may be a Llama, or of a family whose options are all Llama's; this one has others "
+            "(windows, biases, norms or rotary positions)"
+        )
     shape = DraftLMConfig(
         c.vocab, c.width, c.layers, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, c.norm_eps,
         c.tied,
@@ -171,7 +188,7 @@ def load_models(
     plain = Models(Engine(loaded.module), Weights(loaded.params), ChatTokenizer.load(folder), loaded.config)
     if drafter is None:
         return plain
-    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer)
+    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=loaded.config.layers)
     check_width(drafter, head.module, plain.config)
     scored = head.draft_vocab
     if scored is not None and not (scored and 0 <= scored[0] and scored[-1] < plain.config.vocab):

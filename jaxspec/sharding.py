@@ -23,6 +23,7 @@ AXIS_RULES: dict[str | None, Any] = {
     "width": "fsdp",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "tensor",
     None: None,
 }
 """Logical axis -> mesh axis (or axes)."""
@@ -35,6 +36,10 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "gate": ("width", "mlp"),
     "up": ("width", "mlp"),
     "down": ("mlp", "width"),
+    "qkv_bias": ("kv_heads", None, None),
+    "expert_gate": ("experts", "width", None),
+    "expert_up": ("experts", "width", None),
+    "expert_down": ("experts", None, "width"),
     "fc": (None, "width"),
     "sampling_gate": ("width", "mlp"),
     "sampling_up": ("width", "mlp"),

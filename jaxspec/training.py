@@ -480,7 +480,7 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
         "head_dim": target.head_dim,
         "mlp": target.mlp,
         "rope_theta": target.rope_theta,
-        "rope_scaling": target.rope_scaling,
+        "rope_scaling": target.drafter_rope,
         "norm_eps": target.norm_eps,
         "vocab": scored or target.vocab,
     }

@@ -123,7 +123,10 @@ def test_a_target_is_exported_with_its_tokenizer(target: Path, tmp_path: Path):
         None,
     ]
     told = json.loads((tmp_path / "x.json").read_text())
-    assert told["parameters"] == sum(a.size for a in jax.tree.leaves(params)) and told["exportable_to"] == ["orbax"]
+    assert told["parameters"] == sum(a.size for a in jax.tree.leaves(params)) and told["exportable_to"] == [
+        "orbax",
+        "hf",
+    ]
     assert (told["kind"], told["family"], told["dtype"], told["format"]) == ("target", "llama", "float32", "orbax")
 
 

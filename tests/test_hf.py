@@ -141,7 +141,7 @@ def test_a_negative_pad_id_means_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, ["MistralForCausalLM", "supported"]),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ["GPT2LMHeadModel", "supported"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "supported"]),
         ({"architectures": None, "model_type": None}, ["architectures", "model_type"]),
         ({"hidden_size": None}, ["hidden_size", "config.json"]),
@@ -155,7 +155,7 @@ def test_a_negative_pad_id_means_none(tmp_path: Path):
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id", "</s>"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, ["rope_scaling", "'dynamic'", "'linear'", "'llama3'"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, ["rope_parameters", "'yarn'", "'llama3'"]),
+        ({"rope_parameters": {"rope_type": "proportional"}}, ["rope_parameters", "'proportional'", "'llama3'"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "factor"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters", "full_attention"]),

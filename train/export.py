@@ -1,6 +1,8 @@
-"""Write a model as others read it: an Orbax checkpoint with a card, that loads on any mesh without jaxspec.
+"""Write a model as others read it: an Orbax checkpoint with a card, or the folder that a server loads.
 
-RUN is the folder of a run (its checkpoints), a drafter's folder, or a target's in HuggingFace layout.
+RUN is the folder of a run (its checkpoints), a drafter's folder, jaxspec's or published, or a target's in HuggingFace
+layout. Servers' folders need `--target`, the folder of the model that the drafter was made for. Their
+card says which version's behaviour is assumed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jax
 from tyro.conf import Positional
 
 from jaxspec import cli, exports, loading, report
@@ -26,8 +27,10 @@ class Args:
     """Folder of a run, a drafter or a HuggingFace target; `tiny` is the bundled target."""
     out: Positional[Path]
     """Folder to write."""
-    to: Literal["orbax"] = "orbax"
-    """Format."""
+    to: Literal["orbax", "hf", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"] = "orbax"
+    """Format: `eagle` is that of the papers' own code."""
+    target: str | None = None
+    """Folder of a drafter's target, which says its vocabulary, depth and tables; `tiny` is the bundled one."""
     step: str = "best"
     """Which checkpoint of a run: best by its evaluations, last, or a step's number."""
     dtype: Literal["fp32", "bf16"] | None = None
@@ -45,26 +48,18 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_replace(args.out)
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
-    model = exports.find_model(args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None)
-    possible = exports.formats_for(model.kind)
-    if args.to not in possible:
-        raise ValueError(
-            f"{args.run}: holds a {model.kind}, which can be written to {', '.join(possible)}, not {args.to}"
-        )
-    exports.FORMATS[args.to].write(args.out, model)
-    leaves = jax.tree.leaves(model.params)
-    dtype = str(leaves[0].dtype)
-    facts = {
-        "kind": model.kind,
-        "family": model.family,
-        "parameters": sum(leaf.size for leaf in leaves),
-        "dtype": dtype,
+    model = exports.find_model(
+        args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
+    )
+    if reason := exports.refusal(model, args.to):
+        raise ValueError(f"{args.run} cannot be written to {args.to}: {reason}")
+    exports.write(args.to, args.out, model, args.target)
+    facts = exports.facts(model) | {
         "format": args.to,
-        "exportable_to": possible,
         "path": args.out,
         "step": model.card.get("provenance", {}).get("step"),
     }
-    report.print_table(f"{args.run} in {args.out}", ("", ""), [(name, value) for name, value in facts.items()])
+    report.print_table(f"{args.run} in {args.out}", ("", ""), list(facts.items()))
     if args.json:
         report.write_json(args.json, report.result("export", seed=None, started=started, **facts))
     return 0

@@ -35,6 +35,8 @@ class Eagle3Config(EagleConfig):
     """Tokens that its own LM head scores: the target's, or those of a draft vocabulary."""
     taps: tuple[int, ...] = ()
     """Layers of the target whose inputs it reads, ascending."""
+    norm_before_residual: bool = False
+    """Whether the stream itself is the normed feature, as in heads that speculators trains by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +83,9 @@ class Eagle3(Recurrent):
         """The feature is the stream; the attention reads `[norm(e); norm(f)]`."""
         w, eps = self.weights, self.config.norm_eps
         embedding = rms_norm(embedding_BLD.astype(self.dtype), w["embedding_norm"], eps)
-        return feature_BLD, jnp.concatenate([embedding, rms_norm(feature_BLD, w["feature_norm"], eps)], axis=-1)
+        normed = rms_norm(feature_BLD, w["feature_norm"], eps)
+        stream = normed if self.config.norm_before_residual else feature_BLD
+        return stream, jnp.concatenate([embedding, normed], axis=-1)
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
         """The layer's output before its norm."""

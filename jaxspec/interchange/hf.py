@@ -1,4 +1,4 @@
-"""HuggingFace Llama folders: weights read straight into (sharded) arrays one at a time, and written back."""
+"""HuggingFace folders: weights read straight into (sharded) arrays one at a time, and written back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.base import Params
-from jaxspec.interchange.hf_config import read_config, write_config
+from jaxspec.interchange.hf_config import check_writable, read_config, write_config
 from jaxspec.interchange.tensors import (
     DTYPE_CODES,
     Bounds,
@@ -29,42 +29,10 @@ from jaxspec.interchange.tensors import (
 from jaxspec.layers import layer_shapes
 from jaxspec.quantization import CONTRACTED, quantize
 from jaxspec.sharding import leaf_name, shardings
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.families import family_of
+from jaxspec.targets.llama import DecoderConfig, Llama, LlamaConfig
+from jaxspec.targets.stored import Part, Tensors, top_tensors
 from jaxspec.targets.tables import Tables
-
-
-class Part(NamedTuple):
-    """Where a stored `[out, in]` tensor lies inside a weight of this library."""
-
-    weight: str
-    axes: tuple[int, ...]
-    """The weight's axis behind the stored rows, and behind the columns: the only axes that may be sharded."""
-    view: Callable[[Any], Any]
-    """The piece of the weight that the tensor fills, its axes in stored order: the rows' first, then the columns'."""
-
-
-def whole(weight: Any) -> Any:
-    """The weight as it is stored."""
-    return weight
-
-
-# Stored query head h is (k, g) = divmod(h, G), so splitting the rows into [K, G, C] needs no reordering.
-LAYER_PARTS = {
-    "input_layernorm": Part("attention_norm", (0,), whole),
-    "self_attn.q_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, :-2].transpose(1, 2, 3, 0)),
-    "self_attn.k_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -2].transpose(1, 2, 0)),
-    "self_attn.v_proj": Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0)),
-    "self_attn.o_proj": Part("out", (3, 0), lambda w_KGCD: w_KGCD.transpose(3, 0, 1, 2)),
-    "post_attention_layernorm": Part("mlp_norm", (0,), whole),
-    "mlp.gate_proj": Part("gate", (1, 0), lambda w_DF: w_DF.transpose(1, 0)),
-    "mlp.up_proj": Part("up", (1, 0), lambda w_DF: w_DF.transpose(1, 0)),
-    "mlp.down_proj": Part("down", (1, 0), lambda w_FD: w_FD.transpose(1, 0)),
-}
-TOP_PARTS = {
-    "model.embed_tokens": Part("embed", (0, 1), whole),
-    "model.norm": Part("norm", (0,), whole),
-    "lm_head": Part("head", (0, 1), whole),
-}
 
 
 class LoadedTarget(NamedTuple):
@@ -83,7 +51,7 @@ def load_target(
     stacked: bool = False,
     weights: Literal["same", "int8"] = "same",
 ) -> LoadedTarget:
-    """The model in a HuggingFace Llama folder, weights and activations in `dtype`; see `read_llama`.
+    """The model in a HuggingFace folder, weights and activations in `dtype`; see `read_llama`.
 
     With `weights="int8"` the matrices of its layers are quantized as they are read, one after another.
     """
@@ -92,19 +60,21 @@ def load_target(
 
 
 def load_tables(folder: str | Path, *, dtype: Any) -> tuple[Tables, Params]:
-    """Embedding and LM head alone of the model in a HuggingFace Llama folder, in `dtype`; errors as `read_llama`."""
+    """Embedding and LM head alone of the model in a HuggingFace folder, in `dtype`; errors as `read_llama`."""
     folder, config = Path(folder), read_config(folder)
     plan = {name: shape for name, shape in weight_shapes(config, False).items() if name in ("embed", "head")}
     return Tables(config), _read(folder, config, plan, None, jnp.dtype(dtype))
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A short hash of the model in a HuggingFace Llama folder: of its shape, and of the first and middle row of every
+    """A short hash of the model in a HuggingFace folder: of its shape, and of the first and middle row of every
     tensor, so that a model trained further has another, and one of 140 GB takes a second."""
     folder, config = Path(folder), read_config(folder)
     shape = [
         getattr(config, name) for name in ("heads", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "norm_eps")
     ]
+    if isinstance(config, DecoderConfig):
+        shape += [config.family, config.options]
     digest = hashlib.sha256(repr(shape).encode())
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
@@ -126,7 +96,7 @@ def read_llama(
     stacked: bool = False,
     quantized: bool = False,
 ) -> tuple[Llama, Params]:
-    """The module and weights in a HuggingFace Llama folder: `model.safetensors`, or the shards its index lists.
+    """The module and weights in a HuggingFace folder: `model.safetensors`, or the shards its index lists.
 
     Weights are cast to `param_dtype` (by default `dtype`). The host holds about one weight beside those already
     placed: it is assembled in one buffer from pieces of 16 MiB and moved before the next is begun; with
@@ -136,6 +106,8 @@ def read_llama(
     is not supported, or corrupt.
     """
     folder, config = Path(folder), read_config(folder)
+    if quantized and config.options.experts:
+        raise ValueError(f"{folder}: a mixture of experts is not read as int8; leave target_weights=same")
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
     params = _read(folder, config, weight_shapes(config, stacked), mesh, param_dtype, quantized)
     return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), params
@@ -150,9 +122,10 @@ def _read(
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
         _refuse_extra(tensors, config, folder)
+        top, layer = top_tensors(config), family_of(config).layer(config)
 
         def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> Any:
-            sources, shape = _sources(path, config.layers), weight.shape
+            sources, shape = _sources(path, top, layer, config.layers), weight.shape
             placed = place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype))
             name = leaf_name(path)
             return _quantizer(name, mesh, shape, dtype)(placed) if quantized and name in CONTRACTED else placed
@@ -203,6 +176,7 @@ def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtyp
     """
     if dtype not in DTYPE_CODES:
         raise ValueError(f"dtype={dtype!r} cannot be written: choose one of {', '.join(DTYPE_CODES)}")
+    check_writable(config)
     _check_params(params, config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +193,7 @@ def weight_shapes(config: LlamaConfig, stacked: bool) -> Params:
     def one(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    shapes = layer_shapes(config)
+    shapes = layer_shapes(config, config.options)
     layers: Any = [{name: one(*shape) for name, shape in shapes.items()} for _ in range(config.layers)]
     if stacked:
         layers = {name: one(config.layers, *shape) for name, shape in shapes.items()}
@@ -228,26 +202,12 @@ def weight_shapes(config: LlamaConfig, stacked: bool) -> Params:
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a HuggingFace Llama folder stores."""
-    width, mlp, vocab = config.width, config.mlp, config.vocab
-    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = {
-        "input_layernorm": (width,),
-        "self_attn.q_proj": (query, width),
-        "self_attn.k_proj": (key, width),
-        "self_attn.v_proj": (key, width),
-        "self_attn.o_proj": (width, query),
-        "post_attention_layernorm": (width,),
-        "mlp.gate_proj": (mlp, width),
-        "mlp.up_proj": (mlp, width),
-        "mlp.down_proj": (width, mlp),
-    }
-    shapes = {"model.embed_tokens": (vocab, width), "model.norm": (width,)}
-    if not config.tied:
-        shapes["lm_head"] = (vocab, width)
+    """Name and shape of every tensor that a HuggingFace folder stores."""
+    layer = family_of(config).layer(config)
+    shapes = {name: stored.shape for name, stored in top_tensors(config).items()}
     for i in range(config.layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
+        shapes |= {f"model.layers.{i}.{name}": stored.shape for name, stored in layer.items()}
+    return shapes
 
 
 class Source(NamedTuple):
@@ -256,16 +216,17 @@ class Source(NamedTuple):
     part: Part
 
 
-def _sources(path: tuple[Any, ...], layers: int) -> list[Source]:
-    """The stored tensors that the weight at a path of the tree is made of."""
+def _sources(path: tuple[Any, ...], top: Tensors, layer: Tensors, layers: int) -> list[Source]:
+    """The stored tensors that the weight at a path of the tree is made of; `layer` are those of one layer."""
     keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
-    parts = LAYER_PARTS if keys[0] == "layers" else TOP_PARTS
-    parts = {name: part for name, part in parts.items() if part.weight == keys[-1]}
-    if keys[0] != "layers":
-        return [Source(f"{name}.weight", None, part) for name, part in parts.items()]
+    inside = keys[0] == "layers"
+    found = layer if inside else top
+    parts = [(name, part) for name, stored in found.items() for part in stored.parts if part.weight == keys[-1]]
+    if not inside:
+        return [Source(name, None, part) for name, part in parts]
     if len(keys) == 3:
-        return [Source(f"model.layers.{keys[1]}.{name}.weight", None, part) for name, part in parts.items()]
-    return [Source(f"model.layers.{i}.{name}.weight", i, part) for i in range(layers) for name, part in parts.items()]
+        return [Source(f"model.layers.{keys[1]}.{name}", None, part) for name, part in parts]
+    return [Source(f"model.layers.{i}.{name}", i, part) for i in range(layers) for name, part in parts]
 
 
 def _assemble(
@@ -274,13 +235,20 @@ def _assemble(
     """One block of a weight of this shape; layers are never split."""
     buffer = np.empty([stop - start for start, stop in block], dtype)
     for name, layer, part in sources:
-        stacked = layer is not None
-        region = []
-        for stored, axis in zip(tensors[name].get_shape(), part.axes, strict=True):
-            start, stop = block[axis + stacked]
-            per = stored // shape[axis + stacked]  # stored rows (or columns) of one step along the weight's axis
-            region.append((start * per, stop * per))
-        copy_region(part.view(buffer[layer] if stacked else buffer), tensors[name], tuple(region))
+        view, inner = (buffer if layer is None else buffer[layer]), slice(layer is not None, None)
+        sizes, bounds = shape[inner], block[inner]
+        if part.expert is not None:
+            (start, stop), sizes, bounds = bounds[0], sizes[1:], bounds[1:]
+            if not start <= part.expert < stop:
+                continue
+            view = view[part.expert - start]
+        region, stored_shape = [], tensors[name].get_shape()
+        taken = (part.rows or (0, stored_shape[0]), *((0, n) for n in stored_shape[1:]))
+        for (first, last), axis in zip(taken, part.axes, strict=True):
+            start, stop = bounds[axis]
+            per = (last - first) // sizes[axis]  # stored rows (or columns) of one step along the weight's axis
+            region.append((first + start * per, first + stop * per))
+        copy_region(part.view(view), tensors[name], tuple(region))
     return buffer
 
 
@@ -311,12 +279,13 @@ def _check_params(params: Params, config: LlamaConfig) -> None:
 def _stored_arrays(params: Params, config: LlamaConfig, names: list[str]) -> Iterator[np.ndarray]:
     """The tensors of these names in stored form."""
     held: tuple[Any, Any] = (None, None)  # the q, k and v tensors follow each other and share one weight
-    for name in (n.removesuffix(".weight") for n in names):
-        if name in TOP_PARTS:
-            yield np.asarray(params[TOP_PARTS[name].weight])
+    top, layer = top_tensors(config), family_of(config).layer(config)
+    for name in names:
+        if name in top:
+            yield np.asarray(params[top[name].parts[0].weight])
             continue
         number, stem = name.removeprefix("model.layers.").split(".", 1)
-        part, layers = LAYER_PARTS[stem], params["layers"]
+        (part,), layers = layer[stem].parts, params["layers"]
         if held[0] != (number, part.weight):
             weight = layers[part.weight][int(number)] if isinstance(layers, dict) else layers[int(number)][part.weight]
             held = ((number, part.weight), np.asarray(weight))

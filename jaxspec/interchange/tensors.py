@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: name a folder in HuggingFace layout that holds {path.name}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         raise ValueError(f"{path} is not valid JSON ({failure}): it may be truncated; download it again") from failure
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a JSON {type(found).__name__} where an object is expected")
@@ -69,6 +69,8 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     if not isinstance(listed, dict):
         raise ValueError(f"{index} has no field weight_map, which says which file holds which tensor")
     found: dict[str, Any] = {}
+    if not all(isinstance(shard, str) and Path(shard).name == shard for shard in listed.values()):
+        raise ValueError(f"{index}: weight_map must name files of this folder, without any path")
     for shard in sorted(set(listed.values())):
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard} is listed in {index.name} but missing: download it again")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,12 +16,15 @@ from jaxspec import cache as kv
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, TargetOutput
 from jaxspec.kernels import Kernel
 from jaxspec.layers import (
+    PLAIN,
+    Options,
     Prefix,
     Remat,
     RopeScaling,
     as_mask,
     attend,
     attend_text,
+    cap,
     decoder_layer,
     hold_rows,
     init_weight,
@@ -32,6 +36,9 @@ from jaxspec.layers import (
     score_tokens,
 )
 from jaxspec.sharding import gather_width, look_up
+
+DRAFTER_ROPES = ("linear", "llama3")
+"""Kinds of rotary scaling that drafters have too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,9 @@ class LlamaConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
+    options: ClassVar[Options] = PLAIN
+    """What other families have instead, see `DecoderConfig`."""
+
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
@@ -64,6 +74,60 @@ class LlamaConfig:
     def group(self) -> int:
         """Query heads per key-value head, `G`."""
         return self.heads // self.kv_heads
+
+    @property
+    def drafter_rope(self) -> RopeScaling | None:
+        """The rotary scaling that a drafter can share."""
+        scaling = self.rope_scaling
+        return scaling if scaling is not None and scaling.kind in DRAFTER_ROPES else None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(LlamaConfig):
+    """The shape of a model of another family: Llama's, with `options`."""
+
+    family: str = ""
+    """The `model_type` of its config.json."""
+    options: Options = PLAIN  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.options.windows and len(self.options.windows) != self.layers:
+            raise ValueError(f"options.windows has {len(self.options.windows)} entries for layers={self.layers}")
+
+
+class View(NamedTuple):
+    """How layers of one kind see the text: their rotary positions, their own mask, and how far back the prefix."""
+
+    turn: tuple[Array, Array]
+    mask_BLM: Mask
+    first_BL: Array | None
+
+
+def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM: Mask) -> View:
+    """The view of the layers with this window: they see tokens that are less than `window` positions before theirs.
+
+    A cache slot is the position of what it holds.
+    """
+    c, local = config, config.options.local_theta
+    theta, scaling = (c.rope_theta, c.rope_scaling) if window is None or local is None else (local, None)
+    frequencies = rope_frequencies(c.options.rotary or c.head_dim, theta, scaling)
+    turn = rope(positions_BL, frequencies, 1.0 if scaling is None else scaling.amplitude)
+    if window is None:
+        return View(turn, mask_BLM, None)
+    near_BLM = positions_BL[:, :, None] - positions_BL[:, None, :] < window
+    return View(turn, as_mask(mask_BLM) & near_BLM, positions_BL - window + 1)
+
+
+def stack_views(views: list[View]) -> View:
+    """Views of several kinds on a leading axis, for a scan to choose from."""
+    like = next(v for v in views if v.first_BL is not None)
+
+    def whole(v: View) -> View:
+        first = jnp.zeros_like(like.first_BL) if v.first_BL is None else v.first_BL
+        return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), jnp.shape(like.mask_BLM)), first)
+
+    return jax.tree.map(lambda *a: jnp.stack(a), *map(whole, views))
 
 
 _LLAMA3 = RopeScaling("llama3", 8.0)
@@ -86,13 +150,16 @@ SHAPES = {
 
 def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
     """Fresh weights of one layer."""
-    shapes = layer_shapes(config)
+    shapes, centred = layer_shapes(config, config.options), config.options.centred_norms
     keys = jax.random.split(key, len(shapes))
-    return {n: init_weight(k, n, s, config.layers, dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: init_weight(k, name, shape, config.layers, dtype, centred=centred)
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 class Llama(nn.Module):
-    """A Llama decoder as pure functions of its weights.
+    """A Llama decoder, or with `config.options` one of another family, as pure functions of its weights.
 
     Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, either one dict of arrays stacked on a
     leading `Y` axis (`stacked=True`: training, sharding) or a list of one dict a layer (`stacked=False`: decoding,
@@ -119,7 +186,9 @@ class Llama(nn.Module):
         c = self.config
         self.embed_table = self._weight("embed", self._init_table)
         self.layers = self._weight("layers", self._init_layers)
-        self.norm = self._weight("norm", lambda key: jnp.ones((c.width,), self.param_dtype))
+        self.norm = self._weight(
+            "norm", lambda key: jnp.full((c.width,), not c.options.centred_norms, self.param_dtype)
+        )
         if not c.tied:
             self.head_table = self._weight("head", self._init_table)
 
@@ -145,25 +214,36 @@ class Llama(nn.Module):
         keep_kv: bool = False,
     ) -> TargetOutput:
         """See `forward`."""
-        c = self.config
+        c, options = self.config, self.config.options
         x = hold_rows(look_up(self.embed_table, tokens_BL).astype(self.dtype))
-        turn = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        if options.embed_scale != 1:
+            x = x * jnp.asarray(options.embed_scale, self.dtype)
+        windows = options.windows or (None,) * c.layers
+        kinds = list(dict.fromkeys(windows))
+        views = [view(c, window, positions_BL, mask_BLM) for window in kinds]
+        kind_of = [kinds.index(window) for window in windows]
 
-        def block(x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
+        def block(seen: View, x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
             def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+                scores = {"scale": options.score_scale, "score_cap": options.score_cap}
                 if past is None:
                     how = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row}
-                    mixed = attend_text(q, k, v, mask_BLM, **how)
+                    mixed = attend_text(q, k, v, seen.mask_BLM, **how, **scores)
                 else:
-                    mixed = attend(q, k, v, as_mask(mask_BLM), past)
+                    mixed = attend(q, k, v, as_mask(seen.mask_BLM), past._replace(first_BL=seen.first_BL), **scores)
                 return mixed, ((k, v) if keep_kv else None)
 
-            return decoder_layer(gather_width(layer), x, turn, c.norm_eps, mix)
+            return decoder_layer(gather_width(layer), x, seen.turn, c.norm_eps, mix, options)
 
-        block = recompute(self.remat, block)
+        blocks = [recompute(self.remat, functools.partial(block, seen)) for seen in views]
+        several = stack_views(views) if self.stacked and len(views) > 1 else None
 
-        def past(layer: Array | int) -> Prefix | None:
-            return None if prefix is None else Prefix(prefix[0], layer, prefix[1])
+        def run(x: Array, layer: Params, at: Array | int) -> tuple[Array, Any]:
+            past = None if prefix is None else Prefix(prefix[0], at, prefix[1])
+            if several is None:
+                return blocks[kind_of[at] if isinstance(at, int) else 0](x, layer, past)
+            seen = jax.tree.map(lambda a: a[jnp.asarray(kind_of)[at]], several)
+            return recompute(self.remat, functools.partial(block, seen))(x, layer, past)
 
         tapped: list[Array] = [jnp.zeros_like(x) for _ in self.taps]
         if self.stacked:
@@ -171,7 +251,7 @@ class Llama(nn.Module):
             def tapping(carry: tuple[Array, list[Array]], row: Any) -> tuple[tuple[Array, list[Array]], Any]:
                 x, tapped = carry
                 tapped = [jnp.where(row[1] == at, x, t) for at, t in zip(self.taps, tapped, strict=True)]
-                x, fresh = block(x, row[0], past(row[1]))
+                x, fresh = run(x, row[0], row[1])
                 return (x, tapped), fresh
 
             (x, tapped), fresh = jax.lax.scan(tapping, (x, tapped), (self.layers, jnp.arange(c.layers)))
@@ -179,17 +259,17 @@ class Llama(nn.Module):
             rows = []
             for i, layer in enumerate(self.layers):
                 tapped = [x if i == at else t for at, t in zip(self.taps, tapped, strict=True)]
-                x, row = block(x, layer, past(i))
+                x, row = run(x, layer, i)
                 rows.append(row)
             fresh = jax.tree.map(lambda *a: jnp.stack(a), *rows) if keep_kv else None
-        features = rms_norm(x, self.norm, c.norm_eps)
+        features = rms_norm(x, self.norm, c.norm_eps, centred=options.centred_norms)
         taps = jnp.concatenate(tapped, axis=-1) if self.taps else None
         return TargetOutput(features, None if fresh is None else KVCache(*fresh), taps)
 
     def score(self, features_BLD: Array) -> Array:
         """See `logits`."""
         table = self.embed_table if self.config.tied else self.head_table
-        return score_tokens(features_BLD, table)
+        return cap(score_tokens(features_BLD, table), self.config.options.logit_cap)
 
     def init_params(self, key: Array) -> Params:
         """Random weights (normal 0.02; residual outputs scaled by depth)."""
@@ -245,5 +325,5 @@ def unstack(params: Params) -> Params:
 
 def parameter_count(config: LlamaConfig) -> int:
     """Weights of the model; a tied table counts once."""
-    per_layer = sum(math.prod(s) for s in layer_shapes(config).values())
+    per_layer = sum(math.prod(s) for s in layer_shapes(config, config.options).values())
     return config.layers * per_layer + config.vocab * config.width * (1 if config.tied else 2) + config.width

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
-from jaxspec.layers import score_tokens
+from jaxspec.layers import cap, score_tokens
 from jaxspec.targets.llama import LlamaConfig
 
 
@@ -26,7 +26,7 @@ class Tables:
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
         """fp32 logits `[B, L, V]` of the token after each feature: those of the whole target, bit for bit."""
-        return score_tokens(features_BLD, self.borrowed(params).head_VD)
+        return cap(score_tokens(features_BLD, self.borrowed(params).head_VD), self.config.options.logit_cap)
 
     def borrowed(self, params: Params) -> Borrowed:
         """The embedding and LM head (one table when tied)."""

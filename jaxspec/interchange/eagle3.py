@@ -1,0 +1,150 @@
+"""EAGLE-3 heads as SafeAILab, SpecForge, AngelSlim and speculators publish them.
+
+They differ in what the layer is called and in how the target's layers are counted. Ids inside `eagle_config` name
+layers by their output (SpecForge and those who follow it), ids beside it (speculators) by their input, as
+`Eagle3Config.taps` does; a field `layer_id_convention` beside the ids, which our writers add, overrides both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
+from jaxspec.interchange.layout import Folder, Shapes, Table, head_shape, layer_table, matrix, vector
+
+IGNORED = ("embed_tokens.weight", "d2t", "t2d")
+IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
+LayerIds = Literal["input", "output"]
+_NEWER = ("norm_before_fc", "fc_norm", "norm_output")
+
+
+def is_eagle3(shapes: Shapes) -> bool:
+    """Whether there is a norm on the fused feature, which only EAGLE-3's layer has."""
+    return "midlayer.hidden_norm.weight" in shapes or "layers.0.hidden_norm.weight" in shapes
+
+
+def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Eagle3Config:
+    """The shape of the head; its taps by `read_taps`.
+
+    Raises ValueError for heads whose width is not the target's, and for norms and slots that ours do not have.
+    """
+    path, raw, shapes = folder.path, folder.config, folder.shapes
+    wanted = [name for name in _NEWER if raw.get(name)]
+    if wanted:
+        raise ValueError(f"{path}: {wanted[0]}=true is not supported; only the norms of EAGLE-3 itself are")
+    if "mask_hidden" in shapes:
+        raise ValueError(f"{path} is a P-EAGLE head (it has mask_hidden), and jaxspec has no such drafter")
+    fields = head_shape(folder)
+    if raw.get("target_hidden_size") not in (None, fields["width"]):
+        raise ValueError(
+            f"{path}: target_hidden_size={raw['target_hidden_size']!r} differs from hidden_size={fields['width']}, and "
+            "only heads as wide as their target are supported"
+        )
+    rows, columns = shapes.get("fc.weight", (0, 0))
+    if rows != fields["width"] or columns % rows or "lm_head.weight" not in shapes:
+        raise ValueError(
+            f"{path}: an EAGLE-3 head of width {fields['width']} needs lm_head.weight and an fc.weight of that many "
+            f"rows and a multiple of columns, and fc.weight is {(rows, columns)}"
+        )
+    taps = read_taps(folder, columns // rows, target_layers, layer_ids)
+    before = raw.get("norm_before_residual", "speculators_model_type" in raw)  # what each reader takes for absent
+    return Eagle3Config(**fields, vocab=shapes["lm_head.weight"][0], taps=taps, norm_before_residual=bool(before))
+
+
+def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: LayerIds | None) -> tuple[int, ...]:
+    """Layers of the target whose inputs the head reads.
+
+    Raises ValueError where config.json names none and the target's depth is not known, where it names another number
+    than `fc` reads, or where the ids are the default ones of the other way of counting.
+    """
+    raw, path = folder.config, folder.path / "config.json"
+    inner = raw.get("eagle_config") if isinstance(raw.get("eagle_config"), dict) else {}
+    ids = inner.get(IDS, raw.get(IDS))  # pyright: ignore[reportOptionalMemberAccess]
+    if ids is None:
+        if target_layers is None or count != 3:
+            raise ValueError(
+                f"{path} does not say which {count} layers of the target the head reads: name the target with "
+                f"--target, for the default three, or add {IDS}"
+            )
+        return default_taps(target_layers)
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or len(ids) != count:
+        raise ValueError(f"{path}: {IDS}={ids!r} must be {count} layers' numbers, for fc.weight reads as many")
+    told = layer_ids or inner.get(CONVENTION)  # pyright: ignore[reportOptionalMemberAccess]
+    if told not in (None, "input", "output"):
+        raise ValueError(f"{path}: {CONVENTION}={told!r} must be input or output")
+    if told is None and IDS in inner and target_layers and tuple(ids) == default_taps(target_layers):  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(
+            f"{path}: {IDS}={ids!r} are the default layers counted by their inputs, where this layout counts by "
+            "outputs: say which with --layer-ids input or output"
+        )
+    convention = told or ("output" if IDS in inner else "input")  # pyright: ignore[reportOperatorIssue]
+    return tuple(i + (convention == "output") for i in ids)
+
+
+def eagle3_table(c: Eagle3Config, prefix: str = "midlayer.") -> Table:
+    """Its tensors, the layer under `prefix`; the maps of its vocabulary are `vocabulary_maps`."""
+    shapes = c.shapes()
+    return {
+        "fc.weight": matrix("fc", shapes),
+        f"{prefix}input_layernorm.weight": vector("embedding_norm", shapes),
+        f"{prefix}hidden_norm.weight": vector("feature_norm", shapes),
+        **layer_table(prefix, c),
+        "norm.weight": vector("norm", shapes),
+        "lm_head.weight": vector("head", shapes),
+    }
+
+
+def prefix_of(shapes: Shapes) -> str:
+    """What its layer is called."""
+    return "midlayer." if "midlayer.hidden_norm.weight" in shapes else "layers.0."
+
+
+def read_vocabulary(folder: Folder, scored: int) -> tuple[int, ...] | None:
+    """Ids of the tokens that the LM head's rows score, in their order; None where there are no maps: then all.
+
+    Raises ValueError where the maps contradict each other, or config.json.
+    """
+    vocab = folder.config.get("vocab_size")
+    if not isinstance(vocab, int):
+        raise ValueError(f"{folder.path / 'config.json'}: vocab_size={vocab!r} must be a whole number")
+    if "d2t" not in folder.tensors:
+        if scored != vocab:
+            raise ValueError(
+                f"{folder.path}: the LM head scores {scored:,} of {vocab:,} tokens, and no tensor d2t says which"
+            )
+        return None
+    handle = folder.tensors["d2t"]
+    if tuple(handle.get_shape()) != (scored,) or handle.get_dtype() not in ("I64", "I32"):
+        raise ValueError(f"{folder.path}: d2t must be {scored:,} whole numbers, one a row of the LM head")
+    offsets = handle[:].astype(np.int64)
+    ids = offsets + np.arange(scored)
+    mask = folder.tensors["t2d"][:].astype(bool) if "t2d" in folder.tensors else None
+    if mask is not None and mask.shape != (vocab,):
+        raise ValueError(f"{folder.path}: t2d is of shape {mask.shape}, and vocab_size is {vocab:,}")
+    valid = len(set(ids.tolist())) == scored and ids.min() >= 0 and ids.max() < vocab
+    if not valid or (mask is not None and not np.array_equal(np.flatnonzero(mask), np.sort(ids))):
+        raise ValueError(
+            f"{folder.path}: d2t as offsets (token = row + d2t[row]) does not name {scored:,} different tokens"
+            f"{' that t2d names too' if mask is not None else ''}; the maps are damaged, or d2t holds the tokens "
+            "themselves"
+        )
+    return None if np.array_equal(ids, np.arange(vocab)) else tuple(ids.tolist())
+
+
+def vocabulary_maps(tokens: tuple[int, ...] | None, vocab: int) -> dict[str, np.ndarray]:
+    """`d2t`, offsets, and `t2d`, a mask; nothing where all tokens are scored."""
+    if tokens is None:
+        return {}
+    ids, mask = np.asarray(tokens, np.int64), np.zeros(vocab, bool)
+    mask[ids] = True
+    return {"d2t": ids - np.arange(len(ids)), "t2d": mask}
+
+
+def ascending(params: dict[str, Any], tokens: tuple[int, ...] | None) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+    """The same head with its LM head's rows in the order of their tokens, as our decoder takes them."""
+    if tokens is None or list(tokens) == sorted(tokens):
+        return params, tokens
+    order = np.argsort(tokens)
+    return {**params, "head": params["head"][order]}, tuple(sorted(tokens))

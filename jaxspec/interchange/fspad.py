@@ -1,0 +1,40 @@
+"""FSPAD heads as their authors publish them, and the layouts of its two ablations."""
+
+from __future__ import annotations
+
+from jaxspec.drafters.fspad import FspadConfig
+from jaxspec.interchange.layout import Folder, Shapes, Table, head_shape, layer_table, matrix, vector
+
+IGNORED = ("embed_tokens.weight",)
+
+
+def is_fspad(shapes: Shapes) -> bool:
+    """Whether `fc` is a module (feature sampling), or the layer's output twice `fc`'s (partial alignment)."""
+    rows = shapes.get("fc.weight", (0,))[0]
+    doubled = rows > 0 and shapes.get("layers.0.mlp.down_proj.weight", (0,))[0] == 2 * rows
+    return "fc.fc.weight" in shapes or doubled
+
+
+def fspad_config(folder: Folder) -> FspadConfig:
+    """The shape of the head, its parts and the bias by the tensors that are there."""
+    fields, shapes = head_shape(folder), folder.shapes
+    sampling = "fc.fc.weight" in shapes
+    return FspadConfig(
+        **fields,
+        bias=("fc.fc.bias" if sampling else "fc.bias") in shapes,
+        feature_sampling=sampling,
+        partial_alignment=shapes.get("layers.0.mlp.down_proj.weight", (0,))[0] == 2 * fields["width"],
+    )
+
+
+def fspad_table(c: FspadConfig) -> Table:
+    """Its tensors."""
+    shapes = c.shapes()
+    fc = "fc.fc" if c.feature_sampling else "fc"
+    table = {f"{fc}.weight": matrix("fc", shapes)}
+    if c.bias:
+        table[f"{fc}.bias"] = vector("fc_bias", shapes)
+    if c.feature_sampling:
+        table["fc.post_attention_layernorm.weight"] = vector("sampling_norm", shapes)
+        table |= {f"fc.mlp.{n}_proj.weight": matrix(f"sampling_{n}", shapes) for n in ("gate", "up", "down")}
+    return table | layer_table("layers.0.", c)

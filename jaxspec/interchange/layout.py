@@ -1,0 +1,177 @@
+"""Tables that say which stored tensor is which piece of a weight of ours; one table serves reading and writing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxspec.base import Params
+from jaxspec.interchange.pickled import open_pickled
+from jaxspec.interchange.tensors import open_file, open_tensors
+from jaxspec.targets.fields import Fields
+from jaxspec.targets.llama import DRAFTER_ROPES
+from jaxspec.targets.stored import DOWN, GATE, KEY, OUT, QUERY, UP, VALUE, turned, whole
+
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048}
+"""What a head's config.json means by leaving a field out."""
+PICKLES = (".bin", ".pt", ".pth")
+_NUMPY = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+
+
+class Entry(NamedTuple):
+    """One stored tensor."""
+
+    weight: str
+    view: Callable[[Any], Any]
+    """The piece of the weight that it fills, axes in stored order; stored ones may merge several."""
+    shape: tuple[int, ...]
+    """As it is stored."""
+
+
+Table = dict[str, Entry]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Folder(NamedTuple):
+    """A folder that is being read."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Any]
+    """Handles by name (`get_shape`, `get_dtype`, slicing), as stored but for the prefixes that wrappers add."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of every tensor."""
+        return {name: tuple(tensor.get_shape()) for name, tensor in self.tensors.items()}
+
+
+def matrix(weight: str, shapes: Shapes) -> Entry:
+    """A linear layer's weight."""
+    return Entry(weight, turned, shapes[weight][::-1])
+
+
+def vector(weight: str, shapes: Shapes) -> Entry:
+    """A norm's weight, a bias, or a table that both sides store alike."""
+    return Entry(weight, whole, shapes[weight])
+
+
+def layer_table(prefix: str, c: Any) -> Table:
+    """The tensors of the one decoder layer of a head of shape `c`, without norms before its attention."""
+    shapes = c.shapes()
+    inputs, down = shapes["qkv"][0], shapes["down"][1]
+    stored = {
+        "self_attn.q_proj": (QUERY, (c.heads * c.head_dim, inputs)),
+        "self_attn.k_proj": (KEY, (c.kv_heads * c.head_dim, inputs)),
+        "self_attn.v_proj": (VALUE, (c.kv_heads * c.head_dim, inputs)),
+        "self_attn.o_proj": (OUT, (c.width, c.heads * c.head_dim)),
+        "mlp.gate_proj": (GATE, (c.mlp, c.width)),
+        "mlp.up_proj": (UP, (c.mlp, c.width)),
+        "mlp.down_proj": (DOWN, (down, c.mlp)),
+    }
+    table = {f"{prefix}{name}.weight": Entry(part.weight, part.view, shape) for name, (part, shape) in stored.items()}
+    return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", shapes)}
+
+
+def read_weights(folder: Folder, table: Table, shapes: Shapes) -> Params:
+    """The weights of these shapes, put together from the tensors of a table, in the dtype that they are stored in.
+
+    Raises ValueError naming the first tensor that is missing, or of another shape or dtype than the table says.
+    """
+    for name, entry in table.items():
+        if name not in folder.tensors:
+            raise ValueError(f"{folder.path} has no tensor {name}, which such a drafter needs")
+        found, code = tuple(folder.tensors[name].get_shape()), folder.tensors[name].get_dtype()
+        if found != entry.shape:
+            raise ValueError(f"{folder.path}: tensor {name} has shape {found} where {entry.shape} is needed")
+        if code not in _NUMPY:
+            raise ValueError(f"{folder.path}: tensor {name} has dtype {code}; supported: {', '.join(_NUMPY)}")
+    params: Params = {}
+    for weight, shape in shapes.items():
+        pieces = [(name, entry) for name, entry in table.items() if entry.weight == weight]
+        codes = {folder.tensors[name].get_dtype() for name, _ in pieces}
+        if len(codes) > 1:
+            raise ValueError(
+                f"{folder.path}: the tensors of weight {weight} differ in dtype: {', '.join(sorted(codes))}"
+            )
+        params[weight] = buffer = np.empty(shape, _NUMPY[codes.pop()])
+        for name, entry in pieces:
+            view = entry.view(buffer)
+            view[...] = folder.tensors[name][:].reshape(view.shape)
+    return params
+
+
+def stored_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
+    """The tensors of a table, made of weights; the inverse of `read_weights`."""
+    return {
+        name: np.ascontiguousarray(entry.view(np.asarray(params[entry.weight]))).reshape(entry.shape)
+        for name, entry in table.items()
+    }
+
+
+def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> None:
+    """ValueError naming the first tensor that is neither in the table nor known to be of no consequence."""
+    extra = sorted(n for n in folder.tensors if n not in table and n not in ignored and "rotary_emb." not in n)
+    if extra:
+        raise ValueError(
+            f"{folder.path} has the tensor {extra[0]}, which jaxspec's drafter of this kind does not have "
+            f"({len(extra)} such): reading it without would change what it drafts"
+        )
+
+
+def head_shape(folder: Folder) -> dict[str, Any]:
+    """The fields that all heads of one layer share, from config.json: what it leaves out is as transformers has it."""
+    fields = Fields(folder.path / "config.json", folder.config, {}, DEFAULTS)
+    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    if fields.find("head_dim") is None and width % heads:
+        raise ValueError(
+            f"{fields.path}: hidden_size={width} is not a multiple of num_attention_heads={heads}: set head_dim"
+        )
+    if fields.find("hidden_act") != "silu":
+        raise ValueError(f"{fields.path}: hidden_act={fields.find('hidden_act')!r} is not supported; only 'silu' is")
+    head_dim, rope = fields.integer("head_dim", width // heads), fields.rope()
+    scaling = rope.scaling(head_dim, fields.integer("max_position_embeddings"))
+    if scaling is not None and scaling.kind not in DRAFTER_ROPES:
+        known = ", ".join(map(repr, ("default", *DRAFTER_ROPES)))
+        raise ValueError(f"{fields.path}: rope_type={scaling.kind!r} of a head is not supported; supported: {known}")
+    return {
+        "width": width,
+        "heads": heads,
+        "kv_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "mlp": fields.integer("intermediate_size"),
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling,
+        "norm_eps": fields.number("rms_norm_eps"),
+    }
+
+
+def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Name -> handle of every tensor in a folder, whatever its one file of weights is called; prefixes removed.
+
+    Safetensors are preferred where both are there. Raises ValueError or OSError where there is none, or more than one.
+    """
+    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        return _unwrapped(path, open_tensors(path, stack))
+    safe = sorted(path.glob("*.safetensors"))
+    pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES and file.name != "training_args.bin")
+    files = safe or pickled
+    if len(files) != 1:
+        seen = ", ".join(file.name for file in files) or "none of .safetensors, .bin, .pt"
+        raise ValueError(f"{path} must hold one file of weights, and there is {seen}")
+    return _unwrapped(path, open_file(files[0], stack) if safe else open_pickled(files[0], stack))
+
+
+def _unwrapped(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix("module.")
+        if short in found:
+            raise ValueError(f"{path} has the tensor {short} twice, once with a prefix: remove one")
+        found[short] = tensor
+    return found

@@ -1,0 +1,260 @@
+"""PyTorch's `.bin` and `.pt` files read without PyTorch and without running what is in them.
+
+A pickle is a program, and Python's unpickler runs it. Here its opcodes are interpreted one by one, and only those that
+build tensors and plain containers are known: whatever else a file asks for is named and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+STORAGES = {
+    "FloatStorage": ("F32", np.float32),
+    "HalfStorage": ("F16", np.float16),
+    "BFloat16Storage": ("BF16", ml_dtypes.bfloat16),
+    "DoubleStorage": ("F64", np.float64),
+    "LongStorage": ("I64", np.int64),
+    "IntStorage": ("I32", np.int32),
+    "ShortStorage": ("I16", np.int16),
+    "CharStorage": ("I8", np.int8),
+    "ByteStorage": ("U8", np.uint8),
+    "BoolStorage": ("BOOL", np.bool_),
+}
+"""PyTorch's name -> safetensors' and numpy's."""
+_TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
+_CONTAINER = "collections OrderedDict"
+_NAMES = {_TENSOR, _PARAMETER, _CONTAINER, *(f"torch {name}" for name in STORAGES)}
+_PICKLE_LIMIT = 64 * 2**20
+
+
+class _Global(str):
+    """A name that a pickle refers to; it stands for nothing."""
+
+
+class _Mark:
+    """The beginning of a run of items on the stack."""
+
+
+class _Storage(NamedTuple):
+    kind: str
+    key: str
+    count: int
+
+
+class PickledTensor:
+    """One tensor of a file, read when it is asked for; the same questions as to a safetensors handle."""
+
+    def __init__(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, code: str, dtype: Any, where: _Where):
+        self._archive, self._entry, self._code, self._dtype, self._where = archive, entry, code, dtype, where
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self._where.shape)
+
+    def get_dtype(self) -> str:
+        """Its dtype, as safetensors calls it."""
+        return self._code
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        offset, shape, strides = self._where
+        flat = np.frombuffer(self._archive.read(self._entry), self._dtype)[offset:]
+        steps = [step * flat.itemsize for step in strides]
+        return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)[index]
+
+
+class _Where(NamedTuple):
+    """A tensor's place in its storage, in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTensor]:
+    """Name -> handle of every tensor in a PyTorch file in zip format; nothing but the names is read yet.
+
+    Wrapping dicts such as `{"state_dict": ...}` are looked into. Raises ValueError, one sentence naming the file, where
+    it is of PyTorch's format before 1.6, corrupt, compressed, or holds anything but tensors and plain containers.
+    """
+    file = stack.enter_context(path.open("rb"))
+    if file.read(4) != b"PK\x03\x04":
+        raise ValueError(
+            f"{path} is no zip archive: a PyTorch file of before version 1.6, or truncated; only files of torch.save "
+            "since then are read, so load and save it again with a newer PyTorch, as safetensors if you can"
+        )
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        entries = {info.filename: info for info in archive.infolist()}
+        program = [name for name in entries if name.endswith("data.pkl")]
+        if len(program) != 1:
+            raise ValueError("it does not hold one data.pkl")
+        _check_entries(entries, path.stat().st_size)
+        if entries[program[0]].file_size > _PICKLE_LIMIT:
+            raise ValueError(f"its data.pkl is larger than {_PICKLE_LIMIT:,} bytes")
+        with archive.open(program[0]) as opened:
+            found = _interpret(opened)  # pyright: ignore[reportArgumentType]
+        root = program[0].removesuffix("data.pkl")
+        return _tensors(found, archive, entries, root)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
+        raise ValueError(f"{path} is not read: {failure}") from failure
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as failure:
+        raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
+
+
+def _check_entries(entries: dict[str, zipfile.ZipInfo], size: int) -> None:
+    """PyTorch stores what it saves as it is: nothing in the archive can be larger than the archive."""
+    for name, info in entries.items():
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"its part {name} is compressed or encrypted, which torch.save never does")
+        if info.file_size > size or info.header_offset + info.file_size > size:
+            raise ValueError(f"its part {name} claims {info.file_size:,} bytes of a file of {size:,}")
+
+
+def _tensors(
+    found: Any, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], root: str
+) -> dict[str, PickledTensor]:
+    for _ in range(3):  # a table may be wrapped, and a hostile one contain itself
+        if isinstance(found, dict) and not any(isinstance(value, tuple) for value in found.values()):
+            inner = [value for value in found.values() if isinstance(value, dict) and value]
+            found = inner[0] if len(inner) == 1 else None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table of named tensors")
+    tensors = {}
+    for name, value in found.items():
+        if not (isinstance(name, str) and isinstance(value, tuple) and len(value) == 2):
+            continue
+        storage, where = value
+        code, dtype = STORAGES[storage.kind]
+        entry = entries.get(f"{root}data/{storage.key}")
+        if entry is None:
+            raise ValueError(f"the data of tensor {name} is missing")
+        _check_place(name, where, min(storage.count, entry.file_size // np.dtype(dtype).itemsize))
+        tensors[name] = PickledTensor(archive, entry, code, dtype, where)
+    return tensors
+
+
+def _check_place(name: str, where: _Where, count: int) -> None:
+    """ValueError where a tensor reaches beyond its storage, or counts an element of it twice."""
+    numbers = (where.offset, *where.shape, *where.strides)
+    if len(where.shape) != len(where.strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+        raise ValueError(f"the shape of tensor {name} makes no sense")
+    total = 1
+    for size in where.shape:
+        total *= size
+    last = where.offset + sum(max(0, n - 1) * step for n, step in zip(where.shape, where.strides, strict=True))
+    if total > count or (total and last >= count):
+        raise ValueError(f"tensor {name} of shape {where.shape} is larger than its data ({count:,} elements)")
+
+
+def _interpret(file: BinaryIO | Any) -> Any:
+    """What a pickle builds, of dicts, lists, tuples, numbers, strings and `(_Storage, _Where)` for tensors."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def to_mark() -> list[Any]:
+        at = max(i for i, item in enumerate(stack) if isinstance(item, _Mark))
+        items = stack[at + 1 :]
+        del stack[at:]
+        return items
+
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                stack.append(_Mark())
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "GLOBAL":
+                stack.append(_known(str(argument)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_known(f"{module} {name}"))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]  # pyright: ignore[reportArgumentType]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])  # pyright: ignore[reportArgumentType]
+            case "TUPLE":
+                stack.append(tuple(to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                items = tuple(stack[-count:])
+                del stack[-count:]
+                stack.append(items)
+            case "APPEND":
+                item = stack.pop()
+                _expect(stack[-1], list).append(item)
+            case "APPENDS":
+                items = to_mark()
+                _expect(stack[-1], list).extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _expect(stack[-1], dict)[key] = value
+            case "SETITEMS":
+                items = to_mark()
+                _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, called = stack.pop(), stack.pop()
+                stack.append(_build(called, arguments))
+            case "BUILD":  # the version numbers that a module's state_dict carries as an attribute
+                stack.pop()
+            case other:
+                raise ValueError(f"its pickle uses {other}, which no file of tensors needs")
+    raise ValueError("its pickle does not end")
+
+
+def _known(name: str) -> _Global:
+    if name not in _NAMES:
+        raise ValueError(
+            f"its pickle refers to {'.'.join(name.split())[:100]!r}; only tensors and plain containers are admitted, "
+            "for anything else could run code"
+        )
+    return _Global(name)
+
+
+def _expect(item: Any, kind: type) -> Any:
+    if type(item) is not kind:
+        raise ValueError(f"its pickle takes a {type(item).__name__} for a {kind.__name__}")
+    return item
+
+
+def _storage(told: Any) -> _Storage:
+    match told:
+        case ("storage", _Global() as kind, str(key), str(), int(count)) if kind.removeprefix("torch ") in STORAGES:
+            return _Storage(kind.removeprefix("torch "), key, count)
+    raise ValueError("its pickle refers to something outside that is no tensor's data")
+
+
+def _build(called: Any, arguments: Any) -> Any:
+    """What the three known calls return."""
+    match called, arguments:
+        case _Global(), () if called == _CONTAINER:
+            return {}
+        case _Global(), (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_) if called == _TENSOR:
+            return storage, _Where(offset, shape, strides)
+        case _Global(), ((_Storage(), _Where()) as tensor, *_) if called == _PARAMETER:
+            return tensor
+    raise ValueError(f"its pickle calls {str(called)[:100]!r} in a way that makes no tensor")

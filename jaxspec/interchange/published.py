@@ -1,0 +1,123 @@
+"""Drafters in the layouts that papers and servers publish, told apart by the names and shapes of their tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec.base import Params
+from jaxspec.interchange import eagle, eagle3, fspad, medusa
+from jaxspec.interchange.eagle3 import LayerIds
+from jaxspec.interchange.layout import Folder, Shapes, open_weights, read_weights, refuse_unknown
+from jaxspec.interchange.tensors import read_json
+
+
+class Published(NamedTuple):
+    """A drafter read from a folder of another project's."""
+
+    name: str
+    """In the `DRAFTERS` table."""
+    config: Any
+    """Its shape."""
+    params: Params
+    """numpy, in the dtype of the files."""
+    draft_vocab: tuple[int, ...] | None
+    """Ids of the tokens it scores, ascending; None for all."""
+
+
+def is_lm(shapes: Shapes) -> bool:
+    """Whether the tensors are those of a whole causal LM."""
+    return "model.embed_tokens.weight" in shapes and "model.norm.weight" in shapes and "fc.weight" not in shapes
+
+
+SIGNS: dict[str, Callable[[Shapes], bool]] = {
+    "eagle": eagle.is_eagle,
+    "fspad": fspad.is_fspad,
+    "eagle3": eagle3.is_eagle3,
+    "medusa": medusa.is_medusa,
+    "lm": is_lm,
+}
+"""Family -> whether tensors of these shapes are one's; `lm` is a whole model, which may draft too."""
+
+
+def family_of(folder: Folder) -> str:
+    """The one family whose signs a folder bears; ValueError listing what was seen where it is none or several."""
+    shapes = folder.shapes
+    found = [name for name, bears in SIGNS.items() if bears(shapes)]
+    if len(found) == 1:
+        return found[0]
+    seen = ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:8])
+    raise ValueError(
+        f"{folder.path} is {' and '.join(found) or 'no drafter'} by its tensors, and must be exactly one of "
+        f"{', '.join(SIGNS)}; of its {len(shapes)} tensors the first are {seen or 'none'}"
+    )
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Folder]:
+    """A folder with its config.json and the headers of its tensors; raises ValueError or OSError as `open_weights`."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    config = read_json(path / "config.json")
+    if "speculators_model_type" in config and isinstance(config.get("transformer_layer_config"), dict):
+        config = {**config["transformer_layer_config"], **config}
+    with contextlib.ExitStack() as stack:
+        tensors = open_weights(path, stack)
+        yield Folder(path, config, tensors)
+
+
+def published_family(path: str | Path) -> str:
+    """`family_of` the folder at `path`."""
+    with opened(path) as folder:
+        return family_of(folder)
+
+
+def read_drafter(path: str | Path, *, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Published:
+    """The drafter in a folder, of whatever layout.
+
+    `target_layers` is needed by EAGLE-3 heads that do not say which layers they read, `layer_ids` ("input", "output")
+    overrides how theirs are counted. Raises ValueError or OSError, one sentence naming the file, tensor or field, where
+    something is missing, extra, contradictory or not supported, and where the folder holds a whole LM.
+    """
+    with opened(path) as folder:
+        config: Any
+        match family := family_of(folder):
+            case "eagle":
+                config = eagle.eagle_config(folder)
+                table, ignored = eagle.eagle_table(config), eagle.IGNORED
+                ignored += ("fc.bias",) if eagle.adds_bias(folder) else ()
+            case "fspad":
+                config = fspad.fspad_config(folder)
+                table, ignored = fspad.fspad_table(config), fspad.IGNORED
+            case "eagle3":
+                config = eagle3.eagle3_config(folder, target_layers, layer_ids)
+                table, ignored = eagle3.eagle3_table(config, eagle3.prefix_of(folder.shapes)), eagle3.IGNORED
+            case "medusa":
+                return _medusa(folder)
+            case _:
+                raise ValueError(f"{path} holds a whole LM, which drafts as it is: give the folder itself as drafter")
+        refuse_unknown(folder, table, ignored)
+        params = read_weights(folder, table, config.shapes())
+        tokens = None
+        if family == "eagle3":
+            params, tokens = eagle3.ascending(params, eagle3.read_vocabulary(folder, config.vocab))
+    return Published(family, config, params, tokens)
+
+
+def _medusa(folder: Folder) -> Published:
+    config, tables = medusa.read_medusa(folder)
+    ignored = () if config.vocab else ("lm_head.weight",)
+    refuse_unknown(folder, {name: entry for table in tables for name, entry in table.items()}, ignored)
+    first, *others = (read_weights(folder, table, config.shapes()) for table in tables)
+    for other in others:
+        if not all(np.array_equal(first[name], other[name]) for name in first):
+            raise ValueError(
+                f"{folder.path}: a head's residual blocks differ from each other; jaxspec repeats one block, as the "
+                "released code does"
+            )
+    return Published("medusa", config, first, None)

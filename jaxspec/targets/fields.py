@@ -1,0 +1,218 @@
+"""The fields of a HuggingFace folder's `config.json`, read one by one; every refusal names file, field and value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxspec.layers import ACTIVATIONS, RopeScaling
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """`config.json` as it stands, and what the family takes for fields that it leaves out."""
+
+    path: Path
+    raw: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    """`generation_config.json`, or nothing."""
+    defaults: Mapping[str, Any]
+
+    def find(self, name: str) -> Any:
+        """The value of a field; the family's default where it is absent."""
+        return self.raw.get(name, self.defaults.get(name))
+
+    def integer(self, name: str, default: Any = None) -> int:
+        """A positive whole number; `default`, then the family's, where the field is absent or null."""
+        value = self.defaults.get(name) if self.raw.get(name) is None else self.raw[name]
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"{self.path} has no field {name}, which the model's shape needs")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+            raise ValueError(f"{self.path}: {name}={value!r} must be a positive whole number")
+        return int(value)
+
+    def optional_integer(self, name: str) -> int | None:
+        """A positive whole number, or None where the field is null."""
+        return None if self.find(name) is None else self.integer(name)
+
+    def number(self, name: str) -> float:
+        """A positive number."""
+        return self.positive(name, self.find(name))
+
+    def optional_number(self, name: str) -> float | None:
+        """A positive number, or None where the field is null."""
+        return None if self.find(name) is None else self.number(name)
+
+    def positive(self, name: str, value: Any) -> float:
+        """`value` of the field called `name`, if it is a positive number."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+            raise ValueError(f"{self.path}: {name}={value!r} must be a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Whether a field is set."""
+        return bool(self.find(name))
+
+    def token(self, name: str) -> int | None:
+        """A token id; early Llama files say -1 for none."""
+        value = self.find(name)
+        return value if isinstance(value, int) and value >= 0 else None
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Those that `generation_config.json` lists, else those of `config.json`."""
+        generation = _ids(self.path.with_name("generation_config.json"), self.generation.get("eos_token_id"))
+        return generation or _ids(self.path, self.find("eos_token_id"))
+
+    def pad_id(self) -> int | None:
+        """The padding token, wherever it is given."""
+        value = self.generation.get("pad_token_id") if self.find("pad_token_id") is None else self.find("pad_token_id")
+        return value if isinstance(value, int) and value >= 0 else None
+
+    def activation(self, name: str = "hidden_act") -> str:
+        """The MLP's activation."""
+        value = self.find(name)
+        if value not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"{self.path}: {name}={value!r} is not supported; supported: {known}")
+        return value
+
+    def windows(self, window: int | None, default: list[bool]) -> tuple[int | None, ...]:
+        """Each layer's window: of those that `layer_types` calls sliding or, where it is absent, `default` says so."""
+        kinds = self.raw.get("layer_types")
+        if kinds is None:
+            local = default
+        elif isinstance(kinds, list) and len(kinds) == len(default):
+            local = [kind == "sliding_attention" for kind in kinds]
+            if unknown := next((k for k in kinds if k not in ("sliding_attention", "full_attention")), None):
+                raise ValueError(
+                    f"{self.path}: {unknown!r} in layer_types is not supported; supported: 'full_attention' and "
+                    "'sliding_attention'"
+                )
+        else:
+            raise ValueError(f"{self.path}: layer_types={kinds!r} must list a kind for each of {len(default)} layers")
+        return tuple(window if here else None for here in local) if window is not None and any(local) else ()
+
+    def rope(self, *, layers: str | None = None) -> Rope:
+        """The rotary positions; of the kind of layers `layers` where each has its own.
+
+        As in transformers the older field `rope_scaling`, where set, is read before the newer `rope_parameters`.
+        """
+        field = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
+        rope = self.raw.get(field) or {}
+        if layers is not None and isinstance(rope, dict) and isinstance(rope.get(layers), dict):
+            field, rope = f"{field}.{layers}", rope[layers]
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(
+                f"{self.path}: {field}={rope!r} is not supported; only one set of values for all layers is"
+            )
+        theta = self.positive("rope_theta", rope.get("rope_theta") or self.find("rope_theta"))
+        partial = rope.get("partial_rotary_factor", self.find("partial_rotary_factor"))
+        if partial not in (None, 1) and "partial_rotary_factor" not in self.defaults:
+            raise ValueError(f"{self.path}: partial_rotary_factor={partial!r} is not supported; only 1 is")
+        return Rope(self, field, rope, theta, self.positive("partial_rotary_factor", 1 if partial is None else partial))
+
+
+def _ids(path: Path, value: Any) -> tuple[int, ...]:
+    listed = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+        raise ValueError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
+    return tuple(dict.fromkeys(listed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotary fields of a `config.json`."""
+
+    fields: Fields
+    field: str
+    """Where they stand."""
+    values: Mapping[str, Any]
+    theta: float
+    part: float
+    """Of a head's channels, which are rotated."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of scaling."""
+        kind = self.values.get("rope_type", self.values.get("type", "default"))
+        # Early Phi-3 files call it so.
+        return "longrope" if kind == "su" or (kind == "yarn" and "short_factor" in self.values) else kind
+
+    def number(self, name: str) -> float:
+        """A positive number that this kind of scaling needs."""
+        value = self.values.get(name)
+        if value is None and name == "original_max_position_embeddings":
+            value = self.fields.find(name)
+        if value is None:
+            raise ValueError(
+                f"{self.fields.path}: {self.field} has no field {name}, which rope_type {self.kind!r} needs"
+            )
+        return self.fields.positive(f"{self.field}.{name}", value)
+
+    def optional(self, name: str) -> float | None:
+        """A positive number, where it is given."""
+        return None if self.values.get(name) is None else self.number(name)
+
+    def scaling(self, channels: int, positions: int) -> RopeScaling | None:
+        """How the frequencies of `channels` channels are stretched in a model of so many positions."""
+        kind = self.kind
+        if kind == "default":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", self.number("factor"))
+        if kind == "llama3":
+            original = int(self.number("original_max_position_embeddings"))
+            low, high = self.number("low_freq_factor"), self.number("high_freq_factor")
+            return RopeScaling(kind, self.number("factor"), low, high, original)
+        if kind == "yarn":
+            return self._yarn(channels, positions)
+        if kind == "longrope":
+            return self._longrope(channels, positions)
+        known = ", ".join(map(repr, ROPE_KINDS))
+        raise ValueError(f"{self.fields.path}: rope_type={kind!r} in {self.field} is not supported; supported: {known}")
+
+    def _yarn(self, channels: int, positions: int) -> RopeScaling:
+        factor = self.number("factor")
+        given = self.values.get("original_max_position_embeddings") is not None
+        original = self.number("original_max_position_embeddings") if given else positions
+
+        def channel(turns: float) -> float:
+            """The channel pair that turns so often within the original length."""
+            return channels * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = channel(self.optional("beta_fast") or 32), channel(self.optional("beta_slow") or 1)
+        if self.values.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, channels - 1)
+
+        def amplitude(scale: float) -> float:
+            return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+        over, under = self.optional("mscale"), self.optional("mscale_all_dim")
+        usual = amplitude(over) / amplitude(under) if over and under else amplitude(1.0)
+        return RopeScaling(
+            "yarn", factor, original_positions=int(original), low=low, high=high + 0.001 * (low == high),
+            amplitude=self.optional("attention_factor") or usual,
+        )  # fmt: skip
+
+    def _longrope(self, channels: int, positions: int) -> RopeScaling:
+        """Up to the original length the short factors hold, as in transformers; beyond it, the long ones."""
+        original = self.number("original_max_position_embeddings")
+        factor = self.optional("factor") or positions / original
+        usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        name = "short_factor"
+        factors = self.values.get(name)
+        if not isinstance(factors, list) or len(factors) != channels // 2:
+            raise ValueError(
+                f"{self.fields.path}: {self.field}.{name} must list {channels // 2} numbers, one a rotated pair of "
+                f"channels, for rope_type 'longrope'"
+            )
+        each = tuple(self.fields.positive(f"{self.field}.{name}", f) for f in factors)
+        amplitude = self.optional("attention_factor") or usual
+        return RopeScaling("longrope", factor, original_positions=int(original), factors=each, amplitude=amplitude)

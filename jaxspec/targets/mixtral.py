@@ -1,0 +1,36 @@
+"""Mixtral: Mistral whose MLPs are experts, of which the router's choice is weighted to sum to 1."""
+
+from jaxspec.layers import Options
+from jaxspec.targets.family import DEFAULTS, Family, decoder, window_everywhere
+from jaxspec.targets.fields import Fields
+from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.stored import Tensors, attention_tensors, expert_tensors, norm_tensors
+
+
+def _config(fields: Fields) -> DecoderConfig:
+    options = Options(
+        windows=window_everywhere(fields),
+        activation=fields.activation(),
+        experts=fields.integer("num_local_experts"),
+        chosen=fields.integer("num_experts_per_tok"),
+        expert_mlp=fields.integer("intermediate_size"),
+    )
+    return decoder(fields, "mixtral", options)
+
+
+def _layer(c: LlamaConfig) -> Tensors:
+    return {**norm_tensors(c), **attention_tensors(c), **expert_tensors(c, "block_sparse_moe", "w1", "w3", "w2")}
+
+
+_DEFAULTS = {
+    **DEFAULTS,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", _config, _layer, _DEFAULTS)

@@ -1,0 +1,128 @@
+"""Which tensors a HuggingFace folder stores for a decoder, and where each lies inside this library's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxspec.targets.llama import LlamaConfig
+
+
+class Part(NamedTuple):
+    """Where a stored `[out, in]` tensor, or some of its rows, lies inside a weight of this library."""
+
+    weight: str
+    axes: tuple[int, ...]
+    """The weight's axis behind the stored rows, and behind the columns: the only axes that may be sharded."""
+    view: Callable[[Any], Any]
+    """The piece of the weight that the tensor fills, its axes in stored order: the rows' first, then the columns'."""
+    rows: tuple[int, int] | None = None
+    """The stored rows that it takes, where other parts take the others."""
+    expert: int | None = None
+    """The entry of the weight's leading axis that it fills; `axes` and `view` are of that entry."""
+
+
+class Stored(NamedTuple):
+    """A tensor of a folder."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+Tensors = dict[str, Stored]
+"""By name; those of a layer by what follows `model.layers.N.`"""
+
+
+def whole(weight: Any) -> Any:
+    """The weight as it is stored."""
+    return weight
+
+
+def turned(weight: Any) -> Any:
+    """The weight transposed."""
+    return weight.transpose(1, 0)
+
+
+def vector(weight: str, size: int) -> Stored:
+    """A tensor of one axis that is stored as it is."""
+    return Stored((size,), (Part(weight, (0,), whole),))
+
+
+# Stored query head h is (k, g) = divmod(h, G), so splitting the rows into [K, G, C] needs no reordering.
+QUERY = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, :-2].transpose(1, 2, 3, 0))
+KEY = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -2].transpose(1, 2, 0))
+VALUE = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0))
+OUT = Part("out", (3, 0), lambda w_KGCD: w_KGCD.transpose(3, 0, 1, 2))
+GATE, UP, DOWN = (Part(name, (1, 0), turned) for name in ("gate", "up", "down"))
+QUERY_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, :-2])
+KEY_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -2])
+VALUE_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -1])
+
+
+def top_tensors(c: LlamaConfig) -> Tensors:
+    """Those beside the layers."""
+    table = (c.vocab, c.width)
+    tensors = {
+        "model.embed_tokens.weight": Stored(table, (Part("embed", (0, 1), whole),)),
+        "model.norm.weight": vector("norm", c.width),
+    }
+    return tensors if c.tied else {**tensors, "lm_head.weight": Stored(table, (Part("head", (0, 1), whole),))}
+
+
+def attention_tensors(c: LlamaConfig) -> Tensors:
+    """Of a layer's attention, by Llama's names; with biases and norms of queries and keys where the config has them."""
+    query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    tensors = {
+        "self_attn.q_proj.weight": Stored((query, c.width), (QUERY,)),
+        "self_attn.k_proj.weight": Stored((key, c.width), (KEY,)),
+        "self_attn.v_proj.weight": Stored((key, c.width), (VALUE,)),
+        "self_attn.o_proj.weight": Stored((c.width, query), (OUT,)),
+    }
+    if c.options.qkv_bias:
+        tensors["self_attn.q_proj.bias"] = Stored((query,), (QUERY_BIAS,))
+        tensors["self_attn.k_proj.bias"] = Stored((key,), (KEY_BIAS,))
+        tensors["self_attn.v_proj.bias"] = Stored((key,), (VALUE_BIAS,))
+    if c.options.out_bias:
+        tensors["self_attn.o_proj.bias"] = vector("out_bias", c.width)
+    if c.options.qk_norm:
+        tensors["self_attn.q_norm.weight"] = vector("q_norm", c.head_dim)
+        tensors["self_attn.k_norm.weight"] = vector("k_norm", c.head_dim)
+    return tensors
+
+
+def mlp_tensors(c: LlamaConfig) -> Tensors:
+    """Of a layer's MLP, by Llama's names."""
+    return {
+        "mlp.gate_proj.weight": Stored((c.mlp, c.width), (GATE,)),
+        "mlp.up_proj.weight": Stored((c.mlp, c.width), (UP,)),
+        "mlp.down_proj.weight": Stored((c.width, c.mlp), (DOWN,)),
+    }
+
+
+def expert_tensors(c: LlamaConfig, block: str, gate: str, up: str, down: str) -> Tensors:
+    """Of a layer's router and experts, stored one by one in `block` under these names."""
+    o = c.options
+    tensors = {f"{block}.gate.weight": Stored((o.experts, c.width), (Part("router", (1, 0), turned),))}
+    for e in range(o.experts):
+        for name, weight, shape in (
+            (gate, "expert_gate", (o.expert_mlp, c.width)),
+            (up, "expert_up", (o.expert_mlp, c.width)),
+            (down, "expert_down", (c.width, o.expert_mlp)),
+        ):
+            tensors[f"{block}.experts.{e}.{name}.weight"] = Stored(shape, (Part(weight, (1, 0), turned, expert=e),))
+    return tensors
+
+
+def norm_tensors(c: LlamaConfig) -> Tensors:
+    """The norms before a layer's attention and MLP, by Llama's names."""
+    return {
+        "input_layernorm.weight": vector("attention_norm", c.width),
+        "post_attention_layernorm.weight": vector("mlp_norm", c.width),
+    }
+
+
+def llama_layer(c: LlamaConfig) -> Tensors:
+    """Of a layer, by Llama's names."""
+    norms = norm_tensors(c)
+    first = norms.pop("input_layernorm.weight")
+    return {"input_layernorm.weight": first, **attention_tensors(c), **norms, **mlp_tensors(c)}

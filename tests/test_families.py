@@ -1,0 +1,185 @@
+"""Every family of targets computes what transformers computes: prefill, and cached calls on trees and chains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import cache as kv
+from jaxspec.interchange.hf import load_target
+from jaxspec.interchange.hf_config import read_config
+from jaxspec.layers import causal_mask
+from jaxspec.targets.families import FAMILIES
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # tiny matrices; its threads would only contend with XLA's
+
+TOLERANCE = 3e-4  # greatest fp32 logit error
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+}
+GEMMA3_ROPE = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+PATTERN = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": False,
+    "final_logit_softcapping": 5.0,
+}
+EXPERTS = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+UPPER = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "mistral window": {"sliding_window": 4, "head_dim": 12},
+    "mistral llama3": {"sliding_window": None, "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2 upper window, stacked": UPPER,
+    "qwen2 yarn": {"rope_parameters": YARN},
+    "qwen3": {"head_dim": 12},
+    "qwen3 upper window, bias": {"head_dim": 8, "attention_bias": True, **UPPER},
+    "qwen3 linear, stacked": {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+    "phi3 window": {"sliding_window": 4},
+    "phi3 partial": {"tie_word_embeddings": True, "rope_parameters": {"partial_rotary_factor": 0.5, **PLAIN}},
+    "phi3 longrope, partial, stacked": {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+    "gemma2": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0},
+    "gemma2 uncapped, bias, stacked": {"head_dim": 8, "sliding_window": 4, "attention_bias": True, **UNCAPPED},
+    "gemma3": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "rope_parameters": GEMMA3_ROPE},
+    "gemma3 pattern, untied, stacked": {"head_dim": 8, "sliding_window": 4, "num_hidden_layers": 3, **PATTERN},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral window, stacked": {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 4},
+    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
+    "qwen3_moe bias, stacked": {**EXPERTS, "attention_bias": True},
+}
+CONFIGS = {
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3Text",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+}
+LENGTHS = (9, 5)  # prompt tokens of the two rows
+# Nodes of a tree: a root, two children, and a child of each.
+PARENTS, DEPTHS = (-1, 0, 0, 1, 2), (0, 1, 1, 2, 2)
+PATHS = ((0, 1, 3), (0, 2, 4))
+NODES = len(PARENTS)
+ANCESTORS = np.asarray(
+    [[any(m in p[: p.index(n) + 1] for p in PATHS if n in p) for m in range(NODES)] for n in range(NODES)]
+)
+
+
+def reference(name: str) -> Any:
+    """A random transformers model whose norms and biases are all different."""
+    family, fields = name.split()[0], {**SMALL, **VARIATIONS[name]}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{CONFIGS[family]}Config")(**fields, attn_implementation="eager")
+    model = getattr(transformers, FAMILIES[config.model_type].architecture)(config).eval()
+    with torch.no_grad():
+        for weight_name, weight in model.named_parameters():
+            if "norm" in weight_name:
+                weight.add_(torch.empty_like(weight).uniform_(-0.5, 0.5))
+            if weight_name.endswith("bias"):
+                weight.uniform_(-0.5, 0.5)
+    return model
+
+
+def wanted(model: Any, *tokens: np.ndarray) -> np.ndarray:
+    """The reference's logits behind the given stretches of one text."""
+    with torch.no_grad():
+        return model(torch.as_tensor(np.concatenate(tokens)[None])).logits.float().numpy()[0]
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_prefill_trees_and_chains_equal_transformers(tmp_path: Path, name: str):
+    model = reference(name)
+    model.save_pretrained(tmp_path)
+    module, params, config = load_target(tmp_path, dtype=jnp.float32, stacked=name.endswith("stacked"))
+    rng = np.random.default_rng(1)
+    prompt, tree, chain = (rng.integers(3, config.vocab, (2, count)) for count in (max(LENGTHS), NODES, NODES))
+
+    @jax.jit
+    def call(tokens: Any, positions: Any, mask: Any, prefix: Any) -> tuple[Any, Any]:
+        out = module.forward(params, tokens, positions, mask, prefix, keep_kv=True)
+        return module.logits(params, out.features_BLD), out.fresh
+
+    def near(logits: Any, expected: np.ndarray) -> None:
+        assert np.abs(np.asarray(logits) - expected).max() <= TOLERANCE
+
+    places = jnp.broadcast_to(jnp.arange(max(LENGTHS)), prompt.shape)
+    logits, fresh = call(prompt, places, causal_mask(max(LENGTHS)), None)
+    for b, length in enumerate(LENGTHS):
+        near(logits[b, :length], wanted(model, prompt[b, :length]))
+    length_B = jnp.asarray(LENGTHS)
+    cache = kv.commit(module.empty_cache(2, 24), fresh, jnp.zeros(2, jnp.int32))
+
+    logits, fresh = call(tree, length_B[:, None] + np.asarray(DEPTHS), jnp.asarray(ANCESTORS)[None], (cache, length_B))
+    for b, length in enumerate(LENGTHS):
+        for path in map(list, PATHS):
+            near(logits[b, path], wanted(model, prompt[b, :length], tree[b, path])[length:])
+    path = list(PATHS[1])
+    cache = kv.commit(cache, kv.take_rows(fresh, jnp.tile(jnp.asarray(path), (2, 1))), length_B)
+    length_B = length_B + len(path)
+
+    logits, _ = call(chain, length_B[:, None] + np.arange(NODES), causal_mask(NODES), (cache, length_B))
+    for b, length in enumerate(LENGTHS):
+        near(logits[b], wanted(model, prompt[b, :length], tree[b, path], chain[b])[length + len(path) :])
+
+
+def config_of(folder: Path, **fields: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps({**SMALL, **fields}))
+    return read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gpt2"}, ["'gpt2'", "MistralForCausalLM", "'qwen3'"]),
+        (
+            {"model_type": "mistral", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            ["'dynamic'", "'yarn'"],
+        ),
+        ({"model_type": "qwen2", "hidden_act": "relu2"}, ["hidden_act", "'relu2'", "'silu'"]),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2, **UPPER}, ["'linear_attention'"]),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["mlp_only_layers=[0]", "experts"]),
+        ({"model_type": "gemma3"}, ["'gemma3'", "gemma3_text"]),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, ["short_factor", "4 numbers"]),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_is(tmp_path: Path, fields: Any, words: list[str]):
+    with pytest.raises(ValueError) as caught:
+        config_of(tmp_path, **fields)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)

@@ -1,0 +1,331 @@
+"""Drafters in and out: every kind through every layout that holds it, and what is refused before a byte is written."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from random_models import SIZE, random_weights, write_target
+from safetensors.numpy import load_file, save_file
+
+from jaxspec import exports
+from jaxspec.__main__ import main
+from jaxspec.checkpoint import drafter_config, load_drafter
+from jaxspec.drafters import DRAFTERS, Eagle3Config, EagleConfig, FspadConfig, MedusaConfig, ParallelSpecConfig
+from jaxspec.exports import Exportable, refusal, write
+from jaxspec.interchange import medusa
+from jaxspec.interchange.layout import stored_tensors
+from jaxspec.interchange.published import published_family, read_drafter
+from jaxspec.interchange.servers import SERVERS
+from jaxspec.loading import open_drafter
+
+WIDTH, LAYERS = 32, 7
+SHAPE = (WIDTH, 4, 2, 6, 20)
+SOME = tuple(range(3, 120, 3))
+HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
+    "eagle": ("eagle", EagleConfig(*SHAPE), None),
+    "eagle without bias": ("eagle", EagleConfig(*SHAPE, rope_theta=5e5, bias=False), None),
+    "hass norms": ("eagle", EagleConfig(*SHAPE, embedding_norm=True, head_norm=True), None),
+    "fspad": ("fspad", FspadConfig(*SHAPE), None),
+    "fspad without sampling": ("fspad", FspadConfig(*SHAPE, feature_sampling=False), None),
+    "fspad without alignment": ("fspad", FspadConfig(*SHAPE, partial_alignment=False, bias=False), None),
+    "eagle3": ("eagle3", Eagle3Config(*SHAPE, vocab=len(SOME), taps=(2, 3, 4)), SOME),
+    "eagle3 norm first": (
+        "eagle3",
+        Eagle3Config(*SHAPE, vocab=len(SOME), taps=(2, 3, 4), norm_before_residual=True),
+        SOME,
+    ),
+    "eagle3 of all tokens": ("eagle3", Eagle3Config(*SHAPE, vocab=SIZE, taps=(2, 3, 4)), None),
+    "eagle3 of other layers": ("eagle3", Eagle3Config(*SHAPE, vocab=len(SOME), taps=(1, 3, 5)), SOME),
+    "medusa": ("medusa", MedusaConfig(WIDTH, 3, vocab=SIZE), None),
+    "medusa of two blocks": ("medusa", MedusaConfig(WIDTH, 3, layers=2), None),
+    "parallelspec": ("parallelspec", ParallelSpecConfig(*SHAPE), None),
+}
+SERVED = {
+    "eagle": ["orbax", "eagle", "sglang"],
+    "eagle without bias": ["orbax", "eagle", "sglang", "vllm"],
+    "fspad": ["orbax", "eagle"],
+    "fspad without sampling": ["orbax", "eagle"],
+    "fspad without alignment": ["orbax", "eagle"],
+    "eagle3": ["orbax", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"],
+    "eagle3 norm first": ["orbax", "vllm", "speculators", "tpu-inference"],
+    "eagle3 of all tokens": ["orbax", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"],
+    "eagle3 of other layers": ["orbax", "sglang", "vllm", "speculators"],
+    "medusa": ["orbax", "vllm"],
+    "medusa of two blocks": ["orbax", "vllm"],
+    "hass norms": ["orbax"],
+    "parallelspec": ["orbax"],
+}
+
+
+def head(kind: str, dtype: Any = np.float32) -> Exportable:
+    """A head with random weights, norms included."""
+    name, config, tokens = HEADS[kind]
+    module = DRAFTERS[name][0](config)
+    draw = np.random.default_rng(5)
+    params = jax.tree.map(lambda a: (a + 0.1 * draw.normal(size=a.shape)).astype(dtype), random_weights(module, 0.2, 3))
+    return Exportable("drafter", params, drafter_config(name, module, draft_vocab=tokens), {})
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_target(tmp_path_factory.mktemp("target") / "target", layers=LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "server"), [(kind, server) for kind, servers in SERVED.items() for server in servers if server != "orbax"]
+)
+def test_what_is_exported_is_imported_bit_for_bit(kind: str, server: str, target: str, tmp_path: Path):
+    model = head(kind)
+    write(server, tmp_path / "out", model, target)
+    found = read_drafter(tmp_path / "out")
+    name, config, tokens = HEADS[kind]
+    assert (found.name, found.config, found.draft_vocab) == (name, config, tokens)
+    assert_same(found.params, model.params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_keep_their_dtype(dtype: str, target: str, tmp_path: Path):
+    model = head("eagle3", jax.numpy.dtype(dtype))
+    write("vllm", tmp_path / "out", model, target)
+    assert_same(read_drafter(tmp_path / "out").params, model.params)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_goes_exactly_where_it_can_be_served(kind: str, target: str, tmp_path: Path):
+    model = head(kind)
+    for server in exports.FORMATS:
+        if server in SERVED[kind]:
+            assert refusal(model, server) is None
+            continue
+        with pytest.raises(ValueError):
+            write(server, tmp_path / "out", model, target)
+        assert not list(tmp_path.iterdir())
+
+
+def exported(server: str, kind: str, target: str, out: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    write(server, out, head(kind), target)
+    return load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+
+
+def test_sglang_gets_a_bias_of_zeros_and_vllm_none(target: str, tmp_path: Path):
+    tensors, config = exported("sglang", "eagle without bias", target, tmp_path / "a")
+    assert not tensors["fc.bias"].any() and config["architectures"] == ["LlamaForCausalLMEagle"]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    tensors, config = exported("vllm", "eagle without bias", target, tmp_path / "b")
+    assert "fc.bias" not in tensors and config["architectures"] == ["LlamaForCausalLM"]
+    with pytest.raises(ValueError, match="builds fc without a bias"):
+        write("vllm", tmp_path / "c", head("eagle"), target)
+
+
+def test_vocabularies_are_written_as_offsets_once(target: str, tmp_path: Path):
+    for server in ("sglang", "vllm", "speculators", "sglang-jax", "tpu-inference", "eagle"):
+        tensors, config = exported(server, "eagle3", target, tmp_path / server)
+        assert tuple(tensors["d2t"] + np.arange(len(SOME))) == SOME
+        assert tuple(np.flatnonzero(tensors["t2d"])) == SOME
+        assert config["draft_vocab_size"] == len(SOME) and config["jaxspec"]["assumes"] == SERVERS[server].version
+
+
+def test_layers_are_counted_as_each_server_counts_them(target: str, tmp_path: Path):
+    ids = "eagle_aux_hidden_state_layer_ids"
+    config = exported("sglang", "eagle3 of other layers", target, tmp_path / "a")[1]
+    assert config["eagle_config"][ids] == [0, 2, 4] and config["eagle_config"]["layer_id_convention"] == "output"
+    for server in ("vllm", "speculators"):
+        config = exported(server, "eagle3 of other layers", target, tmp_path / server)[1]
+        assert config[ids] == [1, 3, 5] and config["layer_id_convention"] == "input"
+    with pytest.raises(ValueError, match="sglang-jax always reads the inputs of layers"):
+        write("sglang-jax", tmp_path / "b", head("eagle3 of other layers"), target)
+
+
+def test_speculators_calls_the_layer_otherwise_and_has_the_embedding(target: str, tmp_path: Path):
+    tensors, config = exported("speculators", "eagle3 of all tokens", target, tmp_path / "a")
+    assert "layers.0.hidden_norm.weight" in tensors and "embed_tokens.weight" in tensors
+    assert not tensors["d2t"].any() and tensors["t2d"].all()
+    assert config["speculators_config"]["verifier"]["name_or_path"] == target
+    assert "architectures" not in config["transformer_layer_config"]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any]], Any]) -> Path:
+    """Change the tensors and the config of a folder in place, and leave nothing of ours in it."""
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    config.pop("jaxspec", None)
+    change(tensors, config)
+    save_file(tensors, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "jaxspec.json").unlink(missing_ok=True)
+    return folder
+
+
+def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path: Path):
+    write("sglang", tmp_path / "a", head("eagle3"), target)
+
+    def plain(tensors: Any, config: Any) -> None:
+        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
+
+    rewrite(tmp_path / "a", plain)
+    with pytest.raises(ValueError, match="say which with --layer-ids"):
+        read_drafter(tmp_path / "a", target_layers=LAYERS)
+    assert read_drafter(tmp_path / "a", layer_ids="input").config.taps == (2, 3, 4)
+    assert read_drafter(tmp_path / "a", layer_ids="output").config.taps == (3, 4, 5)
+    rewrite(tmp_path / "a", lambda tensors, config: config.pop("eagle_config"))
+    assert read_drafter(tmp_path / "a", target_layers=LAYERS).config.taps == (2, 3, 4)
+    with pytest.raises(ValueError, match="does not say which 3 layers"):
+        read_drafter(tmp_path / "a")
+
+
+def test_rows_out_of_order_are_sorted_and_tokens_for_offsets_refused(target: str, tmp_path: Path):
+    write("vllm", tmp_path / "a", head("eagle3"), target)
+
+    def backward(tensors: dict[str, np.ndarray], config: Any) -> None:
+        tensors["d2t"] = np.array(SOME)[::-1] - np.arange(len(SOME))
+        tensors["lm_head.weight"] = np.ascontiguousarray(tensors["lm_head.weight"][::-1])
+
+    found = read_drafter(rewrite(tmp_path / "a", backward))
+    assert found.draft_vocab == SOME
+    assert_same(found.params, head("eagle3").params)
+    rewrite(tmp_path / "a", lambda tensors, config: tensors.update(d2t=np.array(SOME)))
+    with pytest.raises(ValueError, match="d2t holds the tokens themselves"):
+        read_drafter(tmp_path / "a")
+
+
+def test_the_kind_is_told_by_tensors_and_doubt_is_an_error(target: str, tmp_path: Path):
+    write("sglang", tmp_path / "a", head("eagle"), target)
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / "anything.safetensors")
+    assert published_family(tmp_path / "a") == "eagle" and published_family(target) == "lm"
+    (tmp_path / "a" / "anything.safetensors").rename(tmp_path / "a" / "model.safetensors")
+    both = {"0.0.linear.weight": np.zeros((4, 4), np.float32)}
+    rewrite(tmp_path / "a", lambda tensors, config: tensors.update(both))
+    with pytest.raises(ValueError, match=r"is eagle and medusa by its tensors.*fc.bias \[32\]"):
+        read_drafter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_medusa_heads_in_the_authors_layout_are_read(layers: int, tmp_path: Path):
+    config = MedusaConfig(WIDTH, 3, layers, SIZE)
+    params = random_weights(DRAFTERS["medusa"][0](config), 0.2, 3)
+    tensors = {}
+    for block in range(layers):
+        tensors |= stored_tensors(medusa.medusa_table(config, block), params)
+    assert tensors[f"2.{layers}.weight"].shape == (SIZE, WIDTH)
+    save_file(tensors, str(tmp_path / "medusa_lm_head.safetensors"))
+    (tmp_path / "config.json").write_text("{}")
+    found = read_drafter(tmp_path)
+    assert found.config == config
+    assert_same(found.params, params)
+
+
+def test_import_inspect_and_export_tell_the_same(target: str, tmp_path: Path):
+    write("sglang", tmp_path / "a", head("eagle3"), target)
+    told = [tmp_path / f"{i}.json" for i in range(2)]
+    assert main(["import", "drafter", str(tmp_path / "a"), str(tmp_path / "b"), "--json", str(told[0])]) == 0
+    assert main(["inspect", str(tmp_path / "a"), "--json", str(told[1])]) == 0
+    imported, seen = (json.loads(path.read_text()) for path in told)
+    assert (seen["kind"], seen["family"], seen["format"]) == ("drafter", "eagle3", "published")
+    assert seen["parameters"] == imported["parameters"] and seen["exportable_to"] == imported["exportable_to"]
+    assert seen["shapes"]["fc"] == [3 * WIDTH, WIDTH] and seen["convention"]["taps"].startswith("inputs of layers 2, 3")
+    a, b = load_drafter(tmp_path / "b"), open_drafter(tmp_path / "a")
+    assert (a.module, a.draft_vocab) == (b.module, b.draft_vocab)
+    assert_same(a.params, b.params)
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exports, "write_card", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write("sglang", tmp_path / "out", head("eagle"), target)
+    assert not list(tmp_path.iterdir())
+
+
+# PyTorch's files.
+
+
+def torch_file(path: Path, program: bytes, parts: dict[str, bytes] | None = None, **how: Any) -> Path:
+    with zipfile.ZipFile(path, "w", **how) as archive:
+        archive.writestr("archive/data.pkl", program)
+        for name, data in (parts or {}).items():
+            archive.writestr(f"archive/data/{name}", data)
+    return path
+
+
+def test_a_bin_is_read_as_safetensors_are(target: str, tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    write("eagle", tmp_path / "a", head("eagle"), target)
+    tensors = {name: torch.from_numpy(a) for name, a in load_file(tmp_path / "a" / "model.safetensors").items()}
+    tensors["fc.weight"] = tensors["fc.weight"].T.contiguous().T  # other strides
+    tensors["fc.bias"] = torch.nn.Parameter(torch.cat([torch.zeros(5), tensors["fc.bias"]]))[5:].detach()
+    (tmp_path / "a" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "a" / "pytorch_model.bin")
+    assert_same(read_drafter(tmp_path / "a").params, head("eagle").params)
+    torch.save({"state_dict": tensors}, tmp_path / "a" / "pytorch_model.bin")
+    assert_same(read_drafter(tmp_path / "a").params, head("eagle").params)
+    torch.save(tensors, tmp_path / "a" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"is no zip archive: a PyTorch file of before version 1.6"):
+        read_drafter(tmp_path / "a")
+
+
+class Hostile:
+    """Whose unpickling runs a command."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for protocol in (2, 3, 4, 5):
+        program = pickle.dumps({"fc.weight": Hostile(tmp_path / "ran")}, protocol=protocol)
+        torch_file(folder / "pytorch_model.bin", program)
+        with pytest.raises(ValueError, match=r"only tensors and plain containers are admitted|pickle uses"):
+            read_drafter(folder)
+        (folder / "pytorch_model.bin").write_bytes(program)
+        with pytest.raises(ValueError, match="is no zip archive"):
+            read_drafter(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        (b"\x80\x02}", "exhausted"),
+        (b"\x80\x02}q\x00h\x07.", "is not read"),
+        (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", "builtins.eval"),
+        (b"\x80\x02cos\nsystem\n.", "os.system"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),
+        (b"\x80\x02]q\x00h\x00a.", "no table of named tensors"),
+        (b"\x80\x02}X\x01\x00\x00\x00ah\x00s.", "is not read"),
+        (b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "is not read"),
+        (b"garbage", "is not read"),
+    ],
+)
+def test_broken_pickles_are_refused_in_a_sentence(program: bytes, sentence: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    torch_file(tmp_path / "pytorch_model.bin", program)
+    with pytest.raises(ValueError, match=sentence):
+        read_drafter(tmp_path)
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    parts = {"0": bytes(10**7)}
+    torch_file(tmp_path / "pytorch_model.bin", b"\x80\x02}.", parts, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="is compressed or encrypted"):
+        read_drafter(tmp_path)

@@ -1,0 +1,141 @@
+"""Published heads against PyTorch modules written from the papers' equations, on the same files, in fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import SIZE, write_target
+from safetensors.numpy import load_file
+from test_published import HEADS, LAYERS, SHAPE, WIDTH, head
+
+from jaxspec.base import Borrowed
+from jaxspec.drafters import DRAFTERS
+from jaxspec.exports import write
+from jaxspec.interchange.published import read_drafter
+
+torch = pytest.importorskip("torch")
+_, QUERIES, KEYS, CHANNELS, _ = SHAPE
+ROWS, STEPS, EPS = 6, 3, 1e-5
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_target(tmp_path_factory.mktemp("target") / "target", layers=LAYERS))
+
+
+def norm(w: Any, x: Any) -> Any:
+    return w * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def turn(x: Any, theta: float) -> Any:
+    """Rotary positions of `[heads, length, channels]`, channel i with channel i + half."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[1])[:, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def attention(w: dict[str, Any], prefix: str, x: Any, theta: float) -> Any:
+    """Causal grouped attention over `[length, width]`."""
+
+    def heads(name: str, count: int) -> Any:
+        return (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T).view(len(x), count, CHANNELS).transpose(0, 1)
+
+    q, k, v = turn(heads("q", QUERIES), theta), turn(heads("k", KEYS), theta), heads("v", KEYS)
+    k, v = (a.repeat_interleave(QUERIES // KEYS, 0) for a in (k, v))
+    scores = (q @ k.transpose(1, 2)) / CHANNELS**0.5
+    scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
+    mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)
+    return mixed @ w[f"{prefix}self_attn.o_proj.weight"].T
+
+
+def mlp(w: dict[str, Any], prefix: str, x: Any) -> Any:
+    gate, up, down = (w[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def eagle(w: dict[str, Any], embedding: Any, feature: Any, theta: float) -> tuple[Any, Any]:
+    """What is scored, and what is handed on: EAGLE-1/2 and HASS, and FSPAD where its tensors are there."""
+    fc = "fc.fc" if "fc.fc.weight" in w else "fc"
+    s = torch.cat([embedding, feature], -1) @ w[f"{fc}.weight"].T + w.get(f"{fc}.bias", torch.zeros(WIDTH))
+    if fc == "fc.fc":
+        gate, up, down = (w[f"fc.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        inner = norm(w["fc.post_attention_layernorm.weight"], s)
+        s = s + (torch.nn.functional.silu(embedding @ gate.T) * (inner @ up.T)) @ down.T
+    a = s + attention(w, "layers.0.", s, theta)
+    m = mlp(w, "layers.0.", norm(w["layers.0.post_attention_layernorm.weight"], a))
+    if m.shape[-1] == WIDTH:
+        return a + m, a + m
+    return a + m[:, :WIDTH], a + m[:, WIDTH:]
+
+
+def eagle3(w: dict[str, Any], embedding: Any, feature: Any, theta: float) -> tuple[Any, Any]:
+    stream = feature @ w["fc.weight"].T if feature.shape[-1] == 3 * WIDTH else feature
+    seen = torch.cat(
+        [norm(w["midlayer.input_layernorm.weight"], embedding), norm(w["midlayer.hidden_norm.weight"], stream)], -1
+    )
+    a = stream + attention(w, "midlayer.", seen, theta)
+    out = a + mlp(w, "midlayer.", norm(w["midlayer.post_attention_layernorm.weight"], a))
+    return norm(w["norm.weight"], out) @ w["lm_head.weight"].T, out
+
+
+def files_of(kind: str, target: str, out: Path) -> tuple[dict[str, Any], Any, Any]:
+    """The tensors of an exported head for PyTorch, and our module and weights as imported from them."""
+    write("vllm" if kind.startswith("medusa") else "eagle", out, head(kind), target)
+    found = read_drafter(out)
+    tensors = {name: torch.from_numpy(a) for name, a in load_file(out / "model.safetensors").items()}
+    return tensors, DRAFTERS[found.name][0](found.config), found.params
+
+
+def unrolled(module: Any, params: Any, borrowed: Borrowed, tokens: np.ndarray, features: np.ndarray) -> np.ndarray:
+    at, mask = jnp.arange(ROWS)[None], jnp.tril(jnp.ones((1, ROWS, ROWS), bool))
+    out = module.unroll(params, borrowed, tokens[None], features[None], at, mask, STEPS)
+    return np.stack([module.logits(params, borrowed, out.hidden_TBLD[j], j)[0] for j in range(STEPS)])
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[np.ndarray, np.ndarray, Borrowed]:
+    """Tokens, three features a position, and the target's tables."""
+    draw = np.random.default_rng(7)
+    embed, table = (jnp.asarray(draw.normal(size=(SIZE, WIDTH)), jnp.float32) for _ in range(2))
+    features = draw.normal(size=(ROWS, 3 * WIDTH)).astype(np.float32)
+    return draw.integers(0, SIZE, ROWS), features, Borrowed(embed, table)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind.split()[0] in ("eagle", "fspad", "eagle3")])
+def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, text: Any, tmp_path: Path):
+    if kind in ("eagle3 of other layers", "eagle3 norm first"):
+        pytest.skip("not in the authors' layout")
+    tokens, features, borrowed = text
+    weights, module, params = files_of(kind, target, tmp_path / "out")
+    features = features if module.taps else features[:, :WIDTH]
+    ours = unrolled(module, params, borrowed, tokens, features)
+    embed, table = (torch.from_numpy(np.array(a)) for a in borrowed)
+    network = eagle3 if module.taps else eagle
+    for row in range(ROWS - STEPS):
+        # Sequential drafting from this row: pairs of the text, then of the head's own features.
+        seen = torch.from_numpy(features[: row + 1])
+        if module.taps:
+            seen = seen @ weights["fc.weight"].T
+        for step in range(STEPS):
+            pairs = embed[torch.from_numpy(tokens[1 : row + step + 2])]
+            scored, feature = network(weights, pairs, seen, module.config.rope_theta)
+            logits = scored[-1] if module.taps else scored[-1] @ table.T
+            np.testing.assert_allclose(ours[step, row], logits.numpy(), atol=1e-4, rtol=1e-4)
+            seen = torch.cat([seen, feature[-1:]])
+
+
+@pytest.mark.parametrize("kind", ["medusa", "medusa of two blocks"])
+def test_imported_medusa_heads_are_residual_blocks(kind: str, target: str, text: Any, tmp_path: Path):
+    tokens, features, borrowed = text
+    weights, module, params = files_of(kind, target, tmp_path / "out")
+    ours = unrolled(module, params, borrowed, tokens, features[:, :WIDTH])
+    for i in range(STEPS):
+        x = torch.from_numpy(features[:, :WIDTH])
+        for j in range(module.config.layers):
+            stem = f"blocks.{i}.layers.{j}"
+            x = x + torch.nn.functional.silu(x @ weights[f"{stem}.weight"].T + weights[f"{stem}.bias"])
+        table = weights.get(f"lm_heads.{i}.weight", torch.from_numpy(np.array(borrowed.head_VD)))
+        np.testing.assert_allclose(ours[i], (x @ table.T).numpy(), atol=1e-4, rtol=1e-4)

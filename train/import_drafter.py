@@ -1,0 +1,58 @@
+"""Make a drafter that a paper or a server's project published a drafter of jaxspec.
+
+FOLDER holds its config.json and weights (safetensors, or PyTorch's .bin, which is read without running it). Its kind
+is told by its tensors. Whole LMs need no import: give their folder as drafter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from jaxspec import cli, exports, loading, report
+from jaxspec.checkpoint import refuse_to_replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec import drafter`."""
+
+    folder: Positional[Path]
+    """Folder of the published drafter."""
+    out: Positional[Path]
+    """Folder to write."""
+    target: str | None = None
+    """Folder of its target; EAGLE-3 heads that do not say which layers they read need it."""
+    layer_ids: Literal["input", "output"] | None = None
+    """Whether an EAGLE-3 head's config.json names the target's layers by their inputs or their outputs. Default: as the
+    layout has it."""
+    overwrite: bool = False
+    """Replace a model that was written to the folder before."""
+    json: Path | None = None
+    """Write the result here."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec import drafter", description=__doc__ or "")
+    refuse_to_replace(args.out)
+    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
+        raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
+    model = exports.published_drafter(args.folder, str(args.folder), target=args.target, layer_ids=args.layer_ids)
+    exports.write("orbax", args.out, model)
+    facts = exports.facts(model) | {"format": "orbax", "path": args.out}
+    report.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))
+    loading.open_drafter(args.out)  # what was written can be used
+    if args.json:
+        report.write_json(args.json, report.result("import", seed=None, started=started, **facts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

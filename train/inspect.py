@@ -1,0 +1,43 @@
+"""Say what a folder holds: family or kind of drafter, shapes, dtype, conventions, and what it can be exported to."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from jaxspec import cli, exports, report
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec inspect`."""
+
+    path: Positional[str]
+    """Folder of a run, a drafter of jaxspec's or a published one, or a target; `tiny` is the bundled target."""
+    target: str | None = None
+    """Folder of a drafter's target; EAGLE-3 heads that do not say which layers they read need it."""
+    json: Path | None = None
+    """Write the result here."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec inspect", description=__doc__ or "")
+    model = exports.find_model(args.path, target=args.target)
+    facts = exports.facts(model) | {"path": args.path}
+    shapes, told = exports.shapes(model), exports.conventions(model)
+    report.print_table(args.path, ("", ""), [*facts.items(), *told.items()])
+    report.print_table("weights", ("weight", "shape"), [(name, str(shape)) for name, shape in shapes.items()])
+    if args.json:
+        more = {"shapes": shapes, "convention": told}
+        report.write_json(args.json, report.result("inspect", seed=None, started=started, **facts, **more))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
