@@ -346,7 +346,7 @@ def attend_text(
 ) -> Array:
     """`attend` of whole training rows, whose mask is causal: by the kernel where it takes them packed as they are, else
     `attend_causal` in blocks, if any."""
-    how = {"scale": scale, "score_cap": score_cap}
+    how: dict[str, Any] = {"scale": scale, "score_cap": score_cap}
     usual = scale is None and score_cap is None
     if (
         usual

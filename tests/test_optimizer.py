@@ -1,5 +1,7 @@
 """Muon: orthogonal steps for matrices, however they are stacked and shaped, and Adam's for all else."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ HEAD = Fspad(FspadConfig(16, 4, 2, 6, 20))
 RATE = 1e-2
 
 
-def first_step(params, **how):
+def first_step(params: Any, **how: Any) -> tuple[Any, Any]:
     """The update from random gradients, and those."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -45,7 +47,7 @@ def test_stacked_matrices_move_as_each_alone():
     optimizer = make_optimizer(lambda count: jnp.asarray(RATE), kind="muon")
     for i in range(3):
         one = {"block": heads["block"][i]}
-        alone = optimizer.update({"block": gradient["block"][i]}, optimizer.init(one), one)[0]
+        alone: Any = optimizer.update({"block": gradient["block"][i]}, optimizer.init(one), one)[0]
         np.testing.assert_allclose(update["block"][i], alone["block"], atol=1e-6)
 
 
@@ -53,7 +55,7 @@ def test_norms_biases_and_tables_move_by_adam(head):
     params = {**head, "mask_tokens": jnp.ones((3, 16)), "embed": jnp.ones((9, 16))}
     update, gradient = first_step(params, kind="muon", weight_decay=0.1)
     adam = optax.adamw(RATE, 0.9, 0.95, nesterov=True, weight_decay=0.0)
-    expected = adam.update(gradient, adam.init(params), params)[0]
+    expected: Any = adam.update(gradient, adam.init(params), params)[0]
     for name in ("fc_bias", "mlp_norm", "sampling_norm", "mask_tokens", "embed"):
         np.testing.assert_allclose(update[name], expected[name], rtol=1e-5, err_msg=name)
 

@@ -121,11 +121,11 @@ def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM:
 
 def stack_views(views: list[View]) -> View:
     """Views of several kinds on a leading axis, for a scan to choose from."""
-    like = next(v for v in views if v.first_BL is not None)
+    first_BL, mask_BLM = next((v.first_BL, as_mask(v.mask_BLM)) for v in views if v.first_BL is not None)
 
     def whole(v: View) -> View:
-        first = jnp.zeros_like(like.first_BL) if v.first_BL is None else v.first_BL
-        return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), jnp.shape(like.mask_BLM)), first)
+        first = jnp.zeros_like(first_BL) if v.first_BL is None else v.first_BL
+        return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), mask_BLM.shape), first)
 
     return jax.tree.map(lambda *a: jnp.stack(a), *map(whole, views))
 
@@ -225,7 +225,7 @@ class Llama(nn.Module):
 
         def block(seen: View, x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
             def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                scores = {"scale": options.score_scale, "score_cap": options.score_cap}
+                scores: dict[str, Any] = {"scale": options.score_scale, "score_cap": options.score_cap}
                 if past is None:
                     how = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row}
                     mixed = attend_text(q, k, v, seen.mask_BLM, **how, **scores)
