@@ -9,6 +9,7 @@ config = dataclasses.replace(
     base,
     name="eagle3_vicuna_13b",
     target="models/vicuna-13b",
+    data=dataclasses.replace(base.data, template="vicuna"),
     draft_vocab=None,
     checkpoint=CheckpointConfig("runs/eagle3_vicuna_13b", save_every=None, save_minutes=15),
     export_folder="runs/eagle3_vicuna_13b/drafter",

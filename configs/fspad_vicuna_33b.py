@@ -9,6 +9,7 @@ config = dataclasses.replace(
     base,
     name="fspad_vicuna_33b",
     target="models/vicuna-33b",
+    data=dataclasses.replace(base.data, template="vicuna"),
     checkpoint=CheckpointConfig("runs/fspad_vicuna_33b", save_every=None, save_minutes=15),
     export_folder="runs/fspad_vicuna_33b/drafter",
 )

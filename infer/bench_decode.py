@@ -137,6 +137,7 @@ def main(argv: list[str]) -> int:
             mode=args.draft_mode,
             rule=args.rule,
             draft_vocab=args.draft_vocab,
+            template=args.template,
             dtype=loading.DTYPES[args.dtype],
         )
     )

@@ -22,7 +22,7 @@ import tyro
 
 from jaxspec import cli, flags, loading, report, serving
 from jaxspec.data import jsonl
-from jaxspec.data.chat import IncrementalDecoder
+from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.flags import DraftFlags
 from jaxspec.generation import stream, tau
@@ -60,6 +60,8 @@ class Args(DraftFlags):
         super().__post_init__()
         if bool(self.prompt) == (self.prompts is not None):
             raise ValueError("give prompts as words in quotes or a file with --prompts, one of the two")
+        if self.raw and self.template is not None:
+            raise ValueError("--raw leaves the chat template out: leave out --template, or --raw")
         if self.tree is not None:
             parse_tree(self.tree)
         if self.drafter == "none":
@@ -93,6 +95,7 @@ def main(argv: list[str]) -> int:
         mode=args.draft_mode,
         rule=args.rule,
         draft_vocab=args.draft_vocab,
+        template=NO_TEMPLATE if args.raw else args.template,
         dtype=loading.DTYPES[args.dtype],
     )
     jobs, failures = make_jobs(prompts, models, args.settings, raw=args.raw, seed=args.seed)

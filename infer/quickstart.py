@@ -47,6 +47,8 @@ FINALISTS = 3
 class Args:
     target: str = "tiny"
     """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    template: str | None = None
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     folder: Path = Path("runs/quickstart")
     """Where the drafter and the training run are kept; a second call resumes or replaces what is there."""
     conversations: int = 900
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec quickstart", description=__doc__ or "")
-    models = loading.load_models(args.target)
+    models = loading.load_models(args.target, template=args.template)
     say("1/5 the target writes questions")
     judged = write_questions(models, args.held_out + TUNING, args.seed, SENSIBLE)
     tuning, held_out = judged[:TUNING], judged[TUNING:]

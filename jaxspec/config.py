@@ -38,6 +38,8 @@ class DataConfig:
     mix: str | None = None  # as eval; mixed in against forgetting: what the model was pretrained on
     mix_share: float = 0.1  # of the trained tokens that are the mix's; its conversations are repeated if they are few
     mix_loss_on: Literal["all", "assistant"] = "all"  # pretraining predicts every token, and so does what recalls it
+    # Chat template: vicuna, llama-2-chat, llama-3, chatml or a file of Jinja. None: the target folder's own.
+    template: str | None = None
     features: str | None = None  # folder that `jaxspec features` wrote, read instead of running the target's layers
     top_k: int | None = (
         None  # learn from so many log-probabilities of that folder, the others as one, not from the head

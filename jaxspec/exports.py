@@ -25,6 +25,7 @@ from jaxspec.checkpoint import (
     save_model,
     whole_folder,
 )
+from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import LayerIds
 from jaxspec.interchange.hf import load_tables, load_target, stored_dtype, write_llama
@@ -39,7 +40,6 @@ from jaxspec.tracking import RECORD, provenance, read_record
 
 FORMATS = ("orbax", "hf", *SERVERS)
 """Names that `jaxspec export --to` takes."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Exportable(NamedTuple):

@@ -21,6 +21,8 @@ class Flags:
 
     target: str = "tiny"
     """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    template: str | None = None
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     max_new_tokens: int = 256
     """Most tokens of an answer; one that reaches the target's last position ends there."""
     temperature: float = 0.0

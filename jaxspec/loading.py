@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxspec import models as bundled
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoint import LoadedDrafter, load_drafter
-from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
 from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
@@ -105,10 +105,10 @@ def target_folder(name: str) -> Path:
 
 def tokenizer_card(folder: Path) -> dict[str, Any] | None:
     """What the card of a model says of the tokenizer in a HuggingFace folder; None where there is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    path = next((p for name in TOKENIZERS if (p := folder / name).is_file()), None)
+    if path is None:
         return None
-    chat = ChatTokenizer.load(folder)
+    chat = ChatTokenizer.load(folder, NO_TEMPLATE)
     return {
         "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "vocab": chat.vocab_size,
@@ -139,7 +139,7 @@ def open_drafter(
         return LoadedDrafter(head.name, module, params, {}, head.draft_vocab)
     found = load_target(path, dtype=dtype, stacked=False)
     if tokenizer is not None:
-        theirs = ChatTokenizer.load(path).tokenizer.get_vocab()
+        theirs = ChatTokenizer.load(path, NO_TEMPLATE).tokenizer.get_vocab()
         if theirs != tokenizer.tokenizer.get_vocab():
             raise ValueError(f"{path}: the draft model's tokenizer has another vocabulary than the target's")
     c = found.config
@@ -173,19 +173,22 @@ def load_models(
     mode: DraftMode = "topk",
     rule: str | None = None,
     draft_vocab: str | None = None,
+    template: str | None = None,
     dtype: Any = jnp.float32,
 ) -> Models:
     """The target of a HuggingFace folder (or `tiny`), with the drafter that `save_drafter` wrote and the tree `tree`.
 
     `tree` defaults to the one saved with the drafter, `rule` to the usual one for the draft mode.
     `draft_vocab` is a file of maps (see `data.draft_vocab`), `none` for all tokens, or None for what was saved with the
-    drafter. Raises ValueError naming what is missing or does not match.
+    drafter. `template` names the chat template, by default the folder's own (see `ChatTokenizer.load`). Raises
+    ValueError naming what is missing or does not match.
     """
     if drafter is None and tree is not None:
         raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
     folder = target_folder(target)
+    tokenizer = ChatTokenizer.load(folder, template)
     loaded = load_target(folder, dtype=dtype, stacked=False)
-    plain = Models(Engine(loaded.module), Weights(loaded.params), ChatTokenizer.load(folder), loaded.config)
+    plain = Models(Engine(loaded.module), Weights(loaded.params), tokenizer, loaded.config)
     if drafter is None:
         return plain
     head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=loaded.config.layers)

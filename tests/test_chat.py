@@ -172,6 +172,11 @@ def test_special_tokens_and_templates_are_read_in_every_form_huggingface_writes(
     assert ChatTokenizer.load(editable).render([]) == "<|begin|>"
 
 
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        ChatTokenizer.load(tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_file_is_named(editable: Path, name: str):
     (editable / name).unlink()

@@ -130,6 +130,7 @@ def test_an_answer_ends_at_the_last_position(tmp_path, target):
         (["x", "--tree", "bush:3", "--drafter", "d"], "tree 'bush:3' is not one of"),
         (["x", "--tree", "chain:2"], "--tree needs a --drafter"),
         (["x", "--slots", "0"], "--slots is 0"),
+        (["x", "--raw", "--template", "vicuna"], "--raw leaves the chat template out"),
         (["x", "--rule", "block"], "rule block is for children drafted by sample or swor, not topk"),
         (["x", "--rule", "coin"], "coin"),
         (["x", "--draft-mode", "swor"], "--draft-mode needs a --drafter"),

@@ -157,6 +157,17 @@ def test_training_reads_a_corpus_from_disk_and_refuses_that_of_another_tokenizer
         read_data(load("eagle2", data), ChatTokenizer.load(tmp_path), ONE)
 
 
+def test_a_corpus_is_tokenized_with_the_template_that_is_named(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path):
+    target = ["--target", str(folder / "tokenizer")]
+    out = str(tmp_path / "out")
+    assert main(["tokenize", str(folder / "talks.jsonl"), *target, "--template", "vicuna", "--out", out]) == 0
+    corpus, vicuna = StoredCorpus(out), ChatTokenizer.load(folder / "tokenizer", "vicuna")
+    corpus.check(vicuna)
+    assert vicuna.decode(corpus.read([0])[0].tokens).startswith("A chat between")
+    with pytest.raises(ValueError, match=r"another template than the target's; .* --target \(and --template\)"):
+        corpus.check(tokenizer)
+
+
 def test_weighted_files_make_their_shares_of_the_trained_tokens(folder: Path, tokenizer: ChatTokenizer):
     names = f"{folder / 'corpus'}:5,{folder / 'talks.jsonl'}:3,{folder / 'corpus'}:2"
     data = (f"data.train={names}", f"data.eval={folder / 'talks.jsonl'}", f"data.length={LENGTH}", "data.mix_share=0.2")

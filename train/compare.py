@@ -80,6 +80,9 @@ class Args:
     """Prompts decoded side by side; it changes the speed only."""
     target: str | None = None
     """HuggingFace folder of the target. Default: the one that the recipes name."""
+    template: str | None = None
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the one that the recipes name,
+    or else that of the target's folder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of decoding; training has each recipe's own."""
     out: Path = Path("runs/compare")
@@ -138,8 +141,9 @@ def main(argv: Sequence[str]) -> int:
     with launch.joined(Launch(), prog="jaxspec compare"):  # whoever is told of others hears that they are one too many
         launch.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
     target, arms = plan(args)
+    args = dataclasses.replace(args, template=template_of(arms))
     prompts = choose_prompts(args)
-    tokenizer = ChatTokenizer.load(loading.target_folder(target))
+    tokenizer = ChatTokenizer.load(loading.target_folder(target), args.template)
     notes = Notes(args.out, begun_with(args, target))
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
     setup = Setup(make_jobs(prompts, args, tokenizer), args.trees, args.settings, args.slots, notes)
@@ -152,7 +156,9 @@ def main(argv: Sequence[str]) -> int:
             try:
                 stopped(f"before {arm.name}")
                 tokens = train_arm(arm, corpora, tokens=int(args.tokens))
-                models = loading.load_models(target, drafter=arm.drafter, tree="none", dtype=loading.DTYPES[args.dtype])
+                models = loading.load_models(
+                    target, drafter=arm.drafter, tree="none", template=args.template, dtype=loading.DTYPES[args.dtype]
+                )
                 decoded += measure(setup, arm.recipe, arm.seed, models, tokens, stopped)
             except cli.Preempted:
                 raise
@@ -193,6 +199,14 @@ def plan(args: Args) -> tuple[str, list[Arm]]:
     return target, sorted(arms, key=lambda arm: rank.get(arm.seed, 0))
 
 
+def template_of(arms: Sequence[Arm]) -> str | None:
+    """The chat template that all train with. ValueError where they name different ones."""
+    named = {arm.name: arm.config.data.template for arm in arms if isinstance(arm.config, DistillConfig)}
+    if len(set(named.values())) > 1:
+        raise ValueError(f"the recipes name different chat templates ({named}): choose one for all with --template")
+    return next(iter(named.values()), None)
+
+
 def own_config(
     config: DistillConfig | PretrainConfig, target: str, args: Args, folder: Path, seed: int
 ) -> DistillConfig | PretrainConfig:
@@ -209,6 +223,7 @@ def own_config(
             limit=None,
             eval_limit=None,
             features=usable_features(config, target, args.features),
+            template=args.template or config.data.template,
         ),
         optimizer=dataclasses.replace(config.optimizer, steps=1, epochs=None),
         checkpoint=dataclasses.replace(config.checkpoint, folder=str(folder / "run")),
@@ -242,6 +257,7 @@ def begun_with(args: Args, target: str) -> dict[str, Any]:
     files = {"train": args.train, "eval": args.eval, "prompts": args.prompts or args.eval}
     return {
         "target": target,
+        "template": args.template,
         **files,
         **{f"{name}_contents": contents(path) for name, path in files.items()},
         "limit": args.limit,

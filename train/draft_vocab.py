@@ -34,6 +34,8 @@ class Args:
     """Tokens kept."""
     target: str = "tiny"
     """HuggingFace folder of the target; `tiny` is the one that comes with jaxspec."""
+    template: str | None = None
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     length: int = 2048
     """Tokens of a conversation that are counted; the rest is cut off."""
     json: str | None = None
@@ -49,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
     folder = loading.target_folder(args.target)
     vocab = read_config(folder).vocab
-    corpus = tokenize_conversations(read_conversations(args.data), ChatTokenizer.load(folder), length=args.length)
+    tokenizer = ChatTokenizer.load(folder, args.template)
+    corpus = tokenize_conversations(read_conversations(args.data), tokenizer, length=args.length)
     counts = count_tokens(corpus, vocab)
     used = int((counts.times_V > 0).sum())
     if not used:

@@ -52,8 +52,8 @@ from jaxspec.training import (
     termination_notice,
 )
 
-UNSTORED = ("features", "top_k", "workers")
-"""Settings of the data that say how it is read, and nothing of what is stored."""
+UNSTORED = ("template", "features", "top_k", "workers")
+"""Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""
 Run = Callable[[PackedBatches, HostBatch], Any]
 """From packed batches and one of them to what is stored of it, on its way to the host."""
 
@@ -174,7 +174,7 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
         "target": config.target,
         "weights": fingerprint(folder),
         "target_weights": config.target_weights,
-        **ChatTokenizer.load(folder).fingerprint,
+        **ChatTokenizer.load(folder, config.data.template).fingerprint,
         "dtype": config.dtype,
         "store": args.store,
         "taps": list(taps),
@@ -196,7 +196,8 @@ def drafter_taps(config: DistillConfig, target: LlamaConfig) -> tuple[int, ...]:
 def choose_parts(config: DistillConfig) -> list[PackedBatches]:
     """Batches that hold every document: the first epoch as it is trained, so that it is read in the order of the files;
     what mixes leave for later epochs; and what is held out."""
-    data = read_data(config, ChatTokenizer.load(loading.target_folder(config.target)), mesh_of(config.mesh))
+    tokenizer = ChatTokenizer.load(loading.target_folder(config.target), config.data.template)
+    data = read_data(config, tokenizer, mesh_of(config.mesh))
     parts = [dataclasses.replace(data.train, epochs=1)]
     if data.train.mixes:
         parts.append(dataclasses.replace(data.train, epochs=1, mixes=(), shuffle=False))

@@ -150,7 +150,7 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
         texts = (message["content"] for c in conversations for message in c.messages)
         write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
     meet("tokenizer")
-    tokenizer = ChatTokenizer.load(folder)
+    tokenizer = ChatTokenizer.load(folder, config.data.template)
     if tokenizer.vocab_size != vocab:
         raise ValueError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but model.vocab is {vocab}; make them equal"

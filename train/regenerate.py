@@ -36,8 +36,8 @@ from jaxspec.regeneration import (
 )
 
 SETTINGS = (
-    "target", "prompts", "from_scratch", "temperature", "temperatures", "top_k", "top_p", "seed", "max_new_tokens",
-    "shard", "dtype", "keep_unfinished",
+    "target", "template", "prompts", "from_scratch", "temperature", "temperatures", "top_k", "top_p", "seed",
+    "max_new_tokens", "shard", "dtype", "keep_unfinished",
 )  # fmt: skip
 """Flags that must stay the same when a run is resumed."""
 
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
     conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
-    models = loading.load_models(args.target, dtype=loading.DTYPES[args.dtype])
+    models = loading.load_models(args.target, template=args.template, dtype=loading.DTYPES[args.dtype])
     if conversations is None:
         conversations = write_conversations(models, args)
     todo = [(i, c) for i, c in select(conversations, args) if c.id not in already]

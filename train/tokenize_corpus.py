@@ -32,6 +32,8 @@ class Args:
     """Folder for the corpus."""
     target: str = "tiny"
     """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the target that comes with jaxspec."""
+    template: str | None = None
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     length: int = 2048
     """Tokens of a conversation that are kept; training's data.length may not be less."""
     limit: int | None = None
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec tokenize", description=__doc__ or "")
     folder = Path(args.out)
-    tokenizer = ChatTokenizer.load(loading.target_folder(args.target))
+    tokenizer = ChatTokenizer.load(loading.target_folder(args.target), args.template)
     work = write_corpus(
         folder,
         args.data,

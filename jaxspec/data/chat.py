@@ -15,7 +15,15 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from jaxspec.data.sentencepiece_model import build_tokenizer, read_piece_model
+from jaxspec.data.templates import TEMPLATES
+
 Message = dict[str, str]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""Files of a folder that hold its tokenizer; the first that is there is read."""
+NO_TEMPLATE = "none"
+"""Stands for a template where no conversation is rendered."""
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _PROBE = "The 3 quick foxes' d\u00e9j\u00e0 vu:\n\tx  = 1234.5;\u4e2d\u6587 \U0001f98a"  # is split in many ways
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
 
@@ -32,7 +40,7 @@ class ChatTokenizer:
     """A tokenizer, its chat template and its special ids."""
 
     tokenizer: Tokenizer
-    template: str
+    template: str | None
     bos_id: int | None
     eos_id: int
     pad_id: int
@@ -40,40 +48,39 @@ class ChatTokenizer:
     special_tokens: tuple[tuple[str, str], ...]  # names a template may use, such as ("bos_token", "<s>")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ChatTokenizer":
-        """The tokenizer of a HuggingFace folder: `tokenizer.json`, `tokenizer_config.json` and its chat template.
+    def load(cls, folder: str | Path, template: str | None = None) -> "ChatTokenizer":
+        """The tokenizer of a HuggingFace folder, with the chat template that `template` names.
 
-        The template is `chat_template.jinja` or the config's `chat_template`; further stop ids come from
-        `generation_config.json`. Raises ValueError naming the file or field that is missing or wrong.
+        The tokenizer is `tokenizer.json` or, where there is none, SentencePiece's `tokenizer.model`, with
+        `tokenizer_config.json`; further stop ids come from `generation_config.json`. The template is the folder's own
+        (`chat_template.jinja`, or the config's `chat_template`) where `template` is None; otherwise one of `TEMPLATES`,
+        a file of Jinja, or NO_TEMPLATE. Raises ValueError naming the file or field that is missing or wrong.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; a tokenizer folder needs it")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; give that of a HuggingFace model or tokenizer")
+        config_path, config = folder / "tokenizer_config.json", _read_config(folder)
+        tokenizer = _read_tokenizer(folder, config)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        config_path = folder / "tokenizer_config.json"
-        config = _read_json(config_path)
         names = {
             name: _token_text(config[name])
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if config.get(name)
         }
-        ids = {name: _token_id(tokenizer, config_path, name, text) for name, text in names.items()}
+        lacking = "{}: field `{}` is {!r}, which the tokenizer does not contain"
+        ids = {n: _token_id(tokenizer, text, lacking.format(config_path, n, text)) for n, text in names.items()}
         if "eos_token" not in ids:
             raise ValueError(f"{config_path}: field `eos_token` is missing")
         eos_id = ids["eos_token"]
+        text, ending = _choose_template(folder, config, tokenizer, template)
         return cls(
             tokenizer=tokenizer,
-            template=_read_template(folder, config),
+            template=text,
             bos_id=ids.get("bos_token"),
             eos_id=eos_id,
             pad_id=ids.get("pad_token", eos_id),
-            stop_ids=_stop_ids(folder, eos_id),
+            stop_ids=tuple(sorted({*_stop_ids(folder, eos_id), *ending})),
             special_tokens=tuple(names.items()),
         )
 
@@ -87,10 +94,12 @@ class ChatTokenizer:
         """Short hashes of all that decides the tokens of a conversation: of the `tokenizer`, and of its `template`."""
         vocab = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
         known = json.dumps([vocab, self.special_tokens, self.encode(_PROBE).tolist()])
-        return {"tokenizer": _digest(known), "template": _digest(self.template)}
+        return {"tokenizer": _digest(known), "template": _digest(self.template or NO_TEMPLATE)}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as text, special tokens included. ValueError where the template refuses it."""
+        if self.template is None:
+            raise ValueError(f"the chat template was left out (template {NO_TEMPLATE!r}), so there is only raw text")
         try:
             return _compile_template(self.template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **dict(self.special_tokens)
@@ -249,36 +258,111 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, its special tokens those of `special_tokens_map.json` in folders of the older kind, and
+    Llama's where a `tokenizer.model` stands alone."""
+    config, path = _read_json(folder / "tokenizer_config.json"), folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and path.is_file():
+        config |= _read_json(path)
+    return config if (folder / TOKENIZERS[0]).is_file() else _LLAMA_TOKENS | config
+
+
+def _read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    path, pieces = (folder / name for name in TOKENIZERS)
+    if path.is_file():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a readable tokenizer ({error})") from error
+    if not pieces.is_file():
+        raise ValueError(f"{path}: no such file, nor a {pieces.name} beside it; a tokenizer folder needs one of them")
+    return _of_pieces(pieces, config)
+
+
+def _of_pieces(path: Path, config: dict[str, Any]) -> Tokenizer:
+    """The SentencePiece tokenizer at `path`, as `config` and `added_tokens.json` complete it."""
+    model, prefix = read_piece_model(path), config.get("add_prefix_space")
+    tokenizer = build_tokenizer(
+        model, prefix=model.dummy_prefix if prefix is None else prefix, legacy=bool(config.get("legacy"))
+    )
+    for index, token in sorted(_added_tokens(path.parent, config).items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != index:
+            raise ValueError(
+                f"{path}: {token.content!r} would get the id {tokenizer.token_to_id(token.content)}, and the added "
+                f"tokens beside it say {index}; this file, or their list, is of another model"
+            )
+    return tokenizer
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """By id, the tokens that the config, or `added_tokens.json` in older folders, puts beside those of the file."""
+    listed, path = config.get("added_tokens_decoder"), folder / "added_tokens.json"
+    added = _read_json(path) if listed is None and path.is_file() else {}
+    fields = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        if listed is None:
+            return {int(index): AddedToken(text, normalized=False) for text, index in added.items()}
+        return {
+            int(index): AddedToken(token["content"], **{name: token[name] for name in fields if name in token})
+            for index, token in listed.items()
+        }
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its list of added tokens is not one of tokens with their ids ({error})") from error
+
+
 def _token_text(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _token_id(tokenizer: Tokenizer, path: Path, name: str, text: str) -> int:
-    """The id of a special token, which must be in the vocabulary and be recognised in rendered text."""
+def _token_id(tokenizer: Tokenizer, text: str, lacking: str) -> int:
+    """The id of a control token, which from now on is recognised in rendered text. ValueError, `lacking` it, if it has
+    none."""
     index = tokenizer.token_to_id(text)
     if index is None:
-        raise ValueError(f"{path}: field `{name}` is {text!r}, which tokenizer.json does not contain")
+        raise ValueError(lacking)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
     return index
 
 
-def _read_template(folder: Path, config: dict[str, Any]) -> str:
+def _choose_template(
+    folder: Path, config: dict[str, Any], tokenizer: Tokenizer, name: str | None
+) -> tuple[str | None, tuple[int, ...]]:
+    """The template that `name` stands for (see `ChatTokenizer.load`), and ids that end an answer because of it."""
+    if name == NO_TEMPLATE:
+        return None, ()
+    if name in TEMPLATES:
+        lacking = "{}: has no token {}, which the template {} needs; choose another"
+        ids = [_token_id(tokenizer, t, lacking.format(folder, t, name)) for t in TEMPLATES[name].tokens]
+        return TEMPLATES[name].text, tuple(ids[-1:])
+    place = folder if name is None else Path(name)
+    text = _own_template(folder, config) if name is None else _template_file(place)
+    try:
+        _compile_template(text)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{place}: the chat template does not parse ({error})") from error
+    return text, ()
+
+
+def _own_template(folder: Path, config: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
-    else:
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str):
-            raise ValueError(
-                f"{folder}: has no chat template; add chat_template.jinja or `chat_template` in tokenizer_config.json"
-            )
-    try:
-        _compile_template(template)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{folder}: the chat template does not parse ({error})") from error
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{folder}: has no chat template; name one with --template (data.template in a config): "
+            f"{', '.join(TEMPLATES)}, or a file of Jinja"
+        )
     return template
+
+
+def _template_file(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"template {str(path)!r} is neither one of {', '.join(TEMPLATES)} nor a file of Jinja")
+    return path.read_text(encoding="utf-8")
 
 
 def _stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:

@@ -206,7 +206,7 @@ class StoredCorpus:
             if self.about[name] != mine:
                 raise ValueError(
                     f"{self.folder}: was tokenized with another {name} than the target's; give jaxspec tokenize the "
-                    "--target that is trained for, and another --out"
+                    "--target (and --template) that is trained for, and another --out"
                 )
 
     def _unpack(self, documents: Sequence[int]) -> list[tuple[Document, str]]:

@@ -16,6 +16,7 @@ CHAT_TEMPLATE = (
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
