@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ def written(folder: Path, arrays: Sequence[Pieces], source: str) -> Iterator[Ite
     known = _journaled(journal)
     with ThreadPoolExecutor(THREADS) as pool, journal.open("a", encoding="utf-8") as notes:
 
-        def run() -> Iterator[Written]:
+        def run() -> Generator[Written, None, None]:
             for done in pool.map(lambda piece: _write(folder, piece, known.get(piece.file)), pieces_of(arrays)):
                 if not done.kept:
                     notes.write(json.dumps({"file": done.piece.file, "sha256": done.sha256}) + "\n")
@@ -177,7 +177,7 @@ def _write(folder: Path, piece: Piece, known: str | None) -> Written:
     block = of.read(tuple(zip(starts, stops, strict=True)))
     if block.shape != of.chunk:  # the last along an axis is as long as the others
         block = np.pad(block, [(0, step - n) for step, n in zip(of.chunk, block.shape, strict=True)])
-    numbers = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+    numbers = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
     draft = path.with_name(f".{path.name}.draft")
     draft.write_bytes(numbers)
     draft.replace(path)

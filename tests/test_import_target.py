@@ -176,6 +176,7 @@ def test_it_is_read_as_its_source_is(source: Path, imported: Path, tmp_path: Pat
     assert jax.tree.map(lambda a: a.sharding, found) == jax.tree.map(lambda a: a.sharding, expected)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_its_texts_are_those_of_its_source(source: Path, imported: Path, tmp_path: Path):
     def texts(target: Path, *flags: str) -> list[Any]:
         head = ("--target", str(target), "--max-new-tokens", "16", "--json", str(tmp_path / "x.json"))

@@ -36,13 +36,16 @@ def read_config(folder: Path) -> LlamaConfig:
 
 def target_config(values: Mapping[str, Any]) -> LlamaConfig:
     """The configuration of a target from the JSON that a card holds; TypeError where it has other fields."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    if isinstance(fields["rope_scaling"], Mapping):
+
+    def arguments(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in of.items()}
+
+    fields = arguments(values)
+    if isinstance(fields.get("rope_scaling"), Mapping):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     if "options" not in fields:
         return LlamaConfig(**fields)
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["options"].items()}
-    return DecoderConfig(**{**fields, "options": Options(**options)})
+    return DecoderConfig(**{**fields, "options": Options(**arguments(fields["options"]))})
 
 
 def stored_dtype(folder: Path) -> str:

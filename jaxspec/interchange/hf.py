@@ -134,7 +134,9 @@ def _read(
 
     if exported.is_exported(folder):
         stored = weight_shapes(config, True)
-        return _settled(exported.read(folder, stored, plan, homes if mesh else None, jnp.dtype(dtype), made))
+        return _settled(
+            exported.read(folder, stored, plan, homes if mesh is not None else None, jnp.dtype(dtype), made)
+        )
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
@@ -228,7 +230,11 @@ def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]
         def read(block: Bounds) -> np.ndarray:
             (first, last), some, shape = block[0], sources, weight.shape
             if inner:
-                some = [s._replace(layer=s.layer - first) for s in sources if first <= (s.layer or 0) < last]
+                some = [
+                    s._replace(layer=s.layer - first)
+                    for s in sources
+                    if s.layer is not None and first <= s.layer < last
+                ]
                 shape = (last - first, *shape[1:])
             return _assemble(tensors, some, shape, block, dtype)
 
