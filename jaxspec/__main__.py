@@ -28,6 +28,7 @@ VERBS = {
     "runs": Verb("jaxspec.train.runs", "list runs: how far they are and the best tau they reached"),
     "export": Verb("jaxspec.train.export", "write a run's model, a drafter or a target as others read it"),
     "import drafter": Verb("jaxspec.train.import_drafter", "make a published drafter a drafter of jaxspec"),
+    "import target": Verb("jaxspec.train.import_target", "make a target an exported one of jaxspec, whatever its size"),
     "inspect": Verb("jaxspec.train.inspect", "say what a folder holds, and what it can be exported to"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare what they are worth"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),

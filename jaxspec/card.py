@@ -42,10 +42,15 @@ Card = dict[str, Any]
 """`format`, `kind`, `checksums` by file, `sha256` of the card itself, and what the kind calls for."""
 
 
-def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Complete `folder`: its card, with the checksums of all its files, is on disk when this returns."""
+def write_card(folder: Path, card: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
+    """Complete `folder`: its card, with the checksums of all its files, is on disk when this returns.
+
+    Files whose checksums are `known` are not read.
+    """
+    known = known or {}
     files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != CARD)
-    _write(folder, {"format": FORMAT, **card, "checksums": checksums(folder, files)})
+    found = {**known, **checksums(folder, [name for name in files if name not in known])}
+    _write(folder, {"format": FORMAT, **card, "checksums": {name: found[name] for name in files}})
 
 
 def amend_card(folder: Path, changes: Mapping[str, Any]) -> None:

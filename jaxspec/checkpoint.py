@@ -337,9 +337,7 @@ def save_model(
     """
     path = Path(path).absolute()
     draft = path.with_name(f".{path.name}.tmp")
-    card = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
-    card["provenance"] = {"jaxspec": __version__, **card["provenance"]}
-    card |= {"conventions": CONVENTIONS, "arrays": describe(params)}
+    card = model_card(params, config, kind=kind, about=about)
     if _is_first():
         refuse_to_replace(path)
         _remove(draft)
@@ -361,25 +359,37 @@ def save_model(
             _remove(draft)
 
 
+def model_card(
+    params: Params, config: Mapping[str, Any], *, kind: str, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The card of a model whose `params` are arrays or their shapes; see `save_model`."""
+    card = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
+    card["provenance"] = {"jaxspec": __version__, **card["provenance"]}
+    return card | {"conventions": CONVENTIONS, "arrays": describe(params)}
+
+
 @contextlib.contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, *, resumable: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` when the block ends, and vanishes if it fails.
 
-    What is in `path` must be something that jaxspec exported; its card is to be written last. Raises ValueError where
-    it is not, and OSError, in one sentence, where it cannot be written.
+    A `resumable` one stays, under its other name, and is there again the next time. What is in `path` must be something
+    that jaxspec exported; its card is to be written last. Raises ValueError where it is not, and OSError, in one
+    sentence, where it cannot be written.
     """
     path = Path(path).absolute()
     refuse_to_replace(path)
-    draft = path.with_name(f".{path.name}.tmp")
+    draft = path.with_name(f".{path.name}.{'partial' if resumable else 'tmp'}")
     try:
-        _remove(draft)
-        draft.mkdir(parents=True)
+        if not resumable:
+            _remove(draft)
+        draft.mkdir(parents=True, exist_ok=resumable)
         yield draft
         _replace(draft, path)
     except OSError as error:
         raise OSError(f"{path}: could not be written ({_reason(error)})") from error
     finally:
-        _remove(draft)
+        if not resumable:
+            _remove(draft)
 
 
 def load_model(

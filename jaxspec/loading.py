@@ -94,7 +94,10 @@ def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, see
 
 
 def target_folder(name: str) -> Path:
-    """The HuggingFace folder that `name` stands for: `tiny` is the bundled target, anything else a path."""
+    """The folder that `name` stands for: `tiny` is the bundled target, anything else a path.
+
+    It holds a target in HuggingFace layout, or one that jaxspec exported or imported.
+    """
     if name != "tiny":
         return Path(name)
     folder = bundled.tiny_path()

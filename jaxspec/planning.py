@@ -22,6 +22,7 @@ from jaxspec.config import DistillConfig
 from jaxspec.decode import DraftVocab, Engine, Weights
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.flops import count_flops
+from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.loading import target_folder
 from jaxspec.quantization import quantize_layers
@@ -154,7 +155,7 @@ class DecodePlan(NamedTuple):
 def target_shape(name: str) -> LlamaConfig:
     """The shape of a target that may not be here: that of its folder, or the known one that the folder is called by."""
     folder = target_folder(name)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or is_exported(folder):
         return read_config(folder)
     if Path(name).name in SHAPES:
         return SHAPES[Path(name).name]

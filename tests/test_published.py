@@ -30,6 +30,7 @@ SOME = tuple(range(3, 120, 3))
 HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
     "eagle": ("eagle", EagleConfig(*SHAPE), None),
     "eagle without bias": ("eagle", EagleConfig(*SHAPE, rope_theta=5e5, bias=False), None),
+    "eagle with biases": ("eagle", EagleConfig(*SHAPE, bias=False, qkv_bias=True), None),
     "hass norms": ("eagle", EagleConfig(*SHAPE, embedding_norm=True, head_norm=True), None),
     "fspad": ("fspad", FspadConfig(*SHAPE), None),
     "fspad without sampling": ("fspad", FspadConfig(*SHAPE, feature_sampling=False), None),
@@ -42,6 +43,13 @@ HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
     ),
     "eagle3 of all tokens": ("eagle3", Eagle3Config(*SHAPE, vocab=SIZE, taps=(2, 3, 4)), None),
     "eagle3 of other layers": ("eagle3", Eagle3Config(*SHAPE, vocab=len(SOME), taps=(1, 3, 5)), SOME),
+    "eagle3.1": (
+        "eagle3",
+        Eagle3Config(
+            *SHAPE, vocab=len(SOME), taps=(2, 3, 4), input_norm=True, tap_norms=True, normed_feature=True, qkv_bias=True
+        ),
+        SOME,
+    ),
     "medusa": ("medusa", MedusaConfig(WIDTH, 3, vocab=SIZE), None),
     "medusa of two blocks": ("medusa", MedusaConfig(WIDTH, 3, layers=2), None),
     "parallelspec": ("parallelspec", ParallelSpecConfig(*SHAPE), None),
@@ -49,6 +57,7 @@ HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
 SERVED = {
     "eagle": ["orbax", "eagle", "sglang"],
     "eagle without bias": ["orbax", "eagle", "sglang", "vllm"],
+    "eagle with biases": ["orbax", "eagle"],
     "fspad": ["orbax", "eagle"],
     "fspad without sampling": ["orbax", "eagle"],
     "fspad without alignment": ["orbax", "eagle"],
@@ -56,6 +65,7 @@ SERVED = {
     "eagle3 norm first": ["orbax", "vllm", "speculators", "tpu-inference"],
     "eagle3 of all tokens": ["orbax", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"],
     "eagle3 of other layers": ["orbax", "sglang", "vllm", "speculators"],
+    "eagle3.1": ["orbax"],
     "medusa": ["orbax", "vllm"],
     "medusa of two blocks": ["orbax", "vllm"],
     "hass norms": ["orbax"],

@@ -1,5 +1,6 @@
 """Published heads against PyTorch modules written from the papers' equations, on the same files, in fp32."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_models import SIZE, write_target
-from safetensors.numpy import load_file
-from test_published import HEADS, LAYERS, SHAPE, WIDTH, head
+from safetensors.numpy import load_file, save_file
+from test_published import HEADS, LAYERS, SHAPE, SOME, WIDTH, head
 
 from jaxspec.base import Borrowed
+from jaxspec.checkpoint import drafter_shape
 from jaxspec.drafters import DRAFTERS
 from jaxspec.exports import write
+from jaxspec.interchange.eagle3 import eagle3_table, vocabulary_maps
+from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import read_drafter
 
 torch = pytest.importorskip("torch")
@@ -41,7 +45,8 @@ def attention(w: dict[str, Any], prefix: str, x: Any, theta: float) -> Any:
     """Causal grouped attention over `[length, width]`."""
 
     def heads(name: str, count: int) -> Any:
-        return (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T).view(len(x), count, CHANNELS).transpose(0, 1)
+        bias = w.get(f"{prefix}self_attn.{name}_proj.bias", 0.0)
+        return (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T + bias).view(len(x), count, CHANNELS).transpose(0, 1)
 
     q, k, v = turn(heads("q", QUERIES), theta), turn(heads("k", KEYS), theta), heads("v", KEYS)
     k, v = (a.repeat_interleave(QUERIES // KEYS, 0) for a in (k, v))
@@ -71,22 +76,50 @@ def eagle(w: dict[str, Any], embedding: Any, feature: Any, theta: float) -> tupl
     return a + m[:, :WIDTH], a + m[:, WIDTH:]
 
 
-def eagle3(w: dict[str, Any], embedding: Any, feature: Any, theta: float) -> tuple[Any, Any]:
-    stream = feature @ w["fc.weight"].T if feature.shape[-1] == 3 * WIDTH else feature
+def taken_in(w: dict[str, Any], taps: Any) -> Any:
+    """What an EAGLE-3 head makes of three features of the target, with 3.1's norms where their tensors are there."""
+    if "input_norm.weight" in w:
+        taps = norm(w["input_norm.weight"], taps)
+    if "fc_norm.0.weight" in w:
+        taps = torch.cat([norm(w[f"fc_norm.{i}.weight"], tap) for i, tap in enumerate(taps.split(WIDTH, -1))], -1)
+    return taps @ w["fc.weight"].T
+
+
+def eagle3(w: dict[str, Any], embedding: Any, stream: Any, theta: float) -> tuple[Any, Any]:
     seen = torch.cat(
         [norm(w["midlayer.input_layernorm.weight"], embedding), norm(w["midlayer.hidden_norm.weight"], stream)], -1
     )
     a = stream + attention(w, "midlayer.", seen, theta)
     out = a + mlp(w, "midlayer.", norm(w["midlayer.post_attention_layernorm.weight"], a))
-    return norm(w["norm.weight"], out) @ w["lm_head.weight"].T, out
+    normed = norm(w["norm.weight"], out)
+    return normed @ w["lm_head.weight"].T, normed if "fc_norm.0.weight" in w else out
 
 
 def files_of(kind: str, target: str, out: Path) -> tuple[dict[str, Any], Any, Any]:
     """The tensors of an exported head for PyTorch, and our module and weights as imported from them."""
-    write("vllm" if kind.startswith("medusa") else "eagle", out, head(kind), target)
+    if kind == "eagle3.1":
+        write_newer(out)
+    else:
+        write("vllm" if kind.startswith("medusa") else "eagle", out, head(kind), target)
     found = read_drafter(out)
     tensors = {name: torch.from_numpy(a) for name, a in load_file(out / "model.safetensors").items()}
     return tensors, DRAFTERS[found.name][0](found.config), found.params
+
+
+def write_newer(out: Path) -> None:
+    """A folder of EAGLE-3.1, which nothing of ours writes, as its readers name tensors and fields."""
+    model = head("eagle3.1")
+    config = drafter_shape("eagle3", model.config["shape"])
+    tensors = stored_tensors(eagle3_table(config), dict(model.params))
+    assert {"input_norm.weight", "fc_norm.2.weight", "midlayer.self_attn.k_proj.bias"} < tensors.keys()
+    fields = {
+        "hidden_size": WIDTH, "num_attention_heads": QUERIES, "num_key_value_heads": KEYS, "head_dim": CHANNELS,
+        "intermediate_size": SHAPE[-1], "vocab_size": SIZE, "rms_norm_eps": EPS, "norm_before_fc": True,
+        "fc_norm": True, "norm_output": True, "eagle_aux_hidden_state_layer_ids": list(config.taps),
+    }  # fmt: skip
+    out.mkdir()
+    save_file({**tensors, **vocabulary_maps(SOME, SIZE)}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(fields))
 
 
 def unrolled(module: Any, params: Any, borrowed: Borrowed, tokens: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -104,7 +137,9 @@ def text() -> tuple[np.ndarray, np.ndarray, Borrowed]:
     return draw.integers(0, SIZE, ROWS), features, Borrowed(embed, table)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind.split()[0] in ("eagle", "fspad", "eagle3")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in HEADS if kind.split()[0] in ("eagle", "fspad", "eagle3", "eagle3.1")]
+)
 def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, text: Any, tmp_path: Path):
     if kind in ("eagle3 of other layers", "eagle3 norm first"):
         pytest.skip("not in the authors' layout")
@@ -118,7 +153,7 @@ def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, te
         # Sequential drafting from this row: pairs of the text, then of the head's own features.
         seen = torch.from_numpy(features[: row + 1])
         if module.taps:
-            seen = seen @ weights["fc.weight"].T
+            seen = taken_in(weights, seen)
         for step in range(STEPS):
             pairs = embed[torch.from_numpy(tokens[1 : row + step + 2])]
             scored, feature = network(weights, pairs, seen, module.config.rope_theta)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxspec import layers
 from jaxspec.base import Array
 from jaxspec.drafters.heads import Recurrent
-from jaxspec.layers import RopeScaling, gated_mlp, hold_rows, rms_norm, score_tokens
+from jaxspec.layers import Options, RopeScaling, gated_mlp, hold_rows, rms_norm, score_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ class EagleConfig:
     zero_logits: bool = False
     """Training only: count keys that a query must not see with score 0, as HASS's released attention does; decoding
     masks them. For comparisons with that code."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases, as in heads for Qwen2."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -63,7 +65,8 @@ class EagleConfig:
 
 def layer_shapes(c: EagleConfig) -> dict[str, tuple[int, ...]]:
     """Weights of the decoder layer, without a norm before its attention."""
-    return {name: shape for name, shape in layers.layer_shapes(c).items() if name != "attention_norm"}
+    shapes = layers.layer_shapes(c, Options(qkv_bias=c.qkv_bias))
+    return {name: shape for name, shape in shapes.items() if name != "attention_norm"}
 
 
 class Eagle(Recurrent):

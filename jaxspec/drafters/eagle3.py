@@ -37,6 +37,12 @@ class Eagle3Config(EagleConfig):
     """Layers of the target whose inputs it reads, ascending."""
     norm_before_residual: bool = False
     """Whether the stream itself is the normed feature, as in heads that speculators trains by default."""
+    input_norm: bool = False
+    """An RMSNorm over all taps together before `fc` (speculators' `norm_before_fc`)."""
+    tap_norms: bool = False
+    """An RMSNorm over each tap before `fc` (EAGLE-3.1's `fc_norm`)."""
+    normed_feature: bool = False
+    """Whether the feature for the next step is the normed output (EAGLE-3.1's `norm_output`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +55,13 @@ class Eagle3Config(EagleConfig):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight."""
+        norms: dict[str, tuple[int, ...]] = {}
+        if self.input_norm:
+            norms["input_norm"] = (len(self.taps) * self.width,)
+        if self.tap_norms:
+            norms["taps_norm"] = (len(self.taps), self.width)
         return {
+            **norms,
             "fc": (len(self.taps) * self.width, self.width),
             "embedding_norm": (self.width,),
             "feature_norm": (self.width,),
@@ -76,8 +88,14 @@ class Eagle3(Recurrent):
         return self.config.vocab
 
     def read(self, features_BLD: Array) -> Array:
-        """`fc` over the taps; only what comes from the target passes it."""
-        return jnp.einsum("BLE,ED->BLD", features_BLD.astype(self.dtype), self.weights["fc"].astype(self.dtype))
+        """`fc` over the taps, normed where the head norms them; only what comes from the target passes it."""
+        w, c, x_BLE = self.weights, self.config, features_BLD.astype(self.dtype)
+        if c.input_norm:
+            x_BLE = rms_norm(x_BLE, w["input_norm"], c.norm_eps)
+        if c.tap_norms:
+            each = x_BLE.reshape(*x_BLE.shape[:-1], len(c.taps), c.width)
+            x_BLE = rms_norm(each, w["taps_norm"], c.norm_eps).reshape(x_BLE.shape)
+        return jnp.einsum("BLE,ED->BLD", x_BLE, w["fc"].astype(self.dtype))
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
         """The feature is the stream; the attention reads `[norm(e); norm(f)]`."""
@@ -88,9 +106,10 @@ class Eagle3(Recurrent):
         return stream, jnp.concatenate([embedding, normed], axis=-1)
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
-        """The layer's output before its norm."""
-        out = stream_BLD + gated_mlp(self.weights, rms_norm(stream_BLD, self.weights["mlp_norm"], self.config.norm_eps))
-        return out, out
+        """The layer's output before its norm, which is also the feature unless the head hands on the normed one."""
+        w, eps = self.weights, self.config.norm_eps
+        out = stream_BLD + gated_mlp(w, rms_norm(stream_BLD, w["mlp_norm"], eps))
+        return out, rms_norm(out, w["norm"], eps) if self.config.normed_feature else out
 
     def regressed(self, features_TBLD: Array) -> Array | None:
         """No feature is held to the target's."""

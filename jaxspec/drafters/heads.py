@@ -48,9 +48,12 @@ class HeadConfig(Protocol):
 
 
 def init_weight(key: Array, name: str, shape: tuple[int, ...]) -> Array:
-    """EAGLE's initialisation: norms one, all else U(-1/sqrt(fan_in), 1/sqrt(fan_in)); mask slots are normal(0.02)."""
+    """EAGLE's initialisation: norms one, all else U(-1/sqrt(fan_in), 1/sqrt(fan_in)); mask slots are normal(0.02), and
+    biases of queries, keys and values, which are ours to choose, zero."""
     if name.endswith("norm"):
         return jnp.ones(shape, jnp.float32)
+    if name == "qkv_bias":
+        return jnp.zeros(shape, jnp.float32)
     if name.startswith("mask"):
         return 0.02 * jax.random.normal(key, shape, jnp.float32)
     fan_in = {"out": math.prod(shape[:-1]), "fc_bias": 2 * shape[0], "head": shape[-1]}.get(name, shape[0])

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
-from jaxspec.interchange.layout import Folder, Shapes, Table, head_shape, layer_table, matrix, vector
+from jaxspec.interchange.layout import Entry, Folder, Shapes, Table, head_shape, layer_table, matrix, vector
 
 IGNORED = ("embed_tokens.weight", "d2t", "t2d")
 IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
 LayerIds = Literal["input", "output"]
-_NEWER = ("norm_before_fc", "fc_norm", "norm_output")
+NORMS = {"norm_before_fc": "input_norm", "fc_norm": "tap_norms", "norm_output": "normed_feature"}
+"""Fields of config.json -> of our configuration: speculators' option, and those of EAGLE-3.1."""
 
 
 def is_eagle3(shapes: Shapes) -> bool:
@@ -28,12 +29,9 @@ def is_eagle3(shapes: Shapes) -> bool:
 def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Eagle3Config:
     """The shape of the head; its taps by `read_taps`.
 
-    Raises ValueError for heads whose width is not the target's, and for norms and slots that ours do not have.
+    Raises ValueError for heads whose width is not the target's, and for slots that ours do not have.
     """
     path, raw, shapes = folder.path, folder.config, folder.shapes
-    wanted = [name for name in _NEWER if raw.get(name)]
-    if wanted:
-        raise ValueError(f"{path}: {wanted[0]}=true is not supported; only the norms of EAGLE-3 itself are")
     if "mask_hidden" in shapes:
         raise ValueError(f"{path} is a P-EAGLE head (it has mask_hidden), and jaxspec has no such drafter")
     fields = head_shape(folder)
@@ -50,7 +48,9 @@ def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: L
         )
     taps = read_taps(folder, columns // rows, target_layers, layer_ids)
     before = raw.get("norm_before_residual", "speculators_model_type" in raw)  # what each reader takes for absent
-    return Eagle3Config(**fields, vocab=shapes["lm_head.weight"][0], taps=taps, norm_before_residual=bool(before))
+    norms: dict[str, Any] = {ours: bool(raw.get(theirs)) for theirs, ours in NORMS.items()}
+    vocab = shapes["lm_head.weight"][0]
+    return Eagle3Config(**fields, vocab=vocab, taps=taps, norm_before_residual=bool(before), **norms)
 
 
 def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: LayerIds | None) -> tuple[int, ...]:
@@ -86,7 +86,11 @@ def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: 
 def eagle3_table(c: Eagle3Config, prefix: str = "midlayer.") -> Table:
     """Its tensors, the layer under `prefix`; the maps of its vocabulary are `vocabulary_maps`."""
     shapes = c.shapes()
+    norms = {"input_norm.weight": vector("input_norm", shapes)} if c.input_norm else {}
+    for i in range(len(c.taps)) if c.tap_norms else ():
+        norms[f"fc_norm.{i}.weight"] = Entry("taps_norm", lambda w_XD, i=i: w_XD[i], (c.width,))
     return {
+        **norms,
         "fc.weight": matrix("fc", shapes),
         f"{prefix}input_layernorm.weight": vector("embedding_norm", shapes),
         f"{prefix}hidden_norm.weight": vector("feature_norm", shapes),

@@ -1,10 +1,14 @@
-"""HuggingFace folders: weights read straight into (sharded) arrays one at a time, and written back."""
+"""HuggingFace folders: weights read straight into (sharded) arrays one at a time, and written back.
+
+Whatever reads such a folder also takes a target that jaxspec wrote as an Orbax checkpoint (`interchange.exported`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,12 +19,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.base import Params
+from jaxspec.interchange import exported
 from jaxspec.interchange.hf_config import check_writable, read_config, write_config
 from jaxspec.interchange.tensors import (
     DTYPE_CODES,
     Bounds,
     check_tensors,
     copy_region,
+    file_tensors,
     open_tensors,
     place,
     safetensors_chunks,
@@ -68,8 +74,11 @@ def load_tables(folder: str | Path, *, dtype: Any) -> tuple[Tables, Params]:
 
 def fingerprint(folder: str | Path) -> str:
     """A short hash of the model in a HuggingFace folder: of its shape, and of the first and middle row of every
-    tensor, so that a model trained further has another, and one of 140 GB takes a second."""
+    tensor, so that a model trained further has another, and one of 140 GB takes a second. An imported target has that
+    of the folder it was made from, one exported otherwise a hash of its checksums."""
     folder, config = Path(folder), read_config(folder)
+    if exported.is_exported(folder):
+        return exported.fingerprint(folder)
     shape = [
         getattr(config, name) for name in ("heads", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "norm_eps")
     ]
@@ -118,6 +127,16 @@ def _read(
 ) -> Params:
     """The weights of `plan`, a part of `weight_shapes`."""
     homes = jax.tree.map(lambda _: None, plan) if mesh is None else shardings(mesh, plan)
+
+    def made(path: tuple[Any, ...], placed: jax.Array) -> Any:
+        name = leaf_name(path)
+        return _quantizer(name, mesh, placed.shape, dtype)(placed) if quantized and name in CONTRACTED else placed
+
+    if exported.is_exported(folder):
+        stored = weight_shapes(config, True)
+        return _settled(
+            exported.read(folder, stored, plan, homes if mesh is not None else None, jnp.dtype(dtype), made)
+        )
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
@@ -126,15 +145,17 @@ def _read(
 
         def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> Any:
             sources, shape = _sources(path, top, layer, config.layers), weight.shape
-            placed = place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype))
-            name = leaf_name(path)
-            return _quantizer(name, mesh, shape, dtype)(placed) if quantized and name in CONTRACTED else placed
+            return made(path, place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype)))
 
         flat, tree = jax.tree_util.tree_flatten_with_path(plan)
         arrays = [
             read(path, weight, home) for (path, weight), home in zip(flat, tree.flatten_up_to(homes), strict=True)
         ]
-    params = tree.unflatten(arrays)
+    return _settled(tree.unflatten(arrays))
+
+
+def _settled(params: Params) -> Params:
+    """Weights whose layers hold what `quantize` made beside the others."""
     layers = params.get("layers")
     if isinstance(layers, list):
         return {**params, "layers": [_flat(layer) for layer in layers]}
@@ -159,12 +180,68 @@ def _quantizer(
 
 def stored_dtype(folder: str | Path) -> str:
     """The dtype of the embedding in a HuggingFace folder, such as "bfloat16"; raises as `read_llama` does."""
+    if exported.is_exported(Path(folder)):
+        return exported.stored_dtype(Path(folder))
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(Path(folder), stack)
         name = "model.embed_tokens.weight"
         check_tensors(tensors, {name: tensor_shapes(read_config(folder))[name]}, Path(folder))
         code = tensors[name].get_dtype()
     return next(dtype for dtype, named in DTYPE_CODES.items() if named == code)
+
+
+class StoredWeight(NamedTuple):
+    """A weight in a HuggingFace folder, layers stacked, that can be read block by block."""
+
+    path: tuple[str, ...]
+    """In the tree of weights."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    """Of its tensors; the least that holds all of them where they differ."""
+    rows: int
+    """The axis that is cheapest to cut: behind its tensors' rows, or the layer's experts."""
+    read: Callable[[Bounds], np.ndarray]
+    """A block of it, layers as (i, i + 1) or all; several threads may."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole weight."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]:
+    """The shape of the model in a HuggingFace folder and its weights, of which nothing is read yet.
+
+    Raises ValueError or OSError as `read_llama`, and where the index is wrong about a file.
+    """
+    folder, config = Path(folder), read_config(folder)
+    tensors = file_tensors(folder)
+    check_tensors(tensors, tensor_shapes(config), folder)
+    _refuse_extra(tensors, config, folder)
+    top, layer = top_tensors(config), family_of(config).layer(config)
+
+    def one(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct) -> StoredWeight:
+        sources = _sources(path, top, layer, config.layers)
+        codes = {tensors[source.tensor].get_dtype() for source in sources}
+        dtype = functools.reduce(jnp.promote_types, (name for name, code in DTYPE_CODES.items() if code in codes))
+        part, inner = sources[0].part, sources[0].layer is not None
+        rows = inner + (part.axes[0] if part.expert is None else 0)
+
+        def read(block: Bounds) -> np.ndarray:
+            (first, last), some, shape = block[0], sources, weight.shape
+            if inner:
+                some = [
+                    s._replace(layer=s.layer - first)
+                    for s in sources
+                    if s.layer is not None and first <= s.layer < last
+                ]
+                shape = (last - first, *shape[1:])
+            return _assemble(tensors, some, shape, block, dtype)
+
+        return StoredWeight(tuple(key.key for key in path), weight.shape, jnp.dtype(dtype), rows, read)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(weight_shapes(config, True))
+    return config, [one(path, weight) for path, weight in flat]
 
 
 def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtype: str = "bfloat16") -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxspec.interchange import exported
 from jaxspec.interchange.tensors import read_json, write_atomically
 from jaxspec.layers import RopeScaling
 from jaxspec.targets.families import find_family
@@ -15,12 +16,14 @@ from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a HuggingFace folder of one of `targets.families.FAMILIES`.
+    """The shape of the model in a HuggingFace folder of one of `targets.families.FAMILIES`, or of an exported target.
 
     Absent optional fields mean what they mean to transformers. Stop ids come from `generation_config.json` where it
     lists them, else from `config.json`. Raises ValueError, naming file, field and value, for whatever would change the
     computation and is not supported: other families and activations, quantized weights, other rotary scalings.
     """
+    if exported.is_exported(Path(folder)):
+        return exported.read_config(Path(folder))
     path, generation_path = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     raw = read_json(path)
     family = find_family(path, raw)

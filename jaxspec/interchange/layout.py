@@ -15,7 +15,20 @@ from jaxspec.interchange.pickled import open_pickled
 from jaxspec.interchange.tensors import open_file, open_tensors
 from jaxspec.targets.fields import Fields
 from jaxspec.targets.llama import DRAFTER_ROPES
-from jaxspec.targets.stored import DOWN, GATE, KEY, OUT, QUERY, UP, VALUE, turned, whole
+from jaxspec.targets.stored import (
+    DOWN,
+    GATE,
+    KEY,
+    KEY_BIAS,
+    OUT,
+    QUERY,
+    QUERY_BIAS,
+    UP,
+    VALUE,
+    VALUE_BIAS,
+    turned,
+    whole,
+)
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048}
 """What a head's config.json means by leaving a field out."""
@@ -75,6 +88,13 @@ def layer_table(prefix: str, c: Any) -> Table:
         "mlp.down_proj": (DOWN, (down, c.mlp)),
     }
     table = {f"{prefix}{name}.weight": Entry(part.weight, part.view, shape) for name, (part, shape) in stored.items()}
+    if c.qkv_bias:
+        for name, part, heads in (
+            ("q", QUERY_BIAS, c.heads),
+            ("k", KEY_BIAS, c.kv_heads),
+            ("v", VALUE_BIAS, c.kv_heads),
+        ):
+            table[f"{prefix}self_attn.{name}_proj.bias"] = Entry(part.weight, part.view, (heads * c.head_dim,))
     return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", shapes)}
 
 
@@ -125,7 +145,10 @@ def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> No
 
 
 def head_shape(folder: Folder) -> dict[str, Any]:
-    """The fields that all heads of one layer share, from config.json: what it leaves out is as transformers has it."""
+    """The fields that all heads of one layer share, from config.json: what it leaves out is as transformers has it.
+
+    Biases of queries, keys and values are told by the tensors that are there.
+    """
     fields = Fields(folder.path / "config.json", folder.config, {}, DEFAULTS)
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if fields.find("head_dim") is None and width % heads:
@@ -148,6 +171,7 @@ def head_shape(folder: Folder) -> dict[str, Any]:
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
         "norm_eps": fields.number("rms_norm_eps"),
+        "qkv_bias": any(name.endswith("self_attn.q_proj.bias") for name in folder.tensors),
     }
 
 

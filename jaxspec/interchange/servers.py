@@ -87,7 +87,8 @@ EAGLE3 = LAYER | {"input_layernorm.weight", "hidden_norm.weight"}
 
 
 def _keys(prefix: str, layer: frozenset[str], required: set[str], optional: set[str] | None = None) -> Keys:
-    return Keys(frozenset({prefix + name for name in layer} | required), frozenset(optional or ()))
+    biases = {f"{prefix}self_attn.{name}_proj.bias" for name in "qkv"}
+    return Keys(frozenset({prefix + name for name in layer} | required), frozenset(biases | (optional or set())))
 
 
 def llama_fields(draft: Draft, architecture: str) -> Fields:
@@ -117,6 +118,7 @@ def llama_fields(draft: Draft, architecture: str) -> Fields:
         "pad_token_id": target.pad_id,
         "torch_dtype": dtype,
         "dtype": dtype,
+        **({"qkv_bias": True} if c.qkv_bias else {}),
     }
 
 
@@ -402,6 +404,10 @@ def unserved(server: str, family: str, config: Any) -> str | None:
         return f"{server} cannot serve {family}: {about.refusals[family]}"
     if family in ("eagle", "fspad") and (config.embedding_norm or config.head_norm):
         return f"{server} cannot serve a head with norms around its layer: it would draft without them"
+    if family in ("eagle", "fspad", "eagle3") and config.qkv_bias and server != "eagle":
+        return f"{server} is not known to read biases of queries, keys and values, and this head has them"
+    if family == "eagle3" and (config.input_norm or config.tap_norms or config.normed_feature):
+        return f"{server} is written for EAGLE-3, and this head has norms of EAGLE-3.1 or before fc"
     if family == "eagle3" and config.norm_before_residual and server not in NORM_FIRST:
         return f"{server} is not known to honour norm_before_residual, and this head was trained with it"
     return None

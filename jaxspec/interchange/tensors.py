@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,13 @@ import numpy as np
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+INDEX = "model.safetensors.index.json"
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CHUNK_BYTES = 16 * 2**20
 """A stored tensor is copied in pieces of about this size, so that it never stands whole beside its destination."""
+
+NARROW = 16
+"""A transposed piece is copied so many steps of its densest axis at a time: five times as fast as numpy's own order."""
 
 Bounds = tuple[tuple[int, int], ...]
 """`(start, stop)` of every axis of a block of an array."""
@@ -55,27 +59,40 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     Reads `model.safetensors`, else the shards that `model.safetensors.index.json` lists. Nothing but the headers is
     read yet. Raises ValueError or FileNotFoundError naming the file that is missing or corrupt.
     """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    found: dict[str, Any] = {}
+    for shard in shards(folder):
+        found |= open_file(shard, stack)
+    return found
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, all there; raises as `open_tensors`."""
+    whole = folder / "model.safetensors"
     if whole.is_file():
-        return open_file(whole, stack)
+        return [whole]
+    listed = _weight_map(folder)
+    for shard in sorted(set(listed.values())):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} is listed in {INDEX} but missing: download it again")
+    return [folder / shard for shard in sorted(set(listed.values()))]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor, by the index of a folder."""
+    index = folder / INDEX
     if not index.is_file():
         if any(folder.glob("*.bin")):
             raise ValueError(
                 f"{folder} holds only pickled .bin weights, which are not read because loading them can run code: "
                 "convert them to safetensors, for example with transformers' save_pretrained"
             )
-        raise FileNotFoundError(f"{folder} holds no weights: neither {whole.name} nor {index.name}")
+        raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor {INDEX}")
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict):
         raise ValueError(f"{index} has no field weight_map, which says which file holds which tensor")
-    found: dict[str, Any] = {}
     if not all(isinstance(shard, str) and Path(shard).name == shard for shard in listed.values()):
         raise ValueError(f"{index}: weight_map must name files of this folder, without any path")
-    for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard} is listed in {index.name} but missing: download it again")
-        found |= open_file(folder / shard, stack)
-    return found
+    return listed
 
 
 def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -85,6 +102,58 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         return {name: file.get_slice(name) for name in file.keys()}
     except SafetensorError as failure:
         raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
+
+
+class FileTensor(NamedTuple):
+    """A tensor of a safetensors file that is read, not mapped: a process's memory does not count what it has read."""
+
+    path: Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    """Of its first byte in the file."""
+
+    def get_shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        return self.shape
+
+    def get_dtype(self) -> str:
+        """One of safetensors' names."""
+        return self.code
+
+    def __getitem__(self, region: slice | tuple[slice, ...]) -> np.ndarray:
+        """A region of a tensor of one of `DTYPE_CODES`; whole rows are read, several threads may."""
+        dtype = jnp.dtype(next(name for name, code in DTYPE_CODES.items() if code == self.code))
+        rows, *columns = region if isinstance(region, tuple) else (region,)
+        first, last, _ = rows.indices(self.shape[0])
+        row, bits = math.prod(self.shape[1:]), np.dtype(f"u{dtype.itemsize}")
+        read = np.fromfile(self.path, bits, (last - first) * row, offset=self.start + first * row * dtype.itemsize)
+        return read.reshape(-1, *self.shape[1:])[(slice(None), *columns)].view(dtype)
+
+
+def file_tensors(folder: Path) -> dict[str, FileTensor]:
+    """Name -> handle of every tensor in a folder, for reading more than memory holds.
+
+    Raises as `open_tensors`, and ValueError where a tensor is not in the file that the index names.
+    """
+    found: dict[str, FileTensor] = {}
+    for path in shards(folder):
+        with contextlib.ExitStack() as stack:
+            open_file(path, stack)  # whose header and length safetensors holds to each other
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, about in header.items():
+            if name != "__metadata__":
+                start = 8 + size + about["data_offsets"][0]
+                found[name] = FileTensor(path, about["dtype"], tuple(about["shape"]), start)
+    if not (folder / "model.safetensors").is_file():
+        for name, shard in _weight_map(folder).items():
+            if name not in found or found[name].path.name != shard:
+                raise ValueError(
+                    f"{folder / INDEX} says that {shard} holds {name}, and it does not: download both again"
+                )
+    return found
 
 
 def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -109,7 +178,18 @@ def copy_region(view: np.ndarray, tensor: Any, region: Bounds) -> None:
     for i in range(0, view.shape[0], step):
         into = view[i : i + step]
         first = start + i * rows
-        into[...] = tensor[(slice(first, first + len(into) * rows), *columns)].reshape(into.shape)
+        _copy(into, tensor[(slice(first, first + len(into) * rows), *columns)].reshape(into.shape))
+
+
+def _copy(into: np.ndarray, piece: np.ndarray) -> None:
+    """`into[...] = piece` for a transposed view of a buffer, in an order that caches like."""
+    densest = int(np.argmin(into.strides))
+    if into.dtype == piece.dtype and into.dtype.itemsize == 2:
+        into, piece = into.view(np.uint16), piece.view(np.uint16)  # numpy holds its lock for dtypes not its own
+    step = NARROW if densest < into.ndim - 1 else into.shape[densest]
+    for i in range(0, into.shape[densest], step):
+        some = (slice(None),) * densest + (slice(i, i + step),)
+        into[some] = piece[some]
 
 
 def place(shape: tuple[int, ...], home: Sharding | None, assemble: Callable[[Bounds], np.ndarray]) -> jax.Array:

@@ -1,0 +1,188 @@
+"""Targets of other projects made exported ones of jaxspec, whatever their size: fetched, checked, written in pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxspec import report
+from jaxspec.base import Params
+from jaxspec.card import write_card
+from jaxspec.checkpoint import model_card, whole_folder
+from jaxspec.data.tokenizer_training import TOKENIZER_FILES
+from jaxspec.exports import Exportable
+from jaxspec.interchange.exported import is_exported
+from jaxspec.interchange.hf import StoredWeight, fingerprint, stored_weights
+from jaxspec.interchange.tensors import shards
+from jaxspec.loading import target_folder, tokenizer_card
+from jaxspec.piecewise import Pieces, chunk_of, describe, pieces_of, written
+
+FILES = (*TOKENIZER_FILES, "generation_config.json")
+"""What is copied beside the weights."""
+FETCHED = ("config.json", *FILES, "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+"""Of a repository: nothing else, such as the same weights in other formats."""
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Imported(NamedTuple):
+    """What `import_target` wrote."""
+
+    model: Exportable
+    """Shapes in place of weights."""
+    bytes: int
+    """Of the weights."""
+    kept_bytes: int
+    """Of these, what an interrupted import had written."""
+    checked_files: int
+    """Files of weights whose SHA-256 was given and is right."""
+
+
+def find_source(name: str, revision: str | None = None) -> Path:
+    """The HuggingFace folder that `name` stands for: a path, `tiny`, or a repository, downloaded to the hub's cache.
+
+    A download that stopped goes on where it was. Raises ValueError where it is none of these, and OSError, in one
+    sentence, where a repository cannot be had.
+    """
+    folder = target_folder(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{name}: is a folder, which has no revisions; leave --revision out")
+        return folder
+    if not _REPOSITORY.fullmatch(name):
+        raise ValueError(f"{name}: there is no such folder, and it is not the name of a repository (OWNER/NAME)")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            f"{name}: there is no such folder, and downloading a repository needs huggingface_hub: pip install "
+            "huggingface_hub, or give the folder of a copy"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"{name}: could not be downloaded ({reason}); the same command goes on where it stopped"
+        ) from error
+
+
+def import_target(folder: Path, out: Path, *, name: str) -> Imported:
+    """Write the target in a HuggingFace folder, called `name`, as `save_model` would, without holding its weights.
+
+    Weights keep the dtype they are stored in, layers are stacked. A call that is interrupted leaves `out` as it was,
+    and the next goes on where it stopped. Raises ValueError or OSError, in one sentence, where the source is incomplete
+    or damaged or not supported, or does not fit on the disk.
+    """
+    if is_exported(folder):
+        raise ValueError(f"{name}: is a model of jaxspec's already; copy its folder")
+    config, weights = stored_weights(folder)
+    arrays, mark = [_pieces(weight) for weight in weights], fingerprint(folder)
+    _check_room(out, sum(piece.nbytes for piece in pieces_of(arrays)))
+    given = check_digests(folder)
+    files = [folder / file for file in FILES if (folder / file).is_file()]
+    about = {
+        "family": getattr(config, "family", "llama"),
+        "tokenizer": tokenizer_card(folder),
+        "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": report.git_sha()},
+        "fingerprint": mark,
+    }
+    params, values = _tree(weights), dataclasses.asdict(config)
+    with whole_folder(out, resumable=True) as draft:
+        checksums, kept = _write(draft, arrays, _identity(folder, mark), name)
+        describe(draft, arrays, {"kind": "target"})
+        for file in files:
+            shutil.copyfile(file, draft / file.name)
+        write_card(draft, model_card(params, values, kind="target", about=about), known=checksums)
+    model = Exportable("target", params, values, about, files, "hf")
+    return Imported(model, sum(w.nbytes for w in weights), kept, len(given))
+
+
+def check_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of weights for which it is given, each found to be right; ValueError where one is not.
+
+    It is given by the hub's cache, which names files by it, by the hub's notes on a local download, by `FILE.sha256`
+    and by `SHA256SUMS`.
+    """
+    given = {path: digest for path in shards(folder) if (digest := given_digest(path))}
+    if not given:
+        return {}
+    with report.progress("checking SHA-256", sum(path.stat().st_size for path in given), "bytes") as bar:
+        for path, digest in given.items():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise ValueError(f"{path}: its SHA-256 is not the one it was published with: download it again")
+            bar.advance(path.stat().st_size)
+    return {path.name: digest for path, digest in given.items()}
+
+
+def given_digest(path: Path) -> str | None:
+    """The SHA-256 that a file should have by what lies beside it; None where nothing says."""
+    blob = path.resolve().name if path.is_symlink() else ""
+    if _SHA256.fullmatch(blob):
+        return blob
+    notes = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    if notes.is_file():
+        etag = [*notes.read_text(encoding="utf-8").split(), "", ""][1]
+        if _SHA256.fullmatch(etag):
+            return etag
+    for sums in (path.with_name(f"{path.name}.sha256"), path.with_name("SHA256SUMS")):
+        for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
+            digest, _, of = line.strip().partition(" ")
+            if _SHA256.fullmatch(digest) and of.strip().lstrip("*").removeprefix("./") in ("", path.name):
+                return digest
+    return None
+
+
+def _pieces(weight: StoredWeight) -> Pieces:
+    chunk = chunk_of(weight.shape, weight.dtype.itemsize, weight.rows, stacked=weight.path[0] == "layers")
+    return Pieces(weight.path, weight.shape, weight.dtype, chunk, weight.read)
+
+
+def _write(draft: Path, arrays: Sequence[Pieces], identity: str, name: str) -> tuple[Mapping[str, str], int]:
+    """The checksums of all pieces, and how many bytes were there already."""
+    checksums, kept = {}, 0
+    total = sum(piece.nbytes for piece in pieces_of(arrays))
+    with report.progress(f"import {name}", total, "bytes") as bar, written(draft, arrays, identity) as pieces:
+        for done in pieces:
+            checksums[done.piece.file] = done.sha256
+            kept += done.piece.nbytes if done.kept else 0
+            bar.advance(done.piece.nbytes, f"{kept:,} bytes kept of an earlier import" if kept else None)
+    return checksums, kept
+
+
+def _identity(folder: Path, mark: str) -> str:
+    """What the pieces of an interrupted import must have been made of to be kept."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards(folder)]
+    return json.dumps([mark, files])
+
+
+def _check_room(out: Path, needed: int) -> None:
+    """ValueError where the disk has no room for so many bytes beside what an interrupted import left."""
+    parent = next(path for path in out.absolute().parents if path.is_dir())
+    left = out.absolute().with_name(f".{out.name}.partial") / "params"
+    there = sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free
+    if needed - there > free:
+        raise ValueError(
+            f"{out}: needs {needed - there:,} bytes more, and {free:,} are free on its disk: make room, or name another"
+        )
+
+
+def _tree(weights: Sequence[StoredWeight]) -> Params:
+    """The shapes of the weights as `save_model` takes weights."""
+    top = {w.path[0]: jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights if len(w.path) == 1}
+    return {**top, "layers": {w.path[1]: jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights if len(w.path) == 2}}
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache is of."""
+    return folder.name if folder.absolute().parent.name == "snapshots" else None

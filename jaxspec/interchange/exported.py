@@ -1,0 +1,130 @@
+"""Targets that jaxspec wrote as Orbax checkpoints, read weight by weight wherever a HuggingFace folder is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from jaxspec.base import Params
+from jaxspec.card import CARD, Card, read_card, verify
+from jaxspec.layers import Options, RopeScaling
+from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+
+Made = Callable[[tuple[Any, ...], jax.Array], Any]
+"""What becomes of the weight at a path of the tree."""
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds a model of jaxspec's rather than one in HuggingFace layout, which may have a card too."""
+    return (folder / CARD).is_file() and not (folder / "config.json").is_file()
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """The shape of the target in a folder; ValueError where it holds something else, or of another version."""
+    try:
+        return target_config(_target_card(folder)["config"])
+    except TypeError as error:
+        raise ValueError(f"{folder}: the shape of its target is not this version's ({error})") from error
+
+
+def target_config(values: Mapping[str, Any]) -> LlamaConfig:
+    """The configuration of a target from the JSON that a card holds; TypeError where it has other fields."""
+
+    def arguments(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in of.items()}
+
+    fields = arguments(values)
+    if isinstance(fields.get("rope_scaling"), Mapping):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    if "options" not in fields:
+        return LlamaConfig(**fields)
+    return DecoderConfig(**{**fields, "options": Options(**arguments(fields["options"]))})
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of the embedding."""
+    return _target_card(folder)["arrays"]["embed"]["dtype"]
+
+
+def fingerprint(folder: Path) -> str:
+    """That of the folder it was imported from, else a hash of its checksums."""
+    card = _target_card(folder)
+    if "fingerprint" in card:
+        return card["fingerprint"]
+    return hashlib.sha256(json.dumps([card["config"], card["checksums"]], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, made: Made) -> Params:
+    """The weights of `plan`, a part of the tree `stored` (layers stacked) or of that with a list of layers.
+
+    Each array lies as `homes` (a tree like `plan`; None: on the first device) says, in `dtype`, and becomes what
+    `made` makes of it. One stored array is read at a time, so beside the weights no more than that is held. Raises
+    ValueError where a file is missing or damaged, or an array is.
+    """
+    card, unstacked = _target_card(folder), isinstance(plan.get("layers"), list)
+    flat, tree = jax.tree_util.tree_flatten_with_path(plan)
+    places = [None] * len(flat) if homes is None else tree.flatten_up_to(homes)
+    wanted = {path: home for (path, _), home in zip(flat, places, strict=True)}
+    names = {_name(path, unstacked) for path in wanted}
+    shapes = {_name(path, False): weight.shape for path, weight in jax.tree_util.tree_leaves_with_path(stored)}
+    verify(folder, {**card, "checksums": _needed(card, names)})
+    for name, shape in shapes.items():
+        if name in names and card["arrays"].get(name, {}).get("shape") != list(shape):
+            raise ValueError(f"{folder}: its card has no array {name} of shape {shape}, which its config calls for")
+    found: dict[tuple[Any, ...], Any] = {}
+    for name in sorted(names):
+        paths = [path for path in wanted if _name(path, unstacked) == name]
+        split = unstacked and name.startswith("layers/")
+        home: Any = wanted[paths[0]]
+        if split and home is not None:
+            home = NamedSharding(home.mesh, PartitionSpec(None, *home.spec))
+        whole = _load(folder, name, shapes[name], home, dtype)
+        for i, path in enumerate(paths):
+            part = jax.device_put(whole[i], wanted[path]) if split else whole
+            found[path] = jax.block_until_ready(made(path, part))
+        del whole
+    return tree.unflatten([found[path] for path, _ in flat])
+
+
+def _name(path: tuple[Any, ...], unstacked: bool) -> str:
+    """Of the stored array behind a path, as the card has it."""
+    keys = [str(getattr(key, "key", getattr(key, "idx", None))) for key in path]
+    return "/".join([keys[0], *keys[2:]] if unstacked and keys[0] == "layers" else keys)
+
+
+def _needed(card: Card, names: set[str]) -> dict[str, str]:
+    """The checksums of all files but those of other arrays, where arrays have folders of their own."""
+    others = {f"params/{name.replace('/', '.')}" for name in card["arrays"] if name not in names}
+    return {file: digest for file, digest in card["checksums"].items() if file.rpartition("/")[0] not in others}
+
+
+def _load(folder: Path, name: str, shape: tuple[int, ...], home: Any, dtype: Any) -> jax.Array:
+    """One stored array."""
+    home = home or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    keys, like = name.split("/"), jax.ShapeDtypeStruct(shape, dtype, sharding=home)
+    for key in reversed(keys):
+        like = {key: like}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            found: Any = ocp.load(str(folder.absolute()), like, checkpointable_name="params")
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{folder}: array {name} could not be read ({error}); the checkpoint is damaged") from error
+    for key in keys:
+        found = found[key]
+    return found
+
+
+def _target_card(folder: Path) -> Card:
+    card = read_card(folder)
+    if card["kind"] != "target":
+        raise ValueError(f"{folder}: holds a {card['kind']}, not a target")
+    return card

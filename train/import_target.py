@@ -1,0 +1,59 @@
+"""Make a target in HuggingFace layout an exported one of jaxspec: sharded Orbax, checksums, a card, its tokenizer.
+
+A few pieces are in memory at a time, whatever the model's size. Files are held to the index and their headers, and to
+their SHA-256 where the hub or a file beside them gives it. What a repository's name stands for is downloaded with
+huggingface_hub. Interrupted, the same command goes on where it stopped. OUT can be given wherever a target is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from jaxspec import cli, exports, imports, report
+from jaxspec.checkpoint import refuse_to_replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Command line of `jaxspec import target`."""
+
+    source: Positional[str]
+    """HuggingFace folder, or the name of a repository (OWNER/NAME); `tiny` is the bundled target."""
+    out: Positional[Path]
+    """Folder to write."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository. Default: its main branch."""
+    overwrite: bool = False
+    """Replace a model that was written to the folder before."""
+    json: Path | None = None
+    """Write the result here."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns the exit code."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec import target", description=__doc__ or "")
+    refuse_to_replace(args.out)
+    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
+        raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
+    done = imports.import_target(imports.find_source(args.source, args.revision), args.out, name=args.source)
+    facts = exports.facts(done.model) | {
+        "format": "orbax",
+        "path": args.out,
+        "bytes": done.bytes,
+        "kept_bytes": done.kept_bytes,
+        "checked_files": done.checked_files,
+    }
+    report.print_table(f"{args.source} in {args.out}", ("", ""), list(facts.items()))
+    if args.json:
+        report.write_json(args.json, report.result("import target", seed=None, started=started, **facts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
