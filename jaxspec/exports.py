@@ -28,11 +28,11 @@ from jaxspec.checkpoint import (
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import LayerIds
+from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.hf import load_tables, load_target, stored_dtype, write_llama
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
-from jaxspec.layers import RopeScaling
 from jaxspec.loading import target_folder, tokenizer_card
 from jaxspec.report import git_sha
 from jaxspec.targets.llama import LlamaConfig
@@ -181,12 +181,7 @@ def _write_lm(out: Path, model: Exportable, target: str | None, card: Mapping[st
 
 
 def _lm_config(model: Exportable) -> LlamaConfig:
-    values = dict(model.config if model.kind == "target" else model.config["shape"])
-    if isinstance(values.get("rope_scaling"), Mapping):
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    if "eos_ids" in values:
-        values["eos_ids"] = tuple(values["eos_ids"])
-    return LlamaConfig(**values)
+    return target_config(model.config if model.kind == "target" else model.config["shape"])
 
 
 def _shape(model: Exportable) -> Any:
