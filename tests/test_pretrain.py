@@ -18,14 +18,16 @@ from random_models import SIZE, write_target
 from jaxspec import training
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
-from jaxspec.config import load
+from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
+from jaxspec.data.templates import TEMPLATES
 from jaxspec.distill import TrainState
 from jaxspec.layers import segment_mask
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.train.pretrain import find_tokenizer
 from jaxspec.training import optimizer_of
 
 STEPS = 80
@@ -192,6 +194,15 @@ def test_a_draft_lm_takes_the_targets_tokenizer_as_it_is(draft_lm: Path):
     assert all((draft_lm / "target" / n).read_bytes() == (draft_lm / "export" / n).read_bytes() for n in names)
     mix = json.loads((draft_lm / "result.json").read_text())["mix"]
     assert mix["held"] == 200 < mix["documents"] and mix["share"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_template_that_the_config_names_goes_with_the_model(draft_lm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(draft_lm)
+    named = load("toy.py", ["tokenizer=target", f"model.vocab={SIZE}", "data.template=vicuna", "export_folder=named"])
+    assert isinstance(named, PretrainConfig)
+    found, again = find_tokenizer(named), ChatTokenizer.load("named")
+    assert found.template == again.template == TEMPLATES["vicuna"].text
+    assert ChatTokenizer.load("target").template != found.template
 
 
 def test_the_draft_lms_folder_is_one_to_regenerate_from(draft_lm: Path, monkeypatch: pytest.MonkeyPatch):

@@ -157,6 +157,8 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
         )
     if config.tokenizer is not None and jax.process_index() == 0:
         copy_tokenizer(folder, config.export_folder)
+    if config.data.template is not None and tokenizer.template is not None and jax.process_index() == 0:
+        (Path(config.export_folder) / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
     return tokenizer
 
 
