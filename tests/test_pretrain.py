@@ -1,5 +1,6 @@
 """Pretraining: the loss, and runs that are killed and go on as if they had not been."""
 
+import importlib
 import json
 import random
 import signal
@@ -27,7 +28,6 @@ from jaxspec.layers import segment_mask
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig
-from jaxspec.train.pretrain import find_tokenizer
 from jaxspec.training import optimizer_of
 
 STEPS = 80
@@ -200,6 +200,7 @@ def test_a_template_that_the_config_names_goes_with_the_model(draft_lm: Path, mo
     monkeypatch.chdir(draft_lm)
     named = load("toy.py", ["tokenizer=target", f"model.vocab={SIZE}", "data.template=vicuna", "export_folder=named"])
     assert isinstance(named, PretrainConfig)
+    find_tokenizer = importlib.import_module("jaxspec.train.pretrain").find_tokenizer
     found, again = find_tokenizer(named), ChatTokenizer.load("named")
     assert found.template == again.template == TEMPLATES["vicuna"].text
     assert ChatTokenizer.load("target").template != found.template
