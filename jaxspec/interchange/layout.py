@@ -150,27 +150,17 @@ def head_shape(folder: Folder) -> dict[str, Any]:
     Biases of queries, keys and values are told by the tensors that are there.
     """
     fields = Fields(folder.path / "config.json", folder.config, {}, DEFAULTS)
-    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if fields.find("head_dim") is None and width % heads:
-        raise ValueError(
-            f"{fields.path}: hidden_size={width} is not a multiple of num_attention_heads={heads}: set head_dim"
-        )
     if fields.find("hidden_act") != "silu":
         raise ValueError(f"{fields.path}: hidden_act={fields.find('hidden_act')!r} is not supported; only 'silu' is")
-    head_dim, rope = fields.integer("head_dim", width // heads), fields.rope()
-    scaling = rope.scaling(head_dim, fields.integer("max_position_embeddings"))
+    layer, rope = fields.layer_shape(), fields.rope()
+    scaling = rope.scaling(layer["head_dim"], fields.integer("max_position_embeddings"))
     if scaling is not None and scaling.kind not in DRAFTER_ROPES:
         known = ", ".join(map(repr, ("default", *DRAFTER_ROPES)))
         raise ValueError(f"{fields.path}: rope_type={scaling.kind!r} of a head is not supported; supported: {known}")
     return {
-        "width": width,
-        "heads": heads,
-        "kv_heads": fields.integer("num_key_value_heads", heads),
-        "head_dim": head_dim,
-        "mlp": fields.integer("intermediate_size"),
+        **layer,
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
-        "norm_eps": fields.number("rms_norm_eps"),
         "qkv_bias": any(name.endswith("self_attn.q_proj.bias") for name in folder.tensors),
     }
 

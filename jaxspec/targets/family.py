@@ -40,27 +40,17 @@ def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
 
     `rope_of` is the kind of layers whose rotary positions count, in a family where each kind has its own.
     """
-    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if fields.find("head_dim") is None and width % heads:
-        raise ValueError(
-            f"{fields.path}: hidden_size={width} is not a multiple of num_attention_heads={heads}: set head_dim"
-        )
-    head_dim = fields.integer("head_dim", width // heads)
+    layer = fields.layer_shape()
     rope, positions = fields.rope(layers=rope_of), fields.integer("max_position_embeddings")
-    scaling = rope.scaling(int(head_dim * rope.part), positions)
+    scaling = rope.scaling(int(layer["head_dim"] * rope.part), positions)
     if scaling is not None and scaling.kind == "longrope":
         positions = min(positions, scaling.original_positions)
     return {
+        **layer,
         "vocab": fields.integer("vocab_size"),
-        "width": width,
         "layers": fields.integer("num_hidden_layers"),
-        "heads": heads,
-        "kv_heads": fields.integer("num_key_value_heads", heads),
-        "head_dim": head_dim,
-        "mlp": fields.integer("intermediate_size"),
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
-        "norm_eps": fields.number("rms_norm_eps"),
         "tied": fields.flag("tie_word_embeddings"),
         "max_positions": positions,
         "bos_id": fields.token("bos_token_id"),

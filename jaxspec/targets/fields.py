@@ -98,6 +98,22 @@ class Fields:
             raise ValueError(f"{self.path}: layer_types={kinds!r} must list a kind for each of {len(default)} layers")
         return tuple(window if here else None for here in local) if window is not None and any(local) else ()
 
+    def layer_shape(self) -> dict[str, Any]:
+        """Width, heads, MLP and norm of a decoder layer, as fields of `LlamaConfig` and of heads' configs."""
+        heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
+        if self.find("head_dim") is None and width % heads:
+            raise ValueError(
+                f"{self.path}: hidden_size={width} is not a multiple of num_attention_heads={heads}: set head_dim"
+            )
+        return {
+            "width": width,
+            "heads": heads,
+            "kv_heads": self.integer("num_key_value_heads", heads),
+            "head_dim": self.integer("head_dim", width // heads),
+            "mlp": self.integer("intermediate_size"),
+            "norm_eps": self.number("rms_norm_eps"),
+        }
+
     def rope(self, *, layers: str | None = None) -> Rope:
         """The rotary positions; of the kind of layers `layers` where each has its own.
 
