@@ -56,7 +56,8 @@ def test_an_eagle_step_costs_what_its_matmuls_say(counted):
 @pytest.mark.parametrize("name", ["eagle", "hass:3", "medusa:4", "parallelspec:4", "draft_lm"])
 def test_the_parts_have_the_steps_matmuls(counted, name: str):
     row = counted[name]
-    assert row["target_flops"] + row["drafter_flops"] + row["head_and_loss_flops"] == row["flops_per_step"]
+    assert sum(row[f"{part}_flops"] for part in BENCH.PARTS) == row["flops_per_step"]
+    assert (row["optimizer_flops"] > 0) == name.startswith("parallelspec")  # the one of these that learns by Muon
 
 
 def test_dropping_positions_saves_drafter_work(counted):
@@ -90,7 +91,7 @@ def test_json_holds_the_agreed_keys_and_rates_fit_together(tmp_path, monkeypatch
         assert row["flops_per_second"] == pytest.approx(row["flops_per_step"] * row["steps_per_second"])
         model = row["flops_per_second"] * (1 - row["recomputed_flops_per_step"] / row["flops_per_step"])
         assert row["mfu"] == pytest.approx(model / result["machine_matmul_flops_per_second"])
-        assert sum(row[f"{part}_ms"] for part in ("target", "drafter", "head_and_loss", "rest")) == pytest.approx(
+        assert sum(row[f"{part}_ms"] for part in (*BENCH.PARTS, "rest")) == pytest.approx(
             row["step_ms"]
         )
     assert result["rows"][0]["time_ratio"] == result["rows"][0]["flops_ratio"] == 1

@@ -34,6 +34,7 @@ from jaxspec.distill import (
     read_batch,
     train_step,
     unroll_batch,
+    update,
 )
 from jaxspec.drafters import DRAFTERS
 from jaxspec.flops import Flops, count_flops
@@ -48,13 +49,14 @@ DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": 
 SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "draft_lm_kld"}
 """Other names of experiments."""
 MATMUL = "matmul"
-PARTS = ("target", "drafter", "head_and_loss")
+PARTS = ("target", "drafter", "head_and_loss", "optimizer")
 NOTES = """\
 FLOPs: of matmuls and convolutions, exact over loops, conditionals at their dearest branch (all chunks judged)
 again: FLOPs that jax.checkpoint spends a second time on the way back; included in FLOPs
 target: its forward pass; drafter: its draft steps, forward and back; head and loss: logits of target and draft, losses,
-and the way back to the draft's outputs; these are programs of their own on the same shapes
-rest: what is left of the step, such as the optimizer; below 0 where fusion saves more than it costs"""
+and the way back to the draft's outputs; optimizer: its update of the weights, of which only Muon's has matmuls; these
+are programs of their own on the same shapes
+rest: what is left of the step; below 0 where fusion saves more than it costs"""
 TIMED_NOTES = """\
 steps/s: one update on the whole batch, compilation not counted; median of {repeats}
 MFU: model FLOPs a second, those done again left out, by what a large matmul reaches in between: {rate:.0f} GFLOP/s"""
@@ -254,6 +256,7 @@ def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]
         "target": Part(functools.partial(read_batch, target), (frozen, batch)),
         "drafter": Part(draft_and_back, (unrolled, *drafting)),
         "head_and_loss": Part(judge_and_back, (state.params, unrolled, frozen, batch, out, state.key, vocab_U)),
+        "optimizer": Part(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
     }
 
 
