@@ -17,7 +17,7 @@ config = DistillConfig(
         length=512,
         batch=2,
         loss_on="assistant",
-        mix="data/chat/train.jsonl",
+        mix="data/prose/books-0[0-5].txt",
         mix_share=0.1,
     ),
     optimizer=OptimizerConfig(

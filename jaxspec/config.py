@@ -25,12 +25,12 @@ Attention = Literal["auto", "xla", "splash", "cudnn"]
 class DataConfig:
     """Conversations to learn from and to be judged by."""
 
-    # JSONL (also .gz) or ArrayRecord files, folders or patterns of them, or folders that `jaxspec tokenize` wrote; the
-    # union of several, joined by commas. With weights, a.jsonl:0.7,b.jsonl:0.3, an epoch holds the first whole, and of
-    # the others what makes their share of the trained tokens.
+    # JSONL (also .gz) or ArrayRecord files, plain text (.txt, also .gz), folders or patterns of them, or folders that
+    # `jaxspec tokenize` wrote; the union of several, joined by commas. With weights, a.jsonl:0.7,b.jsonl:0.3, an epoch
+    # holds the first whole, and of the others what makes their share of the trained tokens.
     train: str
     eval: str  # likewise, without weights
-    length: int = 512  # tokens in a row; longer conversations are cut
+    length: int = 512  # tokens in a row; longer conversations are cut, and longer texts divided
     batch: int = 16  # rows of a step, over all devices
     loss_on: Literal["all", "assistant"] = "all"
     limit: int | None = None  # read only so many conversations of each training file

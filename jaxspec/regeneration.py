@@ -81,9 +81,9 @@ class Rewritten(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """Its line of JSON: a conversation as `read_conversations` reads it, and how its answers came about."""
-        id, source, messages, _ = self.conversation
         about = {"finish": self.finish, "tokens": self.tokens, "temperature": self.temperature}
-        return {"id": id, "source": source, "messages": messages, **about}
+        c = self.conversation
+        return {"id": c.id, "source": c.source, "messages": c.messages, **about}
 
 
 @dataclasses.dataclass

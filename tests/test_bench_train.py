@@ -91,9 +91,7 @@ def test_json_holds_the_agreed_keys_and_rates_fit_together(tmp_path, monkeypatch
         assert row["flops_per_second"] == pytest.approx(row["flops_per_step"] * row["steps_per_second"])
         model = row["flops_per_second"] * (1 - row["recomputed_flops_per_step"] / row["flops_per_step"])
         assert row["mfu"] == pytest.approx(model / result["machine_matmul_flops_per_second"])
-        assert sum(row[f"{part}_ms"] for part in (*BENCH.PARTS, "rest")) == pytest.approx(
-            row["step_ms"]
-        )
+        assert sum(row[f"{part}_ms"] for part in (*BENCH.PARTS, "rest")) == pytest.approx(row["step_ms"])
     assert result["rows"][0]["time_ratio"] == result["rows"][0]["flops_ratio"] == 1
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxspec.data.conversations import Named, read_all, read_conversations, split_names
+from jaxspec.data.conversations import (
+    Conversation,
+    Named,
+    parse_conversation,
+    read_all,
+    read_conversations,
+    split_names,
+)
 
 GOOD = {
     "id": "a",
@@ -50,7 +57,7 @@ def test_limit_stops_before_lines_behind_it_are_read(tmp_path: Path):
     [
         ("{broken", "line 2: "),
         ([1], "line 2: expected a JSON object, found list"),
-        ({"text": "x"}, "line 2: has neither `messages` nor `conversations`"),
+        ({"txt": "x"}, "line 2: has neither `messages` nor `conversations` nor `text`"),
         ({"messages": []}, "line 2: `messages` must be a non-empty list"),
         ({"messages": [{"role": "user"}]}, "line 2: message 0: `content` must be text"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "line 2: message 0: role 'wizard' is not one of"),
@@ -152,3 +159,22 @@ def test_weights_stand_behind_names():
 def test_wrong_weights_are_named(names: str, match: str):
     with pytest.raises(ValueError, match=match):
         split_names(names)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_form_feeds_part_the_texts_of_a_file(tmp_path: Path, packed: bool):
+    path = tmp_path / ("books.txt.gz" if packed else "books.txt")
+    text = "\fOne.\nStill one. \fTwo\f \n\f\fThree"
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    found = read_conversations(path)
+    assert [c.text for c in found] == ["One.\nStill one. ", "Two", "Three"]
+    assert [c.messages for c in found] == [()] * 3 and len({c.id for c in found}) == 3
+    assert [c.text for c in read_conversations(path, limit=2)] == ["One.\nStill one. ", "Two"]
+
+
+def test_plain_text_stands_in_a_record_too():
+    found = parse_conversation({"text": "Words.", "source": "web"}, id="7", source="s")
+    assert found == Conversation("7", "web", (), text="Words.")
+    for record in ({"text": " "}, {"text": 3}):
+        with pytest.raises(ValueError, match="text"):
+            parse_conversation(record, id="7", source="s")

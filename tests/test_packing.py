@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import Corpus, Mix, PackedBatches, Summary, fingerprint, join, pack, tokenize_conversations
+from jaxspec.data.packing import Corpus, Mix, PackedBatches, fingerprint, join, pack, tokenize_conversations
 from jaxspec.data.pipeline import iterate, packed_batches
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 
@@ -30,7 +30,7 @@ def make_corpus(count: int = 150, longest: int = LENGTH) -> Corpus:
         source=(np.arange(count) % 3).astype(np.int32),
         sources=("a", "b", "c"),
         ids=tuple(f"doc-{i}" for i in range(count)),
-        summary=Summary(count, total, 0, 0, 0),
+        truncated=np.zeros(count, bool),
     )
 
 
@@ -249,6 +249,18 @@ def test_what_is_cut_or_odd_is_counted(chat: ChatTokenizer):
     assert corpus.summary[2:] == (2, 2, 0) and corpus.summary.documents == 4
     assert corpus.lengths.max() == 20 and corpus.summary.tokens == len(corpus.tokens)
     assert str(corpus.summary).endswith("2 truncated, 2 without assistant")
+
+
+@given(st.integers(3, 40), st.text("ab ", min_size=1, max_size=200))
+def test_plain_text_is_divided_and_not_cut(chat: ChatTokenizer, length: int, text: str):
+    corpus = tokenize_conversations([talk("a", "b" * 90), Conversation("t", "s", (), text=text)], chat, length=length)
+    of_text = np.asarray(corpus.ids) == "t"
+    assert of_text.tolist() == [False] + [True] * (len(corpus.ids) - 1)
+    whole = [] if chat.bos_id is None else [chat.bos_id]
+    pieces = corpus.read(np.flatnonzero(of_text).tolist())
+    assert np.concatenate([p.tokens for p in pieces]).tolist() == [*whole, *chat.encode(text), chat.eos_id]
+    assert all(len(p.tokens) == length for p in pieces[:-1]) and not any(p.assistant_mask.any() for p in pieces)
+    assert corpus.summary.truncated == 1 and corpus.truncated[0]
 
 
 def test_conversations_without_any_other_turn_are_counted_and_those_a_template_refuses_named(chat: ChatTokenizer):

@@ -11,7 +11,7 @@ import pytest
 from jaxspec.__main__ import main
 from jaxspec.config import load
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import read_conversations
+from jaxspec.data.conversations import read_all, read_conversations
 from jaxspec.data.packing import Mix, PackedBatches, join, tokenize_conversations
 from jaxspec.data.pipeline import iterate
 from jaxspec.data.shards import Field, Shard, pack_record, unpack_record
@@ -60,6 +60,18 @@ def make(folder: Path, name: str, **settings) -> Path:
         )
     )
     return folder / name
+
+
+def test_plain_text_on_disk_is_that_of_memory(folder: Path, tokenizer: ChatTokenizer, tmp_path: Path):
+    texts = ["one text " * 40, "another", "", "the last of them " * 9]
+    (tmp_path / "texts.txt").write_text("\f".join(texts))
+    names = f"{tmp_path / 'texts.txt'},{folder / 'talks.jsonl'}"
+    list(write_corpus(tmp_path / "corpus", names, tokenizer, length=LENGTH, shard_documents=2))
+    stored = StoredCorpus(tmp_path / "corpus")
+    held = tokenize_conversations(read_all(names), tokenizer, length=LENGTH)
+    assert stored.summary == held.summary and list(stored.ids) == list(held.ids)
+    assert len(stored.ids) > 103 and np.array_equal(stored.keys, held.keys)
+    assert {s: int((stored.source == i).sum()) for i, s in enumerate(stored.sources)}["texts"] == len(stored.ids) - 100
 
 
 def digests(folder: Path) -> dict[str, str]:

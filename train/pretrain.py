@@ -147,7 +147,7 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
     elif jax.process_index() == 0 and not (folder / "tokenizer.json").is_file():
         say(f"training a tokenizer of {vocab:,} ids")
         conversations = read_all(config.data.train, limit=config.data.limit)
-        texts = (message["content"] for c in conversations for message in c.messages)
+        texts = (text for c in conversations for text in (c.text or "", *(m["content"] for m in c.messages)) if text)
         write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
     meet("tokenizer")
     tokenizer = ChatTokenizer.load(folder, config.data.template)

@@ -115,6 +115,13 @@ class ChatTokenizer:
         """The text of `ids`."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def encode_text(self, text: str) -> EncodedConversation:
+        """A text that nobody says, as a model is pretrained on it: behind the first token, if there is one, and before
+        the last."""
+        first = [] if self.bos_id is None else [self.bos_id]
+        tokens = np.concatenate([first, self.encode(text), [self.eos_id]]).astype(np.int32)
+        return EncodedConversation(tokens, np.zeros(len(tokens), bool))
+
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 [L]: the conversation followed by the generation prompt, as the model sees it before it answers."""
         return self.encode(self.render(messages, add_generation_prompt=True))

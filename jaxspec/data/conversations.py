@@ -1,13 +1,19 @@
-"""Conversations on disk, in files or folders: a JSON object a line or record, in our, OpenAI's or ShareGPT's form."""
+"""Conversations and plain text on disk, in files or folders.
+
+A conversation is a JSON object a line or record, in our, OpenAI's or ShareGPT's form; a plain text is such an object
+too, or stands in a text file.
+"""
 
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import math
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +22,20 @@ _OTHER_ROLES = {"developer": "system"}  # OpenAI's newer name
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _RECORDS_AT_ONCE = 1024
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".array_record", ".arrayrecord")
+_TEXT_SUFFIXES = (".txt", ".txt.gz")
+_TEXT_ENDS = "\f"  # between the texts of one file
 
 
 class Conversation(NamedTuple):
-    """One conversation: `messages` are dicts with `role` and `content`."""
+    """One conversation, its `messages` being dicts with `role` and `content`; or one plain `text`, without messages."""
 
     id: str
     source: str
     messages: tuple[dict[str, str], ...]
     unfinished: bool = False
     """Its last answer was cut, so nothing says that it ends there."""
+    text: str | None = None
+    """Plain text, which nobody says to anybody: for pretraining, and to be mixed into training."""
 
 
 class Record(NamedTuple):
@@ -33,15 +43,20 @@ class Record(NamedTuple):
 
     path: Path
     place: str
-    """`line 3` or `record 3`, from 1."""
+    """`line 3`, `record 3` or `text 3`, from 1."""
     text: str | bytes
     source: str
     """Stands in where the conversation names none."""
+    plain: bool = False
+    """It is the text itself, not JSON."""
 
     def parse(self) -> Conversation:
         """The conversation; ValueError naming file and place where it is none."""
+        id = self.place.split()[1]
         try:
-            return parse_conversation(json.loads(self.text), id=self.place.split()[1], source=self.source)
+            if self.plain:
+                return parse_conversation({"text": self.text}, id=f"{self.path.name}:{id}", source=self.source)
+            return parse_conversation(json.loads(self.text), id=id, source=self.source)
         except ValueError as error:
             raise ValueError(f"{self.path}, {self.place}: {error}") from error
 
@@ -78,7 +93,8 @@ def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Co
     A line, or a record of an ArrayRecord file, is `{"id", "source", "messages": [{"role", "content"}]}`, where
     `content` is text or OpenAI's list of parts of type `text`, or ShareGPT's `{"conversations": [{"from", "value"}]}`;
     `id` defaults to the line's number, `source` to the name of the file, or of the folder where that is what is named.
-    With `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished.
+    With `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished. A plain text is a line
+    or record `{"id", "source", "text"}`, or what stands between two form feeds of a `.txt` (`.txt.gz`) file.
     Raises ValueError naming the file and line of the first bad line.
     """
     conversations = [record.parse() for record in read_records(path, limit=limit)]
@@ -98,17 +114,20 @@ def read_records(name: str | Path, *, limit: int | None = None) -> Iterator[Reco
     files, left = find_files(name), math.inf if limit is None else limit
     alone = len(files) == 1 and Path(name) == files[0]
     for path in files:
-        for place, text in _read_array_record(path) if _is_array_record(path) else _read_lines(path):
+        plain = path.name.endswith(_TEXT_SUFFIXES)
+        read = _read_array_record if _is_array_record(path) else _read_texts if plain else _read_lines
+        for place, text in read(path):
             if left <= 0:
                 return
             left -= 1
-            yield Record(path, place, text, _stem(path) if alone else path.absolute().parent.name)
+            yield Record(path, place, text, _stem(path) if alone else path.absolute().parent.name, plain)
 
 
 def find_files(name: str | Path) -> list[Path]:
     """The files behind a name, sorted: itself, those of a folder, or those that fit a pattern such as `shards/*.jsonl`.
 
-    Of a folder those are taken that end in `.jsonl`, `.jsonl.gz` or `.array_record`. ValueError if there is none.
+    Of a folder those are taken that end in `.jsonl`, `.jsonl.gz` or `.array_record`, no `.txt`: text is named by itself
+    or by a pattern. ValueError if there is none.
     """
     path = Path(name)
     if path.is_file():
@@ -118,7 +137,10 @@ def find_files(name: str | Path) -> list[Path]:
             raise ValueError(f"{path}: holds tokens or features, where conversations are needed")
         found = sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES) or _is_array_record(p))
         if not found:
-            raise ValueError(f"{path}: the folder holds no file that ends in {', '.join(_SUFFIXES)}")
+            raise ValueError(
+                f"{path}: the folder holds no file that ends in {', '.join(_SUFFIXES)}; name text by a pattern such as "
+                f"{path}/*.txt"
+            )
         return found
     found = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if Path(p).is_file())
     if not found:
@@ -137,8 +159,12 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
     elif "conversations" in record:
         messages = _list_of(record, "conversations")
         pairs = [(_sharegpt_role(_text(m, "from", i), i), _text(m, "value", i)) for i, m in enumerate(messages)]
+    elif isinstance(record.get("text"), str):
+        if not record["text"].strip():
+            raise ValueError("`text` is empty")
+        return Conversation(str(record.get("id", id)), str(record.get("source", source)), (), text=record["text"])
     else:
-        raise ValueError("has neither `messages` nor `conversations`")
+        raise ValueError("has neither `messages` nor `conversations` nor `text`")
     for i, (role, _) in enumerate(pairs):
         if role not in ROLES:
             raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
@@ -167,16 +193,32 @@ def _is_array_record(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    return ((f"line {number}", line) for number, line in _lines(path) if line.strip())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, packed or not, by number from 1."""
     opened = gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
     with opened as file:
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", line
+            yield from enumerate(file, 1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+
+
+def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    number, text = 0, io.StringIO()
+    for line in chain((line for _, line in _lines(path)), [_TEXT_ENDS]):
+        first, *others = line.split(_TEXT_ENDS)
+        text.write(first)
+        for begun in others:
+            if (whole := text.getvalue()).strip():
+                number += 1
+                yield f"text {number}", whole
+            text = io.StringIO()
+            text.write(begun)
 
 
 def _read_array_record(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -110,7 +110,19 @@ class Corpus(NamedTuple):
     source: np.ndarray  # int32 [documents], index into `sources`
     sources: tuple[str, ...]
     ids: Sequence[str]  # the conversations' own ids
-    summary: Summary
+    truncated: np.ndarray  # bool [documents], it was longer
+
+    @property
+    def summary(self) -> Summary:
+        """See `Documents`."""
+        spoken = self._spoken(self.offsets[:-1])
+        return Summary(
+            documents=len(spoken),
+            tokens=len(self.tokens),
+            truncated=int(self.truncated.sum()),
+            without_assistant=int((spoken == 0).sum()),
+            only_assistant=int((spoken == self.lengths).sum()),
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -120,9 +132,12 @@ class Corpus(NamedTuple):
     @property
     def said(self) -> np.ndarray:
         """See `Documents`."""
-        starts, ends = self.offsets[:-1], self.offsets[1:]
+        return self._spoken(np.minimum(self.offsets[:-1] + 1, self.offsets[1:]))
+
+    def _spoken(self, starts: np.ndarray) -> np.ndarray:
+        """int64 [documents]: the assistant's tokens of each from its place in `starts` on."""
         seen = np.concatenate([[0], np.cumsum(self.assistant_mask, dtype=np.int64)])
-        return seen[ends] - seen[np.minimum(starts + 1, ends)]
+        return seen[self.offsets[1:]] - seen[starts]
 
     @property
     def keys(self) -> np.ndarray:
@@ -202,28 +217,26 @@ def join(*corpora: Documents) -> Documents:
 def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, length: int) -> Corpus:
     """All conversations as one corpus, each cut to `length` tokens; what was cut or odd is counted in `summary`.
 
-    Raises ValueError naming the conversation that the chat template refuses.
+    A plain text is not cut but divided: it becomes as many documents of `length` tokens as it fills, the last one
+    shorter. None of it is the assistant's. Raises ValueError naming the conversation that the chat template refuses.
     """
     if not conversations:
         raise ValueError("conversations is empty")
-    encoded = _encode(conversations, tokenizer)
-    masks = [e.assistant_mask[:length] for e in encoded]
     sources = tuple(sorted({c.source for c in conversations}))
-    summary = Summary(
-        documents=len(encoded),
-        tokens=sum(len(m) for m in masks),
-        truncated=sum(len(e.tokens) > length for e in encoded),
-        without_assistant=sum(not m.any() for m in masks),
-        only_assistant=sum(bool(m.all()) for m in masks),
-    )
+    made = [
+        (conversation, slice(at, at + length), encoded)
+        for conversation, encoded in zip(conversations, _encode(conversations, tokenizer), strict=True)
+        for at in range(0, 1 if conversation.text is None else len(encoded.tokens), length)
+    ]
+    tokens = [encoded.tokens[here] for _, here, encoded in made]
     return Corpus(
-        tokens=np.concatenate([e.tokens[:length] for e in encoded]),
-        assistant_mask=np.concatenate(masks),
-        offsets=np.cumsum([0, *(len(m) for m in masks)]),
-        source=np.asarray([sources.index(c.source) for c in conversations], np.int32),
+        tokens=np.concatenate(tokens),
+        assistant_mask=np.concatenate([encoded.assistant_mask[here] for _, here, encoded in made]),
+        offsets=np.cumsum([0, *map(len, tokens)]),
+        source=np.asarray([sources.index(c.source) for c, *_ in made], np.int32),
         sources=sources,
-        ids=tuple(c.id for c in conversations),
-        summary=summary,
+        ids=tuple(c.id for c, *_ in made),
+        truncated=np.asarray([c.text is None and len(encoded.tokens) > length for c, _, encoded in made]),
     )
 
 
@@ -231,10 +244,12 @@ def _encode(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> 
     def encode(some: Sequence[Conversation]) -> list[EncodedConversation]:
         return tokenizer.encode_conversations([c.messages for c in some], unfinished=[c.unfinished for c in some])
 
+    talks = [c for c in conversations if c.text is None]
     try:
-        return encode(conversations)
+        talked = iter(encode(talks))
+        return [next(talked) if c.text is None else tokenizer.encode_text(c.text) for c in conversations]
     except ValueError:
-        for conversation in conversations:  # which one was it?
+        for conversation in talks:  # which one was it?
             try:
                 encode([conversation])
             except ValueError as error:

@@ -94,12 +94,12 @@ def _write_shard(
     entries, sources = [], {}
     writer = ShardWriter(shard, "group_size:1,zstd:3")
     while block := [record.parse() for record in islice(records, _TOGETHER)]:
-        corpus = tokenize_conversations(block, tokenizer, length=length + 1)
-        documents = [Document(*(x[:length] for x in d)) for d in corpus.read(range(len(block)))]
-        for conversation, (tokens, mask) in zip(block, documents, strict=True):
-            writer.write(shards.pack_record(fields, {"tokens": tokens, "assistant": mask}, conversation.id.encode()))
-        entries.append(_entries(corpus.lengths > length, documents))
-        entries[-1]["source"] = [sources.setdefault(c.source, len(sources)) for c in block]
+        corpus = tokenize_conversations(block, tokenizer, length=length)
+        documents = corpus.read(range(len(corpus.ids)))
+        for id, (tokens, mask) in zip(corpus.ids, documents, strict=True):
+            writer.write(shards.pack_record(fields, {"tokens": tokens, "assistant": mask}, id.encode()))
+        entries.append(_entries(corpus.truncated, documents))
+        entries[-1]["source"] = [sources.setdefault(corpus.sources[s], len(sources)) for s in corpus.source]
         yield len(block)
     shards.write_array(_index_of(shard), np.concatenate(entries))
     writer.seal(sources=list(sources))
