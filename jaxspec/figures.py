@@ -32,6 +32,8 @@ class Curve(NamedTuple):
     loss: np.ndarray
     eval_tokens: np.ndarray
     simulated_tau: np.ndarray
+    joined: tuple[float, ...] = ()
+    """Tokens after which another loss joined the objective."""
 
 
 def missing() -> str | None:
@@ -41,12 +43,12 @@ def missing() -> str | None:
     return 'no figures are drawn, for matplotlib is not installed: pip install -e ".[plot]", and give the command again'
 
 
-def read_curve(recipe: str, log: str | Path, tokens_per_step: float) -> Curve:
-    """A run's curve from its `metrics.jsonl`."""
+def read_curve(recipe: str, log: str | Path, tokens_per_step: float, joined: tuple[float, ...] = ()) -> Curve:
+    """A run's curve from its `metrics.jsonl`; see `Curve` for `joined`."""
     lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line]
     trained = [(x["step"] * tokens_per_step, x["loss"]) for x in lines if "loss" in x]
     judged = [(x["step"] * tokens_per_step, x["eval"]["simulated_tau"]) for x in lines if "eval" in x]
-    return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(judged, (-1, 2)).T)
+    return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(judged, (-1, 2)).T, joined)
 
 
 def draw_learning_curves(path: Path, curves: Sequence[Curve]) -> None:
@@ -58,6 +60,8 @@ def draw_learning_curves(path: Path, curves: Sequence[Curve]) -> None:
         look = looks[curve.recipe]
         line = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.4}
         left.plot(curve.loss_tokens / unit, _smooth(curve.loss), **line)
+        for tokens in curve.joined:
+            left.axvline(tokens / unit, **{**line, "linewidth": 0.8, "alpha": 0.6})
         right.plot(curve.eval_tokens / unit, curve.simulated_tau, markersize=4, **line, marker=look["marker"])
     lowest = min((float(c.loss.min(initial=math.inf)) for c in curves), default=1.0)
     highest = max((float(c.loss.max(initial=-math.inf)) for c in curves), default=1.0)
@@ -67,7 +71,8 @@ def draw_learning_curves(path: Path, curves: Sequence[Curve]) -> None:
         plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
         crowded = highest > SPREAD**2 * lowest
         left.yaxis.set(major_formatter=plain, minor_formatter=ticker.NullFormatter() if crowded else plain)
-    left.set(title="Training loss, each recipe's own objective", ylabel="loss a token (moving mean)")
+    joins = " (upright: a loss joins)" if any(curve.joined for curve in curves) else ""
+    left.set(title=f"Training loss, each recipe's own objective{joins}", ylabel="loss a token (moving mean)")
     right.set(title="Held-out conversations", ylabel="simulated tau (tokens per target call)")
     for axes in (left, right):
         axes.set_xlabel(f"trained tokens{name}")

@@ -336,7 +336,10 @@ def draw(
         read = []
         for arm in curves:
             steps = json.loads(arm.trained.read_text(encoding="utf-8"))["steps"]
-            read.append(figures.read_curve(arm.recipe, arm.metrics, trained[arm.recipe, arm.seed] / steps))
+            tokens = trained[arm.recipe, arm.seed]
+            late = () if isinstance(arm.config, PretrainConfig) else arm.config.objective.late
+            joined = tuple(share * tokens for _, share in late)
+            read.append(figures.read_curve(arm.recipe, arm.metrics, tokens / steps, joined))
         drawn.append(folder / "learning_curves.png")
         figures.draw_learning_curves(drawn[-1], read)
     if summaries:
