@@ -21,14 +21,16 @@ from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConf
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.distillation import distill
 from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
+from jaxspec.launch import say
 from jaxspec.loading import Models
 from jaxspec.objective import Objective
 from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.requests import make_requests
 from jaxspec.serving import Job, Queue, Settings
-from jaxspec.training import Finished, distill, say
+from jaxspec.training import Finished
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3")

@@ -48,7 +48,7 @@ def read_curve(recipe: str, log: str | Path, tokens_per_step: float, joined: tup
     lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line]
     trained = [(x["step"] * tokens_per_step, x["loss"]) for x in lines if "loss" in x]
     judged = [(x["step"] * tokens_per_step, x["eval"]["simulated_tau"]) for x in lines if "eval" in x]
-    return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(judged, (-1, 2)).T, joined)
+    return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(judged, (-1, 2)).T, joined=joined)
 
 
 def draw_learning_curves(path: Path, curves: Sequence[Curve]) -> None:

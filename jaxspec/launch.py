@@ -139,6 +139,13 @@ def joined(how: Launch, *, prog: str) -> Iterator[None]:
     watch.close()
 
 
+def say(line: str) -> None:
+    """One line for the reader of the log."""
+    if jax.process_index() == 0:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
 def refuse_several(prog: str, advice: str) -> None:
     """ValueError, ending in `advice`, if this is one process of several, joined or only named by the environment."""
     place = place_of(Launch())

@@ -14,9 +14,9 @@ from jaxspec import comparison, cost, report, serving
 from jaxspec.comparison import Counts, Decoded
 from jaxspec.data import jsonl
 from jaxspec.generation import tau
+from jaxspec.launch import say
 from jaxspec.loading import Models
 from jaxspec.serving import Job, Settings
-from jaxspec.training import say
 from jaxspec.trees import cut_tree, parse_tree
 
 DECODING_SEED = 0

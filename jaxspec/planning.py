@@ -21,6 +21,7 @@ from jaxspec.compilers import lower_step
 from jaxspec.config import DistillConfig
 from jaxspec.decode import DraftVocab, Engine, Weights
 from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.distillation import drafter_for
 from jaxspec.flops import count_flops
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
@@ -28,7 +29,7 @@ from jaxspec.loading import target_folder
 from jaxspec.quantization import quantize_layers
 from jaxspec.sharding import ROW_AXES, batch_sharding, replicated
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
-from jaxspec.training import attention_blocks, drafter_for, optimizer_of
+from jaxspec.training import attention_blocks, optimizer_of
 from jaxspec.trees import cut_tree, parse_tree
 
 PARTS = ("target", "drafter", "optimizer", "activations", "caches")

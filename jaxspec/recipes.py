@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 from jaxspec import comparison, report
 from jaxspec.config import DistillConfig, PretrainConfig, completed, differences, to_dict
+from jaxspec.corpora import Data, pack_data, read_corpus
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.features import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
+from jaxspec.distillation import RESUMABLE, drafter_for, run_distillation
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.launch import say
 from jaxspec.loading import target_folder
-from jaxspec.training import RESUMABLE, Data, drafter_for, pack_data, read_corpus, run_distillation, say
 
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""

@@ -1,12 +1,8 @@
 """What every training program runs: the loop with its checkpoints and preemption, and the pieces around it."""
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -27,12 +22,9 @@ from jaxspec.checkpoint import (
     Restored,
     RunCheckpoints,
     abstract_like,
-    drafter_config,
     refuse_to_replace,
-    save_drafter,
 )
 from jaxspec.cli import Preempted
-from jaxspec.compilers import compile_step, under
 from jaxspec.config import (
     CheckpointConfig,
     DistillConfig,
@@ -43,29 +35,15 @@ from jaxspec.config import (
     differences,
     to_dict,
 )
-from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import read_conversations, split_names
-from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.features import FeatureBatches, FeatureStore
-from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
+from jaxspec.corpora import HostBatch
+from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
-from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
-from jaxspec.distill import Batch, TrainState, eval_step, init_state
-from jaxspec.drafters import DRAFTERS, shape_of
-from jaxspec.interchange import hf
-from jaxspec.interchange.hf import load_tables, load_target
 from jaxspec.kernels import choose_kernel
-from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
-from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
+from jaxspec.launch import say
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.report import jsonable, progress
-from jaxspec.sharding import ROW_AXES, batch_sharding, make_mesh, replicated, shardings
-from jaxspec.stored import ARRAYS, from_arrays
-from jaxspec.targets.llama import Llama, LlamaConfig
-from jaxspec.targets.tables import Tables
+from jaxspec.sharding import make_mesh, replicated, shardings
 from jaxspec.tracking import Tracker, provenance, session, sole, track
-
-HostBatch = Mapping[str, np.ndarray]
 
 
 class Outcome(NamedTuple):
@@ -305,29 +283,6 @@ def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheck
     return f"the loss is {loss} at step {step}, whose documents are {shown}; {good}; {advice}"
 
 
-class Data(NamedTuple):
-    """This process's share of what a run learns from and is judged by, in packed rows."""
-
-    train: PackedBatches
-    eval: PackedBatches
-
-    def keys(self) -> dict[str, Any]:
-        """What the training verbs report of it: what happened to the conversations, the mix that was reached (None
-        without one), and what weighted files came to."""
-        mixed = {mix.name: mix._asdict() for mix in self.train.mixed}
-        documents = {part: getattr(self, part).corpus.summary._asdict() for part in ("train", "eval")}
-        return {"documents": documents, "mix": mixed.pop("mix", None), "weighted": list(mixed.values())}
-
-
-class Share(NamedTuple):
-    """A corpus that stands beside another in a fixed proportion."""
-
-    name: str
-    corpus: Documents
-    share: float
-    """Of the trained tokens of them all."""
-
-
 def prepare(config: PretrainConfig | DistillConfig) -> None:
     """ValueError unless all processes run the same and share the folders that it leaves things in."""
     folders = {"checkpoint.folder": config.checkpoint.folder, "export_folder": config.export_folder}
@@ -347,290 +302,6 @@ def prepare(config: PretrainConfig | DistillConfig) -> None:
         launch.check_shared(folder)
 
 
-def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, mesh: Mesh) -> Data:
-    """The conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
-    data = config.data
-    read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
-    named = split_names(data.train)
-    total = sum(weight or 0 for _, weight in named)
-    if total:
-        corpora = [read(f"train, {name}", name, limit=data.limit) for name, _ in named]
-        shares = [Share(n.name, c, (n.weight or 0) / total) for n, c in zip(named, corpora, strict=True)]
-    else:
-        shares = [Share("", read("train", data.train, limit=data.limit), 1.0)]
-    mix = None if data.mix is None else read("mix", data.mix)
-    rows = own_rows(mesh, data.batch)
-    return pack_data(config, shares[0].corpus, read("eval", data.eval, limit=data.eval_limit), mix, shares[1:], rows)
-
-
-def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Documents:
-    """The tokenized conversations that `names` names, from disk where `jaxspec tokenize` wrote them; says what they
-    hold. `limit` is of each name."""
-    parts: list[Documents] = []
-    for name, weight in split_names(names):
-        if weight is not None:
-            raise ValueError(f"data.{part} is {names!r}: weights are for data.train; leave them out")
-        if is_corpus(name):
-            stored = StoredCorpus(name, limit)
-            stored.check(tokenizer)
-            parts.append(stored)
-        else:
-            parts.append(tokenize_conversations(read_conversations(name, limit=limit), tokenizer, length=length))
-    corpus = join(*parts)
-    say(f"{part}: {corpus.summary}")
-    return corpus
-
-
-def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
-    """The rows of a global batch that devices of this process hold; ValueError if the mesh cannot share them evenly."""
-    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    if batch % parts:
-        raise ValueError(f"data.batch is {batch}, and the mesh spreads rows over {parts} devices: let it be a multiple")
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    return tuple(sorted({row for index in held for row in range(batch)[index[0]]}))  # type: ignore[index]
-
-
-def pack_data(
-    config: PretrainConfig | DistillConfig,
-    train: Documents,
-    judged: Documents,
-    mixed: Documents | None = None,
-    others: Sequence[Share] = (),
-    batch_rows: tuple[int, ...] | None = None,
-) -> Data:
-    """The corpora in packed rows: of `train`, `others` in their shares and `mixed` with the config's, shuffled epochs;
-    of `judged` one in file order. Of every batch only `batch_rows`, unless None."""
-    data = config.data
-    left = 1 if mixed is None else 1 - data.mix_share
-    corpora, mixes = [train], []
-    for other in others:
-        mixes.append(Mix(_count(corpora), other.share * left, data.loss_on, other.name))
-        corpora.append(other.corpus)
-    if mixed is not None:
-        mixes.append(Mix(_count(corpora), data.mix_share, data.mix_loss_on))
-        corpora.append(mixed)
-    packed = functools.partial(
-        PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
-    )
-    prints = {"train": [fingerprint(corpus) for corpus in corpora], "eval": fingerprint(judged)}
-    launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
-    rows = packed(join(*corpora), seed=config.seed, epochs=config.optimizer.epochs, mixes=tuple(mixes))
-    for mix in rows.mixed:
-        say(f"{mix.name}: {mix}")
-    return Data(rows, packed(judged, shuffle=False))
-
-
-def _count(corpora: Sequence[Documents]) -> int:
-    return sum(len(corpus.lengths) for corpus in corpora)
-
-
-MERITS = (
-    Merit("simulated_tau", rising=True),
-    Merit("simulated_tau_greedy", rising=True),
-    Merit("expected_acceptance", rising=True),
-    Merit("top1_agreement", rising=True),
-    Merit("loss", rising=False),
-)
-"""Figures by which a drafter's steps are compared."""
-RESUMABLE = (
-    *("target", "target_weights", "drafter", "head", "init_from", "draft_vocab"),
-    *("objective", "data", "optimizer", "seed", "dtype"),
-)
-"""Settings of a distillation that may not change under a run's feet."""
-EVAL_STEPS = 5
-"""Draft steps that evaluation unrolls at least, for simulated tau."""
-
-
-class Beginning(NamedTuple):
-    """A drafter before its training."""
-
-    module: Any
-    params: Params | None
-    """The weights to go on from; None for fresh ones."""
-
-
-def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> Beginning:
-    """The drafter that `config` names: that of `config.init_from`, or one layer of the target's shape with the changes
-    of `config.head`. `scored` is the size of its draft vocabulary.
-
-    Raises ValueError where that does not fit together.
-    """
-    dtype = jnp.dtype(config.dtype)
-    if config.drafter not in DRAFTERS:
-        raise ValueError(f"drafter {config.drafter!r} is not one of {', '.join(DRAFTERS)}")
-    if config.init_from is not None:
-        if config.head.given:
-            raise ValueError(f"head.{next(iter(config.head.given))} is that of {config.init_from}: leave it out")
-        found = open_drafter(config.init_from, dtype=jnp.float32)
-        if found.name != config.drafter:
-            raise ValueError(
-                f"{config.init_from}: holds a drafter {found.name!r}, and the config says {config.drafter!r}"
-            )
-        check_width(config.init_from, found.module, target)
-        if found.module.vocab not in (None, scored or target.vocab):
-            raise ValueError(
-                f"{config.init_from}: its own LM head scores {found.module.vocab:,} tokens, and it is to score "
-                f"{scored or target.vocab:,}; it was made for another tokenizer or draft vocabulary"
-            )
-        return Beginning(found.module.clone(dtype=dtype), found.params)
-    like = {
-        "width": target.width,
-        "heads": target.heads,
-        "kv_heads": target.kv_heads,
-        "head_dim": target.head_dim,
-        "mlp": target.mlp,
-        "rope_theta": target.rope_theta,
-        "rope_scaling": target.drafter_rope,
-        "norm_eps": target.norm_eps,
-        "vocab": scored or target.vocab,
-    }
-    shape = shape_of(config.drafter, like, target.layers, config.head.given)
-    return Beginning(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)
-
-
-def distill(
-    config: DistillConfig, target: Llama | Tables, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
-) -> tuple[Any, Finished]:
-    """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
-
-    The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`. With
-    `config.data.features` the target is not run: what it made of the data is read from disk.
-    """
-    mesh = mesh_of(config.mesh)
-    vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
-    drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
-    data = read_features(config, Data(train_data, eval_data), drafter.taps)
-    blocks = attention_blocks(config, mesh)
-    target, learner = target.clone(**blocks, taps=drafter.taps), drafter.clone(**blocks)
-    steps = config.optimizer.steps or len(data.train)
-    optimizer = optimizer_of(config.optimizer, steps)
-    frozen = jax.device_put(frozen, shardings(mesh, frozen))
-    key = jax.random.key(config.seed)
-
-    def init(frozen: Params) -> TrainState:
-        return init_state(drafter, optimizer, key, target.borrowed(frozen), params)
-
-    objective = config.objective
-    deepest = drafter.deepest
-    if deepest is not None and objective.steps > deepest:
-        raise ValueError(
-            f"objective.steps is {objective.steps}, and this drafter drafts {deepest} tokens ahead: lower it"
-        )
-    judged = dataclasses.replace(
-        objective,
-        steps=max(objective.steps, EVAL_STEPS if deepest is None else min(EVAL_STEPS, deepest)),
-        step_weights=(),
-    )
-    stages = [
-        (first, compile_step(config.compiler, mesh, target, learner, optimizer, stage))
-        for first, stage in objective.stages(steps)
-    ]
-    sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
-    sums_of = under(mesh, sums_of)
-    place = functools.partial(place_rows, batch_sharding(mesh))
-
-    def evaluate(state: TrainState) -> dict[str, Any]:
-        rows = (place(eval_data, data.eval[i]) for i in range(len(data.eval)))
-        parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
-        return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
-
-    def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        made = int(state.step) if len(stages) > 1 else 0
-        updated = [compiled for first, compiled in stages if first <= made][-1]
-        return updated(frozen, state, place(train_data, batch), vocab_U)
-
-    model = {
-        "kind": "drafter",
-        "config": drafter_config(
-            config.drafter, drafter, {"target": config.target}, None if vocab_U is None else vocab_U.tolist()
-        ),
-        "tokenizer": tokenizer_card(target_folder(config.target)),
-    }
-    recipe = Recipe("train", init, update, evaluate, data.train, steps, RESUMABLE, MERITS, model, (frozen,))
-    return drafter, run(recipe, config, mesh)
-
-
-class Reading(NamedTuple):
-    """Batches to learn from and to be judged by, wherever the target's features come from."""
-
-    train: Batches
-    eval: Batches
-
-
-def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> Reading:
-    """`data` with what the target makes of it, for a drafter that reads `taps`, where the config says it is stored.
-
-    Raises ValueError where it was made by another target or otherwise than this run would make it, or does not hold
-    what the drafter or its losses need.
-    """
-    top_k = config.data.top_k or 0
-    if config.data.features is None:
-        if top_k:
-            raise ValueError("data.top_k is for stored features: give data.features too, or leave it out")
-        return Reading(*data)
-    if top_k:
-        refuse_top_k(config, top_k)
-    store, folder = FeatureStore(config.data.features), target_folder(config.target)
-    tokenizer = ChatTokenizer.load(folder, config.data.template)
-    store.check(weights=hf.fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
-    if taps:
-        store.check(taps=list(taps))
-    return Reading(
-        FeatureBatches(data.train, store, taps=bool(taps), top_k=top_k),
-        FeatureBatches(data.eval, store, taps=bool(taps)),
-    )
-
-
-def refuse_top_k(config: DistillConfig, top_k: int) -> None:
-    """ValueError where what is to be learned needs more than the target's `top_k` likeliest tokens."""
-    for name, _ in config.objective.weights:
-        if name not in FEATURE_LOSSES:
-            refuse_lumped(name, top_k)
-    if config.objective.position_weights.partition(":")[0] in ("cat", "d_pace"):
-        raise ValueError(
-            f"objective.position_weights={config.objective.position_weights} needs what the text's own "
-            "token got, which data.top_k may not hold: leave one of them out"
-        )
-    if config.draft_vocab is not None:
-        raise ValueError(
-            "data.top_k is of all tokens, and the drafter scores those of draft_vocab: leave data.top_k out"
-        )
-
-
-def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
-    """Distil as `config` says, on the conversations that its files hold unless `data` is given, and export the drafter.
-
-    Returns the keys of `jaxspec train`.
-    """
-    prepare(config)
-    folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
-    mesh = mesh_of(config.mesh)
-    data = data or read_data(config, ChatTokenizer.load(folder, config.data.template), mesh)
-    read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
-    launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
-    if config.data.features is None:
-        how = {"stacked": config.scan_layers, "weights": config.target_weights}
-        target, frozen, _ = load_target(folder, dtype=dtype, mesh=mesh, **how)
-    else:
-        if config.target_weights != "same":
-            say(f"target_weights={config.target_weights} saves nothing: features are read, and no layer of the target")
-        target, frozen = load_tables(folder, dtype=dtype)
-    module, done = distill(config, target, frozen, data.train, data.eval)
-    scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
-    about = {"target": config.target}
-    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=done.card)
-    return {**done.keys(), **data.keys(), "drafter": config.export_folder}
-
-
-def files_in(path: Path) -> dict[str, int | str]:
-    """What tells a model's folder, or a file of a draft vocabulary, from another: sizes of weights, settings in hex."""
-    found: dict[str, int | str] = {}
-    for file in [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]:
-        settings = file.suffix == ".json"
-        found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if settings else file.stat().st_size
-    return found
-
-
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
     """How the models attend over training rows, and what they keep of it; see `layers.attend_text` and `recompute`.
 
@@ -642,24 +313,6 @@ def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict
         "query_block": config.query_block,
         "row_by_row": mesh.size == 1 and mesh.devices.flat[0].platform == "cpu",
     }
-
-
-def place_rows(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> Batch:
-    """A batch of `data` on the mesh, rows split as `sharding` says."""
-    names = ("tokens", "segments", "positions", "loss_mask", *ARRAYS)
-    placed = {name: spread(sharding, data, batch[name]) for name in names if name in batch}
-    return Batch(*[placed[name] for name in names[:4]], stored=from_arrays(placed))
-
-
-def spread(sharding: jax.sharding.Sharding, data: PackedBatches, x_BL: np.ndarray) -> jax.Array:
-    """A field of this process's rows of a batch as the global array; devices that hold the same rows may be several."""
-    every = np.arange(data.batch)
-    held = every if data.rows is None else np.asarray(data.rows)
-
-    def rows(index: Any) -> np.ndarray:
-        return x_BL[np.searchsorted(held, every[index[0]])]
-
-    return jax.make_array_from_callback((data.batch, *x_BL.shape[1:]), sharding, rows)
 
 
 def mesh_of(c: MeshConfig) -> Mesh:
@@ -702,10 +355,3 @@ def refuse_other_settings(saved: dict[str, Any], config: Any, fields: Sequence[s
         raise ValueError(
             f"{folder}: belongs to a run with other settings ({'; '.join(changed)}); choose another checkpoint.folder"
         )
-
-
-def say(line: str) -> None:
-    """One line for the reader of the log."""
-    if jax.process_index() == 0:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()

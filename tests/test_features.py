@@ -16,22 +16,24 @@ import numpy as np
 import pytest
 from random_models import write_target
 
-from jaxspec import training
+from jaxspec import distillation
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import load_drafter
 from jaxspec.config import DistillConfig, load
+from jaxspec.corpora import Data, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.features import FeatureStore, shorten
 from jaxspec.data.pipeline import iterate
 from jaxspec.distill import Batch, judged_batch
+from jaxspec.distillation import Reading, drafter_for, read_features
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
 from jaxspec.losses import Scores, logit_loss
 from jaxspec.objective import Objective
 from jaxspec.recipes import usable_features
 from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.stored import Kind, Stored, grow, likeliest, lump, shrink
-from jaxspec.training import Data, Reading, place_rows, read_data, read_features
+from jaxspec.training import attention_blocks
 
 features: Any = importlib.import_module("jaxspec.train.features")
 
@@ -97,8 +99,8 @@ def reading(*changes: str, taps: tuple[int, ...] = ()) -> tuple[Data, Reading]:
 
 def make_loss(found: DistillConfig, objective: Objective, target, frozen) -> tuple[Callable[..., Any], Any]:
     """The loss of weights on a host batch, and fresh weights."""
-    drafter, _ = training.drafter_for(found, target.config)
-    target = target.clone(taps=drafter.taps, **training.attention_blocks(found, ONE))
+    drafter, _ = drafter_for(found, target.config)
+    target = target.clone(taps=drafter.taps, **attention_blocks(found, ONE))
 
     def loss(params, rows):
         key = jax.random.key(1)
@@ -361,7 +363,7 @@ def test_a_comparison_uses_a_store_where_it_holds_what_a_recipe_reads(folder: Pa
 
 @pytest.mark.slow
 def test_a_drafter_trained_offline_has_the_bits_of_one_trained_online(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (features, training):
+    for module in (features, distillation):
         monkeypatch.setattr(module, "mesh_of", lambda _: ONE)
     steps = ("optimizer.epochs=none", "optimizer.steps=3", "objective.steps=2", "objective.noise=0", *MIX)
     for name, more in {"on": (), "off": ("data.features=store",)}.items():

@@ -38,7 +38,9 @@ def test_what_is_drawn_is_a_picture_even_of_next_to_nothing(tmp_path: Path, roun
     pytest.importorskip("matplotlib")
     size = rounds // 10
     line = np.linspace(1, 2, size)
-    figures.draw_learning_curves(tmp_path / "a.png", [figures.Curve("x", 1e6 * line, 99**line, 1e6 * line, line, (1.5e6,))])
+    figures.draw_learning_curves(
+        tmp_path / "a.png", [figures.Curve("x", 1e6 * line, 99**line, 1e6 * line, line, (1.5e6,))]
+    )
     counts = Counts(np.array([9, 9]), np.array([4, 4]), np.array([[rounds, rounds // 2, 0]] * 2))
     runs = [Decoded(name, 0, "chain:2", "chain:2", t, counts, 2, 1, 1) for name in "xy" for t in (0.0, 0.5, 1.0)]
     figures.draw_acceptance(tmp_path / "b.png", list(summaries(runs, ["s", "s"], "x")))

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import loading, training
+from jaxspec import distillation, loading, training
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decode import Engine, Weights
+from jaxspec.distillation import distill
 from jaxspec.generation import generate, generate_plain
 from jaxspec.identity import divergences
 from jaxspec.loading import Models
@@ -24,7 +25,6 @@ from jaxspec.regeneration import rewrite, write_user_turns
 from jaxspec.requests import Requests, make_requests
 from jaxspec.serving import Settings
 from jaxspec.sharding import make_mesh
-from jaxspec.training import distill
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:4", "static:eagle1", "dynamic:24x4x6")
@@ -50,7 +50,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Trained on one device, and judged by one step, to compile less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
-        patch.setattr(training, "EVAL_STEPS", 1)
+        patch.setattr(distillation, "EVAL_STEPS", 1)
         yield train_head(tmp_path_factory.mktemp("identity"))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jaxspec.__main__ import main
 from jaxspec.config import load
+from jaxspec.corpora import read_data
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all, read_conversations
 from jaxspec.data.packing import Mix, PackedBatches, join, tokenize_conversations
@@ -18,7 +19,6 @@ from jaxspec.data.shards import Field, Shard, pack_record, unpack_record
 from jaxspec.data.stored_corpus import StoredCorpus, is_complete, write_corpus
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 from jaxspec.sharding import make_mesh
-from jaxspec.training import read_data
 
 LENGTH, BATCH = 40, 4
 ONE = make_mesh(devices=jax.devices()[:1])

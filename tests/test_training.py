@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import training
+from jaxspec import corpora, training
 from jaxspec.card import amend_card
 from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_drafter
 from jaxspec.config import CheckpointConfig, load
+from jaxspec.corpora import own_rows, spread
 from jaxspec.data.pipeline import BatchIterator
+from jaxspec.distillation import drafter_for
 from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import read_record, track
-from jaxspec.training import Recipe, drafter_for, merit_of, own_rows, save_due, spread, train
+from jaxspec.training import Recipe, merit_of, save_due, train
 from jaxspec.training import run as whole_run
 
 MERIT = Merit("loss", rising=False)
@@ -207,7 +209,7 @@ class Host:
 def test_a_process_reads_the_rows_that_its_devices_hold_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
     mesh = make_mesh(2, 2, 2)
     assert own_rows(mesh, 8) == tuple(range(8))
-    monkeypatch.setattr(training, "batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
+    monkeypatch.setattr(corpora, "batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
     assert own_rows(mesh, 8) == (0, 1, 6, 7)
     with pytest.raises(ValueError, match=r"data.batch is 6, and the mesh spreads rows over 4 devices"):
         own_rows(mesh, 6)

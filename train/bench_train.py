@@ -36,11 +36,12 @@ from jaxspec.distill import (
     unroll_batch,
     update,
 )
+from jaxspec.distillation import drafter_for
 from jaxspec.drafters import DRAFTERS
 from jaxspec.flops import Flops, count_flops
 from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
-from jaxspec.training import attention_blocks, drafter_for, optimizer_of
+from jaxspec.training import attention_blocks, optimizer_of
 
 Shape = Literal[
     "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"

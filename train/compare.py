@@ -30,11 +30,11 @@ from jaxspec.comparison import Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
-from jaxspec.launch import Launch
+from jaxspec.launch import Launch, say
 from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
 from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.serving import Settings
-from jaxspec.training import say, termination_notice
+from jaxspec.training import termination_notice
 from jaxspec.trees import parse_tree
 
 NOTES = f"""\

@@ -12,8 +12,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec import cli, report
 from jaxspec.config import DistillConfig, load
+from jaxspec.distillation import run_distillation
 from jaxspec.launch import Launch, joined
-from jaxspec.training import run_distillation
 
 PROG = "jaxspec train"
 

@@ -28,6 +28,7 @@ from tyro.conf import Positional
 from jaxspec import cli, flags, loading, report
 from jaxspec.compilers import under
 from jaxspec.config import DistillConfig, load, to_dict
+from jaxspec.corpora import HostBatch, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
@@ -35,22 +36,14 @@ from jaxspec.data.features import Piece, Plan, begin_store, feature_fields, new_
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Shard, ShardWriter
 from jaxspec.distill import Batch, read_batch
+from jaxspec.distillation import drafter_for
 from jaxspec.interchange.hf import fingerprint, load_target
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.launch import refuse_several
+from jaxspec.launch import refuse_several, say
 from jaxspec.sharding import batch_sharding
 from jaxspec.stored import Kind, store, to_arrays
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.training import (
-    HostBatch,
-    attention_blocks,
-    drafter_for,
-    mesh_of,
-    place_rows,
-    read_data,
-    say,
-    termination_notice,
-)
+from jaxspec.training import attention_blocks, mesh_of, termination_notice
 
 UNSTORED = ("template", "features", "top_k", "workers")
 """Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""

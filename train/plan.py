@@ -23,8 +23,8 @@ from tyro.conf import Positional
 from jaxspec import cli, figures, flags, planning, report
 from jaxspec.chips import chip_of
 from jaxspec.config import DistillConfig, load
+from jaxspec.launch import say
 from jaxspec.planning import DecodePlan, StepPlan
-from jaxspec.training import say
 
 PROG = "jaxspec plan"
 LIBTPU = {

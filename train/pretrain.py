@@ -18,29 +18,19 @@ from jaxspec import cli, loading
 from jaxspec.checkpoint import Merit
 from jaxspec.compilers import under
 from jaxspec.config import PretrainConfig, load
+from jaxspec.corpora import HostBatch, read_data, spread
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
-from jaxspec.launch import Launch, joined, meet
+from jaxspec.launch import Launch, joined, meet, say
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.report import print_table, result, write_json
 from jaxspec.sharding import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama
-from jaxspec.training import (
-    HostBatch,
-    Recipe,
-    attention_blocks,
-    mesh_of,
-    optimizer_of,
-    prepare,
-    read_data,
-    run,
-    say,
-    spread,
-)
+from jaxspec.training import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
 
 PROG = "jaxspec pretrain"
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")

@@ -1,0 +1,144 @@
+"""The data of a training run: files tokenized and packed for a mesh, and its batches on the devices."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxspec import launch
+from jaxspec.config import (
+    DistillConfig,
+    PretrainConfig,
+)
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.conversations import read_conversations, split_names
+from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
+from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
+from jaxspec.distill import Batch
+from jaxspec.launch import say
+from jaxspec.sharding import ROW_AXES, batch_sharding
+from jaxspec.stored import ARRAYS, from_arrays
+
+HostBatch = Mapping[str, np.ndarray]
+
+
+class Data(NamedTuple):
+    """This process's share of what a run learns from and is judged by, in packed rows."""
+
+    train: PackedBatches
+    eval: PackedBatches
+
+    def keys(self) -> dict[str, Any]:
+        """What the training verbs report of it: what happened to the conversations, the mix that was reached (None
+        without one), and what weighted files came to."""
+        mixed = {mix.name: mix._asdict() for mix in self.train.mixed}
+        documents = {part: getattr(self, part).corpus.summary._asdict() for part in ("train", "eval")}
+        return {"documents": documents, "mix": mixed.pop("mix", None), "weighted": list(mixed.values())}
+
+
+class Share(NamedTuple):
+    """A corpus that stands beside another in a fixed proportion."""
+
+    name: str
+    corpus: Documents
+    share: float
+    """Of the trained tokens of them all."""
+
+
+def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, mesh: Mesh) -> Data:
+    """The conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
+    data = config.data
+    read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
+    named = split_names(data.train)
+    total = sum(weight or 0 for _, weight in named)
+    if total:
+        corpora = [read(f"train, {name}", name, limit=data.limit) for name, _ in named]
+        shares = [Share(n.name, c, (n.weight or 0) / total) for n, c in zip(named, corpora, strict=True)]
+    else:
+        shares = [Share("", read("train", data.train, limit=data.limit), 1.0)]
+    mix = None if data.mix is None else read("mix", data.mix)
+    rows = own_rows(mesh, data.batch)
+    return pack_data(config, shares[0].corpus, read("eval", data.eval, limit=data.eval_limit), mix, shares[1:], rows)
+
+
+def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Documents:
+    """The tokenized conversations that `names` names, from disk where `jaxspec tokenize` wrote them; says what they
+    hold. `limit` is of each name."""
+    parts: list[Documents] = []
+    for name, weight in split_names(names):
+        if weight is not None:
+            raise ValueError(f"data.{part} is {names!r}: weights are for data.train; leave them out")
+        if is_corpus(name):
+            stored = StoredCorpus(name, limit)
+            stored.check(tokenizer)
+            parts.append(stored)
+        else:
+            parts.append(tokenize_conversations(read_conversations(name, limit=limit), tokenizer, length=length))
+    corpus = join(*parts)
+    say(f"{part}: {corpus.summary}")
+    return corpus
+
+
+def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
+    """The rows of a global batch that devices of this process hold; ValueError if the mesh cannot share them evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if batch % parts:
+        raise ValueError(f"data.batch is {batch}, and the mesh spreads rows over {parts} devices: let it be a multiple")
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return tuple(sorted({row for index in held for row in range(batch)[index[0]]}))  # type: ignore[index]
+
+
+def pack_data(
+    config: PretrainConfig | DistillConfig,
+    train: Documents,
+    judged: Documents,
+    mixed: Documents | None = None,
+    others: Sequence[Share] = (),
+    batch_rows: tuple[int, ...] | None = None,
+) -> Data:
+    """The corpora in packed rows: of `train`, `others` in their shares and `mixed` with the config's, shuffled epochs;
+    of `judged` one in file order. Of every batch only `batch_rows`, unless None."""
+    data = config.data
+    left = 1 if mixed is None else 1 - data.mix_share
+    corpora, mixes = [train], []
+    for other in others:
+        mixes.append(Mix(_count(corpora), other.share * left, data.loss_on, other.name))
+        corpora.append(other.corpus)
+    if mixed is not None:
+        mixes.append(Mix(_count(corpora), data.mix_share, data.mix_loss_on))
+        corpora.append(mixed)
+    packed = functools.partial(
+        PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
+    )
+    prints = {"train": [fingerprint(corpus) for corpus in corpora], "eval": fingerprint(judged)}
+    launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
+    rows = packed(join(*corpora), seed=config.seed, epochs=config.optimizer.epochs, mixes=tuple(mixes))
+    for mix in rows.mixed:
+        say(f"{mix.name}: {mix}")
+    return Data(rows, packed(judged, shuffle=False))
+
+
+def _count(corpora: Sequence[Documents]) -> int:
+    return sum(len(corpus.lengths) for corpus in corpora)
+
+
+def place_rows(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> Batch:
+    """A batch of `data` on the mesh, rows split as `sharding` says."""
+    names = ("tokens", "segments", "positions", "loss_mask", *ARRAYS)
+    placed = {name: spread(sharding, data, batch[name]) for name in names if name in batch}
+    return Batch(*[placed[name] for name in names[:4]], stored=from_arrays(placed))
+
+
+def spread(sharding: jax.sharding.Sharding, data: PackedBatches, x_BL: np.ndarray) -> jax.Array:
+    """A field of this process's rows of a batch as the global array; devices that hold the same rows may be several."""
+    every = np.arange(data.batch)
+    held = every if data.rows is None else np.asarray(data.rows)
+
+    def rows(index: Any) -> np.ndarray:
+        return x_BL[np.searchsorted(held, every[index[0]])]
+
+    return jax.make_array_from_callback((data.batch, *x_BL.shape[1:]), sharding, rows)
