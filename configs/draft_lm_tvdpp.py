@@ -21,7 +21,7 @@ config = DistillConfig(
         mix_share=0.1,
     ),
     optimizer=OptimizerConfig(
-        peak_lr=1e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
+        kind="muon", peak_lr=3e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
     ),
     objective=Objective(weights=(("tvdpp_exact_pos", 1.0),), noise=0.0),
     checkpoint=CheckpointConfig("runs/draft_lm_tvdpp", save_every=100),
