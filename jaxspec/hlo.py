@@ -333,9 +333,9 @@ def _splash_flops(i: Instruction, program: Program) -> float:
     """
     matmuls = 2 if "_fwd" in i.name else 3 if "_dq" in i.name else 5
     named = next(n for name in program.computations if i.name in (n := program.named(name)))
-    shapes = [named[o].result[0].dims for o in i.operands if o in named and len(named[o].result[0].dims) == 4]
-    queries = max(shapes, key=math.prod)
-    return matmuls * math.prod(queries) * queries[2]
+    shapes = [named[o].result[0].dims for o in i.operands if o in named]
+    queries = max((dims for dims in shapes if len(dims) in (3, 4)), key=math.prod)  # of one row alone, without its axis
+    return matmuls * math.prod(queries) * queries[-2]
 
 
 def _flops(program: Program, i: Instruction, named: dict[str, Instruction] | None) -> float:

@@ -1,5 +1,6 @@
 """Reading compiled programs: shapes, loops, FLOPs of matmuls however XLA writes them, traffic, and messages."""
 
+import math
 from collections import Counter
 
 import jax
@@ -71,18 +72,19 @@ def test_convolutions_count_what_they_multiply(attributes: str, left, right, out
     assert cost(program).flops == 2 * pairs
 
 
+@pytest.mark.parametrize("rows", [(), (2,)])
 @pytest.mark.parametrize(("name", "matmuls"), [("fwd_segmented", 2), ("dq_segmented", 3), ("dkv_segmented", 5)])
-def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(name: str, matmuls: int):
-    batch, heads, kv_heads, length, channels = 2, 8, 4, 64, 16
+def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(name: str, matmuls: int, rows: tuple[int, ...]):
+    heads, kv_heads, length, channels = 8, 4, 64, 16
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     given = [
-        Instruction(n, "parameter", (Shape("bf16", (batch, count, length, channels), 0),), (), "")
+        Instruction(n, "parameter", (Shape("bf16", (*rows, count, length, channels), 0),), (), "")
         for n, count in shapes.items()
     ]
     result = given[0].result
     kernel = Instruction(f"splash_mha_{name}.7", "custom-call", result, ("q", "k", "v"), '"tpu_custom_call"')
     assert cost(hlo.Program({"main": (*given, kernel)}, "main")).flops == (
-        matmuls * 2 * batch * heads * length * length * channels / 2
+        matmuls * 2 * math.prod(rows) * heads * length * length * channels / 2
     )
 
 
