@@ -72,7 +72,7 @@ def draw_learning_curves(path: Path, curves: Sequence[Curve]) -> None:
         crowded = highest > SPREAD**2 * lowest
         left.yaxis.set(major_formatter=plain, minor_formatter=ticker.NullFormatter() if crowded else plain)
     joins = " (upright: a loss joins)" if any(curve.joined for curve in curves) else ""
-    left.set(title=f"Training loss, each recipe's own objective{joins}", ylabel="loss a token (moving mean)")
+    left.set(title=f"Training loss, each its own{joins}", ylabel="loss a token (moving mean)")
     right.set(title="Held-out conversations", ylabel="simulated tau (tokens per target call)")
     for axes in (left, right):
         axes.set_xlabel(f"trained tokens{name}")
