@@ -29,7 +29,8 @@ class RopeScaling:
     `linear` divides every frequency by `factor`; `llama3` (Llama 3.1 model card) leaves wavelengths below
     `original_positions / high_freq_factor` alone, divides those above `original_positions / low_freq_factor` and
     interpolates between; `yarn` (arXiv 2309.00071) interpolates by channel, between `low` and `high`, from frequencies
-    left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`.
+    left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`, in texts
+    that may become longer than `original_positions` by that of `long_factors`.
     """
 
     kind: str
@@ -39,12 +40,18 @@ class RopeScaling:
     original_positions: int = 8192
     low: float = dataclasses.field(default=0.0, repr=False)
     high: float = dataclasses.field(default=1.0, repr=False)
+    turns: tuple[float, float] = dataclasses.field(default=(32.0, 1.0), repr=False)
+    """Within the original length, of the channels `low` and `high` (`beta_fast` and `beta_slow` of config.json)."""
+    truncate: bool = dataclasses.field(default=True, repr=False)
+    """Whether `low` and `high` were rounded to whole channels."""
     factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    long_factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     amplitude: float = dataclasses.field(default=1.0, repr=False)
     """Queries and keys are longer by this where they are rotated."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(self.factors))  # a list in a file that a drafter was saved with
+        for name in ("turns", "factors", "long_factors"):  # lists in a file that a drafter was saved with
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +120,16 @@ def rms_norm(x: Array, weight: Array, eps: float, *, centred: bool = False) -> A
     return weight.astype(x.dtype) * wide.astype(x.dtype)
 
 
-def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = None) -> Array:
-    """Angular frequencies `[C / 2]`, radians a position."""
+def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = None, length: int = 0) -> Array:
+    """Angular frequencies `[C / 2]`, radians a position, in texts of at most `length` tokens."""
     frequency = 1.0 / theta ** (jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
-        return frequency / jnp.asarray(scaling.factors, jnp.float32)
+        beyond = length > scaling.original_positions and scaling.long_factors
+        return frequency / jnp.asarray(scaling.long_factors if beyond else scaling.factors, jnp.float32)
     if scaling.kind == "yarn":
         part = jnp.clip((jnp.arange(channels // 2) - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
         return frequency / scaling.factor * part + frequency * (1 - part)

@@ -1,6 +1,9 @@
-"""Every family of targets computes what transformers computes: prefill, and cached calls on trees and chains."""
+"""Every family of targets computes what transformers computes, and goes out to transformers as it came in."""
 
+import copy
+import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 
 from jaxspec import cache as kv
-from jaxspec.interchange.hf import load_target
+from jaxspec import exports
+from jaxspec.interchange import tensors
+from jaxspec.interchange.hf import load_target, read_llama
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.layers import causal_mask
 from jaxspec.targets.families import FAMILIES
@@ -73,6 +78,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "phi3 window": {"sliding_window": 4},
     "phi3 partial": {"tie_word_embeddings": True, "rope_parameters": {"partial_rotary_factor": 0.5, **PLAIN}},
     "phi3 longrope, partial, stacked": {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+    "phi3 longrope, long texts": {"original_max_position_embeddings": 4, "rope_parameters": LONGROPE},
     "gemma2": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0},
     "gemma2 uncapped, bias, stacked": {"head_dim": 8, "sliding_window": 4, "attention_bias": True, **UNCAPPED},
     "gemma3": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "rope_parameters": GEMMA3_ROPE},
@@ -102,9 +108,10 @@ ANCESTORS = np.asarray(
 )
 
 
+@functools.cache
 def reference(name: str) -> Any:
     """A random transformers model whose norms and biases are all different."""
-    family, fields = name.split()[0], {**SMALL, **VARIATIONS[name]}
+    family, fields = name.split()[0], copy.deepcopy({**SMALL, **VARIATIONS[name]})  # transformers changes them
     torch.manual_seed(0)
     config = getattr(transformers, f"{CONFIGS[family]}Config")(**fields, attn_implementation="eager")
     model = getattr(transformers, FAMILIES[config.model_type].architecture)(config).eval()
@@ -117,6 +124,14 @@ def reference(name: str) -> Any:
     return model
 
 
+@functools.cache
+def folder_of(name: str) -> Path:
+    """The reference as transformers saves it."""
+    folder = Path(tempfile.mkdtemp())
+    reference(name).save_pretrained(folder)
+    return folder
+
+
 def wanted(model: Any, *tokens: np.ndarray) -> np.ndarray:
     """The reference's logits behind the given stretches of one text."""
     with torch.no_grad():
@@ -124,10 +139,9 @@ def wanted(model: Any, *tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_prefill_trees_and_chains_equal_transformers(tmp_path: Path, name: str):
+def test_prefill_trees_and_chains_equal_transformers(name: str):
     model = reference(name)
-    model.save_pretrained(tmp_path)
-    module, params, config = load_target(tmp_path, dtype=jnp.float32, stacked=name.endswith("stacked"))
+    module, params, config = load_target(folder_of(name), dtype=jnp.float32, stacked=name.endswith("stacked"))
     rng = np.random.default_rng(1)
     prompt, tree, chain = (rng.integers(3, config.vocab, (2, count)) for count in (max(LENGTHS), NODES, NODES))
 
@@ -157,6 +171,34 @@ def test_prefill_trees_and_chains_equal_transformers(tmp_path: Path, name: str):
     logits, _ = call(chain, length_B[:, None] + np.arange(NODES), causal_mask(NODES), (cache, length_B))
     for b, length in enumerate(LENGTHS):
         near(logits[b], wanted(model, prompt[b, :length], tree[b, path], chain[b])[length + len(path) :])
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_what_is_written_is_what_was_read_and_transformers_loads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    if name.endswith("stacked"):
+        monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
+    source, out, model = folder_of(name), tmp_path / "out", reference(name)
+    exports.write("hf", out, exports.find_model(str(source)))
+    assert (out / "model.safetensors.index.json").exists() == name.endswith("stacked")
+    module, params = read_llama(source, dtype=jnp.float32)
+    ours, back = read_llama(out, dtype=jnp.float32)
+    assert ours == module
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    theirs, loaded = model.state_dict(), again.state_dict()
+    assert theirs.keys() == loaded.keys() and all(torch.equal(theirs[key], loaded[key]) for key in theirs)
+    text = np.random.default_rng(0).integers(3, module.config.vocab, 20)
+    assert np.abs(wanted(again.eval(), text) - wanted(model, text)).max() <= TOLERANCE
+
+    fields = json.loads((out / "config.json").read_text())
+    del fields["rope_parameters"]  # as readers before transformers 5 know it
+    (out / "config.json").write_text(json.dumps(fields))
+    assert read_config(out) == module.config
 
 
 def config_of(folder: Path, **fields: Any) -> Any:
