@@ -31,7 +31,8 @@ class RopeScaling:
     `original_positions / high_freq_factor` alone, divides those above `original_positions / low_freq_factor` and
     interpolates between; `yarn` (arXiv 2309.00071) interpolates by channel, between `low` and `high`, from frequencies
     left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`, in texts
-    that may become longer than `original_positions` by that of `long_factors`.
+    that may become longer than `original_positions` by that of `long_factors`; `dynamic` (NTK) raises the base by how
+    far a text may go beyond `original_positions`.
     """
 
     kind: str
@@ -125,8 +126,11 @@ def rms_norm(x: Array, weight: Array, eps: float, *, centred: bool = False) -> A
 
 def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = None, length: int = 0) -> Array:
     """Angular frequencies `[C / 2]`, radians a position, in texts of at most `length` tokens."""
+    if scaling is not None and scaling.kind == "dynamic":
+        ratio = max(length, scaling.original_positions) / scaling.original_positions
+        theta *= (scaling.factor * ratio - (scaling.factor - 1)) ** (channels / (channels - 2))
     frequency = 1.0 / theta ** (jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor

@@ -61,12 +61,15 @@ def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
     """
     layer = fields.layer_shape()
     rope, positions = fields.rope(layers=rope_of), fields.integer("max_position_embeddings")
+    scaling = rope.scaling(int(layer["head_dim"] * rope.part), positions)
+    if scaling is not None and scaling.kind == "dynamic":
+        positions = int(positions * scaling.factor)  # the field is the length before it is stretched
     return {
         **layer,
         "vocab": fields.integer("vocab_size"),
         "layers": fields.integer("num_hidden_layers"),
         "rope_theta": rope.theta,
-        "rope_scaling": rope.scaling(int(layer["head_dim"] * rope.part), positions),
+        "rope_scaling": scaling,
         "tied": fields.flag("tie_word_embeddings"),
         "max_positions": positions,
         "bos_id": fields.token("bos_token_id"),
@@ -78,6 +81,9 @@ def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
 def write_shape(config: LlamaConfig) -> dict[str, Any]:
     """The fields that `read_shape` reads; the rotary ones by their older names too."""
     scaling, stop = rope_fields(config.rope_scaling), list(config.eos_ids) or None
+    positions = config.max_positions
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        positions = config.rope_scaling.original_positions
     return {
         "vocab_size": config.vocab,
         "hidden_size": config.width,
@@ -87,7 +93,7 @@ def write_shape(config: LlamaConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
+        "max_position_embeddings": positions,
         "tie_word_embeddings": config.tied,
         "bos_token_id": config.bos_id,
         "eos_token_id": stop[0] if stop and len(stop) == 1 else stop,

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxspec.layers import ACTIVATIONS, RopeScaling
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +182,8 @@ class Rope:
             return None
         if kind == "linear":
             return RopeScaling("linear", self.number("factor"))
+        if kind == "dynamic":
+            return RopeScaling(kind, self.number("factor"), original_positions=positions)
         if kind == "llama3":
             original = int(self.number("original_max_position_embeddings"))
             low, high = self.number("low_freq_factor"), self.number("high_freq_factor")
@@ -250,7 +252,7 @@ def rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
+    if scaling.kind not in ("linear", "dynamic"):
         fields["original_max_position_embeddings"] = scaling.original_positions
     if scaling.kind == "llama3":
         fields |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
