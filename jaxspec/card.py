@@ -24,13 +24,16 @@ CARD = "jaxspec.json"
 _ORBAX, _CHECKSUMS_1 = "_CHECKPOINT_METADATA", "jaxspec.sha256.json"
 
 CONVENTIONS = {
-    "axes": "arrays/*/axes names each axis to shard by (vocab, width, kv_heads, mlp); null is an axis that stays whole",
+    "axes": "arrays/*/axes names each axis to shard by (vocab, width, kv_heads, mlp, experts); null is an axis "
+    "that stays whole",
     "layers": "arrays below layers have one more axis in front, over the layers, unless each layer has its own number",
     "weights": "a weight reads its first axis, y = x @ w; embed and head are [vocab, width], logits = x @ head.T",
     "qkv": "[width, kv_heads, group + 2, head_dim]: of each key-value head its group's queries, its key, its value; "
     "query head h is number h % group of key-value head h // group, where group = heads / kv_heads",
     "out": "[kv_heads, group, head_dim, width]",
     "mlp": "down(silu(x @ gate) * (x @ up))",
+    "experts": "expert_gate and expert_up are [experts, width, inner], expert_down [experts, inner, width]; a token "
+    "takes those likeliest by softmax(x @ router)",
     "norm": "weight * x / sqrt(mean(x^2) + norm_eps), statistics in float32",
     "rope": "channel i turns with channel i + head_dim / 2 by position * rope_theta^(-2 i / head_dim), before the "
     "config's rope_scaling",

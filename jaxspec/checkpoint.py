@@ -344,6 +344,7 @@ def save_model(
     context = ocp.Context()
     # Else each process looks for itself whether something is there already, and they part where one looks too late.
     context.file.skip_sync_file_validations = True
+    context.array.saving.scoped_storage_options_creator = lambda key, value: _stored_by_layer(key)
     try:
         with context:
             ocp.save_checkpointables(str(draft), {"params": params}, custom_metadata=_mark(kind))
@@ -357,6 +358,13 @@ def save_model(
     finally:
         if _is_first():
             _remove(draft)
+
+
+def _stored_by_layer(path: Any) -> Any:
+    """How an array is stored: stacked layers one by one, so that a reader of one needs no other."""
+    names = [getattr(key, "key", None) for key in path]
+    stacked = len(names) > 1 and names[0] == "layers" and isinstance(names[1], str)
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,)) if stacked else None
 
 
 def model_card(
@@ -405,6 +413,16 @@ def load_model(
         raise ValueError(f"{path}: holds a {card['kind']}, not a {kind}")
     verify(path, card)
     return _load_arrays(path, "params", None, sharding), card["config"]
+
+
+def model_shapes(path: str | Path) -> Params:
+    """Shapes and dtypes of the weights that `load_model` would read; ValueError if the folder is not complete."""
+    return _stored_shapes(Path(path).absolute(), "params")
+
+
+def run_shapes(folder: Path, step: int) -> Params:
+    """The same of what `load_run_params` would read."""
+    return _stored_shapes(folder.absolute() / str(step), "state", "params")
 
 
 def model_kind(path: str | Path) -> str:
@@ -493,15 +511,25 @@ def _load_arrays(path: Path, name: str, part: str | None, sharding: jax.sharding
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     context = ocp.Context()
     context.pytree.loading.partial_load = part is not None
+    shapes = _stored_shapes(path, name, part)
+    abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), shapes)
+    abstract = abstract if part is None else {part: abstract}
     try:
-        stored: Any = ocp.metadata(str(path), checkpointable_name=name).metadata
-        wanted = stored if part is None else {part: stored[part]}
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), wanted)
         with context:
             found: Any = ocp.load(str(path), abstract, checkpointable_name=name)
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{path}: the checkpoint is incomplete ({error})") from error
     return found if part is None else found[part]
+
+
+def _stored_shapes(path: Path, name: str, part: str | None = None) -> Any:
+    """Shapes and dtypes of what Orbax stored as `name`, or of a part of it; ValueError where something is missing."""
+    try:
+        stored: Any = ocp.metadata(str(path), checkpointable_name=name).metadata
+        wanted = stored if part is None else stored[part]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: the checkpoint is incomplete ({error})") from error
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
 
 
 def _replace(draft: Path, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ from jaxspec.checkpoint import (
     drafter_shape,
     load_model,
     load_run_params,
+    model_shapes,
+    run_shapes,
     save_model,
     whole_folder,
 )
@@ -29,17 +31,27 @@ from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import LayerIds
 from jaxspec.interchange.exported import target_config
-from jaxspec.interchange.hf import load_tables, load_target, stored_dtype, write_llama
-from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf import (
+    held_weights,
+    load_tables,
+    read_weights,
+    stored_dtype,
+    stored_weights,
+    tree_of,
+    write_weights,
+)
+from jaxspec.interchange.hf_config import config_fields, read_config
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
+from jaxspec.interchange.tensors import StoredWeight
 from jaxspec.loading import target_folder, tokenizer_card
-from jaxspec.report import git_sha
+from jaxspec.report import git_sha, progress
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import RECORD, provenance, read_record
 
 FORMATS = ("orbax", "hf", *SERVERS)
 """Names that `jaxspec export --to` takes."""
+GENERATION = "generation_config.json"
 
 
 class Exportable(NamedTuple):
@@ -47,23 +59,32 @@ class Exportable(NamedTuple):
 
     kind: Literal["target", "drafter"]
     params: Params
+    """Its weights, or their shapes and dtypes where they are to be loaded."""
     config: Mapping[str, Any]
     """Its shape, as its card says it."""
     card: Mapping[str, Any]
     """What else its card says: `tokenizer`, `metrics`, `provenance`."""
     files: Sequence[Path] = ()
-    """Those of its tokenizer, if it is a target."""
+    """Those of its tokenizer, and what it says of generation, if it is a target."""
     layout: str = "orbax"
     """In which it was found: `orbax`, `hf`, or `published` for another project's drafter."""
+    load: Callable[[], Params] | None = None
+    """Reads the weights; ValueError and OSError, in one sentence, where they are damaged."""
+    stored: Callable[[], Sequence[StoredWeight]] | None = None
+    """The weights of a target in a folder, to be read in part; raises as `load`."""
 
     @property
     def family(self) -> str:
         """The drafter's name in the `DRAFTERS` table; a target's `model_type`."""
         return self.config["drafter"] if self.kind == "drafter" else self.config.get("family", "llama")
 
+    def weights(self) -> Params:
+        """The weights, loaded if they are not there yet; raises as `load`."""
+        return self.params if self.load is None else self.load()
+
 
 def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str | None = None) -> Exportable:
-    """The model that `name` stands for, weights in `dtype` (None: as they are stored).
+    """The model that `name` stands for, weights in `dtype` (None: as they are stored); they are not read yet.
 
     `name` is a run's folder, of which `step` says which ("best", "last" or a number), a folder that `save_model` wrote,
     a HuggingFace folder of a target, a published drafter's (made for `target`), or "tiny" for the bundled one.
@@ -74,8 +95,9 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
         found = _of_run(folder, step)
     elif (folder / "config.json").is_file():
         if published_family(folder) == "lm":
-            return _of_target(folder, name, dtype)
-        found = published_drafter(folder, name, target=target)
+            found = _of_target(folder, name)
+        else:
+            found = published_drafter(folder, name, target=target)
     elif (folder / CARD).is_file() or (folder / "_CHECKPOINT_METADATA").is_file():
         found = _of_model(folder)
     else:
@@ -85,14 +107,19 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
         )
     if dtype is None:
         return found
-    return found._replace(params=jax.tree.map(lambda a: a.astype(dtype), found.params))
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), found.params)
+    return found._replace(params=params, load=lambda: jax.tree.map(lambda a: a.astype(dtype), found.weights()))
 
 
 def refusal(model: Exportable, to: str) -> str | None:
     """Why a model cannot be written in a format, one of `FORMATS`; None where it can, its tensors permitting."""
-    if to == "hf" and model.kind == "target" and model.family != "llama":
-        return f"of targets only Llamas are written as HuggingFace folders, and this is a {model.family}: copy its own"
-    if to == "orbax" or (to == "hf" and (model.kind == "target" or model.family == "draft_lm")):
+    if to == "orbax":
+        return None
+    if to == "hf" and (model.kind == "target" or model.family == "draft_lm"):
+        try:
+            config_fields(_lm_config(model))
+        except ValueError as error:
+            return str(error)
         return None
     if to == "hf":
         return "hf is a whole LM's layout, and this is a head below its target's: choose a server"
@@ -151,7 +178,7 @@ def write(to: str, out: Path, model: Exportable, target: str | None = None) -> N
         raise ValueError(f"it cannot be written to {to}: {reason}")
     if to == "orbax":
         about = {"family": model.family, **model.card}
-        save_model(out, model.params, dict(model.config), kind=model.kind, about=about, files=model.files)
+        save_model(out, model.weights(), dict(model.config), kind=model.kind, about=about, files=model.files)
         return
     card = {"kind": "export", "family": model.family, "written_for": to, "provenance": {"jaxspec": __version__}}
     if model.kind == "target" or model.family == "draft_lm":
@@ -172,16 +199,29 @@ def _write_lm(out: Path, model: Exportable, target: str | None, card: Mapping[st
         of = read_config(target_folder(target))
         special = {"bos_id": of.bos_id, "eos_ids": of.eos_ids, "pad_id": of.pad_id, "max_positions": of.max_positions}
         config = dataclasses.replace(config, **special)
-    files = model.files if target is None else _tokenizer_files(target_folder(target))
-    with whole_folder(out) as folder:
-        write_llama(folder, model.params, config, dtype=str(jax.tree.leaves(model.params)[0].dtype))
+    files = model.files if target is None else files_of(target_folder(target))
+    weights = held_weights(model.weights(), config) if model.stored is None else _cast(model.stored(), model.params)
+    with whole_folder(out) as folder, progress(f"export to {out}", sum(w.nbytes for w in weights), "bytes") as bar:
+        write_weights(folder, weights, config, bar.advance)
         for file in files:
             shutil.copyfile(file, folder / file.name)
         write_card(folder, card)
 
 
+def _cast(weights: Sequence[StoredWeight], params: Params) -> list[StoredWeight]:
+    """Weights in the dtypes of `params`."""
+    dtype_of = {
+        tuple(getattr(key, "key", None) for key in path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return [weight._replace(dtype=dtype_of[weight.path]) for weight in weights]
+
+
 def _lm_config(model: Exportable) -> LlamaConfig:
-    return target_config(model.config if model.kind == "target" else model.config["shape"])
+    try:
+        return target_config(model.config if model.kind == "target" else model.config["shape"])
+    except TypeError as error:
+        raise ValueError(f"its shape is not this version's ({error})") from error
 
 
 def _shape(model: Exportable) -> Any:
@@ -202,21 +242,33 @@ def _draft(model: Exportable, to: str, target: str | None) -> Draft:
     head_VD = np.asarray(tables.get("head", tables["embed"]))
     scored = model.config.get("draft_vocab")
     return Draft(
-        model.family, shape, model.params, None if scored is None else tuple(scored), config, target, embed_VD, head_VD
+        model.family,
+        shape,
+        model.weights(),
+        None if scored is None else tuple(scored),
+        config,
+        target,
+        embed_VD,
+        head_VD,
     )
 
 
 def _of_run(folder: Path, step: str) -> Exportable:
     record = read_record(folder) or {}
     model, chosen = record["model"], choose_step(folder, Merit(**record["merit"]), step)
-    params, card = load_run_params(folder.absolute(), chosen)
+    card = read_card(folder / str(chosen))
     exported = Path(record["config"]["export_folder"]) if model["kind"] == "target" else None
     about = {
         "tokenizer": model["tokenizer"],
         "metrics": card["metrics"],
         "provenance": provenance(record, chosen),
     }
-    return Exportable(model["kind"], params, model["config"], about, _tokenizer_files(exported))
+    files = [] if exported is None else files_of(exported)
+    params = run_shapes(folder, chosen)
+    return Exportable(
+        model["kind"], params, model["config"], about, files,
+        load=lambda: load_run_params(folder.absolute(), chosen)[0],
+    )  # fmt: skip
 
 
 def choose_step(folder: Path, merit: Merit, step: str) -> int:
@@ -255,20 +307,27 @@ def published_drafter(
     )
 
 
-def _of_target(folder: Path, name: str, dtype: Any) -> Exportable:
-    loaded = load_target(folder, dtype=jnp.dtype(dtype or stored_dtype(folder)), stacked=True)
+def _of_target(folder: Path, name: str) -> Exportable:
+    config, weights = stored_weights(folder)
     about = {"tokenizer": tokenizer_card(folder), "provenance": {"from": name, "git_sha": git_sha()}}
-    return Exportable("target", loaded.params, dataclasses.asdict(loaded.config), about, _tokenizer_files(folder), "hf")
+    return Exportable(
+        "target", tree_of(weights), dataclasses.asdict(config), about, files_of(folder), "hf",
+        lambda: read_weights(weights), lambda: weights,
+    )  # fmt: skip
 
 
 def _of_model(folder: Path) -> Exportable:
     card = read_card(folder)
     if card["kind"] not in ("target", "drafter"):
         raise ValueError(f"{folder}: holds a {card['kind']}; name the folder of the run that it belongs to")
-    params, config = load_model(folder)
     about = {key: card[key] for key in ("tokenizer", "metrics", "provenance") if key in card}
-    return Exportable(card["kind"], params, config, about, _tokenizer_files(folder))
+    stored = (lambda: stored_weights(folder)[1]) if card["kind"] == "target" else None
+    return Exportable(
+        card["kind"], model_shapes(folder), card["config"], about, files_of(folder), load=lambda: load_model(folder)[0],
+        stored=stored,
+    )  # fmt: skip
 
 
-def _tokenizer_files(folder: Path | None) -> list[Path]:
-    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def files_of(folder: Path) -> list[Path]:
+    """What goes with a target wherever it goes."""
+    return [folder / name for name in (*TOKENIZER_FILES, GENERATION) if (folder / name).is_file()]

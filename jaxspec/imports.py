@@ -11,23 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from jaxspec import report
-from jaxspec.base import Params
 from jaxspec.card import write_card
-from jaxspec.checkpoint import model_card, whole_folder
+from jaxspec.checkpoint import load_model, model_card, whole_folder
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
-from jaxspec.exports import Exportable
+from jaxspec.exports import GENERATION, Exportable, files_of
 from jaxspec.interchange.exported import is_exported
-from jaxspec.interchange.hf import StoredWeight, fingerprint, stored_weights
-from jaxspec.interchange.tensors import shards
+from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
+from jaxspec.interchange.tensors import INDEX, StoredWeight, shards
 from jaxspec.loading import target_folder, tokenizer_card
 from jaxspec.piecewise import Pieces, chunk_of, describe, pieces_of, written
 
-FILES = (*TOKENIZER_FILES, "generation_config.json")
-"""What is copied beside the weights."""
-FETCHED = ("config.json", *FILES, "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+FETCHED = ("config.json", GENERATION, *TOKENIZER_FILES, "model.safetensors", INDEX, "model-*.safetensors")
 """Of a repository: nothing else, such as the same weights in other formats."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +32,6 @@ class Imported(NamedTuple):
     """What `import_target` wrote."""
 
     model: Exportable
-    """Shapes in place of weights."""
     bytes: int
     """Of the weights."""
     kept_bytes: int
@@ -88,21 +82,21 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
     arrays, mark = [_pieces(weight) for weight in weights], fingerprint(folder)
     _check_room(out, sum(piece.nbytes for piece in pieces_of(arrays)))
     given = check_digests(folder)
-    files = [folder / file for file in FILES if (folder / file).is_file()]
+    files = files_of(folder)
     about = {
         "family": getattr(config, "family", "llama"),
         "tokenizer": tokenizer_card(folder),
         "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": report.git_sha()},
         "fingerprint": mark,
     }
-    params, values = _tree(weights), dataclasses.asdict(config)
+    params, values = tree_of(weights), dataclasses.asdict(config)
     with whole_folder(out, resumable=True) as draft:
         checksums, kept = _write(draft, arrays, _identity(folder, mark), name)
         describe(draft, arrays, {"kind": "target"})
         for file in files:
             shutil.copyfile(file, draft / file.name)
         write_card(draft, model_card(params, values, kind="target", about=about), known=checksums)
-    model = Exportable("target", params, values, about, files, "hf")
+    model = Exportable("target", params, values, about, files, "hf", lambda: load_model(out)[0])
     return Imported(model, sum(w.nbytes for w in weights), kept, len(given))
 
 
@@ -143,7 +137,7 @@ def given_digest(path: Path) -> str | None:
 
 
 def _pieces(weight: StoredWeight) -> Pieces:
-    chunk = chunk_of(weight.shape, weight.dtype.itemsize, weight.rows, stacked=weight.path[0] == "layers")
+    chunk = chunk_of(weight.shape, weight.dtype.itemsize, weight.rows, stacked=weight.inner)
     return Pieces(weight.path, weight.shape, weight.dtype, chunk, weight.read)
 
 
@@ -175,12 +169,6 @@ def _check_room(out: Path, needed: int) -> None:
         raise ValueError(
             f"{out}: needs {needed - there:,} bytes more, and {free:,} are free on its disk: make room, or name another"
         )
-
-
-def _tree(weights: Sequence[StoredWeight]) -> Params:
-    """The shapes of the weights as `save_model` takes weights."""
-    top = {w.path[0]: jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights if len(w.path) == 1}
-    return {**top, "layers": {w.path[1]: jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights if len(w.path) == 2}}
 
 
 def _revision(folder: Path) -> str | None:

@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array, KVCache, Mask, Packed, Params
 from jaxspec.kernels import Kernel, attend_packed, takes
 from jaxspec.quantization import rescale
-from jaxspec.sharding import constrain
+from jaxspec.sharding import AXIS_RULES, constrain, splits
 
 MASKED = -1e30
 """Score of a key that a query does not see: far below any real score, and finite, so a row without keys is not NaN."""
@@ -29,7 +30,9 @@ class RopeScaling:
     `linear` divides every frequency by `factor`; `llama3` (Llama 3.1 model card) leaves wavelengths below
     `original_positions / high_freq_factor` alone, divides those above `original_positions / low_freq_factor` and
     interpolates between; `yarn` (arXiv 2309.00071) interpolates by channel, between `low` and `high`, from frequencies
-    left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`.
+    left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`, in texts
+    that may become longer than `original_positions` by that of `long_factors`; `dynamic` (NTK) raises the base by how
+    far a text may go beyond `original_positions`.
     """
 
     kind: str
@@ -39,12 +42,18 @@ class RopeScaling:
     original_positions: int = 8192
     low: float = dataclasses.field(default=0.0, repr=False)
     high: float = dataclasses.field(default=1.0, repr=False)
+    turns: tuple[float, float] = dataclasses.field(default=(32.0, 1.0), repr=False)
+    """Within the original length, of the channels `low` and `high` (`beta_fast` and `beta_slow` of config.json)."""
+    truncate: bool = dataclasses.field(default=True, repr=False)
+    """Whether `low` and `high` were rounded to whole channels."""
     factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    long_factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     amplitude: float = dataclasses.field(default=1.0, repr=False)
     """Queries and keys are longer by this where they are rotated."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(self.factors))  # a list in a file that a drafter was saved with
+        for name in ("turns", "factors", "long_factors"):  # lists in a file that a drafter was saved with
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+EXPERTS = ("expert_gate", "expert_up", "expert_down")
+"""Weights of a layer that have an axis over its experts, in front."""
 WIDE = ("batch", None, "mlp")
 """Logical axes of what is inside an MLP."""
 
@@ -113,15 +124,19 @@ def rms_norm(x: Array, weight: Array, eps: float, *, centred: bool = False) -> A
     return weight.astype(x.dtype) * wide.astype(x.dtype)
 
 
-def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = None) -> Array:
-    """Angular frequencies `[C / 2]`, radians a position."""
+def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = None, length: int = 0) -> Array:
+    """Angular frequencies `[C / 2]`, radians a position, in texts of at most `length` tokens."""
+    if scaling is not None and scaling.kind == "dynamic":
+        ratio = max(length, scaling.original_positions) / scaling.original_positions
+        theta *= (scaling.factor * ratio - (scaling.factor - 1)) ** (channels / (channels - 2))
     frequency = 1.0 / theta ** (jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
-        return frequency / jnp.asarray(scaling.factors, jnp.float32)
+        beyond = length > scaling.original_positions and scaling.long_factors
+        return frequency / jnp.asarray(scaling.long_factors if beyond else scaling.factors, jnp.float32)
     if scaling.kind == "yarn":
         part = jnp.clip((jnp.arange(channels // 2) - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
         return frequency / scaling.factor * part + frequency * (1 - part)
@@ -396,16 +411,38 @@ def gated_mlp(layer: Params, x_BLD: Array, activation: str = "silu") -> Array:
 def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
     """A mixture of gated MLPs: the sum of those that the router chooses for a token, by its softmax over all of them.
 
+    Under a mesh each device takes its own rows through those experts that `jaxspec.sharding` puts there, and what the
+    devices along the experts' axis make is summed: XLA, left alone, would gather the rows of all of them to sort.
+    """
+    weights = {name: layer[name] for name in ("router", *EXPERTS)}
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return _mix_experts(weights, x_BLD, options)
+    rows = P(None if x_BLD.shape[0] % splits("batch") else AXIS_RULES["batch"])
+    over = AXIS_RULES["experts"]
+
+    def part(weights: Params, x_BLD: Array) -> Array:
+        first = jax.lax.axis_index(over) * weights[EXPERTS[0]].shape[0]
+        return jax.lax.psum(_mix_experts(weights, x_BLD, options, first), over)
+
+    lie = {"router": P(), **dict.fromkeys(EXPERTS, P(over))}
+    return hold_rows(jax.shard_map(part, in_specs=(lie, rows), out_specs=rows, check_vma=False)(weights, x_BLD))
+
+
+def _mix_experts(layer: Params, x_BLD: Array, options: Options, first: Array | int = 0) -> Array:
+    """What the experts from number `first` on add to the mixture, as many as `layer` has.
+
     Rows are sorted by expert and multiplied in groups, so a token costs as many MLPs as it is given.
     """
-    batch, length, width = x_BLD.shape
+    (batch, length, width), held = x_BLD.shape, layer["expert_gate"].shape[0]
     x_ND = x_BLD.reshape(-1, width)
     scores_NE = jax.nn.softmax((x_ND @ layer["router"].astype(x_ND.dtype)).astype(jnp.float32), axis=-1)
     weight_NR, expert_NR = jax.lax.top_k(scores_NE, options.chosen)
     if options.renormalize:
         weight_NR = weight_NR / jnp.sum(weight_NR, axis=-1, keepdims=True)
+    expert_NR = (expert_NR - first) % options.experts  # those that are here come first
     order = jnp.argsort(expert_NR.reshape(-1), stable=True)
-    sizes_E = jnp.bincount(expert_NR.reshape(-1), length=options.experts).astype(jnp.int32)
+    sizes_E = jnp.bincount(expert_NR.reshape(-1), length=options.experts)[:held].astype(jnp.int32)
 
     def times(rows: Array, name: str) -> Array:
         return jax.lax.ragged_dot(rows, layer[name].astype(rows.dtype), sizes_E)
@@ -414,8 +451,10 @@ def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
     inner_MF = ACTIVATIONS[options.activation](times(rows_MD, "expert_gate")) * times(rows_MD, "expert_up")
     made_MD = times(inner_MF, "expert_down")[jnp.argsort(order)]
     made_NRD = made_MD.reshape(-1, options.chosen, width)
+    if held < options.experts:
+        made_NRD = jnp.where(expert_NR[..., None] < held, made_NRD, 0)
     mixed_ND = jnp.einsum("NRD,NR->ND", made_NRD, weight_NR.astype(x_BLD.dtype))
-    return hold_rows(mixed_ND.reshape(batch, length, width))
+    return mixed_ND.reshape(batch, length, width)
 
 
 class LayerShape(Protocol):

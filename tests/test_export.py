@@ -1,6 +1,8 @@
 """`jaxspec export`: Orbax checkpoints with a card that load without jaxspec, whole or in part, on any mesh."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint
 import pytest
@@ -17,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from random_models import SIZE, random_weights, write_drafter, write_target
+from safetensors.numpy import load_file, save_file
 
 from jaxspec import checkpoint
 from jaxspec.__main__ import main
@@ -24,8 +28,12 @@ from jaxspec.card import CARD, CONVENTIONS
 from jaxspec.checkpoint import RunCheckpoints, drafter_config, load_drafter, load_model
 from jaxspec.distill import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
-from jaxspec.interchange.hf import read_llama, stored_dtype, write_llama
+from jaxspec.interchange import exported, hf, tensors
+from jaxspec.interchange.hf import read_llama, stored_dtype, tensor_shapes, write_llama
+from jaxspec.interchange.hf_config import read_config
+from jaxspec.layers import layer_shapes
 from jaxspec.sharding import AXIS_RULES, make_mesh
+from jaxspec.targets.llama import DecoderConfig
 from jaxspec.tracking import session
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -137,6 +145,128 @@ def test_weights_keep_their_dtype_unless_told_otherwise(target: Path, tmp_path: 
     for flags, dtype in (([], jnp.bfloat16), (["--dtype", "fp32"], jnp.float32)):
         assert main(["export", str(target), str(tmp_path / "out"), "--overwrite", *flags]) == 0
         assert load_model(tmp_path / "out")[0]["embed"].dtype == dtype
+
+
+SHAPE = {
+    "vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {
+    "head_dim": 6,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6,
+    "norm_topk_prob": True,
+}
+FAMILIES = {"phi3": {}, "qwen3_moe": EXPERTS, "gemma2": {"head_dim": 6, "sliding_window": 4}}
+
+
+def random_folder(folder: Path, family: str) -> Path:
+    """A HuggingFace folder of this family, norms in fp32 and the rest in bf16."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": family, **SHAPE, **FAMILIES[family]}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.6}')
+    draw = np.random.default_rng(0)
+    stored = {
+        name: draw.normal(size=shape).astype(np.float32 if "norm" in name else ml_dtypes.bfloat16)
+        for name, shape in tensor_shapes(read_config(folder)).items()
+    }
+    save_file(stored, folder / "model.safetensors")
+    return folder
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole arrays cannot be restored any more."""
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a whole array is restored")
+
+    monkeypatch.setattr(ocp, "load", load)
+
+
+@pytest.mark.parametrize("how", ["import target", "export"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_target_that_came_in_goes_out_as_it_was_a_layer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, how: str
+):
+    folder = random_folder(tmp_path / "hf", family)
+    assert main([*how.split(), str(folder), str(tmp_path / "in")]) == 0
+    refuse_to_load(monkeypatch)
+    opened, blocks = exported._open, []
+
+    class Counted:
+        def __init__(self, *where: Any):
+            self.array, self.chunk_layout = opened(*where), opened(*where).chunk_layout
+            self.dtype = self.array.dtype
+
+        def __getitem__(self, block: Any) -> Any:
+            blocks.append(self.array[block].size)
+            return self.array[block]
+
+    monkeypatch.setattr(exported, "_open", Counted)
+    assert main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "hf"]) == 0
+    assert_same(written(tmp_path / "out"), written(folder))
+    assert read_config(tmp_path / "out") == read_config(folder)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [2, 5], "temperature": 0.6}'
+    whole = {name: math.prod(array.shape) for name, array in written(folder).items()}
+    assert sum(blocks) == sum(whole.values())  # each number is read once
+    assert max(blocks) <= max(math.prod(s) for s in layer_blocks(folder))
+
+
+def layer_blocks(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of the weights of one layer, and of those beside the layers."""
+    config = read_config(folder)
+    return [*layer_shapes(config, config.options).values(), (config.vocab, config.width)]
+
+
+def test_an_export_of_a_target_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = random_folder(tmp_path / "hf", "phi3")
+    before, left = sorted(tmp_path.iterdir()), iter(range(3))
+    fill = hf._fill
+
+    def some(*args: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        fill(*args)
+
+    monkeypatch.setattr(hf, "_fill", some)
+    assert main(["export", str(folder), str(tmp_path / "out"), "--to", "hf"]) == 130
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_family_cannot_say_is_refused_before_anything_is_written(tmp_path: Path):
+    config = read_config(random_folder(tmp_path / "hf", "phi3"))
+    assert isinstance(config, DecoderConfig)
+    params = read_llama(tmp_path / "hf", dtype=jnp.float32)[1]
+    normed = dataclasses.replace(config, options=dataclasses.replace(config.options, qk_norm=True))
+    for layer in params["layers"]:
+        layer |= {"q_norm": jnp.ones(4), "k_norm": jnp.ones(4)}
+    with pytest.raises(ValueError, match=r"a phi3 cannot say in its config\.json that qk_norm=True"):
+        write_llama(tmp_path / "out", params, normed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspecting_a_model_restores_no_weight(
+    target: Path, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def told(folder: Path) -> dict[str, Any]:
+        assert main(["inspect", str(folder), "--json", str(tmp_path / "x.json")]) == 0
+        return json.loads((tmp_path / "x.json").read_text())
+
+    assert main(["export", str(target), str(tmp_path / "out")]) == 0
+    expected = load_model(tmp_path / "out")[0]
+    refuse_to_load(monkeypatch)
+    monkeypatch.setattr(exported, "_open", None)
+    monkeypatch.setattr(tensors.FileTensor, "__getitem__", None)
+    of_folder, of_export = told(target), told(tmp_path / "out")
+    assert of_export["shapes"] == of_folder["shapes"]
+    assert of_export["parameters"] == sum(a.size for a in jax.tree.leaves(expected))
+    assert (of_export["dtype"], of_export["exportable_to"]) == ("float32", ["orbax", "hf"])
+    assert told(drafter)["shapes"]["fc"] == [64, 32]
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
-"""Every family of targets computes what transformers computes: prefill, and cached calls on trees and chains."""
+"""Every family of targets computes what transformers computes, and goes out to transformers as it came in."""
 
+import copy
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import numpy as np
 import pytest
 
 from jaxspec import cache as kv
-from jaxspec.interchange.hf import load_target
+from jaxspec import exports
+from jaxspec.interchange import tensors
+from jaxspec.interchange.hf import load_target, read_llama
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.layers import causal_mask
 from jaxspec.targets.families import FAMILIES
@@ -73,6 +78,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "phi3 window": {"sliding_window": 4},
     "phi3 partial": {"tie_word_embeddings": True, "rope_parameters": {"partial_rotary_factor": 0.5, **PLAIN}},
     "phi3 longrope, partial, stacked": {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+    "phi3 longrope, long texts": {"original_max_position_embeddings": 4, "rope_parameters": LONGROPE},
     "gemma2": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0},
     "gemma2 uncapped, bias, stacked": {"head_dim": 8, "sliding_window": 4, "attention_bias": True, **UNCAPPED},
     "gemma3": {"head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 10, "rope_parameters": GEMMA3_ROPE},
@@ -82,6 +88,11 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
     "qwen3_moe bias, stacked": {**EXPERTS, "attention_bias": True},
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+GROWING: dict[str, dict[str, Any]] = {
+    "mistral dynamic": {"sliding_window": None, "max_position_embeddings": 8, "rope_parameters": DYNAMIC}
+}
+"""Here transformers turns the same position otherwise in a longer text, and keeps the keys it had."""
 CONFIGS = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -92,6 +103,7 @@ CONFIGS = {
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
 }
+LONG = 20  # tokens of a text
 LENGTHS = (9, 5)  # prompt tokens of the two rows
 # Nodes of a tree: a root, two children, and a child of each.
 PARENTS, DEPTHS = (-1, 0, 0, 1, 2), (0, 1, 1, 2, 2)
@@ -102,11 +114,12 @@ ANCESTORS = np.asarray(
 )
 
 
+@functools.cache
 def reference(name: str) -> Any:
     """A random transformers model whose norms and biases are all different."""
-    family, fields = name.split()[0], {**SMALL, **VARIATIONS[name]}
+    family, fields = name.split()[0], {**SMALL, **(VARIATIONS | GROWING)[name]}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{CONFIGS[family]}Config")(**fields, attn_implementation="eager")
+    config = getattr(transformers, f"{CONFIGS[family]}Config")(**copy.deepcopy(fields), attn_implementation="eager")
     model = getattr(transformers, FAMILIES[config.model_type].architecture)(config).eval()
     with torch.no_grad():
         for weight_name, weight in model.named_parameters():
@@ -117,6 +130,19 @@ def reference(name: str) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The reference of a name as transformers saves it."""
+
+    @functools.cache
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("hf")
+        reference(name).save_pretrained(folder)
+        return folder
+
+    return saved
+
+
 def wanted(model: Any, *tokens: np.ndarray) -> np.ndarray:
     """The reference's logits behind the given stretches of one text."""
     with torch.no_grad():
@@ -124,10 +150,9 @@ def wanted(model: Any, *tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_prefill_trees_and_chains_equal_transformers(tmp_path: Path, name: str):
+def test_prefill_trees_and_chains_equal_transformers(folder_of: Callable[[str], Path], name: str):
     model = reference(name)
-    model.save_pretrained(tmp_path)
-    module, params, config = load_target(tmp_path, dtype=jnp.float32, stacked=name.endswith("stacked"))
+    module, params, config = load_target(folder_of(name), dtype=jnp.float32, stacked=name.endswith("stacked"))
     rng = np.random.default_rng(1)
     prompt, tree, chain = (rng.integers(3, config.vocab, (2, count)) for count in (max(LENGTHS), NODES, NODES))
 
@@ -159,6 +184,43 @@ def test_prefill_trees_and_chains_equal_transformers(tmp_path: Path, name: str):
         near(logits[b], wanted(model, prompt[b, :length], tree[b, path], chain[b])[length + len(path) :])
 
 
+def test_a_text_beyond_the_original_length_has_the_base_of_its_length(folder_of: Callable[[str], Path]):
+    (name,) = GROWING
+    module, params, config = load_target(folder_of(name), dtype=jnp.float32)
+    assert config.max_positions == 16
+    text = np.random.default_rng(0).integers(3, config.vocab, (1, LONG))
+    out = module.forward(params, jnp.asarray(text), jnp.arange(LONG)[None], causal_mask(LONG))
+    assert np.abs(module.logits(params, out.features_BLD)[0] - wanted(reference(name), text[0])).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", VARIATIONS | GROWING)
+def test_what_is_written_is_what_was_read_and_transformers_loads_it(
+    tmp_path: Path, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
+):
+    if name.endswith("stacked"):
+        monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
+    source, out, model = folder_of(name), tmp_path / "out", reference(name)
+    exports.write("hf", out, exports.find_model(str(source)))
+    assert (out / "model.safetensors.index.json").exists() == name.endswith("stacked")
+    module, params = read_llama(source, dtype=jnp.float32)
+    ours, back = read_llama(out, dtype=jnp.float32)
+    assert ours == module
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    theirs, loaded = model.state_dict(), again.state_dict()
+    assert theirs.keys() == loaded.keys() and all(torch.equal(theirs[key], loaded[key]) for key in theirs)
+    text = np.random.default_rng(0).integers(3, module.config.vocab, LONG)
+    assert np.abs(wanted(again.eval(), text) - wanted(model, text)).max() <= TOLERANCE
+
+    fields = json.loads((out / "config.json").read_text())
+    del fields["rope_parameters"]  # as readers before transformers 5 know it
+    (out / "config.json").write_text(json.dumps(fields))
+    assert read_config(out) == module.config
+
+
 def config_of(folder: Path, **fields: Any) -> Any:
     (folder / "config.json").write_text(json.dumps({**SMALL, **fields}))
     return read_config(folder)
@@ -169,8 +231,8 @@ def config_of(folder: Path, **fields: Any) -> Any:
     [
         ({"model_type": "gpt2"}, ["'gpt2'", "MistralForCausalLM", "'qwen3'"]),
         (
-            {"model_type": "mistral", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-            ["'dynamic'", "'yarn'"],
+            {"model_type": "mistral", "rope_parameters": {"rope_type": "ntk", "factor": 2.0}},
+            ["'ntk'", "'yarn'"],
         ),
         ({"model_type": "qwen2", "hidden_act": "relu2"}, ["hidden_act", "'relu2'", "'silu'"]),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2, **UPPER}, ["'linear_attention'"]),

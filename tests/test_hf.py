@@ -154,7 +154,7 @@ def test_a_negative_pad_id_means_none(tmp_path: Path):
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id", "</s>"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, ["rope_scaling", "'dynamic'", "'linear'", "'llama3'"]),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, ["rope_scaling", "'ntk'", "'linear'", "'dynamic'"]),
         ({"rope_parameters": {"rope_type": "proportional"}}, ["rope_parameters", "'proportional'", "'llama3'"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "factor"]),

@@ -1,4 +1,4 @@
-"""Write a model as others read it: an Orbax checkpoint with a card, or the folder that a server loads.
+"""Write a model as others read it: an Orbax checkpoint with a card, a HuggingFace folder, or what a server loads.
 
 RUN is the folder of a run (its checkpoints), a drafter's folder, jaxspec's or published, or a target's in HuggingFace
 layout. Servers' folders need `--target`, the folder of the model that the drafter was made for. Their
@@ -28,7 +28,7 @@ class Args:
     out: Positional[Path]
     """Folder to write."""
     to: Literal["orbax", "hf", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"] = "orbax"
-    """Format: `eagle` is that of the papers' own code."""
+    """Format: `hf` is a HuggingFace folder of a target or a draft LM, `eagle` that of the papers' own code."""
     target: str | None = None
     """Folder of a drafter's target, which says its vocabulary, depth and tables; `tiny` is the bundled one."""
     step: str = "best"

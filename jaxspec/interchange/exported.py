@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxspec.base import Params
 from jaxspec.card import CARD, Card, read_card, verify
+from jaxspec.interchange.tensors import Bounds, StoredWeight
 from jaxspec.layers import Options, RopeScaling
 from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 
@@ -75,9 +78,7 @@ def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, mad
     names = {_name(path, unstacked) for path in wanted}
     shapes = {_name(path, False): weight.shape for path, weight in jax.tree_util.tree_leaves_with_path(stored)}
     verify(folder, {**card, "checksums": _needed(card, names)})
-    for name, shape in shapes.items():
-        if name in names and card["arrays"].get(name, {}).get("shape") != list(shape):
-            raise ValueError(f"{folder}: its card has no array {name} of shape {shape}, which its config calls for")
+    _check_shapes(folder, card, {name: shapes[name] for name in names})
     found: dict[tuple[Any, ...], Any] = {}
     for name in sorted(names):
         paths = [path for path in wanted if _name(path, unstacked) == name]
@@ -91,6 +92,46 @@ def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, mad
             found[path] = jax.block_until_ready(made(path, part))
         del whole
     return tree.unflatten([found[path] for path, _ in flat])
+
+
+def stored_weights(folder: Path, stored: Params) -> list[StoredWeight]:
+    """The weights of the tree `stored` (layers stacked), all files checked and no array read yet; raises as `read`."""
+    card = _target_card(folder)
+    verify(folder, card)
+    flat = jax.tree_util.tree_leaves_with_path(stored)
+    _check_shapes(folder, card, {_name(path, False): weight.shape for path, weight in flat})
+
+    def one(path: tuple[Any, ...], shape: tuple[int, ...]) -> StoredWeight:
+        name = _name(path, False)
+        array = _open(folder, name)
+
+        def read(block: Bounds) -> np.ndarray:
+            return array[tuple(slice(*bounds) for bounds in block)].read().result()
+
+        together = array.chunk_layout.read_chunk.shape[0] or 1
+        return StoredWeight(tuple(name.split("/")), shape, array.dtype.numpy_dtype, 0, read, together)
+
+    return [one(path, weight.shape) for path, weight in flat]
+
+
+def _open(folder: Path, name: str) -> Any:
+    """One stored array, to be read in part, which Orbax has no call for: it lies as Zarr, in files or in OCDBT."""
+    files: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute() / 'params'}/"}
+    inside = f"{name.replace('/', '.')}/"
+    if (folder / "params" / "manifest.ocdbt").is_file():
+        where = {"driver": "ocdbt", "base": files, "path": inside}
+    else:
+        where = files | {"path": files["path"] + inside}
+    try:
+        return tensorstore.open({"driver": "auto", "kvstore": where}, open=True, read=True).result()
+    except ValueError as error:
+        raise ValueError(f"{folder}: array {name} could not be read ({error}); the checkpoint is damaged") from error
+
+
+def _check_shapes(folder: Path, card: Card, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if card["arrays"].get(name, {}).get("shape") != list(shape):
+            raise ValueError(f"{folder}: its card has no array {name} of shape {shape}, which its config calls for")
 
 
 def _name(path: tuple[Any, ...], unstacked: bool) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,17 +19,19 @@ from jax.sharding import Mesh
 
 from jaxspec.base import Params
 from jaxspec.interchange import exported
-from jaxspec.interchange.hf_config import check_writable, read_config, write_config
+from jaxspec.interchange.hf_config import config_fields, read_config, write_config
 from jaxspec.interchange.tensors import (
+    CHUNK_BYTES,
     DTYPE_CODES,
     Bounds,
+    Fill,
+    StoredWeight,
     check_tensors,
     copy_region,
     file_tensors,
+    filled_folder,
     open_tensors,
     place,
-    safetensors_chunks,
-    write_atomically,
 )
 from jaxspec.layers import layer_shapes
 from jaxspec.quantization import CONTRACTED, quantize
@@ -144,7 +145,7 @@ def _read(
         top, layer = top_tensors(config), family_of(config).layer(config)
 
         def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> Any:
-            sources, shape = _sources(path, top, layer, config.layers), weight.shape
+            sources, shape = _sources(_keys(path), top, layer, config.layers), weight.shape
             return made(path, place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype)))
 
         flat, tree = jax.tree_util.tree_flatten_with_path(plan)
@@ -190,38 +191,23 @@ def stored_dtype(folder: str | Path) -> str:
     return next(dtype for dtype, named in DTYPE_CODES.items() if named == code)
 
 
-class StoredWeight(NamedTuple):
-    """A weight in a HuggingFace folder, layers stacked, that can be read block by block."""
-
-    path: tuple[str, ...]
-    """In the tree of weights."""
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    """Of its tensors; the least that holds all of them where they differ."""
-    rows: int
-    """The axis that is cheapest to cut: behind its tensors' rows, or the layer's experts."""
-    read: Callable[[Bounds], np.ndarray]
-    """A block of it, layers as (i, i + 1) or all; several threads may."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of the whole weight."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]:
     """The shape of the model in a HuggingFace folder and its weights, of which nothing is read yet.
 
-    Raises ValueError or OSError as `read_llama`, and where the index is wrong about a file.
+    Of an exported target all files are held to their checksums first. Raises ValueError or OSError as `read_llama`, and
+    where an index is wrong about a file.
     """
     folder, config = Path(folder), read_config(folder)
+    if exported.is_exported(folder):
+        return config, exported.stored_weights(folder, weight_shapes(config, True))
     tensors = file_tensors(folder)
     check_tensors(tensors, tensor_shapes(config), folder)
     _refuse_extra(tensors, config, folder)
     top, layer = top_tensors(config), family_of(config).layer(config)
 
     def one(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct) -> StoredWeight:
-        sources = _sources(path, top, layer, config.layers)
+        keys = _keys(path)
+        sources = _sources(keys, top, layer, config.layers)
         codes = {tensors[source.tensor].get_dtype() for source in sources}
         dtype = functools.reduce(jnp.promote_types, (name for name, code in DTYPE_CODES.items() if code in codes))
         part, inner = sources[0].part, sources[0].layer is not None
@@ -238,30 +224,106 @@ def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]
                 shape = (last - first, *shape[1:])
             return _assemble(tensors, some, shape, block, dtype)
 
-        return StoredWeight(tuple(key.key for key in path), weight.shape, jnp.dtype(dtype), rows, read)
+        return StoredWeight(keys, weight.shape, jnp.dtype(dtype), rows, read)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(weight_shapes(config, True))
     return config, [one(path, weight) for path, weight in flat]
 
 
-def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtype: str = "bfloat16") -> None:
-    """Write a folder that transformers and `read_llama` load: weights, `generation_config.json`, last `config.json`.
+def held_weights(params: Params, config: LlamaConfig) -> list[StoredWeight]:
+    """Weights in memory, stacked or a list of layers, as those of a folder are read; ValueError as `write_llama`."""
+    _check_params(params, config)
+    layers = params["layers"]
+
+    def one(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct) -> StoredWeight:
+        keys = _keys(path)
+        name, inside = keys[-1], keys[0] == "layers"
+        of = params if not inside else layers[0] if isinstance(layers, list) else layers
+
+        def read(block: Bounds) -> np.ndarray:
+            inner = tuple(slice(*bounds) for bounds in block[1:])
+            if not inside:
+                return np.asarray(params[name])[(slice(*block[0]), *inner)]
+            some = [layers[i][name] if isinstance(layers, list) else layers[name][i] for i in range(*block[0])]
+            held = [np.asarray(array)[inner] for array in some]
+            return held[0][None] if len(held) == 1 else np.stack(held)
+
+        return StoredWeight(keys, weight.shape, jnp.dtype(of[name].dtype), 0, read)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(weight_shapes(config, True))
+    return [one(path, weight) for path, weight in flat]
+
+
+def tree_of(weights: Sequence[StoredWeight]) -> Params:
+    """Shapes and dtypes of weights, in the tree that they stand in."""
+    shapes = {weight.path: jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights}
+    top = {path[0]: shape for path, shape in shapes.items() if len(path) == 1}
+    return {**top, "layers": {path[1]: shape for path, shape in shapes.items() if len(path) == 2}}
+
+
+def read_weights(weights: Sequence[StoredWeight]) -> Params:
+    """The weights themselves, one after another brought to the first device, in their dtypes."""
+    read = {w.path: jnp.asarray(w.read(tuple((0, n) for n in w.shape)), w.dtype) for w in weights}
+    return jax.tree_util.tree_map_with_path(lambda path, _: read[_keys(path)], tree_of(weights))
+
+
+def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtype: str | None = "bfloat16") -> None:
+    """Write a folder that transformers and `read_llama` load, as `write_weights` does.
 
     `params` are stacked or a list of layers, jax or numpy; one weight of one layer at a time is brought to the host and
-    cast to `dtype` (float32, bfloat16, float16). Each file appears whole or not at all. Raises ValueError naming the
-    weight whose shape is not the config's.
+    cast to `dtype` (float32, bfloat16, float16; None: as it is). Raises ValueError naming the weight whose shape is not
+    the config's.
     """
-    if dtype not in DTYPE_CODES:
-        raise ValueError(f"dtype={dtype!r} cannot be written: choose one of {', '.join(DTYPE_CODES)}")
-    check_writable(config)
-    _check_params(params, config)
+    weights = held_weights(params, config)
+    write_weights(folder, weights if dtype is None else [w._replace(dtype=jnp.dtype(dtype)) for w in weights], config)
+
+
+def write_weights(
+    folder: str | Path,
+    weights: Sequence[StoredWeight],
+    config: LlamaConfig,
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write a target of any family as a HuggingFace folder: weights, `generation_config.json`, last `config.json`.
+
+    Each weight is cast to the dtype that it is said to have; about one weight of one layer is held at a time.
+    `advance` is told of the bytes written. Each file appears whole or not at all. Raises ValueError as
+    `hf_config.config_fields`, before anything is written.
+    """
+    config_fields(config)
+    if wrong := next((str(w.dtype) for w in weights if str(w.dtype) not in DTYPE_CODES), None):
+        raise ValueError(f"dtype={wrong!r} cannot be written: choose one of {', '.join(DTYPE_CODES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    top, layer = top_tensors(config), family_of(config).layer(config)
+    places = {w.path: _sources(w.path, top, layer, config.layers) for w in weights}
+    dtypes: dict[str, Any] = {}
+    for w in weights:
+        for source in places[w.path]:
+            dtypes[source.tensor] = jnp.promote_types(dtypes.get(source.tensor, w.dtype), w.dtype)
     shapes = tensor_shapes(config)
-    write_atomically(
-        folder / "model.safetensors", safetensors_chunks(shapes, _stored_arrays(params, config, list(shapes)), dtype)
-    )
-    write_config(folder, config, dtype)
+    with filled_folder(folder, {name: (shape, str(dtypes[name])) for name, shape in shapes.items()}) as fill:
+        for w in weights:
+            for first in range(0, w.shape[0], w.together if w.inner else w.shape[0]):
+                last = min(first + w.together, w.shape[0]) if w.inner else w.shape[0]
+                block = w.read(((first, last), *((0, n) for n in w.shape[1:])))
+                for source in places[w.path]:
+                    if source.layer is None or first <= source.layer < last:
+                        weight = block if source.layer is None else block[source.layer - first]
+                        _fill(fill, source, shapes[source.tensor], weight)
+                advance(block.size * w.dtype.itemsize)
+    write_config(folder, config, str(dtypes["model.embed_tokens.weight"]))
+
+
+def _fill(fill: Fill, source: Source, shape: tuple[int, ...], weight: np.ndarray) -> None:
+    """Write what a tensor of this shape stores of a weight, or of one layer of it, in pieces of `CHUNK_BYTES`."""
+    part = source.part
+    view = part.view(weight if part.expert is None else weight[part.expert])
+    first, last = part.rows or (0, shape[0])
+    per = (last - first) // view.shape[0]  # stored rows of one step along the view's first axis
+    step = max(1, CHUNK_BYTES * view.shape[0] // view.nbytes)
+    for i in range(0, view.shape[0], step):
+        fill(source.tensor, first + i * per, view[i : i + step])
 
 
 def weight_shapes(config: LlamaConfig, stacked: bool) -> Params:
@@ -287,15 +349,18 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+
+
 class Source(NamedTuple):
     tensor: str
     layer: int | None  # its row of a stacked weight
     part: Part
 
 
-def _sources(path: tuple[Any, ...], top: Tensors, layer: Tensors, layers: int) -> list[Source]:
+def _sources(keys: Sequence[Any], top: Tensors, layer: Tensors, layers: int) -> list[Source]:
     """The stored tensors that the weight at a path of the tree is made of; `layer` are those of one layer."""
-    keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
     inside = keys[0] == "layers"
     found = layer if inside else top
     parts = [(name, part) for name, stored in found.items() for part in stored.parts if part.weight == keys[-1]]
@@ -351,19 +416,3 @@ def _check_params(params: Params, config: LlamaConfig) -> None:
                 f"weight {name} has shape {found.get(name, 'absent')}, but the config calls for "
                 f"{expected.get(name, 'none')}: write the weights with the config they were made with"
             )
-
-
-def _stored_arrays(params: Params, config: LlamaConfig, names: list[str]) -> Iterator[np.ndarray]:
-    """The tensors of these names in stored form."""
-    held: tuple[Any, Any] = (None, None)  # the q, k and v tensors follow each other and share one weight
-    top, layer = top_tensors(config), family_of(config).layer(config)
-    for name in names:
-        if name in top:
-            yield np.asarray(params[top[name].parts[0].weight])
-            continue
-        number, stem = name.removeprefix("model.layers.").split(".", 1)
-        (part,), layers = layer[stem].parts, params["layers"]
-        if held[0] != (number, part.weight):
-            weight = layers[part.weight][int(number)] if isinstance(layers, dict) else layers[int(number)][part.weight]
-            held = ((number, part.weight), np.asarray(weight))
-        yield part.view(held[1])

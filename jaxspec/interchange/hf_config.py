@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` of HuggingFace folders: of every family read, of Llamas written."""
+"""`config.json` and `generation_config.json` of HuggingFace folders, read and written for every family of targets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 from jaxspec.interchange import exported
 from jaxspec.interchange.tensors import read_json, write_atomically
-from jaxspec.layers import RopeScaling
-from jaxspec.targets.families import find_family
-from jaxspec.targets.family import LLAMA
+from jaxspec.targets.families import family_of, find_family
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.fields import rope_fields as rope_fields  # of heads too
+from jaxspec.targets.llama import LlamaConfig
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -33,38 +32,37 @@ def read_config(folder: str | Path) -> LlamaConfig:
     return family.config(Fields(path, raw, generation, family.defaults))
 
 
-def write_config(folder: str | Path, config: LlamaConfig, dtype: str) -> None:
-    """Write `generation_config.json` and, last, `config.json`, for transformers 5 and for readers of older files.
+def config_fields(config: LlamaConfig) -> dict[str, Any]:
+    """What `config.json` says of a model, for transformers 5 and for readers of older files.
 
-    ValueError for another family than Llama.
+    It is read back before it is given out. Raises ValueError, naming the first field that would come back as something
+    else, where the model's family has no way to say what it is.
     """
-    check_writable(config)
-    stop, scaling = list(config.eos_ids) or None, rope_fields(config.rope_scaling)
-    special = {"bos_token_id": config.bos_id, "eos_token_id": stop, "pad_token_id": config.pad_id}
-    fields = {
-        "architectures": [LLAMA.architecture],
-        "model_type": LLAMA.model_type,
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied,
-        **special,
-        "eos_token_id": stop[0] if stop and len(stop) == 1 else stop,
-        # transformers 5 reads rope_parameters and dtype; version 4, and most others, the three older fields.
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+    family = family_of(config)
+    fields = family.fields(config)
+    path = Path("config.json")
+    try:
+        back = family.config(Fields(path, json.loads(json.dumps(fields)), {}, family.defaults))
+    except ValueError as error:
+        raise ValueError(f"a {family.model_type} cannot say in its config.json what this target is: {error}") from error
+    said, heard = ({**vars(c), "options": None, **vars(c.options)} for c in (config, back))
+    for name, value in said.items():
+        if heard.get(name) != value:
+            raise ValueError(
+                f"a {family.model_type} cannot say in its config.json that {name}={value!r}, which would be read as "
+                f"{heard.get(name)!r}; if an older version imported this target, import it anew"
+            )
+    return fields
+
+
+def write_config(folder: str | Path, config: LlamaConfig, dtype: str) -> None:
+    """Write `generation_config.json` and, last, `config.json`; raises as `config_fields`."""
+    # transformers 5 reads dtype; version 4, and most others, the older name.
+    fields = config_fields(config) | {"dtype": dtype, "torch_dtype": dtype}
+    special = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids) or None,
+        "pad_token_id": config.pad_id,
     }
     write_atomically(Path(folder) / "generation_config.json", _text(special))
     write_atomically(Path(folder) / "config.json", _text(fields))
@@ -72,24 +70,3 @@ def write_config(folder: str | Path, config: LlamaConfig, dtype: str) -> None:
 
 def _text(fields: dict[str, Any]) -> list[bytes]:
     return [json.dumps(fields, indent=2).encode() + b"\n"]
-
-
-def check_writable(config: LlamaConfig) -> None:
-    """ValueError for a model of another family than Llama."""
-    if isinstance(config, DecoderConfig):
-        raise ValueError(
-            f"a target of family {config.family!r} cannot be written as a HuggingFace folder, only Llamas can; copy "
-            "the folder that it was read from"
-        )
-
-
-def rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """A rotary scaling that drafters have too as config.json says it."""
-    if scaling is None:
-        return None
-    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        fields["low_freq_factor"] = scaling.low_freq_factor
-        fields["high_freq_factor"] = scaling.high_freq_factor
-        fields["original_max_position_embeddings"] = scaling.original_positions
-    return fields

@@ -21,6 +21,8 @@ DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CHUNK_BYTES = 16 * 2**20
 """A stored tensor is copied in pieces of about this size, so that it never stands whole beside its destination."""
 
+SHARD_BYTES = 5 * 10**9
+"""Of a file, at most where its tensors are not larger."""
 NARROW = 16
 """A transposed piece is copied so many steps of its densest axis at a time: five times as fast as numpy's own order."""
 
@@ -216,20 +218,96 @@ def _move(block: np.ndarray, devices: list[Any]) -> list[jax.Array]:
     return copies
 
 
-def safetensors_chunks(
-    shapes: Mapping[str, tuple[int, ...]], arrays: Iterator[np.ndarray], dtype: str
-) -> Iterator[bytes | np.ndarray]:
-    """The bytes of a safetensors file whose tensors, in the order of `shapes`, `arrays` yields one at a time.
+class StoredWeight(NamedTuple):
+    """A weight of a target, layers stacked, that can be read block by block wherever it lies."""
 
-    Each is cast to `dtype`. Layout: 8 bytes of header length, JSON header padded to 8 bytes, row-major data.
+    path: tuple[str, ...]
+    """In the tree of weights."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+    """The axis that is cheapest to cut: behind its tensors' rows, or the layer's experts."""
+    read: Callable[[Bounds], np.ndarray]
+    """A block of it, layers as (i, i + 1), or more of them; several threads may."""
+    together: int = 1
+    """So many layers are stored as one piece, so reading fewer takes as long."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole weight."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def inner(self) -> bool:
+        """Whether its first axis is over layers."""
+        return self.path[0] == "layers"
+
+
+Fill = Callable[[str, int, np.ndarray], None]
+"""Writes whole rows of the tensor of a name, from a row on, cast to its dtype."""
+
+
+@contextlib.contextmanager
+def filled_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[Fill]:
+    """A safetensors file of tensors of these shapes and dtypes, filled in any order, at `path` when the block ends.
+
+    Nothing of it is there if the block fails. Layout: 8 bytes of header length, JSON header padded to 8 bytes,
+    row-major data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end, size = 0, jnp.dtype(dtype).itemsize
-    for name, shape in shapes.items():
-        start, end = end, end + size * math.prod(shape)
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
         header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, array in zip(shapes, arrays, strict=True):
-        yield np.array(array, jnp.dtype(dtype), order="C").reshape(-1).view(np.uint8)
+    draft, left = path.with_name(f".{path.name}.partial"), [end]
+    try:
+        with draft.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+
+            def fill(name: str, row: int, array: np.ndarray) -> None:
+                shape, dtype = tensors[name]
+                width = math.prod(shape[1:]) * jnp.dtype(dtype).itemsize
+                data = np.array(array, jnp.dtype(dtype), order="C").reshape(-1).view(np.uint8)
+                file.seek(8 + len(text) + header[name]["data_offsets"][0] + row * width)
+                file.write(data.data)
+                left[0] -= data.size
+
+            yield fill
+        assert not left[0], f"{left[0]} bytes of {path} were not filled"
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filled_folder(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[Fill]:
+    """`filled_tensors` of a folder: one file, or shards of `SHARD_BYTES` and their index; older weights vanish."""
+    sizes = {name: math.prod(shape) * jnp.dtype(dtype).itemsize for name, (shape, dtype) in tensors.items()}
+    file_of = _shared_out(sizes)
+    files = dict.fromkeys(file_of.values())
+    with contextlib.ExitStack() as stack:
+        fills = {}
+        for file in files:
+            part = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
+            fills[file] = stack.enter_context(filled_tensors(folder / file, part))
+        yield lambda name, row, array: fills[file_of[name]](name, row, array)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        write_atomically(folder / INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
+    for old in (folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors"), folder / INDEX):
+        if old.name not in files and not (old.name == INDEX and len(files) > 1):
+            old.unlink(missing_ok=True)
+
+
+def _shared_out(sizes: Mapping[str, int]) -> dict[str, str]:
+    """The file of each tensor, in their order."""
+    shard_of, shard, room = {}, 1, SHARD_BYTES
+    for name, size in sizes.items():
+        if size > room and room < SHARD_BYTES:
+            shard, room = shard + 1, SHARD_BYTES
+        shard_of[name], room = shard, room - size
+    if shard == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{i:05}-of-{shard:05}.safetensors" for name, i in shard_of.items()}

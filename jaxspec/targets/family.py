@@ -1,4 +1,5 @@
-"""What a family of targets is to the readers of HuggingFace folders: a name, a config, and the tensors of a layer."""
+"""What a family of targets is to the readers and writers of HuggingFace folders: a name, what its `config.json` says
+beside a shape, and the tensors of a layer."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxspec.layers import PLAIN, Options
-from jaxspec.targets.fields import Fields
+from jaxspec.layers import Options
+from jaxspec.targets.fields import Fields, rope_fields
 from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 from jaxspec.targets.stored import Tensors, llama_layer
+from jaxspec.targets.traits import PLAIN_LLAMA, Trait
 
 
 class Family(NamedTuple):
@@ -17,12 +19,29 @@ class Family(NamedTuple):
 
     model_type: str
     architecture: str
-    config: Callable[[Fields], LlamaConfig]
-    """ValueError where a field says what is not supported."""
+    traits: tuple[Trait, ...]
+    """All that its `config.json` says of `Options`."""
     layer: Callable[[LlamaConfig], Tensors] = llama_layer
     """The tensors of one layer."""
     defaults: Mapping[str, Any] = MappingProxyType({})
     """What transformers takes for absent fields; config.json may leave out whatever equals its default."""
+    rope_of: str | None = None
+    """The kind of layers whose rotary positions count, in a family where each kind has its own."""
+
+    def config(self, fields: Fields) -> LlamaConfig:
+        """The config that a `config.json` of this family describes; ValueError where it says what is not supported."""
+        shape = read_shape(fields, self.rope_of)
+        options = Options(**{name: value for trait in self.traits for name, value in trait.read(fields).items()})
+        if self is LLAMA:
+            return LlamaConfig(**shape)
+        return DecoderConfig(**shape, family=self.model_type, options=options)
+
+    def fields(self, config: LlamaConfig) -> dict[str, Any]:
+        """What `config` makes a config of, in the spellings of transformers 5 and of older readers."""
+        fields = {"architectures": [self.architecture], "model_type": self.model_type, **write_shape(config)}
+        for trait in self.traits:
+            fields |= trait.write(config)
+        return fields
 
 
 # What most families take for absent fields.
@@ -43,8 +62,8 @@ def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
     layer = fields.layer_shape()
     rope, positions = fields.rope(layers=rope_of), fields.integer("max_position_embeddings")
     scaling = rope.scaling(int(layer["head_dim"] * rope.part), positions)
-    if scaling is not None and scaling.kind == "longrope":
-        positions = min(positions, scaling.original_positions)
+    if scaling is not None and scaling.kind == "dynamic":
+        positions = int(positions * scaling.factor)  # the field is the length before it is stretched
     return {
         **layer,
         "vocab": fields.integer("vocab_size"),
@@ -59,35 +78,31 @@ def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
     }
 
 
-def decoder(fields: Fields, family: str, options: Options = PLAIN, rope_of: str | None = None) -> DecoderConfig:
-    """The config of a model of this family."""
-    return DecoderConfig(**read_shape(fields, rope_of), family=family, options=options)
+def write_shape(config: LlamaConfig) -> dict[str, Any]:
+    """The fields that `read_shape` reads; the rotary ones by their older names too."""
+    scaling, stop = rope_fields(config.rope_scaling), list(config.eos_ids) or None
+    positions = config.max_positions
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        positions = config.rope_scaling.original_positions
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": stop[0] if stop and len(stop) == 1 else stop,
+        "pad_token_id": config.pad_id,
+        # transformers 5 reads rope_parameters; version 4, and most others, the two older fields.
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+    }
 
 
-def window_everywhere(fields: Fields) -> tuple[int | None, ...]:
-    """The windows of a family whose layers all have `sliding_window`, where it is set."""
-    window = fields.optional_integer("sliding_window")
-    return () if window is None else (window,) * fields.integer("num_hidden_layers")
-
-
-def window_above(fields: Fields) -> tuple[int | None, ...]:
-    """Qwen's windows: with `use_sliding_window`, of the layers from `max_window_layers` on."""
-    if not fields.flag("use_sliding_window"):
-        return ()
-    first = fields.find("max_window_layers")
-    local = [i >= first for i in range(fields.integer("num_hidden_layers"))]
-    return fields.windows(fields.optional_integer("sliding_window"), local)
-
-
-def _llama(fields: Fields) -> LlamaConfig:
-    for name in ("attention_bias", "mlp_bias"):
-        if fields.flag(name):
-            raise ValueError(
-                f"{fields.path}: {name}={fields.find(name)!r} is not supported; only projections without bias are"
-            )
-    if fields.activation() != "silu":
-        raise ValueError(f"{fields.path}: hidden_act={fields.find('hidden_act')!r} is not supported; only 'silu' is")
-    return LlamaConfig(**read_shape(fields))
-
-
-LLAMA = Family("llama", "LlamaForCausalLM", _llama, defaults={**DEFAULTS, "bos_token_id": 1, "eos_token_id": 2})
+LLAMA = Family("llama", "LlamaForCausalLM", (PLAIN_LLAMA,), defaults={**DEFAULTS, "bos_token_id": 1, "eos_token_id": 2})

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxspec.layers import ACTIVATIONS, RopeScaling
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +182,8 @@ class Rope:
             return None
         if kind == "linear":
             return RopeScaling("linear", self.number("factor"))
+        if kind == "dynamic":
+            return RopeScaling(kind, self.number("factor"), original_positions=positions)
         if kind == "llama3":
             original = int(self.number("original_max_position_embeddings"))
             low, high = self.number("low_freq_factor"), self.number("high_freq_factor")
@@ -202,8 +204,10 @@ class Rope:
             """The channel pair that turns so often within the original length."""
             return channels * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
-        low, high = channel(self.optional("beta_fast") or 32), channel(self.optional("beta_slow") or 1)
-        if self.values.get("truncate", True):
+        turns = self.optional("beta_fast") or 32.0, self.optional("beta_slow") or 1.0
+        low, high = map(channel, turns)
+        truncate = bool(self.values.get("truncate", True))
+        if truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, channels - 1)
 
@@ -214,21 +218,49 @@ class Rope:
         usual = amplitude(over) / amplitude(under) if over and under else amplitude(1.0)
         return RopeScaling(
             "yarn", factor, original_positions=int(original), low=low, high=high + 0.001 * (low == high),
-            amplitude=self.optional("attention_factor") or usual,
+            turns=turns, truncate=truncate, amplitude=self.optional("attention_factor") or usual,
         )  # fmt: skip
 
     def _longrope(self, channels: int, positions: int) -> RopeScaling:
         """Up to the original length the short factors hold, as in transformers; beyond it, the long ones."""
         original = self.number("original_max_position_embeddings")
         factor = self.optional("factor") or positions / original
-        usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        name = "short_factor"
+        return RopeScaling(
+            "longrope", factor, original_positions=int(original), factors=self._each("short_factor", channels // 2),
+            long_factors=self._each("long_factor", channels // 2),
+            amplitude=self.optional("attention_factor") or longrope_amplitude(factor, original),
+        )  # fmt: skip
+
+    def _each(self, name: str, pairs: int) -> tuple[float, ...]:
+        """A number for each rotated pair of channels."""
         factors = self.values.get(name)
-        if not isinstance(factors, list) or len(factors) != channels // 2:
+        if not isinstance(factors, list) or len(factors) != pairs:
             raise ValueError(
-                f"{self.fields.path}: {self.field}.{name} must list {channels // 2} numbers, one a rotated pair of "
-                f"channels, for rope_type 'longrope'"
+                f"{self.fields.path}: {self.field}.{name} must list {pairs} numbers, one a rotated pair of channels, "
+                "for rope_type 'longrope'"
             )
-        each = tuple(self.fields.positive(f"{self.field}.{name}", f) for f in factors)
-        amplitude = self.optional("attention_factor") or usual
-        return RopeScaling("longrope", factor, original_positions=int(original), factors=each, amplitude=amplitude)
+        return tuple(self.fields.positive(f"{self.field}.{name}", f) for f in factors)
+
+
+def longrope_amplitude(factor: float, original: float) -> float:
+    """By how much queries and keys grow in a text `factor` times as long as the original, if no field says so."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """A rotary scaling as config.json says it: what `Rope.scaling` reads."""
+    if scaling is None:
+        return None
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind not in ("linear", "dynamic"):
+        fields["original_max_position_embeddings"] = scaling.original_positions
+    if scaling.kind == "llama3":
+        fields |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        fast, slow = scaling.turns
+        fields |= {"beta_fast": fast, "beta_slow": slow, "truncate": scaling.truncate}
+    if scaling.kind == "longrope":
+        fields |= {"short_factor": list(scaling.factors), "long_factor": list(scaling.long_factors)}
+    if scaling.kind in ("yarn", "longrope"):
+        fields["attention_factor"] = scaling.amplitude
+    return fields

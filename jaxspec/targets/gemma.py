@@ -1,56 +1,59 @@
 """Gemma 2 and 3, text: centred norms before and behind, scaled embeddings, windows in most layers, caps."""
 
+from collections.abc import Callable
 from typing import Any
 
-from jaxspec.layers import Options
-from jaxspec.targets.family import DEFAULTS, Family, decoder
-from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.family import DEFAULTS, Family
+from jaxspec.targets.fields import Fields, rope_fields
+from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.stored import Tensors, attention_tensors, mlp_tensors, vector
+from jaxspec.targets.traits import BIAS, Trait, always, layer_types, named, score_scale, the_window
 
 
-def _options(fields: Fields, every: int, **more: Any) -> Options:
-    """What both have; all layers but each `every`-th have a window."""
+def _causal(fields: Fields) -> dict[str, Any]:
+    """What both have."""
     if fields.flag("use_bidirectional_attention"):
         raise ValueError(f"{fields.path}: use_bidirectional_attention is set, but a target attends causally")
-    bias = fields.flag("attention_bias")
-    local = [bool((i + 1) % every) for i in range(fields.integer("num_hidden_layers"))]
-    return Options(
-        windows=fields.windows(fields.integer("sliding_window"), local),
-        qkv_bias=bias,
-        out_bias=bias,
-        norms_behind=True,
-        centred_norms=True,
-        activation=fields.activation("hidden_activation"),
-        score_scale=fields.number("query_pre_attn_scalar") ** -0.5,
-        embed_scale=fields.integer("hidden_size") ** 0.5,
-        **more,
-    )
+    return {"norms_behind": True, "centred_norms": True, "embed_scale": fields.integer("hidden_size") ** 0.5}
 
 
-def _gemma2(fields: Fields) -> DecoderConfig:
-    caps = {
-        "score_cap": fields.optional_number("attn_logit_softcapping"),
-        "logit_cap": fields.optional_number("final_logit_softcapping"),
-    }
-    return decoder(fields, "gemma2", _options(fields, 2, **caps))
+def _windows(every: Callable[[Fields], int]) -> Trait:
+    """In the layers that `layer_types` says; where it is absent, in all but each `every`-th."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        local = [bool((i + 1) % every(fields)) for i in range(fields.integer("num_hidden_layers"))]
+        return {"windows": fields.windows(fields.integer("sliding_window"), local)}
+
+    def write(config: LlamaConfig) -> dict[str, Any]:
+        return {"sliding_window": the_window(config) or config.max_positions, "layer_types": layer_types(config)}
+
+    return Trait(read, write)
 
 
-def _gemma3(fields: Fields) -> DecoderConfig:
-    if fields.find("attn_logit_softcapping") is not None:
-        raise ValueError(f"{fields.path}: attn_logit_softcapping is set, which Gemma 3 does not use; set it to null")
+def _local_theta(fields: Fields) -> dict[str, Any]:
     newer = isinstance(fields.raw.get("rope_parameters"), dict) and not fields.raw.get("rope_scaling")
-    local_theta = fields.number("rope_local_base_freq")
+    theta = fields.number("rope_local_base_freq")
     if newer and "sliding_attention" in fields.raw["rope_parameters"]:
         local = fields.rope(layers="sliding_attention")
         if local.kind != "default":
             raise ValueError(
                 f"{fields.path}: rope_type={local.kind!r} in {local.field} is not supported; only 'default' is there"
             )
-        local_theta = local.theta if local.values.get("rope_theta") else local_theta
-    more = {"logit_cap": fields.optional_number("final_logit_softcapping"), "qk_norm": True}
-    options = _options(fields, fields.integer("sliding_window_pattern"), local_theta=local_theta, **more)
-    return decoder(fields, "gemma3_text", options, rope_of="full_attention")
+        theta = local.theta if local.values.get("rope_theta") else theta
+    return {"local_theta": theta}
+
+
+def _write_local_theta(config: LlamaConfig) -> dict[str, Any]:
+    scaling, local = rope_fields(config.rope_scaling), config.options.local_theta
+    full = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    kinds = {"full_attention": full, "sliding_attention": {"rope_theta": local, "rope_type": "default"}}
+    return {"rope_parameters": kinds, "rope_local_base_freq": local}
+
+
+def _uncapped(fields: Fields) -> dict[str, Any]:
+    if fields.find("attn_logit_softcapping") is not None:
+        raise ValueError(f"{fields.path}: attn_logit_softcapping is set, which Gemma 3 does not use; set it to null")
+    return {}
 
 
 def _layer(c: LlamaConfig) -> Tensors:
@@ -60,10 +63,18 @@ def _layer(c: LlamaConfig) -> Tensors:
         "pre_feedforward_layernorm": "mlp_norm",
         "post_feedforward_layernorm": "mlp_out_norm",
     }
-    named = {f"{stored}.weight": vector(weight, c.width) for stored, weight in norms.items()}
-    return {**named, **attention_tensors(c), **mlp_tensors(c)}
+    stored = {f"{name}.weight": vector(weight, c.width) for name, weight in norms.items()}
+    return {**stored, **attention_tensors(c), **mlp_tensors(c)}
 
 
+_BOTH = (
+    Trait(_causal, lambda _: {}),
+    BIAS,
+    named("hidden_activation", "activation", Fields.activation),
+    score_scale("query_pre_attn_scalar"),
+    named("final_logit_softcapping", "logit_cap", Fields.optional_number),
+)
+_CAPS = named("attn_logit_softcapping", "score_cap", Fields.optional_number)
 _DEFAULTS = {
     **DEFAULTS,
     "num_key_value_heads": 4,
@@ -92,7 +103,9 @@ _GEMMA3 = {
     "max_position_embeddings": 131072,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
-    "sliding_window_pattern": 6,
 }
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _gemma2, _layer, _GEMMA2)
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, _layer, _GEMMA3)
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", (*_BOTH, _windows(lambda _: 2), _CAPS), _layer, _GEMMA2)
+_LOCAL = Trait(_local_theta, _write_local_theta)
+_PATTERN = _windows(lambda fields: fields.integer("sliding_window_pattern", 6))
+_GEMMA3_TRAITS = (*_BOTH, always(qk_norm=True), _PATTERN, _LOCAL, Trait(_uncapped, lambda _: {}))
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_TRAITS, _layer, _GEMMA3, "full_attention")

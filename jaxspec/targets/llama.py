@@ -104,14 +104,14 @@ class View(NamedTuple):
     first_BL: Array | None
 
 
-def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM: Mask) -> View:
+def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM: Mask, length: int) -> View:
     """The view of the layers with this window: they see tokens that are less than `window` positions before theirs.
 
-    A cache slot is the position of what it holds.
+    A cache slot is the position of what it holds; `length` is that of the longest text that there is room for.
     """
     c, local = config, config.options.local_theta
     theta, scaling = (c.rope_theta, c.rope_scaling) if window is None or local is None else (local, None)
-    frequencies = rope_frequencies(c.options.rotary or c.head_dim, theta, scaling)
+    frequencies = rope_frequencies(c.options.rotary or c.head_dim, theta, scaling, length)
     turn = rope(positions_BL, frequencies, 1.0 if scaling is None else scaling.amplitude)
     if window is None:
         return View(turn, mask_BLM, None)
@@ -220,7 +220,8 @@ class Llama(nn.Module):
             x = x * jnp.asarray(options.embed_scale, self.dtype)
         windows = options.windows or (None,) * c.layers
         kinds = list(dict.fromkeys(windows))
-        views = [view(c, window, positions_BL, mask_BLM) for window in kinds]
+        length = tokens_BL.shape[1] if prefix is None else prefix[0].capacity
+        views = [view(c, window, positions_BL, mask_BLM, length) for window in kinds]
         kind_of = [kinds.index(window) for window in windows]
 
         def block(seen: View, x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:

@@ -1,15 +1,7 @@
 """Mistral: Llama with a window of attention in every layer."""
 
-from jaxspec.layers import Options
-from jaxspec.targets.family import DEFAULTS, Family, decoder, window_everywhere
-from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig
-
-
-def _config(fields: Fields) -> DecoderConfig:
-    options = Options(windows=window_everywhere(fields), activation=fields.activation())
-    return decoder(fields, "mistral", options)
-
+from jaxspec.targets.family import DEFAULTS, Family
+from jaxspec.targets.traits import ACTIVATION, WINDOW
 
 _DEFAULTS = {
     **DEFAULTS,
@@ -19,4 +11,4 @@ _DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MISTRAL = Family("mistral", "MistralForCausalLM", _config, defaults=_DEFAULTS)
+MISTRAL = Family("mistral", "MistralForCausalLM", (WINDOW, ACTIVATION), defaults=_DEFAULTS)

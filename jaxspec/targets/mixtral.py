@@ -1,27 +1,23 @@
 """Mixtral: Mistral whose MLPs are experts, of which the router's choice is weighted to sum to 1."""
 
-from jaxspec.layers import Options
-from jaxspec.targets.family import DEFAULTS, Family, decoder, window_everywhere
+from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.stored import Tensors, attention_tensors, expert_tensors, norm_tensors
-
-
-def _config(fields: Fields) -> DecoderConfig:
-    options = Options(
-        windows=window_everywhere(fields),
-        activation=fields.activation(),
-        experts=fields.integer("num_local_experts"),
-        chosen=fields.integer("num_experts_per_tok"),
-        expert_mlp=fields.integer("intermediate_size"),
-    )
-    return decoder(fields, "mixtral", options)
+from jaxspec.targets.traits import ACTIVATION, WINDOW, named
 
 
 def _layer(c: LlamaConfig) -> Tensors:
     return {**norm_tensors(c), **attention_tensors(c), **expert_tensors(c, "block_sparse_moe", "w1", "w3", "w2")}
 
 
+_TRAITS = (
+    WINDOW,
+    ACTIVATION,
+    named("num_local_experts", "experts", Fields.integer),
+    named("num_experts_per_tok", "chosen", Fields.integer),
+    named("intermediate_size", "expert_mlp", Fields.integer),
+)
 _DEFAULTS = {
     **DEFAULTS,
     "rms_norm_eps": 1e-5,
@@ -33,4 +29,4 @@ _DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", _config, _layer, _DEFAULTS)
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", _TRAITS, _layer, _DEFAULTS)

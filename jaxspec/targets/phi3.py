@@ -1,22 +1,26 @@
 """Phi-3 and Phi-4: Llama with fused projections, and with a part of each head rotated if asked for."""
 
-from jaxspec.layers import Options
-from jaxspec.targets.family import DEFAULTS, Family, decoder, window_everywhere
-from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from typing import Any
+
+from jaxspec.targets.family import DEFAULTS, Family
+from jaxspec.targets.fields import longrope_amplitude
+from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.stored import DOWN, GATE, KEY, OUT, QUERY, UP, VALUE, Part, Stored, Tensors, norm_tensors
+from jaxspec.targets.traits import ACTIVATION, ROTATED_PART, WINDOW, Trait
 
 
-def _config(fields: Fields) -> DecoderConfig:
-    """Up to the original length; see `Rope.scaling` for models that stretch it by `longrope`."""
-    head_dim = fields.integer("hidden_size") // fields.integer("num_attention_heads")
-    rotary = int(fields.integer("head_dim", head_dim) * fields.rope().part)
-    options = Options(
-        windows=window_everywhere(fields),
-        rotary=None if rotary == head_dim else rotary,
-        activation=fields.activation(),
-    )
-    return decoder(fields, "phi3", options)
+def _write_stretch(c: LlamaConfig) -> dict[str, Any]:
+    """Phi-3's own reader takes the original length from beside the scaling, and of that no more than three fields."""
+    scaling = c.rope_scaling
+    if scaling is None:
+        return {}
+    original = scaling.original_positions
+    fields: dict[str, Any] = {"original_max_position_embeddings": original}
+    factor = c.max_positions / original
+    if (scaling.factor, scaling.amplitude) == (factor, longrope_amplitude(factor, original)):
+        short, long = list(scaling.factors), list(scaling.long_factors)
+        fields["rope_scaling"] = {"type": "longrope", "short_factor": short, "long_factor": long}
+    return fields
 
 
 def _fused(width: int, *parts: tuple[Part, int]) -> Stored:
@@ -39,6 +43,7 @@ def _layer(c: LlamaConfig) -> Tensors:
     }
 
 
+_TRAITS = (WINDOW, ROTATED_PART, Trait(lambda _: {}, _write_stretch), ACTIVATION)
 _DEFAULTS = {
     **DEFAULTS,
     "rms_norm_eps": 1e-5,
@@ -49,4 +54,4 @@ _DEFAULTS = {
     "eos_token_id": 32000,
     "pad_token_id": 32000,
 }
-PHI3 = Family("phi3", "Phi3ForCausalLM", _config, _layer, _DEFAULTS)
+PHI3 = Family("phi3", "Phi3ForCausalLM", _TRAITS, _layer, _DEFAULTS)

@@ -1,15 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases of queries, keys and values, and windows in the upper layers if asked for."""
 
-from jaxspec.layers import Options
-from jaxspec.targets.family import DEFAULTS, Family, decoder, window_above
-from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig
-
-
-def _config(fields: Fields) -> DecoderConfig:
-    options = Options(windows=window_above(fields), qkv_bias=True, activation=fields.activation())
-    return decoder(fields, "qwen2", options)
-
+from jaxspec.targets.family import DEFAULTS, Family
+from jaxspec.targets.traits import ACTIVATION, WINDOW_ABOVE, always
 
 QWEN_DEFAULTS = {
     **DEFAULTS,
@@ -18,4 +10,4 @@ QWEN_DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _config, defaults=QWEN_DEFAULTS)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", (always(qkv_bias=True), WINDOW_ABOVE, ACTIVATION), defaults=QWEN_DEFAULTS)

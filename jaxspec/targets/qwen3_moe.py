@@ -1,33 +1,29 @@
 """Qwen3-MoE: Qwen3 whose MLPs are many small experts."""
 
-from jaxspec.layers import Options
-from jaxspec.targets.family import Family, decoder, window_everywhere
+from typing import Any
+
+from jaxspec.targets.family import Family
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.qwen2 import QWEN_DEFAULTS
 from jaxspec.targets.stored import Tensors, attention_tensors, expert_tensors, norm_tensors
+from jaxspec.targets.traits import ACTIVATION, BIAS, WINDOW_IF_ASKED, Trait, always, named
 
 
-def _config(fields: Fields) -> DecoderConfig:
-    """ValueError where some layers have no experts; with `use_sliding_window` every layer has a window."""
+def _experts(fields: Fields) -> dict[str, Any]:
+    """ValueError where some layers have none."""
     if fields.raw.get("mlp_only_layers") or fields.integer("decoder_sparse_step") != 1:
         raise ValueError(
             f"{fields.path}: layers without experts (mlp_only_layers={fields.raw.get('mlp_only_layers')!r}, "
             f"decoder_sparse_step={fields.find('decoder_sparse_step')!r}) are not supported; every layer must have them"
         )
-    bias = fields.flag("attention_bias")
-    options = Options(
-        windows=window_everywhere(fields) if fields.flag("use_sliding_window") else (),
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
-        activation=fields.activation(),
-        experts=fields.integer("num_local_experts", fields.find("num_experts")),  # transformers 5 writes Mixtral's name
-        chosen=fields.integer("num_experts_per_tok"),
-        expert_mlp=fields.integer("moe_intermediate_size"),
-        renormalize=fields.flag("norm_topk_prob"),
-    )
-    return decoder(fields, "qwen3_moe", options)
+    return {"experts": fields.integer("num_local_experts", fields.find("num_experts"))}
+
+
+def _write_experts(config: LlamaConfig) -> dict[str, Any]:
+    """Their number by both names: transformers 5 writes Mixtral's."""
+    count = config.options.experts
+    return {"num_experts": count, "num_local_experts": count, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _layer(c: LlamaConfig) -> Tensors:
@@ -35,6 +31,16 @@ def _layer(c: LlamaConfig) -> Tensors:
     return {**norm_tensors(c), **attention_tensors(c), **experts}
 
 
+_TRAITS = (
+    always(qk_norm=True),
+    BIAS,
+    WINDOW_IF_ASKED,
+    ACTIVATION,
+    Trait(_experts, _write_experts),
+    named("num_experts_per_tok", "chosen", Fields.integer),
+    named("moe_intermediate_size", "expert_mlp", Fields.integer),
+    named("norm_topk_prob", "renormalize", Fields.flag),
+)
 _DEFAULTS = {
     **QWEN_DEFAULTS,
     "num_key_value_heads": 4,
@@ -45,4 +51,4 @@ _DEFAULTS = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
 }
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _config, _layer, _DEFAULTS)
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _TRAITS, _layer, _DEFAULTS)

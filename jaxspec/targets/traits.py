@@ -1,0 +1,130 @@
+"""How families depart from Llama, each departure as a `config.json` says it: read into `Options`, and written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxspec.targets.fields import Fields
+from jaxspec.targets.llama import LlamaConfig
+
+
+class Trait(NamedTuple):
+    """Some fields of a `config.json` in both directions."""
+
+    read: Callable[[Fields], dict[str, Any]]
+    """Arguments of `Options`; ValueError where a field says what is not supported."""
+    write: Callable[[LlamaConfig], dict[str, Any]]
+    """The fields that are read as these again, where the family can say them at all."""
+
+
+def always(**options: Any) -> Trait:
+    """What all of a family have, and no field says."""
+    return Trait(lambda _: options, lambda _: {})
+
+
+def named(field: str, option: str, read: Callable[[Fields, str], Any]) -> Trait:
+    """An option that a field says as it is."""
+    return Trait(lambda fields: {option: read(fields, field)}, lambda c: {field: getattr(c.options, option)})
+
+
+def _plain(fields: Fields) -> dict[str, Any]:
+    for name in ("attention_bias", "mlp_bias"):
+        if fields.flag(name):
+            raise ValueError(
+                f"{fields.path}: {name}={fields.find(name)!r} is not supported; only projections without bias are"
+            )
+    if fields.activation() != "silu":
+        raise ValueError(f"{fields.path}: hidden_act={fields.find('hidden_act')!r} is not supported; only 'silu' is")
+    return {}
+
+
+PLAIN_LLAMA = Trait(_plain, lambda _: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
+"""No departure at all."""
+ACTIVATION = named("hidden_act", "activation", Fields.activation)
+
+
+def _read_bias(fields: Fields) -> dict[str, Any]:
+    bias = fields.flag("attention_bias")
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
+BIAS = Trait(_read_bias, lambda c: {"attention_bias": c.options.qkv_bias})
+"""Of all four projections of attention, or of none."""
+
+
+def the_window(config: LlamaConfig) -> int | None:
+    """The window of those layers that have one."""
+    return next((window for window in config.options.windows if window is not None), None)
+
+
+def layer_types(config: LlamaConfig) -> list[str]:
+    """transformers' names of the layers with a window and without."""
+    windows = config.options.windows or (None,) * config.layers
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def _everywhere(fields: Fields) -> dict[str, Any]:
+    window = fields.optional_integer("sliding_window")
+    return {"windows": () if window is None else (window,) * fields.integer("num_hidden_layers")}
+
+
+def _everywhere_if_asked(fields: Fields) -> dict[str, Any]:
+    return _everywhere(fields) if fields.flag("use_sliding_window") else {}
+
+
+def _above(fields: Fields) -> dict[str, Any]:
+    if not fields.flag("use_sliding_window"):
+        return {}
+    first = fields.find("max_window_layers")
+    local = [i >= first for i in range(fields.integer("num_hidden_layers"))]
+    return {"windows": fields.windows(fields.optional_integer("sliding_window"), local)}
+
+
+def _write_above(config: LlamaConfig) -> dict[str, Any]:
+    kinds = layer_types(config)
+    local = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+    return {
+        **WINDOW_IF_ASKED.write(config),
+        "max_window_layers": local[0] if local else len(kinds),
+        "layer_types": kinds,
+    }
+
+
+WINDOW = Trait(_everywhere, lambda c: {"sliding_window": the_window(c)})
+"""In every layer, where it is set."""
+WINDOW_IF_ASKED = Trait(
+    _everywhere_if_asked, lambda c: {"use_sliding_window": bool(c.options.windows), "sliding_window": the_window(c)}
+)
+WINDOW_ABOVE = Trait(_above, _write_above)
+"""Qwen's: with `use_sliding_window`, in the layers from `max_window_layers` on or in those that `layer_types` says."""
+
+
+def _rotated(fields: Fields) -> dict[str, Any]:
+    channels = fields.layer_shape()["head_dim"]
+    rotary = int(channels * fields.rope().part)
+    return {"rotary": None if rotary == channels else rotary}
+
+
+def _write_rotated(config: LlamaConfig) -> dict[str, Any]:
+    channels, rotary = config.head_dim, config.options.rotary or config.head_dim
+    part = rotary / channels
+    while int(channels * part) < rotary:  # which is how all read it
+        part = math.nextafter(part, math.inf)
+    return {"partial_rotary_factor": part}
+
+
+ROTATED_PART = Trait(_rotated, _write_rotated)
+"""Of each head's channels."""
+
+
+def score_scale(field: str) -> Trait:
+    """Attention scores are divided by the root of a field."""
+
+    def write(config: LlamaConfig) -> dict[str, Any]:
+        value = config.options.score_scale or config.head_dim**-0.5
+        whole = round(value**-2)
+        return {field: whole if whole**-0.5 == value else value**-2}
+
+    return Trait(lambda fields: {"score_scale": fields.number(field) ** -0.5}, write)
