@@ -29,7 +29,7 @@ class PEagleConfig(SlotOptions, Eagle3Config):
     tokens: int = 8
     keep: float = 0.7
     layers: int = 4
-    mask_token: int | None = None
+    mask_token: int = -1
     """Id of the token whose embedding mask slots hold. No text should hold it."""
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class PEagleConfig(SlotOptions, Eagle3Config):
         self.check_slots()
         if self.layers < 1:
             raise ValueError(f"layers={self.layers} must be at least 1")
-        if self.mask_token is None or not 0 <= self.mask_token < (self.embed_vocab or self.mask_token + 1):
+        if not 0 <= self.mask_token < (self.embed_vocab or self.mask_token + 1):
             raise ValueError(
                 f"a P-EAGLE head needs in mask_token the id of a token that no text holds, not {self.mask_token}: its "
                 "embedding stands in mask slots"

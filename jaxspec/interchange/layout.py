@@ -77,8 +77,8 @@ def vector(weight: str, shapes: Shapes) -> Entry:
 def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
     """The tensors of a decoder layer of a head of shape `c`, its one or that of these shapes, without norms before its
     attention."""
-    shapes = shapes or c.shapes()
-    inputs, down = shapes["qkv"][0], shapes["down"][1]
+    weights: Shapes = shapes or c.shapes()
+    inputs, down = weights["qkv"][0], weights["down"][1]
     stored = {
         "self_attn.q_proj": (QUERY, (c.heads * c.head_dim, inputs)),
         "self_attn.k_proj": (KEY, (c.kv_heads * c.head_dim, inputs)),
@@ -97,8 +97,8 @@ def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
         ):
             table[f"{prefix}self_attn.{name}_proj.bias"] = Entry(part.weight, part.view, (heads * c.head_dim,))
     if c.out_bias:
-        table[f"{prefix}self_attn.o_proj.bias"] = vector("out_bias", shapes)
-    return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", shapes)}
+        table[f"{prefix}self_attn.o_proj.bias"] = vector("out_bias", weights)
+    return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", weights)}
 
 
 def read_weights(folder: Folder, table: Table, shapes: Shapes) -> Params:

@@ -30,22 +30,25 @@ def peagle_config(
     one mask slots hold.
     """
     raw, path = folder.config, folder.path / "config.json"
-    tokens = tokens or _speculative_tokens(raw) or raw.get(TOKENS)
-    if type(tokens) is not int:
+    said = tokens or _speculative_tokens(raw) or raw.get(TOKENS)
+    if type(said) is not int:
         raise ValueError(
             f"{path} does not say how many tokens the head drafts in a pass: say it to `jaxspec import drafter` by "
             "--tokens"
         )
-    mask = next((raw[name] for name in MASK_IDS if raw.get(name) is not None), None)
-    if type(mask) is not int:
-        raise ValueError(f"{path}: {MASK_IDS[0]}={mask!r} must be the id of the token that mask slots hold: add it")
+    mask, vocab = next((raw[name] for name in MASK_IDS if raw.get(name) is not None), None), raw.get("vocab_size")
+    if type(mask) is not int or type(vocab) is not int or not 0 <= mask < vocab:
+        raise ValueError(
+            f"{path}: {MASK_IDS[0]}={mask!r} must be the id, below vocab_size={vocab!r}, of the token that mask slots "
+            "hold"
+        )
     layers = 1 + sum(f"layers.{i}.mlp.down_proj.weight" in folder.tensors for i in range(1, len(folder.tensors)))
     if raw.get("num_hidden_layers", layers) != layers:
         raise ValueError(
             f"{path}: num_hidden_layers={raw['num_hidden_layers']!r}, and the weights are of {layers} layers"
         )
     fields = head_fields(folder, target_layers, layer_ids, embeds=True)
-    return PEagleConfig(**fields, tokens=tokens, layers=layers, mask_token=mask)
+    return PEagleConfig(**fields, tokens=said, layers=layers, mask_token=mask)
 
 
 def _speculative_tokens(raw: dict) -> object:
