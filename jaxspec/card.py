@@ -37,7 +37,8 @@ CONVENTIONS = {
     "norm": "weight * x / sqrt(mean(x^2) + norm_eps), statistics in float32",
     "rope": "channel i turns with channel i + head_dim / 2 by position * rope_theta^(-2 i / head_dim), before the "
     "config's rope_scaling",
-    "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 what enters the taps",
+    "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 and peagle what enters "
+    "the taps",
 }
 """How the arrays are to be read, for those who do so without this library."""
 

@@ -161,17 +161,18 @@ class HeadConfig:
     zero_logits: bool | None = None  # HASS's released attention
     feature_sampling: bool | None = None  # FSPAD
     partial_alignment: bool | None = None  # FSPAD
-    taps: tuple[int, ...] | None = None  # EAGLE-3
-    tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec
+    taps: tuple[int, ...] | None = None  # EAGLE-3, P-EAGLE
+    tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec, P-EAGLE
     host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next five
     mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] | None = None
     shared_mask: bool | None = None
     bidirectional: bool | None = None
-    keep: float | None = None
+    keep: float | None = None  # P-EAGLE too, as is the next
     keep_least: float | None = None
+    mask_token: int | None = None  # P-EAGLE: id of a token that no text holds, whose embedding stands in mask slots
     vocab: int | None = None  # of the drafter's own LM head: Medusa (0: share the target's), EAGLE-3, draft_lm
-    width: int | None = None  # draft_lm, as are the next two
-    layers: int | None = None
+    width: int | None = None  # draft_lm, EAGLE-3, P-EAGLE
+    layers: int | None = None  # draft_lm, P-EAGLE
     tied: bool | None = None
 
     @property

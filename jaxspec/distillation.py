@@ -97,6 +97,7 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
         "rope_scaling": target.drafter_rope,
         "norm_eps": target.norm_eps,
         "vocab": scored or target.vocab,
+        "embed_vocab": target.vocab,
     }
     shape = shape_of(config.drafter, like, target.layers, config.head.given)
     return Beginning(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)

@@ -112,7 +112,7 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
 
 
 def refusal(model: Exportable, to: str) -> str | None:
-    """Why a model cannot be written in a format, one of `FORMATS`; None where it can, its tensors permitting."""
+    """Why a model cannot be written in a format, one of `FORMATS`; None where it can, for a target that it fits."""
     if to == "orbax":
         return None
     if to == "hf" and (model.kind == "target" or model.family == "draft_lm"):
@@ -127,7 +127,7 @@ def refusal(model: Exportable, to: str) -> str | None:
         return "it is a target, which servers read in HuggingFace layout: choose hf"
     if model.family == "draft_lm" and to in LM_SERVERS:
         return None
-    return unserved(to, model.family, _shape(model))
+    return unserved(to, model.family, _shape(model), model.weights, _scored(model))
 
 
 def formats_for(model: Exportable) -> list[str]:
@@ -160,6 +160,7 @@ def conventions(model: Exportable) -> dict[str, Any]:
     """How its numbers are to be read: rotary base, and of an EAGLE-3 head its layers and vocabulary."""
     shape = model.config if model.kind == "target" else model.config["shape"]
     told = {name: shape[name] for name in ("rope_theta", "rope_scaling", "bias", "head_dim") if name in shape}
+    told |= {name: shape[name] for name in ("target_width", "mask_token") if shape.get(name) is not None}
     if shape.get("taps"):
         told["taps"] = f"inputs of layers {', '.join(map(str, shape['taps']))} of the target"
     if model.kind == "drafter":
@@ -232,25 +233,21 @@ def _draft(model: Exportable, to: str, target: str | None) -> Draft:
     if target is None:
         raise ValueError(f"{to} needs to know of the target's vocabulary and depth: name its folder with --target")
     folder, shape = target_folder(target), _shape(model)
-    config = read_config(folder)
-    if config.width != shape.width:
+    config, read = read_config(folder), DRAFTERS[model.family][0](shape).feature_width
+    if config.width != read:
         raise ValueError(
-            f"the drafter is {shape.width} wide and {target} {config.width}: it was made for another target"
+            f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is another target's"
         )
     tables = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))[1]
     embed_VD = np.asarray(tables["embed"])
     head_VD = np.asarray(tables.get("head", tables["embed"]))
+    return Draft(model.family, shape, model.weights(), _scored(model), config, target, embed_VD, head_VD)
+
+
+def _scored(model: Exportable) -> tuple[int, ...] | None:
+    """Ids of the tokens that a drafter scores; None for all."""
     scored = model.config.get("draft_vocab")
-    return Draft(
-        model.family,
-        shape,
-        model.weights(),
-        None if scored is None else tuple(scored),
-        config,
-        target,
-        embed_VD,
-        head_VD,
-    )
+    return None if scored is None else tuple(scored)
 
 
 def _of_run(folder: Path, step: str) -> Exportable:
@@ -289,7 +286,12 @@ def choose_step(folder: Path, merit: Merit, step: str) -> int:
 
 
 def published_drafter(
-    folder: Path, name: str, *, target: str | None = None, layer_ids: LayerIds | None = None
+    folder: Path,
+    name: str,
+    *,
+    target: str | None = None,
+    layer_ids: LayerIds | None = None,
+    tokens: int | None = None,
 ) -> Exportable:
     """The head in a published folder, called `name`; see `interchange.published.read_drafter`.
 
@@ -297,10 +299,12 @@ def published_drafter(
     that function, and where it was made for another target.
     """
     of = None if target is None else read_config(target_folder(target))
-    found = read_drafter(folder, target_layers=None if of is None else of.layers, layer_ids=layer_ids)
-    if of is not None and found.config.width != of.width:
-        raise ValueError(f"{name}: {found.config.width} wide, and {target} is {of.width} wide: it is another target's")
+    layers = None if of is None else of.layers
+    found = read_drafter(folder, target_layers=layers, layer_ids=layer_ids, tokens=tokens)
     module = DRAFTERS[found.name][0](found.config)
+    read = module.feature_width
+    if of is not None and read != of.width:
+        raise ValueError(f"{name}: reads features {read} wide, and {target} is {of.width} wide: it is another target's")
     config = drafter_config(found.name, module, draft_vocab=found.draft_vocab)
     return Exportable(
         "drafter", found.params, config, {"provenance": {"from": name, "git_sha": git_sha()}}, (), "published"

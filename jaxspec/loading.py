@@ -18,6 +18,7 @@ from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
 from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
+from jaxspec.drafters.module import DrafterModule
 from jaxspec.interchange.hf import load_target
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.layers import PLAIN
@@ -160,8 +161,8 @@ def open_drafter(
 
 def check_width(path: str | Path, module: Drafter, target: LlamaConfig) -> None:
     """ValueError if a drafter reads features of another width than the target's."""
-    width = target.width if isinstance(module, DraftLM) else cast(Any, module).config.width
-    if width != target.width:
+    width = cast(DrafterModule, module).feature_width
+    if width not in (None, target.width):
         raise ValueError(
             f"{path}: the drafter reads features of width {width}, and the target's are {target.width} wide; it was "
             "made for another target"

@@ -23,6 +23,8 @@ from jaxspec.drafters import (
     MedusaConfig,
     ParallelSpec,
     ParallelSpecConfig,
+    PEagle,
+    PEagleConfig,
 )
 
 WIDTH, VOCAB, LENGTH, BATCH, STEPS = 16, 13, 9, 2, 4
@@ -38,6 +40,9 @@ KINDS: dict[str, Any] = {
     "fspad without sampling": Fspad(FspadConfig(*SHAPE, feature_sampling=False)),
     "fspad without alignment": Fspad(FspadConfig(*SHAPE, partial_alignment=False, embedding_norm=True)),
     "eagle3": Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1, 2))),
+    "eagle3 narrow": Eagle3(
+        Eagle3Config(12, 4, 2, 6, 20, vocab=VOCAB, taps=(0, 2), target_width=WIDTH, embed_vocab=VOCAB, tap_norms=True)
+    ),
     "medusa": Medusa(MedusaConfig(WIDTH, STEPS, vocab=VOCAB)),
     "medusa sharing the head": Medusa(MedusaConfig(WIDTH, STEPS, layers=2)),
     "parallelspec": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=STEPS)),
@@ -51,6 +56,12 @@ KINDS: dict[str, Any] = {
         ParallelSpecConfig(*SHAPE, tokens=STEPS, mask_feature="per_depth", shared_mask=True)
     ),
     "parallelspec zeros": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=STEPS, mask_feature="zeros", bias=False)),
+    "peagle": PEagle(
+        PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1, 2), tokens=STEPS, layers=2, mask_token=5, embed_vocab=VOCAB)
+    ),
+    "peagle of one layer": PEagle(
+        PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 2), tokens=STEPS, layers=1, mask_token=5, norm_before_residual=True)
+    ),
     "draft_lm": DraftLM(DraftLMConfig(VOCAB, 12, 2, 4, 2, 6, 20)),
     "draft_lm tied": DraftLM(DraftLMConfig(VOCAB, 12, 3, 2, 2, 4, 20, tied=True)),
 }

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 toy = functools.cache(Toy)
 every = pytest.mark.parametrize("kind", KINDS)
-one_of_each = pytest.mark.parametrize("kind", ("eagle norms", "fspad", "eagle3", "medusa", "parallelspec", "draft_lm"))
+one_of_each = pytest.mark.parametrize(
+    "kind", ("eagle norms", "fspad", "eagle3", "medusa", "parallelspec", "peagle", "draft_lm")
+)
 """For claims that no option of a kind bears on."""
 
 

@@ -31,6 +31,8 @@ from jaxspec.drafters import (
     MedusaConfig,
     ParallelSpec,
     ParallelSpecConfig,
+    PEagle,
+    PEagleConfig,
 )
 from jaxspec.generation import NO_LIMIT, Generation, Slots, collect, generate, generate_plain, run_rounds, sizes
 from jaxspec.loading import Models
@@ -76,13 +78,19 @@ HEADS: dict[str, Any] = {
     "eagle3": Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1))),
     "medusa": Medusa(MedusaConfig(WIDTH, DEEPEST, vocab=VOCAB)),
     "parallelspec": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=DEEPEST)),
+    "peagle": PEagle(
+        PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1), tokens=DEEPEST, layers=2, mask_token=3, embed_vocab=VOCAB)
+    ),
     "draft_lm": DraftLM(DraftLMConfig(VOCAB, 12, 2, 2, 1, 6, 20)),
 }
-PARALLEL: dict[str, Any] = {
+OTHERS: dict[str, Any] = {
     "medusa sharing the head": Medusa(MedusaConfig(WIDTH, DEEPEST)),
     "parallelspec in medusa": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=DEEPEST, host="medusa")),
+    "eagle3 narrow": Eagle3(
+        Eagle3Config(12, 2, 1, 6, 20, vocab=VOCAB, taps=(0, 1), target_width=WIDTH, embed_vocab=VOCAB)
+    ),
 }
-"""Other shapes of the drafters that best-first trees are for."""
+"""Other shapes, under best-first trees."""
 TREES: dict[str, TreePolicy] = {
     "chain": chain(DEEPEST, rows=ROWS),
     "static": StaticTree(parse_paths("0 1 2 00 01 10 000"), rows=ROWS),
@@ -90,7 +98,7 @@ TREES: dict[str, TreePolicy] = {
     "best_first": BestFirstTree(ROWS, DEEPEST, 3),
 }
 TREES["mixed"] = ByRoot((TREES["chain"], TREES["static"], TREES["dynamic"]))
-PAIRS = [*((head, "mixed") for head in HEADS), *((head, "best_first") for head in PARALLEL)]
+PAIRS = [*((head, "mixed") for head in HEADS), *((head, "best_first") for head in OTHERS)]
 SINGLE = [pytest.param(head, tree, marks=pytest.mark.slow) for head in HEADS for tree in ("chain", "static", "dynamic")]
 every = pytest.mark.parametrize("head", HEADS)
 
@@ -104,7 +112,7 @@ def target() -> tuple[Llama, Any]:
 
 def pair(head: str, tree: str) -> tuple[Engine, Weights]:
     module, params = target()
-    drafter = {**HEADS, **PARALLEL}[head]
+    drafter = {**HEADS, **OTHERS}[head]
     weights = Weights(params, random_weights(drafter, 0.5, 2))
     return Engine(module.clone(taps=drafter.taps), drafter, TREES[tree]), weights
 
@@ -217,6 +225,7 @@ OBJECTIVES = {
     "eagle3": Objective(steps=3, weights=SOFT, step_decay=0.8, noise=0.0),
     "medusa": Objective(steps=DEEPEST, weights=(("cross_entropy", 1.0),), step_decay=0.8, noise=0.0),
     "parallelspec": Objective(steps=DEEPEST, noise=0.0),
+    "peagle": Objective(steps=DEEPEST, weights=(("kl", 1.0),), noise=0.0),
     "draft_lm": Objective(weights=(("kl", 1.0),), noise=0.0),
 }
 """What each drafter is trained on by its paper."""
@@ -264,7 +273,7 @@ def test_an_lm_head_of_another_vocabulary_is_refused(drafter: Any):
         models().with_drafter(drafter, None, chain(1), [1, 4, 7])
 
 
-@pytest.mark.parametrize("head", ["medusa", "parallelspec"])
+@pytest.mark.parametrize("head", ["medusa", "parallelspec", "peagle"])
 @pytest.mark.parametrize("tree", [chain(4), DynamicTree(5, 4, 2), BestFirstTree(5, 4, 2)], ids=lambda tree: tree.spec)
 def test_a_tree_deeper_than_the_drafter_drafts_is_refused(head: str, tree: Any):
     with pytest.raises(ValueError, match=r"^the tree is 4 deep and the drafter drafts 3 tokens ahead: [^.]*$"):

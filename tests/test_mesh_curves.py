@@ -24,6 +24,8 @@ from jaxspec.drafters import (
     MedusaConfig,
     ParallelSpec,
     ParallelSpecConfig,
+    PEagle,
+    PEagleConfig,
 )
 from jaxspec.objective import Objective
 from jaxspec.optimizer import make_optimizer, make_schedule
@@ -49,6 +51,10 @@ PAIRS: dict[str, tuple[Any, Objective]] = {
     "parallelspec": (
         ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=3, keep=0.7)),
         Objective(steps=3, weights=(("smooth_l1", 1.0), ("kl", 1.0)), feature_steps=1, chunk=8),
+    ),
+    "peagle": (
+        PEagle(PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1, 2), tokens=3, layers=2, mask_token=3, embed_vocab=VOCAB)),
+        Objective(steps=3, weights=(("kl", 1.0),), noise=0.0, chunk=8),
     ),
     "draft_lm": (
         DraftLM(DraftLMConfig(VOCAB, 16, 1, 8, 8, 4, 32)),

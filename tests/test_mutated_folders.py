@@ -19,7 +19,7 @@ from test_published import LAYERS, Hostile, head, torch_file
 from jaxspec.__main__ import main
 from jaxspec.exports import write
 
-SOURCES = {"eagle": "sglang", "fspad": "eagle", "eagle3": "vllm", "medusa": "vllm"}
+SOURCES = {"eagle": "sglang", "fspad": "eagle", "eagle3": "vllm", "peagle": "vllm", "medusa": "vllm"}
 SLACK = 4 * 2**20
 """Bytes that reading flags, JSON and headers may take beside the folder's own."""
 Draw = np.random.Generator

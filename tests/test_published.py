@@ -16,8 +16,16 @@ from safetensors.numpy import load_file, save_file
 from jaxspec import exports
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import drafter_config, load_drafter
-from jaxspec.drafters import DRAFTERS, Eagle3Config, EagleConfig, FspadConfig, MedusaConfig, ParallelSpecConfig
-from jaxspec.exports import Exportable, refusal, write
+from jaxspec.drafters import (
+    DRAFTERS,
+    Eagle3Config,
+    EagleConfig,
+    FspadConfig,
+    MedusaConfig,
+    ParallelSpecConfig,
+    PEagleConfig,
+)
+from jaxspec.exports import Exportable, write
 from jaxspec.interchange import medusa
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import published_family, read_drafter
@@ -50,6 +58,27 @@ HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
         ),
         SOME,
     ),
+    "eagle3 narrow": (
+        "eagle3",
+        Eagle3Config(24, 4, 2, 6, 20, vocab=len(SOME), taps=(2, 3, 4), target_width=WIDTH, embed_vocab=SIZE),
+        SOME,
+    ),
+    "eagle3 own embedding": ("eagle3", Eagle3Config(*SHAPE, vocab=SIZE, taps=(2, 3, 4), embed_vocab=SIZE), None),
+    "peagle": (
+        "peagle",
+        PEagleConfig(*SHAPE, vocab=len(SOME), taps=(2, 3, 4), tokens=5, layers=3, mask_token=7, embed_vocab=SIZE),
+        SOME,
+    ),
+    "peagle of one layer": (
+        "peagle",
+        PEagleConfig(*SHAPE, vocab=SIZE, taps=(1, 3, 5), layers=1, mask_token=7, norm_before_residual=True),
+        None,
+    ),
+    "peagle with biases": (
+        "peagle",
+        PEagleConfig(*SHAPE, vocab=SIZE, taps=(2, 3, 4), layers=2, mask_token=7, qkv_bias=True, out_bias=True),
+        None,
+    ),
     "medusa": ("medusa", MedusaConfig(WIDTH, 3, vocab=SIZE), None),
     "medusa of two blocks": ("medusa", MedusaConfig(WIDTH, 3, layers=2), None),
     "parallelspec": ("parallelspec", ParallelSpecConfig(*SHAPE), None),
@@ -66,6 +95,11 @@ SERVED = {
     "eagle3 of all tokens": ["orbax", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"],
     "eagle3 of other layers": ["orbax", "sglang", "vllm", "speculators"],
     "eagle3.1": ["orbax"],
+    "eagle3 narrow": ["orbax", "eagle", "sglang", "vllm"],
+    "eagle3 own embedding": ["orbax", "vllm", "speculators"],
+    "peagle": ["orbax", "vllm", "speculators"],
+    "peagle of one layer": ["orbax", "vllm", "speculators"],
+    "peagle with biases": ["orbax", "vllm", "speculators"],
     "medusa": ["orbax", "vllm"],
     "medusa of two blocks": ["orbax", "vllm"],
     "hass norms": ["orbax"],
@@ -83,10 +117,11 @@ def head(kind: str, dtype: Any = np.float32) -> Exportable:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, array), other in zip(leaves, jax.tree.leaves(found), strict=True):
+        assert other.dtype == array.dtype
+        np.testing.assert_array_equal(other, array, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +151,8 @@ def test_narrow_weights_keep_their_dtype(dtype: str, target: str, tmp_path: Path
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_goes_exactly_where_it_can_be_served(kind: str, target: str, tmp_path: Path):
     model = head(kind)
-    for server in exports.FORMATS:
-        if server in SERVED[kind]:
-            assert refusal(model, server) is None
-            continue
+    assert exports.facts(model)["exportable_to"] == [to for to in exports.FORMATS if to in SERVED[kind]]
+    for server in set(exports.FORMATS) - set(SERVED[kind]):
         with pytest.raises(ValueError):
             write(server, tmp_path / "out", model, target)
         assert not list(tmp_path.iterdir())
@@ -136,8 +169,11 @@ def test_sglang_gets_a_bias_of_zeros_and_vllm_none(target: str, tmp_path: Path):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
     tensors, config = exported("vllm", "eagle without bias", target, tmp_path / "b")
     assert "fc.bias" not in tensors and config["architectures"] == ["LlamaForCausalLM"]
+    model = head("eagle")
     with pytest.raises(ValueError, match="builds fc without a bias"):
-        write("vllm", tmp_path / "c", head("eagle"), target)
+        write("vllm", tmp_path / "c", model, target)
+    write("vllm", tmp_path / "c", model._replace(params=model.params | {"fc_bias": np.zeros(WIDTH, "f")}), target)
+    assert "fc.bias" not in load_file(tmp_path / "c" / "model.safetensors")
 
 
 def test_vocabularies_are_written_as_offsets_once(target: str, tmp_path: Path):
@@ -157,6 +193,10 @@ def test_layers_are_counted_as_each_server_counts_them(target: str, tmp_path: Pa
         assert config[ids] == [1, 3, 5] and config["layer_id_convention"] == "input"
     with pytest.raises(ValueError, match="sglang-jax always reads the inputs of layers"):
         write("sglang-jax", tmp_path / "b", head("eagle3 of other layers"), target)
+    model = head("eagle3")
+    deeper = {**model.config, "shape": {**model.config["shape"], "taps": (2, 4, 5)}}  # the default ones of 8 layers
+    with pytest.raises(ValueError, match=r"would read the inputs of layers \(2, 3, 4\) of this target"):
+        write("sglang-jax", tmp_path / "b", model._replace(config=deeper), target)
 
 
 def test_speculators_calls_the_layer_otherwise_and_has_the_embedding(target: str, tmp_path: Path):
@@ -192,6 +232,51 @@ def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path
     rewrite(tmp_path / "a", lambda tensors, config: config.pop("eagle_config"))
     assert read_drafter(tmp_path / "a", target_layers=LAYERS).config.taps == (2, 3, 4)
     with pytest.raises(ValueError, match="does not say which 3 layers"):
+        read_drafter(tmp_path / "a")
+
+
+def test_what_the_layouts_of_peagle_heads_leave_open_is_read_or_asked_for(target: str, tmp_path: Path):
+    folder, model = tmp_path / "a", head("peagle")
+    write("vllm", folder, model, target)
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+
+    def otherwise(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+        """vLLM's other names, the first layer as SafeAILab calls it, and no number of tokens."""
+        config["pard_token"] = config.pop("mask_token_id")
+        del config["ptd_token_id"], config["num_lookahead_tokens"]
+        tensors["mask_hidden"] = tensors["mask_hidden"][0]
+        for name in [name for name in tensors if name.startswith("layers.0.")]:
+            tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
+
+    rewrite(folder, otherwise)
+    with pytest.raises(ValueError, match="does not say how many tokens the head drafts in a pass"):
+        read_drafter(folder)
+    assert main(["import", "drafter", str(folder), str(tmp_path / "b"), "--tokens", "5"]) == 0
+    found = load_drafter(tmp_path / "b")
+    assert found.module.config == HEADS["peagle"][1]
+    assert_same(found.params, model.params)
+    rewrite(folder, lambda tensors, config: config.update(num_hidden_layers=4))
+    with pytest.raises(ValueError, match="num_hidden_layers=4, and the weights are of 3 layers"):
+        read_drafter(folder, tokens=5)
+    rewrite(folder, lambda tensors, config: [config.pop("pard_token"), config.update(num_hidden_layers=3)])
+    with pytest.raises(
+        ValueError, match="mask_token_id=None must be the id, below vocab_size=300, of the token that mask slots hold"
+    ):
+        read_drafter(folder, tokens=5)
+    write("speculators", tmp_path / "c", model, target)
+    rewrite(tmp_path / "c", lambda tensors, config: tensors.pop("mask_hidden"))
+    with pytest.raises(ValueError, match=r"is a P-EAGLE head by its config\.json, and has no tensor mask_hidden"):
+        read_drafter(tmp_path / "c")
+
+
+def test_a_head_of_another_width_needs_its_target_and_its_own_embedding(target: str, tmp_path: Path):
+    write("vllm", tmp_path / "a", head("eagle3 narrow"), target)
+    assert exports.published_drafter(tmp_path / "a", "a", target=target).config["shape"]["target_width"] == WIDTH
+    rewrite(tmp_path / "a", lambda tensors, config: tensors.pop("embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"is not as wide as its target, and has no tensor embed_tokens\.weight"):
+        read_drafter(tmp_path / "a")
+    rewrite(tmp_path / "a", lambda tensors, config: config.pop("target_hidden_size"))
+    with pytest.raises(ValueError, match=r"must be 4 layers' numbers, for fc\.weight reads as many"):
         read_drafter(tmp_path / "a")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from random_models import SIZE, write_target
 from safetensors.numpy import load_file, save_file
-from test_published import HEADS, LAYERS, SHAPE, SOME, WIDTH, head
+from test_published import HEADS, LAYERS, SERVED, SHAPE, SOME, WIDTH, head
 
 from jaxspec.base import Borrowed
 from jaxspec.checkpoint import drafter_shape
@@ -53,7 +53,7 @@ def attention(w: dict[str, Any], prefix: str, x: Any, theta: float) -> Any:
     scores = (q @ k.transpose(1, 2)) / CHANNELS**0.5
     scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
     mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)
-    return mixed @ w[f"{prefix}self_attn.o_proj.weight"].T
+    return mixed @ w[f"{prefix}self_attn.o_proj.weight"].T + w.get(f"{prefix}self_attn.o_proj.bias", 0.0)
 
 
 def mlp(w: dict[str, Any], prefix: str, x: Any) -> Any:
@@ -85,12 +85,19 @@ def taken_in(w: dict[str, Any], taps: Any) -> Any:
     return taps @ w["fc.weight"].T
 
 
+def layer(w: dict[str, Any], prefix: str, stream: Any, seen: Any, theta: float) -> Any:
+    a = stream + attention(w, prefix, seen, theta)
+    return a + mlp(w, prefix, norm(w[f"{prefix}post_attention_layernorm.weight"], a))
+
+
+def fused(w: dict[str, Any], prefix: str, embedding: Any, feature: Any) -> Any:
+    """What the first layer's attention reads."""
+    normed = norm(w[f"{prefix}hidden_norm.weight"], feature)
+    return torch.cat([norm(w[f"{prefix}input_layernorm.weight"], embedding), normed], -1)
+
+
 def eagle3(w: dict[str, Any], embedding: Any, stream: Any, theta: float) -> tuple[Any, Any]:
-    seen = torch.cat(
-        [norm(w["midlayer.input_layernorm.weight"], embedding), norm(w["midlayer.hidden_norm.weight"], stream)], -1
-    )
-    a = stream + attention(w, "midlayer.", seen, theta)
-    out = a + mlp(w, "midlayer.", norm(w["midlayer.post_attention_layernorm.weight"], a))
+    out = layer(w, "midlayer.", stream, fused(w, "midlayer.", embedding, stream), theta)
     normed = norm(w["norm.weight"], out)
     return normed @ w["lm_head.weight"].T, normed if "fc_norm.0.weight" in w else out
 
@@ -100,7 +107,7 @@ def files_of(kind: str, target: str, out: Path) -> tuple[dict[str, Any], Any, An
     if kind == "eagle3.1":
         write_newer(out)
     else:
-        write("vllm" if kind.startswith("medusa") else "eagle", out, head(kind), target)
+        write("eagle" if "eagle" in SERVED[kind] else "vllm", out, head(kind), target)
     found = read_drafter(out)
     tensors = {name: torch.from_numpy(a) for name, a in load_file(out / "model.safetensors").items()}
     return tensors, DRAFTERS[found.name][0](found.config), found.params
@@ -150,6 +157,7 @@ def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, te
     features = features if module.taps else features[:, :WIDTH]
     ours = unrolled(module, params, borrowed, tokens, features)
     embed, table = (torch.from_numpy(np.array(a)) for a in borrowed)
+    embed = weights["embed_tokens.weight"] if "embed" in params else embed
     network = eagle3 if module.taps else eagle
     for row in range(ROWS - STEPS):
         # Sequential drafting from this row: pairs of the text, then of the head's own features.
@@ -162,6 +170,27 @@ def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, te
             logits = scored[-1] if module.taps else scored[-1] @ table.T
             np.testing.assert_allclose(ours[step, row], logits.numpy(), atol=1e-4, rtol=1e-4)
             seen = torch.cat([seen, feature[-1:]])
+
+
+@pytest.mark.parametrize("kind", [k for k in HEADS if k.startswith("peagle")])
+def test_an_imported_peagle_head_drafts_in_one_pass_as_the_equations_say(
+    kind: str, target: str, text: Any, tmp_path: Path
+):
+    tokens, features, borrowed = text
+    w, module, params = files_of(kind, target, tmp_path / "out")
+    ours, c = unrolled(module, params, borrowed, tokens, features), module.config
+    embed = w.get("embed_tokens.weight", torch.from_numpy(np.array(borrowed.embed_VD)))
+    for row in range(ROWS):
+        # The pairs up to this row, and behind them the masks, all causally.
+        taps = torch.cat([torch.from_numpy(features[: row + 1]), w["mask_hidden"][0].expand(STEPS - 1, -1)])
+        ids = [*np.append(tokens[1:], 0)[: row + 1], *[c.mask_token] * (STEPS - 1)]
+        x, pairs = taken_in(w, taps), embed[torch.tensor(ids)]
+        seen = fused(w, "layers.0.", pairs, x)
+        x = layer(w, "layers.0.", seen[:, WIDTH:] if c.norm_before_residual else x, seen, c.rope_theta)
+        for i in range(1, c.layers):
+            x = layer(w, f"layers.{i}.", x, norm(w[f"layers.{i}.input_layernorm.weight"], x), c.rope_theta)
+        logits = norm(w["norm.weight"], x) @ w["lm_head.weight"].T
+        np.testing.assert_allclose(ours[:, row], logits[row:].numpy(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "medusa of two blocks"])

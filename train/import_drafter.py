@@ -31,6 +31,8 @@ class Args:
     layer_ids: Literal["input", "output"] | None = None
     """Whether an EAGLE-3 head's config.json names the target's layers by their inputs or their outputs. Default: as the
     layout has it."""
+    tokens: int | None = None
+    """How many tokens a P-EAGLE head drafts in a pass. Default: as many as its config.json says."""
     overwrite: bool = False
     """Replace a model that was written to the folder before."""
     json: Path | None = None
@@ -44,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_replace(args.out)
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
-    model = exports.published_drafter(args.folder, str(args.folder), target=args.target, layer_ids=args.layer_ids)
+    model = exports.published_drafter(
+        args.folder, str(args.folder), target=args.target, layer_ids=args.layer_ids, tokens=args.tokens
+    )
     exports.write("orbax", args.out, model)
     facts = exports.facts(model) | {"format": "orbax", "path": args.out}
     report.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))

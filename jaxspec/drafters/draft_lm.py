@@ -80,6 +80,11 @@ class DraftLM(DrafterModule):
     config: DraftLMConfig
 
     @property
+    def feature_width(self) -> int | None:
+        """It reads tokens alone."""
+        return None
+
+    @property
     def vocab(self) -> int | None:
         """Tokens that its LM head scores."""
         return self.config.vocab

@@ -40,6 +40,8 @@ class EagleConfig:
     masks them. For comparisons with that code."""
     qkv_bias: bool = False
     """Whether queries, keys and values have biases, as in heads for Qwen2."""
+    out_bias: bool = False
+    """Whether the attention's output has one too, as where `attention_bias` is set."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -65,7 +67,7 @@ class EagleConfig:
 
 def layer_shapes(c: EagleConfig) -> dict[str, tuple[int, ...]]:
     """Weights of the decoder layer, without a norm before its attention."""
-    shapes = layers.layer_shapes(c, Options(qkv_bias=c.qkv_bias))
+    shapes = layers.layer_shapes(c, Options(qkv_bias=c.qkv_bias, out_bias=c.out_bias))
     return {name: shape for name, shape in shapes.items() if name != "attention_norm"}
 
 

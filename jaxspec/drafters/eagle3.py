@@ -6,9 +6,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array
+from jaxspec.base import Array, Borrowed, Params
 from jaxspec.drafters.eagle import EagleConfig, layer_shapes
-from jaxspec.drafters.heads import Recurrent
+from jaxspec.drafters.heads import OneLayer, Recurrent
 from jaxspec.layers import gated_mlp, rms_norm, score_tokens
 
 
@@ -28,7 +28,7 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Eagle3Config(EagleConfig):
-    """The shape of an EAGLE-3 head."""
+    """The shape of an EAGLE-3 head, which may be narrower or wider than its target: then embeddings are its own."""
 
     bias: bool = False
     vocab: int = 0
@@ -43,6 +43,10 @@ class Eagle3Config(EagleConfig):
     """An RMSNorm over each tap before `fc` (EAGLE-3.1's `fc_norm`)."""
     normed_feature: bool = False
     """Whether the feature for the next step is the normed output (EAGLE-3.1's `norm_output`)."""
+    target_width: int | None = None
+    """Of the target's features, where it is not the head's."""
+    embed_vocab: int = 0
+    """Tokens of its own embedding: the target's; 0: it reads the target's embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,17 +56,28 @@ class Eagle3Config(EagleConfig):
             raise ValueError(
                 f"an EAGLE-3 head needs a vocab and ascending taps, not vocab={self.vocab}, taps={self.taps}"
             )
+        if self.feature_width != self.width and not self.embed_vocab:
+            raise ValueError(
+                f"a head of width {self.width} cannot read the embedding of a target of width {self.target_width}: set "
+                "embed_vocab to the target's tokens, for one of its own"
+            )
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the target's features."""
+        return self.target_width or self.width
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight."""
         norms: dict[str, tuple[int, ...]] = {}
         if self.input_norm:
-            norms["input_norm"] = (len(self.taps) * self.width,)
+            norms["input_norm"] = (len(self.taps) * self.feature_width,)
         if self.tap_norms:
-            norms["taps_norm"] = (len(self.taps), self.width)
+            norms["taps_norm"] = (len(self.taps), self.feature_width)
         return {
             **norms,
-            "fc": (len(self.taps) * self.width, self.width),
+            **({"embed": (self.embed_vocab, self.width)} if self.embed_vocab else {}),
+            "fc": (len(self.taps) * self.feature_width, self.width),
             "embedding_norm": (self.width,),
             "feature_norm": (self.width,),
             **layer_shapes(self),
@@ -72,10 +87,8 @@ class Eagle3Config(EagleConfig):
         }
 
 
-class Eagle3(Recurrent):
-    """The EAGLE-3 head as pure functions of its weights. Gradients flow through the features from step to step."""
-
-    detach = False
+class TapReader(OneLayer):
+    """What EAGLE-3 and P-EAGLE heads share: how they read the target's layers, and their own LM head. Abstract."""
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -87,13 +100,22 @@ class Eagle3(Recurrent):
         """Tokens that its own LM head scores."""
         return self.config.vocab
 
+    @property
+    def feature_width(self) -> int | None:
+        """Width of the target's features."""
+        return self.config.feature_width
+
+    def embedding(self, borrowed: Borrowed, tokens_BL: Array) -> Array:
+        """Embeddings of tokens: its own, or the target's."""
+        return self.weights["embed"][tokens_BL] if self.config.embed_vocab else super().embedding(borrowed, tokens_BL)
+
     def read(self, features_BLD: Array) -> Array:
         """`fc` over the taps, normed where the head norms them; only what comes from the target passes it."""
         w, c, x_BLE = self.weights, self.config, features_BLD.astype(self.dtype)
         if c.input_norm:
             x_BLE = rms_norm(x_BLE, w["input_norm"], c.norm_eps)
         if c.tap_norms:
-            each = x_BLE.reshape(*x_BLE.shape[:-1], len(c.taps), c.width)
+            each = x_BLE.reshape(*x_BLE.shape[:-1], len(c.taps), c.feature_width)
             x_BLE = rms_norm(each, w["taps_norm"], c.norm_eps).reshape(x_BLE.shape)
         return jnp.einsum("BLE,ED->BLD", x_BLE, w["fc"].astype(self.dtype))
 
@@ -105,6 +127,23 @@ class Eagle3(Recurrent):
         stream = normed if self.config.norm_before_residual else feature_BLD
         return stream, jnp.concatenate([embedding, normed], axis=-1)
 
+    def score(self, hidden_BLD: Array, head_VD: Array) -> Array:
+        """fp32 logits of its own LM head."""
+        return score_tokens(rms_norm(hidden_BLD, self.weights["norm"], self.config.norm_eps), self.weights["head"])
+
+    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+        """Random weights; its own embedding as the target's, if that is given and as wide."""
+        params, c = super().init_params(key), self.config
+        if borrowed is not None and c.embed_vocab and c.feature_width == c.width:
+            params["embed"] = borrowed.embed_VD.astype(jnp.float32)
+        return params
+
+
+class Eagle3(TapReader, Recurrent):
+    """The EAGLE-3 head as pure functions of its weights. Gradients flow through the features from step to step."""
+
+    detach = False
+
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
         """The layer's output before its norm, which is also the feature unless the head hands on the normed one."""
         w, eps = self.weights, self.config.norm_eps
@@ -114,7 +153,3 @@ class Eagle3(Recurrent):
     def regressed(self, features_TBLD: Array) -> Array | None:
         """No feature is held to the target's."""
         return None
-
-    def score(self, hidden_BLD: Array, head_VD: Array) -> Array:
-        """fp32 logits of its own LM head."""
-        return score_tokens(rms_norm(hidden_BLD, self.weights["norm"], self.config.norm_eps), self.weights["head"])

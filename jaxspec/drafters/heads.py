@@ -48,20 +48,20 @@ class HeadConfig(Protocol):
 
 
 def init_weight(key: Array, name: str, shape: tuple[int, ...]) -> Array:
-    """EAGLE's initialisation: norms one, all else U(-1/sqrt(fan_in), 1/sqrt(fan_in)); mask slots are normal(0.02), and
-    biases of queries, keys and values, which are ours to choose, zero."""
+    """EAGLE's initialisation: norms one, all else U(-1/sqrt(fan_in), 1/sqrt(fan_in)); mask slots and embeddings are
+    normal(0.02), and biases of the attention, which are ours to choose, zero."""
     if name.endswith("norm"):
         return jnp.ones(shape, jnp.float32)
-    if name == "qkv_bias":
+    if name in ("qkv_bias", "out_bias"):
         return jnp.zeros(shape, jnp.float32)
-    if name.startswith("mask"):
+    if name.startswith("mask") or name == "embed":
         return 0.02 * jax.random.normal(key, shape, jnp.float32)
     fan_in = {"out": math.prod(shape[:-1]), "fc_bias": 2 * shape[0], "head": shape[-1]}.get(name, shape[0])
     return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
 
 
 class OneLayer(DrafterModule):
-    """A head of one decoder layer, as pure functions of its weights. Abstract: see `Recurrent` and `ParallelSpec`."""
+    """A head of one decoder layer, as pure functions of its weights. Abstract: see `Recurrent` and `MaskSlots`."""
 
     config: Any
     """A `HeadConfig`."""
@@ -71,11 +71,18 @@ class OneLayer(DrafterModule):
             name: self.param(name, init_weight, name, shape) for name, shape in self.config.shapes().items()
         }
 
+    def embedding(self, borrowed: Borrowed, tokens_BL: Array) -> Array:
+        """Embeddings `[B, L, D]` of tokens: the target's."""
+        return look_up(borrowed.embed_VD, tokens_BL)
+
+    def turn(self, positions_BL: Array) -> tuple[Array, Array]:
+        """Cosine and sine of rotary positions."""
+        c = self.config
+        return rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
     def project(self, x_BLD: Array, positions_BL: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values at rotary positions."""
-        c = self.config
-        cos, sin = rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        return project_qkv(self.weights, x_BLD, cos, sin)
+        return project_qkv(self.weights, x_BLD, *self.turn(positions_BL))
 
     def mix(self, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
         """The residual stream behind the attention."""
@@ -217,7 +224,7 @@ class Recurrent(OneLayer):
         self, borrowed: Borrowed, state: RecurrentState, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[RecurrentState, Array]:
         length = tokens_BL.shape[1]
-        stream, seen = self.fuse(look_up(borrowed.embed_VD, tokens_BL), self.read(features_BLD))
+        stream, seen = self.fuse(self.embedding(borrowed, tokens_BL), self.read(features_BLD))
         positions_BL = state.length_B[:, None] + jnp.arange(length)
         q, k, v = self.project(seen, positions_BL)
         past = Prefix(state.cache, 0, state.length_B)
@@ -247,7 +254,7 @@ class Recurrent(OneLayer):
         parent = jnp.maximum(frontier.parent_BW, 0)[..., None]
         drafted = jnp.take_along_axis(scratch.feature_BMD, parent, axis=1)
         feature = jnp.where((frontier.parent_BW == ROOT)[..., None], state.feature_BD[:, None], drafted)
-        stream, seen = self.fuse(look_up(borrowed.embed_VD, frontier.token_BW), feature)
+        stream, seen = self.fuse(self.embedding(borrowed, frontier.token_BW), feature)
         positions_BW = jnp.broadcast_to((state.length_B + frontier.depth - 1)[:, None], frontier.token_BW.shape)
         q, k, v = self.project(seen, positions_BW)
         keys = scratch.k_BKCM.at[..., begin:end].set(k)
@@ -271,7 +278,7 @@ class Recurrent(OneLayer):
         length = tokens_BL.shape[1]
 
         def draft(step: int, token_BL: Array, feature_BLD: Array, before: list[tuple[Array, Array]]) -> Any:
-            stream, seen = self.fuse(look_up(borrowed.embed_VD, token_BL), feature_BLD)
+            stream, seen = self.fuse(self.embedding(borrowed, token_BL), feature_BLD)
             q, k, v = self.project(seen, positions_BL + step)
             (first_k, first_v), *own = [*before, (k, v)]
             hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None

@@ -53,6 +53,11 @@ class DrafterModule(nn.Module):
         return ()
 
     @property
+    def feature_width(self) -> int | None:
+        """Width of the target's features that it reads; None where it reads none."""
+        return self.config.width
+
+    @property
     def vocab(self) -> int | None:
         """Tokens that its own LM head scores; None where it borrows the target's."""
         return None

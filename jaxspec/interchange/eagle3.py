@@ -14,43 +14,76 @@ import numpy as np
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
 from jaxspec.interchange.layout import Entry, Folder, Shapes, Table, head_shape, layer_table, matrix, vector
 
-IGNORED = ("embed_tokens.weight", "d2t", "t2d")
+EMBEDDING = "embed_tokens.weight"
+IGNORED = (EMBEDDING, "d2t", "t2d")
 IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
 LayerIds = Literal["input", "output"]
-NORMS = {"norm_before_fc": "input_norm", "fc_norm": "tap_norms", "norm_output": "normed_feature"}
-"""Fields of config.json -> of our configuration: speculators' option, and those of EAGLE-3.1."""
+NORMS = {"norm_before_fc": "input_norm", "fc_norm": "tap_norms"}
+"""Fields of config.json -> of our configuration: speculators' option, and EAGLE-3.1's. (`norm_output` is its other.)"""
 
 
 def is_eagle3(shapes: Shapes) -> bool:
-    """Whether there is a norm on the fused feature, which only EAGLE-3's layer has."""
+    """Whether there is a norm on the fused feature, which only EAGLE-3's first layer has, and no mask slot."""
+    return fuses_taps(shapes) and "mask_hidden" not in shapes
+
+
+def fuses_taps(shapes: Shapes) -> bool:
+    """Whether the first layer is an EAGLE-3 or P-EAGLE head's."""
     return "midlayer.hidden_norm.weight" in shapes or "layers.0.hidden_norm.weight" in shapes
 
 
 def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Eagle3Config:
-    """The shape of the head; its taps by `read_taps`.
+    """The shape of the head; its taps by `read_taps`. Raises ValueError as `head_fields`."""
+    if folder.config.get("speculators_model_type") == "peagle":
+        raise ValueError(f"{folder.path} is a P-EAGLE head by its config.json, and has no tensor mask_hidden")
+    fields = head_fields(folder, target_layers, layer_ids, embeds=False)
+    return Eagle3Config(**fields, normed_feature=bool(folder.config.get("norm_output")))
 
-    Raises ValueError for heads whose width is not the target's, and for slots that ours do not have.
+
+def head_fields(
+    folder: Folder, target_layers: int | None, layer_ids: LayerIds | None, *, embeds: bool
+) -> dict[str, Any]:
+    """What the shapes of EAGLE-3 and P-EAGLE heads share, `norm_output` apart.
+
+    An embedding in the file is the head's own where its width is not the target's, or where config.json says by
+    `embed_requires_grad` (absent: `embeds`) that it was trained. Raises ValueError where tensors and fields do not fit.
     """
     path, raw, shapes = folder.path, folder.config, folder.shapes
-    if "mask_hidden" in shapes:
-        raise ValueError(f"{path} is a P-EAGLE head (it has mask_hidden), and jaxspec has no such drafter")
     fields = head_shape(folder)
-    if raw.get("target_hidden_size") not in (None, fields["width"]):
-        raise ValueError(
-            f"{path}: target_hidden_size={raw['target_hidden_size']!r} differs from hidden_size={fields['width']}, and "
-            "only heads as wide as their target are supported"
-        )
+    width, of = fields["width"], raw.get("target_hidden_size")
+    of = width if of is None else of
+    if type(of) is not int or of < 1:
+        raise ValueError(f"{path / 'config.json'}: target_hidden_size={of!r} must be a whole number above 0, or null")
     rows, columns = shapes.get("fc.weight", (0, 0))
-    if rows != fields["width"] or columns % rows or "lm_head.weight" not in shapes:
+    if rows != width or columns % of or not columns or "lm_head.weight" not in shapes:
         raise ValueError(
-            f"{path}: an EAGLE-3 head of width {fields['width']} needs lm_head.weight and an fc.weight of that many "
-            f"rows and a multiple of columns, and fc.weight is {(rows, columns)}"
+            f"{path}: an EAGLE-3 head of width {width} for a target of width {of} needs lm_head.weight and an "
+            f"fc.weight of {width} rows and a multiple of {of} columns, and fc.weight is {(rows, columns)}"
         )
-    taps = read_taps(folder, columns // rows, target_layers, layer_ids)
     before = raw.get("norm_before_residual", "speculators_model_type" in raw)  # what each reader takes for absent
-    norms: dict[str, Any] = {ours: bool(raw.get(theirs)) for theirs, ours in NORMS.items()}
-    vocab = shapes["lm_head.weight"][0]
-    return Eagle3Config(**fields, vocab=vocab, taps=taps, norm_before_residual=bool(before), **norms)
+    return {
+        **fields,
+        **{ours: bool(raw.get(theirs)) for theirs, ours in NORMS.items()},
+        "vocab": shapes["lm_head.weight"][0],
+        "taps": read_taps(folder, columns // of, target_layers, layer_ids),
+        "norm_before_residual": bool(before),
+        "target_width": None if of == width else of,
+        "embed_vocab": _own_embedding(folder, of != width, embeds),
+    }
+
+
+def _own_embedding(folder: Folder, needed: bool, embeds: bool) -> int:
+    """Tokens of the head's own embedding; 0 where it reads the target's."""
+    if EMBEDDING not in folder.tensors:
+        if needed:
+            raise ValueError(f"{folder.path} is not as wide as its target, and has no tensor {EMBEDDING} of its own")
+        return 0
+    if not (needed or folder.config.get("embed_requires_grad", embeds)):
+        return 0
+    tokens, vocab = folder.shapes[EMBEDDING][0], folder.config.get("vocab_size")
+    if tokens != vocab:
+        raise ValueError(f"{folder.path}: {EMBEDDING} has {tokens:,} rows, and vocab_size in config.json is {vocab!r}")
+    return tokens
 
 
 def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: LayerIds | None) -> tuple[int, ...]:
@@ -86,11 +119,12 @@ def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: 
 def eagle3_table(c: Eagle3Config, prefix: str = "midlayer.") -> Table:
     """Its tensors, the layer under `prefix`; the maps of its vocabulary are `vocabulary_maps`."""
     shapes = c.shapes()
-    norms = {"input_norm.weight": vector("input_norm", shapes)} if c.input_norm else {}
+    before = {"input_norm.weight": vector("input_norm", shapes)} if c.input_norm else {}
+    before |= {EMBEDDING: vector("embed", shapes)} if c.embed_vocab else {}
     for i in range(len(c.taps)) if c.tap_norms else ():
-        norms[f"fc_norm.{i}.weight"] = Entry("taps_norm", lambda w_XD, i=i: w_XD[i], (c.width,))
+        before[f"fc_norm.{i}.weight"] = Entry("taps_norm", lambda w_XD, i=i: w_XD[i], (c.feature_width,))
     return {
-        **norms,
+        **before,
         "fc.weight": matrix("fc", shapes),
         f"{prefix}input_layernorm.weight": vector("embedding_norm", shapes),
         f"{prefix}hidden_norm.weight": vector("feature_norm", shapes),

@@ -74,10 +74,11 @@ def vector(weight: str, shapes: Shapes) -> Entry:
     return Entry(weight, whole, shapes[weight])
 
 
-def layer_table(prefix: str, c: Any) -> Table:
-    """The tensors of the one decoder layer of a head of shape `c`, without norms before its attention."""
-    shapes = c.shapes()
-    inputs, down = shapes["qkv"][0], shapes["down"][1]
+def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
+    """The tensors of a decoder layer of a head of shape `c`, its one or that of these shapes, without norms before its
+    attention."""
+    weights: Shapes = shapes or c.shapes()
+    inputs, down = weights["qkv"][0], weights["down"][1]
     stored = {
         "self_attn.q_proj": (QUERY, (c.heads * c.head_dim, inputs)),
         "self_attn.k_proj": (KEY, (c.kv_heads * c.head_dim, inputs)),
@@ -95,7 +96,9 @@ def layer_table(prefix: str, c: Any) -> Table:
             ("v", VALUE_BIAS, c.kv_heads),
         ):
             table[f"{prefix}self_attn.{name}_proj.bias"] = Entry(part.weight, part.view, (heads * c.head_dim,))
-    return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", shapes)}
+    if c.out_bias:
+        table[f"{prefix}self_attn.o_proj.bias"] = vector("out_bias", weights)
+    return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", weights)}
 
 
 def read_weights(folder: Folder, table: Table, shapes: Shapes) -> Params:
@@ -147,11 +150,14 @@ def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> No
 def head_shape(folder: Folder) -> dict[str, Any]:
     """The fields that all heads of one layer share, from config.json: what it leaves out is as transformers has it.
 
-    Biases of queries, keys and values are told by the tensors that are there.
+    Biases of the attention are told by the tensors that are there.
     """
     fields = Fields(folder.path / "config.json", folder.config, {}, DEFAULTS)
     if fields.find("hidden_act") != "silu":
         raise ValueError(f"{fields.path}: hidden_act={fields.find('hidden_act')!r} is not supported; only 'silu' is")
+    kinds = fields.find("layer_types")
+    if isinstance(kinds, list) and "sliding_attention" in kinds:
+        raise ValueError(f"{fields.path}: layer_types={kinds!r} has sliding windows, which heads here do not")
     layer, rope = fields.layer_shape(), fields.rope()
     scaling = rope.scaling(layer["head_dim"], fields.integer("max_position_embeddings"))
     if scaling is not None and scaling.kind not in DRAFTER_ROPES:
@@ -162,6 +168,7 @@ def head_shape(folder: Folder) -> dict[str, Any]:
         "rope_theta": rope.theta,
         "rope_scaling": scaling,
         "qkv_bias": any(name.endswith("self_attn.q_proj.bias") for name in folder.tensors),
+        "out_bias": any(name.endswith("self_attn.o_proj.bias") for name in folder.tensors),
     }
 
 

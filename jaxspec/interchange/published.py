@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.base import Params
-from jaxspec.interchange import eagle, eagle3, fspad, medusa
+from jaxspec.interchange import eagle, eagle3, fspad, medusa, peagle
 from jaxspec.interchange.eagle3 import LayerIds
-from jaxspec.interchange.layout import Folder, Shapes, open_weights, read_weights, refuse_unknown
+from jaxspec.interchange.layout import Folder, Shapes, Table, open_weights, read_weights, refuse_unknown
 from jaxspec.interchange.tensors import read_json
 
 
@@ -38,6 +38,7 @@ SIGNS: dict[str, Callable[[Shapes], bool]] = {
     "eagle": eagle.is_eagle,
     "fspad": fspad.is_fspad,
     "eagle3": eagle3.is_eagle3,
+    "peagle": peagle.is_peagle,
     "medusa": medusa.is_medusa,
     "lm": is_lm,
 }
@@ -77,15 +78,23 @@ def published_family(path: str | Path) -> str:
         return family_of(folder)
 
 
-def read_drafter(path: str | Path, *, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Published:
+def read_drafter(
+    path: str | Path,
+    *,
+    target_layers: int | None = None,
+    layer_ids: LayerIds | None = None,
+    tokens: int | None = None,
+) -> Published:
     """The drafter in a folder, of whatever layout.
 
     `target_layers` is needed by EAGLE-3 heads that do not say which layers they read, `layer_ids` ("input", "output")
-    overrides how theirs are counted. Raises ValueError or OSError, one sentence naming the file, tensor or field, where
-    something is missing, extra, contradictory or not supported, and where the folder holds a whole LM.
+    overrides how theirs are counted, `tokens` how many a P-EAGLE head drafts in a pass. Raises ValueError or OSError,
+    one sentence naming the file, tensor or field, where something is missing, extra, contradictory or not supported,
+    and where the folder holds a whole LM.
     """
     with opened(path) as folder:
         config: Any
+        upper: list[Table] = []
         match family := family_of(folder):
             case "eagle":
                 config = eagle.eagle_config(folder)
@@ -97,16 +106,22 @@ def read_drafter(path: str | Path, *, target_layers: int | None = None, layer_id
             case "eagle3":
                 config = eagle3.eagle3_config(folder, target_layers, layer_ids)
                 table, ignored = eagle3.eagle3_table(config, eagle3.prefix_of(folder.shapes)), eagle3.IGNORED
+            case "peagle":
+                config = peagle.peagle_config(folder, target_layers, layer_ids, tokens)
+                shapes, ignored = folder.shapes, eagle3.IGNORED
+                table, upper = peagle.peagle_tables(config, eagle3.prefix_of(shapes), shapes["mask_hidden"])
             case "medusa":
                 return _medusa(folder)
             case _:
                 raise ValueError(f"{path} holds a whole LM, which drafts as it is: give the folder itself as drafter")
-        refuse_unknown(folder, table, ignored)
+        refuse_unknown(folder, {name: entry for part in (table, *upper) for name, entry in part.items()}, ignored)
         params = read_weights(folder, table, config.shapes())
-        tokens = None
-        if family == "eagle3":
-            params, tokens = eagle3.ascending(params, eagle3.read_vocabulary(folder, config.vocab))
-    return Published(family, config, params, tokens)
+        if upper:
+            params["layers"] = [read_weights(folder, part, config.upper_shapes()) for part in upper]
+        scored = None
+        if family in ("eagle3", "peagle"):
+            params, scored = eagle3.ascending(params, eagle3.read_vocabulary(folder, config.vocab))
+    return Published(family, config, params, scored)
 
 
 def _medusa(folder: Folder) -> Published:

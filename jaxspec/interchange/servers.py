@@ -17,12 +17,14 @@ from safetensors.numpy import save_file
 from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
+from jaxspec.drafters.peagle import PEagleConfig
 from jaxspec.interchange.eagle import eagle_table
-from jaxspec.interchange.eagle3 import CONVENTION, IDS, eagle3_table, vocabulary_maps
+from jaxspec.interchange.eagle3 import CONVENTION, EMBEDDING, IDS, eagle3_table, vocabulary_maps
 from jaxspec.interchange.fspad import fspad_table
 from jaxspec.interchange.hf_config import rope_fields
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.medusa import medusa_table
+from jaxspec.interchange.peagle import TOKENS, peagle_tables
 from jaxspec.targets.llama import LlamaConfig
 
 Tensors = dict[str, np.ndarray]
@@ -83,16 +85,21 @@ LAYER = frozenset(
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     )
 )  # fmt: skip
-EAGLE3 = LAYER | {"input_layernorm.weight", "hidden_norm.weight"}
+UPPER = LAYER | {"input_layernorm.weight"}
+EAGLE3 = UPPER | {"hidden_norm.weight"}
 
 
 def _keys(prefix: str, layer: frozenset[str], required: set[str], optional: set[str] | None = None) -> Keys:
-    biases = {f"{prefix}self_attn.{name}_proj.bias" for name in "qkv"}
+    biases = _biases(prefix)
     return Keys(frozenset({prefix + name for name in layer} | required), frozenset(biases | (optional or set())))
 
 
+def _biases(prefix: str) -> set[str]:
+    return {f"{prefix}self_attn.{name}_proj.bias" for name in "qkvo"}
+
+
 def llama_fields(draft: Draft, architecture: str) -> Fields:
-    """What every one-layer head's config.json says, rotary base in the older and in the newer spelling."""
+    """What the config.json of every head of decoder layers says, rotary base in the older and in the newer spelling."""
     c, target = draft.config, draft.target
     scaling = rope_fields(c.rope_scaling)
     dtype = str(next(iter(draft.params.values())).dtype)
@@ -104,7 +111,7 @@ def llama_fields(draft: Draft, architecture: str) -> Fields:
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": c.layers if isinstance(c, PEagleConfig) else 1,
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "max_position_embeddings": target.max_positions,
@@ -119,6 +126,7 @@ def llama_fields(draft: Draft, architecture: str) -> Fields:
         "torch_dtype": dtype,
         "dtype": dtype,
         **({"qkv_bias": True} if c.qkv_bias else {}),
+        **({"attention_bias": True} if c.qkv_bias and c.out_bias else {}),
     }
 
 
@@ -130,7 +138,7 @@ def _eagle(draft: Draft) -> Tensors:
 
 
 def _with_embedding(tensors: Tensors, draft: Draft) -> Tensors:
-    return {**tensors, "embed_tokens.weight": draft.embed_VD.astype(next(iter(tensors.values())).dtype)}
+    return {EMBEDDING: draft.embed_VD.astype(next(iter(tensors.values())).dtype), **tensors}
 
 
 def _with_zero_bias(draft: Draft) -> Tensors:
@@ -140,11 +148,8 @@ def _with_zero_bias(draft: Draft) -> Tensors:
 
 
 def _without_bias(draft: Draft) -> Tensors:
-    """vLLM's `fc` has no bias, and fails on a file that has one; a bias of zeros may go."""
-    tensors = _eagle(draft)
-    if "fc.bias" in tensors and np.any(tensors["fc.bias"]):
-        raise ValueError("vllm builds fc without a bias, and this head has one: train it with head.bias=false")
-    return {name: tensor for name, tensor in tensors.items() if name != "fc.bias"}
+    """vLLM's `fc` has no bias, and fails on a file that has one; a bias of zeros may go (`_unserved_eagle`)."""
+    return {name: tensor for name, tensor in _eagle(draft).items() if name != "fc.bias"}
 
 
 def _eagle_fields(architecture: str) -> Callable[[Draft], Fields]:
@@ -155,7 +160,7 @@ def _sglang_eagle_fields(draft: Draft) -> Fields:
     return {**llama_fields(draft, "LlamaForCausalLMEagle"), "bias": True}
 
 
-# EAGLE-3. Offsets are made in `vocabulary_maps`, and nowhere else.
+# EAGLE-3 and P-EAGLE. Offsets are made in `vocabulary_maps`, and nowhere else.
 
 
 def _eagle3(prefix: str = "midlayer.", *, maps: bool = False, embedding: bool = False) -> Callable[[Draft], Tensors]:
@@ -163,33 +168,55 @@ def _eagle3(prefix: str = "midlayer.", *, maps: bool = False, embedding: bool = 
         tokens, vocab = draft.draft_vocab, draft.target.vocab
         if maps and tokens is None:
             tokens = tuple(range(vocab))
-        tensors = stored_tensors(eagle3_table(draft.config, prefix), draft.params)
-        tensors = _with_embedding(tensors, draft) if embedding else tensors
+        tensors = _heads_own(draft, prefix)
+        tensors = _with_embedding(tensors, draft) if embedding and not draft.config.embed_vocab else tensors
         return {**tensors, **vocabulary_maps(tokens, vocab)}
 
     return make
+
+
+def _heads_own(draft: Draft, prefix: str) -> Tensors:
+    """What the head's own weights are stored as."""
+    if not isinstance(draft.config, PEagleConfig):
+        return stored_tensors(eagle3_table(draft.config, prefix), draft.params)
+    first, upper = peagle_tables(draft.config, prefix)
+    tensors = stored_tensors(first, draft.params)
+    for table, layer in zip(upper, draft.params.get("layers", ()), strict=True):
+        tensors |= stored_tensors(table, layer)
+    return tensors
 
 
 def _eagle3_keys(prefix: str = "midlayer.", *, maps: bool = False, embedding: bool = False) -> Callable[[Draft], Keys]:
     def make(draft: Draft) -> Keys:
         required = {"fc.weight", "norm.weight", "lm_head.weight"}
         required |= {"d2t", "t2d"} if maps or draft.draft_vocab is not None else set()
-        required |= {"embed_tokens.weight"} if embedding else set()
-        return _keys(prefix, EAGLE3, required)
+        required |= {EMBEDDING} if embedding or draft.config.embed_vocab else set()
+        optional: set[str] = set()
+        if isinstance(draft.config, PEagleConfig):
+            required |= {"mask_hidden"}
+            upper = [f"layers.{i}." for i in range(1, draft.config.layers)]
+            required |= {prefix + name for prefix in upper for name in UPPER}
+            optional = {name for prefix in upper for name in _biases(prefix)}
+        return _keys(prefix, EAGLE3, required, optional)
 
     return make
 
 
-def _scored(draft: Draft) -> Fields:
-    return {"draft_vocab_size": draft.config.vocab, "norm_before_residual": draft.config.norm_before_residual}
+def _shaped(draft: Draft) -> Fields:
+    """What only such heads have. Readers ask whether there is a `target_hidden_size`, not whether it is null."""
+    c = draft.config
+    return {
+        "draft_vocab_size": c.vocab,
+        "norm_before_residual": c.norm_before_residual,
+        "embed_requires_grad": bool(c.embed_vocab),
+        **({"target_hidden_size": c.target_width} if c.target_width else {}),
+        **({"mask_token_id": c.mask_token} if isinstance(c, PEagleConfig) else {}),
+    }
 
 
 def _ids_by_output(draft: Draft) -> Fields:
     """SGLang adds one to the ids of `eagle_config`: they name layers by their outputs."""
-    taps = draft.config.taps
-    if min(taps) < 1:
-        raise ValueError(f"the head reads the input of layer 0 (taps {taps}), which ids of outputs cannot say")
-    ids = [tap - 1 for tap in taps]
+    ids = [tap - 1 for tap in draft.config.taps]
     return {"eagle_config": {IDS: ids, "use_aux_hidden_state": True, CONVENTION: "output"}}
 
 
@@ -198,43 +225,51 @@ def _ids_by_input(draft: Draft) -> Fields:
     return {IDS: list(draft.config.taps), CONVENTION: "input"}
 
 
-def _default_ids_only(server: str) -> Callable[[Draft], Fields]:
-    """Of programs that read the default three layers, whatever the file says."""
-
-    def make(draft: Draft) -> Fields:
-        expected = default_taps(draft.target.layers)
-        if tuple(draft.config.taps) != expected:
-            raise ValueError(
-                f"{server} always reads the inputs of layers {expected} of this target, and the head was trained on "
-                f"{tuple(draft.config.taps)}"
-            )
-        return _ids_by_output(draft)
-
-    return make
+def _default_ids(draft: Draft) -> Fields:
+    """For programs of `DEFAULT_LAYERS`."""
+    expected = default_taps(draft.target.layers)
+    if tuple(draft.config.taps) != expected:
+        raise ValueError(
+            f"the program would read the inputs of layers {expected} of this target, and the head was trained on "
+            f"{draft.config.taps}: it is another's"
+        )
+    return _ids_by_output(draft)
 
 
 def _eagle3_fields(architecture: str, ids: Callable[[Draft], Fields]) -> Callable[[Draft], Fields]:
-    return lambda draft: {**llama_fields(draft, architecture), **_scored(draft), **ids(draft)}
+    return lambda draft: {**llama_fields(draft, architecture), **_shaped(draft), **ids(draft)}
+
+
+def _vllm_peagle_fields(draft: Draft) -> Fields:
+    """For `{"method": "eagle3", "parallel_drafting": true, ..}`; older releases read the mask's id by another name."""
+    c, fields = draft.config, _eagle3_fields("LlamaForCausalLMEagle3", _ids_by_input)(draft)
+    return {**fields, "ptd_token_id": c.mask_token, TOKENS: c.tokens}
 
 
 def _speculators_fields(draft: Draft) -> Fields:
     layer = llama_fields(draft, "LlamaForCausalLM")
     dtype = layer["torch_dtype"]
+    name, proposed = ("PEagle", draft.config.tokens) if draft.family == "peagle" else ("Eagle3", 3)
     return {
-        "architectures": ["Eagle3Speculator"],
-        "auto_map": {"": "eagle3.Eagle3SpeculatorConfig"},
-        **_scored(draft),
+        "architectures": [f"{name}Speculator"],
+        "auto_map": {"": f"{draft.family}.{name}SpeculatorConfig"},
+        **_shaped(draft),
         **_ids_by_input(draft),
         "has_no_defaults_at_init": False,
         "target_hidden_size": None,
         "torch_dtype": dtype,
-        "speculators_model_type": "eagle3",
+        "speculators_model_type": draft.family,
         "speculators_version": SERVERS["speculators"].version,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": draft.family,
             "default_proposal_method": "greedy",
             "proposal_methods": [
-                {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": proposed,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
             ],
             "verifier": {"name_or_path": draft.target_name, "architectures": ["LlamaForCausalLM"]},
         },
@@ -263,10 +298,6 @@ def _medusa_keys(draft: Draft) -> Keys:
 
 def _medusa_fields(draft: Draft) -> Fields:
     c, vocab = draft.config, draft.target.vocab
-    if c.vocab not in (0, vocab) or draft.draft_vocab is not None:
-        raise ValueError(
-            "vllm reads a truncated vocabulary of Medusa heads from a token_map, which is not written here"
-        )
     dtype = str(draft.params["block"].dtype)
     return {
         "architectures": ["MedusaModel"],
@@ -285,6 +316,7 @@ def _medusa_fields(draft: Draft) -> Fields:
 
 _NO_FSPAD = "no server has FSPAD's network; `--to eagle` writes it as its authors' code reads it"
 _NO_PARALLEL = "no server has ParallelSpec's network, and no code of its authors is public"
+_NO_PEAGLE = "it drafts step by step, and this head in one pass; vllm and speculators have P-EAGLE"
 _NO_EAGLE = "it has no EAGLE-1/2 model class (HASS heads are of that class too); an EAGLE-3 head can be served"
 _NO_MEDUSA = "it serves no Medusa heads; vllm does"
 _NOT_PUBLISHED = "only EAGLE, HASS, EAGLE-3 and FSPAD heads are read by that code"
@@ -307,16 +339,14 @@ SERVERS: dict[str, Server] = {
                 lambda draft: _with_embedding(_eagle(draft), draft),
                 _eagle_fields("LlamaForCausalLM"),
             ),
-            "eagle3": Form(
-                _eagle3_keys(), _eagle3(), _eagle3_fields("LlamaForCausalLM", _default_ids_only("EAGLE's own code"))
-            ),
+            "eagle3": Form(_eagle3_keys(), _eagle3(), _eagle3_fields("LlamaForCausalLM", _default_ids)),
             "fspad": Form(
                 lambda _: _keys("layers.0.", LAYER, {"embed_tokens.weight"}, _FSPAD),
                 lambda draft: _with_embedding(stored_tensors(fspad_table(draft.config), draft.params), draft),
                 _eagle_fields("LlamaForCausalLM"),
             ),
         },
-        {"medusa": _NOT_PUBLISHED, "parallelspec": _NO_PARALLEL, "draft_lm": _NOT_PUBLISHED},
+        {"medusa": _NOT_PUBLISHED, "parallelspec": _NO_PARALLEL, "peagle": _NO_PEAGLE, "draft_lm": _NOT_PUBLISHED},
     ),
     "sglang": Server(
         "SGLang, sources of November 2026",
@@ -324,7 +354,7 @@ SERVERS: dict[str, Server] = {
             "eagle": Form(_eagle_keys({"fc.bias"}), _with_zero_bias, _sglang_eagle_fields),
             "eagle3": Form(_eagle3_keys(), _eagle3(), _eagle3_fields("LlamaForCausalLMEagle3", _ids_by_output)),
         },
-        {"fspad": _NO_FSPAD, "parallelspec": _NO_PARALLEL, "medusa": _NO_MEDUSA},
+        {"fspad": _NO_FSPAD, "parallelspec": _NO_PARALLEL, "peagle": _NO_PEAGLE, "medusa": _NO_MEDUSA},
     ),
     "vllm": Server(
         "vLLM, sources of November 2026",
@@ -335,19 +365,21 @@ SERVERS: dict[str, Server] = {
                 _eagle3(),
                 _eagle3_fields("LlamaForCausalLMEagle3", _ids_by_input),
             ),
+            "peagle": Form(_eagle3_keys("layers.0."), _eagle3("layers.0."), _vllm_peagle_fields),
             "medusa": Form(_medusa_keys, _medusa, _medusa_fields),
         },
         {"fspad": _NO_FSPAD, "parallelspec": _NO_PARALLEL},
     ),
     "speculators": Server(
         "0.9.0",
-        {
-            "eagle3": Form(
+        dict.fromkeys(
+            ("eagle3", "peagle"),
+            Form(
                 _eagle3_keys("layers.0.", maps=True, embedding=True),
                 _eagle3("layers.0.", maps=True, embedding=True),
                 _speculators_fields,
-            )
-        },
+            ),
+        ),
         {
             "eagle": "its registry has no EAGLE-1/2 or HASS; `--to vllm` writes what vllm loads without speculators",
             "fspad": _NO_FSPAD,
@@ -358,12 +390,14 @@ SERVERS: dict[str, Server] = {
     ),
     "sglang-jax": Server(
         "sglang-jax, sources of November 2026",
+        {"eagle3": Form(_eagle3_keys(), _eagle3(), _eagle3_fields("LlamaForCausalLMEagle3", _default_ids))},
         {
-            "eagle3": Form(
-                _eagle3_keys(), _eagle3(), _eagle3_fields("LlamaForCausalLMEagle3", _default_ids_only("sglang-jax"))
-            )
+            "eagle": _NO_EAGLE,
+            "fspad": _NO_FSPAD,
+            "parallelspec": _NO_PARALLEL,
+            "peagle": _NO_PEAGLE,
+            "medusa": _NO_MEDUSA,
         },
-        {"eagle": _NO_EAGLE, "fspad": _NO_FSPAD, "parallelspec": _NO_PARALLEL, "medusa": _NO_MEDUSA},
     ),
     "tpu-inference": Server(
         "tpu-inference, sources of November 2026",
@@ -371,13 +405,14 @@ SERVERS: dict[str, Server] = {
             "eagle3": Form(
                 _eagle3_keys(),
                 _eagle3(),
-                _eagle3_fields("LlamaForCausalLM", _default_ids_only("tpu-inference")),
+                _eagle3_fields("LlamaForCausalLM", _default_ids),
             )
         },
         {
             "eagle": _NO_EAGLE,
             "fspad": _NO_FSPAD,
             "parallelspec": _NO_PARALLEL,
+            "peagle": _NO_PEAGLE,
             "medusa": _NO_MEDUSA,
             "draft_lm": "it is not known to load an independent LM as drafter",
         },
@@ -389,6 +424,14 @@ LM_SERVERS = ("sglang", "vllm", "sglang-jax")
 
 NORM_FIRST = ("vllm", "speculators", "tpu-inference")
 """Those that honour an EAGLE-3 head's `norm_before_residual`."""
+OWN_EMBEDDING = ("vllm", "speculators")
+"""Those that read with an embedding of the head's own where it is as wide as the target's."""
+OTHER_WIDTH = ("eagle", "sglang", "vllm")
+"""Those that read `target_hidden_size`."""
+SKIPS_FC = ("eagle", "sglang")
+"""Those that leave out `fc` where what it reads is as wide as what it puts out."""
+DEFAULT_LAYERS = ("eagle", "sglang-jax", "tpu-inference")
+"""Those that read the default three layers, whatever the file says."""
 
 
 def served_as(family: str, config: Any) -> str:
@@ -397,20 +440,75 @@ def served_as(family: str, config: Any) -> str:
     return "eagle" if plain else family
 
 
-def unserved(server: str, family: str, config: Any) -> str | None:
-    """Why a program serves no drafters of a family and shape; None where it does."""
+def unserved(
+    server: str,
+    family: str,
+    config: Any,
+    weights: Callable[[], Params],
+    draft_vocab: tuple[int, ...] | None = None,
+) -> str | None:
+    """Why a program does not serve a drafter, whatever its target is; None where it does. `weights` are read where it
+    depends on them."""
     about, family = SERVERS[server], served_as(family, config)
     if family not in about.forms:
         return f"{server} cannot serve {family}: {about.refusals[family]}"
-    if family in ("eagle", "fspad") and (config.embedding_norm or config.head_norm):
-        return f"{server} cannot serve a head with norms around its layer: it would draft without them"
-    if family in ("eagle", "fspad", "eagle3") and config.qkv_bias and server != "eagle":
-        return f"{server} is not known to read biases of queries, keys and values, and this head has them"
-    if family == "eagle3" and (config.input_norm or config.tap_norms or config.normed_feature):
-        return f"{server} is written for EAGLE-3, and this head has norms of EAGLE-3.1 or before fc"
-    if family == "eagle3" and config.norm_before_residual and server not in NORM_FIRST:
-        return f"{server} is not known to honour norm_before_residual, and this head was trained with it"
+    if family != "medusa" and not _reads_biases(server, family, config):
+        return f"{server} is not known to read biases of the attention such as this head has"
+    match family:
+        case "eagle" | "fspad":
+            return _unserved_eagle(server, config, weights)
+        case "eagle3" | "peagle":
+            return _unserved_eagle3(server, config)
+    if draft_vocab is not None:
+        return f"{server} reads a truncated vocabulary of Medusa heads from a token_map, which is not written here"
     return None
+
+
+def _reads_biases(server: str, family: str, config: Any) -> bool:
+    """Those of queries, keys and values EAGLE's own code does; those and the output's, all or none, go by the name
+    `attention_bias`."""
+    if config.qkv_bias and config.out_bias:
+        return server in ("vllm", "speculators") and family in ("eagle3", "peagle")
+    return not config.out_bias and (not config.qkv_bias or server == "eagle")
+
+
+def _unserved_eagle(server: str, config: Any, weights: Callable[[], Params]) -> str | None:
+    if config.embedding_norm or config.head_norm:
+        return f"{server} cannot serve a head with norms around its layer: it would draft without them"
+    if server == "vllm" and config.bias and np.any(np.asarray(weights()["fc_bias"])):
+        return "vllm builds fc without a bias, and this head has one: train it with head.bias=false"
+    return None
+
+
+def _unserved_eagle3(server: str, c: Eagle3Config) -> str | None:
+    if c.input_norm or c.tap_norms or c.normed_feature:
+        return f"{server} is written for EAGLE-3, and this head has norms of EAGLE-3.1 or before fc"
+    if c.norm_before_residual and server not in NORM_FIRST:
+        return f"{server} is not known to honour norm_before_residual, and this head was trained with it"
+    if len(c.taps) != 3 and server != "speculators":
+        return f"{server} reads three layers of the target, and this head {len(c.taps)}"
+    if server in DEFAULT_LAYERS and not _are_default(c.taps):
+        return (
+            f"{server} always reads the inputs of layers 2, L / 2 and L - 3 of L, and the head was trained on {c.taps}"
+        )
+    if server == "sglang" and c.taps[0] == 0:
+        return f"the head reads the input of layer 0 (taps {c.taps}), and sglang names layers by their outputs"
+    if c.feature_width != c.width:
+        if server not in OTHER_WIDTH or isinstance(c, PEagleConfig):
+            return f"{server} is not known to serve such heads of another width than their target's"
+        if server in SKIPS_FC and len(c.taps) * c.feature_width == c.width:
+            return f"{server} skips fc where it does not change the width, as in this head"
+    elif c.embed_vocab and server not in OWN_EMBEDDING:
+        return f"{server} reads with the target's embedding, and this head was trained with its own"
+    return None
+
+
+def _are_default(taps: tuple[int, ...]) -> bool:
+    """Whether they are the default layers of a target of some depth."""
+    try:
+        return taps == default_taps(taps[-1] + 3)
+    except ValueError:
+        return False
 
 
 def render(server: str, draft: Draft) -> tuple[Tensors, Fields]:
@@ -418,24 +516,27 @@ def render(server: str, draft: Draft) -> tuple[Tensors, Fields]:
 
     Raises ValueError with the reason where the program cannot serve it, or a tensor is missing or extra.
     """
-    if reason := unserved(server, draft.family, draft.config):
+    if reason := unserved(server, draft.family, draft.config, lambda: draft.params, draft.draft_vocab):
         raise ValueError(reason)
     about, family = SERVERS[server], served_as(draft.family, draft.config)
     form = about.forms[family]
-    if (
-        isinstance(draft.config, Eagle3Config)
-        and draft.draft_vocab is None
-        and draft.config.vocab != draft.target.vocab
-    ):
-        raise ValueError(
-            f"the head scores {draft.config.vocab:,} tokens and the target has {draft.target.vocab:,}: it is another's"
-        )
+    _check_tokens(draft)
     tensors, fields = form.tensors(draft), form.fields(draft)
     form.keys(draft).check(tensors, server)
     stamp: Fields = {"version": __version__, "written_for": server, "assumes": about.version, "family": family}
     if family == "eagle":
         stamp["fc_bias"] = draft.config.bias
     return tensors, {**fields, "jaxspec": stamp}
+
+
+def _check_tokens(draft: Draft) -> None:
+    """ValueError where a head with tables of its own has them for another number of tokens than the target's."""
+    c, vocab = draft.config, draft.target.vocab
+    scores = c.vocab if draft.family in ("eagle3", "peagle", "medusa") and draft.draft_vocab is None else 0
+    embeds = c.embed_vocab if isinstance(c, Eagle3Config) else 0
+    for verb, tokens in (("scores", scores), ("embeds", embeds)):
+        if tokens not in (0, vocab):
+            raise ValueError(f"the head {verb} {tokens:,} tokens and the target has {vocab:,}: it is another's")
 
 
 def write_rendered(folder: Path, tensors: Tensors, fields: Fields) -> None:

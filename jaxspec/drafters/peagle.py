@@ -1,0 +1,109 @@
+"""P-EAGLE (arXiv 2602.01469): an EAGLE-3 head of several layers that drafts all tokens in one pass, by mask slots.
+
+A mask slot holds the embedding of one token set aside for that, and one trained vector in place of the target's taps,
+which passes `fc` as they do; the first layer reads both as an EAGLE-3 head's does, and those above it are a Llama's. So
+speculators and SpecForge train such heads and vLLM serves them; the paper's text was not to be had. Reconstruction are
+the weights that training begins from (speculators' vector of N(0, 1), EAGLE's uniform ones for the rest), that a head
+may go without an embedding of its own, and that the positions which a depth is trained at are drawn by row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.base import Array, Borrowed, Params
+from jaxspec.drafters.eagle3 import Eagle3Config, TapReader
+from jaxspec.drafters.heads import init_weight
+from jaxspec.drafters.mask_slots import MaskSlots, SlotOptions
+from jaxspec.layers import Options, layer_shapes, rms_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class PEagleConfig(SlotOptions, Eagle3Config):
+    """The shape of a P-EAGLE head, defaults those of speculators and of the published heads."""
+
+    tokens: int = 8
+    keep: float = 0.7
+    layers: int = 4
+    mask_token: int = -1
+    """Id of the token whose embedding mask slots hold. No text should hold it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_slots()
+        if self.layers < 1:
+            raise ValueError(f"layers={self.layers} must be at least 1")
+        if not 0 <= self.mask_token < (self.embed_vocab or self.mask_token + 1):
+            raise ValueError(
+                f"a P-EAGLE head needs in mask_token the id of a token that no text holds, not {self.mask_token}: its "
+                "embedding stands in mask slots"
+            )
+        if self.normed_feature:
+            raise ValueError("a P-EAGLE head reads no feature of its own: leave normed_feature off")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight but those of the layers above the first."""
+        return {**super().shapes(), "mask_feature": (len(self.taps) * self.feature_width,)}
+
+    def upper_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight of a layer above the first."""
+        return layer_shapes(self, Options(qkv_bias=self.qkv_bias, out_bias=self.out_bias))
+
+
+class PEagle(TapReader, MaskSlots):
+    """The P-EAGLE head as pure functions of its weights: its first layer's, and `layers`, a list of those above."""
+
+    config: PEagleConfig
+
+    def setup(self) -> None:
+        super().setup()
+        self.upper = self.param("layers", self._init_upper) if self.config.layers > 1 else ()
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers."""
+        return self.config.layers
+
+    @property
+    def layer_weights(self) -> list[Params]:
+        """The weights of each."""
+        return [self.weights, *self.upper]
+
+    def real_slots(self, borrowed: Borrowed, tokens_BL: Array, features_BLD: Array) -> Array:
+        """`[embedding; fc(taps)]`."""
+        return jnp.concatenate(
+            [self.embedding(borrowed, tokens_BL).astype(self.dtype), self.read(features_BLD)], axis=-1
+        )
+
+    def mask_slots(self, borrowed: Borrowed, anchor_BLD: Array, depth: int) -> Array:
+        """The same of the mask's token and its vector, alike for all groups and depths."""
+        shape = anchor_BLD.shape[:2]
+        embedding = self.embedding(borrowed, jnp.full(shape, self.config.mask_token)).astype(self.dtype)
+        feature = self.read(self.weights["mask_feature"][None, None])
+        return jnp.concatenate([embedding, jnp.broadcast_to(feature, embedding.shape)], axis=-1)
+
+    def enter(self, layer: int, x_BLE: Array) -> tuple[Array, Array]:
+        """Embedding and feature into the first layer, the stream into the others."""
+        if layer == 0:
+            return self.fuse(*jnp.split(x_BLE, 2, axis=-1))
+        return x_BLE, rms_norm(x_BLE, self.layer_weights[layer]["attention_norm"], self.config.norm_eps)
+
+    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+        """Random weights; its own embedding as the target's, if that is given and as wide."""
+        params = super().init_params(key, borrowed)
+        params["mask_feature"] = jax.random.normal(key, params["mask_feature"].shape, jnp.float32)
+        return params | ({"layers": self._init_upper(key)} if self.config.layers > 1 else {})
+
+    def _init_upper(self, key: Array) -> list[dict[str, Any]]:
+        shapes = self.config.upper_shapes()
+        return [
+            {
+                name: init_weight(jax.random.fold_in(key, 100 * i + j), name, shape)
+                for j, (name, shape) in enumerate(shapes.items())
+            }
+            for i in range(1, self.config.layers)
+        ]

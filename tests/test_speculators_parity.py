@@ -1,0 +1,70 @@
+"""Exported EAGLE-3 and P-EAGLE heads in the package `speculators` itself, which has an environment of its own.
+
+It wants other versions of transformers than we do: `python -m venv DIR && DIR/bin/pip install speculators==0.9.0`, and
+then `JAXSPEC_SPECULATORS=DIR/bin/python python -m pytest -m slow tests/test_speculators_parity.py`.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import SIZE, write_target
+from safetensors.numpy import load_file
+from test_published import HEADS, LAYERS, SERVED, WIDTH, head
+
+from jaxspec.base import Borrowed
+from jaxspec.drafters import DRAFTERS
+from jaxspec.exports import write
+
+KINDS = [kind for kind, servers in SERVED.items() if "speculators" in servers]
+ROWS, STEPS = 9, 3
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """The interpreter that has speculators."""
+    found = os.environ.get("JAXSPEC_SPECULATORS")
+    if not found:
+        pytest.fail("set JAXSPEC_SPECULATORS to the python of an environment that has speculators==0.9.0")
+    return found
+
+
+@pytest.fixture(scope="module")
+def drafted(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a kind, with its inputs and what speculators makes of them, of all kinds in one process."""
+    folder, draw = tmp_path_factory.mktemp("heads"), np.random.default_rng(7)
+    target = write_target(folder / "target", layers=LAYERS)
+    for kind in KINDS:
+        write("speculators", folder / kind, head(kind), str(target))
+        features = draw.normal(size=(ROWS, 3 * WIDTH)).astype(np.float32)
+        np.savez(folder / kind / "inputs.npz", input_ids=draw.integers(0, SIZE, ROWS), hidden_states=features)
+    program = Path(__file__).with_name("speculators_drafts.py")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([python, program, *(folder / kind for kind in KINDS)], check=True, env=environment)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_head_drafts_in_speculators_as_here(kind: str, drafted: Path):
+    given, theirs = np.load(drafted / kind / "inputs.npz"), np.load(drafted / kind / "logits.npz")
+    name, config, _ = HEADS[kind]
+    embed = jnp.asarray(load_file(drafted / kind / "model.safetensors")["embed_tokens.weight"])
+    module, borrowed, params = DRAFTERS[name][0](config), Borrowed(embed, embed), head(kind).params
+    # Ours is given a token and the feature of the one before in one row, theirs each token with what it is paired with.
+    tokens, at = np.append(0, given["input_ids"]), jnp.arange(ROWS + 1)[None]
+    features = np.append(given["hidden_states"], np.zeros((1, 3 * WIDTH), np.float32), axis=0)
+    mask = jnp.tril(jnp.ones((1, ROWS + 1, ROWS + 1), bool))
+    out = module.unroll(params, borrowed, tokens[None], features[None], at, mask, STEPS)
+    ours = np.stack([module.logits(params, borrowed, out.hidden_TBLD[j], j)[0] for j in range(STEPS)])
+    if name == "peagle":
+        real = theirs["anchor"] >= 0  # at depth 1 they may draw a group in front of the text
+        depth, anchor = theirs["depth"][real], theirs["anchor"][real]
+        assert set(depth) == set(range(STEPS))
+        np.testing.assert_allclose(ours[depth, anchor], theirs["logits"][real], atol=1e-4, rtol=1e-4)
+        return
+    for j in range(STEPS):  # behind the last token they read zeros
+        np.testing.assert_allclose(ours[j, : ROWS - j], theirs["logits"][j, : ROWS - j], atol=1e-4, rtol=1e-4)
