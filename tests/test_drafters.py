@@ -157,6 +157,15 @@ def test_the_scale_of_normed_embeddings_is_nothing_to_the_head(kind: str):
     same(hidden(50.0), hidden(1.0), 1e-4)
 
 
+def test_an_own_embedding_begins_as_a_copy_of_the_targets():
+    t = toy("peagle")
+    for init in (t.drafter.init_params, jax.jit(t.drafter.init_params)):
+        embed = init(jax.random.key(0), t.borrowed)["embed"]
+        np.testing.assert_array_equal(embed, t.borrowed.embed_VD)
+        # Training donates it, and goes on reading the target's.
+        assert embed.unsafe_buffer_pointer() != t.borrowed.embed_VD.unsafe_buffer_pointer()
+
+
 @every
 def test_a_checkpoint_brings_back_the_same_drafter(kind: str, tmp_path):
     t = toy(kind)

@@ -135,7 +135,7 @@ class TapReader(OneLayer):
         """Random weights; its own embedding as the target's, if that is given and as wide."""
         params, c = super().init_params(key), self.config
         if borrowed is not None and c.embed_vocab and c.feature_width == c.width:
-            params["embed"] = borrowed.embed_VD.astype(jnp.float32)
+            params["embed"] = jnp.array(borrowed.embed_VD, jnp.float32)  # a copy, for training donates it
         return params
 
 
