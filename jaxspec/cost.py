@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -56,23 +56,26 @@ def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, pr
 def draft_work(drafter: Drafter, params: Any, borrowed: Borrowed, tree: TreePolicy, *, batch: int) -> Work:
     """One round of a drafter: `extend` of a path, then the calls of `expand` that a tree takes to grow.
 
-    Its head is its own or the target's, whichever it scores with. Each call reads the head; each but a drafter's of one
-    pass, which has drafted in `extend`, all other weights too. The attention to the prefix is left out.
+    Its head is its own or the target's, whichever it scores with. Each call reads all weights; a drafter of one pass,
+    which has drafted in `extend`, reads the head once more for all other depths, or once a depth where each has a head
+    of its own. The attention to the prefix is left out.
     """
     calls = 1 + len(frontier_widths(tree, borrowed.head_VD.shape[0], batch))
-    others, head = _weight_bytes(drafter, params, borrowed)
+    others, head, shared = _weight_bytes(drafter, params, borrowed)
+    passes, heads = (1, min(calls, 2) if shared else calls) if drafter.one_pass else (calls, calls)
     count = count_flops(*_drafting(drafter, params, borrowed, tree, batch))
-    return Work((1 if drafter.one_pass else calls) * others + calls * head, count.total)
+    return Work(passes * others + heads * head, count.total)
 
 
-def _weight_bytes(drafter: Drafter, params: Any, borrowed: Borrowed) -> tuple[int, int]:
-    """Of all weights that multiply but the LM head, and of the head; of one, where each depth has a head of its own."""
+def _weight_bytes(drafter: Drafter, params: Any, borrowed: Borrowed) -> tuple[int, int, bool]:
+    """Of all weights that multiply but the LM head, of the head a depth is scored with, and whether all share it."""
     _, whole = matmul_weights(params)
     if drafter.vocab is None:
-        return whole, borrowed.head_VD.nbytes
+        return whole, borrowed.head_VD.nbytes, True
     name = next(n for n in ("head", "heads", "embed") if n in params)
     heads = params[name]
-    return whole - (0 if name == "embed" else heads.nbytes), heads.nbytes // math.prod(heads.shape[:-2])
+    others = whole - (0 if name == "embed" else heads.nbytes)
+    return others, heads.nbytes // math.prod(heads.shape[:-2]), heads.ndim == 2
 
 
 def _drafting(
@@ -164,6 +167,9 @@ def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
     return float(np.median(times))
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 class Part(NamedTuple):
     """A program to time, with what it is handed."""
 
@@ -173,12 +179,12 @@ class Part(NamedTuple):
     """The argument that is given up, so that a copy of it is handed over."""
 
 
-def in_turns(parts: dict[str, Part], *, repeats: int, advance: Callable[[], None] | None = None) -> dict[str, float]:
+def in_turns(parts: dict[Name, Part], *, repeats: int, advance: Callable[[], None] | None = None) -> dict[Name, float]:
     """The median seconds of each part; parts take turns, so that a machine that drifts slows all of them alike.
 
     A first turn is not counted; `advance` is told after every turn, that one included.
     """
-    samples: dict[str, list[float]] = {name: [] for name in parts}
+    samples: dict[Name, list[float]] = {name: [] for name in parts}
     for _ in range(repeats + 1):
         for name, part in parts.items():
             given = [jax.tree.map(jnp.copy, a) if i == part.donated else a for i, a in enumerate(part.arguments)]

@@ -324,10 +324,20 @@ class ParallelState(NamedTuple):
     """The output for every depth: `[:, d]` is scored for the children of nodes at depth `d`."""
 
 
+class ParallelScratch(NamedTuple):
+    """What one tree's nodes below the root are drafted by."""
+
+    hidden_BTD: Array
+    """The outputs for depths 1, 2 ..."""
+    logits_BTV: Array | None = None
+    """Their logits, from the first level on."""
+
+
 class OnePass(DrafterModule):
     """A drafter that predicts all depths when it reads: a node's children depend on its depth alone. Abstract.
 
-    Its config says in `tokens` how many depths there are.
+    Its config says in `tokens` how many depths there are. A round reads the LM head twice, once for the root's children
+    and once for those of all other depths; heads of the depths' own are read once each.
     """
 
     @property
@@ -340,14 +350,21 @@ class OnePass(DrafterModule):
         """Yes."""
         return True
 
-    def scratch(self, state: ParallelState, slots: int) -> Array:
-        """Nothing: all depths have been predicted."""
-        return jnp.zeros(0)
+    def scratch(self, state: ParallelState, slots: int) -> ParallelScratch:
+        """The outputs for all depths that `slots` expanded nodes can have."""
+        return ParallelScratch(state.hidden_BTD[:, 1 : slots + 1])
 
     def expand(
-        self, params: Params, borrowed: Borrowed, state: ParallelState, scratch: Array, frontier: Frontier
-    ) -> tuple[Array, Array]:
+        self, params: Params, borrowed: Borrowed, state: ParallelState, scratch: ParallelScratch, frontier: Frontier
+    ) -> tuple[Array, ParallelScratch]:
         """Logits `[B, W, V]` of the children of one level's nodes: the same for all of them."""
-        hidden_B1D = state.hidden_BTD[:, frontier.depth : frontier.depth + 1]
-        logits_B1V = self.logits(params, borrowed, hidden_B1D, frontier.depth)
-        return jnp.broadcast_to(logits_B1V, (*frontier.token_BW.shape, logits_B1V.shape[-1])), scratch
+        logits_BTV = scratch.logits_BTV
+        if logits_BTV is None:
+            logits_BTV = self.score_below(params, borrowed, scratch.hidden_BTD)
+        logits_B1V = logits_BTV[:, frontier.depth - 1 : frontier.depth]
+        logits_BWV = jnp.broadcast_to(logits_B1V, (*frontier.token_BW.shape, logits_BTV.shape[-1]))
+        return logits_BWV, scratch._replace(logits_BTV=logits_BTV)
+
+    def score_below(self, params: Params, borrowed: Borrowed, hidden_BTD: Array) -> Array:
+        """Logits `[B, T, V]` of the outputs for depths 1, 2 ..., which share one LM head."""
+        return self.logits(params, borrowed, hidden_BTD)

@@ -127,3 +127,10 @@ class Medusa(OnePass):
     def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of the outputs of head `step`."""
         return self.apply({"params": params}, hidden_BLD, borrowed.head_VD, step, method="score")  # type: ignore[return-value]
+
+    def score_below(self, params: Params, borrowed: Borrowed, hidden_BTD: Array) -> Array:
+        """Logits `[B, T, V]` of the outputs for depths 1, 2 ..., each depth's by its own LM head if there are such."""
+        if self.vocab is None:
+            return super().score_below(params, borrowed, hidden_BTD)
+        depths = range(hidden_BTD.shape[1])
+        return jnp.concatenate([self.logits(params, borrowed, hidden_BTD[:, d : d + 1], d + 1) for d in depths], axis=1)
