@@ -5,13 +5,16 @@ All arms run in one process on the same prompts and budgets, taking turns; figur
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +28,7 @@ from jaxspec.peers import load_transformers
 from jaxspec.regeneration import SENSIBLE, write_user_turns
 from jaxspec.requests import NO_STOP, Requests, make_requests
 from jaxspec.serving import Job
-from jaxspec.timing import Load, PeerRun, Run
+from jaxspec.timing import Load, Parts, PeerRun, Run
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
@@ -40,14 +43,16 @@ efficiency: speed-up / tau: the share of the longer steps that is left after dra
 same: share of prompts whose tokens are those of the plain arm; fp32 differs only at near ties; not shown where a rule
 keeps the law and not the text
 round: one round of the fused program in the middle of an answer; draft, target, verify, commit: its parts as separate
-programs on the same shapes, taking turns with it; dispatch subtracted from all
-overhead: what is left of the round; below 0 where fusion saves more than the rest costs"""
+programs on the same shapes, those of all arms taking turns; dispatch subtracted from all
+overhead: what is left of the round; below 0 where fusion saves more than the rest costs
+x draft: the time of drafting, growing the tree and extending the drafter's cache, over the first drafted arm's"""
+PARTS = ("round", "draft", "target", "verify", "commit", "overhead")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DraftFlags):
-    drafter: str = "none"
-    """Folder of a drafter; `none` times plain decoding alone."""
+    drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of a drafter; repeat the flag to compare several, each with every tree. Default: plain decoding alone."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to time, an arm each: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM or
     best_first:NODESxDEPTHxWIDTH. Repeat the flag, or join trees by commas. Default: the tree saved with the
@@ -78,11 +83,14 @@ class Args(DraftFlags):
         super().__post_init__()
         for spec in self.trees:
             parse_tree(spec)
-        if self.drafter == "none" and self.shape is None:
+        twice = [path for path in self.drafters if self.drafters.count(path) > 1]
+        if twice:
+            raise ValueError(f"--drafter {twice[0]} is given twice; give every drafter once")
+        if not self.drafters and self.shape is None:
             self.needs_drafter(tree=self.trees, **{"simulate-acceptance": self.simulate_acceptance})
         flags.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
         _ = self.profile
-        others = (self.prompts, self.drafter != "none", self.draft_vocab, self.peer != "none")
+        others = (self.prompts, self.drafters, self.draft_vocab, self.peer != "none")
         if self.shape is not None and any(others):
             raise ValueError(
                 "--shape has random weights and prompts: leave out --prompts, --drafter, --draft-vocab and --peer"
@@ -117,6 +125,11 @@ class Args(DraftFlags):
         return values
 
     @property
+    def drafters(self) -> list[str]:
+        """The folders named, in order."""
+        return [path for path in self.drafter if path != "none"]
+
+    @property
     def trees(self) -> list[str]:
         """The trees named, in order; a comma inside a static tree's paths joins no trees."""
         return [spec for item in self.tree for spec in re.split(r",\s*(?=none|chain|static|dynamic|best_first)", item)]
@@ -126,35 +139,47 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
-    drafter = None if args.drafter == "none" else args.drafter
-    models = (
-        shaped(args)
-        if args.shape
-        else loading.load_models(
-            args.target,
-            drafter=drafter,
-            tree=args.trees[0] if args.trees else None,
-            mode=args.draft_mode,
-            rule=args.rule,
-            draft_vocab=args.draft_vocab,
-            template=args.template,
-            dtype=loading.DTYPES[args.dtype],
-        )
-    )
+    every = [shaped(args)] if args.shape else load_every(args)
+    models = every[0]
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
     load = Load(make_batches(models, args), args.max_new_tokens, args.capacity, args.rounds_only)
-    arms = make_arms(models, args)
-    runs, peers = timing.time_arms(arms, load, repeats=args.repeats, peer=peer)
-    with report.progress("timing parts", len(arms), "arms") as bar:
-        rows = []
-        for name, arm in arms.items():
-            rows.append(make_row(name, arm, runs, load, args))
-            bar.advance()
+    arms = make_arms(every, args)
+    timed = {name: arm.models for name, arm in arms.items()}
+    runs, peers = timing.time_arms(timed, load, repeats=args.repeats, peer=peer)
+    middle = len(load.batches) // 2
+    rounds = {name: int(mine[0].generations[middle].calls.max()) for name, mine in runs.items()}
+    parts = timing.time_parts({n: m for n, m in timed.items() if rounds[n]}, load, load.batches[middle], rounds)
+    rows = [make_row(name, arm, runs, parts.get(name), load, args) for name, arm in arms.items()]
+    compare_drafting(rows)
     result = make_result(args, rows, make_peer(args, runs, peers), started)
     print_result(result, args)
     if args.json:
         report.write_json(args.json, result)
     return 0
+
+
+class Arm(NamedTuple):
+    """What decodes, by which drafter's folder, in which tree."""
+
+    models: Models
+    drafter: str | None = None
+    tree: str | None = None
+
+
+def load_every(args: Args) -> list[Models]:
+    """The target with each drafter, or alone."""
+    dtype = loading.DTYPES[args.dtype]
+    plain = loading.load_models(args.target, template=args.template, dtype=dtype)
+    draft = functools.partial(
+        loading.drafted_by,
+        plain,
+        tree=args.trees[0] if args.trees else None,
+        mode=args.draft_mode,
+        rule=args.rule,
+        draft_vocab=args.draft_vocab,
+        dtype=dtype,
+    )
+    return [draft(drafter) for drafter in args.drafters] or [plain]
 
 
 def shaped(args: Args) -> Models:
@@ -212,24 +237,44 @@ def make_batches(models: Models, args: Args) -> list[Requests]:
     return [b._replace(stop_BR=jnp.full_like(b.stop_BR, NO_STOP)) for b in batches]
 
 
-def make_arms(models: Models, args: Args) -> dict[str, Models]:
-    """`plain`, then one arm a tree."""
-    arms = {"plain": models.plain()}
-    if models.engine.tree is not None:
-        trees = [parse_tree(spec) for spec in args.trees] or [models.engine.tree]
-        arms |= {
-            getattr(tree, "spec", str(tree)): timing.simulate(models.with_tree(tree), args.profile) for tree in trees
-        }
+def make_arms(every: list[Models], args: Args) -> dict[str, Arm]:
+    """`plain`, then one arm a drafter and tree, named by the tree and, of several, what tells the drafters apart."""
+    arms = {"plain": Arm(every[0].plain())}
+    labels = [f"{label} " for label in telling(args.drafters)] if len(args.drafters) > 1 else [""]
+    for models, label, drafter in zip(every, labels, args.drafters or [None], strict=True):
+        if models.engine.tree is None:
+            continue
+        for tree in [parse_tree(spec) for spec in args.trees] or [models.engine.tree]:
+            spec = str(getattr(tree, "spec", tree))
+            arms[label + spec] = Arm(timing.simulate(models.with_tree(tree), args.profile), drafter, spec)
     return arms
 
 
-def make_row(name: str, models: Models, runs: dict[str, list[Run]], load: Load, args: Args) -> dict[str, Any]:
+def telling(paths: Sequence[str]) -> list[str]:
+    """What is left of each path without the folders that all begin with, and those that all end with."""
+    parts = [Path(path).parts for path in paths]
+    front, back = shared(parts), shared([part[::-1] for part in parts])
+    return ["/".join(part[front : len(part) - back]) or path for part, path in zip(parts, paths, strict=True)]
+
+
+def shared(rows: Sequence[Sequence[str]]) -> int:
+    """Words that all rows begin with."""
+    columns = zip(*rows, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def compare_drafting(rows: list[dict[str, Any]]) -> None:
+    """Adds to every row its drafting time over that of the first arm that drafts; None where nothing is drafted."""
+    first = next((row["draft_ms"] for row in rows if row["draft_ms"]), None)
+    for row in rows:
+        row["draft_ratio"] = row["draft_ms"] / first if first and row["draft_ms"] else None
+
+
+def make_row(
+    name: str, arm: Arm, runs: dict[str, list[Run]], parts: Parts | None, load: Load, args: Args
+) -> dict[str, Any]:
     """One arm's row: medians of its runs, the parts of a round, and the work a second by the models' sizes."""
-    mine, batches = runs[name], load.batches
-    middle = len(batches) // 2
-    rounds = int(mine[0].generations[middle].calls.max())
-    parts = timing.time_parts(models, load, batches[middle], rounds) if rounds else {}
-    round_seconds = parts.pop("round", 0.0)
+    models, mine, batches = arm.models, runs[name], load.batches
     prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
     prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
     work = timing.round_work(models, args.batch, float(prefix))
@@ -241,6 +286,8 @@ def make_row(name: str, models: Models, runs: dict[str, list[Run]], load: Load, 
     same = [np.array_equal(a, b) for a, b in zip(mine[0].tokens, runs["plain"][0].tokens, strict=True)]
     return {
         "arm": name,
+        "drafter": arm.drafter,
+        "tree": arm.tree,
         "batch": args.batch,
         "prefix": round(float(prefix)),
         "nodes": 1 if tree is None else tree.nodes,
@@ -252,12 +299,10 @@ def make_row(name: str, models: Models, runs: dict[str, list[Run]], load: Load, 
         "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
         "identical_fraction": float(np.mean(same)) if comparable else None,
         "capacity": load.sizes(models, batches[0])[0],
-        "round_ms": 1e3 * round_seconds if parts else None,
-        **{f"{part}_ms": 1e3 * parts[part] if parts else None for part in ("draft", "target", "verify", "commit")},
-        "overhead_ms": 1e3 * (round_seconds - sum(parts.values())) if parts else None,
+        **{f"{part}_ms": parts and 1e3 * getattr(parts, part) for part in PARTS},
         "prefill_ms": 1e3 * float(np.median([run.prefill_seconds for run in mine])) / len(batches),
-        "bytes_per_second": work.bytes / round_seconds if parts else None,
-        "flops_per_second": work.flops / round_seconds if parts else None,
+        "bytes_per_second": work.bytes / parts.round if parts else None,
+        "flops_per_second": work.flops / parts.round if parts else None,
     }
 
 
@@ -291,7 +336,7 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         temperature=args.temperature,
-        drafter=None if args.drafter == "none" else args.drafter,
+        drafters=args.drafters,
         draft_mode=args.draft_mode,
         rule=args.rule_name,
         rows=rows,
@@ -326,12 +371,12 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         )
     title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
     report.print_table(title, list(columns), table)
-    parts = ["round", "draft", "target", "verify", "commit", "overhead"]
     rates = ("bytes_per_second", "flops_per_second")
+    columns = {part: f"{part}_ms" for part in PARTS} | {"x draft": "draft_ratio"}
     table = [
-        [row["arm"], *(row[f"{part}_ms"] for part in parts), *(row[k] and row[k] / 1e9 for k in rates)] for row in rows
+        [row["arm"], *(row[key] for key in columns.values()), *(row[k] and row[k] / 1e9 for k in rates)] for row in rows
     ]
-    report.print_table("One round, ms", ["arm", *parts, "GB/s", "GFLOP/s"], table)
+    report.print_table("One round, ms", ["arm", *columns, "GB/s", "GFLOP/s"], table)
     sys.stdout.write(
         f"this machine: copies {result['machine_copy_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; "

@@ -195,7 +195,21 @@ def load_models(
     plain = Models(Engine(loaded.module), Weights(loaded.params), tokenizer, loaded.config)
     if drafter is None:
         return plain
-    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=loaded.config.layers)
+    return drafted_by(plain, drafter, tree=tree, mode=mode, rule=rule, draft_vocab=draft_vocab, dtype=dtype)
+
+
+def drafted_by(
+    plain: Models,
+    drafter: str | Path,
+    *,
+    tree: str | None = None,
+    mode: DraftMode = "topk",
+    rule: str | None = None,
+    draft_vocab: str | None = None,
+    dtype: Any = jnp.float32,
+) -> Models:
+    """A target that is loaded, drafted for by the drafter in a folder; the rest as for `load_models`."""
+    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=plain.config.layers)
     check_width(drafter, head.module, plain.config)
     scored = head.draft_vocab
     if scored is not None and not (scored and 0 <= scored[0] and scored[-1] < plain.config.vocab):

@@ -73,6 +73,21 @@ class Run(NamedTuple):
         return tau(sum(map(len, tokens)) - len(tokens), sum(int(g.calls.sum()) for g in self.generations))
 
 
+class Parts(NamedTuple):
+    """Seconds of one round and of its parts, each a program of its own; the dispatch of a program is left out."""
+
+    round: float
+    draft: float
+    target: float
+    verify: float
+    commit: float
+
+    @property
+    def overhead(self) -> float:
+        """What is left of the round; below 0 where fusion saves more than the rest costs."""
+        return self.round - sum(self[1:])
+
+
 class PeerRun(NamedTuple):
     """Another library's pass over the same batches."""
 
@@ -151,8 +166,24 @@ def nothing(*arguments: Any) -> Array:
     return jnp.zeros(())
 
 
-def time_parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[str, float]:
-    """Seconds of a whole round and of each of its parts, in the middle of the `rounds` that `requests` take."""
+def time_parts(arms: dict[str, Models], load: Load, requests: Requests, rounds: dict[str, int]) -> dict[str, Parts]:
+    """A whole round of every arm and each part of it, in the middle of the `rounds` that its `requests` take.
+
+    All parts of all arms take turns, so arms compare as well as parts do; every arm holds a cache meanwhile.
+    """
+    parts = {
+        (name, part): program
+        for name, models in arms.items()
+        for part, program in _parts(models, load, requests, rounds[name]).items()
+    }
+    repeats = 15
+    with report.progress("timing parts", repeats + 1, "turns") as bar:
+        seconds = cost.in_turns(parts, repeats=repeats, advance=bar.advance)
+    return {name: _without_dispatch({p: taken for (n, p), taken in seconds.items() if n == name}) for name in arms}
+
+
+def _parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[str, Part]:
+    """The programs of one arm's round, of its phases, and one that does nothing with the same arguments."""
     engine, weights = models.engine, models.weights
     state = run_rounds(engine, weights, load.begin(models, requests), np.int32(max(1, rounds // 2)))
     tree = grow(engine, weights, state)
@@ -170,11 +201,15 @@ def time_parts(models: Models, load: Load, requests: Requests, rounds: int) -> d
         path = (weights, state, scored.read_BND, accepted)
         parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
         parts["extend"] = Part(functools.partial(extend, engine), path)
-    seconds = cost.in_turns(parts, repeats=15)
-    dispatch = seconds.pop("nothing")
-    seconds = {name: max(0.0, taken - dispatch) for name, taken in seconds.items()}
-    seconds["draft"] = seconds.pop("grow", 0.0) + seconds.pop("extend", 0.0)
-    return seconds
+    return parts
+
+
+def _without_dispatch(seconds: dict[str, float]) -> Parts:
+    """What each program takes beyond `nothing`; a round drafts by growing a tree and by extending its own cache."""
+    dispatch = seconds["nothing"]
+    taken = {name: max(0.0, spent - dispatch) for name, spent in seconds.items()}
+    drafting = taken.get("grow", 0.0) + taken.get("extend", 0.0)
+    return Parts(taken["round"], drafting, taken["target"], taken["verify"], taken["commit"])
 
 
 def memory_bound_speedup(models: Models, tau: float) -> float:

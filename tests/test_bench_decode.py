@@ -107,6 +107,35 @@ def test_arms_and_peer_decode_the_same_tokens(result):
     assert peer["plain_speedup"] == pytest.approx(result["rows"][0]["tokens_per_second"] / peer["tokens_per_second"])
 
 
+def test_drafters_are_compared_with_every_tree(tmp_path, target, capsys):
+    prompts, path = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("how much is 2 and 3?\n")
+    heads = [str(write_drafter(tmp_path / name / "drafter")) for name in ("one", "two")]
+    flags = ["--target", target, "--drafter", heads[0], "--drafter", heads[1], "--tree", "chain:2,static:0,1"]
+    flags += ["--prompts", prompts, "--max-new-tokens", "6", "--repeats", "1", "--json", path]
+    assert main(["bench", "decode", *map(str, flags)]) == 0
+    result = json.loads(path.read_text())
+    plain, *drafted = result["rows"]
+    assert result["drafters"] == heads
+    assert [row["arm"] for row in drafted] == ["one chain:2", "one static:0,1", "two chain:2", "two static:0,1"]
+    assert [(row["drafter"], row["tree"]) for row in drafted[1:3]] == [(heads[0], "static:0,1"), (heads[1], "chain:2")]
+    assert [row["draft_ratio"] for row in drafted] == [row["draft_ms"] / drafted[0]["draft_ms"] for row in drafted]
+    assert plain["draft_ratio"] is plain["drafter"] is plain["tree"] is None
+    assert all(row["identical_fraction"] == 1 for row in drafted) and "x draft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["runs/one/drafter", "runs/two/drafter"], ["one", "two"]),
+        (["runs/one", "elsewhere/two/a"], ["runs/one", "elsewhere/two/a"]),
+        (["a/one", "a/one/b"], ["a/one", "b"]),
+    ],
+)
+def test_arms_are_named_by_what_tells_their_drafters_apart(paths, labels):
+    assert importlib.import_module("jaxspec.infer.bench_decode").telling(paths) == labels
+
+
 def test_a_missing_peer_is_one_sentence(target, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["bench", "decode", "--target", str(target), "--peer", "transformers"]) == 1
@@ -127,6 +156,7 @@ def test_prompts_that_do_not_fill_a_batch_are_refused(tmp_path, target, capsys):
     [
         (["--tree", "chain:2"], "--tree needs a --drafter"),
         (["--drafter", "d", "--tree", "chain:2,chian:3"], "tree 'chain:2,chian:3' is not one of"),
+        (["--drafter", "d", "--drafter", "e", "--drafter", "d"], "--drafter d is given twice"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--peer", "transformers", "--temperature", "1"], "--peer transformers is greedy and in fp32"),
     ],
@@ -140,7 +170,7 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
 
 def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
     program = importlib.import_module("jaxspec.infer.bench_decode")
-    args = program.Args(drafter="d", tree=("chain:2,static:0,1,00", "dynamic:8x3x3,best_first:8x3x3,none"))
+    args = program.Args(drafter=("d",), tree=("chain:2,static:0,1,00", "dynamic:8x3x3,best_first:8x3x3,none"))
     assert args.trees == ["chain:2", "static:0,1,00", "dynamic:8x3x3", "best_first:8x3x3", "none"]
 
 
@@ -189,6 +219,13 @@ def test_a_round_of_a_drafter_of_one_pass_reads_its_body_once():
     """Medusa's heads read one feature a row; then each depth scores it with a head of its own."""
     found = drafted_work(Medusa(MedusaConfig(8, 4, vocab=20)), 50)
     assert found == (4 * (4 * (8 * 8 + 8) + 4 * 20 * 8), 2 * (2 * 4 * 8 * 8 + 4 * 2 * 20 * 8))
+
+
+def test_a_head_that_all_depths_share_is_read_twice_a_round():
+    """For the root's children, and for those of all other depths at once; with a matmul of its own each."""
+    drafter = Medusa(MedusaConfig(8, 4))
+    whole, part = drafted_work(drafter, 50), drafted_work(drafter, 20)
+    assert (whole.bytes - part.bytes, whole.flops - part.flops) == (2 * 4 * 30 * 8, 4 * 2 * 2 * 30 * 8)
 
 
 def test_the_machine_moves_and_multiplies():
