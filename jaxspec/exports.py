@@ -22,6 +22,7 @@ from jaxspec.checkpoint import (
     drafter_shape,
     load_model,
     load_run_params,
+    model_card,
     model_shapes,
     run_shapes,
     save_model,
@@ -45,6 +46,7 @@ from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
 from jaxspec.interchange.tensors import StoredWeight
 from jaxspec.loading import target_folder, tokenizer_card
+from jaxspec.piecewise import Pieces, chunk_of, describe, pieces_of, written
 from jaxspec.report import git_sha, progress
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import RECORD, provenance, read_record
@@ -179,6 +181,11 @@ def write(to: str, out: Path, model: Exportable, target: str | None = None) -> N
         raise ValueError(f"it cannot be written to {to}: {reason}")
     if to == "orbax":
         about = {"family": model.family, **model.card}
+        if model.stored is not None:
+            weights = _cast(model.stored(), model.params)
+            check_room(out, weights)
+            save_target(out, weights, model.config, about=about, files=model.files, label=f"export to {out}")
+            return
         save_model(out, model.weights(), dict(model.config), kind=model.kind, about=about, files=model.files)
         return
     card = {"kind": "export", "family": model.family, "written_for": to, "provenance": {"jaxspec": __version__}}
@@ -209,13 +216,70 @@ def _write_lm(out: Path, model: Exportable, target: str | None, card: Mapping[st
         write_card(folder, card)
 
 
+def save_target(
+    out: Path,
+    weights: Sequence[StoredWeight],
+    config: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any],
+    files: Sequence[Path],
+    label: str,
+    source: str | None = None,
+) -> int:
+    """Write a target as `save_model` would, a piece of a weight at a time.
+
+    With `source`, what the weights are read from, a call that is interrupted leaves its pieces, and the next of the
+    same source keeps them; returns their bytes. Raises ValueError and OSError as `whole_folder`, and as reading does.
+    """
+    arrays = [_pieces(weight) for weight in weights]
+    checksums, kept = {}, 0
+    total = sum(piece.nbytes for piece in pieces_of(arrays))
+    with whole_folder(out, resumable=source is not None) as draft:
+        with progress(label, total, "bytes") as bar, written(draft, arrays, source or label) as pieces:
+            for done in pieces:
+                checksums[done.piece.file] = done.sha256
+                kept += done.piece.nbytes if done.kept else 0
+                bar.advance(done.piece.nbytes, f"{kept:,} bytes kept of an earlier call" if kept else None)
+        describe(draft, arrays, {"kind": "target"})
+        for file in files:
+            shutil.copyfile(file, draft / file.name)
+        card = model_card(tree_of(weights), dict(config), kind="target", about=about)
+        write_card(draft, card, known=checksums)
+    return kept
+
+
+def check_room(out: Path, weights: Sequence[StoredWeight]) -> None:
+    """ValueError where the disk has no room for the weights beside what an interrupted call left."""
+    needed = sum(piece.nbytes for piece in pieces_of([_pieces(weight) for weight in weights]))
+    parent = next(path for path in out.absolute().parents if path.is_dir())
+    left = out.absolute().with_name(f".{out.name}.partial") / "params"
+    there = sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free
+    if needed - there > free:
+        raise ValueError(
+            f"{out}: needs {needed - there:,} bytes more, and {free:,} are free on its disk: make room, or name another"
+        )
+
+
+def _pieces(weight: StoredWeight) -> Pieces:
+    chunk = chunk_of(weight.shape, weight.dtype.itemsize, weight.rows, stacked=weight.inner)
+    return Pieces(weight.path, weight.shape, weight.dtype, chunk, weight.read)
+
+
 def _cast(weights: Sequence[StoredWeight], params: Params) -> list[StoredWeight]:
     """Weights in the dtypes of `params`."""
     dtype_of = {
         tuple(getattr(key, "key", None) for key in path): leaf.dtype
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    return [weight._replace(dtype=dtype_of[weight.path]) for weight in weights]
+
+    def cast(weight: StoredWeight) -> StoredWeight:
+        dtype = np.dtype(dtype_of[weight.path])
+        if dtype == weight.dtype:
+            return weight
+        return weight._replace(dtype=dtype, read=lambda block: weight.read(block).astype(dtype))
+
+    return [cast(weight) for weight in weights]
 
 
 def _lm_config(model: Exportable) -> LlamaConfig:

@@ -6,21 +6,17 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxspec import report
-from jaxspec.card import write_card
-from jaxspec.checkpoint import load_model, model_card, whole_folder
+from jaxspec.checkpoint import load_model
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
-from jaxspec.exports import GENERATION, Exportable, files_of
+from jaxspec.exports import GENERATION, Exportable, check_room, files_of, save_target
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
-from jaxspec.interchange.tensors import INDEX, StoredWeight, shards
+from jaxspec.interchange.tensors import INDEX, shards
 from jaxspec.loading import target_folder, tokenizer_card
-from jaxspec.piecewise import Pieces, chunk_of, describe, pieces_of, written
 
 FETCHED = ("config.json", GENERATION, *TOKENIZER_FILES, "model.safetensors", INDEX, "model-*.safetensors")
 """Of a repository: nothing else, such as the same weights in other formats."""
@@ -79,9 +75,8 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
     if is_exported(folder):
         raise ValueError(f"{name}: is a model of jaxspec's already; copy its folder")
     config, weights = stored_weights(folder)
-    arrays, mark = [_pieces(weight) for weight in weights], fingerprint(folder)
-    _check_room(out, sum(piece.nbytes for piece in pieces_of(arrays)))
-    given = check_digests(folder)
+    check_room(out, weights)
+    given, mark = check_digests(folder), fingerprint(folder)
     files = files_of(folder)
     about = {
         "family": getattr(config, "family", "llama"),
@@ -89,14 +84,9 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
         "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": report.git_sha()},
         "fingerprint": mark,
     }
-    params, values = tree_of(weights), dataclasses.asdict(config)
-    with whole_folder(out, resumable=True) as draft:
-        checksums, kept = _write(draft, arrays, _identity(folder, mark), name)
-        describe(draft, arrays, {"kind": "target"})
-        for file in files:
-            shutil.copyfile(file, draft / file.name)
-        write_card(draft, model_card(params, values, kind="target", about=about), known=checksums)
-    model = Exportable("target", params, values, about, files, "hf", lambda: load_model(out)[0])
+    values, source = dataclasses.asdict(config), _identity(folder, mark)
+    kept = save_target(out, weights, values, about=about, files=files, label=f"import {name}", source=source)
+    model = Exportable("target", tree_of(weights), values, about, files, "hf", lambda: load_model(out)[0])
     return Imported(model, sum(w.nbytes for w in weights), kept, len(given))
 
 
@@ -136,39 +126,10 @@ def given_digest(path: Path) -> str | None:
     return None
 
 
-def _pieces(weight: StoredWeight) -> Pieces:
-    chunk = chunk_of(weight.shape, weight.dtype.itemsize, weight.rows, stacked=weight.inner)
-    return Pieces(weight.path, weight.shape, weight.dtype, chunk, weight.read)
-
-
-def _write(draft: Path, arrays: Sequence[Pieces], identity: str, name: str) -> tuple[Mapping[str, str], int]:
-    """The checksums of all pieces, and how many bytes were there already."""
-    checksums, kept = {}, 0
-    total = sum(piece.nbytes for piece in pieces_of(arrays))
-    with report.progress(f"import {name}", total, "bytes") as bar, written(draft, arrays, identity) as pieces:
-        for done in pieces:
-            checksums[done.piece.file] = done.sha256
-            kept += done.piece.nbytes if done.kept else 0
-            bar.advance(done.piece.nbytes, f"{kept:,} bytes kept of an earlier import" if kept else None)
-    return checksums, kept
-
-
 def _identity(folder: Path, mark: str) -> str:
     """What the pieces of an interrupted import must have been made of to be kept."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards(folder)]
     return json.dumps([mark, files])
-
-
-def _check_room(out: Path, needed: int) -> None:
-    """ValueError where the disk has no room for so many bytes beside what an interrupted import left."""
-    parent = next(path for path in out.absolute().parents if path.is_dir())
-    left = out.absolute().with_name(f".{out.name}.partial") / "params"
-    there = sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
-    free = shutil.disk_usage(parent).free
-    if needed - there > free:
-        raise ValueError(
-            f"{out}: needs {needed - there:,} bytes more, and {free:,} are free on its disk: make room, or name another"
-        )
 
 
 def _revision(folder: Path) -> str | None:

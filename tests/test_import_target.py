@@ -21,9 +21,10 @@ from orbax.checkpoint import v1 as ocp
 from random_models import write_drafter, write_target
 from safetensors.numpy import load_file, save_file
 
-from jaxspec import imports, piecewise
+from jaxspec import exports, imports, piecewise
 from jaxspec.__main__ import main
 from jaxspec.card import CARD
+from jaxspec.checkpoint import load_model
 from jaxspec.exports import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes
@@ -210,7 +211,9 @@ def test_a_drafter_is_no_target(tmp_path: Path):
 # ---- memory and interruptions
 
 
-def test_no_more_than_a_few_pieces_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_no_more_than_a_few_pieces_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any):
+    """By an import, and by an export of a target, which casts if it is told to."""
     folder = tmp_path / "hf"
     folder.mkdir()
     fields = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
@@ -219,10 +222,13 @@ def test_no_more_than_a_few_pieces_are_held(tmp_path: Path, monkeypatch: pytest.
     save_file({n: np.ones(s, ml_dtypes.bfloat16) for n, s in shapes.items()}, folder / "model.safetensors")
     monkeypatch.setattr(piecewise, "PIECE_BYTES", 2**18)
     tracemalloc.start()
-    done = imports.import_target(folder, tmp_path / "out", name="x")
+    if dtype is None:
+        assert imports.import_target(folder, tmp_path / "out", name="x").bytes > 24e6
+    exports.write("orbax", tmp_path / "exported", exports.find_model(str(folder), dtype=dtype))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert done.bytes > 24e6 and peak < 6e6
+    assert peak < 6e6
+    assert load_model(tmp_path / "exported")[0]["embed"].dtype == (dtype or jnp.bfloat16)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -325,7 +331,7 @@ def test_a_digest_that_is_given_is_held_to(copy: Path, tmp_path: Path, capsys: A
 
 
 def test_a_disk_that_is_too_small_is_told_of_at_once(copy: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
-    monkeypatch.setattr(imports.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "1,000 are free" in refused(capsys, copy, tmp_path / "out")
 
 
