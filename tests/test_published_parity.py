@@ -107,14 +107,15 @@ def files_of(kind: str, target: str, out: Path) -> tuple[dict[str, Any], Any, An
     if kind == "eagle3.1":
         write_newer(out)
     else:
-        write("eagle" if "eagle" in SERVED[kind] else "vllm", out, head(kind), target)
+        server = next(name for name in ("eagle", "vllm", "speculators") if name in SERVED[kind])
+        write(server, out, head(kind), target)
     found = read_drafter(out)
     tensors = {name: torch.from_numpy(a) for name, a in load_file(out / "model.safetensors").items()}
     return tensors, DRAFTERS[found.name][0](found.config), found.params
 
 
 def write_newer(out: Path) -> None:
-    """A folder of EAGLE-3.1, which nothing of ours writes, as its readers name tensors and fields."""
+    """A folder of EAGLE-3.1 with every norm there is, which nothing of ours writes, as its readers name them."""
     model = head("eagle3.1")
     config = drafter_shape("eagle3", model.config["shape"])
     tensors = stored_tensors(eagle3_table(config), dict(model.params))
@@ -179,7 +180,7 @@ def test_an_imported_peagle_head_drafts_in_one_pass_as_the_equations_say(
     tokens, features, borrowed = text
     w, module, params = files_of(kind, target, tmp_path / "out")
     ours, c = unrolled(module, params, borrowed, tokens, features), module.config
-    embed = w.get("embed_tokens.weight", torch.from_numpy(np.array(borrowed.embed_VD)))
+    embed = w["embed_tokens.weight"] if "embed" in params else torch.from_numpy(np.array(borrowed.embed_VD))
     for row in range(ROWS):
         # The pairs up to this row, and behind them the masks, all causally.
         taps = torch.cat([torch.from_numpy(features[: row + 1]), w["mask_hidden"][0].expand(STEPS - 1, -1)])

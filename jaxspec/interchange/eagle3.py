@@ -18,8 +18,8 @@ EMBEDDING = "embed_tokens.weight"
 IGNORED = (EMBEDDING, "d2t", "t2d")
 IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
 LayerIds = Literal["input", "output"]
-NORMS = {"norm_before_fc": "input_norm", "fc_norm": "tap_norms"}
-"""Fields of config.json -> of our configuration: speculators' option, and EAGLE-3.1's. (`norm_output` is its other.)"""
+NORMS = {"norm_before_fc": "input_norm", "fc_norm": "tap_norms", "norm_output": "normed_feature"}
+"""Fields of config.json -> of our configuration: speculators' option, and EAGLE-3.1's two."""
 
 
 def is_eagle3(shapes: Shapes) -> bool:
@@ -36,14 +36,13 @@ def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: L
     """The shape of the head; its taps by `read_taps`. Raises ValueError as `head_fields`."""
     if folder.config.get("speculators_model_type") == "peagle":
         raise ValueError(f"{folder.path} is a P-EAGLE head by its config.json, and has no tensor mask_hidden")
-    fields = head_fields(folder, target_layers, layer_ids, embeds=False)
-    return Eagle3Config(**fields, normed_feature=bool(folder.config.get("norm_output")))
+    return Eagle3Config(**head_fields(folder, target_layers, layer_ids, embeds=False))
 
 
 def head_fields(
     folder: Folder, target_layers: int | None, layer_ids: LayerIds | None, *, embeds: bool
 ) -> dict[str, Any]:
-    """What the shapes of EAGLE-3 and P-EAGLE heads share, `norm_output` apart.
+    """What the shapes of EAGLE-3 and P-EAGLE heads share.
 
     An embedding in the file is the head's own where its width is not the target's, or where config.json says by
     `embed_requires_grad` (absent: `embeds`) that it was trained. Raises ValueError where tensors and fields do not fit.

@@ -48,6 +48,7 @@ def peagle_config(
             f"{path}: num_hidden_layers={raw['num_hidden_layers']!r}, and the weights are of {layers} layers"
         )
     fields = head_fields(folder, target_layers, layer_ids, embeds=True)
+    fields["normed_feature"] = False  # it reads none
     return PEagleConfig(**fields, tokens=said, layers=layers, mask_token=mask)
 
 

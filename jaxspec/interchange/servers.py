@@ -19,7 +19,7 @@ from jaxspec.base import Params
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
 from jaxspec.drafters.peagle import PEagleConfig
 from jaxspec.interchange.eagle import eagle_table
-from jaxspec.interchange.eagle3 import CONVENTION, EMBEDDING, IDS, eagle3_table, vocabulary_maps
+from jaxspec.interchange.eagle3 import CONVENTION, EMBEDDING, IDS, NORMS, eagle3_table, vocabulary_maps
 from jaxspec.interchange.fspad import fspad_table
 from jaxspec.interchange.hf_config import rope_fields
 from jaxspec.interchange.layout import stored_tensors
@@ -191,6 +191,8 @@ def _eagle3_keys(prefix: str = "midlayer.", *, maps: bool = False, embedding: bo
         required = {"fc.weight", "norm.weight", "lm_head.weight"}
         required |= {"d2t", "t2d"} if maps or draft.draft_vocab is not None else set()
         required |= {EMBEDDING} if embedding or draft.config.embed_vocab else set()
+        required |= {"input_norm.weight"} if draft.config.input_norm else set()
+        required |= {f"fc_norm.{i}.weight" for i in range(len(draft.config.taps)) if draft.config.tap_norms}
         optional: set[str] = set()
         if isinstance(draft.config, PEagleConfig):
             required |= {"mask_hidden"}
@@ -208,6 +210,7 @@ def _shaped(draft: Draft) -> Fields:
     return {
         "draft_vocab_size": c.vocab,
         "norm_before_residual": c.norm_before_residual,
+        **{theirs: True for theirs, ours in NORMS.items() if getattr(c, ours)},
         "embed_requires_grad": bool(c.embed_vocab),
         **({"target_hidden_size": c.target_width} if c.target_width else {}),
         **({"mask_token_id": c.mask_token} if isinstance(c, PEagleConfig) else {}),
@@ -424,6 +427,8 @@ LM_SERVERS = ("sglang", "vllm", "sglang-jax")
 
 NORM_FIRST = ("vllm", "speculators", "tpu-inference")
 """Those that honour an EAGLE-3 head's `norm_before_residual`."""
+MORE_NORMS = ("vllm", "speculators")
+"""Those that honour `norm_before_fc` (vLLM pull request 36545), and EAGLE-3.1's `fc_norm` and `norm_output` (42764)."""
 OWN_EMBEDDING = ("vllm", "speculators")
 """Those that read with an embedding of the head's own where it is as wide as the target's."""
 OTHER_WIDTH = ("eagle", "sglang", "vllm")
@@ -482,7 +487,12 @@ def _unserved_eagle(server: str, config: Any, weights: Callable[[], Params]) -> 
 
 def _unserved_eagle3(server: str, c: Eagle3Config) -> str | None:
     if c.input_norm or c.tap_norms or c.normed_feature:
-        return f"{server} is written for EAGLE-3, and this head has norms of EAGLE-3.1 or before fc"
+        if server not in (MORE_NORMS if not isinstance(c, PEagleConfig) else ("speculators",)):
+            return (
+                f"{server} is not known to honour norms of EAGLE-3.1 or before fc, and this head was trained with them"
+            )
+        if c.input_norm and c.tap_norms:
+            return f"{server} norms what fc reads as a whole or each layer's part, and this head does both"
     if c.norm_before_residual and server not in NORM_FIRST:
         return f"{server} is not known to honour norm_before_residual, and this head was trained with it"
     if len(c.taps) != 3 and server != "speculators":
