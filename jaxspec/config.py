@@ -161,7 +161,12 @@ class HeadConfig:
     zero_logits: bool | None = None  # HASS's released attention
     feature_sampling: bool | None = None  # FSPAD
     partial_alignment: bool | None = None  # FSPAD
-    taps: tuple[int, ...] | None = None  # EAGLE-3, P-EAGLE
+    qk_norm: bool | None = None  # as Qwen3's layers have it
+    taps: tuple[int, ...] | None = None  # EAGLE-3, P-EAGLE, as are the next four
+    norm_before_residual: bool | None = None
+    input_norm: bool | None = None  # speculators' norm_before_fc
+    tap_norms: bool | None = None  # EAGLE-3.1's fc_norm
+    normed_feature: bool | None = None  # EAGLE-3.1's norm_output, of EAGLE-3 alone
     tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec, P-EAGLE
     host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next five
     mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] | None = None

@@ -35,11 +35,14 @@ KINDS: dict[str, Any] = {
     "eagle": Eagle(EagleConfig(WIDTH, 4, 4, 6, 20)),
     "eagle grouped": Eagle(EagleConfig(*SHAPE, rope_theta=100.0)),
     "eagle one key head": Eagle(EagleConfig(WIDTH, 3, 1, 4, 20, bias=False)),
-    "eagle norms": Eagle(EagleConfig(WIDTH, 4, 2, 4, 20, bias=False, embedding_norm=True, head_norm=True)),
+    "eagle norms": Eagle(
+        EagleConfig(WIDTH, 4, 2, 4, 20, bias=False, embedding_norm=True, head_norm=True, qk_norm=True)
+    ),
     "fspad": Fspad(FspadConfig(*SHAPE)),
     "fspad without sampling": Fspad(FspadConfig(*SHAPE, feature_sampling=False)),
     "fspad without alignment": Fspad(FspadConfig(*SHAPE, partial_alignment=False, embedding_norm=True)),
     "eagle3": Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1, 2))),
+    "eagle3.1": Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1, 2), tap_norms=True, normed_feature=True)),
     "eagle3 narrow": Eagle3(
         Eagle3Config(12, 4, 2, 6, 20, vocab=VOCAB, taps=(0, 2), target_width=WIDTH, embed_vocab=VOCAB, tap_norms=True)
     ),
@@ -57,7 +60,9 @@ KINDS: dict[str, Any] = {
     ),
     "parallelspec zeros": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=STEPS, mask_feature="zeros", bias=False)),
     "peagle": PEagle(
-        PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1, 2), tokens=STEPS, layers=2, mask_token=5, embed_vocab=VOCAB)
+        PEagleConfig(
+            *SHAPE, vocab=VOCAB, taps=(0, 1, 2), tokens=STEPS, layers=2, mask_token=5, embed_vocab=VOCAB, qk_norm=True
+        )
     ),
     "peagle of one layer": PEagle(
         PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 2), tokens=STEPS, layers=1, mask_token=5, norm_before_residual=True)

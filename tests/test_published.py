@@ -64,6 +64,11 @@ HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
         SOME,
     ),
     "eagle3 norm before fc": ("eagle3", Eagle3Config(*SHAPE, vocab=SIZE, taps=(2, 3, 4), input_norm=True), None),
+    "eagle3 normed queries": (
+        "eagle3",
+        Eagle3Config(*SHAPE, vocab=SIZE, taps=(2, 3, 4), qk_norm=True, norm_before_residual=True),
+        None,
+    ),
     "eagle3 narrow": (
         "eagle3",
         Eagle3Config(24, 4, 2, 6, 20, vocab=len(SOME), taps=(2, 3, 4), target_width=WIDTH, embed_vocab=SIZE),
@@ -87,7 +92,7 @@ HEADS: dict[str, tuple[str, Any, tuple[int, ...] | None]] = {
     ),
     "peagle with norms": (
         "peagle",
-        PEagleConfig(*SHAPE, vocab=SIZE, taps=(2, 3, 4), layers=1, mask_token=7, tap_norms=True),
+        PEagleConfig(*SHAPE, vocab=SIZE, taps=(2, 3, 4), layers=2, mask_token=7, tap_norms=True, qk_norm=True),
         None,
     ),
     "medusa": ("medusa", MedusaConfig(WIDTH, 3, vocab=SIZE), None),
@@ -108,6 +113,7 @@ SERVED = {
     "eagle3.1": ["orbax"],
     "eagle3.1 of two norms": ["orbax", "vllm", "speculators"],
     "eagle3 norm before fc": ["orbax", "vllm", "speculators"],
+    "eagle3 normed queries": ["orbax", "speculators"],
     "eagle3 narrow": ["orbax", "eagle", "sglang", "vllm"],
     "eagle3 own embedding": ["orbax", "vllm", "speculators"],
     "peagle": ["orbax", "vllm", "speculators"],

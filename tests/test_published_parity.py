@@ -45,8 +45,9 @@ def attention(w: dict[str, Any], prefix: str, x: Any, theta: float) -> Any:
     """Causal grouped attention over `[length, width]`."""
 
     def heads(name: str, count: int) -> Any:
-        bias = w.get(f"{prefix}self_attn.{name}_proj.bias", 0.0)
-        return (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T + bias).view(len(x), count, CHANNELS).transpose(0, 1)
+        bias, scale = w.get(f"{prefix}self_attn.{name}_proj.bias", 0.0), w.get(f"{prefix}self_attn.{name}_norm.weight")
+        out = (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T + bias).view(len(x), count, CHANNELS).transpose(0, 1)
+        return out if scale is None else norm(scale, out)
 
     q, k, v = turn(heads("q", QUERIES), theta), turn(heads("k", KEYS), theta), heads("v", KEYS)
     k, v = (a.repeat_interleave(QUERIES // KEYS, 0) for a in (k, v))
@@ -145,7 +146,8 @@ def text() -> tuple[np.ndarray, np.ndarray, Borrowed]:
     return draw.integers(0, SIZE, ROWS), features, Borrowed(embed, table)
 
 
-UNPUBLISHED = ("eagle3 of other layers", "eagle3 norm first")  # in layouts that their authors' code does not write
+UNPUBLISHED = ("eagle3 of other layers", "eagle3 norm first", "eagle3 normed queries")
+"""In layouts that their authors' code does not write."""
 
 
 @pytest.mark.parametrize(

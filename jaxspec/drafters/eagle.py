@@ -42,6 +42,8 @@ class EagleConfig:
     """Whether queries, keys and values have biases, as in heads for Qwen2."""
     out_bias: bool = False
     """Whether the attention's output has one too, as where `attention_bias` is set."""
+    qk_norm: bool = False
+    """RMSNorms over the channels of every query and key before they are rotated, as in heads of Qwen3's layers."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -67,8 +69,13 @@ class EagleConfig:
 
 def layer_shapes(c: EagleConfig) -> dict[str, tuple[int, ...]]:
     """Weights of the decoder layer, without a norm before its attention."""
-    shapes = layers.layer_shapes(c, Options(qkv_bias=c.qkv_bias, out_bias=c.out_bias))
+    shapes = layers.layer_shapes(c, layer_options(c))
     return {name: shape for name, shape in shapes.items() if name != "attention_norm"}
+
+
+def layer_options(c: EagleConfig) -> Options:
+    """What its decoder layers have beyond Llama's."""
+    return Options(qkv_bias=c.qkv_bias, out_bias=c.out_bias, qk_norm=c.qk_norm)
 
 
 class Eagle(Recurrent):

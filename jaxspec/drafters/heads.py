@@ -22,6 +22,7 @@ from jaxspec.layers import (
     merge_heads,
     project_qkv,
     recompute,
+    rms_norm,
     rope,
     rope_frequencies,
     score_tokens,
@@ -42,6 +43,10 @@ class HeadConfig(Protocol):
     def rope_theta(self) -> float: ...
     @property
     def rope_scaling(self) -> RopeScaling | None: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def qk_norm(self) -> bool: ...
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight."""
         ...
@@ -80,9 +85,11 @@ class OneLayer(DrafterModule):
         c = self.config
         return rope(positions_BL, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
-    def project(self, x_BLD: Array, positions_BL: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values at rotary positions."""
-        return project_qkv(self.weights, x_BLD, *self.turn(positions_BL))
+    def project(self, x_BLD: Array, positions_BL: Array, weights: Params | None = None) -> tuple[Array, Array, Array]:
+        """Queries, keys and values at rotary positions, of the layer with these weights (default: the one there is)."""
+        c = self.config
+        norm = functools.partial(rms_norm, eps=c.norm_eps) if c.qk_norm else None
+        return project_qkv(weights or self.weights, x_BLD, *self.turn(positions_BL), norm)
 
     def mix(self, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
         """The residual stream behind the attention."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxspec import cache as kv
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
-from jaxspec.layers import Prefix, as_mask, attend, gated_mlp, merge_heads, project_qkv, recompute, rms_norm
+from jaxspec.layers import Prefix, as_mask, attend, gated_mlp, merge_heads, recompute, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class MaskSlots(OnePass, OneLayer):
 
     def heads(self, layer: int, seen_BLE: Array, positions_BL: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values of a layer."""
-        return project_qkv(self.layer_weights[layer], seen_BLE, *self.turn(positions_BL))
+        return self.project(seen_BLE, positions_BL, self.layer_weights[layer])
 
     def finish(self, layer: int, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
         """A layer's output."""

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Borrowed, Params
+from jaxspec.drafters.eagle import layer_options
 from jaxspec.drafters.eagle3 import Eagle3Config, TapReader
 from jaxspec.drafters.heads import init_weight
 from jaxspec.drafters.mask_slots import MaskSlots, SlotOptions
-from jaxspec.layers import Options, layer_shapes, rms_norm
+from jaxspec.layers import layer_shapes, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PEagleConfig(SlotOptions, Eagle3Config):
 
     def upper_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight of a layer above the first."""
-        return layer_shapes(self, Options(qkv_bias=self.qkv_bias, out_bias=self.out_bias))
+        return layer_shapes(self, layer_options(self))
 
 
 class PEagle(TapReader, MaskSlots):

@@ -98,6 +98,8 @@ def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
             table[f"{prefix}self_attn.{name}_proj.bias"] = Entry(part.weight, part.view, (heads * c.head_dim,))
     if c.out_bias:
         table[f"{prefix}self_attn.o_proj.bias"] = vector("out_bias", weights)
+    if c.qk_norm:
+        table |= {f"{prefix}self_attn.{name}.weight": vector(name, weights) for name in ("q_norm", "k_norm")}
     return {**table, f"{prefix}post_attention_layernorm.weight": vector("mlp_norm", weights)}
 
 
@@ -150,7 +152,7 @@ def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> No
 def head_shape(folder: Folder) -> dict[str, Any]:
     """The fields that all heads of one layer share, from config.json: what it leaves out is as transformers has it.
 
-    Biases of the attention are told by the tensors that are there.
+    Biases of the attention and norms of queries and keys are told by the tensors that are there.
     """
     fields = Fields(folder.path / "config.json", folder.config, {}, DEFAULTS)
     if fields.find("hidden_act") != "silu":
@@ -169,6 +171,7 @@ def head_shape(folder: Folder) -> dict[str, Any]:
         "rope_scaling": scaling,
         "qkv_bias": any(name.endswith("self_attn.q_proj.bias") for name in folder.tensors),
         "out_bias": any(name.endswith("self_attn.o_proj.bias") for name in folder.tensors),
+        "qk_norm": any(name.endswith("self_attn.q_norm.weight") for name in folder.tensors),
     }
 
 

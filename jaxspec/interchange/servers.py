@@ -90,12 +90,14 @@ EAGLE3 = UPPER | {"hidden_norm.weight"}
 
 
 def _keys(prefix: str, layer: frozenset[str], required: set[str], optional: set[str] | None = None) -> Keys:
-    biases = _biases(prefix)
-    return Keys(frozenset({prefix + name for name in layer} | required), frozenset(biases | (optional or set())))
+    extras = _extras(prefix)
+    return Keys(frozenset({prefix + name for name in layer} | required), frozenset(extras | (optional or set())))
 
 
-def _biases(prefix: str) -> set[str]:
-    return {f"{prefix}self_attn.{name}_proj.bias" for name in "qkvo"}
+def _extras(prefix: str) -> set[str]:
+    """What only some layers have; who reads it is told by `_reads_biases` and `NORMED_QUERIES`."""
+    biases = {f"{prefix}self_attn.{name}_proj.bias" for name in "qkvo"}
+    return biases | {f"{prefix}self_attn.{name}_norm.weight" for name in "qk"}
 
 
 def llama_fields(draft: Draft, architecture: str) -> Fields:
@@ -198,7 +200,7 @@ def _eagle3_keys(prefix: str = "midlayer.", *, maps: bool = False, embedding: bo
             required |= {"mask_hidden"}
             upper = [f"layers.{i}." for i in range(1, draft.config.layers)]
             required |= {prefix + name for prefix in upper for name in UPPER}
-            optional = {name for prefix in upper for name in _biases(prefix)}
+            optional = {name for prefix in upper for name in _extras(prefix)}
         return _keys(prefix, EAGLE3, required, optional)
 
     return make
@@ -276,7 +278,8 @@ def _speculators_fields(draft: Draft) -> Fields:
             ],
             "verifier": {"name_or_path": draft.target_name, "architectures": ["LlamaForCausalLM"]},
         },
-        "transformer_layer_config": {key: value for key, value in layer.items() if key != "architectures"},
+        "transformer_layer_config": {key: value for key, value in layer.items() if key != "architectures"}
+        | ({"model_type": "qwen3"} if draft.config.qk_norm else {}),
     }
 
 
@@ -429,6 +432,8 @@ NORM_FIRST = ("vllm", "speculators", "tpu-inference")
 """Those that honour an EAGLE-3 head's `norm_before_residual`."""
 MORE_NORMS = ("vllm", "speculators")
 """Those that honour `norm_before_fc` (vLLM pull request 36545), and EAGLE-3.1's `fc_norm` and `norm_output` (42764)."""
+NORMED_QUERIES = ("speculators",)
+"""Those that build heads of Qwen3's layers."""
 OWN_EMBEDDING = ("vllm", "speculators")
 """Those that read with an embedding of the head's own where it is as wide as the target's."""
 OTHER_WIDTH = ("eagle", "sglang", "vllm")
@@ -459,6 +464,8 @@ def unserved(
         return f"{server} cannot serve {family}: {about.refusals[family]}"
     if family != "medusa" and not _reads_biases(server, family, config):
         return f"{server} is not known to read biases of the attention such as this head has"
+    if family != "medusa" and config.qk_norm and server not in NORMED_QUERIES:
+        return f"{server} is not known to norm a head's queries and keys, as Qwen3's layers do"
     match family:
         case "eagle" | "fspad":
             return _unserved_eagle(server, config, weights)
