@@ -15,7 +15,7 @@ import numpy as np
 from jaxspec import cost, decode, report
 from jaxspec.base import Array
 from jaxspec.cost import Part
-from jaxspec.decode import DecodeState
+from jaxspec.decode import DecodeState, Engine
 from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.loading import Models
 from jaxspec.requests import Requests
@@ -160,9 +160,9 @@ extend = jax.jit(decode.extend, static_argnames="engine")
 commit = jax.jit(decode.commit, donate_argnames="state")
 
 
-@jax.jit
-def nothing(*arguments: Any) -> Array:
-    """What handing a program its arguments costs."""
+@functools.partial(jax.jit, static_argnames="engine")
+def nothing(engine: Engine, *arguments: Any) -> Array:
+    """What handing a program its arguments costs, finding it by its engine included."""
     return jnp.zeros(())
 
 
@@ -191,7 +191,7 @@ def _parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[
     accepted = accept(engine, state, tree, scored.logits_BNV)
     one_round = functools.partial(run_rounds, engine)
     parts = {
-        "nothing": Part(nothing, (weights, state)),
+        "nothing": Part(functools.partial(nothing, engine), (weights, state)),
         "round": Part(one_round, (weights, state, np.int32(1)), donated=1),
         "target": Part(functools.partial(score, engine), (weights, state, tree)),
         "verify": Part(functools.partial(accept, engine), (state, tree, scored.logits_BNV)),

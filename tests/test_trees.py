@@ -126,17 +126,17 @@ def pop_best(policy: BestFirstTree, logp_BTR: jax.Array) -> Tree:
 
 def pushed_and_popped(logp_TR: np.ndarray, nodes: int) -> list[tuple[int, int, float]]:
     """`(parent, rank, score)` of the nodes below the root, from a heap with the children of all that was popped."""
-    heap = [(-score, 0, rank, 1) for rank, score in enumerate(logp_TR[0])]
+    heap = [(-score, 1, 0, rank) for rank, score in enumerate(logp_TR[0])]
     heapq.heapify(heap)
     taken = []
     while heap and len(taken) < nodes - 1:
-        score, parent, rank, depth = heapq.heappop(heap)
+        score, depth, parent, rank = heapq.heappop(heap)
         if score == np.inf:
             break
         taken.append((parent, rank, -score))
         if depth < len(logp_TR):
             for r, step in enumerate(logp_TR[depth]):
-                heapq.heappush(heap, (score - step, len(taken), r, depth + 1))
+                heapq.heappush(heap, (score - step, depth + 1, len(taken), r))
     return taken
 
 

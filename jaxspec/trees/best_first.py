@@ -1,4 +1,4 @@
-"""The best tree for drafters whose children do not depend on the node: popped best first from the depths' own laws."""
+"""The best tree for drafters whose children do not depend on the node: the best paths under the depths' own laws."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxspec.base import ROOT, Array, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.sampling import argmax
-from jaxspec.trees.shape import ancestor_mask
+from jaxspec.trees.shape import ancestor_mask, below_root
 
 
-class Popped(NamedTuple):
-    """The nodes so far, and all that can be next: what a heap would hold, one place for every child of every node."""
+class Nodes(NamedTuple):
+    """Nodes below the root, `K` of a depth or of all."""
 
-    open_BNR: Array
-    """Scores of the nodes' children; -inf for those taken and for nodes not there."""
-    token_BN: Array
-    parent_BN: Array
-    depth_BN: Array
-    score_BN: Array
+    token_BK: Array
+    score_BK: Array
+    """Cumulative log-probability."""
+    parent_BK: Array
+    """Places of their parents among the nodes of all depths; ROOT for the root's children."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BestFirstTree:
     """The best of all trees of `nodes` nodes over the `width` likeliest tokens of each of `depth` depths.
 
-    The draft is asked once a depth, and every node of a depth gets the same children. From the root, the node with the
-    greatest cumulative log-probability is taken `nodes - 1` times, ties to the child of the earlier node and then to
-    the likelier one; as scores fall along a path, these are the best of all paths (JetSpec, DDTree). That is the most
-    accepted tokens expected under the *product of the depths' laws*, a surrogate: the target's own tokens of
+    The draft is asked once a depth, and every node of a depth gets the same children. The tree is the root and the
+    `nodes - 1` nodes of the greatest cumulative log-probability, best first, ties to the shallower node and then to the
+    child of the better one; as scores fall along a path, these are the best of all paths (JetSpec, DDTree). That is the
+    most accepted tokens expected under the *product of the depths' laws*, a surrogate: the target's own tokens of
     neighbouring depths do depend on each other. With a drafter whose children depend on the node (EAGLE, a draft LM)
     the laws are those along its likeliest chain; the text is the same, the tree only a worse one.
+
+    They are found depth by depth, where others pop a heap node by node: no more than `nodes - 1` of a depth can be
+    among them, and those are children of such nodes, so one `top_k` a depth and one over all depths do.
     Raises ValueError where there are fewer paths than nodes.
     """
 
@@ -71,15 +73,38 @@ class BestFirstTree:
     ) -> Tree:
         """Ask for each depth's likeliest tokens, then take the best node that is left, again and again."""
         token_BTR, logp_BTR = self._ask(draft, choose, scratch, root_logits_BV)
-        popped = self._pop(token_BTR, logp_BTR, root_token_B)
+        pool, counts = self._best_of_depths(token_BTR, logp_BTR)
+        score_BK, chosen = jax.lax.top_k(pool.score_BK, self.nodes - 1)
+        rows, real = jnp.arange(len(root_token_B))[:, None], score_BK > -jnp.inf
+        node_of = jnp.zeros_like(pool.parent_BK).at[rows, chosen].set(jnp.arange(1, self.nodes))
+        above = pool.parent_BK[rows, chosen]
+        parent_BK = jnp.where(above == ROOT, 0, node_of[rows, jnp.maximum(above, 0)])
+        depths = np.repeat(np.arange(1, self.depth + 1), counts)
+        parent_BN = below_root(jnp.where(real, parent_BK, ROOT), ROOT)
+        score_BN = below_root(score_BK, 0.0)
         return Tree(
-            popped.token_BN,
-            popped.parent_BN,
-            popped.depth_BN,
-            popped.score_BN,
-            popped.score_BN > -jnp.inf,
-            ancestor_mask(popped.parent_BN, self.depth),
+            jnp.concatenate([root_token_B[:, None], jnp.where(real, pool.token_BK[rows, chosen], 0)], axis=1),
+            parent_BN,
+            below_root(jnp.where(real, jnp.asarray(depths)[chosen], 0), 0),
+            score_BN,
+            score_BN > -jnp.inf,
+            ancestor_mask(parent_BN, self.depth),
         )
+
+    def _best_of_depths(self, token_BTR: Array, logp_BTR: Array) -> tuple[Nodes, list[int]]:
+        """The best nodes of every depth, one depth after the other and best first, and how many they are of each."""
+        batch, depth, width = token_BTR.shape
+        score_BK, place_BK = jnp.zeros((batch, 1)), jnp.full((batch, 1), ROOT)
+        levels: list[Nodes] = []
+        counts: list[int] = []
+        for d in range(depth):
+            children = (score_BK[..., None] + logp_BTR[:, d, None]).reshape(batch, -1)
+            counts.append(min(self.nodes - 1, children.shape[1]))
+            score_BK, chosen = jax.lax.top_k(children, counts[d])
+            token_BK = jnp.take_along_axis(token_BTR[:, d], chosen % width, axis=1)
+            levels.append(Nodes(token_BK, score_BK, jnp.take_along_axis(place_BK, chosen // width, axis=1)))
+            place_BK = jnp.broadcast_to(sum(counts[:d]) + jnp.arange(counts[d]), (batch, counts[d]))
+        return Nodes(*(jnp.concatenate(parts, axis=1) for parts in zip(*levels, strict=True))), counts
 
     def _ask(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array
@@ -96,37 +121,3 @@ class BestFirstTree:
             jnp.concatenate([level.token_BWR for level in levels], axis=1),
             jnp.concatenate([level.logp_BWR for level in levels], axis=1),
         )
-
-    def _pop(self, token_BTR: Array, logp_BTR: Array, root_token_B: Array) -> Popped:
-        """The root and the `nodes - 1` best, in the order they are taken."""
-        batch = root_token_B.shape[0]
-        rows = jnp.arange(batch)
-        # Row d is what a node of depth d has below it: the deepest have nothing.
-        below_BPR = jnp.pad(logp_BTR, ((0, 0), (0, 1), (0, 0)), constant_values=-jnp.inf)
-
-        def take(i: Array, popped: Popped) -> Popped:
-            open_BNR = popped.open_BNR
-            best_B = argmax(open_BNR.reshape(batch, -1))
-            parent_B, rank_B = best_B // self.width, best_B % self.width
-            score_B = open_BNR[rows, parent_B, rank_B]
-            real_B = score_B > -jnp.inf
-            above_B = popped.depth_BN[rows, parent_B]
-            depth_B = jnp.where(real_B, above_B + 1, 0)
-            children_BR = score_B[:, None] + below_BPR[rows, depth_B]
-            return Popped(
-                open_BNR.at[rows, parent_B, rank_B].set(-jnp.inf).at[:, i].set(children_BR),
-                popped.token_BN.at[:, i].set(jnp.where(real_B, token_BTR[rows, above_B, rank_B], 0)),
-                popped.parent_BN.at[:, i].set(jnp.where(real_B, parent_B, ROOT)),
-                popped.depth_BN.at[:, i].set(depth_B),
-                popped.score_BN.at[:, i].set(score_B),
-            )
-
-        shape = (batch, self.nodes)
-        root = Popped(
-            jnp.full((*shape, self.width), -jnp.inf).at[:, 0].set(logp_BTR[:, 0]),
-            jnp.zeros(shape, jnp.int32).at[:, 0].set(root_token_B),
-            jnp.full(shape, ROOT, jnp.int32),
-            jnp.zeros(shape, jnp.int32),
-            jnp.full(shape, -jnp.inf).at[:, 0].set(0.0),
-        )
-        return jax.lax.fori_loop(1, self.nodes, take, root)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.trees.shape import ancestor_mask, stack_laws
+from jaxspec.trees.shape import ancestor_mask, below_root, stack_laws
 
 
 class Candidates(NamedTuple):
@@ -123,10 +123,10 @@ class DynamicTree:
             law_BQ = law_BQ.at[rows, jnp.concatenate(expanded, axis=1)].set(
                 jnp.arange(1, self.slots + 1, dtype=jnp.int32)
             )
-        depth_BN = _prepend(jnp.asarray(levels, jnp.int32)[chosen], 0)
-        parent_BN = _prepend(parent, ROOT)
-        score_BN = _prepend(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0)
-        valid_BN = _prepend(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf
+        depth_BN = below_root(jnp.asarray(levels, jnp.int32)[chosen], 0)
+        parent_BN = below_root(parent, ROOT)
+        score_BN = below_root(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0)
+        valid_BN = below_root(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf
         token_BN = jnp.concatenate([root_token_B[:, None], jnp.take_along_axis(pool.token_BQ, chosen, axis=1)], axis=1)
         return Tree(
             token_BN.astype(jnp.int32),
@@ -135,10 +135,5 @@ class DynamicTree:
             score_BN,
             valid_BN,
             ancestor_mask(parent_BN, self.depth),
-            stack_laws(families, _prepend(jnp.take_along_axis(law_BQ, chosen, axis=1), 0)),
+            stack_laws(families, below_root(jnp.take_along_axis(law_BQ, chosen, axis=1), 0)),
         )
-
-
-def _prepend(x_BN: Array, root: float) -> Array:
-    """`x_BN` behind the root's entry."""
-    return jnp.concatenate([jnp.full((x_BN.shape[0], 1), root, x_BN.dtype), x_BN], axis=1)

@@ -18,6 +18,11 @@ def ancestor_mask(parent_BN: Array, depth: int) -> Array:
     return above
 
 
+def below_root(x_BK: Array, root: float) -> Array:
+    """The root's entry, and behind it those of the other nodes: `[B, N]`."""
+    return jnp.concatenate([jnp.full((x_BK.shape[0], 1), root, x_BK.dtype), x_BK], axis=1)
+
+
 def stack_laws(families: list[Children], row_BN: Array) -> DraftLaws | None:
     """The laws that the children of the root, then of each level, were drawn from; None where nothing was drawn."""
     laws = [family.law_BWV for family in families if family.law_BWV is not None]
