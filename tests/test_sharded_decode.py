@@ -7,13 +7,29 @@ import numpy as np
 import pytest
 from random_models import random_weights
 
+from jaxspec.base import Drafter, TreePolicy
 from jaxspec.decode import DecodeState, Engine, Weights
-from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.drafters import (
+    DraftLM,
+    DraftLMConfig,
+    Eagle,
+    Eagle3,
+    Eagle3Config,
+    EagleConfig,
+    Fspad,
+    FspadConfig,
+    Medusa,
+    MedusaConfig,
+    ParallelSpec,
+    ParallelSpecConfig,
+    PEagle,
+    PEagleConfig,
+)
 from jaxspec.generation import Generation, Slots, generate, start
 from jaxspec.requests import Requests, make_requests
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
-from jaxspec.trees import DynamicTree
+from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -22,6 +38,17 @@ VOCAB = 64
 TARGET = Llama(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
 DRAFTER = Eagle(EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))
 ENGINE = Engine(TARGET, DRAFTER, DynamicTree(12, 3, 4))
+SHAPE = (32, 8, 8, 4, 32)
+GROWN, AT_ONCE = DynamicTree(12, 3, 4), BestFirstTree(12, 3, 4)
+OTHERS: dict[str, tuple[Drafter, TreePolicy]] = {
+    "fspad": (Fspad(FspadConfig(*SHAPE)), GROWN),
+    "eagle3": (Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1))), GROWN),
+    "draft_lm": (DraftLM(DraftLMConfig(VOCAB, 16, 1, 8, 8, 4, 16)), GROWN),
+    "medusa": (Medusa(MedusaConfig(32, 3, vocab=VOCAB)), AT_ONCE),
+    "parallelspec": (ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=3)), AT_ONCE),
+    "peagle": (PEagle(PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1), tokens=3, layers=1, mask_token=5)), AT_ONCE),
+}
+FAST = ("parallelspec",)
 
 
 def weights() -> Weights:
@@ -58,6 +85,23 @@ def test_generation_on_a_mesh_equals_one_device(data: int, tensor: int):
     for tokens, expected in zip(generation.tokens, on_one_device().tokens, strict=True):
         np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_array_equal(generation.calls, on_one_device().calls)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
+def test_every_other_drafter_on_a_mesh_drafts_as_on_one_device(name: str):
+    drafter, tree = OTHERS[name]
+    engine = Engine(TARGET.clone(taps=drafter.taps), drafter, tree)
+    held = Weights(weights().target, random_weights(drafter, 0.3, 2))
+    mesh = make_mesh(2, tensor=4)
+    alone = generate(engine, held, requests())
+    placed, rows = jax.device_put(held, shardings(mesh, held)), jax.device_put(requests(), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        spread = generate(engine, placed, rows)
+    for tokens, expected in zip(spread.tokens, alone.tokens, strict=True):
+        np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(spread.accepted, alone.accepted)
 
 
 def test_slots_on_a_mesh_answer_as_one_device_does_and_compile_nothing_once_warm(compilations):
