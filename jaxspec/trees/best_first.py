@@ -71,7 +71,7 @@ class BestFirstTree:
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
-        """Ask for each depth's likeliest tokens, then take the best node that is left, again and again."""
+        """Ask for each depth's likeliest tokens, then take the best of their paths."""
         token_BTR, logp_BTR = self._ask(draft, choose, scratch, root_logits_BV)
         pool, counts = self._best_of_depths(token_BTR, logp_BTR)
         score_BK, chosen = jax.lax.top_k(pool.score_BK, self.nodes - 1)
