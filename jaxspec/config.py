@@ -168,7 +168,8 @@ class HeadConfig:
     tap_norms: bool | None = None  # EAGLE-3.1's fc_norm
     normed_feature: bool | None = None  # EAGLE-3.1's norm_output, of EAGLE-3 alone
     tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec, P-EAGLE
-    host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next five
+    host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next six
+    attention_norm: bool | None = None
     mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] | None = None
     shared_mask: bool | None = None
     bidirectional: bool | None = None

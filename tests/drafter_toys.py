@@ -50,7 +50,7 @@ KINDS: dict[str, Any] = {
     "medusa sharing the head": Medusa(MedusaConfig(WIDTH, STEPS, layers=2)),
     "parallelspec": ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=STEPS)),
     "parallelspec in medusa": ParallelSpec(
-        ParallelSpecConfig(*SHAPE, tokens=STEPS, host="medusa", embedding_norm=True)
+        ParallelSpecConfig(*SHAPE, tokens=STEPS, host="medusa", embedding_norm=True, attention_norm=True)
     ),
     "parallelspec both ways": ParallelSpec(
         ParallelSpecConfig(*SHAPE, tokens=STEPS, bidirectional=True, mask_feature="anchor_copy")

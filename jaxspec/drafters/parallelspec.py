@@ -33,6 +33,9 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
     depth, the feature of the last real slot, or nothing. P-EAGLE found `shared` best."""
     shared_mask: bool = False
     """One mask embedding for all depths (PARD, P-EAGLE) instead of one a depth."""
+    attention_norm: bool = False
+    """An RMSNorm before the layer's attention, as the target's own layers have and EAGLE's head does not
+    (reconstruction: known is that the layer is of the target's shape)."""
     bidirectional: bool = False
     """Mask slots of a group see each other both ways instead of causally (reconstruction; DFlash does)."""
 
@@ -57,6 +60,8 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
         shapes["mask_tokens"] = (1 if self.shared_mask else masks, self.width)
         if self.mask_feature in ("shared", "per_depth"):
             shapes["mask_features"] = (1 if self.mask_feature == "shared" else masks, self.width)
+        if self.attention_norm:
+            shapes["attention_norm"] = (self.width,)
         return shapes | layer_shapes(self)
 
 
@@ -79,6 +84,12 @@ class ParallelSpec(MaskSlots):
     def real_slots(self, borrowed: Borrowed, tokens_BL: Array, features_BLD: Array) -> Array:
         """The next token's embedding and the feature."""
         return self.fuse(self.embedding(borrowed, tokens_BL), features_BLD)
+
+    def enter(self, layer: int, x_BLE: Array) -> tuple[Array, Array]:
+        """The slots are the stream; the attention reads them, normed if the head does so."""
+        if not self.config.attention_norm:
+            return x_BLE, x_BLE
+        return x_BLE, rms_norm(x_BLE, self.weights["attention_norm"], self.config.norm_eps)
 
     def mask_slots(self, borrowed: Borrowed, anchor_BLD: Array, depth: int) -> Array:
         """A trained embedding and what stands for the feature."""
