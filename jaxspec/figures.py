@@ -51,10 +51,13 @@ def read_curve(recipe: str, log: str | Path, tokens_per_step: float, joined: tup
     return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(judged, (-1, 2)).T, joined=joined)
 
 
-def draw_learning_curves(path: Path, curves: Sequence[Curve]) -> None:
-    """Loss and simulated tau by trained tokens; a recipe's seeds share their colour."""
+def draw_learning_curves(path: Path, curves: Sequence[Curve], recipes: Sequence[str] = ()) -> None:
+    """Loss and simulated tau by trained tokens; a recipe's seeds share their colour.
+
+    `recipes`, drawn or not, say which look is whose, so that it is the same in a figure of all of them.
+    """
     figure, (left, right) = _canvas(1, 2, width=11.5, height=4.4)
-    looks = _looks([curve.recipe for curve in curves])
+    looks = _looks([curve.recipe for curve in curves], recipes)
     unit, name = _tokens_unit(max(float(c.eval_tokens.max(initial=0)) for c in curves))
     for curve in curves:
         look = looks[curve.recipe]
@@ -138,15 +141,16 @@ def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[An
     return figure, panels
 
 
-def _looks(recipes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, dashes and marker of each recipe; no two alike for as many as there are colours times dashes."""
+def _looks(drawn: Sequence[str], recipes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Colour, dashes and marker of each recipe drawn; no two alike for as many as there are colours times dashes."""
     return {
         recipe: {
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
             "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
         }
-        for i, recipe in enumerate(dict.fromkeys(recipes))
+        for i, recipe in enumerate(dict.fromkeys([*recipes, *drawn]))
+        if recipe in drawn
     }
 
 

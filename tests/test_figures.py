@@ -28,6 +28,11 @@ def test_recipes_look_different():
     assert len({(look["color"], look["linestyle"]) for look in looks.values()}) == 21
 
 
+def test_a_recipe_looks_the_same_where_others_are_not_drawn():
+    every = figures._looks(["a", "b", "c"])
+    assert figures._looks(["c"], ["a", "b", "c"]) == {"c": every["c"]}
+
+
 def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     assert '".[plot]"' in (figures.missing() or "")

@@ -341,7 +341,7 @@ def draw(
             joined = tuple(share * tokens for _, share in late)
             read.append(figures.read_curve(arm.recipe, arm.metrics, tokens / steps, joined))
         drawn.append(folder / "learning_curves.png")
-        figures.draw_learning_curves(drawn[-1], read)
+        figures.draw_learning_curves(drawn[-1], read, [row["recipe"] for row in summaries])
     if summaries:
         drawn.append(folder / "acceptance_by_depth.png")
         figures.draw_acceptance(drawn[-1], summaries)
