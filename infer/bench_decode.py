@@ -246,7 +246,10 @@ def make_arms(every: list[Models], args: Args) -> dict[str, Arm]:
             continue
         for tree in [parse_tree(spec) for spec in args.trees] or [models.engine.tree]:
             spec = str(getattr(tree, "spec", tree))
-            arms[label + spec] = Arm(timing.simulate(models.with_tree(tree), args.profile), drafter, spec)
+            try:
+                arms[label + spec] = Arm(timing.simulate(models.with_tree(tree), args.profile), drafter, spec)
+            except ValueError as error:
+                raise ValueError(f"{drafter or args.shape}: {error}") from error
     return arms
 
 

@@ -220,4 +220,7 @@ def drafted_by(
     if draft_vocab is not None:
         scored = None if draft_vocab == "none" else load_maps(draft_vocab, plain.config.vocab).tolist()
     policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
-    return plain.with_drafter(head.module, head.params, policy, scored).with_rule(mode, rule)
+    try:
+        return plain.with_drafter(head.module, head.params, policy, scored).with_rule(mode, rule)
+    except ValueError as error:
+        raise ValueError(f"{drafter}: {error}") from error
