@@ -83,14 +83,14 @@ class Args(DraftFlags):
         super().__post_init__()
         for spec in self.trees:
             parse_tree(spec)
-        twice = [path for path in self.drafters if self.drafters.count(path) > 1]
+        twice = [path for path in self.drafter if self.drafter.count(path) > 1]
         if twice:
             raise ValueError(f"--drafter {twice[0]} is given twice; give every drafter once")
-        if not self.drafters and self.shape is None:
+        if not self.drafter and self.shape is None:
             self.needs_drafter(tree=self.trees, **{"simulate-acceptance": self.simulate_acceptance})
         flags.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
         _ = self.profile
-        others = (self.prompts, self.drafters, self.draft_vocab, self.peer != "none")
+        others = (self.prompts, self.drafter, self.draft_vocab, self.peer != "none")
         if self.shape is not None and any(others):
             raise ValueError(
                 "--shape has random weights and prompts: leave out --prompts, --drafter, --draft-vocab and --peer"
@@ -123,11 +123,6 @@ class Args(DraftFlags):
                 "probabilities of 0, 1, 2 ... accepted tokens, which sum to 1"
             )
         return values
-
-    @property
-    def drafters(self) -> list[str]:
-        """The folders named, in order."""
-        return [path for path in self.drafter if path != "none"]
 
     @property
     def trees(self) -> list[str]:
@@ -179,7 +174,7 @@ def load_every(args: Args) -> list[Models]:
         draft_vocab=args.draft_vocab,
         dtype=dtype,
     )
-    return [draft(drafter) for drafter in args.drafters] or [plain]
+    return [draft(drafter) for drafter in args.drafter] or [plain]
 
 
 def shaped(args: Args) -> Models:
@@ -240,8 +235,8 @@ def make_batches(models: Models, args: Args) -> list[Requests]:
 def make_arms(every: list[Models], args: Args) -> dict[str, Arm]:
     """`plain`, then one arm a drafter and tree, named by the tree and, of several, what tells the drafters apart."""
     arms = {"plain": Arm(every[0].plain())}
-    labels = [f"{label} " for label in telling(args.drafters)] if len(args.drafters) > 1 else [""]
-    for models, label, drafter in zip(every, labels, args.drafters or [None], strict=True):
+    labels = [f"{label} " for label in telling(args.drafter)] if len(args.drafter) > 1 else [""]
+    for models, label, drafter in zip(every, labels, args.drafter or [None], strict=True):
         if models.engine.tree is None:
             continue
         for tree in [parse_tree(spec) for spec in args.trees] or [models.engine.tree]:
@@ -339,7 +334,7 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         temperature=args.temperature,
-        drafters=args.drafters,
+        drafters=list(args.drafter),
         draft_mode=args.draft_mode,
         rule=args.rule_name,
         rows=rows,

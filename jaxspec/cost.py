@@ -32,7 +32,12 @@ class Work(NamedTuple):
 def matmul_weights(params: Any) -> tuple[int, int]:
     """Elements and bytes of all weights but the embedding, of which a call reads only some rows."""
     leaves = jax.tree.leaves({name: p for name, p in params.items() if name != "embed"})
-    return sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+    return sum(leaf.size for leaf in leaves), sum(map(_nbytes, leaves))
+
+
+def _nbytes(array: Any) -> int:
+    """Of an array, or of one that is described only."""
+    return array.size * array.dtype.itemsize
 
 
 def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, prefix: float, itemsize: int) -> Work:
@@ -71,11 +76,11 @@ def _weight_bytes(drafter: Drafter, params: Any, borrowed: Borrowed) -> tuple[in
     """Of all weights that multiply but the LM head, of the head a depth is scored with, and whether all share it."""
     _, whole = matmul_weights(params)
     if drafter.vocab is None:
-        return whole, borrowed.head_VD.nbytes, True
+        return whole, _nbytes(borrowed.head_VD), True
     name = next(n for n in ("head", "heads", "embed") if n in params)
     heads = params[name]
-    others = whole - (0 if name == "embed" else heads.nbytes)
-    return others, heads.nbytes // math.prod(heads.shape[:-2]), heads.ndim == 2
+    others = whole - (0 if name == "embed" else _nbytes(heads))
+    return others, _nbytes(heads) // math.prod(heads.shape[:-2]), heads.ndim == 2
 
 
 def _drafting(

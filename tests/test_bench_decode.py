@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import typing
 from pathlib import Path
@@ -16,11 +17,22 @@ from toys import grow, path_tables
 
 from jaxspec import cost, flags, loading
 from jaxspec.__main__ import main
-from jaxspec.base import Borrowed
-from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
+from jaxspec.base import Borrowed, TreePolicy
+from jaxspec.drafters import (
+    DraftLM,
+    DraftLMConfig,
+    Eagle,
+    Eagle3,
+    Eagle3Config,
+    EagleConfig,
+    Medusa,
+    MedusaConfig,
+    ParallelSpec,
+    ParallelSpecConfig,
+)
 from jaxspec.sampling import Sampling
 from jaxspec.targets.llama import SHAPES, LlamaConfig
-from jaxspec.trees import EAGLE1_PATHS, DynamicTree, StaticTree, chain, parse_paths
+from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES, Case, simulated
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -226,6 +238,40 @@ def test_a_head_that_all_depths_share_is_read_twice_a_round():
     drafter = Medusa(MedusaConfig(8, 4))
     whole, part = drafted_work(drafter, 50), drafted_work(drafter, 20)
     assert (whole.bytes - part.bytes, whole.flops - part.flops) == (2 * 4 * 30 * 8, 4 * 2 * 2 * 30 * 8)
+
+
+@pytest.mark.parametrize("tree", [DynamicTree(12, 4, 3), BestFirstTree(12, 4, 3)], ids=lambda tree: tree.spec)
+def test_the_program_of_a_drafter_of_one_pass_multiplies_by_a_shared_head_twice(tree: TreePolicy):
+    """As counted above, and where its heads are the depths' own once a depth."""
+    tokens = 53  # so many have no other matmul's outputs
+    for drafter, matmuls in ((Medusa(MedusaConfig(8, 4)), 2), (Medusa(MedusaConfig(8, 4, vocab=tokens)), 4)):
+        borrowed = Borrowed(jnp.zeros((tokens, 8)), jnp.zeros((tokens, 8)))
+        program = cost._drafting(drafter, random_weights(drafter, 1.0, 0), borrowed, tree, 1)
+        assert (
+            len(re.findall(rf"f32\[{tokens},1,\d+\] = dot_general", str(jax.make_jaxpr(program[0])(*program[1:]))))
+            == matmuls
+        )
+
+
+@pytest.mark.parametrize(("scored", "gigabytes"), [(128256, (9.3, 2.6)), (32000, (4.6, 1.0))])
+def test_drafting_for_llama_3_8b_by_one_pass_reads_a_third_of_what_six_read(
+    scored: int, gigabytes: tuple[float, float]
+):
+    """The figures of docs/results.md, for weights in bf16 that are described only."""
+
+    def described(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    shape, table = (4096, 32, 8, 128, 14336), described(scored, 4096)
+    found = []
+    for drafter, tree in (
+        (Eagle(EagleConfig(*shape, bias=False)), DynamicTree()),
+        (ParallelSpec(ParallelSpecConfig(*shape, bias=False, tokens=6)), BestFirstTree(60, 6, 10)),
+    ):
+        params = {name: described(*size) for name, size in drafter.config.shapes().items()}
+        work = cost.draft_work(drafter, params, Borrowed(table, table), tree, batch=1)  # type: ignore[arg-type]
+        found.append(work.bytes / 1e9)
+    assert found == pytest.approx(gigabytes, abs=0.05) and found[0] > 3 * found[1]
 
 
 def test_the_machine_moves_and_multiplies():

@@ -7,24 +7,9 @@ import numpy as np
 import pytest
 from random_models import random_weights
 
+from jaxspec import drafters
 from jaxspec.base import Drafter, TreePolicy
 from jaxspec.decode import DecodeState, Engine, Weights
-from jaxspec.drafters import (
-    DraftLM,
-    DraftLMConfig,
-    Eagle,
-    Eagle3,
-    Eagle3Config,
-    EagleConfig,
-    Fspad,
-    FspadConfig,
-    Medusa,
-    MedusaConfig,
-    ParallelSpec,
-    ParallelSpecConfig,
-    PEagle,
-    PEagleConfig,
-)
 from jaxspec.generation import Generation, Slots, generate, start
 from jaxspec.requests import Requests, make_requests
 from jaxspec.sharding import batch_sharding, make_mesh, shardings
@@ -36,17 +21,20 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 VOCAB = 64
 TARGET = Llama(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
-DRAFTER = Eagle(EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))
+DRAFTER = drafters.Eagle(drafters.EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))
 ENGINE = Engine(TARGET, DRAFTER, DynamicTree(12, 3, 4))
 SHAPE = (32, 8, 8, 4, 32)
 GROWN, AT_ONCE = DynamicTree(12, 3, 4), BestFirstTree(12, 3, 4)
 OTHERS: dict[str, tuple[Drafter, TreePolicy]] = {
-    "fspad": (Fspad(FspadConfig(*SHAPE)), GROWN),
-    "eagle3": (Eagle3(Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1))), GROWN),
-    "draft_lm": (DraftLM(DraftLMConfig(VOCAB, 16, 1, 8, 8, 4, 16)), GROWN),
-    "medusa": (Medusa(MedusaConfig(32, 3, vocab=VOCAB)), AT_ONCE),
-    "parallelspec": (ParallelSpec(ParallelSpecConfig(*SHAPE, tokens=3)), AT_ONCE),
-    "peagle": (PEagle(PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1), tokens=3, layers=1, mask_token=5)), AT_ONCE),
+    "fspad": (drafters.Fspad(drafters.FspadConfig(*SHAPE)), GROWN),
+    "eagle3": (drafters.Eagle3(drafters.Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1))), GROWN),
+    "draft_lm": (drafters.DraftLM(drafters.DraftLMConfig(VOCAB, 16, 1, 8, 8, 4, 16)), GROWN),
+    "medusa": (drafters.Medusa(drafters.MedusaConfig(32, 3, vocab=VOCAB)), AT_ONCE),
+    "parallelspec": (drafters.ParallelSpec(drafters.ParallelSpecConfig(*SHAPE, tokens=3)), AT_ONCE),
+    "peagle": (
+        drafters.PEagle(drafters.PEagleConfig(*SHAPE, vocab=VOCAB, taps=(0, 1), tokens=3, layers=1, mask_token=5)),
+        AT_ONCE,
+    ),
 }
 FAST = ("parallelspec",)
 
