@@ -139,7 +139,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
     if width % chunk:
         raise ValueError(f"prompts are padded to {width:,} tokens, which is not a multiple of {chunk}: use `bucket`")
     read = functools.partial(_read, engine, weights, requests, chunk)
-    # Behind a barrier, or XLA spends seconds folding the attention over an empty cache into a constant.
+    # Behind a barrier, or XLA spends seconds folding the drafter's attention over an empty cache into a constant.
     draft = None
     if engine.drafter is not None:
         first_B, lent = requests.tokens_BL[:, 0], borrowed(engine, weights)
@@ -178,8 +178,8 @@ class _Reading(NamedTuple):
 def _read(
     engine: Engine, weights: Weights, requests: Requests, chunk: int, index: int | Array, reading: _Reading
 ) -> _Reading:
-    """The target and the drafter read one chunk of the prompts."""
-    batch, width = requests.tokens_BL.shape
+    """The target and the drafter read one chunk of the prompts; the first, index 0 as an int, has nothing before it."""
+    batch = len(requests.tokens_BL)
     begin, rows = index * chunk, jnp.arange(batch)
     next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
     tokens_BL, next_BL = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (requests.tokens_BL, next_BL))
@@ -187,7 +187,7 @@ def _read(
     positions_BL = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
     causal = jnp.tril(jnp.ones((1, chunk, chunk), bool))
     start_B = jnp.full(batch, begin, jnp.int32)
-    prefix = (reading.cache, start_B) if width > chunk else None
+    prefix = None if isinstance(index, int) else (reading.cache, start_B)
     out = engine.target.forward(weights.target, tokens_BL, positions_BL, causal, prefix, keep_kv=True)
     last_B = jnp.maximum(count_B - 1, 0)
     last_B1D = jnp.take_along_axis(out.features_BLD, last_B[:, None, None], axis=1)
