@@ -1,7 +1,8 @@
 """ParallelSpec in Medusa's place: one layer and mask tokens predict five tokens in a pass, losses on tokens alone.
 
-Distilled from the target's distribution; later tokens count as Medusa's heads do. See the drafter's docstring for what
-is reconstruction; so is the optimizer, of which nothing is known.
+Distilled from the target's distribution; later tokens count as Medusa's heads do. The layer norms what its attention
+reads, as the target's own layers do, and a mask slot starts from its anchor's feature. See the drafter's docstring for
+what is reconstruction; so is the optimizer, of which nothing is known.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
@@ -11,7 +12,7 @@ config = DistillConfig(
     name="parallelspec_medusa",
     target="tiny",
     drafter="parallelspec",
-    head=HeadConfig(tokens=5, host="medusa", embedding_norm=True),
+    head=HeadConfig(tokens=5, host="medusa", embedding_norm=True, attention_norm=True, mask_feature="anchor_copy"),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),
