@@ -125,7 +125,7 @@ class Log:
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_FLAGS}
         text = json.dumps([[p.id, p.messages, {**p.settings}] for p in prompts])
         settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        noted = jsonl.journal(self.partial, settings, of=path)
+        noted = jsonl.journal(self.partial, settings, of=path, fields=("index", "tokens", "rest"))
         self.answers = {line["index"]: Answer(np.array(line["tokens"], np.int32), *line["rest"]) for line in noted}
 
     def note(self, index: int, answer: Answer) -> None:

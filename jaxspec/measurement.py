@@ -29,7 +29,8 @@ class Notes:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.path = folder / "decoded.jsonl"
         self.known: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
-        for record in jsonl.journal(self.path, settings, of=folder):
+        noted = ("of", "prompt", "tokens", "calls", "accepted")
+        for record in jsonl.journal(self.path, settings, of=folder, fields=noted):
             self.known.setdefault(tuple(record["of"]), {})[record["prompt"]] = record
 
     def add(self, of: tuple[Any, ...], prompt: int, answer: serving.Answer) -> None:

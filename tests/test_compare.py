@@ -190,6 +190,14 @@ def test_changed_settings_are_refused_by_name(folder: Path, watch: Watch, capfd:
     assert main(words) == 1
     assert "was begun with train_contents=" in capfd.readouterr().err
     chats.write_text(before)
+    noted = folder / "kept" / "decoded.jsonl"
+    noted.write_text(noted.read_text() + noted.read_text())  # two comparisons' notes put together by hand
+    assert main(words) == 1
+    lines = len(noted.read_text().splitlines())
+    assert (
+        f"decoded.jsonl:{lines // 2 + 1}: has no 'of': not noted by this verb; remove the line"
+        in capfd.readouterr().err
+    )
     assert watch.trained == ["changing, seed 0"] * 2
 
 

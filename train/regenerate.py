@@ -96,7 +96,8 @@ class Output:
         begun = self.state_path.exists() and self.state_path.stat().st_size
         if not begun and path.exists() and path.stat().st_size:
             raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
-        self.dropped = jsonl.journal(self.state_path, settings, of=path)
+        noted = ("id", "source", "finish", "tokens", "turns")
+        self.dropped = jsonl.journal(self.state_path, settings, of=path, fields=noted)
         jsonl.drop_torn_line(path)
         alone = {"temperature": settings["temperature"]}  # of lines from before they said it
         self.kept = [summarize(alone | record) for record in jsonl.read_lines(path)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def journal(path: Path, settings: dict[str, Any], *, of: Path) -> list[dict[str, Any]]:
-    """The records noted at `path` so far, beneath a first line of the settings they were made with.
+def journal(path: Path, settings: dict[str, Any], *, of: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The records noted at `path` so far, which have these fields, beneath a first line of what they were made with.
 
     Begins the file where there is none. Raises ValueError, about the output `of` that is being made, where it was begun
-    with other settings.
+    with other settings, and naming the first line that is no such record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     drop_torn_line(path)
@@ -51,4 +51,7 @@ def journal(path: Path, settings: dict[str, Any], *, of: Path) -> list[dict[str,
     changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun.get(k) != v]
     if changed:
         raise ValueError(f"{of}: was begun with {', '.join(changed)}; give another --out or the same flags")
+    for number, record in enumerate(lines[1:], 2):
+        if missing := [name for name in fields if name not in record]:
+            raise ValueError(f"{path}:{number}: has no {missing[0]!r}: not noted by this verb; remove the line")
     return lines[1:]
