@@ -139,9 +139,9 @@ def unrolled(module: Any, params: Any, borrowed: Borrowed, tokens: np.ndarray, f
 
 @pytest.fixture(scope="module")
 def text() -> tuple[np.ndarray, np.ndarray, Borrowed]:
-    """Tokens, three features a position, and the target's tables."""
+    """Tokens, three features a position, and the target's tables: logits are as large as real ones, some tens."""
     draw = np.random.default_rng(7)
-    embed, table = (jnp.asarray(draw.normal(size=(SIZE, WIDTH)), jnp.float32) for _ in range(2))
+    embed, table = (jnp.asarray(scale * draw.normal(size=(SIZE, WIDTH)), jnp.float32) for scale in (1.0, 0.1))
     features = draw.normal(size=(ROWS, 3 * WIDTH)).astype(np.float32)
     return draw.integers(0, SIZE, ROWS), features, Borrowed(embed, table)
 
