@@ -1,4 +1,7 @@
-"""EAGLE-3 for Vicuna-13B, all 32,000 tokens scored, else as eagle3_llama3_8b."""
+"""EAGLE-3 for Vicuna-13B, all 32,000 tokens scored, else as eagle3_llama3_8b.
+
+Its backward pass computes the head's activations again, so that 64 chips of v5e hold it.
+"""
 
 import dataclasses
 
@@ -11,6 +14,7 @@ config = dataclasses.replace(
     target="models/vicuna-13b",
     data=dataclasses.replace(base.data, template="vicuna"),
     draft_vocab=None,
+    remat="full",
     checkpoint=CheckpointConfig("runs/eagle3_vicuna_13b", save_every=None, save_minutes=15),
     export_folder="runs/eagle3_vicuna_13b/drafter",
 )
