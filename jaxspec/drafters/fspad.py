@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxspec.base import Array
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
 from jaxspec.drafters.heads import Recurrent
-from jaxspec.layers import gated_mlp, rms_norm
+from jaxspec.layers import WIDE, gated_mlp, hold_rows, rms_norm
+from jaxspec.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,10 @@ class Fspad(Recurrent):
             return h, h
         gate, up, down = (w[f"sampling_{name}"].astype(self.dtype) for name in ("gate", "up", "down"))
         normed = rms_norm(h, w["sampling_norm"], self.config.norm_eps)
-        h = h + (jax.nn.silu(embedding_BLD.astype(self.dtype) @ gate) * (normed @ up)) @ down
+        # Of a table whose width is spread over the chips: left as it is, XLA would send the wide gates of all rows.
+        embedding_BLD = hold_rows(embedding_BLD.astype(self.dtype))
+        gate_BLF = constrain(embedding_BLD @ gate, *WIDE)
+        h = h + hold_rows((jax.nn.silu(gate_BLF) * constrain(normed @ up, *WIDE)) @ down)
         return h, h
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
