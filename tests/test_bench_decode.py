@@ -15,21 +15,10 @@ import pytest
 from random_models import random_weights, write_drafter, write_target
 from toys import grow, path_tables
 
-from jaxspec import cost, flags, loading
+from jaxspec import cost, drafters, flags, loading
 from jaxspec.__main__ import main
 from jaxspec.base import Borrowed, TreePolicy
-from jaxspec.drafters import (
-    DraftLM,
-    DraftLMConfig,
-    Eagle,
-    Eagle3,
-    Eagle3Config,
-    EagleConfig,
-    Medusa,
-    MedusaConfig,
-    ParallelSpec,
-    ParallelSpecConfig,
-)
+from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.sampling import Sampling
 from jaxspec.targets.llama import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
@@ -264,7 +253,7 @@ def test_drafting_for_llama_3_8b_by_one_pass_reads_a_third_of_what_six_read(
     found = []
     for drafter, tree in (
         (Eagle(EagleConfig(*shape, bias=False)), DynamicTree()),
-        (ParallelSpec(ParallelSpecConfig(*shape, bias=False, tokens=6)), BestFirstTree(60, 6, 10)),
+        (drafters.ParallelSpec(drafters.ParallelSpecConfig(*shape, bias=False, tokens=6)), BestFirstTree(60, 6, 10)),
     ):
         params = {name: described(*size) for name, size in drafter.config.shapes().items()}
         work = cost.draft_work(drafter, params, Borrowed(table, table), tree, batch=1)  # type: ignore[arg-type]
