@@ -170,19 +170,19 @@ class MaskSlots(OnePass, OneLayer):
         groups = [Group(order_BL, self.real_slots(borrowed, token, features_BLD), positions_BL, mask_BLM)]
         if keys_B is not None and c.keep < 1:
             order_BL = jnp.argsort(jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B), axis=1)
-        rows = jnp.arange(batch)[:, None]
+        pick, put = jax.vmap(lambda x, at: x[at]), jax.vmap(lambda x, at, new: x.at[at].set(new))  # a row by itself
         mask_BLL = jnp.broadcast_to(as_mask(mask_BLM), (batch, length, length))
         for depth in range(1, c.tokens if self.bidirectional else min(c.tokens, steps)):
             # The first so many of one order: every depth's positions are among those of the depth before.
             at = order_BL[:, : c.kept(length, depth) if keys_B is not None else length]
-            x = self.mask_slots(borrowed, features_BLD[rows, at], depth)
-            groups.append(Group(at, x, positions_BL[rows, at] + depth, mask_BLL[rows, at]))
+            x = self.mask_slots(borrowed, pick(features_BLD, at), depth)
+            groups.append(Group(at, x, pick(positions_BL, at) + depth, pick(mask_BLL, at)))
         for layer in range(self.layer_count):
             groups = self._through(layer, groups)
         hidden, kept = [groups[0].x_BAE], [jnp.ones((batch, length), bool)]
         for group in groups[1:steps]:
-            hidden.append(jnp.zeros_like(hidden[0]).at[rows, group.at_BA].set(group.x_BAE))
-            kept.append(jnp.zeros_like(kept[0]).at[rows, group.at_BA].set(True))
+            hidden.append(put(jnp.zeros_like(hidden[0]), group.at_BA, group.x_BAE))
+            kept.append(put(jnp.zeros_like(kept[0]), group.at_BA, jnp.ones(group.at_BA.shape, bool)))
         hidden_TBLD = jnp.stack(hidden)
         return Unrolled(hidden_TBLD, self.regressed(hidden_TBLD), jnp.stack(kept))
 
