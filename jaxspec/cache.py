@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.base import Array, KVCache
+from jaxspec.sharding import STATE_AXES, in_parts
 
 
 def empty(layers: int, batch: int, kv_heads: int, channels: int, capacity: int, dtype: jnp.dtype) -> KVCache:
@@ -43,15 +44,16 @@ def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None 
         )
     if after_B is not None:
         start_B = start_B + jnp.minimum(after_B, 0)
-    zero = jnp.zeros((), start_B.dtype)
+    fields = tuple(STATE_AXES[name] for name in KVCache._fields)
+    return KVCache(*in_parts(_write, (*fields, *fields, ("batch",)), fields, *cache, *rows, start_B))
 
+
+def _write(k_YBKCS: Array, v_YBKSC: Array, k_rows: Array, v_rows: Array, start_B: Array) -> tuple[Array, Array]:
+    zero = jnp.zeros((), start_B.dtype)
     # Unrolled: XLA fails to compile a loop over the rows for TPUs (RET_CHECK: "shape doesn't match when replacing").
     for b in range(start_B.shape[0]):
-        k = rows.k_YBKCS[:, b : b + 1].astype(cache.k_YBKCS.dtype)
-        v = rows.v_YBKSC[:, b : b + 1].astype(cache.v_YBKSC.dtype)
         row = jnp.asarray(b, start_B.dtype)
-        cache = KVCache(
-            lax.dynamic_update_slice(cache.k_YBKCS, k, (zero, row, zero, zero, start_B[b])),
-            lax.dynamic_update_slice(cache.v_YBKSC, v, (zero, row, zero, start_B[b], zero)),
-        )
-    return cache
+        k, v = k_rows[:, b : b + 1].astype(k_YBKCS.dtype), v_rows[:, b : b + 1].astype(v_YBKSC.dtype)
+        k_YBKCS = lax.dynamic_update_slice(k_YBKCS, k, (zero, row, zero, zero, start_B[b]))
+        v_YBKSC = lax.dynamic_update_slice(v_YBKSC, v, (zero, row, zero, start_B[b], zero))
+    return k_YBKCS, v_YBKSC

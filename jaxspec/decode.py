@@ -27,7 +27,7 @@ from jaxspec.base import (
 )
 from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling, draw, round_noise
-from jaxspec.sharding import settle
+from jaxspec.sharding import put, settle
 from jaxspec.trees.children import drawn
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
@@ -180,7 +180,7 @@ def _read(
 ) -> _Reading:
     """The target and the drafter read one chunk of the prompts; the first, index 0 as an int, has nothing before it."""
     batch = len(requests.tokens_BL)
-    begin, rows = index * chunk, jnp.arange(batch)
+    begin = index * chunk
     next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
     tokens_BL, next_BL = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (requests.tokens_BL, next_BL))
     count_B = jnp.clip(requests.length_B - begin, 0, chunk)
@@ -198,7 +198,7 @@ def _read(
     root_B = jnp.where(ends_B, drawn_B, reading.root_B)
     if engine.drafter is None:
         return reading._replace(cache=cache, root_B=root_B)
-    next_BL = next_BL.at[rows, last_B].set(jnp.where(ends_B, drawn_B, next_BL[rows, last_B]))
+    next_BL = jnp.where(ends_B[:, None] & (jnp.arange(chunk) == last_B[:, None]), drawn_B[:, None], next_BL)
     draft, root_logits_BV = engine.drafter.extend(
         weights.drafter, borrowed(engine, weights), reading.draft, next_BL, out.read_BLD, count_B
     )
@@ -214,9 +214,8 @@ def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
     to_stop_B = jnp.where(jnp.any(is_stop_BP, axis=1), jnp.argmax(is_stop_BP, axis=1) + 1, token_BP.shape[1] + 1)
     room_B = state.requests.budget_B - state.produced_B
     kept_B = jnp.where(running_B, jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B), 0)
-    rows = jnp.arange(token_BP.shape[0])[:, None]
     # Slots behind the kept tokens take garbage that the next round overwrites; `sizes` leaves room for the last one.
-    output_BO = state.output_BO.at[rows, state.produced_B[:, None] + index_P].set(token_BP)
+    output_BO = put(state.output_BO, state.produced_B[:, None] + index_P, token_BP)
     stopped_B = running_B & (kept_B == to_stop_B)
     full_B = running_B & (kept_B == room_B)
     finish_B = jnp.where(stopped_B, STOPPED, jnp.where(full_B, LENGTH, state.finish_B))

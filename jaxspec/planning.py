@@ -19,6 +19,7 @@ from jaxspec import aot, hlo
 from jaxspec.chips import Chip, chip_of, device_part, network_bandwidth
 from jaxspec.compilers import lower_step
 from jaxspec.config import DistillConfig
+from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decode import DraftVocab, Engine, Weights
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.distillation import drafter_for
@@ -166,15 +167,32 @@ def target_shape(name: str) -> LlamaConfig:
     )
 
 
+def scored_tokens(config: DistillConfig, shape: LlamaConfig, given: int | None) -> int | None:
+    """How many tokens a config's drafter scores: `given`, or those of its file; None for all.
+
+    ValueError where the config names a file that is not here, and no number is given.
+    """
+    if given is not None or config.draft_vocab is None:
+        return given
+    if not Path(config.draft_vocab).exists():
+        raise ValueError(
+            f"the drafter scores the tokens of {config.draft_vocab}, which is not here: make it (jaxspec draft-vocab), "
+            "or say how many they are (--draft-vocab 32000)"
+        )
+    return len(load_maps(config.draft_vocab, shape.vocab))
+
+
 def plan_step(config: DistillConfig, topology: str, *, draft_vocab: int | None = None) -> StepPlan:
     """Compile a config's training step for a TPU slice such as `v5p:4x4x8` (of each of `mesh.slices`) and read it.
 
     The target's weights are not needed, and nothing is allocated. `draft_vocab` is the number of tokens that the
-    drafter scores, where it scores not all. ValueError where mesh, batch and shapes do not fit together.
+    drafter scores, where it scores not all and the config's file of them is not here. ValueError where mesh, batch and
+    shapes do not fit together.
     """
     chip = chip_of(topology)
     mesh = aot.tpu_mesh(topology, slices=config.mesh.slices, **_axes(config))
     shape = target_shape(config.target)
+    draft_vocab = scored_tokens(config, shape, draft_vocab)
     given, arguments = abstract_step(config, shape, mesh, draft_vocab)
     target, learner, optimizer = given
     frozen, state, batch, _ = arguments
@@ -216,7 +234,7 @@ def plan_decoding(
     size = aot.tpu_mesh(topology, data=-1).size
     tensor = math.gcd(size, shape.kv_heads)
     mesh = aot.tpu_mesh(topology, data=size // tensor, tensor=tensor)
-    bf16 = jnp.bfloat16
+    bf16, draft_vocab = jnp.bfloat16, scored_tokens(config, shape, draft_vocab)
     drafter = drafter_for(config, shape, draft_vocab).module.clone(dtype=bf16)
     target = Llama(shape, stacked=False, dtype=bf16, param_dtype=bf16, taps=drafter.taps)
     policy = parse_tree(tree)

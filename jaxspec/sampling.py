@@ -6,6 +6,7 @@ was decoded one at a time or found inside a tree, and independent of the other r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.base import Array
-from jaxspec.sharding import constrain, splits
+from jaxspec.sharding import AXIS_RULES, in_parts, splits
 
 ROUND = 2**32 - 1
 """Stands where `position_noise` has a position, which is never as large."""
@@ -71,36 +72,47 @@ def greatest(x_XV: Array, count: int) -> tuple[Array, Array]:
     `[..., V] -> [..., count]`. Where the mesh in context splits the vocabulary, every device picks its own best and
     only those meet: left alone, XLA gathers all logits and sorts them on every device. ValueError: `count` exceeds `V`.
     """
-    *leading, vocab = x_XV.shape
+    vocab = x_XV.shape[-1]
     if count > vocab:
         raise ValueError(f"the {count} best of a vocabulary of {vocab} tokens are asked for: ask for {vocab} or fewer")
-    # Rows are flattened because XLA's partial top-k takes two axes; more fall back to a full sort.
-    rows_QV = x_XV.reshape(-1, vocab)
     parts = splits("vocab")
     if count == 1:
-        index_QR, best_QR = argmax(rows_QV)[:, None], jnp.max(rows_QV, axis=-1, keepdims=True)
-    elif parts > 1 and vocab % parts == 0 and count <= vocab // parts:
-        index_QR, best_QR = _best_of_parts(rows_QV, count, parts)
-    else:
-        best_QR, index_QR = lax.top_k(rows_QV, count)
-    shape = (*leading, count)
-    return index_QR.astype(jnp.int32).reshape(shape), best_QR.reshape(shape)
+        return argmax(x_XV)[..., None], jnp.max(x_XV, axis=-1, keepdims=True)
+    if parts == 1 or vocab % parts or count > vocab // parts:
+        best, index = top_k(x_XV, count)
+        return index, best
+    over, axes = AXIS_RULES["vocab"], (*_leading(x_XV), None)
+
+    def best_of_parts(own: Array) -> tuple[Array, Array]:
+        best, index = _top_k(own, count)
+        index = index + lax.axis_index(over) * own.shape[-1]
+        best, index = (lax.all_gather(x, over, axis=x.ndim - 1, tiled=True) for x in (best, index))
+        # Parts stand in the order of their ids, so position breaks ties between them as the id would.
+        best, chosen = _top_k(best, count)
+        return jnp.take_along_axis(index, chosen, axis=-1), best
+
+    return in_parts(best_of_parts, ((*axes[:-1], "vocab"),), (axes, axes), x_XV)
 
 
-def _best_of_parts(rows_QV: Array, count: int, parts: int) -> tuple[Array, Array]:
-    """The best of the best of each part of the vocabulary: tokens and logits `[Q, R]`."""
-    rows, vocab = rows_QV.shape
-    part = vocab // parts
-    local = constrain(jnp.swapaxes(rows_QV.reshape(rows, parts, part), 0, 1), "vocab", ..., None)
-    best, token = lax.top_k(local.reshape(parts * rows, part), count)
-    token = token.reshape(parts, rows, count) + jnp.arange(0, vocab, part, dtype=token.dtype)[:, None, None]
-    best, token = (
-        jnp.swapaxes(constrain(x.reshape(parts, rows, count), None, ..., None), 0, 1).reshape(rows, parts * count)
-        for x in (best, token)
-    )
-    # Parts stand in the order of their ids, so position breaks ties between them as the id would.
-    best_QR, chosen_QR = lax.top_k(best, count)
-    return jnp.take_along_axis(token, chosen_QR, axis=1), best_QR
+def top_k(x_BX: Array, count: int) -> tuple[Array, Array]:
+    """The `count` greatest of the last axis and their indices, best first; ties to the lower index.
+
+    Each row is looked at by the device that has it: left alone, XLA (but a TPU's) gathers all rows on every device.
+    """
+    axes = (*_leading(x_BX), None)
+    return in_parts(functools.partial(_top_k, count=count), (axes,), (axes, axes), x_BX)
+
+
+def _leading(x_BX: Array) -> tuple[str | None, ...]:
+    """Logical axes of all but the last: the first one's are the batch's rows."""
+    return ("batch", *(None,) * (x_BX.ndim - 2)) if x_BX.ndim > 1 else ()
+
+
+def _top_k(x: Array, count: int) -> tuple[Array, Array]:
+    # Rows are flattened because XLA's partial top-k takes two axes; more fall back to a full sort.
+    best, index = lax.top_k(x.reshape(-1, x.shape[-1]), count)
+    shape = (*x.shape[:-1], count)
+    return best.reshape(shape), index.astype(jnp.int32).reshape(shape)
 
 
 def _ordered_bits(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import EllipsisType
 from typing import Any
 
@@ -124,6 +125,40 @@ def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
         return AXIS_RULES[axis]
 
     return jax.lax.with_sharding_constraint(x, P(*map(part, x.shape, axes)))
+
+
+def in_parts(
+    function: Callable[..., Any],
+    axes: tuple[tuple[str | None, ...], ...],
+    out_axes: tuple[tuple[str | None, ...], ...],
+    *arrays: jax.Array,
+) -> Any:
+    """`function` of each device's own part of `arrays`, whose logical axes are `axes`, and a tuple of parts in return.
+
+    For what XLA, left alone, would send: it takes operations whose rows do not meet for such as may. In a program
+    traced under no mesh, and in a `shard_map`, `function` is called as it is. An axis that its mesh axes do not divide
+    evenly is whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return function(*arrays)
+    sizes = [pair for x, own in zip(arrays, axes, strict=True) for pair in zip(x.shape, own, strict=True)]
+    whole = {axis for size, axis in sizes if axis is not None and size % splits(axis)}
+
+    def specs(of: tuple[tuple[str | None, ...], ...]) -> tuple[P, ...]:
+        return tuple(P(*(None if axis in whole else AXIS_RULES[axis] for axis in own)) for own in of)
+
+    return jax.shard_map(function, in_specs=specs(axes), out_specs=specs(out_axes), check_vma=False)(*arrays)
+
+
+def pick(x_BX: jax.Array, at_BY: jax.Array) -> jax.Array:
+    """`x[b, at[b, y]]`, each row by itself: with the rows' numbers as indices, XLA sends indices or rows."""
+    return jax.vmap(lambda x, at: x[at])(x_BX, at_BY)
+
+
+def put(x_BX: jax.Array, at_BY: jax.Array, new_BY: jax.Array) -> jax.Array:
+    """`x` with `new[b, y]` in place of `x[b, at[b, y]]`, each row by itself; see `pick`."""
+    return jax.vmap(lambda x, at, new: x.at[at].set(new))(x_BX, at_BY, new_BY)
 
 
 def gather_width(tree: Any) -> Any:

@@ -9,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxspec import aot, config, hlo, planning
 from jaxspec.__main__ import main
 from jaxspec.chips import CHIPS, chip_of, device_part, network_bandwidth
 from jaxspec.compilers import lower_step
+from jaxspec.data.draft_vocab import save_maps
 from jaxspec.planning import Costs, Memory, StepPlan
 from jaxspec.targets.llama import SHAPES
 
@@ -93,6 +95,18 @@ def test_a_target_that_is_not_here_is_known_by_its_name(tmp_path: Path):
     assert planning.target_shape("models/llama3-8b") == SHAPES["llama3-8b"]
     with pytest.raises(ValueError, match="there is no such folder, and no shape is called so; give a folder with its"):
         planning.target_shape("models/unknown-9b")
+
+
+def test_the_tokens_a_drafter_scores_are_given_or_those_of_its_file(tmp_path: Path):
+    job, shape = config.load("eagle3_llama3_8b"), dataclasses.replace(SHAPES["llama3-8b"], vocab=100)
+    assert isinstance(job, config.DistillConfig)
+    with pytest.raises(ValueError, match=r"draft_vocab\.safetensors, which is not here: make it .*--draft-vocab 32000"):
+        planning.scored_tokens(job, shape, None)
+    assert planning.scored_tokens(job, shape, 40) == 40
+    save_maps(tmp_path / "maps.safetensors", np.arange(0, 100, 4), 100)
+    here = dataclasses.replace(job, draft_vocab=str(tmp_path / "maps.safetensors"))
+    assert planning.scored_tokens(here, shape, None) == 25
+    assert planning.scored_tokens(config.load("eagle2_llama3_8b"), shape, None) is None  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

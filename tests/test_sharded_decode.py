@@ -1,13 +1,15 @@
 """Speculative generation on a mesh of devices is the single device's, token for token."""
 
 import functools
+import math
+import re
 
 import jax
 import numpy as np
 import pytest
 from random_models import random_weights
 
-from jaxspec import drafters
+from jaxspec import aot, drafters
 from jaxspec.base import Drafter, TreePolicy
 from jaxspec.decode import DecodeState, Engine, Weights
 from jaxspec.generation import Generation, Slots, generate, start
@@ -16,6 +18,7 @@ from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest
+from jaxspec.verify import RULES
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -90,6 +93,34 @@ def test_every_other_drafter_on_a_mesh_drafts_as_on_one_device(name: str):
     for tokens, expected in zip(spread.tokens, alone.tokens, strict=True):
         np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_array_equal(spread.accepted, alone.accepted)
+
+
+ROUNDS = {
+    "eagle": ENGINE,
+    "parallelspec": Engine(TARGET, *OTHERS["parallelspec"]),
+    **{f"{rule}:{RULES[rule].modes[0]}": Engine(TARGET, DRAFTER, GROWN, mode=RULES[rule].modes[0], rule=RULES[rule])
+       for rule in ("recursive-rejection", "specinfer", "traversal", "typical")},
+}  # fmt: skip
+
+
+def sent(engine: Engine, mesh: jax.sharding.Mesh) -> list[str]:
+    """Returns what the devices send each other in a generation of eight rows."""
+    held = jax.eval_shape(lambda: Weights(weights().target, random_weights(engine.drafter, 0.3, 2)))  # type: ignore[arg-type]
+    return list(aot.plan_rounds(engine, held, mesh, batch=8, capacity=128, slots=64).sent)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("eagle", "traversal:topk") else pytest.param(n, marks=pytest.mark.slow) for n in ROUNDS]
+)
+def test_devices_with_rows_of_their_own_send_but_numbers_that_say_how_to_go_on(name: str):
+    assert not [message for message in sent(ROUNDS[name], make_mesh(8)) if not message.endswith("[]")]
+
+
+def test_devices_with_parts_of_the_vocabulary_send_their_best_and_not_all_logits():
+    gathers = [message for message in sent(ENGINE, make_mesh(2, tensor=4)) if "gather" in message]
+    rows, beam, best, parts = 4, 4, 4, 4
+    sizes = [math.prod(map(int, re.findall(r"\d+", message.partition("[")[2]))) for message in gathers]
+    assert max(sizes) == rows * beam * best * parts < rows * beam * VOCAB, f"{gathers}"
 
 
 def test_slots_on_a_mesh_answer_as_one_device_does_and_compile_nothing_once_warm(compilations):

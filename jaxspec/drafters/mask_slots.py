@@ -18,6 +18,7 @@ from jaxspec import cache as kv
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
 from jaxspec.layers import Prefix, as_mask, attend, gated_mlp, merge_heads, recompute, rms_norm
+from jaxspec.sharding import pick, put
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,6 @@ class MaskSlots(OnePass, OneLayer):
         groups = [Group(order_BL, self.real_slots(borrowed, token, features_BLD), positions_BL, mask_BLM)]
         if keys_B is not None and c.keep < 1:
             order_BL = jnp.argsort(jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B), axis=1)
-        pick, put = jax.vmap(lambda x, at: x[at]), jax.vmap(lambda x, at, new: x.at[at].set(new))  # a row by itself
         mask_BLL = jnp.broadcast_to(as_mask(mask_BLM), (batch, length, length))
         for depth in range(1, c.tokens if self.bidirectional else min(c.tokens, steps)):
             # The first so many of one order: every depth's positions are among those of the depth before.

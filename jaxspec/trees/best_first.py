@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import ROOT, Array, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.trees.shape import ancestor_mask, below_root
+from jaxspec.sampling import top_k
+from jaxspec.sharding import pick
+from jaxspec.trees.shape import ancestor_mask, below_root, numbered
 
 
 class Nodes(NamedTuple):
@@ -74,16 +75,16 @@ class BestFirstTree:
         """Ask for each depth's likeliest tokens, then take the best of their paths."""
         token_BTR, logp_BTR = self._ask(draft, choose, scratch, root_logits_BV)
         pool, counts = self._best_of_depths(token_BTR, logp_BTR)
-        score_BK, chosen = jax.lax.top_k(pool.score_BK, self.nodes - 1)
-        rows, real = jnp.arange(len(root_token_B))[:, None], score_BK > -jnp.inf
-        node_of = jnp.zeros_like(pool.parent_BK).at[rows, chosen].set(jnp.arange(1, self.nodes))
-        above = pool.parent_BK[rows, chosen]
-        parent_BK = jnp.where(above == ROOT, 0, node_of[rows, jnp.maximum(above, 0)])
+        score_BK, chosen = top_k(pool.score_BK, self.nodes - 1)
+        real = score_BK > -jnp.inf
+        node_of = numbered(chosen, pool.parent_BK.shape[1])
+        above = pick(pool.parent_BK, chosen)
+        parent_BK = jnp.where(above == ROOT, 0, pick(node_of, jnp.maximum(above, 0)))
         depths = np.repeat(np.arange(1, self.depth + 1), counts)
         parent_BN = below_root(jnp.where(real, parent_BK, ROOT), ROOT)
         score_BN = below_root(score_BK, 0.0)
         return Tree(
-            jnp.concatenate([root_token_B[:, None], jnp.where(real, pool.token_BK[rows, chosen], 0)], axis=1),
+            jnp.concatenate([root_token_B[:, None], jnp.where(real, pick(pool.token_BK, chosen), 0)], axis=1),
             parent_BN,
             below_root(jnp.where(real, jnp.asarray(depths)[chosen], 0), 0),
             score_BN,
@@ -100,7 +101,7 @@ class BestFirstTree:
         for d in range(depth):
             children = (score_BK[..., None] + logp_BTR[:, d, None]).reshape(batch, -1)
             counts.append(min(self.nodes - 1, children.shape[1]))
-            score_BK, chosen = jax.lax.top_k(children, counts[d])
+            score_BK, chosen = top_k(children, counts[d])
             token_BK = jnp.take_along_axis(token_BTR[:, d], chosen % width, axis=1)
             levels.append(Nodes(token_BK, score_BK, jnp.take_along_axis(place_BK, chosen // width, axis=1)))
             place_BK = jnp.broadcast_to(sum(counts[:d]) + jnp.arange(counts[d]), (batch, counts[d]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.trees.shape import ancestor_mask, below_root, stack_laws
+from jaxspec.sampling import top_k
+from jaxspec.trees.shape import ancestor_mask, below_root, numbered, stack_laws
 
 
 class Candidates(NamedTuple):
@@ -95,7 +95,7 @@ class DynamicTree:
                 (front_score[..., None] + x).reshape(batch, beam * beam) for x in (found.logp_BWR, found.left_BWR)
             )
             pool.append((token, score, bound, jnp.repeat(front_pool, beam, axis=1)))
-            front_score, chosen = jax.lax.top_k(score, beam)
+            front_score, chosen = top_k(score, beam)
             front_token = jnp.take_along_axis(token, chosen, axis=1)
             front_pool = beam + (d - 1) * beam**2 + chosen
             row = chosen // beam
@@ -107,22 +107,15 @@ class DynamicTree:
 
     def _rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
         """The tree of the best `nodes - 1` candidates, in pool order; `expanded` are the candidates in each slot."""
-        beam, batch = self.beam, root_token_B.shape[0]
+        beam = self.beam
         # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
-        _, chosen = jax.lax.top_k(pool.bound_BQ, self.nodes - 1)
+        _, chosen = top_k(pool.bound_BQ, self.nodes - 1)
         chosen = jnp.sort(chosen, axis=1)
-        rows = jnp.arange(batch)[:, None]
-        node_of = (
-            jnp.zeros((batch, self.pool), jnp.int32).at[rows, chosen].set(jnp.arange(1, self.nodes, dtype=jnp.int32))
-        )
+        node_of = numbered(chosen, self.pool)
         parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)
         parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
         levels = np.concatenate([np.ones(beam, np.int32), np.repeat(np.arange(2, self.depth + 1), beam**2)])
-        law_BQ = jnp.zeros((batch, self.pool), jnp.int32)
-        if expanded:
-            law_BQ = law_BQ.at[rows, jnp.concatenate(expanded, axis=1)].set(
-                jnp.arange(1, self.slots + 1, dtype=jnp.int32)
-            )
+        law_BQ = numbered(jnp.concatenate(expanded, axis=1), self.pool) if expanded else jnp.zeros_like(pool.parent_BQ)
         depth_BN = below_root(jnp.asarray(levels, jnp.int32)[chosen], 0)
         parent_BN = below_root(parent, ROOT)
         score_BN = below_root(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Children, DraftLaws
+from jaxspec.sharding import put
 
 
 def ancestor_mask(parent_BN: Array, depth: int) -> Array:
@@ -21,6 +22,15 @@ def ancestor_mask(parent_BN: Array, depth: int) -> Array:
 def below_root(x_BK: Array, root: float) -> Array:
     """The root's entry, and behind it those of the other nodes: `[B, N]`."""
     return jnp.concatenate([jnp.full((x_BK.shape[0], 1), root, x_BK.dtype), x_BK], axis=1)
+
+
+def numbered(at_BK: Array, size: int) -> Array:
+    """`[B, size]`: 1, 2, .. at each row's `at`, 0 elsewhere."""
+    return put(
+        jnp.zeros((len(at_BK), size), jnp.int32),
+        at_BK,
+        jnp.broadcast_to(jnp.arange(1, at_BK.shape[1] + 1, dtype=jnp.int32), at_BK.shape),
+    )
 
 
 def stack_laws(families: list[Children], row_BN: Array) -> DraftLaws | None:

@@ -98,7 +98,7 @@ def typical(case: Case) -> Accepted:
     entropy_BN = -jnp.sum(p_BNV * jnp.log(jnp.where(p_BNV > 0, p_BNV, 1)), axis=-1)
     enough_BN = jnp.minimum(TYPICAL_FLOOR, TYPICAL_SHARE * jnp.exp(-entropy_BN))
     parent_BN = jnp.maximum(tree.parent_BN, 0)
-    own_BN = p_BNV[jnp.arange(p_BNV.shape[0])[:, None], parent_BN, tree.token_BN]
+    own_BN = jax.vmap(lambda p, parent, token: p[parent, token])(p_BNV, parent_BN, tree.token_BN)
     kept_BN = reached(tree, own_BN > jnp.take_along_axis(enough_BN, parent_BN, axis=1))
     logp_BN = jnp.log(jnp.where(own_BN > 0, own_BN, 1)).at[:, 0].set(0)
     path_logp_BN = jnp.sum(jnp.where(tree.ancestors_BNN, logp_BN[:, None], 0), axis=-1)
