@@ -7,6 +7,7 @@ was decoded one at a time or found inside a tree, and independent of the other r
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ def _leading(x_BX: Array) -> tuple[str | None, ...]:
 
 def _top_k(x: Array, count: int) -> tuple[Array, Array]:
     # Rows are flattened because XLA's partial top-k takes two axes; more fall back to a full sort.
-    best, index = lax.top_k(x.reshape(-1, x.shape[-1]), count)
+    best, index = lax.top_k(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), count)
     shape = (*x.shape[:-1], count)
     return best.reshape(shape), index.astype(jnp.int32).reshape(shape)
 
