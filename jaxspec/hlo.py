@@ -329,13 +329,17 @@ def matmuls(program: Program, i: Instruction) -> list[tuple[Instruction, float]]
 def _splash_flops(i: Instruction, program: Program) -> float:
     """Of a splash attention kernel with a causal mask, which is opaque: half the scores of each of its matmuls.
 
-    Forward two, for scores and values; backward they are made again and lead to keys, values and queries.
+    Forward two, for scores and values; backward they are made again and lead to keys and values, and in a fused kernel
+    to queries too. Of keys behind as many as there are queries, each query's own, the mask's blocks on their diagonal.
     """
-    matmuls = 2 if "_fwd" in i.name else 3 if "_dq" in i.name else 5
     named = next(n for name in program.computations if i.name in (n := program.named(name)))
-    shapes = [named[o].result[0].dims for o in i.operands if o in named]
-    queries = max((dims for dims in shapes if len(dims) in (3, 4)), key=math.prod)  # of one row alone, without its axis
-    return matmuls * math.prod(queries) * queries[-2]
+    shapes = [named[o].result[0] for o in i.operands if o in named]
+    queries, keys = [s.dims for s in shapes if "f" in s.kind][:2]
+    fused = any(len(s.dims) > len(queries) for s in i.result)  # queries' gradients of each block of keys
+    matmuls = 2 if "_fwd" in i.name else 3 if "_dq" in i.name else 5 if fused else 4
+    length, block = queries[-2], shapes[-1].dims[-1]
+    own = keys[-2] - length
+    return 2 * matmuls * math.prod(queries) * (length / 2 + own // length * block)
 
 
 def _flops(program: Program, i: Instruction, named: dict[str, Instruction] | None) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array
 from jaxspec.sharding import AXIS_RULES, splits
 
+Pairs = tuple[tuple[Array, Array], ...]
+"""Keys and values of the queries' own, as `layers.Own` has them."""
 Kernel = Literal["xla", "splash", "cudnn"]
 """What attends: XLA by blocks of queries (`layers.attend_causal`), or a kernel of this module."""
 LANES = 128
@@ -39,9 +43,12 @@ def choose_kernel(asked: Literal["auto"] | Kernel, device: Any, dtype: Any) -> K
     return asked
 
 
-def takes(kernel: Kernel, length: int, channels: int) -> bool:
-    """Whether a kernel takes rows of this length with heads of so many channels: cuDNN's alone is particular."""
-    return kernel != "cudnn" or (length % 2 == 0 and channels % 8 == 0 and channels <= LANES)
+def takes(kernel: Kernel, length: int, channels: int, own: Pairs = ()) -> bool:
+    """Whether a kernel takes rows of this length with heads of so many channels, and keys of the queries' own.
+
+    cuDNN's alone is particular.
+    """
+    return kernel != "cudnn" or (length % 2 == 0 and channels % 8 == 0 and channels <= LANES and not own)
 
 
 def lone_padding(segments_BL: Array) -> Array:
@@ -49,27 +56,58 @@ def lone_padding(segments_BL: Array) -> Array:
     return jnp.where(segments_BL > 0, segments_BL, -1 - jnp.arange(segments_BL.shape[1], dtype=segments_BL.dtype))
 
 
+@functools.cache  # equal masks are one object: splash prepares each once
+def _splash_mask(length: int, parts: int) -> Any:
+    """Causal over the first `length` keys, and of each of `parts` like lengths behind them the query's own."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import CausalMask, Mask
+
+    if parts == 0:
+        return CausalMask((length, length))
+
+    class CausalAndOwn(Mask):
+        @property
+        def shape(self) -> tuple[int, int]:
+            return length, (1 + parts) * length
+
+        def __getitem__(self, at: Any) -> np.ndarray:
+            query, key = (np.arange(size)[part] for size, part in zip(self.shape, at, strict=True))
+            query, key = query[:, None], key[None]
+            return np.where(key < length, key <= query, key % length == query)
+
+    return CausalAndOwn()
+
+
 def attend_splash(
-    q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array, *, interpret: bool = False
+    q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array, own: Pairs = (), *, interpret: bool = False
 ) -> Array:
     """`layers.attend` under `layers.segment_mask`, by splash attention: `[B, L, K, G, C]`; no scores in memory.
 
-    Rows are padded to whole blocks. `interpret` runs the kernel's text on any platform, slowly.
+    Rows are padded to whole blocks. Keys of the queries' own (`layers.Own`) stand behind the others, and of them the
+    blocks on the diagonal are read alone. `interpret` runs the kernel's text on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     batch, length, kv_heads, group, channels = q_BLKGC.shape
-    block = next(b for b in BLOCKS if b == LANES or -length % b <= length // 8)
+    # Of a block on the diagonal of the queries' own keys little is used: the smaller, the less is made in vain.
+    blocks = BLOCKS[1:] if own else BLOCKS
+    block = next(b for b in blocks if b == LANES or -length % b <= length // 8)
     extra, whole = -length % block, length + -length % block
     q_BHLC = jnp.transpose(q_BLKGC * jnp.asarray(channels**-0.5, q_BLKGC.dtype), (0, 2, 3, 1, 4))
     q_BHLC = q_BHLC.reshape(batch, kv_heads * group, length, channels)
-    k_BKLC = jnp.swapaxes(k_BKCL, 2, 3)
-    q_BHLC, k_BKLC, v_BKLC = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q_BHLC, k_BKLC, v_BKLC))
-    own_BL = lone_padding(jnp.pad(segments_BL, ((0, 0), (0, extra))))
-    sizes = splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True)
-    mask = splash.MultiHeadMask([splash.CausalMask((whole, whole)) for _ in range(kv_heads * group)])
+
+    def padded(x_BHLC: Array) -> Array:
+        return jnp.pad(x_BHLC, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+    k_BKMC = jnp.concatenate([padded(jnp.swapaxes(k, 2, 3)) for k in (k_BKCL, *(k for k, _ in own))], axis=2)
+    v_BKMC = jnp.concatenate([padded(v) for v in (v_BKLC, *(v for _, v in own))], axis=2)
+    place_BL = lone_padding(jnp.pad(segments_BL, ((0, 0), (0, extra))))
+    segments = splash.SegmentIds(place_BL, jnp.tile(place_BL, (1, 1 + len(own))))
+    # The fused backward kernel keeps a gradient of the queries for each block of keys, and own keys are many.
+    backward: dict[str, Any] = {"block_q_dq": block, "block_kv_dq": block} if own else {"use_fused_bwd_kernel": True}
+    sizes = splash.BlockSizes(block, block, block, block, block, block, **backward)
+    mask = splash.MultiHeadMask([_splash_mask(whole, len(own))] * (kv_heads * group))
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    mixed_BHLC: Any = jax.vmap(kernel)(q_BHLC, k_BKLC, v_BKLC, splash.SegmentIds(own_BL, own_BL))
+    mixed_BHLC: Any = jax.vmap(kernel)(padded(q_BHLC), k_BKMC, v_BKMC, segments)
     mixed_BKGLC = mixed_BHLC[:, :, :length].reshape(batch, kv_heads, group, length, channels)
     return jnp.transpose(mixed_BKGLC, (0, 3, 1, 2, 4)).astype(q_BLKGC.dtype)
 
@@ -89,21 +127,23 @@ def attend_cudnn(q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Arra
     return mixed_BLHC.reshape(q_BLKGC.shape)
 
 
-KERNELS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {"splash": attend_splash, "cudnn": attend_cudnn}
+KERNELS: dict[str, Callable[..., Array]] = {"splash": attend_splash, "cudnn": attend_cudnn}
 
 
-def attend_packed(kernel: Kernel, q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array) -> Array:
-    """`layers.attend` under `layers.segment_mask`, by a kernel.
+def attend_packed(
+    kernel: Kernel, q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array, own: Pairs = ()
+) -> Array:
+    """`layers.attend` under `layers.segment_mask`, by a kernel that `takes` it.
 
     XLA cannot split a kernel: in a program traced under `jax.set_mesh` each device takes its rows and key-value heads,
     as `jaxspec.sharding` spreads them.
     """
     attend, mesh = KERNELS[kernel], jax.sharding.get_abstract_mesh()
-    arguments = (q_BLKGC, k_BKCL, v_BKLC, segments_BL)
+    arguments = (q_BLKGC, k_BKCL, v_BKLC, segments_BL, *((own,) if own else ()))
     if mesh.empty or mesh.manual_axes:
         return attend(*arguments)
     rows = None if q_BLKGC.shape[0] % splits("batch") else AXIS_RULES["batch"]
     heads = None if q_BLKGC.shape[2] % splits("kv_heads") else AXIS_RULES["kv_heads"]
     by_row, by_head = P(rows, None, heads), P(rows, heads)
-    spread = jax.shard_map(attend, in_specs=(by_row, by_head, by_head, P(rows)), out_specs=by_row, check_vma=False)
-    return spread(*arguments)
+    given = (by_row, by_head, by_head, P(rows), by_head)[: len(arguments)]
+    return jax.shard_map(attend, in_specs=given, out_specs=by_row, check_vma=False)(*arguments)

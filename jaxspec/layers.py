@@ -242,6 +242,53 @@ def _finish(part: _Part, like_BLKGC: Array) -> Array:
     return jnp.transpose(mixed, (0, 3, 1, 2, 4))
 
 
+class Own(NamedTuple):
+    """What each query sees besides the keys that its row shares: of other draft steps those at its own position."""
+
+    pairs: tuple[tuple[Array, Array], ...] = ()
+    """Keys `[B, K, C, L]` and values `[B, K, L, C]`, of which query `i` sees the `i`-th."""
+    zeros_BL: Array | None = None
+    """So many further keys of score 0 that carry no value."""
+
+    def cut(self, begin: int, end: int) -> Own:
+        """That of the queries from `begin` to `end`."""
+        pairs = tuple((k[..., begin:end], v[:, :, begin:end]) for k, v in self.pairs)
+        return Own(pairs, None if self.zeros_BL is None else self.zeros_BL[:, begin:end])
+
+
+NOTHING = Own()
+
+
+def _attend_own(part: _Part, q_BKQC: Array, own: Own, score_cap: float | None) -> _Part:
+    """`part` and what the queries see besides."""
+    batch, kv_heads, queries, channels = q_BKQC.shape
+    if own.pairs:
+        q_BKGLC = q_BKQC.reshape(batch, kv_heads, -1, own.pairs[0][0].shape[-1], channels)
+        scores_JBKGL = cap(
+            jnp.stack(
+                [jnp.einsum("BKGLC,BKCL->BKGL", q_BKGLC, k, preferred_element_type=jnp.float32) for k, _ in own.pairs]
+            ),
+            score_cap,
+        )
+        top_BKGL = jax.lax.stop_gradient(jnp.max(scores_JBKGL, axis=0))
+        weight_JBKGL = jnp.exp(scores_JBKGL - top_BKGL)
+        mixed = sum(
+            jnp.einsum("BKGL,BKLC->BKGLC", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            for w, (_, v) in zip(weight_JBKGL, own.pairs, strict=True)
+        )
+        flat = (batch, kv_heads, queries)
+        seen = _Part(
+            jnp.reshape(mixed, (*flat, channels)), top_BKGL.reshape(flat), jnp.sum(weight_JBKGL, axis=0).reshape(flat)
+        )
+        part = _merge(part, seen)
+    if own.zeros_BL is not None:
+        group = queries // own.zeros_BL.shape[1]
+        count_BKQ = jnp.broadcast_to(jnp.tile(own.zeros_BL[:, None], (1, 1, group)), part.top_BKQ.shape)
+        top_BKQ = jnp.where(count_BKQ > 0, 0.0, MASKED)
+        part = _merge(part, _Part(jnp.zeros_like(part.mixed_BKQC), top_BKQ, count_BKQ.astype(jnp.float32)))
+    return part
+
+
 class Prefix(NamedTuple):
     """The committed tokens as one layer sees them."""
 
@@ -299,20 +346,21 @@ def attend(
     mask_BLM: Array,
     prefix: Prefix | None = None,
     *,
+    own: Own = NOTHING,
     scale: float | None = None,
     score_cap: float | None = None,
 ) -> Array:
     """Attention of `L` queries over the call's own keys (by mask) and the whole committed prefix: `[B, L, K, G, C]`.
 
-    A tree needs only its own ancestor mask, for every query sees all of its row's prefix. One fp32 softmax spans both
-    parts. Scale `1 / sqrt(C)`, unless another is given; see `cap` for `score_cap`.
+    A tree needs only its own ancestor mask, for every query sees all of its row's prefix. One fp32 softmax spans all
+    parts, `own` too. Scale `1 / sqrt(C)`, unless another is given; see `cap` for `score_cap`.
     """
     q = _grouped(q_BLKGC, scale)
     group = q_BLKGC.shape[3]
     part = _attend_part(q, k_BKCM, v_BKMC, jnp.tile(mask_BLM[:, None], (1, 1, group, 1)), score_cap)
     if prefix is not None:
         part = _merge(part, _attend_prefix(q, prefix, score_cap))
-    return _finish(part, q_BLKGC)
+    return _finish(_attend_own(part, q, own, score_cap), q_BLKGC)
 
 
 def attend_causal(
@@ -323,6 +371,7 @@ def attend_causal(
     *,
     block: int,
     by_row: bool = False,
+    own: Own = NOTHING,
     scale: float | None = None,
     score_cap: float | None = None,
 ) -> Array:
@@ -335,12 +384,18 @@ def attend_causal(
     length = q_BLKGC.shape[1]
     mask_BLL = jnp.broadcast_to(mask_BLL, (q_BLKGC.shape[0], length, length))
     outputs = []
-    mix = functools.partial(attend, scale=scale, score_cap=score_cap)
+
+    def mix(q: Array, k: Array, v: Array, mask: Array, own: Own) -> Array:
+        return attend(q, k, v, mask, own=own, scale=scale, score_cap=score_cap)
+
+    if own.zeros_BL is not None:
+        own = own._replace(zeros_BL=jnp.broadcast_to(own.zeros_BL, q_BLKGC.shape[:2]))
     for begin in range(0, length, block):
         end = min(begin + block, length)
         args = (q_BLKGC[:, begin:end], k_BKCL[..., :end], v_BKLC[:, :, :end], mask_BLL[:, begin:end, :end])
+        args = (*args, own.cut(begin, end))
         if by_row:
-            one = jax.checkpoint(lambda row: mix(*(x[None] for x in row))[0])
+            one = jax.checkpoint(lambda row: mix(*jax.tree.map(lambda x: x[None], row))[0])
             outputs.append(jax.lax.map(one, args))
         else:
             outputs.append(jax.checkpoint(mix)(*args))
@@ -356,20 +411,21 @@ def attend_text(
     kernel: Kernel = "xla",
     block: int | None = None,
     by_row: bool = False,
+    own: Own = NOTHING,
     scale: float | None = None,
     score_cap: float | None = None,
 ) -> Array:
     """`attend` of whole training rows, whose mask is causal: by the kernel where it takes them packed as they are, else
     `attend_causal` in blocks, if any."""
-    how: dict[str, Any] = {"scale": scale, "score_cap": score_cap}
-    usual = scale is None and score_cap is None
+    how: dict[str, Any] = {"own": own, "scale": scale, "score_cap": score_cap}
+    usual = scale is None and score_cap is None and own.zeros_BL is None
     if (
         usual
         and isinstance(mask_BLL, Packed)
         and kernel != "xla"
-        and takes(kernel, q_BLKGC.shape[1], q_BLKGC.shape[-1])
+        and takes(kernel, q_BLKGC.shape[1], q_BLKGC.shape[-1], own.pairs)
     ):
-        return attend_packed(kernel, q_BLKGC, k_BKCL, v_BKLC, mask_BLL.segments_BL)
+        return attend_packed(kernel, q_BLKGC, k_BKCL, v_BKLC, mask_BLL.segments_BL, own.pairs)
     mask_BLL = as_mask(mask_BLL)
     if block:
         return attend_causal(q_BLKGC, k_BKCL, v_BKLC, mask_BLL, block=block, by_row=by_row, **how)

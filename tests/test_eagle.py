@@ -14,6 +14,7 @@ from drafter_toys import BATCH, KINDS, LENGTH, SHAPE, STEPS, VOCAB, WIDTH, Toy, 
 
 from jaxspec.base import Array, Borrowed
 from jaxspec.drafters import Eagle, EagleConfig, Fspad, FspadConfig
+from jaxspec.layers import Own
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -61,7 +62,7 @@ def second_step_by_hand(t: Toy, features: Array, handed: Array) -> Array:
     _, k0, v0 = step("project", seen0, AT)
     stream, seen = step("fuse", t.borrowed.embed_VD[ahead[1]], handed)
     q, k, v = step("project", seen, AT + 1)
-    mixed = step("attend_row", q, k0, v0, jnp.asarray(causal(ROWS)), [(k, v)])
+    mixed = step("attend_text", q, k0, v0, jnp.asarray(causal(ROWS)), Own(((k, v),)))
     return jnp.sum(step("finish", step("mix", stream, mixed))[0] ** 2)
 
 

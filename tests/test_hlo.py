@@ -73,18 +73,25 @@ def test_convolutions_count_what_they_multiply(attributes: str, left, right, out
 
 
 @pytest.mark.parametrize("rows", [(), (2,)])
-@pytest.mark.parametrize(("name", "matmuls"), [("fwd_segmented", 2), ("dq_segmented", 3), ("dkv_segmented", 5)])
-def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(name: str, matmuls: int, rows: tuple[int, ...]):
-    heads, kv_heads, length, channels = 8, 4, 64, 16
-    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
-    given = [
-        Instruction(n, "parameter", (Shape("bf16", (*rows, count, length, channels), 0),), (), "")
-        for n, count in shapes.items()
-    ]
-    result = given[0].result
-    kernel = Instruction(f"splash_mha_{name}.7", "custom-call", result, ("q", "k", "v"), '"tpu_custom_call"')
-    assert cost(hlo.Program({"main": (*given, kernel)}, "main")).flops == (
-        matmuls * 2 * math.prod(rows) * heads * length * length * channels / 2
+@pytest.mark.parametrize("parts", [0, 3])
+@pytest.mark.parametrize(("name", "matmuls"), [("fwd", 2), ("dq", 3), ("dkv", 4), ("dkv fused", 5)])
+def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(
+    name: str, matmuls: int, parts: int, rows: tuple[int, ...]
+):
+    """And of keys of the queries' own, as many as there are queries for each part, the blocks on the diagonal."""
+    heads, kv_heads, length, channels, block = 8, 4, 64, 16, 32
+
+    def of(heads: int, length: int) -> tuple[Shape]:
+        return (Shape("bf16", (*rows, heads, length, channels), 0),)
+
+    keys = of(kv_heads, (1 + parts) * length)
+    shapes = {"next": (Shape("s8", (1, 4, 9), 0),), "q": of(heads, length), "k": keys, "v": keys}
+    shapes["mask"] = (Shape("s32", (1, block, block), 0),)
+    given = [Instruction(n, "parameter", shape, (), "") for n, shape in shapes.items()]
+    result = (Shape("bf16", (2, *shapes["q"][0].dims), 0), *keys, *keys) if "fused" in name else keys
+    call = (f"splash_mha_{name.split()[0]}_segmented.7", "custom-call", result, tuple(shapes), '"tpu_custom_call"')
+    assert cost(hlo.Program({"main": (*given, Instruction(*call))}, "main")).flops == (
+        matmuls * 2 * math.prod(rows) * heads * channels * length * (length / 2 + parts * block)
     )
 
 

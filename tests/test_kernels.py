@@ -14,7 +14,7 @@ import pytest
 from jaxspec import aot, kernels
 from jaxspec.base import Packed
 from jaxspec.kernels import attend_cudnn, attend_splash, choose_kernel, takes
-from jaxspec.layers import attend, attend_text, segment_mask
+from jaxspec.layers import Own, attend, attend_text, segment_mask
 from jaxspec.quantization import CONTRACTED, quantize
 from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig
@@ -50,6 +50,21 @@ def plain(q: Any, k: Any, v: Any, segments: Any) -> jax.Array:
     return attend(q, k, v, segment_mask(segments))
 
 
+def own_keys(parts: int, batch: int = 2, kv_heads: int = 2) -> Any:
+    """Keys and values of draft steps before, at the queries' own positions."""
+    rng = np.random.default_rng(1)
+    shapes = (batch, kv_heads, CHANNELS, LENGTH), (batch, kv_heads, LENGTH, CHANNELS)
+    return tuple(tuple(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes) for _ in range(parts))
+
+
+def dense(q: Any, k: Any, v: Any, segments: Any, own: Any) -> jax.Array:
+    """One softmax over all keys, those of the queries' own among them, under a mask that says which."""
+    keys = jnp.concatenate([k, *(k for k, _ in own)], axis=3)
+    values = jnp.concatenate([v, *(v for _, v in own)], axis=2)
+    itself = jnp.broadcast_to(jnp.eye(LENGTH, dtype=bool), (len(q), LENGTH, LENGTH))
+    return attend(q, keys, values, jnp.concatenate([segment_mask(segments), *[itself] * len(own)], axis=2))
+
+
 def with_gradients(function: Any, q: Any, k: Any, v: Any, segments: Any) -> Any:
     """Returns what attention gives, padding included, and the gradients of a weighted sum of it."""
     weight = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
@@ -68,6 +83,40 @@ def test_splash_is_the_plain_attention_and_has_its_gradients():
     expected = with_gradients(plain, *arguments)
     found = with_gradients(functools.partial(attend_splash, interpret=True), *arguments)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("way", ["splash", "xla", "xla in blocks", "xla in blocks, row by row"])
+def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
+    """With their gradients. Of splash two blocks of queries, which see of each part the block on the diagonal."""
+    own, arguments = own_keys(2), given()
+
+    def run(q: Any, k: Any, v: Any, own: Any, segments: Any) -> jax.Array:
+        if way == "splash":
+            return attend_splash(q, k, v, segments, own, interpret=True)
+        how = {"block": 64 if "blocks" in way else None, "by_row": "row by row" in way}
+        return attend_text(q, k, v, Packed(segments), own=Own(own), **how)
+
+    def both(function: Any) -> Any:
+        weight = jnp.cos(jnp.arange(arguments[0].size, dtype=jnp.float32)).reshape(arguments[0].shape)
+        mixed, back = jax.vjp(function, *arguments[:3], own)
+        return mixed, back(weight)
+
+    expected = jax.jit(lambda: both(lambda q, k, v, own: dense(q, k, v, arguments[3], own)))()
+    found = jax.jit(lambda: both(lambda q, k, v, own: run(q, k, v, own, arguments[3])))()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize("block", [None, 64])
+def test_keys_of_score_zero_take_their_share_of_the_softmax(block: int | None):
+    q, k, v, segments = given()
+    zeros = jnp.arange(LENGTH)[None] % 3
+    found = attend_text(q, k, v, Packed(segments), own=Own(own_keys(1), zeros), block=block, kernel="splash")
+    more = jnp.zeros((2, 2, CHANNELS, 2)), jnp.zeros((2, 2, 2, CHANNELS))
+    (k_own, v_own), seen = own_keys(1)[0], jnp.broadcast_to(jnp.arange(2) < zeros[..., None], (2, LENGTH, 2))
+    itself = jnp.broadcast_to(jnp.eye(LENGTH, dtype=bool), (2, LENGTH, LENGTH))
+    keys, values = jnp.concatenate([k, k_own, more[0]], axis=3), jnp.concatenate([v, v_own, more[1]], axis=2)
+    expected = attend(q, keys, values, jnp.concatenate([segment_mask(segments), itself, seen], axis=2))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_cudnns_mask_and_layout_are_those_of_the_plain_attention(monkeypatch: pytest.MonkeyPatch):
@@ -132,6 +181,7 @@ def test_each_device_attends_to_its_rows_and_heads(sizes: Any, monkeypatch: pyte
 
 def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch: pytest.MonkeyPatch):
     assert takes("cudnn", 200, 64) and not takes("cudnn", 201, 64) and not takes("cudnn", 200, 256)
+    assert not takes("cudnn", 200, 64, own_keys(1)) and takes("splash", 200, 64, own_keys(1))
     monkeypatch.setattr(kernels, "KERNELS", {})
     q, k, v, segments = given(batch=2, kv_heads=1)
     q, k, v, segments = q[:, :9], k[..., :9], v[:, :, :9], segments[:, :9]

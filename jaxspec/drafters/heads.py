@@ -13,10 +13,9 @@ from jaxspec import cache as kv
 from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
-    MASKED,
+    Own,
     Prefix,
     RopeScaling,
-    as_mask,
     attend,
     causal_mask,
     merge_heads,
@@ -94,37 +93,6 @@ class OneLayer(DrafterModule):
     def mix(self, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
         """The residual stream behind the attention."""
         return stream_BLD + merge_heads(self.weights, mixed_BLKGC)
-
-    def attend_row(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask_BLM: Mask,
-        own: list[tuple[Array, Array]],
-        zero_logits_BL: Array | None = None,
-    ) -> Array:
-        """Causal attention over the first step's `k, v` plus, by `own`, keys at each row's own index, in one softmax.
-
-        `zero_logits` counts further keys of score 0 that a row sees and that carry no value.
-        """
-        if not own and zero_logits_BL is None:
-            return self.attend_text(q, k, v, mask_BLM)
-        q = q * jnp.asarray(self.config.head_dim**-0.5, q.dtype)
-        causal = jnp.einsum("BLKGC,BKCM->BKGLM", q, k, preferred_element_type=jnp.float32)
-        causal = jnp.where(as_mask(mask_BLM)[:, None, None], causal, MASKED)
-        scores = [jnp.einsum("BLKGC,BKCL->BKGL", q, x, preferred_element_type=jnp.float32) for x, _ in own]
-        if zero_logits_BL is not None:
-            count = zero_logits_BL[:, None, None].astype(jnp.float32)
-            count = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1)), MASKED)
-            scores.append(jnp.broadcast_to(count, causal.shape[:-1]))
-        length = causal.shape[-1]
-        weight = jax.nn.softmax(jnp.concatenate([causal, jnp.stack(scores, axis=-1)], axis=-1), axis=-1)
-        weight = weight.astype(v.dtype)
-        mixed = jnp.einsum("BKGLM,BKMC->BLKGC", weight[..., :length], v)
-        for j, (_, x) in enumerate(own):
-            mixed = mixed + jnp.einsum("BKGL,BKLC->BLKGC", weight[..., length + j], x)
-        return mixed
 
     # The parts of the contract that all of them share.
 
@@ -289,7 +257,7 @@ class Recurrent(OneLayer):
             q, k, v = self.project(seen, positions_BL + step)
             (first_k, first_v), *own = [*before, (k, v)]
             hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None
-            mixed = self.attend_row(q, first_k, first_v, mask_BLM, own, hidden_keys)
+            mixed = self.attend_text(q, first_k, first_v, mask_BLM, Own(tuple(own), hidden_keys))
             return *self.finish(self.mix(stream, mixed)), (k, v)
 
         outputs, features, pairs = [], [], []

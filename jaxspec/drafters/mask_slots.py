@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxspec import cache as kv
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
-from jaxspec.layers import Prefix, as_mask, attend, gated_mlp, merge_heads, recompute, rms_norm
+from jaxspec.layers import Own, Prefix, as_mask, attend, gated_mlp, merge_heads, recompute, rms_norm
 from jaxspec.sharding import pick, put
 
 
@@ -192,15 +192,16 @@ class MaskSlots(OnePass, OneLayer):
         heads = [self.heads(layer, seen, g.positions_BA) for g, (_, seen) in zip(groups, entered, strict=True)]
         _, k, v = heads[0]
 
-        def read(stream: Array, q: Array, mask: Mask, own: list[tuple[Array, Array]]) -> Array:
-            return self.finish(layer, stream, self.attend_row(q, k, v, mask, own))
+        def read(stream: Array, q: Array, mask: Mask, own: Own) -> Array:
+            mixed = attend(q, k, v, as_mask(mask), own=own) if own.pairs else self.attend_text(q, k, v, mask)
+            return self.finish(layer, stream, mixed)
 
         read = recompute(self.remat, read)
         out = []
         for depth, (group, (stream, _), (q, _, _)) in enumerate(zip(groups, entered, heads, strict=True)):
             seen = heads[1:] if self.bidirectional and depth else heads[1 : depth + 1]
             count = group.at_BA.shape[1]
-            own = [(k_own[..., :count], v_own[:, :, :count]) for _, k_own, v_own in seen]
+            own = Own(tuple((k_own, v_own) for _, k_own, v_own in seen)).cut(0, count)
             out.append(group._replace(x_BAE=read(stream, q, group.mask, own)))
         return out
 

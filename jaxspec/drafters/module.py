@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array, Borrowed, Mask, Params
 from jaxspec.kernels import Kernel
-from jaxspec.layers import Remat, attend_text
+from jaxspec.layers import NOTHING, Own, Remat, attend_text
 
 
 class DrafterModule(nn.Module):
@@ -32,9 +32,9 @@ class DrafterModule(nn.Module):
     remat: Remat = "none"
     """Training only: what the backward pass of each step or layer computes again, see `recompute`."""
 
-    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask) -> Array:
+    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, own: Own = NOTHING) -> Array:
         """Causal attention of whole training rows, in the way that the fields above say."""
-        how = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row}
+        how: dict[str, Any] = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row, "own": own}
         return attend_text(q, k, v, mask_BLM, **how)
 
     @property
