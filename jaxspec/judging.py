@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
+from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array, Borrowed, Learner, Params, Target
 from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptance, logit_loss
 from jaxspec.losses.loss import log_probs, of_token
 from jaxspec.objective import Objective
 from jaxspec.sampling import argmax
+from jaxspec.sharding import AXIS_RULES, splits
 from jaxspec.stored import Likely, lump
 
 
@@ -210,9 +212,11 @@ def judge_in_passing(
             total, own_total = carry
             return (total + part, jax.tree.map(jnp.add, own_total, own_part)), (judged, rows)
 
-        (total, own_total), (judged, rows) = jax.lax.scan(
-            one, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, own)), pieces
-        )
+        def every(pieces: Chunk) -> tuple[Any, Any]:
+            nothing = [jnp.zeros(x.shape, x.dtype) for x in own]
+            return jax.lax.scan(one, (jnp.zeros(()), nothing), pieces)
+
+        (total, own_total), (judged, rows) = _on_own_rows(every, pieces)
         left = iter(own_total)
         gradient = tree.unflatten(
             [next(left) if use else jnp.zeros_like(x) for x, use in zip(leaves, used, strict=True)]
@@ -226,6 +230,30 @@ def judge_in_passing(
     run.defvjp(forward, backward)
     rest = pieces._replace(hidden_TBCD=None, features_TBCD=None)
     return run(params, pieces.hidden_TBCD, pieces.features_TBCD, rest)
+
+
+def _on_own_rows(run: Callable[[Chunk], tuple[Any, Any]], pieces: Chunk) -> tuple[Any, Any]:
+    """`run(pieces)`: sums over all rows, and of each chunk `[X, T, B, ..]`.
+
+    Under a mesh that spreads rows and no vocabulary each device runs its own rows, and what all sum is exchanged once:
+    left alone, XLA exchanges the gradient of an LM head for every chunk.
+    """
+    mesh, devices, rows = jax.sharding.get_abstract_mesh(), splits("batch"), pieces.token_BC.shape[1]
+    if mesh.manual_axes or devices == 1 or rows % devices or splits("vocab") > 1:
+        return run(pieces)
+    over = AXIS_RULES["batch"]
+    by_chunk, by_step = P(None, over), P(None, None, over)
+
+    def own(pieces: Chunk) -> tuple[Any, Any]:
+        sums, each = run(pieces)
+        return jax.tree.map(lambda x: x[None], sums), each
+
+    where: dict[str, Any] = dict.fromkeys(Chunk._fields, by_step)
+    where |= {"key": P(), "wanted_BCD": by_chunk, "token_BC": by_chunk, "likely": by_chunk}
+    where |= {name: None for name, x in pieces._asdict().items() if x is None}
+    spread = jax.shard_map(own, in_specs=(Chunk(**where),), out_specs=(P(over), by_step), check_vma=False)
+    sums, each = spread(pieces)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), each
 
 
 def _used(judge: Judge, params: Params, piece: Chunk) -> list[bool]:

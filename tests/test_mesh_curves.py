@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import hlo
+from jaxspec import aot, hlo
 from jaxspec.compilers import compile_step, lower_step
 from jaxspec.distill import Batch, init_state
 from jaxspec.drafters import (
@@ -124,3 +124,5 @@ def test_devices_send_weights_and_sums_and_no_activations(name: str, compile_qui
     lengths = {n * rows for n in kept for rows in (1, ROWS)}
     sent = {message.largest for message in found if message is not None}
     assert not [s for s in sent if lengths & set(s.dims) and s.size > ROWS * LENGTH], f"{sent}"
+    # The target's layers come by one after another; of the loop over chunks nothing, and gradients once.
+    assert {i.kind for i in aot._in_loops(program) if i.kind in hlo.COLLECTIVES} <= {"all-gather"}
