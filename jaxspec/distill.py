@@ -12,9 +12,11 @@ import optax
 from jaxspec.base import Array, Borrowed, Learner, Packed, Params, Target, TargetOutput, Unrolled
 from jaxspec.judging import (
     Chunk,
+    Judge,
     Judged,
     Layout,
     Teacher,
+    Worth,
     by_pair,
     by_position,
     judge_again,
@@ -226,7 +228,6 @@ def judge_batch(
         mask_TBL &= unrolled.kept_TBL
     learns_BL = learnable(teacher, out.features_BLD, objective.chunk)
     learns_TBL = mask_TBL & by_pair(jnp.broadcast_to(learns_BL, mask_TBL.shape))
-    judge = functools.partial(judge_chunk, drafter, borrowed, teacher, objective)
     layout = Layout.of(by_position(mask_TBL), objective.chunk)
     pieces = Chunk(
         layout.cut(by_position(unrolled.hidden_TBLD)),
@@ -240,9 +241,17 @@ def judge_batch(
     )
     in_passing = learning and objective.additive
     if in_passing:
+
+        def bind(lent: Any) -> tuple[Judge, Worth]:
+            borrowed, frozen, vocab_U, rates = lent
+            held = teacher._replace(frozen=frozen, vocab_U=vocab_U)
+            return functools.partial(judge_chunk, drafter, borrowed, held, objective), functools.partial(worth, rates)
+
         rates = loss_rates(objective, mask_TBL, learns_TBL, axes)
-        part, judged = judge_in_passing(judge, functools.partial(worth, rates), params, pieces)
+        lent = (borrowed, teacher.frozen, teacher.vocab_U, rates)
+        part, judged = judge_in_passing(bind, lent, params, pieces)
     else:
+        judge = functools.partial(judge_chunk, drafter, borrowed, teacher, objective)
         part, judged = jnp.zeros(()), judge_again(judge, params, pieces)
     judged = jax.tree.map(lambda x: by_pair(layout.lay(x)), judged)
     own = totals(judged, mask_TBL, learns_TBL, objective)

@@ -59,6 +59,7 @@ class Judged(NamedTuple):
 
 
 Judge = Callable[[Params, Chunk], Judged]
+Worth = Callable[[Chunk, Judged], Array]
 
 
 def judge_chunk(
@@ -176,12 +177,13 @@ def judge_again(judge: Judge, params: Params, pieces: Chunk) -> Judged:
 
 
 def judge_in_passing(
-    judge: Judge, worth: Callable[[Chunk, Judged], Array], params: Params, pieces: Chunk
+    bind: Callable[[Any], tuple[Judge, Worth]], lent: Any, params: Params, pieces: Chunk
 ) -> tuple[Array, Judged]:
     """`sum of worth(chunk, judge(chunk))` over all chunks, and what was judged, which is constant.
 
     The gradient is made chunk by chunk on the way there, while the logits are at hand: backward nothing is computed
-    again, and what is kept is as large as the draft steps' outputs. Chunks without a trained token are skipped.
+    again, and what is kept is as large as the draft steps' outputs. Chunks without a trained token are skipped. `bind`
+    gives both functions, of the constant arrays `lent`, and they read no others.
     """
 
     @jax.custom_vjp
@@ -190,37 +192,41 @@ def judge_in_passing(
 
     def forward(params: Params, hidden: Array, features: Array | None, rest: Chunk) -> tuple[Any, Any]:
         pieces = rest._replace(hidden_TBCD=hidden, features_TBCD=features)
-        leaves, tree = jax.tree.flatten(params)
-        used = _used(judge, params, jax.tree.map(lambda x: x[0], pieces))
-        own = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
+        leaves, tree = jax.tree.flatten((params, lent))
 
-        def among(some: list[Array], others: list[Array]) -> list[Array]:
-            left = iter(some)
-            return [next(left) if use else other for other, use in zip(others, used, strict=True)]
-
-        def value(own: list[Array], hidden: Array, features: Array | None, piece: Chunk) -> tuple[Array, Judged]:
-            params = tree.unflatten(among(own, leaves))
+        def value(leaves: list[Any], hidden: Array, features: Array | None, piece: Chunk) -> tuple[Array, Judged]:
+            params, lent = tree.unflatten(leaves)
+            judge, worth = bind(lent)
             judged = judge(params, piece._replace(hidden_TBCD=hidden, features_TBCD=features))
             return worth(piece, judged), judged
 
-        def learn(piece: Chunk) -> Any:
-            differentiate = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)
-            return differentiate(own, piece.hidden_TBCD, piece.features_TBCD, piece)
+        first = jax.tree.map(lambda x: x[0], pieces)
+        used = _used(lambda leaves: value(leaves, first.hidden_TBCD, first.features_TBCD, first), leaves)
+        learns = [n < len(jax.tree.leaves(params)) for n in range(len(leaves))]
+        own, given = (
+            {n: leaf for n, leaf in enumerate(leaves) if used[n] and learns[n] == trained} for trained in (True, False)
+        )
 
-        def one(carry: tuple[Array, list[Array]], piece: Chunk) -> tuple[Any, Any]:
-            (part, judged), (own_part, *rows) = _unless_empty(learn, piece)
-            total, own_total = carry
-            return (total + part, jax.tree.map(jnp.add, own_total, own_part)), (judged, rows)
+        def every(own: dict[int, Array], given: dict[int, Array], pieces: Chunk) -> tuple[Any, Any]:
+            def by_own(own: dict[int, Array], *arguments: Any) -> tuple[Array, Judged]:
+                read = own | given
+                return value([read.get(n, leaf) for n, leaf in enumerate(leaves)], *arguments)
 
-        def every(pieces: Chunk) -> tuple[Any, Any]:
-            nothing = [jnp.zeros(x.shape, x.dtype) for x in own]
+            def learn(piece: Chunk) -> Any:
+                differentiate = jax.value_and_grad(by_own, argnums=(0, 1, 2), has_aux=True)
+                return differentiate(own, piece.hidden_TBCD, piece.features_TBCD, piece)
+
+            def one(carry: tuple[Array, dict[int, Array]], piece: Chunk) -> tuple[Any, Any]:
+                (part, judged), (own_part, *rows) = _unless_empty(learn, piece)
+                total, own_total = carry
+                return (total + part, jax.tree.map(jnp.add, own_total, own_part)), (judged, rows)
+
+            nothing = {n: jnp.zeros(x.shape, x.dtype) for n, x in own.items()}
             return jax.lax.scan(one, (jnp.zeros(()), nothing), pieces)
 
-        (total, own_total), (judged, rows) = _on_own_rows(every, pieces)
-        left = iter(own_total)
-        gradient = tree.unflatten(
-            [next(left) if use else jnp.zeros_like(x) for x, use in zip(leaves, used, strict=True)]
-        )
+        (total, own_total), (judged, rows) = _on_own_rows(every, own, given, pieces)
+        flat, shape = jax.tree.flatten(params)
+        gradient = shape.unflatten([own_total[n] if n in own else jnp.zeros_like(x) for n, x in enumerate(flat)])
         return (total, judged), (gradient, *rows)
 
     def backward(gradient: Any, wanted: tuple[Array, Judged]) -> tuple[Any, ...]:
@@ -232,35 +238,33 @@ def judge_in_passing(
     return run(params, pieces.hidden_TBCD, pieces.features_TBCD, rest)
 
 
-def _on_own_rows(run: Callable[[Chunk], tuple[Any, Any]], pieces: Chunk) -> tuple[Any, Any]:
-    """`run(pieces)`: sums over all rows, and of each chunk `[X, T, B, ..]`.
+def _on_own_rows(run: Callable[[Any, Any, Chunk], tuple[Any, Any]], own: Any, given: Any, pieces: Chunk) -> Any:
+    """`run(own, given, pieces)`: sums over all rows, and of each chunk `[X, T, B, ..]`.
 
     Under a mesh that spreads rows and no vocabulary each device runs its own rows, and what all sum is exchanged once:
-    left alone, XLA exchanges the gradient of an LM head for every chunk.
+    left alone, XLA exchanges the gradient of an LM head for every chunk. All arrays that `run` reads are its arguments.
     """
     mesh, devices, rows = jax.sharding.get_abstract_mesh(), splits("batch"), pieces.token_BC.shape[1]
     if mesh.manual_axes or devices == 1 or rows % devices or splits("vocab") > 1:
-        return run(pieces)
+        return run(own, given, pieces)
     over = AXIS_RULES["batch"]
     by_chunk, by_step = P(None, over), P(None, None, over)
 
-    def own(pieces: Chunk) -> tuple[Any, Any]:
-        sums, each = run(pieces)
+    def part(own: Any, given: Any, pieces: Chunk) -> tuple[Any, Any]:
+        sums, each = run(own, given, pieces)
         return jax.tree.map(lambda x: x[None], sums), each
 
     where: dict[str, Any] = dict.fromkeys(Chunk._fields, by_step)
     where |= {"key": P(), "wanted_BCD": by_chunk, "token_BC": by_chunk, "likely": by_chunk}
     where |= {name: None for name, x in pieces._asdict().items() if x is None}
-    spread = jax.shard_map(own, in_specs=(Chunk(**where),), out_specs=(P(over), by_step), check_vma=False)
-    sums, each = spread(pieces)
+    lie = (P(), P(), Chunk(**where))
+    sums, each = jax.shard_map(part, in_specs=lie, out_specs=(P(over), by_step), check_vma=False)(own, given, pieces)
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), each
 
 
-def _used(judge: Judge, params: Params, piece: Chunk) -> list[bool]:
-    """Which weights a judge reads, in the order of the leaves."""
-    leaves, tree = jax.tree.flatten(params)
-    closed = jax.make_jaxpr(lambda leaves: judge(tree.unflatten(leaves), piece))(leaves)
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+def _used(function: Callable[[list[Array]], Any], leaves: list[Array]) -> list[bool]:
+    """Which of some arrays a function of them reads."""
+    _, used = partial_eval.dce_jaxpr((closed := jax.make_jaxpr(function)(leaves)).jaxpr, [True] * len(closed.out_avals))
     return used
 
 
