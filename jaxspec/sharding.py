@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import EllipsisType
 from typing import Any
 
 import jax
@@ -109,18 +108,18 @@ def splits(axis: str) -> int:
     return math.prod(mesh.shape.get(a, 1) for a in ((over,) if isinstance(over, str) else over or ()))
 
 
-def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
-    """`x`, held to its logical axes (`...`: as XLA likes) in a program traced under `jax.set_mesh`; else untouched.
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, held to its logical axes in a program traced under `jax.set_mesh`; else untouched.
 
-    An axis that its mesh axes do not divide evenly, such as a batch of one, is left as XLA likes too. In a `shard_map`
+    An axis that its mesh axes do not divide evenly, such as a batch of one, is left as XLA likes. In a `shard_map`
     arrays are a device's own, and stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
 
-    def part(size: int, axis: str | EllipsisType | None) -> Any:
-        if isinstance(axis, EllipsisType) or (axis is not None and size % splits(axis)):
+    def part(size: int, axis: str | None) -> Any:
+        if axis is not None and size % splits(axis):
             return P.UNCONSTRAINED
         return AXIS_RULES[axis]
 
