@@ -120,6 +120,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_plan_has_the_agreed_keys_and_they_fit_together(planned: dict[str, Any]):
     memory = planned["hbm_bytes_per_chip"]
+    assert planned["config"] == "eagle2" and planned["topology"] == "v6e:2x2"
     assert planned["fits"] and memory["total"] < memory["capacity"] == 32 * 2**30
     assert sum(memory[part] for part in planning.PARTS) == memory["total"]
     assert memory["optimizer"] == pytest.approx(2 * memory["drafter"], rel=0.01)  # two moments of what it holds

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         found["sweep"] = [describe(tried, planned, args) for tried, planned in ranked]
     if decoding is not None:
         found["decode"] = describe_decoding(decoding)
-    written = report.result("plan", dtype=config.dtype, seed=None, started=started, **found)
+    written = report.result("plan", config=config.name, dtype=config.dtype, seed=None, started=started, **found)
     show(best, plan, decoding, ranked, found, args)
     if args.plot is not None:
         draw(args.plot, f"{config.name} on {args.topology}, {name_of(best, plan)}", plan)
