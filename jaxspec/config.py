@@ -137,7 +137,7 @@ class PretrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and moments are fp32
     remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see jaxspec.layers.recompute
     attention: Attention = "auto"
-    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.layers.attend_causal
+    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.attention.attend_causal
     loss_block: int = 64  # positions of every row whose logits exist together
     eval_every: int = 500
     log_every: int = 10
@@ -211,7 +211,7 @@ class DistillConfig:
     scan_layers: bool = False  # the target as one layer's program run in turn: compiles sooner, if the target is deep
     remat: Remat = "none"  # what the drafter's backward pass computes again; see jaxspec.layers.recompute
     attention: Attention = "auto"
-    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.layers.attend_causal
+    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.attention.attend_causal
     eval_every: int = 500
     log_every: int = 10
 

@@ -15,9 +15,9 @@ from jaxspec.base import Array
 from jaxspec.sharding import AXIS_RULES, splits
 
 Pairs = tuple[tuple[Array, Array], ...]
-"""Keys and values of the queries' own, as `layers.Own` has them."""
+"""Keys and values of the queries' own, as `attention.Own` has them."""
 Kernel = Literal["xla", "splash", "cudnn"]
-"""What attends: XLA by blocks of queries (`layers.attend_causal`), or a kernel of this module."""
+"""What attends: XLA by blocks of queries (`attention.attend_causal`), or a kernel of this module."""
 LANES = 128
 """Rows of a splash block come in multiples of so many."""
 BLOCKS = (512, 256, LANES)
@@ -80,9 +80,9 @@ def _splash_mask(length: int, parts: int) -> Any:
 def attend_splash(
     q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array, own: Pairs = (), *, interpret: bool = False
 ) -> Array:
-    """`layers.attend` under `layers.segment_mask`, by splash attention: `[B, L, K, G, C]`; no scores in memory.
+    """`attention.attend` under `attention.segment_mask`, by splash attention: `[B, L, K, G, C]`; no scores in memory.
 
-    Rows are padded to whole blocks. Keys of the queries' own (`layers.Own`) stand behind the others, and of them the
+    Rows are padded to whole blocks. Keys of the queries' own (`attention.Own`) stand behind the others, and of them the
     blocks on the diagonal are read alone. `interpret` runs the kernel's text on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
@@ -133,7 +133,7 @@ KERNELS: dict[str, Callable[..., Array]] = {"splash": attend_splash, "cudnn": at
 def attend_packed(
     kernel: Kernel, q_BLKGC: Array, k_BKCL: Array, v_BKLC: Array, segments_BL: Array, own: Pairs = ()
 ) -> Array:
-    """`layers.attend` under `layers.segment_mask`, by a kernel that `takes` it.
+    """`attention.attend` under `attention.segment_mask`, by a kernel that `takes` it.
 
     XLA cannot split a kernel: in a program traced under `jax.set_mesh` each device takes its rows and key-value heads,
     as `jaxspec.sharding` spreads them.

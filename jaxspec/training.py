@@ -303,7 +303,7 @@ def prepare(config: PretrainConfig | DistillConfig) -> None:
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
-    """How the models attend over training rows, and what they keep of it; see `layers.attend_text` and `recompute`.
+    """How the models attend over training rows, and what they keep of it; see `attention.attend_text` and `recompute`.
 
     ValueError where the mesh's devices cannot attend as the config says.
     """

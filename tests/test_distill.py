@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxspec.attention import causal_mask, segment_mask
 from jaxspec.distill import (
     Batch,
     TrainState,
@@ -21,7 +22,6 @@ from jaxspec.distill import (
     train_step,
 )
 from jaxspec.drafters import Eagle, EagleConfig
-from jaxspec.layers import causal_mask, segment_mask
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
 from jaxspec.objective import Objective
 from jaxspec.sharding import batch_sharding, make_mesh, shardings

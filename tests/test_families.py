@@ -14,10 +14,10 @@ import pytest
 
 from jaxspec import cache as kv
 from jaxspec import exports
+from jaxspec.attention import causal_mask
 from jaxspec.interchange import tensors
 from jaxspec.interchange.hf import load_target, read_llama
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.layers import causal_mask
 from jaxspec.targets.families import FAMILIES
 
 torch = pytest.importorskip("torch")

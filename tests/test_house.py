@@ -17,7 +17,7 @@ FLOORS = (
     {"base", "models", "flops", "hlo", "chips"},
     {"sharding"},
     {"cache", "kernels", "quantization", "sampling"},
-    {"layers", "stored"},
+    {"attention", "layers", "stored"},
     {"requests", "card", "event_file"},
     {"targets", "drafters", "losses", "trees"},
     {"verify"},

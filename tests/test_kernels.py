@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxspec import aot, kernels
+from jaxspec.attention import Own, attend, attend_text, segment_mask
 from jaxspec.base import Packed
 from jaxspec.kernels import attend_cudnn, attend_splash, choose_kernel, takes
-from jaxspec.layers import Own, attend, attend_text, segment_mask
 from jaxspec.quantization import CONTRACTED, quantize
 from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxspec import layers
+from jaxspec.attention import Prefix, attend
 from jaxspec.base import KVCache
-from jaxspec.layers import Prefix, attend
 
 BATCH, OWN, KV_HEADS, GROUP, CHANNELS = 3, 4, 2, 3, 8
 LENGTHS = (0, 37, 200)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxspec import cache as kv
+from jaxspec.attention import causal_mask
 from jaxspec.interchange.hf import load_target, write_llama
-from jaxspec.layers import causal_mask
 from jaxspec.sharding import make_mesh
 
 torch = pytest.importorskip("torch")

@@ -18,13 +18,13 @@ from random_models import SIZE, write_target
 
 from jaxspec import training
 from jaxspec.__main__ import main
+from jaxspec.attention import segment_mask
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.templates import TEMPLATES
 from jaxspec.distill import TrainState
-from jaxspec.layers import segment_mask
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig

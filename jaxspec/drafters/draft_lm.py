@@ -14,14 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
+from jaxspec.attention import Prefix, as_mask, attend, causal_mask
 from jaxspec.base import Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
-    Prefix,
     RopeScaling,
-    as_mask,
-    attend,
-    causal_mask,
     decoder_layer,
     init_weight,
     layer_shapes,

@@ -10,14 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
+from jaxspec.attention import Own, Prefix, attend, causal_mask
 from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.layers import (
-    Own,
-    Prefix,
     RopeScaling,
-    attend,
-    causal_mask,
     merge_heads,
     project_qkv,
     recompute,

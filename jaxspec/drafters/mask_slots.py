@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
+from jaxspec.attention import Own, Prefix, as_mask, attend
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
-from jaxspec.layers import Own, Prefix, as_mask, attend, gated_mlp, merge_heads, recompute, rms_norm
+from jaxspec.layers import gated_mlp, merge_heads, recompute, rms_norm
 from jaxspec.sharding import pick, put
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxspec.attention import NOTHING, Own, attend_text
 from jaxspec.base import Array, Borrowed, Mask, Params
 from jaxspec.kernels import Kernel
-from jaxspec.layers import NOTHING, Own, Remat, attend_text
+from jaxspec.layers import Remat
 
 
 class DrafterModule(nn.Module):

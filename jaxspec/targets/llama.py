@@ -13,18 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import cache as kv
+from jaxspec.attention import Prefix, as_mask, attend, attend_text, cap
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, TargetOutput
 from jaxspec.kernels import Kernel
 from jaxspec.layers import (
     PLAIN,
     Options,
-    Prefix,
     Remat,
     RopeScaling,
-    as_mask,
-    attend,
-    attend_text,
-    cap,
     decoder_layer,
     hold_rows,
     init_weight,

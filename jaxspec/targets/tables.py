@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxspec.attention import cap
 from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
-from jaxspec.layers import cap, score_tokens
+from jaxspec.layers import score_tokens
 from jaxspec.targets.llama import LlamaConfig
 
 
