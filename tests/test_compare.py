@@ -13,7 +13,7 @@ import jax
 import pytest
 from random_models import write_drafter, write_target
 
-from jaxspec import recipes, serving, training
+from jaxspec import recipes, serving
 from jaxspec.__main__ import main
 from jaxspec.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.config import DistillConfig
@@ -112,7 +112,7 @@ class Watch:
 
         monkeypatch.setattr(recipes, "run_distillation", watched_train)
         monkeypatch.setattr(serving, "serve", watched_serve)
-        monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+        monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.fixture

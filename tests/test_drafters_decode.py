@@ -190,7 +190,7 @@ def test_prompts_read_in_chunks_are_drafted_for_as_if_read_at_once(head: str, mo
     """One drafter of each kind of state; the prompts end in the third chunk, in the first, and with it."""
     engine, weights = pair(head, "mixed")
     whole = drafted(head, "mixed", "sampled")
-    monkeypatch.setattr(decode, "CHUNK", 16)
+    monkeypatch.setattr("jaxspec.decode.CHUNK", 16)
     requests = batch("sampled")
     read = jax.jit(lambda w, r: decode.prefill(engine, w, r, *sizes(engine, PADDED, BUDGET)))
     pieces = collect(run_rounds(engine, weights, read(weights, requests), NO_LIMIT))

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from random_models import write_target
 
-from jaxspec import distillation
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import load_drafter
 from jaxspec.config import DistillConfig, load
@@ -363,8 +362,8 @@ def test_a_comparison_uses_a_store_where_it_holds_what_a_recipe_reads(folder: Pa
 
 @pytest.mark.slow
 def test_a_drafter_trained_offline_has_the_bits_of_one_trained_online(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (features, distillation):
-        monkeypatch.setattr(module, "mesh_of", lambda _: ONE)
+    for place in ("jaxspec.train.features.mesh_of", "jaxspec.distillation.mesh_of"):
+        monkeypatch.setattr(place, lambda _: ONE)
     steps = ("optimizer.epochs=none", "optimizer.steps=3", "objective.steps=2", "objective.noise=0", *MIX)
     for name, more in {"on": (), "off": ("data.features=store",)}.items():
         places = (f"checkpoint.folder={name}", f"export_folder={name}_drafter")

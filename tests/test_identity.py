@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import distillation, loading, training
+from jaxspec import loading
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
@@ -49,8 +49,8 @@ def questions_from(models: Models, count: int, *, seed: int) -> list[str]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Trained on one device, and judged by one step, to compile less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
-        patch.setattr(distillation, "EVAL_STEPS", 1)
+        patch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+        patch.setattr("jaxspec.distillation.EVAL_STEPS", 1)
         yield train_head(tmp_path_factory.mktemp("identity"))
 
 

@@ -14,7 +14,7 @@ import pytest
 from processes import ends, finish, free_port, start, start_several, wait_for
 from random_models import write_target
 
-from jaxspec import cli, launch, training
+from jaxspec import cli, launch
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import load_drafter
 from jaxspec.launch import ALONE, Launch, Place, place_of
@@ -159,7 +159,7 @@ def test_two_processes_found_by_jax_train_as_one_does(tmp_path: Path, monkeypatc
     runs = [start(folder, *words, devices=2, **variables, **rank) for rank in ranks]
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(training, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
+    monkeypatch.setattr("jaxspec.training.make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
     alone = ("checkpoint.folder=run_alone", "export_folder=drafter_alone", "--json", "alone.json")
     assert main([*words[:3], *alone]) == 0
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import layers
 from jaxspec.attention import Prefix, attend
 from jaxspec.base import KVCache
 
@@ -63,7 +62,7 @@ def plainly(c: dict[str, Any]) -> np.ndarray:
 
 @pytest.fixture
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layers, "PREFIX_BLOCK", request.param)
+    monkeypatch.setattr("jaxspec.attention.PREFIX_BLOCK", request.param)
     pieces.clear_cache()  # type: ignore[attr-defined]
     yield request.param
     pieces.clear_cache()  # type: ignore[attr-defined]

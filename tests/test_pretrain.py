@@ -16,7 +16,6 @@ import pytest
 from processes import finish, stop_at
 from random_models import SIZE, write_target
 
-from jaxspec import training
 from jaxspec.__main__ import main
 from jaxspec.attention import segment_mask
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
@@ -222,7 +221,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(draft_lm: Path, monk
 
 def test_another_tokenizer_or_mix_is_refused_on_resume(draft_lm: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.chdir(draft_lm)
-    monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
     changed = ("tokenizer=export", "data.train=train.jsonl,train.jsonl", "data.mix_share=0.45")
     assert main(["pretrain", "toy.py", *DRAFT_LM, *changed]) == 1
     errors = capfd.readouterr().err

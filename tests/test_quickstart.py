@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import pytest
 
-from jaxspec import distillation, training
 from jaxspec.__main__ import main
 from jaxspec.sharding import make_mesh
 
@@ -23,8 +22,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything measured once, on few questions; training on one device and judged by one step, to compile less."""
     monkeypatch.setattr(quickstart, "PASSES", 1)
     monkeypatch.setattr(quickstart, "TUNING", 2)
-    monkeypatch.setattr(distillation, "EVAL_STEPS", 1)
-    monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxspec.distillation.EVAL_STEPS", 1)
+    monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.mark.usefixtures("little")

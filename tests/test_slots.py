@@ -137,7 +137,7 @@ def test_prompts_read_in_chunks_are_read_as_a_whole(drafter: str, monkeypatch: p
     requests = make_requests(prompts, max_new_tokens=4, temperature=[0, 0.5, 1, 0, 0.7], seed=range(5))
 
     def read(chunk: int) -> Any:
-        monkeypatch.setattr(decode, "CHUNK", chunk)
+        monkeypatch.setattr("jaxspec.decode.CHUNK", chunk)
         return jax.device_get(jax.jit(lambda w, r: decode.prefill(engine, w, r, 80, 16))(weights, requests))
 
     whole, pieces = read(64), read(16)

@@ -12,7 +12,6 @@ import pytest
 from processes import finish, start, stop_at
 from random_models import SIZE, write_target
 
-from jaxspec import distillation, training
 from jaxspec.__main__ import main
 from jaxspec.card import read_card
 from jaxspec.checkpoint import load_drafter
@@ -68,8 +67,8 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training on one device and judging no more steps than are trained, to compile less."""
-    monkeypatch.setattr(training, "make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
-    monkeypatch.setattr(distillation, "EVAL_STEPS", 1)
+    monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxspec.distillation.EVAL_STEPS", 1)
 
 
 @pytest.mark.usefixtures("little")

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import corpora, training
 from jaxspec.card import amend_card
 from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_drafter
 from jaxspec.config import CheckpointConfig, load
@@ -128,7 +127,7 @@ class State(NamedTuple):
 
 def finish(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int, export: Literal["last", "best"] = "last") -> Any:
     """A whole run, resumed if there is one, whose weights count steps and whose evaluation is best at step 2."""
-    monkeypatch.setattr(training, "iterate", lambda data, **_: Numbers())
+    monkeypatch.setattr("jaxspec.training.iterate", lambda data, **_: Numbers())
     recipe = Recipe(
         "toy",
         init=lambda: State({"a": jnp.zeros(1)}),
@@ -209,7 +208,7 @@ class Host:
 def test_a_process_reads_the_rows_that_its_devices_hold_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
     mesh = make_mesh(2, 2, 2)
     assert own_rows(mesh, 8) == tuple(range(8))
-    monkeypatch.setattr(corpora, "batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
+    monkeypatch.setattr("jaxspec.corpora.batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
     assert own_rows(mesh, 8) == (0, 1, 6, 7)
     with pytest.raises(ValueError, match=r"data.batch is 6, and the mesh spreads rows over 4 devices"):
         own_rows(mesh, 6)

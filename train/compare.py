@@ -293,7 +293,7 @@ def write_report(
     summaries = list(comparison.summaries(decoded, sources, args.names[0]))
     trained = {(run.recipe, run.seed): run.train_tokens for run in decoded}
     curves = [arm for arm in arms if trained.get((arm.recipe, arm.seed)) and arm.metrics.is_file()]
-    result = report.result(
+    found = report.result(
         "compare",
         dtype=loading.DTYPES[args.dtype],
         seed=DECODING_SEED,
@@ -312,7 +312,7 @@ def write_report(
         figures=draw(args.out, curves, trained, summaries),
         failures=failures,
     )
-    report.write_json(args.out / "compare.json", result)
+    report.write_json(args.out / "compare.json", found)
     tables = list(comparison.tables(summaries))
     text = "\n".join(report.table_text(*table) for table in tables)
     (args.out / "compare.txt").write_text(f"{text}\n{NOTES}", encoding="utf-8")
@@ -320,7 +320,7 @@ def write_report(
         report.print_table(*table)
         sys.stdout.write("\n")
     sys.stdout.write(f"{NOTES}report: {args.out}\n")
-    return report.jsonable(result)
+    return report.jsonable(found)
 
 
 def draw(

@@ -11,10 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxspec import layers
 from jaxspec.base import Array
 from jaxspec.drafters.heads import Recurrent
-from jaxspec.layers import Options, RopeScaling, gated_mlp, hold_rows, rms_norm, score_tokens
+from jaxspec.layers import Options, RopeScaling, gated_mlp, hold_rows, layer_shapes, rms_norm, score_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +60,15 @@ class EagleConfig:
             shapes["fc_bias"] = (self.width,)
         if self.embedding_norm:
             shapes["embedding_norm"] = (self.width,)
-        shapes |= layer_shapes(self)
+        shapes |= layer_weights(self)
         if self.head_norm:
             shapes["head_norm"] = (self.width,)
         return shapes
 
 
-def layer_shapes(c: EagleConfig) -> dict[str, tuple[int, ...]]:
+def layer_weights(c: EagleConfig) -> dict[str, tuple[int, ...]]:
     """Weights of the decoder layer, without a norm before its attention."""
-    shapes = layers.layer_shapes(c, layer_options(c))
+    shapes = layer_shapes(c, layer_options(c))
     return {name: shape for name, shape in shapes.items() if name != "attention_norm"}
 
 
