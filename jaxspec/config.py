@@ -18,7 +18,7 @@ from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")
 Attention = Literal["auto", "xla", "splash", "cudnn"]
-"""What attends over training rows: TPUs' or NVIDIA's kernel or XLA, `auto` the best there is; see jaxspec.kernels."""
+"""What attends over training rows: a TPU's or NVIDIA's kernel, or XLA; `auto` takes the best. See jaxspec.kernels."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -227,7 +227,7 @@ def gated_mlp(layer: Params, x_BLD: Array, activation: str = "silu") -> Array:
 def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
     """A mixture of gated MLPs: the sum of those that the router chooses for a token, by its softmax over all of them.
 
-    Under a mesh each device takes its own rows through those experts that `jaxspec.sharding` puts there, and what the
+    Under a mesh each device takes its own rows through the experts that it holds, and what the
     devices along the experts' axis make is summed: XLA, left alone, would gather the rows of all of them to sort.
     """
     weights = {name: layer[name] for name in ("router", *EXPERTS)}

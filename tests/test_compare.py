@@ -72,8 +72,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         turns = [{"role": "user", "content": f"{i} and 2 make"}, {"role": "assistant", "content": f"{i + 2}, they say"}]
         lines.append(json.dumps({"id": str(i), "source": "odd" if i % 2 else "even", "messages": turns}))
     (path / "chats.jsonl").write_text("\n".join(lines))
-    recipes = {"slow": (1e-3, "eagle"), "fast": (3e-3, "eagle"), "broken": (1e-3, "goose")}
-    for name, (rate, drafter) in recipes.items():
+    kinds = {"slow": (1e-3, "eagle"), "fast": (3e-3, "eagle"), "broken": (1e-3, "goose")}
+    for name, (rate, drafter) in kinds.items():
         (path / f"{name}.py").write_text(RECIPE.format(rate=rate, drafter=drafter))
     (path / "ready.py").write_text(PRETRAINED)
     write_drafter(path / "pretrained")
@@ -110,8 +110,8 @@ class Watch:
                 self.after_prompt.get(self.decoded, lambda: None)()
                 yield served
 
-        monkeypatch.setattr(recipes, "run_distillation", watched_train)
-        monkeypatch.setattr(serving, "serve", watched_serve)
+        monkeypatch.setattr("jaxspec.recipes.run_distillation", watched_train)
+        monkeypatch.setattr("jaxspec.serving.serve", watched_serve)
         monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 

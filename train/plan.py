@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(str(missing)) from missing
     ranked = sorted(plans, key=lambda planned: -(planned[1].tokens_per_second or 0))
     best, plan = ranked[0]
-    decoding = None if args.decode is None else plan_decoding(best, args)
+    decoding = None if args.decode is None else decoding_of(best, args)
     found = describe(best, plan, args)
     if len(ranked) > 1:
         found["sweep"] = [describe(tried, planned, args) for tried, planned in ranked]
@@ -154,7 +154,7 @@ def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConf
             fsdp //= 4
 
 
-def plan_decoding(config: DistillConfig, args: Args) -> DecodePlan:
+def decoding_of(config: DistillConfig, args: Args) -> DecodePlan:
     """The decoding of the config's drafter on the slice that `--decode` names."""
     assert args.decode is not None
     return planning.plan_decoding(
