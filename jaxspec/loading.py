@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jaxspec import models as bundled
+from jaxspec import bundled
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoint import LoadedDrafter, load_drafter
 from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import from lower floors and from its own package. Modules of one floor do not see each other.
 FLOORS = (
     {"jaxspec"},  # jaxspec/__init__.py
-    {"base", "models", "flops", "hlo", "chips"},
+    {"base", "bundled", "flops", "hlo", "chips"},
     {"sharding"},
     {"cache", "kernels", "quantization", "sampling"},
     {"attention", "layers", "stored"},
