@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import cli, cost, flags, loading, report, serving, timing
+from jaxspec import cost, flags, loading, serving, timing
+from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.flags import DraftFlags
 from jaxspec.loading import Models
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> int:
     result = make_result(args, rows, make_peer(args, runs, peers), started)
     print_result(result, args)
     if args.json:
-        report.write_json(args.json, result)
+        results.write_json(args.json, result)
     return 0
 
 
@@ -324,7 +325,7 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
     """The verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
     dtype = loading.DTYPES[args.dtype]
-    return report.result(
+    return results.result(
         "bench decode",
         dtype=dtype,
         seed=args.seed,
@@ -368,13 +369,13 @@ def print_result(result: dict[str, Any], args: Args) -> None:
             [name, 1, theirs, theirs / rows[0]["tokens_per_second"], 1.0, None, None, peer["identical_fraction"]]
         )
     title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
-    report.print_table(title, list(columns), table)
+    tables.print_table(title, list(columns), table)
     rates = ("bytes_per_second", "flops_per_second")
     columns = {part: f"{part}_ms" for part in PARTS} | {"x draft": "draft_ratio"}
     table = [
         [row["arm"], *(row[key] for key in columns.values()), *(row[k] and row[k] / 1e9 for k in rates)] for row in rows
     ]
-    report.print_table("One round, ms", ["arm", *columns, "GB/s", "GFLOP/s"], table)
+    tables.print_table("One round, ms", ["arm", *columns, "GB/s", "GFLOP/s"], table)
     sys.stdout.write(
         f"this machine: copies {result['machine_copy_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; "

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from jaxspec import cli, flags, loading, report, serving
+from jaxspec import flags, loading, serving
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
     if outcome.answers:
         print_summary(models, outcome)
     if args.json:
-        report.write_json(args.json, make_result(args, rows, models, outcome, failures, started))
+        results.write_json(args.json, make_result(args, rows, models, outcome, failures, started))
     return cli.EXIT_FAILED if failures else 0
 
 
@@ -192,13 +193,13 @@ def answer_many(models: Models, jobs: list[Job], args: Args, log: Log | None) ->
         sys.stderr.write(f"{args.out}: {len(answers):,} prompts are done, {len(left):,} are left\n")
     seconds, tokens = 0.0, 0
     if left:
-        with report.progress("answering", len(left), "prompts") as bar:
+        with progress.progress("answering", len(left), "prompts") as bar:
             for served in serving.serve(models, left, args.settings, slots=args.slots):
                 answers[served.job.key] = served.answer
                 if log is not None:
                     log.note(served.job.key, served.answer)
                 seconds, tokens = served.seconds, tokens + len(served.answer.tokens)
-                bar.advance(1, f"{report.four_digits(tokens / seconds)} tokens/s")
+                bar.advance(1, f"{tables.four_digits(tokens / seconds)} tokens/s")
     return Outcome(answers, seconds, tokens)
 
 
@@ -227,7 +228,7 @@ def print_summary(models: Models, outcome: Outcome) -> None:
         ["tokens/s", tokens_per_second(outcome)],
         ["tau", total_tau(answers)],
     ]
-    report.print_table("Decoding", ["measure", "value"], rows)
+    tables.print_table("Decoding", ["measure", "value"], rows)
     sys.stdout.write(f"tokens/s: from prompt to last token, prefill included, compilation not\n{TAU}\n")
     if not models.engine.rule.lossless:
         sys.stdout.write(f"rule {models.engine.rule.name} is LOSSY: this is not the target's own text\n")
@@ -235,7 +236,7 @@ def print_summary(models: Models, outcome: Outcome) -> None:
         rounds = np.sum([a.accepted for a in answers], axis=0)
         shares = rounds / max(1, rounds.sum())
         table = [[n, int(r), f"{share:.1%}"] for n, (r, share) in enumerate(zip(rounds, shares, strict=True))]
-        report.print_table("Accept lengths", ["drafted tokens accepted", "rounds", "share"], table)
+        tables.print_table("Accept lengths", ["drafted tokens accepted", "rounds", "share"], table)
 
 
 def make_result(
@@ -249,7 +250,7 @@ def make_result(
     """The verb's JSON; a prompt that failed has its sentence in `error` and no text."""
     answers = list(outcome.answers.values())
     tree = models.engine.tree
-    return report.result(
+    return results.result(
         "generate",
         dtype=loading.DTYPES[args.dtype],
         seed=args.seed,

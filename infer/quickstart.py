@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec import cli, loading, report, serving
+from jaxspec import loading, serving
 from jaxspec.checkpoint import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
@@ -135,17 +136,17 @@ def main(argv: Sequence[str]) -> int:
         "eval": done.outcome.evaluation,
         "held_out_prompts": len(held_out),
     }
-    found = report.result("quickstart", dtype="float32", seed=args.seed, started=started, **keys)
+    found = results.result("quickstart", dtype="float32", seed=args.seed, started=started, **keys)
     show(models, held_out, plain, speculative, parted, found)
     if args.json:
-        report.write_json(args.json, found)
+        results.write_json(args.json, found)
     return 0
 
 
 def write_questions(models: Models, count: int, seed: int, settings: Settings) -> list[str]:
     """User turns that the target samples from its bare template header."""
     questions = []
-    with report.progress("questions", count, "questions") as bar:
+    with progress.progress("questions", count, "questions") as bar:
         for turn in write_user_turns(models, count, seed=seed, settings=settings, batch=32):
             questions.append(turn.text)
             bar.advance()
@@ -164,7 +165,7 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
     ]
     settings = Settings(max_new_tokens=args.max_new_tokens)
     answered: list[Conversation] = []
-    with report.progress("answers", len(asked), "answers") as bar:
+    with progress.progress("answers", len(asked), "answers") as bar:
         for _, finished in rewrite(models, enumerate(asked), settings, seed=args.seed, batch=32):
             answered += [r.conversation for r in finished if r.turns]
             bar.advance(len(finished))
@@ -215,7 +216,7 @@ def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[st
     """
     passes: dict[str, list[float]] = {tree: [] for tree in args.trees}
     finalists = min(FINALISTS, len(passes))
-    with report.progress("trees", len(passes) + finalists * (PASSES - 1), "passes") as bar:
+    with progress.progress("trees", len(passes) + finalists * (PASSES - 1), "passes") as bar:
 
         def take_turns(trees: Sequence[str]) -> None:
             for tree in trees:
@@ -273,7 +274,7 @@ def show(
         sys.stdout.write(f"\n[{name}]\n{text.strip()}\n")
     sys.stdout.write("\n")
     histogram = ", ".join(f"{n}: {count}" for n, count in enumerate(found["accept_histogram"]))
-    report.print_table(
+    tables.print_table(
         f"{len(questions)} held-out questions, one at a time, fp32",
         ("measure", "plain", "speculative"),
         [

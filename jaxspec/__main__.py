@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxspec import __version__
-from jaxspec.cli import EXIT_USAGE, run
+from jaxspec.console.cli import EXIT_USAGE, run
 
 
 class Verb(NamedTuple):

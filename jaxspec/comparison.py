@@ -231,7 +231,7 @@ def _paired(own: dict[int, Counts], other: dict[int, Counts]) -> Interval | None
 
 
 class Table(NamedTuple):
-    """What `report.print_table` takes."""
+    """What `tables.print_table` takes."""
 
     title: str
     columns: list[str]

@@ -28,6 +28,8 @@ from jaxspec.checkpoint import (
     save_model,
     whole_folder,
 )
+from jaxspec.console.progress import progress
+from jaxspec.console.results import git_sha
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import LayerIds
@@ -47,7 +49,6 @@ from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unse
 from jaxspec.interchange.tensors import StoredWeight
 from jaxspec.loading import target_folder, tokenizer_card
 from jaxspec.piecewise import Pieces, chunk_of, describe, pieces_of, written
-from jaxspec.report import git_sha, progress
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import RECORD, provenance, read_record
 

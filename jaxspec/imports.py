@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxspec import report
 from jaxspec.checkpoint import load_model
+from jaxspec.console import progress, results
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.exports import GENERATION, Exportable, check_room, files_of, save_target
 from jaxspec.interchange.exported import is_exported
@@ -81,7 +81,7 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
     about = {
         "family": getattr(config, "family", "llama"),
         "tokenizer": tokenizer_card(folder),
-        "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": report.git_sha()},
+        "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": results.git_sha()},
         "fingerprint": mark,
     }
     values, source = dataclasses.asdict(config), _identity(folder, mark)
@@ -99,7 +99,7 @@ def check_digests(folder: Path) -> dict[str, str]:
     given = {path: digest for path in shards(folder) if (digest := given_digest(path))}
     if not given:
         return {}
-    with report.progress("checking SHA-256", sum(path.stat().st_size for path in given), "bytes") as bar:
+    with progress.progress("checking SHA-256", sum(path.stat().st_size for path in given), "bytes") as bar:
         for path, digest in given.items():
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:

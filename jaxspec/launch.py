@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from jaxspec import cli, flags
+from jaxspec import flags
 from jaxspec.config import differences
+from jaxspec.console import cli
 
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 """What stands in for a flag that is not given."""

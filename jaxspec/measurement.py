@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import comparison, cost, report, serving
+from jaxspec import comparison, cost, serving
 from jaxspec.comparison import Counts, Decoded
+from jaxspec.console import progress
 from jaxspec.data import jsonl
 from jaxspec.generation import tau
 from jaxspec.launch import say
@@ -110,7 +111,7 @@ def decode(
         return
     recipe, seed, _, tree, _ = of
     tokens = calls = 0
-    with report.progress(f"{recipe}, seed {seed}, {tree}, {_named(settings)}", len(left), "prompts") as bar:
+    with progress.progress(f"{recipe}, seed {seed}, {tree}, {_named(settings)}", len(left), "prompts") as bar:
         for served in serving.serve(models, left, settings, slots=setup.slots):
             setup.notes.add(of, served.job.key, served.answer)
             tokens, calls = tokens + len(served.answer.tokens) - 1, calls + served.answer.calls

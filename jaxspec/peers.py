@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec import loading, report
+from jaxspec import loading
+from jaxspec.console import results
 from jaxspec.loading import Models
 from jaxspec.requests import Requests
 
@@ -24,7 +25,7 @@ def load_transformers(target: str, models: Models) -> Callable[[Requests], list[
         raise ValueError(
             f"--peer transformers needs {error.name}, which is not installed: install jaxspec-decoding[parity]"
         ) from error
-    torch.set_num_threads(report.machine_facts()["cores"] or 1)
+    torch.set_num_threads(results.machine_facts()["cores"] or 1)
     folder = loading.target_folder(target)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     pad = models.tokenizer.pad_id

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxspec import comparison, report
+from jaxspec import comparison
 from jaxspec.config import DistillConfig, PretrainConfig, completed, differences, to_dict
+from jaxspec.console import results
 from jaxspec.corpora import Data, pack_data, read_corpus
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
@@ -121,7 +122,7 @@ def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
     epochs = tokens / corpora.of(config.data.length)[0].summary.tokens
     say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {epochs:.2f} epochs")
     done = run_distillation(config, corpora.pack(config))
-    report.write_json(arm.trained, {**done, "train_tokens": tokens})
+    results.write_json(arm.trained, {**done, "train_tokens": tokens})
     return tokens
 
 
@@ -147,10 +148,10 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
 
 def keep_settings(arm: Arm) -> None:
     """Notes what the arm is trained with; ValueError if it was begun with something else."""
-    settings = compared(report.jsonable(to_dict(arm.config)))
+    settings = compared(results.jsonable(to_dict(arm.config)))
     path, steps = arm.folder / "settings.json", Path(arm.config.checkpoint.folder).glob("[0-9]*")
     if not (path.is_file() and (arm.trained.is_file() or any(steps))):  # nothing to lose yet
-        report.write_json(path, settings)
+        results.write_json(path, settings)
     before = compared(completed(json.loads(path.read_text(encoding="utf-8")), arm.config))
     changed = differences(before, settings)
     if changed:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import cost, decode, report
+from jaxspec import cost, decode
 from jaxspec.base import Array
+from jaxspec.console import progress, tables
 from jaxspec.cost import Part
 from jaxspec.decode import DecodeState, Engine
 from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
@@ -117,12 +118,12 @@ def time_arms(
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     peers: list[PeerRun] = []
     passes = (len(arms) + (peer is not None)) * (repeats + 1)
-    with report.progress("timing", passes, "passes") as bar:
+    with progress.progress("timing", passes, "passes") as bar:
         for repeat in range(repeats + 1):
             for name, arm in arms.items():
                 run = decode_all(arm, load)
                 runs[name] += [run] if repeat else []
-                bar.advance(1, f"{name}: {report.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
+                bar.advance(1, f"{name}: {tables.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
             if peer is not None:
                 run = peer_all(peer[1], load)
                 peers += [run] if repeat else []
@@ -177,7 +178,7 @@ def time_parts(arms: dict[str, Models], load: Load, requests: Requests, rounds: 
         for part, program in _parts(models, load, requests, rounds[name]).items()
     }
     repeats = 15
-    with report.progress("timing parts", repeats + 1, "turns") as bar:
+    with progress.progress("timing parts", repeats + 1, "turns") as bar:
         seconds = cost.in_turns(parts, repeats=repeats, advance=bar.advance)
     return {name: _without_dispatch({p: taken for (n, p), taken in seconds.items() if n == name}) for name in arms}
 

@@ -24,7 +24,6 @@ from jaxspec.checkpoint import (
     abstract_like,
     refuse_to_replace,
 )
-from jaxspec.cli import Preempted
 from jaxspec.config import (
     CheckpointConfig,
     DistillConfig,
@@ -35,13 +34,15 @@ from jaxspec.config import (
     differences,
     to_dict,
 )
+from jaxspec.console.cli import Preempted
+from jaxspec.console.progress import progress
+from jaxspec.console.results import jsonable
 from jaxspec.corpora import HostBatch
 from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
 from jaxspec.kernels import choose_kernel
 from jaxspec.launch import say
 from jaxspec.optimizer import make_optimizer, make_schedule
-from jaxspec.report import jsonable, progress
 from jaxspec.sharding import make_mesh, replicated, shardings
 from jaxspec.tracking import Tracker, provenance, session, sole, track
 

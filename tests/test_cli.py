@@ -9,7 +9,8 @@ import pytest
 import tyro
 
 from jaxspec import __main__ as program
-from jaxspec import __version__, cli
+from jaxspec import __version__
+from jaxspec.console import cli
 
 
 @dataclass(frozen=True)

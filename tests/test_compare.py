@@ -15,8 +15,8 @@ from random_models import write_drafter, write_target
 
 from jaxspec import recipes, serving
 from jaxspec.__main__ import main
-from jaxspec.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.config import DistillConfig
+from jaxspec.console.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.drafters import Eagle
 from jaxspec.sharding import make_mesh
 

@@ -19,7 +19,8 @@ from jaxspec.comparison import (
     tables,
     tau_interval,
 )
-from jaxspec.report import cell, jsonable
+from jaxspec.console.results import jsonable
+from jaxspec.console.tables import cell
 from jaxspec.trees import cut_tree, parse_tree
 
 

@@ -9,7 +9,7 @@ from random_models import POSITIONS, write_drafter, write_target
 
 from jaxspec import loading, serving
 from jaxspec.__main__ import main
-from jaxspec.cli import EXIT_INTERRUPTED
+from jaxspec.console.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

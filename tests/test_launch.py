@@ -14,9 +14,10 @@ import pytest
 from processes import ends, finish, free_port, start, start_several, wait_for
 from random_models import write_target
 
-from jaxspec import cli, launch
+from jaxspec import launch
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import load_drafter
+from jaxspec.console import cli
 from jaxspec.launch import ALONE, Launch, Place, place_of
 from jaxspec.sharding import make_mesh
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import __version__, report
+from jaxspec import __version__
+from jaxspec.console import progress, results, tables
 
 
 def read_strictly(path: Path):
@@ -23,13 +24,13 @@ def read_strictly(path: Path):
 
 
 def test_machine_facts_of_a_machine_without_accelerator():
-    facts = report.machine_facts()
+    facts = results.machine_facts()
     assert facts["accelerator"] is None and facts["accelerator_count"] == 0
     assert facts["cpu"] and facts["cores"] >= 1 and facts["jax"]
 
 
 def test_result_has_the_common_keys_and_its_own():
-    found = report.result("train", dtype=jnp.bfloat16, seed=3, started=time.monotonic() - 2.0, steps=10)
+    found = results.result("train", dtype=jnp.bfloat16, seed=3, started=time.monotonic() - 2.0, steps=10)
     common = {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"}
     assert set(found) == common | {"steps"}
     assert (found["command"], found["version"], found["dtype"], found["seed"]) == ("train", __version__, "bfloat16", 3)
@@ -37,16 +38,16 @@ def test_result_has_the_common_keys_and_its_own():
 
 
 def test_git_sha_is_that_of_the_checkout_or_none(monkeypatch, tmp_path):
-    root = Path(report.__file__).parents[1]
+    root = Path(results.__file__).parents[1]
     told = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert report.git_sha() == (told.stdout.strip() if told.returncode == 0 else None)
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "site-packages" / "jaxspec" / "report.py"))
-    assert report.git_sha() is None
+    assert results.git_sha() == (told.stdout.strip() if told.returncode == 0 else None)
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "site-packages" / "jaxspec" / "report.py"))
+    assert results.git_sha() is None
 
 
 def test_json_holds_arrays_and_scalars_and_null_for_what_is_not_finite(tmp_path):
     path = tmp_path / "runs" / "a" / "result.json"
-    report.write_json(
+    results.write_json(
         path,
         {
             "tau": jnp.float32(2.5),
@@ -81,25 +82,25 @@ def test_json_replaces_the_file_at_once_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")
     with pytest.raises(TypeError, match="cannot hold a set"):
-        report.write_json(path, {"bad": {1}})
+        results.write_json(path, {"bad": {1}})
     assert path.read_text() == "old"
-    report.write_json(path, {"steps": 1})
+    results.write_json(path, {"steps": 1})
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_json_to_an_impossible_place_fails_with_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"^cannot write the result to .*result\.json: \S[^\n]*$"):
-        report.write_json(tmp_path / "file" / "result.json", {})
+        results.write_json(tmp_path / "file" / "result.json", {})
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match=r"^cannot write the result to"):
-        report.write_json(tmp_path / "folder", {})
+        results.write_json(tmp_path / "folder", {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_table_shows_its_title_and_cells_as_they_are(capsys):
     rows = [["EAGLE [static]", 3.14159, 1234567, None], ["x" * 200, np.float32(2.0), 8, math.nan]]
-    report.print_table("Decoding", ["arm", "tau", "tokens", "peer"], rows)
+    tables.print_table("Decoding", ["arm", "tau", "tokens", "peer"], rows)
     shown = capsys.readouterr().out
     assert "Decoding" in shown and "EAGLE [static]" in shown and "x" * 200 in shown
     assert "3.142" in shown and "1,234,567" in shown and "nan" not in shown
@@ -107,8 +108,8 @@ def test_table_shows_its_title_and_cells_as_they_are(capsys):
 
 def test_progress_without_a_terminal_is_a_plain_line_now_and_then(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 5))  # every look at the clock is five seconds later
-    monkeypatch.setattr(report.time, "monotonic", lambda: float(next(clock)))
-    with report.progress("train", total=12, unit="steps") as line:
+    monkeypatch.setattr(results.time, "monotonic", lambda: float(next(clock)))
+    with progress.progress("train", total=12, unit="steps") as line:
         for step in range(12):
             line.advance(status=f"loss {step}")
     out, err = capsys.readouterr()
@@ -122,7 +123,7 @@ def test_progress_without_a_terminal_is_a_plain_line_now_and_then(capsys, monkey
 def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "150")
-    with report.progress("train", total=2, unit="steps") as line:
+    with progress.progress("train", total=2, unit="steps") as line:
         line.advance(2, status="loss [2.31]")
     shown = capsys.readouterr().err
     assert "2/2" in shown and "loss [2.31]" in shown and "steps/s" in shown

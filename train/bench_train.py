@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from jaxspec import cli, config, cost, flags, loading, report
+from jaxspec import config, cost, flags, loading
 from jaxspec.base import Params
 from jaxspec.config import DistillConfig
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.cost import Part
 from jaxspec.distill import (
     Batch,
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> int:
     arms = {name: make_arm(name, args) for name in args.recipes}
     rows = count_rows(arms, args)
     rate = None if args.count_only else time_rows(rows, arms, args)
-    result = report.result(
+    result = results.result(
         "bench train",
         dtype=DTYPES[args.dtype],
         seed=args.seed,
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> int:
     )
     print_result(result, args)
     if args.json:
-        report.write_json(args.json, result)
+        results.write_json(args.json, result)
     return 0
 
 
@@ -264,7 +265,7 @@ def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]
 def count_rows(arms: dict[str, Arm], args: Args) -> list[dict[str, Any]]:
     """Every arm's row as far as it can be told without running anything."""
     rows: list[dict[str, Any]] = []
-    with report.progress("counting", len(arms), "arms") as bar:
+    with progress.progress("counting", len(arms), "arms") as bar:
         for name, arm in arms.items():
             frozen = jax.eval_shape(arm.target.init_params, jax.random.key(0))
             given = jax.eval_shape(lambda frozen, arm=arm: give(arm, frozen, args), frozen)
@@ -306,7 +307,7 @@ def time_rows(rows: list[dict[str, Any]], arms: dict[str, Arm], args: Args) -> f
         programs[name] = Part(jax.jit(step_of(arm), donate_argnums=1), tuple(given), donated=1)
         made = parts_of(arm, given, lambda program, *arguments: jax.jit(program)(*arguments))
         programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in made.items()}
-    with report.progress("timing", args.repeats + 1, "turns") as bar:
+    with progress.progress("timing", args.repeats + 1, "turns") as bar:
         seconds = cost.in_turns(programs, repeats=args.repeats, advance=bar.advance)
     rate = matmul_flops / seconds[MATMUL]
     for row in rows:
@@ -336,7 +337,7 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         [row["recipe"], row["draft_steps"], *(row[key] / 1e9 for key in counts.values()), row["flops_ratio"]]
         for row in rows
     ]
-    report.print_table(title, ["recipe", "draft steps", *counts, "x first"], table)
+    tables.print_table(title, ["recipe", "draft steps", *counts, "x first"], table)
     if args.count_only:
         sys.stdout.write(NOTES + "\n")
         return
@@ -350,7 +351,7 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         "x first": "time_ratio",
     }
     table = [[row["recipe"], *(row[key] for key in columns.values())] for row in rows]
-    report.print_table("Its time, ms", ["recipe", *columns], table)
+    tables.print_table("Its time, ms", ["recipe", *columns], table)
     rate = result["machine_matmul_flops_per_second"] / 1e9
     sys.stdout.write(TIMED_NOTES.format(repeats=args.repeats, rate=rate) + "\n" + NOTES + "\n")
 

@@ -25,9 +25,12 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, comparison, figures, flags, launch, loading, report
+from jaxspec import comparison, figures, flags, launch, loading
 from jaxspec.comparison import Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
+from jaxspec.console import cli
+from jaxspec.console.results import jsonable, result, write_json
+from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.launch import Launch, say
@@ -170,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
     decoded.sort(key=lambda run: (args.names.index(run.recipe), run.seed))
     result = write_report(args, arms, decoded, [p.source for p in prompts], failures, started)
     if args.json:
-        report.write_json(args.json, result)
+        write_json(args.json, result)
     for name, problem in failures.items():
         say(f"jaxspec compare: {name} failed: {problem}")
     return cli.EXIT_FAILED if failures else 0
@@ -293,7 +296,7 @@ def write_report(
     summaries = list(comparison.summaries(decoded, sources, args.names[0]))
     trained = {(run.recipe, run.seed): run.train_tokens for run in decoded}
     curves = [arm for arm in arms if trained.get((arm.recipe, arm.seed)) and arm.metrics.is_file()]
-    found = report.result(
+    found = result(
         "compare",
         dtype=loading.DTYPES[args.dtype],
         seed=DECODING_SEED,
@@ -312,15 +315,15 @@ def write_report(
         figures=draw(args.out, curves, trained, summaries),
         failures=failures,
     )
-    report.write_json(args.out / "compare.json", found)
+    write_json(args.out / "compare.json", found)
     tables = list(comparison.tables(summaries))
-    text = "\n".join(report.table_text(*table) for table in tables)
+    text = "\n".join(table_text(*table) for table in tables)
     (args.out / "compare.txt").write_text(f"{text}\n{NOTES}", encoding="utf-8")
     for table in tables:
-        report.print_table(*table)
+        print_table(*table)
         sys.stdout.write("\n")
     sys.stdout.write(f"{NOTES}report: {args.out}\n")
-    return report.jsonable(found)
+    return jsonable(found)
 
 
 def draw(

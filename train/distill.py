@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from tyro.conf import OmitArgPrefixes, Positional
 
-from jaxspec import cli, report
 from jaxspec.config import DistillConfig, load
+from jaxspec.console import cli, results, tables
 from jaxspec.distillation import run_distillation
 from jaxspec.launch import Launch, joined
 
@@ -41,19 +41,19 @@ def main(argv: Sequence[str]) -> int:
     with joined(args.launch, prog=PROG):
         found = run_distillation(config)
         if jax.process_index() == 0:
-            show(config, report.result("train", dtype=config.dtype, seed=config.seed, started=started, **found), args)
+            show(config, results.result("train", dtype=config.dtype, seed=config.seed, started=started, **found), args)
     return 0
 
 
 def show(config: DistillConfig, found: dict[str, Any], args: Args) -> None:
     """Print the result and write it where it is asked for."""
-    report.print_table(
+    tables.print_table(
         f"{config.name}: held out, after {found['steps']:,} steps (drafter in {config.export_folder})",
         ("measure", "value"),
         [(name, value) for name, value in found["eval"].items()],
     )
     if args.json:
-        report.write_json(args.json, found)
+        results.write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from tyro.conf import Positional
 
-from jaxspec import cli, flags, loading, report
+from jaxspec import flags, loading
+from jaxspec.console import cli, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         for n in sorted({args.size, *(s for s in SIZES if s < used)})
         if n <= used
     ]
-    report.print_table(
+    tables.print_table(
         f"{int(counts.times_V.sum()):,} tokens of answers use {used:,} of {vocab:,}",
         ["commonest tokens", "share of what is said"],
         [[row["size"], f"{row['coverage']:.2%}"] for row in rows],
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
             "rows": rows,
             "counted": int(counts.times_V.sum()),
         }
-        report.write_json(args.json, report.result("draft-vocab", dtype="int32", seed=None, started=started, **found))
+        results.write_json(args.json, results.result("draft-vocab", dtype="int32", seed=None, started=started, **found))
     return 0
 
 

@@ -15,8 +15,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec import cli, exports, loading, report
+from jaxspec import exports, loading
 from jaxspec.checkpoint import refuse_to_replace
+from jaxspec.console import cli, results, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,9 @@ def main(argv: Sequence[str]) -> int:
         "path": args.out,
         "step": model.card.get("provenance", {}).get("step"),
     }
-    report.print_table(f"{args.run} in {args.out}", ("", ""), list(facts.items()))
+    tables.print_table(f"{args.run} in {args.out}", ("", ""), list(facts.items()))
     if args.json:
-        report.write_json(args.json, report.result("export", seed=None, started=started, **facts))
+        results.write_json(args.json, results.result("export", seed=None, started=started, **facts))
     return 0
 
 

@@ -25,9 +25,10 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, flags, loading, report
+from jaxspec import flags, loading
 from jaxspec.compilers import under
 from jaxspec.config import DistillConfig, load, to_dict
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.corpora import HostBatch, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
@@ -117,10 +118,10 @@ def main(argv: Sequence[str]) -> int:
         "tokens_per_second": tokens / seconds if tokens else None,
         **{name: about[name] for name in ("target", "store", "taps", "top_k")},
     }
-    report.print_table(args.out, ["measure", "value"], [[k, v] for k, v in result.items() if k not in ("out", "taps")])
+    tables.print_table(args.out, ["measure", "value"], [[k, v] for k, v in result.items() if k not in ("out", "taps")])
     if args.json:
-        written = report.result("features", dtype=config.dtype, seed=config.seed, started=started, **result)
-        report.write_json(args.json, written)
+        written = results.result("features", dtype=config.dtype, seed=config.seed, started=started, **result)
+        results.write_json(args.json, written)
     return 0
 
 
@@ -217,7 +218,7 @@ def announce(work: Work) -> None:
 
 def gigabytes(size: int) -> str:
     """`size` bytes in words."""
-    return f"{report.four_digits(size / 1e9)} GB"
+    return f"{tables.four_digits(size / 1e9)} GB"
 
 
 def run(work: Work) -> tuple[int, float]:
@@ -227,7 +228,7 @@ def run(work: Work) -> tuple[int, float]:
         return 0, 0.0
     target, keys = open_target(work), [np.asarray(part.corpus.keys) for part in work.parts]
     total = sum(int(plan.of(number)["length"].sum()) for number in work.todo)
-    with termination_notice() as noticed, report.progress("features", total, "tokens") as bar:
+    with termination_notice() as noticed, progress.progress("features", total, "tokens") as bar:
         for made, number in enumerate(work.todo):
             writer = ShardWriter(Shard(work.folder, number), "group_size:1,uncompressed")
             for piece, batch, arrays in run_pieces(target, plan.pieces[slice(*plan.shards[number])], work.parts):

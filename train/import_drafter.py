@@ -14,8 +14,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec import cli, exports, loading, report
+from jaxspec import exports, loading
 from jaxspec.checkpoint import refuse_to_replace
+from jaxspec.console import cli, results, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
     )
     exports.write("orbax", args.out, model)
     facts = exports.facts(model) | {"format": "orbax", "path": args.out}
-    report.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))
+    tables.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))
     loading.open_drafter(args.out)  # what was written can be used
     if args.json:
-        report.write_json(args.json, report.result("import", seed=None, started=started, **facts))
+        results.write_json(args.json, results.result("import", seed=None, started=started, **facts))
     return 0
 
 

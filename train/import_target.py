@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxspec import cli, exports, imports, report
+from jaxspec import exports, imports
 from jaxspec.checkpoint import refuse_to_replace
+from jaxspec.console import cli, results, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,9 @@ def main(argv: Sequence[str]) -> int:
         "kept_bytes": done.kept_bytes,
         "checked_files": done.checked_files,
     }
-    report.print_table(f"{args.source} in {args.out}", ("", ""), list(facts.items()))
+    tables.print_table(f"{args.source} in {args.out}", ("", ""), list(facts.items()))
     if args.json:
-        report.write_json(args.json, report.result("import target", seed=None, started=started, **facts))
+        results.write_json(args.json, results.result("import target", seed=None, started=started, **facts))
     return 0
 
 

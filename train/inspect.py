@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxspec import cli, exports, report
+from jaxspec import exports
+from jaxspec.console import cli, results, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,11 @@ def main(argv: Sequence[str]) -> int:
     model = exports.find_model(args.path, target=args.target)
     facts = exports.facts(model) | {"path": args.path}
     shapes, told = exports.shapes(model), exports.conventions(model)
-    report.print_table(args.path, ("", ""), [*facts.items(), *told.items()])
-    report.print_table("weights", ("weight", "shape"), [(name, str(shape)) for name, shape in shapes.items()])
+    tables.print_table(args.path, ("", ""), [*facts.items(), *told.items()])
+    tables.print_table("weights", ("weight", "shape"), [(name, str(shape)) for name, shape in shapes.items()])
     if args.json:
         more = {"shapes": shapes, "convention": told}
-        report.write_json(args.json, report.result("inspect", seed=None, started=started, **facts, **more))
+        results.write_json(args.json, results.result("inspect", seed=None, started=started, **facts, **more))
     return 0
 
 

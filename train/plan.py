@@ -20,9 +20,10 @@ import jax
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, figures, flags, planning, report
+from jaxspec import figures, flags, planning
 from jaxspec.chips import chip_of
 from jaxspec.config import DistillConfig, load
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.launch import say
 from jaxspec.planning import DecodePlan, StepPlan
 
@@ -102,19 +103,19 @@ def main(argv: list[str]) -> int:
         found["sweep"] = [describe(tried, planned, args) for tried, planned in ranked]
     if decoding is not None:
         found["decode"] = describe_decoding(decoding)
-    written = report.result("plan", config=config.name, dtype=config.dtype, seed=None, started=started, **found)
+    written = results.result("plan", config=config.name, dtype=config.dtype, seed=None, started=started, **found)
     show(best, plan, decoding, ranked, found, args)
     if args.plot is not None:
         draw(args.plot, f"{config.name} on {args.topology}, {name_of(best, plan)}", plan)
     if args.json is not None:
-        report.write_json(args.json, written)
+        results.write_json(args.json, written)
     return 0 if plan.fits and (decoding is None or decoding.fits) else cli.EXIT_FAILED
 
 
 def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig, StepPlan]]:
     """The config as it stands; in a sweep, other meshes with its batch, and other batches on the best of these."""
     found: dict[Any, StepPlan | None] = {}
-    with report.progress("compiling", None, "programs") as bar:
+    with progress.progress("compiling", None, "programs") as bar:
 
         def plan(tried: DistillConfig) -> tuple[DistillConfig, StepPlan] | None:
             place = (tried.mesh, tried.data.batch)
@@ -227,7 +228,7 @@ def show(
     rows = [["training", *gb.values()]]
     if decoding is not None:
         rows.append(["decoding", *(size / 1e9 for size in decoding.memory)])
-    report.print_table(f"{config.name} on {args.topology}, {name_of(config, plan)}: GB of a chip", columns, rows)
+    tables.print_table(f"{config.name} on {args.topology}, {name_of(config, plan)}: GB of a chip", columns, rows)
     if plan.costs is None:
         sys.stdout.write(
             f"does not fit: the step needs {gb['total']:.2f} GB of a chip's {gb['capacity']:.2f} ({plan.why}); "
@@ -251,7 +252,7 @@ def show(
         if found["hours"] is not None:
             rows.append([f"hours of {found['steps']:,} steps", found["hours"]])
             rows.append(["chip-hours", found["chip_hours"]])
-        report.print_table("A step", ["measure", "value"], rows)
+        tables.print_table("A step", ["measure", "value"], rows)
         sys.stdout.write(f"bound by {costs.bound_by}: {plan.advice}\n")
     if decoding is not None and not decoding.fits:
         sys.stdout.write(f"decoding does not fit: {decoding.why}\n")
@@ -261,7 +262,7 @@ def show(
             mfu = p.mfu and f"{p.mfu:.1%}"
             bound = p.costs and p.costs.bound_by
             rows.append([name_of(tried, p), p.fits, p.memory.total / 1e9, bound, mfu, p.tokens_per_second])
-        report.print_table("Tried", ["mesh, batch", "fits", "GB a chip", "bound by", "MFU", "tokens/s"], rows)
+        tables.print_table("Tried", ["mesh, batch", "fits", "GB a chip", "bound by", "MFU", "tokens/s"], rows)
     sys.stdout.write(NOTES + "\n")
 
 

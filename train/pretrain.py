@@ -14,10 +14,13 @@ import numpy as np
 import optax
 from tyro.conf import OmitArgPrefixes, Positional
 
-from jaxspec import cli, loading
+from jaxspec import loading
 from jaxspec.checkpoint import Merit
 from jaxspec.compilers import under
 from jaxspec.config import PretrainConfig, load
+from jaxspec.console import cli
+from jaxspec.console.results import result, write_json
+from jaxspec.console.tables import print_table
 from jaxspec.corpora import HostBatch, read_data, spread
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
@@ -27,7 +30,6 @@ from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
 from jaxspec.launch import Launch, joined, meet, say
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
-from jaxspec.report import print_table, result, write_json
 from jaxspec.sharding import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama
 from jaxspec.training import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run

@@ -20,7 +20,8 @@ from typing import Any
 
 import tyro
 
-from jaxspec import cli, flags, launch, loading, report
+from jaxspec import flags, launch, loading
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.flags import Flags
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> int:
     seconds, tokens = run(models, todo, output, args)
     rows, by_temperature = count(output, "source"), count(output, "temperature")
     print_counts(rows, by_temperature, output, args)
-    result = report.result(
+    result = results.result(
         "regenerate",
         dtype=loading.DTYPES[args.dtype],
         seed=args.seed,
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> int:
         by_temperature=by_temperature,
     )
     if args.json:
-        report.write_json(args.json, result)
+        results.write_json(args.json, result)
     if output.kept:
         return 0
     sys.stderr.write("jaxspec regenerate: no answer was finished; raise --max-new-tokens or use --keep-unfinished\n")
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> int:
 def write_conversations(models: Models, args: Args) -> list[Conversation]:
     """Conversations of one user turn each, written by the target. The same in every shard."""
     turns = []
-    with report.progress("writing user turns", args.from_scratch, "turns") as bar:
+    with progress.progress("writing user turns", args.from_scratch, "turns") as bar:
         for turn in write_user_turns(models, args.from_scratch, seed=args.seed, batch=args.batch):
             turns.append(turn)
             bar.advance(1, f"{turn.attempt + 1 - len(turns):,} dropped")
@@ -200,13 +201,13 @@ def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int,
 def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, args: Args) -> tuple[float, int]:
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
     started, tokens = time.perf_counter(), 0
-    with report.progress("regenerating", len(todo), "conversations") as bar:
+    with progress.progress("regenerating", len(todo), "conversations") as bar:
         drawn = {"seed": args.seed, "batch": args.batch, "temperatures": args.mixture}
         for done, finished in rewrite(models, todo, args.settings, **drawn):
             output.add(finished, keep_unfinished=args.keep_unfinished)
             tokens += done.tokens if done else 0
             speed = tokens / (time.perf_counter() - started)
-            bar.advance(len(finished), f"{report.four_digits(speed)} tokens/s")
+            bar.advance(len(finished), f"{tables.four_digits(speed)} tokens/s")
     return time.perf_counter() - started, tokens
 
 
@@ -236,10 +237,10 @@ def print_counts(
     counted = ("conversations", "turns", "tokens", "unfinished", "unfit")
     columns = ["kept", "answers", "tokens", "unfinished", "unfit"]
     total = {k: sum(row[k] for row in sources) for k in counted}
-    report.print_table(args.out, ["source", *columns], [list(row.values()) for row in [*sources, {"": "all", **total}]])
+    tables.print_table(args.out, ["source", *columns], [list(row.values()) for row in [*sources, {"": "all", **total}]])
     if args.temperatures is not None:
         table = [[f"{row['temperature']:g}", *(row[k] for k in counted)] for row in by_temperature]
-        report.print_table("by temperature", ["temperature", *columns], table)
+        tables.print_table("by temperature", ["temperature", *columns], table)
     fate = "kept" if args.keep_unfinished else "dropped"
     sys.stdout.write(
         f"unfinished: an answer reached {args.max_new_tokens} tokens or the target's last position; {fate}.\n"

@@ -13,7 +13,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from jaxspec import cli, comparison, report, tracking
+from jaxspec import comparison, tracking
+from jaxspec.console import cli, results, tables
 
 MEASURED = "compare.json"
 COLUMNS = {
@@ -51,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder; name one that runs were written below")
     rows = sorted(map(summarize, find_runs(args.folder)), key=lambda row: row["date"])
-    report.print_table(
+    tables.print_table(
         f"{len(rows)} runs below {args.folder}",
         list(COLUMNS.values()),
         [[row[key] for key in COLUMNS] for row in rows],
     )
     sys.stdout.write(NOTES)
     if args.json:
-        report.write_json(args.json, report.result("runs", dtype="various", seed=None, started=started, runs=rows))
+        results.write_json(args.json, results.result("runs", dtype="various", seed=None, started=started, runs=rows))
     return 0
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import cli, flags, loading, report
+from jaxspec import flags, loading
+from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.stored_corpus import StoredCorpus, is_complete, write_corpus
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         part=args.part,
         verify=args.verify,
     )
-    with report.progress("tokenizing", None, "conversations") as bar:
+    with progress.progress("tokenizing", None, "conversations") as bar:
         for done in work:
             bar.advance(done)
     result = {"out": args.out, "complete": is_complete(folder)}
@@ -83,11 +84,11 @@ def main(argv: Sequence[str]) -> int:
         size = sum(path.stat().st_size for path in folder.iterdir())
         result |= {"bytes": size, "bytes_per_token": size / corpus.summary.tokens}
         rows = [[name, value] for name, value in result.items() if name not in ("out", "complete", "sources")]
-        report.print_table(args.out, ["measure", "value"], rows)
+        tables.print_table(args.out, ["measure", "value"], rows)
     else:
         sys.stderr.write(f"{args.out}: this part is done, and files of other parts are missing\n")
     if args.json:
-        report.write_json(args.json, report.result("tokenize", dtype="int32", seed=None, started=started, **result))
+        results.write_json(args.json, results.result("tokenize", dtype="int32", seed=None, started=started, **result))
     return 0
 
 

@@ -1,0 +1,105 @@
+"""What a program leaves behind: one JSON object, with the machine it ran on."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxspec import __version__
+
+
+def machine_facts() -> dict[str, Any]:
+    """Returns the processor, the cores this process may use, the kind and count of accelerators, and the jax version.
+
+    `accelerator` is None on a machine without one. Starts the JAX backend.
+    """
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "accelerator": None if on_cpu else devices[0].device_kind,
+        "accelerator_count": 0 if on_cpu else len(devices),
+        "jax": jax.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """Returns the model name of the processor, or its architecture where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_sha() -> str | None:
+    """Returns the commit of the checkout this package runs from; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def result(command: str, *, dtype: Any, seed: int | None, started: float, **keys: Any) -> dict[str, Any]:
+    """Returns the result of a verb: the keys common to all verbs, then its own `keys`.
+
+    `started` is what `time.monotonic()` said when the program began; `dtype` may be a name or anything numpy takes.
+    """
+    return {
+        "command": command,
+        "version": __version__,
+        "git_sha": git_sha(),
+        "machine": machine_facts(),
+        "dtype": dtype if isinstance(dtype, str) else np.dtype(dtype).name,
+        "wall_seconds": time.monotonic() - started,
+        "seed": seed,
+        **keys,
+    }
+
+
+def jsonable(value: Any) -> Any:
+    """Returns `value` in JSON's own types: arrays become lists, paths strings, and numbers that are not finite None."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        array = np.asarray(value)
+        wide = array.astype(np.float64) if jax.numpy.issubdtype(array.dtype, jax.numpy.floating) else array
+        return jsonable(wide.tolist())
+    raise TypeError(f"a result cannot hold a {type(value).__name__}: {value!r}")
+
+
+def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+    """Writes `result` to `path` all at once, making its folder; `OSError` with one sentence if that is not possible."""
+    path = Path(path)
+    text = json.dumps(jsonable(result), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as failure:
+        raise OSError(f"cannot write the result to {path}: {failure.strerror}") from failure
