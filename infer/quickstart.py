@@ -25,9 +25,9 @@ from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.distillation import distill
 from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
-from jaxspec.launch import say
 from jaxspec.loading import Models
 from jaxspec.objective import Objective
+from jaxspec.parallel.agreement import say
 from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.requests import make_requests
 from jaxspec.serving import Job, Queue, Settings

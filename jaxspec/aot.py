@@ -18,9 +18,9 @@ from jaxspec import hlo
 from jaxspec.base import KVCache
 from jaxspec.decode import DecodeState, Engine, Weights, prefill
 from jaxspec.generation import run_rounds
+from jaxspec.parallel.mesh import make_mesh, replicated, shardings
 from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling
-from jaxspec.sharding import make_mesh, replicated, shardings
 
 
 class Plan(NamedTuple):
@@ -59,7 +59,7 @@ def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1, sl
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-    """`tree` as abstract arrays that live on the mesh by the rules of `jaxspec.sharding`."""
+    """`tree` as abstract arrays that live on the mesh by the rules of `jaxspec.parallel.mesh`."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(mesh, tree))
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.base import Array, KVCache
-from jaxspec.sharding import STATE_AXES, in_parts
+from jaxspec.parallel.mesh import STATE_AXES
+from jaxspec.parallel.rows import in_parts
 
 
 def empty(layers: int, batch: int, kv_heads: int, channels: int, capacity: int, dtype: jnp.dtype) -> KVCache:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxspec.base import Params
-from jaxspec.sharding import PARAMETER_AXES
+from jaxspec.parallel.mesh import PARAMETER_AXES
 
 FORMAT = "jaxspec/2"
 CARD = "jaxspec.json"
@@ -113,7 +113,7 @@ def checksums(folder: Path, files: list[str]) -> dict[str, str]:
 
 
 def describe(params: Params) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and logical axes (`sharding.PARAMETER_AXES`, None for one that is never split) of every array."""
+    """Shape, dtype and logical axes (`mesh.PARAMETER_AXES`, None for one that is never split) of every array."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxspec.base import Array, Params, Target
 from jaxspec.distill import Batch, Sums, TrainState, gradients, update
 from jaxspec.objective import Objective
-from jaxspec.sharding import ROW_AXES, shardings
+from jaxspec.parallel.mesh import ROW_AXES, shardings
 
 Compiler = Literal["jit", "shard_map", "pmap"]
 Step = Callable[[Params, TrainState, Batch, Any], tuple[TrainState, Array]]

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec import launch
 from jaxspec.config import (
     DistillConfig,
     PretrainConfig,
@@ -19,8 +18,9 @@ from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
 from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
 from jaxspec.distill import Batch
-from jaxspec.launch import say
-from jaxspec.sharding import ROW_AXES, batch_sharding
+from jaxspec.parallel import agreement
+from jaxspec.parallel.agreement import say
+from jaxspec.parallel.mesh import ROW_AXES, batch_sharding
 from jaxspec.stored import ARRAYS, from_arrays
 
 HostBatch = Mapping[str, np.ndarray]
@@ -115,7 +115,7 @@ def pack_data(
         PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
     )
     prints = {"train": [fingerprint(corpus) for corpus in corpora], "eval": fingerprint(judged)}
-    launch.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
+    agreement.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
     rows = packed(join(*corpora), seed=config.seed, epochs=config.optimizer.epochs, mixes=tuple(mixes))
     for mix in rows.mixed:
         say(f"{mix.name}: {mix}")

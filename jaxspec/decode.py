@@ -25,9 +25,10 @@ from jaxspec.base import (
     Tree,
     TreePolicy,
 )
+from jaxspec.parallel.mesh import settle
+from jaxspec.parallel.rows import put
 from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling, draw, round_noise
-from jaxspec.sharding import put, settle
 from jaxspec.trees.children import drawn
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2

@@ -27,7 +27,7 @@ from jaxspec.judging import (
 )
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
 from jaxspec.objective import Objective, combiner, steps_of
-from jaxspec.sharding import gather_width, sum_gradients
+from jaxspec.parallel.rows import gather_width, sum_gradients
 from jaxspec.stored import Stored, restore
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec import launch
 from jaxspec.base import Params
 from jaxspec.checkpoint import (
     Merit,
@@ -30,10 +29,11 @@ from jaxspec.distill import TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
-from jaxspec.launch import say
 from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
 from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
-from jaxspec.sharding import batch_sharding, replicated, shardings
+from jaxspec.parallel import agreement
+from jaxspec.parallel.agreement import say
+from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.targets.tables import Tables
 from jaxspec.training import Finished, Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
@@ -222,7 +222,7 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     mesh = mesh_of(config.mesh)
     data = data or read_data(config, ChatTokenizer.load(folder, config.data.template), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
-    launch.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
+    agreement.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
     if config.data.features is None:
         how = {"stacked": config.scan_layers, "weights": config.target_weights}
         target, frozen, _ = load_target(folder, dtype=dtype, mesh=mesh, **how)

@@ -15,8 +15,8 @@ from jaxspec.base import Array, Borrowed, Learner, Params, Target
 from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptance, logit_loss
 from jaxspec.losses.loss import log_probs, of_token
 from jaxspec.objective import Objective
+from jaxspec.parallel.mesh import AXIS_RULES, splits
 from jaxspec.sampling import argmax
-from jaxspec.sharding import AXIS_RULES, splits
 from jaxspec.stored import Likely, lump
 
 

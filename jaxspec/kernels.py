@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array
-from jaxspec.sharding import AXIS_RULES, splits
+from jaxspec.parallel.mesh import AXIS_RULES, splits
 
 Pairs = tuple[tuple[Array, Array], ...]
 """Keys and values of the queries' own, as `attention.Own` has them."""
@@ -136,7 +136,7 @@ def attend_packed(
     """`attention.attend` under `attention.segment_mask`, by a kernel that `takes` it.
 
     XLA cannot split a kernel: in a program traced under `jax.set_mesh` each device takes its rows and key-value heads,
-    as `jaxspec.sharding` spreads them.
+    as `jaxspec.parallel.mesh` spreads them.
     """
     attend, mesh = KERNELS[kernel], jax.sharding.get_abstract_mesh()
     arguments = (q_BLKGC, k_BKCL, v_BKLC, segments_BL, *((own,) if own else ()))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array, Params
+from jaxspec.parallel.mesh import AXIS_RULES, constrain, splits
 from jaxspec.quantization import rescale
-from jaxspec.sharding import AXIS_RULES, constrain, splits
 
 FEW_ROWS = 32
 """Up to so many rows an LM head is the left operand: XLA:CPU would transpose it on every call as the right one."""

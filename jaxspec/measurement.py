@@ -15,8 +15,8 @@ from jaxspec.comparison import Counts, Decoded
 from jaxspec.console import progress
 from jaxspec.data import jsonl
 from jaxspec.generation import tau
-from jaxspec.launch import say
 from jaxspec.loading import Models
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import Job, Settings
 from jaxspec.trees import cut_tree, parse_tree
 

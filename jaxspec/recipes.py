@@ -18,8 +18,8 @@ from jaxspec.data.features import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
 from jaxspec.distillation import RESUMABLE, drafter_for, run_distillation
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.launch import say
 from jaxspec.loading import target_folder
+from jaxspec.parallel.agreement import say
 
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec.base import Array
-from jaxspec.sharding import AXIS_RULES, in_parts, splits
+from jaxspec.parallel.mesh import AXIS_RULES, splits
+from jaxspec.parallel.rows import in_parts
 
 ROUND = 2**32 - 1
 """Stands where `position_noise` has a position, which is never as large."""

@@ -15,7 +15,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxspec import __version__, launch
+from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.checkpoint import (
     Merit,
@@ -41,9 +41,10 @@ from jaxspec.corpora import HostBatch
 from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
 from jaxspec.kernels import choose_kernel
-from jaxspec.launch import say
 from jaxspec.optimizer import make_optimizer, make_schedule
-from jaxspec.sharding import make_mesh, replicated, shardings
+from jaxspec.parallel import agreement
+from jaxspec.parallel.agreement import say
+from jaxspec.parallel.mesh import make_mesh, replicated, shardings
 from jaxspec.tracking import Tracker, provenance, session, sole, track
 
 
@@ -239,7 +240,7 @@ def resume(
     """The last intact checkpoint, laid out as `wanted`, with `batches` moved to its place; None where there is none."""
     latest = checkpoints.latest_step()
     advice = f"all must see the same in {checkpoints.folder}; start again once they do"
-    launch.agree("checkpoint", {"last checkpoint": latest}, advice)
+    agreement.agree("checkpoint", {"last checkpoint": latest}, advice)
     if latest is None:
         return None
     refuse_other_settings(checkpoints.settings(latest), config, recipe.resumable, checkpoints.folder)
@@ -296,11 +297,11 @@ def prepare(config: PretrainConfig | DistillConfig) -> None:
     if jax.process_count() > 1 and isinstance(config, DistillConfig) and config.compiler == "pmap":
         raise ValueError("compiler='pmap' is for one process, and there are several: set compiler=jit or shard_map")
     versions = {"jaxspec": __version__, "jax": jax.__version__}
-    launch.agree("settings", {**to_dict(config), "version": versions}, "start the same command on every host")
+    agreement.agree("settings", {**to_dict(config), "version": versions}, "start the same command on every host")
     if isinstance(config, DistillConfig) and jax.process_index() == 0:  # the others would see what it writes there
         refuse_to_replace(config.export_folder)
     for folder in folders.values():
-        launch.check_shared(folder)
+        agreement.check_shared(folder)
 
 
 def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:

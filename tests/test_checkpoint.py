@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxspec import checkpoint
 from jaxspec.card import CARD
 from jaxspec.checkpoint import PATIENCE, Merit, RunCheckpoints, abstract_like, load_model, model_kind, save_model
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 DATA, CONFIG = {"next_index": 3}, {"name": "x", "sizes": [1, 2]}
 

@@ -18,7 +18,7 @@ from jaxspec.__main__ import main
 from jaxspec.config import DistillConfig
 from jaxspec.console.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.drafters import Eagle
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

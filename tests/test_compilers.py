@@ -12,7 +12,7 @@ from jaxspec.compilers import compile_step
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.objective import Objective
-from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 TARGET = Llama(LlamaConfig(64, 16, 2, 4, 2, 8, 32))

@@ -24,7 +24,7 @@ from jaxspec.distill import (
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
 from jaxspec.objective import Objective
-from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -29,8 +29,8 @@ from jaxspec.distillation import Reading, drafter_for, read_features
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
 from jaxspec.losses import Scores, logit_loss
 from jaxspec.objective import Objective
+from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.recipes import usable_features
-from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.stored import Kind, Stored, grow, likeliest, lump, shrink
 from jaxspec.training import attention_blocks
 

@@ -21,7 +21,7 @@ from jaxspec.interchange import tensors as files
 from jaxspec.interchange.hf import load_target, read_llama, tensor_shapes, weight_shapes, write_llama
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.layers import RopeScaling
-from jaxspec.sharding import make_mesh, shardings
+from jaxspec.parallel.mesh import make_mesh, shardings
 from jaxspec.targets.llama import LlamaConfig, unstack
 
 SMALL = LlamaConfig(

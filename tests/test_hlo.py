@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxspec import hlo
 from jaxspec.hlo import Cost, Instruction, Message, Shape
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 WIDTH, ROWS, TRIPS = 16, 8, 5
 

@@ -21,10 +21,10 @@ from jaxspec.distillation import distill
 from jaxspec.generation import generate, generate_plain
 from jaxspec.identity import divergences
 from jaxspec.loading import Models
+from jaxspec.parallel.mesh import make_mesh
 from jaxspec.regeneration import rewrite, write_user_turns
 from jaxspec.requests import Requests, make_requests
 from jaxspec.serving import Settings
-from jaxspec.sharding import make_mesh
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:4", "static:eagle1", "dynamic:24x4x6")

@@ -30,7 +30,7 @@ from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.layers import Options, RopeScaling
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.llama import DecoderConfig
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

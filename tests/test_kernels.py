@@ -15,8 +15,8 @@ from jaxspec import aot, kernels
 from jaxspec.attention import Own, attend, attend_text, segment_mask
 from jaxspec.base import Packed
 from jaxspec.kernels import attend_cudnn, attend_splash, choose_kernel, takes
+from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.quantization import CONTRACTED, quantize
-from jaxspec.sharding import batch_sharding, make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 LENGTH, CHANNELS = 200, 16

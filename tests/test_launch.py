@@ -14,12 +14,12 @@ import pytest
 from processes import ends, finish, free_port, start, start_several, wait_for
 from random_models import write_target
 
-from jaxspec import launch
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import load_drafter
 from jaxspec.console import cli
-from jaxspec.launch import ALONE, Launch, Place, place_of
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel import agreement
+from jaxspec.parallel.mesh import make_mesh
+from jaxspec.parallel.processes import ALONE, Launch, Place, place_of
 
 ADDRESS = "10.0.0.2:8476"
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": ADDRESS, "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -123,10 +123,10 @@ def test_so_are_such_variables(monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 def test_a_process_alone_waits_for_nobody(tmp_path: Path):
-    launch.meet("here")
-    launch.agree("settings", {"seed": 1}, "mend it")
-    launch.check_shared(tmp_path / "none")
-    assert launch.exchange("numbers", 3) == [3] and not (tmp_path / "none").exists()
+    agreement.meet("here")
+    agreement.agree("settings", {"seed": 1}, "mend it")
+    agreement.check_shared(tmp_path / "none")
+    assert agreement.exchange("numbers", 3) == [3] and not (tmp_path / "none").exists()
 
 
 def test_a_bucket_that_is_not_mounted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):

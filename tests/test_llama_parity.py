@@ -11,7 +11,7 @@ import pytest
 from jaxspec import cache as kv
 from jaxspec.attention import causal_mask
 from jaxspec.interchange.hf import load_target, write_llama
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

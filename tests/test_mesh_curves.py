@@ -31,7 +31,7 @@ from jaxspec.drafters import (
 )
 from jaxspec.objective import Objective
 from jaxspec.optimizer import make_optimizer, make_schedule
-from jaxspec.sharding import batch_sharding, make_mesh, shardings
+from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 STEPS, VOCAB, LENGTH, ROWS, CHUNK = 20, 64, 24, 8, 7

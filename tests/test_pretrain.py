@@ -24,8 +24,8 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.templates import TEMPLATES
 from jaxspec.distill import TrainState
+from jaxspec.parallel.mesh import make_mesh
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
-from jaxspec.sharding import make_mesh
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.training import optimizer_of
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxspec.__main__ import main
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -17,7 +17,7 @@ import pytest
 import toy_run
 from orbax.checkpoint import v1 as ocp
 
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 from jaxspec.tracking import read_metrics
 
 STEPS = 6

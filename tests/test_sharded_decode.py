@@ -13,8 +13,8 @@ from jaxspec import aot, drafters
 from jaxspec.base import Drafter, TreePolicy
 from jaxspec.decode import DecodeState, Engine, Weights
 from jaxspec.generation import Generation, Slots, generate, start
+from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.requests import Requests, make_requests
-from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest

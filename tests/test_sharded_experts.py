@@ -18,8 +18,8 @@ from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.generation import generate
 from jaxspec.layers import Options
 from jaxspec.objective import Objective
+from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.requests import make_requests
-from jaxspec.sharding import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import DecoderConfig, Llama
 from jaxspec.trees import chain
 

@@ -18,7 +18,7 @@ from jaxspec.data.pipeline import iterate
 from jaxspec.data.shards import Field, Shard, pack_record, unpack_record
 from jaxspec.data.stored_corpus import StoredCorpus, is_complete, write_corpus
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 LENGTH, BATCH = 40, 4
 ONE = make_mesh(devices=jax.devices()[:1])

@@ -16,7 +16,7 @@ from jaxspec.__main__ import main
 from jaxspec.card import read_card
 from jaxspec.checkpoint import load_drafter
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -20,7 +20,7 @@ from jaxspec.corpora import own_rows, spread
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.distillation import drafter_for
 from jaxspec.drafters import DraftLM, DraftLMConfig
-from jaxspec.sharding import batch_sharding, make_mesh
+from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import read_record, track
 from jaxspec.training import Recipe, merit_of, save_due, train

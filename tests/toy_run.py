@@ -17,7 +17,7 @@ import optax
 
 from jaxspec.checkpoint import Merit
 from jaxspec.config import CheckpointConfig, load
-from jaxspec.sharding import batch_sharding, make_mesh
+from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.training import Finished, Recipe, run
 
 ROWS = 8

@@ -40,7 +40,7 @@ from jaxspec.distill import (
 from jaxspec.distillation import drafter_for
 from jaxspec.drafters import DRAFTERS
 from jaxspec.flops import Flops, count_flops
-from jaxspec.sharding import make_mesh
+from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training import attention_blocks, optimizer_of
 

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import comparison, figures, flags, launch, loading
+from jaxspec import comparison, figures, flags, loading
 from jaxspec.comparison import Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.console import cli
@@ -33,8 +33,10 @@ from jaxspec.console.results import jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
-from jaxspec.launch import Launch, say
 from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
+from jaxspec.parallel import processes
+from jaxspec.parallel.agreement import say
+from jaxspec.parallel.processes import Launch
 from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.serving import Settings
 from jaxspec.training import termination_notice
@@ -141,8 +143,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns 1 if a recipe failed."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec compare", description=__doc__ or "")
-    with launch.joined(Launch(), prog="jaxspec compare"):  # whoever is told of others hears that they are one too many
-        launch.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
+    with processes.joined(
+        Launch(), prog="jaxspec compare"
+    ):  # whoever is told of others hears that they are one too many
+        processes.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
     target, arms = plan(args)
     args = dataclasses.replace(args, template=template_of(arms))
     prompts = choose_prompts(args)

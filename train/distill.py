@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from jaxspec.config import DistillConfig, load
 from jaxspec.console import cli, results, tables
 from jaxspec.distillation import run_distillation
-from jaxspec.launch import Launch, joined
+from jaxspec.parallel.processes import Launch, joined
 
 PROG = "jaxspec train"
 

@@ -40,8 +40,9 @@ from jaxspec.distill import Batch, read_batch
 from jaxspec.distillation import drafter_for
 from jaxspec.interchange.hf import fingerprint, load_target
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.launch import refuse_several, say
-from jaxspec.sharding import batch_sharding
+from jaxspec.parallel.agreement import say
+from jaxspec.parallel.mesh import batch_sharding
+from jaxspec.parallel.processes import refuse_several
 from jaxspec.stored import Kind, store, to_arrays
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.training import attention_blocks, mesh_of, termination_notice

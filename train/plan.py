@@ -24,7 +24,7 @@ from jaxspec import figures, flags, planning
 from jaxspec.chips import chip_of
 from jaxspec.config import DistillConfig, load
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.launch import say
+from jaxspec.parallel.agreement import say
 from jaxspec.planning import DecodePlan, StepPlan
 
 PROG = "jaxspec plan"

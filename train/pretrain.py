@@ -28,9 +28,10 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distill import TrainState
 from jaxspec.interchange.hf import write_llama
-from jaxspec.launch import Launch, joined, meet, say
+from jaxspec.parallel.agreement import meet, say
+from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
+from jaxspec.parallel.processes import Launch, joined
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
-from jaxspec.sharding import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama
 from jaxspec.training import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
 

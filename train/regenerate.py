@@ -20,12 +20,13 @@ from typing import Any
 
 import tyro
 
-from jaxspec import flags, launch, loading
+from jaxspec import flags, loading
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
 from jaxspec.flags import Flags
 from jaxspec.loading import Models
+from jaxspec.parallel import processes
 from jaxspec.regeneration import (
     LENGTH,
     UNFIT,
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec regenerate", description=__doc__ or "")
     if args.part == (0, 1):
-        launch.refuse_several("jaxspec regenerate", "give each its --shard i/n and its own --out")
+        processes.refuse_several("jaxspec regenerate", "give each its --shard i/n and its own --out")
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
     conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)

@@ -16,7 +16,7 @@ from jaxspec.base import Array
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
 from jaxspec.drafters.heads import Recurrent
 from jaxspec.layers import WIDE, gated_mlp, hold_rows, rms_norm
-from jaxspec.sharding import constrain
+from jaxspec.parallel.mesh import constrain
 
 
 @dataclasses.dataclass(frozen=True)

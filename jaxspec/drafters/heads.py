@@ -23,7 +23,7 @@ from jaxspec.layers import (
     rope_frequencies,
     score_tokens,
 )
-from jaxspec.sharding import look_up
+from jaxspec.parallel.rows import look_up
 
 
 class HeadConfig(Protocol):

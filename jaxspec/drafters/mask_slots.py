@@ -19,7 +19,7 @@ from jaxspec.attention import Own, Prefix, as_mask, attend
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
 from jaxspec.layers import gated_mlp, merge_heads, recompute, rms_norm
-from jaxspec.sharding import pick, put
+from jaxspec.parallel.rows import pick, put
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,8 @@ from jaxspec.interchange.tensors import (
     place,
 )
 from jaxspec.layers import layer_shapes
+from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.quantization import CONTRACTED, quantize
-from jaxspec.sharding import leaf_name, shardings
 from jaxspec.targets.families import family_of
 from jaxspec.targets.llama import DecoderConfig, Llama, LlamaConfig
 from jaxspec.targets.stored import Part, Tensors, top_tensors

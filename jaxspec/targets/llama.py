@@ -31,7 +31,7 @@ from jaxspec.layers import (
     rope_frequencies,
     score_tokens,
 )
-from jaxspec.sharding import gather_width, look_up
+from jaxspec.parallel.rows import gather_width, look_up
 
 DRAFTER_ROPES = ("linear", "llama3")
 """Kinds of rotary scaling that drafters have too."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import ROOT, Array, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
+from jaxspec.parallel.rows import pick
 from jaxspec.sampling import top_k
-from jaxspec.sharding import pick
 from jaxspec.trees.shape import ancestor_mask, below_root, numbered
 
 

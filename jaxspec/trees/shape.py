@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Children, DraftLaws
-from jaxspec.sharding import put
+from jaxspec.parallel.rows import put
 
 
 def ancestor_mask(parent_BN: Array, depth: int) -> Array:

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, rows over devices, several hosts."""
