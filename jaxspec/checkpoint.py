@@ -23,7 +23,7 @@ from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.card import CONVENTIONS, FORMAT, Card, amend_card, describe, read_card, sync_folder, verify, write_card
 from jaxspec.drafters import DRAFTERS
-from jaxspec.layers import RopeScaling
+from jaxspec.nn.rope import RopeScaling
 
 PATIENCE = 3
 """Saves in a row that may fail in the background before the run is stopped."""

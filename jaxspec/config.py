@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxspec.layers import Remat
+from jaxspec.nn.remat import Remat
 from jaxspec.objective import Objective
 from jaxspec.optimizer import OptimizerKind
 from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")
 Attention = Literal["auto", "xla", "splash", "cudnn"]
-"""What attends over training rows: a TPU's or NVIDIA's kernel, or XLA; `auto` takes the best. See jaxspec.kernels."""
+"""What attends over training rows: a TPU's or NVIDIA's kernel, or XLA; `auto` takes the best. See jaxspec.nn.kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +135,9 @@ class PretrainConfig:
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and moments are fp32
-    remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see jaxspec.layers.recompute
+    remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see jaxspec.nn.remat.recompute
     attention: Attention = "auto"
-    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.attention.attend_causal
+    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.nn.attention.attend_causal
     loss_block: int = 64  # positions of every row whose logits exist together
     eval_every: int = 500
     log_every: int = 10
@@ -207,11 +207,11 @@ class DistillConfig:
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of the target; masters are fp32
-    target_weights: Literal["same", "int8"] = "same"  # of the target's layers: in dtype, or see jaxspec.quantization
+    target_weights: Literal["same", "int8"] = "same"  # of the target's layers: in dtype, or see jaxspec.nn.quantization
     scan_layers: bool = False  # the target as one layer's program run in turn: compiles sooner, if the target is deep
-    remat: Remat = "none"  # what the drafter's backward pass computes again; see jaxspec.layers.recompute
+    remat: Remat = "none"  # what the drafter's backward pass computes again; see jaxspec.nn.remat.recompute
     attention: Attention = "auto"
-    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.attention.attend_causal
+    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.nn.attention.attend_causal
     eval_every: int = 500
     log_every: int = 10
 

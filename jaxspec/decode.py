@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec import cache as kv
 from jaxspec import verify
 from jaxspec.base import (
     Array,
@@ -25,6 +24,7 @@ from jaxspec.base import (
     Tree,
     TreePolicy,
 )
+from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import settle
 from jaxspec.parallel.rows import put
 from jaxspec.requests import Requests

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.attention import causal_mask
 from jaxspec.base import Array, Params, Target
 from jaxspec.decode import Engine, Weights
 from jaxspec.generation import Generation
+from jaxspec.nn.attention import causal_mask
 from jaxspec.requests import Requests, bucket
 from jaxspec.sampling import Sampling, position_noise, warp_logits
 

@@ -21,7 +21,7 @@ from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfi
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.interchange.hf import load_target
 from jaxspec.interchange.published import published_family, read_drafter
-from jaxspec.layers import PLAIN
+from jaxspec.nn.options import PLAIN
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named

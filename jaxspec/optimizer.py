@@ -9,7 +9,7 @@ import optax
 from optax import contrib
 
 from jaxspec.base import Array, Params
-from jaxspec.quantization import CONTRACTED
+from jaxspec.nn.quantization import CONTRACTED
 
 OptimizerKind = Literal["adamw", "muon"]
 MATRICES = CONTRACTED | dict.fromkeys(("fc", "sampling_gate", "sampling_up", "sampling_down", "block"), (-2,))

@@ -27,8 +27,8 @@ from jaxspec.flops import count_flops
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.loading import target_folder
+from jaxspec.nn.quantization import quantize_layers
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding, replicated
-from jaxspec.quantization import quantize_layers
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training import attention_blocks, optimizer_of
 from jaxspec.trees import cut_tree, parse_tree

@@ -40,7 +40,7 @@ from jaxspec.console.results import jsonable
 from jaxspec.corpora import HostBatch
 from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
-from jaxspec.kernels import choose_kernel
+from jaxspec.nn.kernels import choose_kernel
 from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import cache as kv
 from jaxspec.base import KVCache
+from jaxspec.nn import cache as kv
 
 LAYERS, HEADS, CHANNELS, CAPACITY, NODES, PATH = 2, 2, 4, 40, 7, 3
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from toys import RememberingDrafter, TableDrafter, TableTarget
 
-from jaxspec import cache as kv
 from jaxspec.base import KVCache
 from jaxspec.decode import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
@@ -28,6 +27,7 @@ from jaxspec.generation import (
     start,
     stream,
 )
+from jaxspec.nn import cache as kv
 from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxspec.attention import causal_mask, segment_mask
 from jaxspec.distill import (
     Batch,
     TrainState,
@@ -23,6 +22,7 @@ from jaxspec.distill import (
 )
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
+from jaxspec.nn.attention import causal_mask, segment_mask
 from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig

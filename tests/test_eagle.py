@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from drafter_toys import BATCH, KINDS, LENGTH, SHAPE, STEPS, VOCAB, WIDTH, Toy, causal, same
 
-from jaxspec.attention import Own
 from jaxspec.base import Array, Borrowed
 from jaxspec.drafters import Eagle, EagleConfig, Fspad, FspadConfig
+from jaxspec.nn.attention import Own
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

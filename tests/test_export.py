@@ -31,7 +31,7 @@ from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
 from jaxspec.interchange.hf import read_llama, stored_dtype, tensor_shapes, write_llama
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.layers import layer_shapes
+from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
 from jaxspec.targets.llama import DecoderConfig
 from jaxspec.tracking import session

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import cache as kv
 from jaxspec import exports
-from jaxspec.attention import causal_mask
 from jaxspec.interchange import tensors
 from jaxspec.interchange.hf import load_target, read_llama
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.nn import cache as kv
+from jaxspec.nn.attention import causal_mask
 from jaxspec.targets.families import FAMILIES
 
 torch = pytest.importorskip("torch")

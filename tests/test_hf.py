@@ -20,7 +20,7 @@ from jaxspec.interchange import hf
 from jaxspec.interchange import tensors as files
 from jaxspec.interchange.hf import load_target, read_llama, tensor_shapes, weight_shapes, write_llama
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.layers import RopeScaling
+from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh, shardings
 from jaxspec.targets.llama import LlamaConfig, unstack
 

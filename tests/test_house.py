@@ -107,7 +107,7 @@ def test_imports_point_to_lower_floors(module: str):
     ("module", "line"),
     [
         ("jaxspec.base", "import jaxspec.decode"),
-        ("jaxspec.layers", "from jaxspec import stored"),
+        ("jaxspec.nn.decoder_layer", "from jaxspec import stored"),
         ("jaxspec.drafters.eagle", "from jaxspec.targets.llama import Llama"),
         ("jaxspec.drafters.eagle", "from ..targets import llama"),
         ("jaxspec.console.cli", "def late():\n  from jaxspec.train import distill"),
@@ -123,7 +123,7 @@ def test_an_import_that_points_up_or_sideways_is_found(module: str, line: str):
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("jaxspec.drafters.eagle", "from jaxspec.layers import rms_norm"),
+        ("jaxspec.drafters.eagle", "from jaxspec.nn.decoder_layer import rms_norm"),
         ("jaxspec.drafters.__init__", "from jaxspec.drafters.eagle import Eagle"),
         ("jaxspec.drafters.eagle", "from .medusa import Medusa"),
         ("jaxspec.console.results", "from jaxspec import __version__"),

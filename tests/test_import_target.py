@@ -29,7 +29,8 @@ from jaxspec.exports import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.layers import Options, RopeScaling
+from jaxspec.nn.options import Options
+from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.llama import DecoderConfig
 

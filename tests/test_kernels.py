@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import aot, kernels
-from jaxspec.attention import Own, attend, attend_text, segment_mask
+from jaxspec import aot
 from jaxspec.base import Packed
-from jaxspec.kernels import attend_cudnn, attend_splash, choose_kernel, takes
+from jaxspec.nn import kernels
+from jaxspec.nn.attention import Own, attend, attend_text, segment_mask
+from jaxspec.nn.kernels import attend_cudnn, attend_splash, choose_kernel, takes
+from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
-from jaxspec.quantization import CONTRACTED, quantize
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 LENGTH, CHANNELS = 200, 16
@@ -182,7 +183,7 @@ def test_each_device_attends_to_its_rows_and_heads(sizes: Any, monkeypatch: pyte
 def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch: pytest.MonkeyPatch):
     assert takes("cudnn", 200, 64) and not takes("cudnn", 201, 64) and not takes("cudnn", 200, 256)
     assert not takes("cudnn", 200, 64, own_keys(1)) and takes("splash", 200, 64, own_keys(1))
-    monkeypatch.setattr("jaxspec.kernels.KERNELS", {})
+    monkeypatch.setattr("jaxspec.nn.kernels.KERNELS", {})
     q, k, v, segments = given(batch=2, kv_heads=1)
     q, k, v, segments = q[:, :9], k[..., :9], v[:, :, :9], segments[:, :9]
     expected = plain(q, k, v, segments)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.attention import Prefix, attend
 from jaxspec.base import KVCache
+from jaxspec.nn.attention import Prefix, attend
 
 BATCH, OWN, KV_HEADS, GROUP, CHANNELS = 3, 4, 2, 3, 8
 LENGTHS = (0, 37, 200)
@@ -62,7 +62,7 @@ def plainly(c: dict[str, Any]) -> np.ndarray:
 
 @pytest.fixture
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jaxspec.attention.PREFIX_BLOCK", request.param)
+    monkeypatch.setattr("jaxspec.nn.attention.PREFIX_BLOCK", request.param)
     pieces.clear_cache()  # type: ignore[attr-defined]
     yield request.param
     pieces.clear_cache()  # type: ignore[attr-defined]

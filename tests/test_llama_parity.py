@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import cache as kv
-from jaxspec.attention import causal_mask
 from jaxspec.interchange.hf import load_target, write_llama
+from jaxspec.nn import cache as kv
+from jaxspec.nn.attention import causal_mask
 from jaxspec.parallel.mesh import make_mesh
 
 torch = pytest.importorskip("torch")

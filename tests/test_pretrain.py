@@ -17,13 +17,13 @@ from processes import finish, stop_at
 from random_models import SIZE, write_target
 
 from jaxspec.__main__ import main
-from jaxspec.attention import segment_mask
 from jaxspec.checkpoint import RunCheckpoints, abstract_like
 from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.templates import TEMPLATES
 from jaxspec.distill import TrainState
+from jaxspec.nn.attention import segment_mask
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.targets.llama import Llama, LlamaConfig

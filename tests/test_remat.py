@@ -10,7 +10,7 @@ import pytest
 from drafter_toys import KINDS, VOCAB, WIDTH
 
 from jaxspec.base import Borrowed, Packed
-from jaxspec.layers import Remat
+from jaxspec.nn.remat import Remat
 from jaxspec.targets.llama import Llama, LlamaConfig, unstack
 
 CONFIG = LlamaConfig(32, 32, 4, 4, 2, 8, 128)

@@ -10,13 +10,13 @@ import optax
 import pytest
 from random_models import random_weights
 
-from jaxspec.attention import causal_mask
 from jaxspec.compilers import compile_step
 from jaxspec.decode import Engine, Weights
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.generation import generate
-from jaxspec.layers import Options
+from jaxspec.nn.attention import causal_mask
+from jaxspec.nn.options import Options
 from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.requests import make_requests

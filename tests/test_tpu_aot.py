@@ -12,7 +12,7 @@ import pytest
 from jaxspec import aot, hlo
 from jaxspec.decode import Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
-from jaxspec.layers import RopeScaling
+from jaxspec.nn.rope import RopeScaling
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain
 from jaxspec.verify import RULES

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import cache as kv
 from jaxspec.base import (
     ROOT,
     Array,
@@ -23,6 +22,7 @@ from jaxspec.base import (
     TargetOutput,
     Tree,
 )
+from jaxspec.nn import cache as kv
 from jaxspec.trees.children import likeliest
 
 Tables = list[np.ndarray]

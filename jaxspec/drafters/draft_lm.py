@@ -13,21 +13,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec import cache as kv
-from jaxspec.attention import Prefix, as_mask, attend, causal_mask
 from jaxspec.base import Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
-from jaxspec.layers import (
-    RopeScaling,
-    decoder_layer,
-    init_weight,
-    layer_shapes,
-    recompute,
-    rms_norm,
-    rope,
-    rope_frequencies,
-    score_tokens,
-)
+from jaxspec.nn import cache as kv
+from jaxspec.nn.attention import Prefix, as_mask, attend, causal_mask
+from jaxspec.nn.decoder_layer import decoder_layer, init_weight, layer_shapes
+from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.remat import recompute
+from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
 
 
 @dataclasses.dataclass(frozen=True)

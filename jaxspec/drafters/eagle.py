@@ -13,7 +13,12 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array
 from jaxspec.drafters.heads import Recurrent
-from jaxspec.layers import Options, RopeScaling, gated_mlp, hold_rows, layer_shapes, rms_norm, score_tokens
+from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.mlp import gated_mlp, hold_rows
+from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.options import Options
+from jaxspec.nn.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)

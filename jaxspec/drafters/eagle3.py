@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Borrowed, Params
 from jaxspec.drafters.eagle import EagleConfig, layer_shapes
 from jaxspec.drafters.heads import OneLayer, Recurrent
-from jaxspec.layers import gated_mlp, rms_norm, score_tokens
+from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.mlp import gated_mlp
+from jaxspec.nn.norm import rms_norm
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:

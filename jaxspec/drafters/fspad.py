@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxspec.base import Array
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
 from jaxspec.drafters.heads import Recurrent
-from jaxspec.layers import WIDE, gated_mlp, hold_rows, rms_norm
+from jaxspec.nn.mlp import WIDE, gated_mlp, hold_rows
+from jaxspec.nn.norm import rms_norm
 from jaxspec.parallel.mesh import constrain
 
 

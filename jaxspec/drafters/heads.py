@@ -9,20 +9,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxspec import cache as kv
-from jaxspec.attention import Own, Prefix, attend, causal_mask
 from jaxspec.base import ROOT, Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.module import DrafterModule
-from jaxspec.layers import (
-    RopeScaling,
-    merge_heads,
-    project_qkv,
-    recompute,
-    rms_norm,
-    rope,
-    rope_frequencies,
-    score_tokens,
-)
+from jaxspec.nn import cache as kv
+from jaxspec.nn.attention import Own, Prefix, attend, causal_mask
+from jaxspec.nn.decoder_layer import merge_heads, project_qkv
+from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.remat import recompute
+from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
 from jaxspec.parallel.rows import look_up
 
 

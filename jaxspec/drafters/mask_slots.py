@@ -14,11 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec import cache as kv
-from jaxspec.attention import Own, Prefix, as_mask, attend
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
-from jaxspec.layers import gated_mlp, merge_heads, recompute, rms_norm
+from jaxspec.nn import cache as kv
+from jaxspec.nn.attention import Own, Prefix, as_mask, attend
+from jaxspec.nn.decoder_layer import merge_heads
+from jaxspec.nn.mlp import gated_mlp
+from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.remat import recompute
 from jaxspec.parallel.rows import pick, put
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array, Borrowed, Mask, Params, Unrolled
 from jaxspec.drafters.heads import OnePass, ParallelState, init_weight
-from jaxspec.layers import recompute, score_tokens
+from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.remat import recompute
 
 
 @dataclasses.dataclass(frozen=True)

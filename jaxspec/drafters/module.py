@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxspec.attention import NOTHING, Own, attend_text
 from jaxspec.base import Array, Borrowed, Mask, Params
-from jaxspec.kernels import Kernel
-from jaxspec.layers import Remat
+from jaxspec.nn.attention import NOTHING, Own, attend_text
+from jaxspec.nn.kernels import Kernel
+from jaxspec.nn.remat import Remat
 
 
 class DrafterModule(nn.Module):

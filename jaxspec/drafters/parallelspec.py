@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Borrowed
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
 from jaxspec.drafters.mask_slots import MaskSlots, SlotOptions
-from jaxspec.layers import rms_norm
+from jaxspec.nn.norm import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from jaxspec.drafters.eagle import layer_options
 from jaxspec.drafters.eagle3 import Eagle3Config, TapReader
 from jaxspec.drafters.heads import init_weight
 from jaxspec.drafters.mask_slots import MaskSlots, SlotOptions
-from jaxspec.layers import layer_shapes, rms_norm
+from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.norm import rms_norm
 
 
 @dataclasses.dataclass(frozen=True)

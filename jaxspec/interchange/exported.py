@@ -17,7 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxspec.base import Params
 from jaxspec.card import CARD, Card, read_card, verify
 from jaxspec.interchange.tensors import Bounds, StoredWeight
-from jaxspec.layers import Options, RopeScaling
+from jaxspec.nn.options import Options
+from jaxspec.nn.rope import RopeScaling
 from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 
 Made = Callable[[tuple[Any, ...], jax.Array], Any]

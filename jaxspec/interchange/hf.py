@@ -33,9 +33,9 @@ from jaxspec.interchange.tensors import (
     open_tensors,
     place,
 )
-from jaxspec.layers import layer_shapes
+from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
-from jaxspec.quantization import CONTRACTED, quantize
 from jaxspec.targets.families import family_of
 from jaxspec.targets.llama import DecoderConfig, Llama, LlamaConfig
 from jaxspec.targets.stored import Part, Tensors, top_tensors

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxspec.layers import Options
+from jaxspec.nn.options import Options
 from jaxspec.targets.fields import Fields, rope_fields
 from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 from jaxspec.targets.stored import Tensors, llama_layer

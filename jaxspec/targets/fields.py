@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.layers import ACTIVATIONS, RopeScaling
+from jaxspec.nn.mlp import ACTIVATIONS
+from jaxspec.nn.rope import RopeScaling
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 

@@ -12,25 +12,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxspec import cache as kv
-from jaxspec.attention import Prefix, as_mask, attend, attend_text, cap
 from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, TargetOutput
-from jaxspec.kernels import Kernel
-from jaxspec.layers import (
-    PLAIN,
-    Options,
-    Remat,
-    RopeScaling,
-    decoder_layer,
-    hold_rows,
-    init_weight,
-    layer_shapes,
-    recompute,
-    rms_norm,
-    rope,
-    rope_frequencies,
-    score_tokens,
-)
+from jaxspec.nn import cache as kv
+from jaxspec.nn.attention import Prefix, as_mask, attend, attend_text, cap
+from jaxspec.nn.decoder_layer import decoder_layer, init_weight, layer_shapes
+from jaxspec.nn.kernels import Kernel
+from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.mlp import hold_rows
+from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.options import PLAIN, Options
+from jaxspec.nn.remat import Remat, recompute
+from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
 from jaxspec.parallel.rows import gather_width, look_up
 
 DRAFTER_ROPES = ("linear", "llama3")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxspec.attention import cap
 from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
-from jaxspec.layers import score_tokens
+from jaxspec.nn.attention import cap
+from jaxspec.nn.lm_head import score_tokens
 from jaxspec.targets.llama import LlamaConfig
 
 

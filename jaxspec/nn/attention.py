@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, KVCache, Mask, Packed
-from jaxspec.kernels import Kernel, Pairs, attend_packed, takes
+from jaxspec.nn.kernels import Kernel, Pairs, attend_packed, takes
 
 MASKED = -1e30
 """Score of a key that a query does not see: far below any real score, and finite, so a row without keys is not NaN."""

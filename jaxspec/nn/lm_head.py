@@ -1,0 +1,21 @@
+"""The LM head: fp32 logits of hidden states."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxspec.base import Array
+from jaxspec.parallel.mesh import constrain
+
+FEW_ROWS = 32
+"""Up to so many rows an LM head is the left operand: XLA:CPU would transpose it on every call as the right one."""
+
+
+def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
+    """fp32 logits `[B, L, V]` under an LM head."""
+    table_VD = table_VD.astype(x_BLD.dtype)
+    if x_BLD.shape[0] * x_BLD.shape[1] > FEW_ROWS:
+        logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+        return constrain(logits_BLV, "batch", None, "vocab")
+    scores_VBL = jnp.einsum("VD,BLD->VBL", table_VD, x_BLD, preferred_element_type=jnp.float32)
+    return jnp.transpose(scores_VBL, (1, 2, 0))
