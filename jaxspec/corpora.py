@@ -16,12 +16,12 @@ from jaxspec.config import (
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
-from jaxspec.data.stored_corpus import StoredCorpus, is_corpus
+from jaxspec.data.target_outputs import ARRAYS, from_arrays
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.distill import Batch
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding
-from jaxspec.stored import ARRAYS, from_arrays
 
 HostBatch = Mapping[str, np.ndarray]
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxspec.base import Array, Borrowed, Learner, Packed, Params, Target, TargetOutput, Unrolled
+from jaxspec.data.target_outputs import Stored, restore
 from jaxspec.judging import (
     Chunk,
     Judge,
@@ -28,7 +29,6 @@ from jaxspec.judging import (
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
 from jaxspec.objective import Objective, combiner, steps_of
 from jaxspec.parallel.rows import gather_width, sum_gradients
-from jaxspec.stored import Stored, restore
 
 
 class TrainState(NamedTuple):

@@ -22,7 +22,7 @@ from jaxspec.config import (
 from jaxspec.corpora import Data, HostBatch, place_rows, read_data
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.features import FeatureBatches, FeatureStore
+from jaxspec.data.feature_store import FeatureBatches, FeatureStore
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.pipeline import Batches
 from jaxspec.distill import TrainState, eval_step, init_state

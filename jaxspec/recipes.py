@@ -14,7 +14,7 @@ from jaxspec.console import results
 from jaxspec.corpora import Data, pack_data, read_corpus
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.features import FeatureStore
+from jaxspec.data.feature_store import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
 from jaxspec.distillation import RESUMABLE, drafter_for, run_distillation
 from jaxspec.interchange.hf_config import read_config

@@ -22,8 +22,9 @@ from jaxspec.config import DistillConfig, load
 from jaxspec.corpora import Data, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.features import FeatureStore, shorten
+from jaxspec.data.feature_store import FeatureStore, shorten
 from jaxspec.data.pipeline import iterate
+from jaxspec.data.target_outputs import Kind, Stored, grow, likeliest, lump, shrink
 from jaxspec.distill import Batch, judged_batch
 from jaxspec.distillation import Reading, drafter_for, read_features
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
@@ -31,7 +32,6 @@ from jaxspec.losses import Scores, logit_loss
 from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.recipes import usable_features
-from jaxspec.stored import Kind, Stored, grow, likeliest, lump, shrink
 from jaxspec.training import attention_blocks
 
 features: Any = importlib.import_module("jaxspec.train.features")

@@ -16,7 +16,7 @@ from jaxspec.data.conversations import read_all, read_conversations
 from jaxspec.data.packing import Mix, PackedBatches, join, tokenize_conversations
 from jaxspec.data.pipeline import iterate
 from jaxspec.data.shards import Field, Shard, pack_record, unpack_record
-from jaxspec.data.stored_corpus import StoredCorpus, is_complete, write_corpus
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_complete, write_corpus
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 from jaxspec.parallel.mesh import make_mesh
 

@@ -33,9 +33,10 @@ from jaxspec.corpora import HostBatch, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.features import Piece, Plan, begin_store, feature_fields, new_records, plan_features
+from jaxspec.data.feature_store import Piece, Plan, begin_store, feature_fields, new_records, plan_features
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Shard, ShardWriter
+from jaxspec.data.target_outputs import Kind, store, to_arrays
 from jaxspec.distill import Batch, read_batch
 from jaxspec.distillation import drafter_for
 from jaxspec.interchange.hf import fingerprint, load_target
@@ -43,7 +44,6 @@ from jaxspec.interchange.hf_config import read_config
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding
 from jaxspec.parallel.processes import refuse_several
-from jaxspec.stored import Kind, store, to_arrays
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.training import attention_blocks, mesh_of, termination_notice
 

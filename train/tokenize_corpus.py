@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from jaxspec import flags, loading
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.stored_corpus import StoredCorpus, is_complete, write_corpus
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_complete, write_corpus
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxspec.data import shards
 from jaxspec.data.packing import Documents, PackedBatches
 from jaxspec.data.shards import Field, Records, Shard
-from jaxspec.stored import ARRAYS, KINDS, Kind
+from jaxspec.data.target_outputs import ARRAYS, KINDS, Kind
 
 FORMAT = "jaxspec-features/1"
 INDEX = "index.npy"
