@@ -23,11 +23,11 @@ import tyro
 from jaxspec import cost, flags, loading, serving, timing
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
+from jaxspec.decoding.requests import NO_STOP, Requests, make_requests
 from jaxspec.flags import DraftFlags
 from jaxspec.loading import Models
 from jaxspec.peers import load_transformers
 from jaxspec.regeneration import SENSIBLE, write_user_turns
-from jaxspec.requests import NO_STOP, Requests, make_requests
 from jaxspec.serving import Job
 from jaxspec.timing import Load, Parts, PeerRun, Run
 from jaxspec.trees import parse_tree

@@ -25,8 +25,8 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
+from jaxspec.decoding.generation import stream, tau
 from jaxspec.flags import DraftFlags
-from jaxspec.generation import stream, tau
 from jaxspec.loading import Models
 from jaxspec.serving import Answer, Job, Settings
 from jaxspec.trees import parse_tree

@@ -22,14 +22,14 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.decoding.generation import Generation
+from jaxspec.decoding.requests import make_requests
 from jaxspec.distillation import distill
-from jaxspec.generation import Generation
 from jaxspec.identity import Divergence, divergences
 from jaxspec.loading import Models
 from jaxspec.objective import Objective
 from jaxspec.parallel.agreement import say
 from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
-from jaxspec.requests import make_requests
 from jaxspec.serving import Job, Queue, Settings
 from jaxspec.training import Finished
 from jaxspec.trees import parse_tree

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from jaxspec import hlo
 from jaxspec.base import KVCache
-from jaxspec.decode import DecodeState, Engine, Weights, prefill
-from jaxspec.generation import run_rounds
+from jaxspec.decoding.generation import run_rounds
+from jaxspec.decoding.requests import Requests
+from jaxspec.decoding.rounds import DecodeState, Engine, Weights, prefill
 from jaxspec.parallel.mesh import make_mesh, replicated, shardings
-from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling
 
 
@@ -79,7 +79,7 @@ def abstract_state(engine: Engine, weights: Weights, *, batch: int, capacity: in
 
 
 def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, capacity: int, slots: int = 512) -> Plan:
-    """Compile `decode.run_rounds` for the mesh and read what it needs.
+    """Compile `rounds.run_rounds` for the mesh and read what it needs.
 
     `weights` are abstract (`jax.eval_shape` of an initialisation, cast to what decoding uses); `capacity` is the
     cache's slots a row and `slots` the output's. Raises ValueError, with XLA's numbers, where a chip's memory does not

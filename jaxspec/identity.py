@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import Array, Params, Target
-from jaxspec.decode import Engine, Weights
-from jaxspec.generation import Generation
+from jaxspec.decoding.generation import Generation
+from jaxspec.decoding.requests import Requests, bucket
+from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.nn.attention import causal_mask
-from jaxspec.requests import Requests, bucket
 from jaxspec.sampling import Sampling, position_noise, warp_logits
 
 NEAR_TIE = 1e-3

@@ -16,7 +16,7 @@ from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoint import LoadedDrafter, load_drafter
 from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.decode import DraftVocab, Engine, Weights
+from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.interchange.hf import load_target

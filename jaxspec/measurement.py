@@ -14,7 +14,7 @@ from jaxspec import comparison, cost, serving
 from jaxspec.comparison import Counts, Decoded
 from jaxspec.console import progress
 from jaxspec.data import jsonl
-from jaxspec.generation import tau
+from jaxspec.decoding.generation import tau
 from jaxspec.loading import Models
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import Job, Settings

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxspec import loading
 from jaxspec.console import results
+from jaxspec.decoding.requests import Requests
 from jaxspec.loading import Models
-from jaxspec.requests import Requests
 
 
 def load_transformers(target: str, models: Models) -> Callable[[Requests], list[np.ndarray]]:

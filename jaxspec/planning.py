@@ -20,7 +20,7 @@ from jaxspec.chips import Chip, chip_of, device_part, network_bandwidth
 from jaxspec.compilers import lower_step
 from jaxspec.config import DistillConfig
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.decode import DraftVocab, Engine, Weights
+from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.distillation import drafter_for
 from jaxspec.flops import count_flops

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec.generation import NO_LIMIT, Slots, collect, run_rounds, start, tau
+from jaxspec.decoding.generation import NO_LIMIT, collect, run_rounds, start, tau
+from jaxspec.decoding.requests import Requests, bucket, make_requests
+from jaxspec.decoding.slots import Slots
 from jaxspec.loading import Models
-from jaxspec.requests import Requests, bucket, make_requests
 from jaxspec.targets.llama import LlamaConfig
 
 SEEDS = 2**32

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import cost, decode
+from jaxspec import cost
 from jaxspec.base import Array
 from jaxspec.console import progress, tables
 from jaxspec.cost import Part
-from jaxspec.decode import DecodeState, Engine
-from jaxspec.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
+from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
+from jaxspec.decoding.requests import Requests
+from jaxspec.decoding.rounds import DecodeState, Engine, accept, borrowed, commit, extend, grow, score
 from jaxspec.loading import Models
-from jaxspec.requests import Requests
 from jaxspec.verify import simulated
 
 Peer = Callable[[Requests], list[np.ndarray]]
@@ -153,12 +153,12 @@ def peer_all(peer: Peer, load: Load) -> PeerRun:
     return PeerRun(time.perf_counter() - started, tokens)
 
 
-# The phases of `decode.decode_step`, each a program of its own.
-grow = jax.jit(decode.grow, static_argnames="engine")
-score = jax.jit(decode.score, static_argnames="engine")
-accept = jax.jit(decode.accept, static_argnames="engine")
-extend = jax.jit(decode.extend, static_argnames="engine")
-commit = jax.jit(decode.commit, donate_argnames="state")
+# The phases of `rounds.decode_step`, each a program of its own.
+grow = jax.jit(grow, static_argnames="engine")
+score = jax.jit(score, static_argnames="engine")
+accept = jax.jit(accept, static_argnames="engine")
+extend = jax.jit(extend, static_argnames="engine")
+commit = jax.jit(commit, donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="engine")
@@ -218,7 +218,7 @@ def memory_bound_speedup(models: Models, tau: float) -> float:
     engine, weights = models.engine, models.weights
     if engine.tree is None or engine.drafter is None:
         return tau
-    head_VD = decode.borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
+    head_VD = borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
     ratio = cost.draft_ratio(weights.drafter, weights.target, head_VD)
     return cost.mbsu(tau, ratio=ratio, passes=cost.drafter_passes(engine.drafter, engine.tree.depth))
 
@@ -231,5 +231,5 @@ def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
     work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None or engine.drafter is None:
         return work
-    lent = decode.borrowed(engine, weights)
+    lent = borrowed(engine, weights)
     return work + cost.draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)

@@ -13,9 +13,7 @@ import pytest
 from toys import RememberingDrafter, TableDrafter, TableTarget
 
 from jaxspec.base import KVCache
-from jaxspec.decode import DraftVocab, Engine, Weights, grow
-from jaxspec.drafters.eagle import Eagle, EagleConfig
-from jaxspec.generation import (
+from jaxspec.decoding.generation import (
     NO_LIMIT,
     Generation,
     collect,
@@ -27,8 +25,10 @@ from jaxspec.generation import (
     start,
     stream,
 )
+from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.rounds import DraftVocab, Engine, Weights, grow
+from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn import cache as kv
-from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths
 from jaxspec.trees.static import StaticTree

@@ -13,9 +13,12 @@ import optax
 import pytest
 from random_models import random_weights
 
-from jaxspec import decode
 from jaxspec.base import Array, ChooseChildren, DraftLogits, DraftMode, Tree, TreePolicy
-from jaxspec.decode import Engine, Weights
+from jaxspec.decoding import rounds
+from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, generate, generate_plain, run_rounds, sizes
+from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.rounds import Engine, Weights
+from jaxspec.decoding.slots import Slots
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.drafters import (
     DRAFTERS,
@@ -34,10 +37,8 @@ from jaxspec.drafters import (
     PEagle,
     PEagleConfig,
 )
-from jaxspec.generation import NO_LIMIT, Generation, Slots, collect, generate, generate_plain, run_rounds, sizes
 from jaxspec.loading import Models
 from jaxspec.objective import Objective
-from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES
@@ -190,9 +191,9 @@ def test_prompts_read_in_chunks_are_drafted_for_as_if_read_at_once(head: str, mo
     """One drafter of each kind of state; the prompts end in the third chunk, in the first, and with it."""
     engine, weights = pair(head, "mixed")
     whole = drafted(head, "mixed", "sampled")
-    monkeypatch.setattr("jaxspec.decode.CHUNK", 16)
+    monkeypatch.setattr("jaxspec.decoding.rounds.CHUNK", 16)
     requests = batch("sampled")
-    read = jax.jit(lambda w, r: decode.prefill(engine, w, r, *sizes(engine, PADDED, BUDGET)))
+    read = jax.jit(lambda w, r: rounds.prefill(engine, w, r, *sizes(engine, PADDED, BUDGET)))
     pieces = collect(run_rounds(engine, weights, read(weights, requests), NO_LIMIT))
     assert [t.tolist() for t in pieces.tokens] == [t.tolist() for t in whole.tokens]
     np.testing.assert_array_equal(pieces.accepted, whole.accepted)

@@ -106,7 +106,7 @@ def test_imports_point_to_lower_floors(module: str):
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("jaxspec.base", "import jaxspec.decode"),
+        ("jaxspec.base", "import jaxspec.decoding.rounds"),
         ("jaxspec.nn.decoder_layer", "from jaxspec import stored"),
         ("jaxspec.drafters.eagle", "from jaxspec.targets.llama import Llama"),
         ("jaxspec.drafters.eagle", "from ..targets import llama"),

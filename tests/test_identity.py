@@ -16,14 +16,14 @@ from jaxspec import loading
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
-from jaxspec.decode import Engine, Weights
+from jaxspec.decoding.generation import generate, generate_plain
+from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.distillation import distill
-from jaxspec.generation import generate, generate_plain
 from jaxspec.identity import divergences
 from jaxspec.loading import Models
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.regeneration import rewrite, write_user_turns
-from jaxspec.requests import Requests, make_requests
 from jaxspec.serving import Settings
 from jaxspec.trees import parse_tree
 

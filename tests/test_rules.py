@@ -15,9 +15,9 @@ from toys import TableDrafter, TableTarget
 
 from jaxspec import verify
 from jaxspec.base import DraftMode
-from jaxspec.decode import Engine, Weights, decode_rounds, prefill
-from jaxspec.generation import NO_LIMIT
-from jaxspec.requests import Requests
+from jaxspec.decoding.generation import NO_LIMIT
+from jaxspec.decoding.requests import Requests
+from jaxspec.decoding.rounds import Engine, Weights, decode_rounds, prefill
 from jaxspec.sampling import Sampling, law_of
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import DEFAULT_RULES, RULES, rejection, rule_named, rules

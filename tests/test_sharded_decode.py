@@ -11,10 +11,11 @@ from random_models import random_weights
 
 from jaxspec import aot, drafters
 from jaxspec.base import Drafter, TreePolicy
-from jaxspec.decode import DecodeState, Engine, Weights
-from jaxspec.generation import Generation, Slots, generate, start
+from jaxspec.decoding.generation import Generation, generate, start
+from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.rounds import DecodeState, Engine, Weights
+from jaxspec.decoding.slots import Slots
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
-from jaxspec.requests import Requests, make_requests
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest

@@ -11,15 +11,15 @@ import pytest
 from random_models import random_weights
 
 from jaxspec.compilers import compile_step
-from jaxspec.decode import Engine, Weights
+from jaxspec.decoding.generation import generate
+from jaxspec.decoding.requests import make_requests
+from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.distill import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
-from jaxspec.generation import generate
 from jaxspec.nn.attention import causal_mask
 from jaxspec.nn.options import Options
 from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
-from jaxspec.requests import make_requests
 from jaxspec.targets.llama import DecoderConfig, Llama
 from jaxspec.trees import chain
 

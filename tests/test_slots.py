@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from test_decode import VOCAB, assert_same_text, models, pair
 
-from jaxspec import decode
 from jaxspec.base import DraftMode
-from jaxspec.decode import CHUNK, Engine, Weights
-from jaxspec.generation import Slots, generate
-from jaxspec.requests import Requests, make_requests
+from jaxspec.decoding import rounds
+from jaxspec.decoding.generation import generate
+from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.rounds import CHUNK, Engine, Weights
+from jaxspec.decoding.slots import Slots
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES
 
@@ -137,8 +138,8 @@ def test_prompts_read_in_chunks_are_read_as_a_whole(drafter: str, monkeypatch: p
     requests = make_requests(prompts, max_new_tokens=4, temperature=[0, 0.5, 1, 0, 0.7], seed=range(5))
 
     def read(chunk: int) -> Any:
-        monkeypatch.setattr("jaxspec.decode.CHUNK", chunk)
-        return jax.device_get(jax.jit(lambda w, r: decode.prefill(engine, w, r, 80, 16))(weights, requests))
+        monkeypatch.setattr("jaxspec.decoding.rounds.CHUNK", chunk)
+        return jax.device_get(jax.jit(lambda w, r: rounds.prefill(engine, w, r, 80, 16))(weights, requests))
 
     whole, pieces = read(64), read(16)
     for name in ("length_B", "root_B", "output_BO", "produced_B", "finish_B"):

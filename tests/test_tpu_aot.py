@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxspec import aot, hlo
-from jaxspec.decode import Engine, Weights
+from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.targets.llama import Llama, LlamaConfig

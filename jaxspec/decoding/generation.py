@@ -11,22 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.cost import block_efficiency
-from jaxspec.decode import (
-    CHUNK,
-    RUNNING,
-    DecodeState,
-    Engine,
-    Weights,
-    admit,
-    decode_rounds,
-    prefill,
-    vacant,
-)
-from jaxspec.requests import Requests, bucket, round_up
+from jaxspec.decoding.requests import Requests, round_up
+from jaxspec.decoding.rounds import RUNNING, DecodeState, Engine, Weights, admit, decode_rounds, prefill, vacant
 from jaxspec.trees import chain
 
 FINISH_REASONS = ("running", "stop", "length")
 """What `DecodeState.finish_B` counts through."""
+
+
 NO_LIMIT = np.int32(np.iinfo(np.int32).max)
 """Of rounds."""
 
@@ -53,8 +45,14 @@ def tau(tokens: int, calls: int) -> float:
 
 
 _prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
+
+
 run_rounds = jax.jit(decode_rounds, static_argnames="engine", donate_argnames="state")
+
+
 _vacant = jax.jit(vacant, static_argnames=("engine", "batch", "capacity", "slots", "stops"))
+
+
 _admit = jax.jit(admit, donate_argnames="state")
 
 
@@ -140,65 +138,3 @@ def generate_plain(engine: Engine, weights: Weights, requests: Requests, *, rows
     """
     plain, target = dataclasses.replace(engine, drafter=None, tree=None, rows=rows), Weights(weights.target)
     return collect(run_rounds(plain, target, start(plain, target, requests, sized_for=engine), NO_LIMIT))
-
-
-class Slots:
-    """Rows of one running batch that take a new prompt whenever one of them has finished, without compiling anew.
-
-    `longest` is the longest prompt's tokens, `max_new_tokens` the largest budget and `stops` the most stop ids there
-    will be. Rounds are one program; a prompt is read by one of a few, by its padded width.
-    """
-
-    def __init__(
-        self, engine: Engine, weights: Weights, count: int, *, longest: int, max_new_tokens: int, stops: int
-    ) -> None:
-        self.engine, self.weights, self.stops = engine, weights, stops
-        self.longest, self.max_new_tokens = longest, max_new_tokens
-        self.widest = bucket(longest)
-        capacity, self.output = sizes(engine, self.widest, max_new_tokens)
-        self._state = _vacant(engine, weights, count, capacity, self.output, stops)
-        self.free = list(range(count))
-        """Rows that can take a prompt."""
-
-    def width(self, length: int) -> int:
-        """The padded width of a prompt: few values, so few programs."""
-        return bucket(length) if length <= CHUNK else self.widest
-
-    def admit(self, requests: Requests, row: int) -> None:
-        """Read the one prompt of `requests`, padded to its `width`, into a free row.
-
-        Raises ValueError, and leaves the slots as they are, for a prompt or budget beyond what they were made for.
-        """
-        length, new = int(requests.length_B[0]), int(requests.budget_B[0])
-        if length > self.longest or new > self.max_new_tokens:
-            raise ValueError(
-                f"{length:,} tokens of prompt and {new:,} new ones do not fit slots made for {self.longest:,} and "
-                f"{self.max_new_tokens:,}: shorten them, or make longer slots"
-            )
-        width = self.width(length)
-        if requests.tokens_BL.shape != (1, width) or requests.stop_BR.shape != (1, self.stops):
-            raise ValueError(
-                f"a slot takes one prompt padded to {width} tokens with {self.stops} stop ids, "
-                f"not {requests.tokens_BL.shape} and {requests.stop_BR.shape}"
-            )
-        # More slots than the prompt has: a draft LM reads the first token too, and writes must not be shifted.
-        fresh = run_prefill(self.engine, self.weights, requests, round_up(width + 1), self.output)
-        self.free.remove(row)
-        self._state = _admit(self._state, fresh, np.int32(row))
-
-    def run(self, *, limit: int = int(NO_LIMIT)) -> dict[int, Generation]:
-        """Rounds until a row finishes or `limit` of them are done; the rows that have, each with its generation."""
-        held = self._state.finish_B.shape[0] - len(self.free)
-        if not held:
-            return {}
-        self._state = run_rounds(self.engine, self.weights, self._state, np.int32(limit), np.int32(held - 1))
-        finish = jax.device_get(self._state.finish_B)
-        done = [row for row in range(len(finish)) if finish[row] != RUNNING and row not in self.free]
-        if not done:
-            return {}
-        whole = collect(self._state)
-        self.free += done
-        return {
-            row: Generation([whole.tokens[row]], [whole.finish[row]], whole.calls[[row]], whole.accepted[[row]])
-            for row in done
-        }

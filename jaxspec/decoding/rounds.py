@@ -24,10 +24,10 @@ from jaxspec.base import (
     Tree,
     TreePolicy,
 )
+from jaxspec.decoding.requests import Requests
 from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import settle
 from jaxspec.parallel.rows import put
-from jaxspec.requests import Requests
 from jaxspec.sampling import Sampling, draw, round_noise
 from jaxspec.trees.children import drawn
 
