@@ -5,7 +5,7 @@ have. The top-10 loss joins in the last fifth of the run, see `hass`.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="best",

@@ -4,7 +4,7 @@ Nine parts of what the target wrote, at temperatures 0, 0.3, 0.7 and 1, and one 
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="draft_lm_tvdpp",

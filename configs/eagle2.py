@@ -9,7 +9,7 @@ and 1e-2 2.85.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="eagle2",

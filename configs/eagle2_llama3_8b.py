@@ -7,7 +7,7 @@ steps are those dialogues at one a row; packed, they are seen more often.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, MeshConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="eagle2_llama3_8b",

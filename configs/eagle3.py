@@ -4,7 +4,7 @@ The reference unrolls seven steps; five are what two CPU cores have time for. St
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="eagle3",

@@ -7,7 +7,7 @@ Make the draft vocabulary first (`jaxspec draft-vocab`). The released settings: 
 import dataclasses
 
 from jaxspec.config import CheckpointConfig, OptimizerConfig, load
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 base = load("eagle2_llama3_8b")
 config = dataclasses.replace(

@@ -5,7 +5,7 @@ Twice the drafter parameters of EAGLE-2 at the same width.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="fspad",

@@ -1,7 +1,7 @@
 """FSPAD's ablation without partial alignment: feature sampling alone."""
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="fspad_no_alignment",

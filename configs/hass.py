@@ -6,7 +6,7 @@ With the top-k loss from the beginning the features are learned later.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="hass",

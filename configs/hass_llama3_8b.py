@@ -7,7 +7,7 @@ the same length, 2.65 + 0.7 million dialogues, whose rate has fallen to a fifth 
 import dataclasses
 
 from jaxspec.config import CheckpointConfig, load
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 base = load("eagle2_llama3_8b")
 config = dataclasses.replace(

@@ -1,7 +1,7 @@
 """HASS as its script has it, first stage: three steps, no top-k loss; then `hass_stage2`."""
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="hass_stage1",

@@ -4,7 +4,7 @@ The script gives it a quarter of the first stage's epochs.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="hass_stage2",

@@ -5,7 +5,7 @@ bundled target: the vocabulary times the width, five times.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="medusa",

@@ -5,7 +5,7 @@ so is the optimizer, of which nothing is known.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="parallelspec_eagle",

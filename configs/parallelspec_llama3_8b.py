@@ -6,7 +6,7 @@ The paper's optimizer settings were not found; these are EAGLE's.
 import dataclasses
 
 from jaxspec.config import CheckpointConfig, HeadConfig, load
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 base = load("eagle2_llama3_8b")
 config = dataclasses.replace(

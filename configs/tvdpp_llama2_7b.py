@@ -6,7 +6,7 @@ Pretrain it first: `jaxspec pretrain draft_lm_pretrained` shows how, with this s
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, MeshConfig, OptimizerConfig
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="tvdpp_llama2_7b",

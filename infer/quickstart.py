@@ -24,14 +24,14 @@ from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decoding.generation import Generation
 from jaxspec.decoding.requests import make_requests
-from jaxspec.distillation import distill
+from jaxspec.distillation.objective import Objective
 from jaxspec.identity import Divergence, divergences
 from jaxspec.loading import Models
-from jaxspec.objective import Objective
 from jaxspec.parallel.agreement import say
 from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.serving import Job, Queue, Settings
-from jaxspec.training import Finished
+from jaxspec.training.distill import distill
+from jaxspec.training.loop import Finished
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3")

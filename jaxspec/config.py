@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.optimizer import OptimizerKind
 from jaxspec.nn.remat import Remat
-from jaxspec.objective import Objective
-from jaxspec.optimizer import OptimizerKind
 from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")
@@ -203,7 +203,7 @@ class DistillConfig:
     draft_vocab: str | None = None  # file of the tokens to score, as `jaxspec draft-vocab` writes it; None: all
     objective: Objective = dataclasses.field(default_factory=Objective)
     mesh: MeshConfig = MeshConfig()
-    compiler: Literal["jit", "shard_map", "pmap"] = "jit"  # see jaxspec.compilers
+    compiler: Literal["jit", "shard_map", "pmap"] = "jit"  # see jaxspec.distillation.compilers
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of the target; masters are fp32

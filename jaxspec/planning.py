@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 
 from jaxspec import aot, hlo
 from jaxspec.chips import Chip, chip_of, device_part, network_bandwidth
-from jaxspec.compilers import lower_step
 from jaxspec.config import DistillConfig
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
-from jaxspec.distill import Batch, init_state, train_step
-from jaxspec.distillation import drafter_for
+from jaxspec.distillation.compilers import lower_step
+from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.flops import count_flops
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
@@ -30,7 +29,8 @@ from jaxspec.loading import target_folder
 from jaxspec.nn.quantization import quantize_layers
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding, replicated
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
-from jaxspec.training import attention_blocks, optimizer_of
+from jaxspec.training.distill import drafter_for
+from jaxspec.training.loop import attention_blocks, optimizer_of
 from jaxspec.trees import cut_tree, parse_tree
 
 PARTS = ("target", "drafter", "optimizer", "activations", "caches")

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 from jaxspec import comparison
 from jaxspec.config import DistillConfig, PretrainConfig, completed, differences, to_dict
 from jaxspec.console import results
-from jaxspec.corpora import Data, pack_data, read_corpus
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.feature_store import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
-from jaxspec.distillation import RESUMABLE, drafter_for, run_distillation
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.loading import target_folder
 from jaxspec.parallel.agreement import say
+from jaxspec.training.batches import Data, pack_data, read_corpus
+from jaxspec.training.distill import RESUMABLE, drafter_for, run_distillation
 
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""

@@ -112,7 +112,7 @@ class Watch:
 
         monkeypatch.setattr("jaxspec.recipes.run_distillation", watched_train)
         monkeypatch.setattr("jaxspec.serving.serve", watched_serve)
-        monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+        monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.fixture

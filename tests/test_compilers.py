@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxspec.compilers import compile_step
-from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.distillation.compilers import compile_step
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
-from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 

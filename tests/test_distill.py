@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxspec.distill import (
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import (
     Batch,
     TrainState,
     add_noise,
@@ -23,7 +24,6 @@ from jaxspec.distill import (
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
 from jaxspec.nn.attention import causal_mask, segment_mask
-from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 

@@ -19,7 +19,8 @@ from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, generate,
 from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.decoding.slots import Slots
-from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import (
     DRAFTERS,
     DraftLM,
@@ -38,7 +39,6 @@ from jaxspec.drafters import (
     PEagleConfig,
 )
 from jaxspec.loading import Models
-from jaxspec.objective import Objective
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES

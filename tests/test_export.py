@@ -26,7 +26,7 @@ from jaxspec import checkpoint
 from jaxspec.__main__ import main
 from jaxspec.card import CARD, CONVENTIONS
 from jaxspec.checkpoint import RunCheckpoints, drafter_config, load_drafter, load_model
-from jaxspec.distill import TrainState
+from jaxspec.distillation.step import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
 from jaxspec.interchange.hf import read_llama, stored_dtype, tensor_shapes, write_llama

@@ -19,20 +19,20 @@ from random_models import write_target
 from jaxspec.__main__ import main
 from jaxspec.checkpoint import load_drafter
 from jaxspec.config import DistillConfig, load
-from jaxspec.corpora import Data, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.feature_store import FeatureStore, shorten
 from jaxspec.data.pipeline import iterate
 from jaxspec.data.target_outputs import Kind, Stored, grow, likeliest, lump, shrink
-from jaxspec.distill import Batch, judged_batch
-from jaxspec.distillation import Reading, drafter_for, read_features
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import Batch, judged_batch
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
 from jaxspec.losses import Scores, logit_loss
-from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.recipes import usable_features
-from jaxspec.training import attention_blocks
+from jaxspec.training.batches import Data, place_rows, read_data
+from jaxspec.training.distill import Reading, drafter_for, read_features
+from jaxspec.training.loop import attention_blocks
 
 features: Any = importlib.import_module("jaxspec.train.features")
 
@@ -362,7 +362,7 @@ def test_a_comparison_uses_a_store_where_it_holds_what_a_recipe_reads(folder: Pa
 
 @pytest.mark.slow
 def test_a_drafter_trained_offline_has_the_bits_of_one_trained_online(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    for place in ("jaxspec.train.features.mesh_of", "jaxspec.distillation.mesh_of"):
+    for place in ("jaxspec.train.features.mesh_of", "jaxspec.training.distill.mesh_of"):
         monkeypatch.setattr(place, lambda _: ONE)
     steps = ("optimizer.epochs=none", "optimizer.steps=3", "objective.steps=2", "objective.noise=0", *MIX)
     for name, more in {"on": (), "off": ("data.features=store",)}.items():

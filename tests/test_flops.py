@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.flops import Flops, count_flops
-from jaxspec.objective import Objective
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 X, W = jax.ShapeDtypeStruct((5, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)

@@ -19,12 +19,12 @@ from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decoding.generation import generate, generate_plain
 from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
-from jaxspec.distillation import distill
 from jaxspec.identity import divergences
 from jaxspec.loading import Models
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.regeneration import rewrite, write_user_turns
 from jaxspec.serving import Settings
+from jaxspec.training.distill import distill
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:4", "static:eagle1", "dynamic:24x4x6")
@@ -49,8 +49,8 @@ def questions_from(models: Models, count: int, *, seed: int) -> list[str]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Trained on one device, and judged by one step, to compile less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
-        patch.setattr("jaxspec.distillation.EVAL_STEPS", 1)
+        patch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+        patch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
         yield train_head(tmp_path_factory.mktemp("identity"))
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from jaxspec import aot, hlo
-from jaxspec.compilers import compile_step, lower_step
-from jaxspec.distill import Batch, init_state
+from jaxspec.distillation.compilers import compile_step, lower_step
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.optimizer import make_optimizer, make_schedule
+from jaxspec.distillation.step import Batch, init_state
 from jaxspec.drafters import (
     DRAFTERS,
     DraftLM,
@@ -29,8 +31,6 @@ from jaxspec.drafters import (
     PEagle,
     PEagleConfig,
 )
-from jaxspec.objective import Objective
-from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxspec.distillation.optimizer import make_optimizer
 from jaxspec.drafters import Fspad, FspadConfig, Medusa, MedusaConfig
-from jaxspec.optimizer import make_optimizer
 
 HEAD = Fspad(FspadConfig(16, 4, 2, 6, 20))
 RATE = 1e-2

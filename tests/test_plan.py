@@ -15,8 +15,8 @@ import pytest
 from jaxspec import aot, config, hlo, planning
 from jaxspec.__main__ import main
 from jaxspec.chips import CHIPS, chip_of, device_part, network_bandwidth
-from jaxspec.compilers import lower_step
 from jaxspec.data.draft_vocab import save_maps
+from jaxspec.distillation.compilers import lower_step
 from jaxspec.planning import Costs, Memory, StepPlan
 from jaxspec.targets.llama import SHAPES
 

@@ -14,8 +14,8 @@ from jaxspec.base import Packed
 from jaxspec.interchange.hf import load_target, write_llama
 from jaxspec.nn.quantization import CONTRACTED, quantize, scale_name
 from jaxspec.parallel.mesh import make_mesh
-from jaxspec.pretraining import TokenBatch, next_token_loss
 from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.training.next_token import TokenBatch, next_token_loss
 
 CONFIG = LlamaConfig(64, 64, 2, 8, 4, 8, 128)
 

@@ -22,8 +22,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything measured once, on few questions; training on one device and judged by one step, to compile less."""
     monkeypatch.setattr(quickstart, "PASSES", 1)
     monkeypatch.setattr(quickstart, "TUNING", 2)
-    monkeypatch.setattr("jaxspec.distillation.EVAL_STEPS", 1)
-    monkeypatch.setattr("jaxspec.training.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
+    monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.mark.usefixtures("little")

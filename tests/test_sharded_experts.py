@@ -10,15 +10,15 @@ import optax
 import pytest
 from random_models import random_weights
 
-from jaxspec.compilers import compile_step
 from jaxspec.decoding.generation import generate
 from jaxspec.decoding.requests import make_requests
 from jaxspec.decoding.rounds import Engine, Weights
-from jaxspec.distill import Batch, init_state, train_step
+from jaxspec.distillation.compilers import compile_step
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.nn.attention import causal_mask
 from jaxspec.nn.options import Options
-from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.llama import DecoderConfig, Llama
 from jaxspec.trees import chain

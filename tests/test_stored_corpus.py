@@ -10,7 +10,6 @@ import pytest
 
 from jaxspec.__main__ import main
 from jaxspec.config import load
-from jaxspec.corpora import read_data
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all, read_conversations
 from jaxspec.data.packing import Mix, PackedBatches, join, tokenize_conversations
@@ -19,6 +18,7 @@ from jaxspec.data.shards import Field, Shard, pack_record, unpack_record
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_complete, write_corpus
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 from jaxspec.parallel.mesh import make_mesh
+from jaxspec.training.batches import read_data
 
 LENGTH, BATCH = 40, 4
 ONE = make_mesh(devices=jax.devices()[:1])

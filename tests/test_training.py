@@ -16,15 +16,15 @@ import pytest
 from jaxspec.card import amend_card
 from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_drafter
 from jaxspec.config import CheckpointConfig, load
-from jaxspec.corpora import own_rows, spread
 from jaxspec.data.pipeline import BatchIterator
-from jaxspec.distillation import drafter_for
 from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.tracking import read_record, track
-from jaxspec.training import Recipe, merit_of, save_due, train
-from jaxspec.training import run as whole_run
+from jaxspec.training.batches import own_rows, spread
+from jaxspec.training.distill import drafter_for
+from jaxspec.training.loop import Recipe, merit_of, save_due, train
+from jaxspec.training.loop import run as whole_run
 
 MERIT = Merit("loss", rising=False)
 
@@ -127,7 +127,7 @@ class State(NamedTuple):
 
 def finish(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int, export: Literal["last", "best"] = "last") -> Any:
     """A whole run, resumed if there is one, whose weights count steps and whose evaluation is best at step 2."""
-    monkeypatch.setattr("jaxspec.training.iterate", lambda data, **_: Numbers())
+    monkeypatch.setattr("jaxspec.training.loop.iterate", lambda data, **_: Numbers())
     recipe = Recipe(
         "toy",
         init=lambda: State({"a": jnp.zeros(1)}),
@@ -208,7 +208,9 @@ class Host:
 def test_a_process_reads_the_rows_that_its_devices_hold_wherever_they_stand(monkeypatch: pytest.MonkeyPatch):
     mesh = make_mesh(2, 2, 2)
     assert own_rows(mesh, 8) == tuple(range(8))
-    monkeypatch.setattr("jaxspec.corpora.batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8)))
+    monkeypatch.setattr(
+        "jaxspec.training.batches.batch_sharding", lambda _: Host(slice(6, 8), slice(0, 2), slice(6, 8))
+    )
     assert own_rows(mesh, 8) == (0, 1, 6, 7)
     with pytest.raises(ValueError, match=r"data.batch is 6, and the mesh spreads rows over 4 devices"):
         own_rows(mesh, 6)

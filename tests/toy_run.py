@@ -18,7 +18,7 @@ import optax
 from jaxspec.checkpoint import Merit
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
-from jaxspec.training import Finished, Recipe, run
+from jaxspec.training.loop import Finished, Recipe, run
 
 ROWS = 8
 SHAPES = ((16, 32), (32, 16))

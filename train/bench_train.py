@@ -25,7 +25,7 @@ from jaxspec.base import Params
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.cost import Part
-from jaxspec.distill import (
+from jaxspec.distillation.step import (
     Batch,
     Objective,
     Teacher,
@@ -37,12 +37,12 @@ from jaxspec.distill import (
     unroll_batch,
     update,
 )
-from jaxspec.distillation import drafter_for
 from jaxspec.drafters import DRAFTERS
 from jaxspec.flops import Flops, count_flops
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
-from jaxspec.training import attention_blocks, optimizer_of
+from jaxspec.training.distill import drafter_for
+from jaxspec.training.loop import attention_blocks, optimizer_of
 
 Shape = Literal[
     "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"

@@ -39,7 +39,7 @@ from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
 from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.serving import Settings
-from jaxspec.training import termination_notice
+from jaxspec.training.loop import termination_notice
 from jaxspec.trees import parse_tree
 
 NOTES = f"""\

@@ -12,8 +12,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec.config import DistillConfig, load
 from jaxspec.console import cli, results, tables
-from jaxspec.distillation import run_distillation
 from jaxspec.parallel.processes import Launch, joined
+from jaxspec.training.distill import run_distillation
 
 PROG = "jaxspec train"
 

@@ -26,10 +26,8 @@ import tyro
 from tyro.conf import Positional
 
 from jaxspec import flags, loading
-from jaxspec.compilers import under
 from jaxspec.config import DistillConfig, load, to_dict
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.corpora import HostBatch, place_rows, read_data
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
@@ -37,15 +35,17 @@ from jaxspec.data.feature_store import Piece, Plan, begin_store, feature_fields,
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Shard, ShardWriter
 from jaxspec.data.target_outputs import Kind, store, to_arrays
-from jaxspec.distill import Batch, read_batch
-from jaxspec.distillation import drafter_for
+from jaxspec.distillation.compilers import under
+from jaxspec.distillation.step import Batch, read_batch
 from jaxspec.interchange.hf import fingerprint, load_target
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding
 from jaxspec.parallel.processes import refuse_several
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.training import attention_blocks, mesh_of, termination_notice
+from jaxspec.training.batches import HostBatch, place_rows, read_data
+from jaxspec.training.distill import drafter_for
+from jaxspec.training.loop import attention_blocks, mesh_of, termination_notice
 
 UNSTORED = ("template", "features", "top_k", "workers")
 """Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""

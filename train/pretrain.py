@@ -16,24 +16,24 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec import loading
 from jaxspec.checkpoint import Merit
-from jaxspec.compilers import under
 from jaxspec.config import PretrainConfig, load
 from jaxspec.console import cli
 from jaxspec.console.results import result, write_json
 from jaxspec.console.tables import print_table
-from jaxspec.corpora import HostBatch, read_data, spread
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
-from jaxspec.distill import TrainState
+from jaxspec.distillation.compilers import under
+from jaxspec.distillation.step import TrainState
 from jaxspec.interchange.hf import write_llama
 from jaxspec.parallel.agreement import meet, say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.parallel.processes import Launch, joined
-from jaxspec.pretraining import TokenBatch, next_token_loss, target_weights
 from jaxspec.targets.llama import Llama
-from jaxspec.training import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.batches import HostBatch, read_data, spread
+from jaxspec.training.loop import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
 
 PROG = "jaxspec pretrain"
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")

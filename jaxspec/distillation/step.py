@@ -11,7 +11,7 @@ import optax
 
 from jaxspec.base import Array, Borrowed, Learner, Packed, Params, Target, TargetOutput, Unrolled
 from jaxspec.data.target_outputs import Stored, restore
-from jaxspec.judging import (
+from jaxspec.distillation.chunks import (
     Chunk,
     Judge,
     Judged,
@@ -26,8 +26,8 @@ from jaxspec.judging import (
     learnable,
     shift,
 )
+from jaxspec.distillation.objective import Objective, combiner, steps_of
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, position_weights
-from jaxspec.objective import Objective, combiner, steps_of
 from jaxspec.parallel.rows import gather_width, sum_gradients
 
 

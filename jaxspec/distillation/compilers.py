@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array, Params, Target
-from jaxspec.distill import Batch, Sums, TrainState, gradients, update
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.step import Batch, Sums, TrainState, gradients, update
 from jaxspec.parallel.mesh import ROW_AXES, shardings
 
 Compiler = Literal["jit", "shard_map", "pmap"]
@@ -31,7 +31,7 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
 ) -> Step:
-    """`distill.train_step` for a mesh. All compilers compute the same; they differ in who decides what is sent when.
+    """`step.train_step` for a mesh. All compilers compute the same; they differ in who decides what is sent when.
 
     * `jit`: XLA's partitioner, from the arrays' shardings and the constraints within; any mesh.
     * `shard_map`: every device has its rows; weights are gathered layer by layer, and the gradient of the whole step is

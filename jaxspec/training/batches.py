@@ -18,7 +18,7 @@ from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
 from jaxspec.data.target_outputs import ARRAYS, from_arrays
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
-from jaxspec.distill import Batch
+from jaxspec.distillation.step import Batch
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding

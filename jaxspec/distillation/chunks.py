@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array, Borrowed, Learner, Params, Target
 from jaxspec.data.target_outputs import Likely, lump
+from jaxspec.distillation.objective import Objective
 from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptance, logit_loss
 from jaxspec.losses.loss import log_probs, of_token
-from jaxspec.objective import Objective
 from jaxspec.parallel.mesh import AXIS_RULES, splits
 from jaxspec.sampling import argmax
 

@@ -37,15 +37,15 @@ from jaxspec.config import (
 from jaxspec.console.cli import Preempted
 from jaxspec.console.progress import progress
 from jaxspec.console.results import jsonable
-from jaxspec.corpora import HostBatch
 from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
+from jaxspec.distillation.optimizer import make_optimizer, make_schedule
 from jaxspec.nn.kernels import choose_kernel
-from jaxspec.optimizer import make_optimizer, make_schedule
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import make_mesh, replicated, shardings
 from jaxspec.tracking import Tracker, provenance, session, sole, track
+from jaxspec.training.batches import HostBatch
 
 
 class Outcome(NamedTuple):

@@ -15,17 +15,16 @@ from jaxspec.checkpoint import (
     drafter_config,
     save_drafter,
 )
-from jaxspec.compilers import compile_step, under
 from jaxspec.config import (
     DistillConfig,
 )
-from jaxspec.corpora import Data, HostBatch, place_rows, read_data
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.feature_store import FeatureBatches, FeatureStore
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.pipeline import Batches
-from jaxspec.distill import TrainState, eval_step, init_state
+from jaxspec.distillation.compilers import compile_step, under
+from jaxspec.distillation.step import TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
@@ -36,7 +35,8 @@ from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.targets.tables import Tables
-from jaxspec.training import Finished, Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.batches import Data, HostBatch, place_rows, read_data
+from jaxspec.training.loop import Finished, Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
 
 MERITS = (
     Merit("simulated_tau", rising=True),

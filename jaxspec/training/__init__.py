@@ -1,0 +1,1 @@
+"""Training runs as their configs say them: data, loop, checkpoints, results."""
