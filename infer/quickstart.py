@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec import loading, serving
-from jaxspec.checkpoint import save_drafter
+from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation

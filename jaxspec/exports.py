@@ -14,20 +14,12 @@ import numpy as np
 
 from jaxspec import __version__
 from jaxspec.base import Params
-from jaxspec.card import CARD, read_card, write_card
-from jaxspec.checkpoint import (
-    Merit,
-    complete_steps,
-    drafter_config,
-    drafter_shape,
-    load_model,
-    load_run_params,
-    model_card,
-    model_shapes,
-    run_shapes,
-    save_model,
-    whole_folder,
-)
+from jaxspec.checkpoints.folders import whole_folder
+from jaxspec.checkpoints.manifest import CARD, read_card, write_card
+from jaxspec.checkpoints.models import drafter_config, drafter_shape, load_model, model_card, model_shapes, save_model
+from jaxspec.checkpoints.piecewise import Pieces, chunk_of, describe, pieces_of, written
+from jaxspec.checkpoints.runs import Merit, complete_steps, load_run_params, run_shapes
+from jaxspec.checkpoints.tracking import RECORD, provenance, read_record
 from jaxspec.console.progress import progress
 from jaxspec.console.results import git_sha
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
@@ -48,9 +40,7 @@ from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
 from jaxspec.interchange.tensors import StoredWeight
 from jaxspec.loading import target_folder, tokenizer_card
-from jaxspec.piecewise import Pieces, chunk_of, describe, pieces_of, written
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.tracking import RECORD, provenance, read_record
 
 FORMATS = ("orbax", "hf", *SERVERS)
 """Names that `jaxspec export --to` takes."""

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxspec.checkpoint import load_model
+from jaxspec.checkpoints.models import load_model
 from jaxspec.console import progress, results
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.exports import GENERATION, Exportable, check_room, files_of, save_target

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxspec import bundled
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
-from jaxspec.checkpoint import LoadedDrafter, load_drafter
+from jaxspec.checkpoints.models import LoadedDrafter, load_drafter
 from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec.checkpoint import save_drafter
+from jaxspec.checkpoints.models import save_drafter
 from jaxspec.data.tokenizer_training import END, PAD, SPECIAL_TOKENS, train_bpe, write_tokenizer_folder
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange.hf import write_llama

@@ -12,8 +12,10 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from random_models import random_weights
 
-from jaxspec.card import CARD, FORMAT, read_card, verify
-from jaxspec.checkpoint import RunCheckpoints, abstract_like, load_drafter, load_model, save_model
+from jaxspec.checkpoints.folders import abstract_like
+from jaxspec.checkpoints.manifest import CARD, FORMAT, read_card, verify
+from jaxspec.checkpoints.models import load_drafter, load_model, save_model
+from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.drafters import DraftLM, DraftLMConfig
 
 PARAMS = {"embed": jnp.ones((4, 2)), "layers": {"down": jnp.ones((3, 6, 2), jnp.bfloat16), "norm": jnp.ones(2)}}

@@ -20,9 +20,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from jaxspec import checkpoint
-from jaxspec.card import CARD
-from jaxspec.checkpoint import PATIENCE, Merit, RunCheckpoints, abstract_like, load_model, model_kind, save_model
+from jaxspec.checkpoints import models, runs
+from jaxspec.checkpoints.folders import PATIENCE, abstract_like
+from jaxspec.checkpoints.manifest import CARD
+from jaxspec.checkpoints.models import load_model, model_kind, save_model
+from jaxspec.checkpoints.runs import Merit, RunCheckpoints
 from jaxspec.parallel.mesh import make_mesh
 
 DATA, CONFIG = {"next_index": 3}, {"name": "x", "sizes": [1, 2]}
@@ -193,20 +195,20 @@ def test_a_step_saved_in_the_background_is_the_state_of_its_moment(tmp_path: Pat
 
 
 def test_a_run_goes_on_while_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_card, finish = checkpoint.write_card, threading.Event()
+    write_card, finish = models.write_card, threading.Event()
 
     def wait(*arguments: Any) -> None:
         assert finish.wait(20)
         write_card(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_card", wait)
+    monkeypatch.setattr(models, "write_card", wait)
     with RunCheckpoints(tmp_path, keep_best=1, merit=Merit("tau", rising=True)) as run:
         run.save(1, {"a": jnp.zeros(2)}, DATA, CONFIG, wait=False)
         assert not run.improves({}) and not (tmp_path / "1").exists()
         finish.set()
         run.add_metrics(1, {"tau": 2.0})
         assert run.best_step() == 1 and not run.improves({"tau": 2.0}) and run.improves({"tau": 3.0})
-    assert checkpoint.complete_steps(tmp_path) == {1: {"tau": 2.0}}
+    assert runs.complete_steps(tmp_path) == {1: {"tau": 2.0}}
     with RunCheckpoints(tmp_path) as run:
         assert run.restore(None, like({"a": jnp.zeros(2)}, one_device())).metrics == {"tau": 2.0}
 
@@ -239,7 +241,7 @@ def test_failed_saves_in_a_row_stop_a_run_that_does_not_wait_for_them(tmp_path: 
     state, told = {"a": jnp.zeros(2)}, []
     with RunCheckpoints(tmp_path, tell=told.append) as run:
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, "write_card", fail)
+            patched.setattr(models, "write_card", fail)
             for step in range(1, PATIENCE + 1):
                 run.save(step, state, DATA, CONFIG, wait=False)
             with pytest.raises(OSError, match=rf"step {PATIENCE} .*\(No space left on device\); no step is saved"):
@@ -316,7 +318,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path):
 def test_a_save_that_fails_leaves_the_model_before_and_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_model(tmp_path / "m", {"a": jnp.zeros(2)}, CONFIG, kind="drafter")
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_card", lambda *_: (tmp_path / "none" / "x").write_text(""))
+        patched.setattr(models, "write_card", lambda *_: (tmp_path / "none" / "x").write_text(""))
         with pytest.raises(OSError, match="m: could not be written"):
             save_model(tmp_path / "m", {"a": jnp.ones(2)}, CONFIG, kind="drafter")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

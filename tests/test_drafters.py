@@ -12,7 +12,7 @@ import pytest
 from drafter_toys import BATCH, KINDS, LENGTH, STEPS, VOCAB, Toy, causal, same
 
 from jaxspec.base import ROOT
-from jaxspec.checkpoint import load_drafter, save_drafter
+from jaxspec.checkpoints.models import load_drafter, save_drafter
 from jaxspec.drafters import DRAFTERS
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -22,10 +22,12 @@ from orbax.checkpoint import v1 as ocp
 from random_models import SIZE, random_weights, write_drafter, write_target
 from safetensors.numpy import load_file, save_file
 
-from jaxspec import checkpoint
 from jaxspec.__main__ import main
-from jaxspec.card import CARD, CONVENTIONS
-from jaxspec.checkpoint import RunCheckpoints, drafter_config, load_drafter, load_model
+from jaxspec.checkpoints import models, runs
+from jaxspec.checkpoints.manifest import CARD, CONVENTIONS
+from jaxspec.checkpoints.models import drafter_config, load_drafter, load_model
+from jaxspec.checkpoints.runs import RunCheckpoints
+from jaxspec.checkpoints.tracking import session
 from jaxspec.distillation.step import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
@@ -34,7 +36,6 @@ from jaxspec.interchange.hf_config import read_config
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
 from jaxspec.targets.llama import DecoderConfig
-from jaxspec.tracking import session
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 HEAD = Eagle(EagleConfig(width=32, heads=4, kv_heads=2, head_dim=8, mlp=64))
@@ -273,7 +274,7 @@ def test_inspecting_a_target_restores_no_weight(
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of three steps, the second of which is the best."""
-    folder, merit = tmp_path / "run", checkpoint.Merit("simulated_tau", rising=True)
+    folder, merit = tmp_path / "run", runs.Merit("simulated_tau", rising=True)
     facts = {
         "name": "toy",
         "kind": "train",
@@ -333,6 +334,6 @@ def test_an_export_that_is_interrupted_leaves_nothing_half(run: Path, tmp_path: 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_card", interrupt)
+    monkeypatch.setattr(models, "write_card", interrupt)
     assert main(["export", str(run), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before

@@ -17,7 +17,7 @@ import pytest
 from random_models import write_target
 
 from jaxspec.__main__ import main
-from jaxspec.checkpoint import load_drafter
+from jaxspec.checkpoints.models import load_drafter
 from jaxspec.config import DistillConfig, load
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer

@@ -21,10 +21,11 @@ from orbax.checkpoint import v1 as ocp
 from random_models import write_drafter, write_target
 from safetensors.numpy import load_file, save_file
 
-from jaxspec import exports, imports, piecewise
+from jaxspec import exports, imports
 from jaxspec.__main__ import main
-from jaxspec.card import CARD
-from jaxspec.checkpoint import load_model
+from jaxspec.checkpoints import piecewise
+from jaxspec.checkpoints.manifest import CARD
+from jaxspec.checkpoints.models import load_model
 from jaxspec.exports import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes

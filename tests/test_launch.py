@@ -15,7 +15,7 @@ from processes import ends, finish, free_port, start, start_several, wait_for
 from random_models import write_target
 
 from jaxspec.__main__ import main
-from jaxspec.checkpoint import load_drafter
+from jaxspec.checkpoints.models import load_drafter
 from jaxspec.console import cli
 from jaxspec.parallel import agreement
 from jaxspec.parallel.mesh import make_mesh

@@ -17,7 +17,8 @@ from processes import finish, stop_at
 from random_models import SIZE, write_target
 
 from jaxspec.__main__ import main
-from jaxspec.checkpoint import RunCheckpoints, abstract_like
+from jaxspec.checkpoints.folders import abstract_like
+from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations

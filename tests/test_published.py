@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec import exports
 from jaxspec.__main__ import main
-from jaxspec.checkpoint import drafter_config, load_drafter
+from jaxspec.checkpoints.models import drafter_config, load_drafter
 from jaxspec.drafters import (
     DRAFTERS,
     Eagle3Config,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from test_published import HEADS, LAYERS, SERVED, SHAPE, SOME, WIDTH, head
 
 from jaxspec.base import Borrowed
-from jaxspec.checkpoint import drafter_shape
+from jaxspec.checkpoints.models import drafter_shape
 from jaxspec.drafters import DRAFTERS
 from jaxspec.exports import write
 from jaxspec.interchange.eagle3 import eagle3_table, vocabulary_maps

@@ -17,8 +17,8 @@ import pytest
 import toy_run
 from orbax.checkpoint import v1 as ocp
 
+from jaxspec.checkpoints.tracking import read_metrics
 from jaxspec.parallel.mesh import make_mesh
-from jaxspec.tracking import read_metrics
 
 STEPS = 6
 

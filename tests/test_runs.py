@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxspec.__main__ import main
-from jaxspec.tracking import session, track
+from jaxspec.checkpoints.tracking import session, track
 
 
 def leave_run(folder: Path, name: str, kind: str, metrics: dict[int, dict[str, Any]], end: str) -> None:

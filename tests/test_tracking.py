@@ -14,8 +14,8 @@ import jax
 import pytest
 
 from jaxspec import __version__
-from jaxspec.event_file import EventFile, masked_crc
-from jaxspec.tracking import (
+from jaxspec.checkpoints.event_file import EventFile, masked_crc
+from jaxspec.checkpoints.tracking import (
     METRICS,
     RECORD,
     TENSORBOARD,

@@ -13,8 +13,8 @@ from processes import finish, start, stop_at
 from random_models import SIZE, write_target
 
 from jaxspec.__main__ import main
-from jaxspec.card import read_card
-from jaxspec.checkpoint import load_drafter
+from jaxspec.checkpoints.manifest import read_card
+from jaxspec.checkpoints.models import load_drafter
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.parallel.mesh import make_mesh
 

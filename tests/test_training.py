@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.card import amend_card
-from jaxspec.checkpoint import Merit, RunCheckpoints, complete_steps, save_drafter
+from jaxspec.checkpoints.manifest import amend_card
+from jaxspec.checkpoints.models import save_drafter
+from jaxspec.checkpoints.runs import Merit, RunCheckpoints, complete_steps
+from jaxspec.checkpoints.tracking import read_record, track
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.targets.llama import LlamaConfig
-from jaxspec.tracking import read_record, track
 from jaxspec.training.batches import own_rows, spread
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import Recipe, merit_of, save_due, train

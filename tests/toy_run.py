@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxspec.checkpoint import Merit
+from jaxspec.checkpoints.runs import Merit
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.training.loop import Finished, Recipe, run

@@ -15,7 +15,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from jaxspec import exports, loading
-from jaxspec.checkpoint import refuse_to_replace
+from jaxspec.checkpoints.folders import refuse_to_replace
 from jaxspec.console import cli, results, tables
 
 

@@ -15,7 +15,7 @@ import optax
 from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec import loading
-from jaxspec.checkpoint import Merit
+from jaxspec.checkpoints.runs import Merit
 from jaxspec.config import PretrainConfig, load
 from jaxspec.console import cli
 from jaxspec.console.results import result, write_json

@@ -13,7 +13,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from jaxspec import comparison, tracking
+from jaxspec import comparison
+from jaxspec.checkpoints import tracking
 from jaxspec.console import cli, results, tables
 
 MEASURED = "compare.json"

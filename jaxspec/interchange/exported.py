@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxspec.base import Params
-from jaxspec.card import CARD, Card, read_card, verify
+from jaxspec.checkpoints.manifest import CARD, Card, read_card, verify
 from jaxspec.interchange.tensors import Bounds, StoredWeight
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling

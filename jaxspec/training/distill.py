@@ -10,11 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Params
-from jaxspec.checkpoint import (
-    Merit,
-    drafter_config,
-    save_drafter,
-)
+from jaxspec.checkpoints.models import drafter_config, save_drafter
+from jaxspec.checkpoints.runs import Merit
 from jaxspec.config import (
     DistillConfig,
 )

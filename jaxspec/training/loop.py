@@ -17,13 +17,9 @@ from jax.sharding import Mesh
 
 from jaxspec import __version__
 from jaxspec.base import Params
-from jaxspec.checkpoint import (
-    Merit,
-    Restored,
-    RunCheckpoints,
-    abstract_like,
-    refuse_to_replace,
-)
+from jaxspec.checkpoints.folders import abstract_like, refuse_to_replace
+from jaxspec.checkpoints.runs import Merit, Restored, RunCheckpoints
+from jaxspec.checkpoints.tracking import Tracker, provenance, session, sole, track
 from jaxspec.config import (
     CheckpointConfig,
     DistillConfig,
@@ -44,7 +40,6 @@ from jaxspec.nn.kernels import choose_kernel
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import make_mesh, replicated, shardings
-from jaxspec.tracking import Tracker, provenance, session, sole, track
 from jaxspec.training.batches import HostBatch
 
 

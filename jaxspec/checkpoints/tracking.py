@@ -19,9 +19,9 @@ from typing import IO, Any, Protocol
 import jax
 
 from jaxspec import __version__
+from jaxspec.checkpoints.event_file import EventFile, append_whole
 from jaxspec.console.results import git_sha, jsonable, machine_facts, write_json
 from jaxspec.data.jsonl import drop_torn_line, read_lines
-from jaxspec.event_file import EventFile, append_whole
 
 METRICS, TENSORBOARD, RECORD, LOCK = "metrics.jsonl", "tensorboard", "run.json", ".lock"
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxspec.card import FORMAT
+from jaxspec.checkpoints.manifest import FORMAT
 
 PIECE_BYTES = 64 * 2**20
 """Of a chunk, at most where its array can be cut so finely: little for a thread to hold, or for one device to read."""

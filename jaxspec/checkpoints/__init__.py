@@ -1,0 +1,1 @@
+"""What runs and models are on disk: Orbax folders with a manifest, records, metrics."""

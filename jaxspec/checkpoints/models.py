@@ -1,0 +1,178 @@
+"""Exported models as Orbax checkpoints, which load without knowing their shape."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxspec import __version__
+from jaxspec.base import Params
+from jaxspec.checkpoints.folders import (
+    _is_first,
+    _load_arrays,
+    _mark,
+    _reason,
+    _remove,
+    _replace,
+    _stored_shapes,
+    refuse_to_replace,
+)
+from jaxspec.checkpoints.manifest import CONVENTIONS, describe, read_card, verify, write_card
+from jaxspec.drafters import DRAFTERS
+from jaxspec.nn.rope import RopeScaling
+
+
+def save_model(
+    path: str | Path,
+    params: Params,
+    config: dict[str, Any],
+    *,
+    kind: str,
+    about: Mapping[str, Any] | None = None,
+    files: Sequence[Path] = (),
+) -> None:
+    """Write `params` (a nested dict of arrays) and `config` (JSON) as one folder, replacing a model that is there.
+
+    `kind` says what it is, such as "drafter"; `load_model` checks it. `about` (JSON) joins its card, `files` are copied
+    beside it. The folder appears whole or not at all. Raises ValueError if `path` holds something else, and OSError, in
+    one sentence, where it cannot be written.
+    """
+    path = Path(path).absolute()
+    draft = path.with_name(f".{path.name}.tmp")
+    card = model_card(params, config, kind=kind, about=about)
+    if _is_first():
+        refuse_to_replace(path)
+        _remove(draft)
+    context = ocp.Context()
+    # Else each process looks for itself whether something is there already, and they part where one looks too late.
+    context.file.skip_sync_file_validations = True
+    context.array.saving.scoped_storage_options_creator = lambda key, value: _stored_by_layer(key)
+    try:
+        with context:
+            ocp.save_checkpointables(str(draft), {"params": params}, custom_metadata=_mark(kind))
+        if _is_first():
+            for file in files:
+                shutil.copyfile(file, draft / file.name)
+            write_card(draft, card)
+            _replace(draft, path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OSError(f"{path}: could not be written ({_reason(error)})") from error
+    finally:
+        if _is_first():
+            _remove(draft)
+
+
+def _stored_by_layer(path: Any) -> Any:
+    """How an array is stored: stacked layers one by one, so that a reader of one needs no other."""
+    names = [getattr(key, "key", None) for key in path]
+    stacked = len(names) > 1 and names[0] == "layers" and isinstance(names[1], str)
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,)) if stacked else None
+
+
+def model_card(
+    params: Params, config: Mapping[str, Any], *, kind: str, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The card of a model whose `params` are arrays or their shapes; see `save_model`."""
+    card = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
+    card["provenance"] = {"jaxspec": __version__, **card["provenance"]}
+    return card | {"conventions": CONVENTIONS, "arrays": describe(params)}
+
+
+def load_model(
+    path: str | Path, *, kind: str | None = None, sharding: jax.sharding.Sharding | None = None
+) -> tuple[Params, dict[str, Any]]:
+    """`(params, config)` of a folder that `save_model` wrote, every array on `sharding` (default: the first device).
+
+    Raises ValueError if the folder is missing, incomplete, damaged, written by something else, or not of `kind`.
+    """
+    path = Path(path).absolute()
+    card = read_card(path)
+    if kind is not None and card["kind"] != kind:
+        raise ValueError(f"{path}: holds a {card['kind']}, not a {kind}")
+    verify(path, card)
+    return _load_arrays(path, "params", None, sharding), card["config"]
+
+
+def model_shapes(path: str | Path) -> Params:
+    """Shapes and dtypes of the weights that `load_model` would read; ValueError if the folder is not complete."""
+    return _stored_shapes(Path(path).absolute(), "params")
+
+
+def model_kind(path: str | Path) -> str:
+    """What `save_model` wrote at `path`; ValueError if it wrote nothing there."""
+    return str(read_card(Path(path).absolute())["kind"])
+
+
+class LoadedDrafter(NamedTuple):
+    """A drafter read from a folder."""
+
+    name: str
+    """In the `DRAFTERS` table."""
+    module: Any
+    params: Params
+    about: dict[str, Any]
+    """What was noted when it was saved, such as the `tree` it is fastest with."""
+    draft_vocab: tuple[int, ...] | None
+    """Ids of the tokens it scores, ascending; None for all."""
+
+
+def save_drafter(
+    path: str | Path,
+    name: str,
+    module: Any,
+    params: Params,
+    about: dict[str, Any] | None = None,
+    *,
+    draft_vocab: Sequence[int] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the weights of `module`, the drafter `name` of the `DRAFTERS` table, for `load_drafter`.
+
+    `about` (JSON) travels with it; its `tree`, a tree spec, is what decoding uses unless told otherwise. So do the ids
+    of the tokens it scores, if not all. `card` is `save_model`'s `about`.
+    """
+    card = {"family": name, **(card or {})}
+    save_model(path, params, drafter_config(name, module, about, draft_vocab), kind="drafter", about=card)
+
+
+def drafter_config(
+    name: str, module: Any, about: dict[str, Any] | None = None, draft_vocab: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """What `load_drafter` needs to know of a drafter besides its weights: the config in its folder's card."""
+    config = {"drafter": name, "shape": dataclasses.asdict(module.config), "about": about or {}}
+    if draft_vocab is not None:
+        config["draft_vocab"] = [int(i) for i in draft_vocab]
+    return config
+
+
+def drafter_shape(name: str, values: Mapping[str, Any]) -> Any:
+    """The configuration of drafter `name` from the JSON that a card holds; TypeError where it has other fields."""
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if fields.get("rope_scaling"):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return DRAFTERS[name][1](**fields)
+
+
+def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedDrafter:
+    """The drafter in a folder that `save_drafter` wrote, weights and activations in `dtype`.
+
+    Raises ValueError as `load_model`, and where this version has no such drafter, or none of such a shape.
+    """
+    params, config = load_model(path, kind="drafter")
+    name = config.get("drafter")
+    if name not in DRAFTERS:
+        raise ValueError(f"{path}: drafter {name!r} is not one of {', '.join(DRAFTERS)}")
+    try:
+        module = DRAFTERS[name][0](drafter_shape(name, config["shape"]), dtype=dtype)
+    except TypeError as error:
+        raise ValueError(f"{path}: the shape of drafter {name!r} is not this version's ({error})") from error
+    expected = jax.eval_shape(module.init_params, jax.random.key(0))
+    if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(lambda a: a.shape, expected):
+        raise ValueError(f"{path}: the weights do not have the shapes that the drafter's config says")
+    scored = config.get("draft_vocab")
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    return LoadedDrafter(name, module, params, config["about"], None if scored is None else tuple(scored))
