@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import exports
-from jaxspec.interchange import tensors
+from jaxspec.interchange import export, tensors
 from jaxspec.interchange.hf import load_target, read_llama
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.nn import cache as kv
@@ -200,7 +199,7 @@ def test_what_is_written_is_what_was_read_and_transformers_loads_it(
     if name.endswith("stacked"):
         monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
     source, out, model = folder_of(name), tmp_path / "out", reference(name)
-    exports.write("hf", out, exports.find_model(str(source)))
+    export.write("hf", out, export.find_model(str(source)))
     assert (out / "model.safetensors.index.json").exists() == name.endswith("stacked")
     module, params = read_llama(source, dtype=jnp.float32)
     ours, back = read_llama(out, dtype=jnp.float32)

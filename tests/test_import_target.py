@@ -21,12 +21,12 @@ from orbax.checkpoint import v1 as ocp
 from random_models import write_drafter, write_target
 from safetensors.numpy import load_file, save_file
 
-from jaxspec import exports, imports
 from jaxspec.__main__ import main
 from jaxspec.checkpoints import piecewise
 from jaxspec.checkpoints.manifest import CARD
 from jaxspec.checkpoints.models import load_model
-from jaxspec.exports import TOKENIZER_FILES
+from jaxspec.interchange import export, import_target
+from jaxspec.interchange.export import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes
 from jaxspec.interchange.hf_config import read_config
@@ -225,8 +225,8 @@ def test_no_more_than_a_few_pieces_are_held(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(piecewise, "PIECE_BYTES", 2**18)
     tracemalloc.start()
     if dtype is None:
-        assert imports.import_target(folder, tmp_path / "out", name="x").bytes > 24e6
-    exports.write("orbax", tmp_path / "exported", exports.find_model(str(folder), dtype=dtype))
+        assert import_target.import_target(folder, tmp_path / "out", name="x").bytes > 24e6
+    export.write("orbax", tmp_path / "exported", export.find_model(str(folder), dtype=dtype))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6e6

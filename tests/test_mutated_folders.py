@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from test_published import LAYERS, Hostile, head, torch_file
 
 from jaxspec.__main__ import main
-from jaxspec.exports import write
+from jaxspec.interchange.export import write
 
 SOURCES = {"eagle": "sglang", "fspad": "eagle", "eagle3": "vllm", "peagle": "vllm", "medusa": "vllm"}
 SLACK = 4 * 2**20

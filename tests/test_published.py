@@ -13,7 +13,6 @@ import pytest
 from random_models import SIZE, random_weights, write_target
 from safetensors.numpy import load_file, save_file
 
-from jaxspec import exports
 from jaxspec.__main__ import main
 from jaxspec.checkpoints.models import drafter_config, load_drafter
 from jaxspec.drafters import (
@@ -25,8 +24,8 @@ from jaxspec.drafters import (
     ParallelSpecConfig,
     PEagleConfig,
 )
-from jaxspec.exports import Exportable, write
-from jaxspec.interchange import medusa
+from jaxspec.interchange import export, medusa
+from jaxspec.interchange.export import Exportable, write
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import SERVERS
@@ -171,8 +170,8 @@ def test_narrow_weights_keep_their_dtype(dtype: str, target: str, tmp_path: Path
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_goes_exactly_where_it_can_be_served(kind: str, target: str, tmp_path: Path):
     model = head(kind)
-    assert exports.facts(model)["exportable_to"] == [to for to in exports.FORMATS if to in SERVED[kind]]
-    for server in set(exports.FORMATS) - set(SERVED[kind]):
+    assert export.facts(model)["exportable_to"] == [to for to in export.FORMATS if to in SERVED[kind]]
+    for server in set(export.FORMATS) - set(SERVED[kind]):
         with pytest.raises(ValueError):
             write(server, tmp_path / "out", model, target)
         assert not list(tmp_path.iterdir())
@@ -291,7 +290,7 @@ def test_what_the_layouts_of_peagle_heads_leave_open_is_read_or_asked_for(target
 
 def test_a_head_of_another_width_needs_its_target_and_its_own_embedding(target: str, tmp_path: Path):
     write("vllm", tmp_path / "a", head("eagle3 narrow"), target)
-    assert exports.published_drafter(tmp_path / "a", "a", target=target).config["shape"]["target_width"] == WIDTH
+    assert export.published_drafter(tmp_path / "a", "a", target=target).config["shape"]["target_width"] == WIDTH
     rewrite(tmp_path / "a", lambda tensors, config: tensors.pop("embed_tokens.weight"))
     with pytest.raises(ValueError, match=r"is not as wide as its target, and has no tensor embed_tokens\.weight"):
         read_drafter(tmp_path / "a")
@@ -359,7 +358,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(target: str, tmp_path: Pat
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exports, "write_card", interrupt)
+    monkeypatch.setattr(export, "write_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write("sglang", tmp_path / "out", head("eagle"), target)
     assert not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ from test_published import HEADS, LAYERS, SERVED, SHAPE, SOME, WIDTH, head
 from jaxspec.base import Borrowed
 from jaxspec.checkpoints.models import drafter_shape
 from jaxspec.drafters import DRAFTERS
-from jaxspec.exports import write
 from jaxspec.interchange.eagle3 import eagle3_table, vocabulary_maps
+from jaxspec.interchange.export import write
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import read_drafter
 

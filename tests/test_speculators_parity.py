@@ -17,7 +17,7 @@ from test_published import HEADS, LAYERS, SERVED, WIDTH, head
 
 from jaxspec.base import Borrowed
 from jaxspec.drafters import DRAFTERS
-from jaxspec.exports import write
+from jaxspec.interchange.export import write
 
 KINDS = [kind for kind, servers in SERVED.items() if "speculators" in servers]
 ROWS, STEPS = 9, 3

@@ -15,9 +15,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec import exports, loading
+from jaxspec import loading
 from jaxspec.checkpoints.folders import refuse_to_replace
 from jaxspec.console import cli, results, tables
+from jaxspec.interchange import export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,13 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_replace(args.out)
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
-    model = exports.find_model(
+    model = export.find_model(
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )
-    if reason := exports.refusal(model, args.to):
+    if reason := export.refusal(model, args.to):
         raise ValueError(f"{args.run} cannot be written to {args.to}: {reason}")
-    exports.write(args.to, args.out, model, args.target)
-    facts = exports.facts(model) | {
+    export.write(args.to, args.out, model, args.target)
+    facts = export.facts(model) | {
         "format": args.to,
         "path": args.out,
         "step": model.card.get("provenance", {}).get("step"),

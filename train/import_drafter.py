@@ -14,9 +14,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec import exports, loading
+from jaxspec import loading
 from jaxspec.checkpoints.folders import refuse_to_replace
 from jaxspec.console import cli, results, tables
+from jaxspec.interchange import export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_replace(args.out)
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
-    model = exports.published_drafter(
+    model = export.published_drafter(
         args.folder, str(args.folder), target=args.target, layer_ids=args.layer_ids, tokens=args.tokens
     )
-    exports.write("orbax", args.out, model)
-    facts = exports.facts(model) | {"format": "orbax", "path": args.out}
+    export.write("orbax", args.out, model)
+    facts = export.facts(model) | {"format": "orbax", "path": args.out}
     tables.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))
     loading.open_drafter(args.out)  # what was written can be used
     if args.json:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxspec import exports, imports
 from jaxspec.checkpoints.folders import refuse_to_replace
 from jaxspec.console import cli, results, tables
+from jaxspec.interchange import export, import_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,10 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_replace(args.out)
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
-    done = imports.import_target(imports.find_source(args.source, args.revision), args.out, name=args.source)
-    facts = exports.facts(done.model) | {
+    done = import_target.import_target(
+        import_target.find_source(args.source, args.revision), args.out, name=args.source
+    )
+    facts = export.facts(done.model) | {
         "format": "orbax",
         "path": args.out,
         "bytes": done.bytes,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxspec import exports
 from jaxspec.console import cli, results, tables
+from jaxspec.interchange import export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec inspect", description=__doc__ or "")
-    model = exports.find_model(args.path, target=args.target)
-    facts = exports.facts(model) | {"path": args.path}
-    shapes, told = exports.shapes(model), exports.conventions(model)
+    model = export.find_model(args.path, target=args.target)
+    facts = export.facts(model) | {"path": args.path}
+    shapes, told = export.shapes(model), export.conventions(model)
     tables.print_table(args.path, ("", ""), [*facts.items(), *told.items()])
     tables.print_table("weights", ("weight", "shape"), [(name, str(shape)) for name, shape in shapes.items()])
     if args.json:

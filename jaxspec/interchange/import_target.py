@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxspec.checkpoints.models import load_model
 from jaxspec.console import progress, results
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
-from jaxspec.exports import GENERATION, Exportable, check_room, files_of, save_target
+from jaxspec.interchange.export import GENERATION, Exportable, check_room, files_of, save_target
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
 from jaxspec.interchange.tensors import INDEX, shards
