@@ -20,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import cost, flags, loading, serving, timing
+from jaxspec import cost, timing
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Requests, make_requests
-from jaxspec.flags import DraftFlags
-from jaxspec.loading import Models
 from jaxspec.peers import load_transformers
-from jaxspec.regeneration import SENSIBLE, write_user_turns
-from jaxspec.serving import Job
+from jaxspec.serving import flags, loading, queue
+from jaxspec.serving.flags import DraftFlags
+from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import Job
+from jaxspec.serving.regeneration import SENSIBLE, write_user_turns
 from jaxspec.timing import Load, Parts, PeerRun, Run
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
@@ -196,7 +197,7 @@ def random_batches(models: Models, args: Args) -> list[Requests]:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            seed=[serving.row_seed(args.seed, i * args.batch + row) for row in range(args.batch)],
+            seed=[queue.row_seed(args.seed, i * args.batch + row) for row in range(args.batch)],
             draft_temperature=args.draft_temperature,
         )
         for i in range(max(1, args.limit // args.batch))
@@ -216,17 +217,17 @@ def make_batches(models: Models, args: Args) -> list[Requests]:
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer)
-            serving.check_length(tokens, models.config)
+            queue.check_length(tokens, models.config)
         except ValueError as error:
             sys.stderr.write(f"jaxspec bench decode: prompt {prompt.id!r} {cli.sentence(error)}\n")
         else:
-            jobs.append(Job(index, tokens, serving.row_seed(args.seed, index)))
+            jobs.append(Job(index, tokens, queue.row_seed(args.seed, index)))
     jobs.sort(key=lambda job: len(job.tokens))
     count = len(jobs) // args.batch
     if not count:
         raise ValueError(f"{len(jobs)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
     rows = [jobs[i * args.batch : (i + 1) * args.batch] for i in range(count)]
-    batches = [serving.batch_requests(models, row, args.settings, batch=args.batch) for row in rows]
+    batches = [queue.batch_requests(models, row, args.settings, batch=args.batch) for row in rows]
     if args.profile is None:
         return batches
     # What is written means nothing then, and nor does a stop id in it.

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from jaxspec import flags, loading, serving
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.generation import stream, tau
-from jaxspec.flags import DraftFlags
-from jaxspec.loading import Models
-from jaxspec.serving import Answer, Job, Settings
+from jaxspec.serving import flags, loading, queue
+from jaxspec.serving.flags import DraftFlags
+from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import Answer, Job, Settings
 from jaxspec.trees import parse_tree
 
 RUN_FLAGS = ("prompt", "prompts", "slots", "out", "json")
@@ -152,11 +152,11 @@ def make_jobs(
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer, raw=raw)
-            serving.check_length(tokens, models.config)
+            queue.check_length(tokens, models.config)
             own = {**prompt.settings}
             own |= {"stop_ids": tuple(own["stop_ids"])} if "stop_ids" in own else {}
-            row_seed = own.pop("seed", serving.row_seed(seed, index))
-            if not 0 <= row_seed < serving.SEEDS:
+            row_seed = own.pop("seed", queue.row_seed(seed, index))
+            if not 0 <= row_seed < queue.SEEDS:
                 raise ValueError(f"has seed {row_seed}; it must be from 0 to 2^32 - 1")
             job = Job(index, tokens, row_seed, replace(settings, **own))
         except ValueError as error:
@@ -169,8 +169,8 @@ def make_jobs(
 def answer_one(models: Models, job: Job) -> Outcome:
     """Streams the answer to stdout; the programs are compiled before the clock starts."""
     settings = job.settings or Settings()
-    requests = serving.batch_requests(models, [job], settings, batch=1)
-    serving.warm_up(models, requests, settings)
+    requests = queue.batch_requests(models, [job], settings, batch=1)
+    queue.warm_up(models, requests, settings)
     decoder = IncrementalDecoder(models.tokenizer)
     rounds = max(1, 8 // models.engine.path)  # about a word or two at a time
     started, done = time.perf_counter(), None
@@ -194,7 +194,7 @@ def answer_many(models: Models, jobs: list[Job], args: Args, log: Log | None) ->
     seconds, tokens = 0.0, 0
     if left:
         with progress.progress("answering", len(left), "prompts") as bar:
-            for served in serving.serve(models, left, args.settings, slots=args.slots):
+            for served in queue.serve(models, left, args.settings, slots=args.slots):
                 answers[served.job.key] = served.answer
                 if log is not None:
                     log.note(served.job.key, served.answer)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec import loading, serving
 from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
@@ -26,10 +25,11 @@ from jaxspec.decoding.generation import Generation
 from jaxspec.decoding.requests import make_requests
 from jaxspec.distillation.objective import Objective
 from jaxspec.identity import Divergence, divergences
-from jaxspec.loading import Models
 from jaxspec.parallel.agreement import say
-from jaxspec.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
-from jaxspec.serving import Job, Queue, Settings
+from jaxspec.serving import loading, queue
+from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import Job, Queue, Settings
+from jaxspec.serving.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import Finished
 from jaxspec.trees import parse_tree
@@ -237,7 +237,7 @@ def measure(models: Models, questions: Sequence[str], args: Args, *, temperature
     jobs = [Job(i, prompt(models, question), args.seed + i) for i, question in enumerate(questions)]
     settings = Settings(max_new_tokens=args.max_new_tokens, temperature=temperature)
     answers, seconds = {}, 0.0
-    for batch in serving.answer(models, Queue(jobs, batch=1), settings, warm=True):
+    for batch in queue.answer(models, Queue(jobs, batch=1), settings, warm=True):
         answers[batch.jobs[0].key] = batch.answers[0]
         seconds += batch.seconds
     rows = [answers[i] for i in range(len(jobs))]

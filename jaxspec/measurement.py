@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import comparison, cost, serving
+from jaxspec import comparison, cost
 from jaxspec.comparison import Counts, Decoded
 from jaxspec.console import progress
 from jaxspec.data import jsonl
 from jaxspec.decoding.generation import tau
-from jaxspec.loading import Models
 from jaxspec.parallel.agreement import say
-from jaxspec.serving import Job, Settings
+from jaxspec.serving import queue
+from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import Job, Settings
 from jaxspec.trees import cut_tree, parse_tree
 
 DECODING_SEED = 0
@@ -34,7 +35,7 @@ class Notes:
         for record in jsonl.journal(self.path, settings, of=folder, fields=noted):
             self.known.setdefault(tuple(record["of"]), {})[record["prompt"]] = record
 
-    def add(self, of: tuple[Any, ...], prompt: int, answer: serving.Answer) -> None:
+    def add(self, of: tuple[Any, ...], prompt: int, answer: queue.Answer) -> None:
         """Note one prompt's answer; on disk when this returns."""
         record = {
             "of": list(of),
@@ -103,7 +104,7 @@ def decode(
 ) -> None:
     """Answers the prompts that are not noted yet, and notes them."""
     left = [
-        Job(i, tokens, serving.row_seed(DECODING_SEED, i))
+        Job(i, tokens, queue.row_seed(DECODING_SEED, i))
         for i, tokens in enumerate(setup.prompts)
         if i not in setup.notes.known.get(of, {})
     ]
@@ -112,7 +113,7 @@ def decode(
     recipe, seed, _, tree, _ = of
     tokens = calls = 0
     with progress.progress(f"{recipe}, seed {seed}, {tree}, {_named(settings)}", len(left), "prompts") as bar:
-        for served in serving.serve(models, left, settings, slots=setup.slots):
+        for served in queue.serve(models, left, settings, slots=setup.slots):
             setup.notes.add(of, served.job.key, served.answer)
             tokens, calls = tokens + len(served.answer.tokens) - 1, calls + served.answer.calls
             bar.advance(1, f"tau {tau(tokens, calls):.2f}")

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec import loading
 from jaxspec.console import results
 from jaxspec.decoding.requests import Requests
-from jaxspec.loading import Models
+from jaxspec.interchange import target_folders
+from jaxspec.serving.loading import Models
 
 
 def load_transformers(target: str, models: Models) -> Callable[[Requests], list[np.ndarray]]:
@@ -26,7 +26,7 @@ def load_transformers(target: str, models: Models) -> Callable[[Requests], list[
             f"--peer transformers needs {error.name}, which is not installed: install jaxspec-decoding[parity]"
         ) from error
     torch.set_num_threads(results.machine_facts()["cores"] or 1)
-    folder = loading.target_folder(target)
+    folder = target_folders.target_folder(target)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     pad = models.tokenizer.pad_id
     stops = list(models.stop_ids)

@@ -25,7 +25,7 @@ from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.flops import count_flops
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.loading import target_folder
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.nn.quantization import quantize_layers
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding, replicated
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig

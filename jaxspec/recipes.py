@@ -16,7 +16,7 @@ from jaxspec.data.conversations import read_conversations
 from jaxspec.data.feature_store import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.loading import target_folder
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
 from jaxspec.training.batches import Data, pack_data, read_corpus
 from jaxspec.training.distill import RESUMABLE, drafter_for, run_distillation

@@ -19,7 +19,7 @@ from jaxspec.cost import Part
 from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import DecodeState, Engine, accept, borrowed, commit, extend, grow, score
-from jaxspec.loading import Models
+from jaxspec.serving.loading import Models
 from jaxspec.verify import simulated
 
 Peer = Callable[[Requests], list[np.ndarray]]

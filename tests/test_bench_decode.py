@@ -15,11 +15,13 @@ import pytest
 from random_models import random_weights, write_drafter, write_target
 from toys import grow, path_tables
 
-from jaxspec import cost, drafters, flags, loading
+from jaxspec import cost, drafters
 from jaxspec.__main__ import main
 from jaxspec.base import Borrowed, TreePolicy
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.sampling import Sampling
+from jaxspec.serving import loading
+from jaxspec.serving.flags import RuleName
 from jaxspec.targets.llama import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES, Case, simulated
@@ -325,7 +327,7 @@ def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
 
 
 def test_the_command_line_names_every_rule_and_shape():
-    assert typing.get_args(flags.RuleName) == tuple(RULES)
+    assert typing.get_args(RuleName) == tuple(RULES)
     assert typing.get_args(importlib.import_module("jaxspec.infer.bench_decode").Shape) == tuple(SHAPES)
 
 

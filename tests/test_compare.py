@@ -13,12 +13,13 @@ import jax
 import pytest
 from random_models import write_drafter, write_target
 
-from jaxspec import recipes, serving
+from jaxspec import recipes
 from jaxspec.__main__ import main
 from jaxspec.config import DistillConfig
 from jaxspec.console.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.drafters import Eagle
 from jaxspec.parallel.mesh import make_mesh
+from jaxspec.serving import queue
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -94,7 +95,7 @@ class Watch:
         self.decoded = 0
         self.before_training: dict[int, Any] = {}
         self.after_prompt: dict[int, Any] = {}
-        train, serve = recipes.run_distillation, serving.serve
+        train, serve = recipes.run_distillation, queue.serve
 
         def watched_train(config: DistillConfig, data: Any) -> Any:
             self.before_training.get(len(self.trained), lambda: None)()
@@ -111,7 +112,7 @@ class Watch:
                 yield served
 
         monkeypatch.setattr("jaxspec.recipes.run_distillation", watched_train)
-        monkeypatch.setattr("jaxspec.serving.serve", watched_serve)
+        monkeypatch.setattr("jaxspec.serving.queue.serve", watched_serve)
         monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 

@@ -38,7 +38,7 @@ from jaxspec.drafters import (
     PEagle,
     PEagleConfig,
 )
-from jaxspec.loading import Models
+from jaxspec.serving.loading import Models
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES

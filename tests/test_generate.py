@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from random_models import POSITIONS, write_drafter, write_target
 
-from jaxspec import loading, serving
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
+from jaxspec.serving import loading, queue
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -170,7 +170,7 @@ def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompt
     assert "exists" in capsys.readouterr().err
     out.unlink()
 
-    real, served = serving.serve, []
+    real, served = queue.serve, []
 
     def stopping(*args, **kwargs):
         for done in real(*args, **kwargs):
@@ -179,9 +179,9 @@ def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompt
             served.append(done.job.key)
             yield done
 
-    monkeypatch.setattr(serving, "serve", stopping)
+    monkeypatch.setattr(queue, "serve", stopping)
     assert main(["generate", *map(str, common)]) == EXIT_INTERRUPTED
-    monkeypatch.setattr(serving, "serve", real)
+    monkeypatch.setattr(queue, "serve", real)
     assert not out.exists()
     with open(f"{out}.partial", "a") as torn:
         torn.write('{"index": 1, "tok')

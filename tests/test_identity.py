@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import loading
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
@@ -20,10 +19,12 @@ from jaxspec.decoding.generation import generate, generate_plain
 from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.identity import divergences
-from jaxspec.loading import Models
+from jaxspec.interchange import target_folders
 from jaxspec.parallel.mesh import make_mesh
-from jaxspec.regeneration import rewrite, write_user_turns
-from jaxspec.serving import Settings
+from jaxspec.serving import loading
+from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import Settings
+from jaxspec.serving.regeneration import rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.trees import parse_tree
 
@@ -179,6 +180,6 @@ def test_a_row_that_parts_is_reported_with_its_place_and_margin(head: Head):
 
 
 def test_the_bundled_folder_is_small_enough_to_ship():
-    folder = Path(loading.target_folder("tiny"))
+    folder = Path(target_folders.target_folder("tiny"))
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 14 * 2**20
     assert dataclasses.asdict(loading.load_models("tiny").config)["vocab"] == 4096

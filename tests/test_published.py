@@ -29,7 +29,7 @@ from jaxspec.interchange.export import Exportable, write
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import SERVERS
-from jaxspec.loading import open_drafter
+from jaxspec.serving.loading import open_drafter
 
 WIDTH, LAYERS = 32, 7
 SHAPE = (WIDTH, 4, 2, 6, 20)

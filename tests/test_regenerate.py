@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from random_models import write_target
 
-from jaxspec import loading, serving
 from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
-from jaxspec.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
+from jaxspec.serving import loading
+from jaxspec.serving.queue import Job, Queue, Settings, answer
+from jaxspec.serving.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -80,8 +81,8 @@ def test_a_second_answer_reads_the_first(whole, target):
     models = loading.load_models(str(target))
     two = next(c for c in read_conversations(whole) if sum(m["role"] == "assistant" for m in c.messages) == 2)
     tokens = models.tokenizer.encode_prompt(two.messages[:-1])
-    queue = serving.Queue([serving.Job(0, tokens)], batch=4)
-    (done,) = serving.answer(models, queue, serving.Settings(max_new_tokens=40))
+    queue = Queue([Job(0, tokens)], batch=4)
+    (done,) = answer(models, queue, Settings(max_new_tokens=40))
     assert models.tokenizer.decode(done.answers[0].tokens) == two.messages[-1]["content"]
 
 

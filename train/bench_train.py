@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from jaxspec import config, cost, flags, loading
+from jaxspec import config, cost
 from jaxspec.base import Params
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
@@ -40,6 +40,7 @@ from jaxspec.distillation.step import (
 from jaxspec.drafters import DRAFTERS
 from jaxspec.flops import Flops, count_flops
 from jaxspec.parallel.mesh import make_mesh
+from jaxspec.serving import flags, loading
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import attention_blocks, optimizer_of

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import comparison, figures, flags, loading
+from jaxspec import comparison, figures
 from jaxspec.comparison import Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.console import cli
@@ -33,12 +33,14 @@ from jaxspec.console.results import jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
+from jaxspec.interchange import target_folders
 from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
 from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
 from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
-from jaxspec.serving import Settings
+from jaxspec.serving import flags, loading
+from jaxspec.serving.queue import Settings
 from jaxspec.training.loop import termination_notice
 from jaxspec.trees import parse_tree
 
@@ -150,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     target, arms = plan(args)
     args = dataclasses.replace(args, template=template_of(arms))
     prompts = choose_prompts(args)
-    tokenizer = ChatTokenizer.load(loading.target_folder(target), args.template)
+    tokenizer = ChatTokenizer.load(target_folders.target_folder(target), args.template)
     notes = Notes(args.out, begun_with(args, target))
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
     setup = Setup(make_jobs(prompts, args, tokenizer), args.trees, args.settings, args.slots, notes)

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 from tyro.conf import Positional
 
-from jaxspec import flags, loading
 from jaxspec.console import cli, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
 from jaxspec.data.packing import tokenize_conversations
+from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.serving import flags
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Shown beside the one that is asked for."""
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
-    folder = loading.target_folder(args.target)
+    folder = target_folders.target_folder(args.target)
     vocab = read_config(folder).vocab
     tokenizer = ChatTokenizer.load(folder, args.template)
     corpus = tokenize_conversations(read_conversations(args.data), tokenizer, length=args.length)

@@ -25,7 +25,6 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import flags, loading
 from jaxspec.config import DistillConfig, load, to_dict
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import shards
@@ -37,11 +36,13 @@ from jaxspec.data.shards import Field, Shard, ShardWriter
 from jaxspec.data.target_outputs import Kind, store, to_arrays
 from jaxspec.distillation.compilers import under
 from jaxspec.distillation.step import Batch, read_batch
+from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf import fingerprint, load_target
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding
 from jaxspec.parallel.processes import refuse_several
+from jaxspec.serving import flags
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.training.batches import HostBatch, place_rows, read_data
 from jaxspec.training.distill import drafter_for
@@ -159,7 +160,7 @@ class Work:
 
 def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[Field, ...]]:
     """What the store will say of itself, and what its records will hold."""
-    folder = loading.target_folder(config.target)
+    folder = target_folders.target_folder(config.target)
     shape = read_config(folder)
     if args.top_k >= shape.vocab:
         raise ValueError(f"--top-k is {args.top_k}, and the target has {shape.vocab} tokens; give fewer")
@@ -191,7 +192,7 @@ def drafter_taps(config: DistillConfig, target: LlamaConfig) -> tuple[int, ...]:
 def choose_parts(config: DistillConfig) -> list[PackedBatches]:
     """Batches that hold every document: the first epoch as it is trained, so that it is read in the order of the files;
     what mixes leave for later epochs; and what is held out."""
-    tokenizer = ChatTokenizer.load(loading.target_folder(config.target), config.data.template)
+    tokenizer = ChatTokenizer.load(target_folders.target_folder(config.target), config.data.template)
     data = read_data(config, tokenizer, mesh_of(config.mesh))
     parts = [dataclasses.replace(data.train, epochs=1)]
     if data.train.mixes:
@@ -248,7 +249,7 @@ def open_target(work: Work) -> Run:
     """The target as one program on the config's mesh."""
     config, args = work.config, work.args
     mesh = mesh_of(config.mesh)
-    folder, dtype = loading.target_folder(config.target), jnp.dtype(config.dtype)
+    folder, dtype = target_folders.target_folder(config.target), jnp.dtype(config.dtype)
     how = {"stacked": config.scan_layers, "weights": config.target_weights}
     loaded = load_target(folder, dtype=dtype, mesh=mesh, **how)
     target = loaded.module.clone(**attention_blocks(config, mesh), taps=work.taps)

@@ -14,10 +14,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec import loading
 from jaxspec.checkpoints.folders import refuse_to_replace
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import export
+from jaxspec.serving import loading
 
 
 @dataclasses.dataclass(frozen=True)

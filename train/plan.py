@@ -20,12 +20,13 @@ import jax
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import figures, flags, planning
+from jaxspec import figures, planning
 from jaxspec.chips import chip_of
 from jaxspec.config import DistillConfig, load
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.parallel.agreement import say
 from jaxspec.planning import DecodePlan, StepPlan
+from jaxspec.serving import flags
 
 PROG = "jaxspec plan"
 LIBTPU = {

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from tyro.conf import OmitArgPrefixes, Positional
 
-from jaxspec import loading
 from jaxspec.checkpoints.runs import Merit
 from jaxspec.config import PretrainConfig, load
 from jaxspec.console import cli
@@ -26,6 +25,7 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distillation.compilers import under
 from jaxspec.distillation.step import TrainState
+from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf import write_llama
 from jaxspec.parallel.agreement import meet, say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
@@ -123,7 +123,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         model={
             "kind": "target",
             "config": dataclasses.asdict(shape),
-            "tokenizer": loading.tokenizer_card(Path(config.export_folder)),
+            "tokenizer": target_folders.tokenizer_card(Path(config.export_folder)),
         },
     )
     done = run(recipe, config, mesh)
@@ -136,7 +136,7 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
     """The tokenizer that the config names, else that of the export folder, trained on `data.train` if there is none."""
     folder, vocab = Path(config.export_folder), config.model.vocab
     if config.tokenizer is not None:
-        folder = loading.target_folder(config.tokenizer)
+        folder = target_folders.target_folder(config.tokenizer)
     elif jax.process_index() == 0 and not (folder / "tokenizer.json").is_file():
         say(f"training a tokenizer of {vocab:,} ids")
         conversations = read_all(config.data.train, limit=config.data.limit)

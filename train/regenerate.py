@@ -20,14 +20,14 @@ from typing import Any
 
 import tyro
 
-from jaxspec import flags, loading
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
-from jaxspec.flags import Flags
-from jaxspec.loading import Models
 from jaxspec.parallel import processes
-from jaxspec.regeneration import (
+from jaxspec.serving import flags, loading
+from jaxspec.serving.flags import Flags
+from jaxspec.serving.loading import Models
+from jaxspec.serving.regeneration import (
     LENGTH,
     UNFIT,
     Rewritten,

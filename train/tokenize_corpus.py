@@ -17,10 +17,11 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import flags, loading
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_complete, write_corpus
+from jaxspec.interchange import target_folders
+from jaxspec.serving import flags
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec tokenize", description=__doc__ or "")
     folder = Path(args.out)
-    tokenizer = ChatTokenizer.load(loading.target_folder(args.target), args.template)
+    tokenizer = ChatTokenizer.load(target_folders.target_folder(args.target), args.template)
     work = write_corpus(
         folder,
         args.data,

@@ -38,8 +38,8 @@ from jaxspec.interchange.hf import (
 from jaxspec.interchange.hf_config import config_fields, read_config
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
+from jaxspec.interchange.target_folders import target_folder, tokenizer_card
 from jaxspec.interchange.tensors import StoredWeight
-from jaxspec.loading import target_folder, tokenizer_card
 from jaxspec.targets.llama import LlamaConfig
 
 FORMATS = ("orbax", "hf", *SERVERS)

@@ -15,8 +15,8 @@ from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.interchange.export import GENERATION, Exportable, check_room, files_of, save_target
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
+from jaxspec.interchange.target_folders import target_folder, tokenizer_card
 from jaxspec.interchange.tensors import INDEX, shards
-from jaxspec.loading import target_folder, tokenizer_card
 
 FETCHED = ("config.json", GENERATION, *TOKENIZER_FILES, "model.safetensors", INDEX, "model-*.safetensors")
 """Of a repository: nothing else, such as the same weights in other formats."""

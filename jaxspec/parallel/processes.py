@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from jaxspec import flags
 from jaxspec.console import cli
 from jaxspec.parallel.agreement import _state, agree, meet
+from jaxspec.serving import flags
 
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 """What stands in for a flag that is not given."""

@@ -25,11 +25,12 @@ from jaxspec.distillation.step import TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
-from jaxspec.loading import check_width, open_drafter, target_folder, tokenizer_card
+from jaxspec.interchange.target_folders import target_folder, tokenizer_card
 from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
+from jaxspec.serving.loading import check_width, open_drafter
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.targets.tables import Tables
 from jaxspec.training.batches import Data, HostBatch, place_rows, read_data

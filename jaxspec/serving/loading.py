@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,22 +10,24 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jaxspec import bundled
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoints.models import LoadedDrafter, load_drafter
-from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
+from jaxspec.data.chat import NO_TEMPLATE, ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.interchange.hf import load_target
 from jaxspec.interchange.published import published_family, read_drafter
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.nn.options import PLAIN
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
 DEFAULT_TREE = "dynamic:60x6x10"
 """EAGLE-2's own, for a drafter that was saved without a tree."""
 
@@ -92,34 +93,6 @@ def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, see
 
     engine = Engine(target, drafter, tree)
     return Models(engine, jax.jit(weights)(jax.random.key(seed)), cast(Any, None), config)
-
-
-def target_folder(name: str) -> Path:
-    """The folder that `name` stands for: `tiny` is the bundled target, anything else a path.
-
-    It holds a target in HuggingFace layout, or one that jaxspec exported or imported.
-    """
-    if name != "tiny":
-        return Path(name)
-    folder = bundled.tiny_path()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: the bundled tiny target is not there; reinstall, or give --target a folder")
-    return folder
-
-
-def tokenizer_card(folder: Path) -> dict[str, Any] | None:
-    """What the card of a model says of the tokenizer in a HuggingFace folder; None where there is none."""
-    path = next((p for name in TOKENIZERS if (p := folder / name).is_file()), None)
-    if path is None:
-        return None
-    chat = ChatTokenizer.load(folder, NO_TEMPLATE)
-    return {
-        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "vocab": chat.vocab_size,
-        "bos_id": chat.bos_id,
-        "stop_ids": list(chat.stop_ids),
-        "pad_id": chat.pad_id,
-    }
 
 
 def open_drafter(

@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer, Message
 from jaxspec.data.conversations import Conversation
-from jaxspec.loading import Models
-from jaxspec.serving import Answer, Batch, Job, Queue, Settings, answer, check_length, row_seed
+from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import Answer, Batch, Job, Queue, Settings, answer, check_length, row_seed
 
 STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
 _TEMPERATURE_DRAW = 1

@@ -14,7 +14,7 @@ import numpy as np
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_rounds, start, tau
 from jaxspec.decoding.requests import Requests, bucket, make_requests
 from jaxspec.decoding.slots import Slots
-from jaxspec.loading import Models
+from jaxspec.serving.loading import Models
 from jaxspec.targets.llama import LlamaConfig
 
 SEEDS = 2**32

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from jaxspec.base import DraftMode
-from jaxspec.serving import SEEDS, Settings
+from jaxspec.serving.queue import SEEDS, Settings
 from jaxspec.verify import rule_named
 
 RuleName = Literal[

@@ -1,0 +1,1 @@
+"""Models loaded and put to work: batches, slots, regeneration."""
