@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import cost, timing
+from jaxspec import timing
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Requests, make_requests
+from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.peers import load_transformers
 from jaxspec.serving import flags, loading, queue
 from jaxspec.serving.flags import DraftFlags
@@ -344,8 +345,8 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
         speedup=best and best["speedup"],
         efficiency=best and best["efficiency"],
         peer=peer,
-        machine_copy_bytes_per_second=cost.copy_bandwidth(),
-        machine_matmul_flops_per_second=cost.matmul_rate(dtype),
+        machine_copy_bytes_per_second=copy_bandwidth(),
+        machine_matmul_flops_per_second=matmul_rate(dtype),
     )
 
 

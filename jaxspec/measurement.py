@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import comparison, cost
+from jaxspec import comparison
 from jaxspec.comparison import Counts, Decoded
 from jaxspec.console import progress
 from jaxspec.data import jsonl
 from jaxspec.decoding.generation import tau
 from jaxspec.parallel.agreement import say
+from jaxspec.planning import work
 from jaxspec.serving import queue
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Job, Settings
@@ -90,7 +91,7 @@ def measure(
                 tree.spec,
                 settings.temperature,
                 setup.notes.counts(of),
-                cost.drafter_passes(drafter, tree.depth),
+                work.drafter_passes(drafter, tree.depth),
                 sum(int(a.size) for a in jax.tree.leaves(models.weights.drafter)),
                 train_tokens,
             )

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import cost
 from jaxspec.base import Array
 from jaxspec.console import progress, tables
-from jaxspec.cost import Part
 from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import DecodeState, Engine, accept, borrowed, commit, extend, grow, score
+from jaxspec.evaluation.machine import Part, in_turns
+from jaxspec.planning.work import Work, draft_ratio, draft_work, drafter_passes, mbsu, target_work
 from jaxspec.serving.loading import Models
 from jaxspec.verify import simulated
 
@@ -179,7 +179,7 @@ def time_parts(arms: dict[str, Models], load: Load, requests: Requests, rounds: 
     }
     repeats = 15
     with progress.progress("timing parts", repeats + 1, "turns") as bar:
-        seconds = cost.in_turns(parts, repeats=repeats, advance=bar.advance)
+        seconds = in_turns(parts, repeats=repeats, advance=bar.advance)
     return {name: _without_dispatch({p: taken for (n, p), taken in seconds.items() if n == name}) for name in arms}
 
 
@@ -214,22 +214,22 @@ def _without_dispatch(seconds: dict[str, float]) -> Parts:
 
 
 def memory_bound_speedup(models: Models, tau: float) -> float:
-    """The arm's `cost.mbsu`; that of plain decoding is its tau, 1."""
+    """The arm's `work.mbsu`; that of plain decoding is its tau, 1."""
     engine, weights = models.engine, models.weights
     if engine.tree is None or engine.drafter is None:
         return tau
     head_VD = borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
-    ratio = cost.draft_ratio(weights.drafter, weights.target, head_VD)
-    return cost.mbsu(tau, ratio=ratio, passes=cost.drafter_passes(engine.drafter, engine.tree.depth))
+    ratio = draft_ratio(weights.drafter, weights.target, head_VD)
+    return mbsu(tau, ratio=ratio, passes=drafter_passes(engine.drafter, engine.tree.depth))
 
 
-def round_work(models: Models, batch: int, prefix: float) -> cost.Work:
+def round_work(models: Models, batch: int, prefix: float) -> Work:
     """Bytes and FLOPs of one round: the target's call and, with a drafter, the tree's growth."""
     engine, weights = models.engine, models.weights
     itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
     nodes = 1 if engine.tree is None else engine.tree.nodes
-    work = cost.target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
+    work = target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None or engine.drafter is None:
         return work
     lent = borrowed(engine, weights)
-    return work + cost.draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)
+    return work + draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)

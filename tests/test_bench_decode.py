@@ -15,10 +15,22 @@ import pytest
 from random_models import random_weights, write_drafter, write_target
 from toys import grow, path_tables
 
-from jaxspec import cost, drafters
+from jaxspec import drafters
 from jaxspec.__main__ import main
 from jaxspec.base import Borrowed, TreePolicy
+from jaxspec.decoding.metrics import block_efficiency
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
+from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
+from jaxspec.planning.work import (
+    Work,
+    _drafting,
+    draft_ratio,
+    draft_work,
+    drafter_passes,
+    frontier_widths,
+    mbsu,
+    target_work,
+)
 from jaxspec.sampling import Sampling
 from jaxspec.serving import loading
 from jaxspec.serving.flags import RuleName
@@ -84,23 +96,23 @@ def test_the_memory_bound_speedup_is_tau_by_the_weights_that_drafting_reads(resu
 
 @pytest.mark.parametrize(("passes", "factor"), [(0, 1.0), (3, 0.953), (5, 0.924)])
 def test_the_papers_drafter_keeps_what_its_ratio_leaves(passes: int, factor: float):
-    assert cost.mbsu(2.0, ratio=0.0164, passes=passes) / 2 == pytest.approx(factor, abs=5e-4)
+    assert mbsu(2.0, ratio=0.0164, passes=passes) / 2 == pytest.approx(factor, abs=5e-4)
 
 
 def test_a_perfect_chain_has_the_block_efficiency_of_its_depth_and_a_bonus():
-    assert cost.block_efficiency(4 * 7, 7) == 4 and cost.block_efficiency(0, 0) == 0
+    assert block_efficiency(4 * 7, 7) == 4 and block_efficiency(0, 0) == 0
 
 
 def test_passes_are_one_a_level_unless_one_drafts_them_all():
     step_by_step, at_once = Eagle(EagleConfig(8, 2, 1, 4, 8)), Medusa(MedusaConfig(8))
-    assert [cost.drafter_passes(step_by_step, depth) for depth in (0, 1, 6)] == [1, 1, 6]
-    assert cost.drafter_passes(at_once, 4) == 1
+    assert [drafter_passes(step_by_step, depth) for depth in (0, 1, 6)] == [1, 1, 6]
+    assert drafter_passes(at_once, 4) == 1
 
 
 def test_a_borrowed_head_counts_as_the_drafters_and_an_own_one_once():
     target = {"embed": np.zeros((50, 8)), "layers": np.zeros(600)}
-    assert cost.draft_ratio({"fc": np.zeros(100)}, target, target["embed"]) == 500 / 1000
-    assert cost.draft_ratio({"embed": np.zeros((50, 2)), "layers": np.zeros(100)}, target, None) == 0.2
+    assert draft_ratio({"fc": np.zeros(100)}, target, target["embed"]) == 500 / 1000
+    assert draft_ratio({"embed": np.zeros((50, 2)), "layers": np.zeros(100)}, target, None) == 0.2
 
 
 def test_arms_and_peer_decode_the_same_tokens(result):
@@ -178,11 +190,11 @@ def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
 
 
 def test_frontiers_are_the_nodes_with_children():
-    assert cost.frontier_widths(chain(4), 50) == [1, 1, 1]
-    assert cost.frontier_widths(DynamicTree(8, 3, 3), 50) == [3, 3]
+    assert frontier_widths(chain(4), 50) == [1, 1, 1]
+    assert frontier_widths(DynamicTree(8, 3, 3), 50) == [3, 3]
     paths = parse_paths(EAGLE1_PATHS)
     inner = {p[:-1] for p in paths} - {()}
-    widths = cost.frontier_widths(StaticTree(paths), 50)
+    widths = frontier_widths(StaticTree(paths), 50)
     assert widths == [sum(len(p) == d for p in inner) for d in range(1, len(widths) + 1)]
 
 
@@ -190,17 +202,17 @@ def test_a_target_call_reads_every_weight_once(target):
     models = loading.load_models(str(target))
     c, params = models.config, models.weights.target
     weights = sum(np.size(leaf) for leaf in jax.tree.leaves(params)) - c.vocab * c.width
-    one = cost.target_work(params, c, batch=1, tokens=1, prefix=0, itemsize=4)
+    one = target_work(params, c, batch=1, tokens=1, prefix=0, itemsize=4)
     assert one == (4 * weights, 2 * weights + 4 * c.layers * c.heads * c.head_dim)
-    four = cost.target_work(params, c, batch=2, tokens=2, prefix=10, itemsize=4)
+    four = target_work(params, c, batch=2, tokens=2, prefix=10, itemsize=4)
     assert four.bytes - one.bytes == 2 * c.layers * 2 * c.kv_heads * c.head_dim * 10 * 4
     assert four.flops == 2 * weights * 4 + 4 * c.layers * 4 * c.heads * c.head_dim * 12
 
 
-def drafted_work(drafter: Any, scored: int) -> cost.Work:
+def drafted_work(drafter: Any, scored: int) -> Work:
     """Of a round of a chain of four at batch 2, the target's head having so many rows."""
     borrowed = Borrowed(jnp.zeros((50, 8)), jnp.zeros((scored, 8)))
-    return cost.draft_work(drafter, random_weights(drafter, 1.0, 0), borrowed, chain(4), batch=2)
+    return draft_work(drafter, random_weights(drafter, 1.0, 0), borrowed, chain(4), batch=2)
 
 
 def test_a_round_of_drafting_counts_the_head_that_is_scored_with():
@@ -237,7 +249,7 @@ def test_the_program_of_a_drafter_of_one_pass_multiplies_by_a_shared_head_twice(
     tokens = 53  # so many have no other matmul's outputs
     for drafter, matmuls in ((Medusa(MedusaConfig(8, 4)), 2), (Medusa(MedusaConfig(8, 4, vocab=tokens)), 4)):
         borrowed = Borrowed(jnp.zeros((tokens, 8)), jnp.zeros((tokens, 8)))
-        program = cost._drafting(drafter, random_weights(drafter, 1.0, 0), borrowed, tree, 1)
+        program = _drafting(drafter, random_weights(drafter, 1.0, 0), borrowed, tree, 1)
         text = str(jax.make_jaxpr(program[0])(*program[1:]))
         assert len(re.findall(rf"f32\[{tokens},1,\d+\] = dot_general", text)) == matmuls
 
@@ -258,14 +270,14 @@ def test_drafting_for_llama_3_8b_by_one_pass_reads_a_third_of_what_six_read(
         (drafters.ParallelSpec(drafters.ParallelSpecConfig(*shape, bias=False, tokens=6)), BestFirstTree(60, 6, 10)),
     ):
         params = {name: described(*size) for name, size in drafter.config.shapes().items()}
-        work = cost.draft_work(drafter, params, Borrowed(table, table), tree, batch=1)  # type: ignore[arg-type]
+        work = draft_work(drafter, params, Borrowed(table, table), tree, batch=1)  # type: ignore[arg-type]
         found.append(work.bytes / 1e9)
     assert found == pytest.approx(gigabytes, abs=0.05) and found[0] > 3 * found[1]
 
 
 def test_the_machine_moves_and_multiplies():
-    assert cost.copy_bandwidth(1) > 0
-    assert cost.matmul_rate(size=64) > 0
+    assert copy_bandwidth(1) > 0
+    assert matmul_rate(size=64) > 0
 
 
 @pytest.fixture

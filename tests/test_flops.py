@@ -12,7 +12,7 @@ import pytest
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
-from jaxspec.flops import Flops, count_flops
+from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 X, W = jax.ShapeDtypeStruct((5, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)

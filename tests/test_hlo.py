@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxspec import hlo
-from jaxspec.hlo import Cost, Instruction, Message, Shape
 from jaxspec.parallel.mesh import make_mesh
+from jaxspec.planning import hlo
+from jaxspec.planning.hlo import Cost, Instruction, Message, Shape
 
 WIDTH, ROWS, TRIPS = 16, 8, 5
 

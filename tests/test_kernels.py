@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import aot
 from jaxspec.base import Packed
 from jaxspec.nn import kernels
 from jaxspec.nn.attention import Own, attend, attend_text, segment_mask
 from jaxspec.nn.kernels import attend_cudnn, attend_splash, choose_kernel, takes
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
+from jaxspec.planning import decode_program
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 LENGTH, CHANNELS = 200, 16
@@ -198,7 +198,7 @@ def test_a_targets_layer_with_splash_and_int8_weights_compiles_for_tpus_that_are
     pytest.importorskip("libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    mesh = aot.tpu_mesh("v6e:2x2", data=2, tensor=2)
+    mesh = decode_program.tpu_mesh("v6e:2x2", data=2, tensor=2)
     kernel = choose_kernel("auto", mesh.devices.flat[0], "bfloat16")
     model = Llama(LlamaConfig(256, 512, 1, 8, 2, 64, 1536), dtype=jnp.bfloat16, kernel=kernel)
 
@@ -211,7 +211,7 @@ def test_a_targets_layer_with_splash_and_int8_weights_compiles_for_tpus_that_are
     def run(params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         return model.forward(params, tokens, tokens, Packed(segments)).features_BLD
 
-    params = aot.place(mesh, jax.eval_shape(init, jax.random.key(0)))
+    params = decode_program.place(mesh, jax.eval_shape(init, jax.random.key(0)))
     rows = jax.ShapeDtypeStruct((2, 640), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         text = jax.jit(run).lower(params, rows, rows).compile().as_text() or ""

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import aot, hlo
 from jaxspec.distillation.compilers import compile_step, lower_step
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import make_optimizer, make_schedule
@@ -32,6 +31,7 @@ from jaxspec.drafters import (
     PEagleConfig,
 )
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
+from jaxspec.planning import decode_program, hlo
 from jaxspec.targets.llama import Llama, LlamaConfig
 
 STEPS, VOCAB, LENGTH, ROWS, CHUNK = 20, 64, 24, 8, 7
@@ -125,4 +125,4 @@ def test_devices_send_weights_and_sums_and_no_activations(name: str, compile_qui
     sent = {message.largest for message in found if message is not None}
     assert not [s for s in sent if lengths & set(s.dims) and s.size > ROWS * LENGTH], f"{sent}"
     # The target's layers come by one after another; of the loop over chunks nothing, and gradients once.
-    assert {i.kind for i in aot._in_loops(program) if i.kind in hlo.COLLECTIVES} <= {"all-gather"}
+    assert {i.kind for i in decode_program._in_loops(program) if i.kind in hlo.COLLECTIVES} <= {"all-gather"}

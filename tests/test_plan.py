@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxspec import aot, config, hlo, planning
+from jaxspec import config
 from jaxspec.__main__ import main
-from jaxspec.chips import CHIPS, chip_of, device_part, network_bandwidth
 from jaxspec.data.draft_vocab import save_maps
 from jaxspec.distillation.compilers import lower_step
-from jaxspec.planning import Costs, Memory, StepPlan
+from jaxspec.planning import decode_program, hlo
+from jaxspec.planning.chips import CHIPS, chip_of, device_part, network_bandwidth
+from jaxspec.planning.plan import PARTS, Costs, Memory, StepPlan, abstract_step, plan_step, scored_tokens, target_shape
 from jaxspec.targets.llama import SHAPES
 
 plan: Any = importlib.import_module("jaxspec.train.plan")
@@ -92,21 +93,21 @@ def test_the_roofline_is_work_or_network_whichever_is_longer():
 
 
 def test_a_target_that_is_not_here_is_known_by_its_name(tmp_path: Path):
-    assert planning.target_shape("models/llama3-8b") == SHAPES["llama3-8b"]
+    assert target_shape("models/llama3-8b") == SHAPES["llama3-8b"]
     with pytest.raises(ValueError, match="there is no such folder, and no shape is called so; give a folder with its"):
-        planning.target_shape("models/unknown-9b")
+        target_shape("models/unknown-9b")
 
 
 def test_the_tokens_a_drafter_scores_are_given_or_those_of_its_file(tmp_path: Path):
     job, shape = config.load("eagle3_llama3_8b"), dataclasses.replace(SHAPES["llama3-8b"], vocab=100)
     assert isinstance(job, config.DistillConfig)
     with pytest.raises(ValueError, match=r"draft_vocab\.safetensors, which is not here: make it .*--draft-vocab 32000"):
-        planning.scored_tokens(job, shape, None)
-    assert planning.scored_tokens(job, shape, 40) == 40
+        scored_tokens(job, shape, None)
+    assert scored_tokens(job, shape, 40) == 40
     save_maps(tmp_path / "maps.safetensors", np.arange(0, 100, 4), 100)
     here = dataclasses.replace(job, draft_vocab=str(tmp_path / "maps.safetensors"))
-    assert planning.scored_tokens(here, shape, None) == 25
-    assert planning.scored_tokens(config.load("eagle2_llama3_8b"), shape, None) is None  # type: ignore[arg-type]
+    assert scored_tokens(here, shape, None) == 25
+    assert scored_tokens(config.load("eagle2_llama3_8b"), shape, None) is None  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_a_plan_has_the_agreed_keys_and_they_fit_together(planned: dict[str, Any
     memory = planned["hbm_bytes_per_chip"]
     assert planned["config"] == "eagle2" and planned["topology"] == "v6e:2x2"
     assert planned["fits"] and memory["total"] < memory["capacity"] == 32 * 2**30
-    assert sum(memory[part] for part in planning.PARTS) == memory["total"]
+    assert sum(memory[part] for part in PARTS) == memory["total"]
     assert memory["optimizer"] == pytest.approx(2 * memory["drafter"], rel=0.01)  # two moments of what it holds
     assert planned["flops_per_chip"] > 0 and planned["model_flops_per_chip"] > 0
     seconds = planned["roofline_seconds_per_step"]
@@ -161,8 +162,8 @@ def test_no_logits_are_sent_and_no_fp32_logits_of_all_tokens_exist():
     pytest.importorskip("libtpu")
     job = config.load("hass_llama3_8b", ["mesh.fsdp=16", "data.batch=16"])
     shape = dataclasses.replace(SHAPES["llama3-8b"], layers=2)
-    mesh = aot.tpu_mesh("v6e:4x4", fsdp=16)
-    models, arguments = planning.abstract_step(job, shape, mesh, None)
+    mesh = decode_program.tpu_mesh("v6e:4x4", fsdp=16)
+    models, arguments = abstract_step(job, shape, mesh, None)
     target, drafter, optimizer = models
     step = lower_step("jit", mesh, target, drafter, optimizer, job.objective, *arguments).compile()
     program = hlo.parse(step.as_text() or "")
@@ -191,7 +192,7 @@ def test_every_job_compiles_for_its_chips_and_fits(name: str):
     assert isinstance(job, config.DistillConfig)
     scored = 32000 if job.draft_vocab else None
     for topology in ("v5p:4x4x8",) if name.endswith("70b") else ("v6e:8x8", "v5e:8x8"):
-        found = planning.plan_step(job, topology, draft_vocab=scored)
+        found = plan_step(job, topology, draft_vocab=scored)
         assert found.fits, f"{name} on {topology}: {found.why}"
         assert found.memory.total < found.memory.capacity
     assert dataclasses.asdict(job.checkpoint)["folder"] == f"runs/{name}"

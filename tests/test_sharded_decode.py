@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from random_models import random_weights
 
-from jaxspec import aot, drafters
+from jaxspec import drafters
 from jaxspec.base import Drafter, TreePolicy
 from jaxspec.decoding.generation import Generation, generate, start
 from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import DecodeState, Engine, Weights
 from jaxspec.decoding.slots import Slots
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
+from jaxspec.planning import decode_program
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest
@@ -107,7 +108,7 @@ ROUNDS = {
 def sent(engine: Engine, mesh: jax.sharding.Mesh) -> list[str]:
     """Returns what the devices send each other in a generation of eight rows."""
     held = jax.eval_shape(lambda: Weights(weights().target, random_weights(engine.drafter, 0.3, 2)))  # type: ignore[arg-type]
-    return list(aot.plan_rounds(engine, held, mesh, batch=8, capacity=128, slots=64).sent)
+    return list(decode_program.plan_rounds(engine, held, mesh, batch=8, capacity=128, slots=64).sent)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec import aot, hlo
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn.rope import RopeScaling
+from jaxspec.planning import decode_program, hlo
 from jaxspec.targets.llama import Llama, LlamaConfig
 from jaxspec.trees import DynamicTree, chain
 from jaxspec.verify import RULES
@@ -45,30 +45,30 @@ def mesh() -> jax.sharding.Mesh:
     # Nothing here touches a TPU, so neither its metadata nor its lock is wanted.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return aot.tpu_mesh("v6e:2x4", tensor=8)
+    return decode_program.tpu_mesh("v6e:2x4", tensor=8)
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(8, marks=pytest.mark.slow)])
-def plan(request: pytest.FixtureRequest, mesh: jax.sharding.Mesh) -> aot.Plan:
+def plan(request: pytest.FixtureRequest, mesh: jax.sharding.Mesh) -> decode_program.Plan:
     engine, weights = llama3_engine(LAYERS, DynamicTree(60, 6, 10))
-    return aot.plan_rounds(engine, weights, mesh, batch=request.param, capacity=4096)
+    return decode_program.plan_rounds(engine, weights, mesh, batch=request.param, capacity=4096)
 
 
-def test_the_8b_decode_program_fits_a_v6e_chip(plan: aot.Plan):
+def test_the_8b_decode_program_fits_a_v6e_chip(plan: decode_program.Plan):
     assert plan.peak < HBM, f"a chip needs {plan.peak / 1e9:.2f} GB: {plan}"
 
 
-def test_the_loop_makes_no_copy_of_a_cache(plan: aot.Plan):
+def test_the_loop_makes_no_copy_of_a_cache(plan: decode_program.Plan):
     assert not plan.cache_copies
     assert plan.aliased >= plan.cache_bytes
 
 
-def test_no_message_in_the_loop_spans_the_vocabulary(plan: aot.Plan):
+def test_no_message_in_the_loop_spans_the_vocabulary(plan: decode_program.Plan):
     assert plan.sent
     assert not [message for message in plan.sent if str(VOCAB) in message], f"{plan.sent}"
 
 
-def test_verification_sends_two_sums_a_layer_and_one_for_the_embedding(plan: aot.Plan):
+def test_verification_sends_two_sums_a_layer_and_one_for_the_embedding(plan: decode_program.Plan):
     sums = [n for message, n in plan.sent.items() if re.search(r"[\[,]60,4096\]", message)]
     assert sum(sums) == 2 * LAYERS + 1, f"{plan.sent}"
 
@@ -85,8 +85,8 @@ def test_a_long_cache_stays_in_place_on_every_tpu_and_the_rounds_are_one_loop(me
     """Two layers, batch 2, 16,384 slots: a branch for every piece of the prefix, and the branches copy nothing."""
     engine, weights = llama3_engine(2, DynamicTree(16, 4, 4))
     engine = dataclasses.replace(engine, mode=mode, rule=RULES[rule])
-    chips = aot.tpu_mesh(topology, tensor=4 if topology.startswith("v5p") else 8)
-    plan = aot.plan_rounds(engine, weights, chips, batch=2, capacity=16384)
+    chips = decode_program.tpu_mesh(topology, tensor=4 if topology.startswith("v5p") else 8)
+    plan = decode_program.plan_rounds(engine, weights, chips, batch=2, capacity=16384)
     assert not plan.cache_copies and not plan.host_calls and plan.aliased >= plan.cache_bytes
     assert plan.outer_loops == 1
     assert not [message for message in plan.sent if str(VOCAB) in message], f"{plan.sent}"
@@ -96,13 +96,13 @@ def test_a_cache_beyond_the_chips_is_refused_in_one_sentence(mesh: jax.sharding.
     engine, weights = llama3_engine(1, chain(1))
     engine, weights = Engine(engine.target), Weights(weights.target)
     with pytest.raises(ValueError, match=r"batch=8 .* does not fit a chip: weights and state alone take 3\d\.\d\d GiB"):
-        aot.plan_rounds(engine, weights, mesh, batch=8, capacity=2**23)
+        decode_program.plan_rounds(engine, weights, mesh, batch=8, capacity=2**23)
 
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "jax\[tpu\]"'):
-        aot.tpu_mesh("v6e:2x4", tensor=8)
+        decode_program.tpu_mesh("v6e:2x4", tensor=8)
 
 
 HLO = """HloModule drawn_by_hand
@@ -134,7 +134,7 @@ ENTRY %main (p: bf16[2,8,128]) -> bf16[2,8,128] {
 
 def test_copies_are_found_in_a_hand_drawn_program():
     program = hlo.parse(HLO)
-    loop = list(aot._in_loops(program))
-    copied = [i.name for i in loop if aot._copies(program, i, {aot._dims((2, 8, 128))})]
+    loop = list(decode_program._in_loops(program))
+    copied = [i.name for i in loop if decode_program._copies(program, i, {decode_program._dims((2, 8, 128))})]
     assert sorted(copied) == ["rewritten", "swapped", "twin"]
-    assert [aot._named(i) for i in loop if i.kind in hlo.COLLECTIVES] == ["all-reduce f32[4,8]"]
+    assert [decode_program._named(i) for i in loop if i.kind in hlo.COLLECTIVES] == ["all-reduce f32[4,8]"]

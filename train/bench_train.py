@@ -20,11 +20,10 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from jaxspec import config, cost
+from jaxspec import config
 from jaxspec.base import Params
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.cost import Part
 from jaxspec.distillation.step import (
     Batch,
     Objective,
@@ -38,8 +37,10 @@ from jaxspec.distillation.step import (
     update,
 )
 from jaxspec.drafters import DRAFTERS
-from jaxspec.flops import Flops, count_flops
+from jaxspec.evaluation import machine
+from jaxspec.evaluation.machine import Part
 from jaxspec.parallel.mesh import make_mesh
+from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import flags, loading
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training.distill import drafter_for
@@ -300,7 +301,7 @@ def time_rows(rows: list[dict[str, Any]], arms: dict[str, Arm], args: Args) -> f
 
     The arms' steps, their parts and the matmul take turns.
     """
-    matmul, matmul_flops = cost.square_matmul(loading.DTYPES[args.dtype])
+    matmul, matmul_flops = machine.square_matmul(loading.DTYPES[args.dtype])
     frozen = jax.jit(next(iter(arms.values())).target.init_params)(jax.random.key(args.seed))
     programs = {MATMUL: matmul}
     for name, arm in arms.items():
@@ -309,7 +310,7 @@ def time_rows(rows: list[dict[str, Any]], arms: dict[str, Arm], args: Args) -> f
         made = parts_of(arm, given, lambda program, *arguments: jax.jit(program)(*arguments))
         programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in made.items()}
     with progress.progress("timing", args.repeats + 1, "turns") as bar:
-        seconds = cost.in_turns(programs, repeats=args.repeats, advance=bar.advance)
+        seconds = machine.in_turns(programs, repeats=args.repeats, advance=bar.advance)
     rate = matmul_flops / seconds[MATMUL]
     for row in rows:
         taken = seconds[row["recipe"]]

@@ -20,12 +20,12 @@ import jax
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import figures, planning
-from jaxspec.chips import chip_of
+from jaxspec import figures
 from jaxspec.config import DistillConfig, load
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.parallel.agreement import say
-from jaxspec.planning import DecodePlan, StepPlan
+from jaxspec.planning.chips import chip_of
+from jaxspec.planning.plan import PARTS, DecodePlan, StepPlan, on_mesh, plan_decoding, plan_step
 from jaxspec.serving import flags
 
 PROG = "jaxspec plan"
@@ -123,7 +123,7 @@ def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig
             if place in found:
                 return None
             try:
-                found[place] = planning.plan_step(tried, args.topology, draft_vocab=args.draft_vocab)
+                found[place] = plan_step(tried, args.topology, draft_vocab=args.draft_vocab)
             except ValueError as problem:
                 if not found:  # the config itself
                     raise
@@ -138,7 +138,7 @@ def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig
         yield first
         if not args.sweep:
             return
-        found[planning.on_mesh(config, first[1].mesh).mesh, config.data.batch] = None  # -1 has its number now
+        found[on_mesh(config, first[1].mesh).mesh, config.data.batch] = None  # -1 has its number now
         meshes = [p for tried in other_meshes(config, first[1]) if (p := plan(tried)) is not None]
         yield from meshes
         best = max([first, *meshes], key=lambda planned: planned[1].tokens_per_second or 0)[0]
@@ -152,14 +152,14 @@ def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConf
     for tensor in (1, 2, 4, 8):
         fsdp = devices // tensor
         while fsdp * tensor >= 4 and devices % (fsdp * tensor) == 0:
-            yield planning.on_mesh(config, {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor})
+            yield on_mesh(config, {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor})
             fsdp //= 4
 
 
 def decoding_of(config: DistillConfig, args: Args) -> DecodePlan:
     """The decoding of the config's drafter on the slice that `--decode` names."""
     assert args.decode is not None
-    return planning.plan_decoding(
+    return plan_decoding(
         config,
         args.decode,
         tree=args.decode_tree,
@@ -225,7 +225,7 @@ def show(
 ) -> None:
     """Prints what a chip holds, what a step takes, and what to change."""
     gb = {name: size / 1e9 for name, size in plan.memory._asdict().items()}
-    columns = ["program", *planning.PARTS, "total", "capacity"]
+    columns = ["program", *PARTS, "total", "capacity"]
     rows = [["training", *gb.values()]]
     if decoding is not None:
         rows.append(["decoding", *(size / 1e9 for size in decoding.memory)])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.cost import block_efficiency
+from jaxspec.decoding.metrics import block_efficiency
 from jaxspec.decoding.requests import Requests, round_up
 from jaxspec.decoding.rounds import RUNNING, DecodeState, Engine, Weights, admit, decode_rounds, prefill, vacant
 from jaxspec.trees import chain

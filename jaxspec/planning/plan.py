@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec import aot, hlo
-from jaxspec.chips import Chip, chip_of, device_part, network_bandwidth
 from jaxspec.config import DistillConfig
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.distillation.compilers import lower_step
 from jaxspec.distillation.step import Batch, init_state, train_step
-from jaxspec.flops import count_flops
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.nn.quantization import quantize_layers
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding, replicated
+from jaxspec.planning import decode_program, hlo
+from jaxspec.planning.chips import Chip, chip_of, device_part, network_bandwidth
+from jaxspec.planning.flops import count_flops
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import attention_blocks, optimizer_of
@@ -190,7 +190,7 @@ def plan_step(config: DistillConfig, topology: str, *, draft_vocab: int | None =
     shapes do not fit together.
     """
     chip = chip_of(topology)
-    mesh = aot.tpu_mesh(topology, slices=config.mesh.slices, **_axes(config))
+    mesh = decode_program.tpu_mesh(topology, slices=config.mesh.slices, **_axes(config))
     shape = target_shape(config.target)
     draft_vocab = scored_tokens(config, shape, draft_vocab)
     given, arguments = abstract_step(config, shape, mesh, draft_vocab)
@@ -231,9 +231,9 @@ def plan_decoding(
     The tree is cut where the drafter drafts less deep. ValueError where mesh and shapes do not fit together.
     """
     chip, shape = chip_of(topology), target_shape(config.target)
-    size = aot.tpu_mesh(topology, data=-1).size
+    size = decode_program.tpu_mesh(topology, data=-1).size
     tensor = math.gcd(size, shape.kv_heads)
-    mesh = aot.tpu_mesh(topology, data=size // tensor, tensor=tensor)
+    mesh = decode_program.tpu_mesh(topology, data=size // tensor, tensor=tensor)
     bf16, draft_vocab = jnp.bfloat16, scored_tokens(config, shape, draft_vocab)
     drafter = drafter_for(config, shape, draft_vocab).module.clone(dtype=bf16)
     target = Llama(shape, stacked=False, dtype=bf16, param_dtype=bf16, taps=drafter.taps)
@@ -250,7 +250,9 @@ def plan_decoding(
         return Weights(params, drafting, vocab)
 
     weights = jax.eval_shape(init)
-    held = [_bytes_held(aot.place(mesh, part)) for part in (weights.target, (weights.drafter, weights.vocab))]
+    held = [
+        _bytes_held(decode_program.place(mesh, part)) for part in (weights.target, (weights.drafter, weights.vocab))
+    ]
     parts = dict(zip(("target", "drafter"), (chip.cores * size for size in held), strict=True))
 
     def memory(caches: int, total: int) -> Memory:
@@ -262,7 +264,9 @@ def plan_decoding(
 
     chips = size // chip.cores
     try:
-        found = aot.plan_rounds(Engine(target, drafter, policy), weights, mesh, batch=batch, capacity=capacity)
+        found = decode_program.plan_rounds(
+            Engine(target, drafter, policy), weights, mesh, batch=batch, capacity=capacity
+        )
     except ValueError as problem:
         if "does not fit a chip" not in str(problem):
             raise
@@ -296,7 +300,12 @@ def abstract_step(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, draft_v
     integers: Any = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=parts)
     flags: Any = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=parts)
     vocab = draft_vocab and jax.ShapeDtypeStruct((draft_vocab,), jnp.int32, sharding=replicated(mesh))
-    arguments = (aot.place(mesh, frozen), aot.place(mesh, state), Batch(integers, integers, integers, flags), vocab)
+    arguments = (
+        decode_program.place(mesh, frozen),
+        decode_program.place(mesh, state),
+        Batch(integers, integers, integers, flags),
+        vocab,
+    )
     return (target, drafter.clone(**blocks), optimizer), arguments
 
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxspec import hlo
 from jaxspec.base import KVCache
 from jaxspec.decoding.generation import run_rounds
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import DecodeState, Engine, Weights, prefill
 from jaxspec.parallel.mesh import make_mesh, replicated, shardings
+from jaxspec.planning import hlo
 from jaxspec.sampling import Sampling
 
 

@@ -1,19 +1,17 @@
-"""What a round of decoding costs on paper, and what this machine can do: the two sides of every efficiency figure."""
+"""What a round of decoding costs on paper: FLOPs and bytes of target and drafter."""
 
 from __future__ import annotations
 
 import functools
 import math
-import time
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxspec.base import Borrowed, Children, Drafter, Frontier, TreePolicy
-from jaxspec.flops import count_flops
+from jaxspec.planning.flops import count_flops
 from jaxspec.targets.llama import LlamaConfig
 from jaxspec.trees.children import likeliest
 
@@ -106,14 +104,6 @@ def _drafting(
     return round_, params, borrowed, jax.eval_shape(start, params, borrowed)
 
 
-def block_efficiency(tokens: int, calls: int) -> float:
-    """Tokens per target call, bonus token included: tau by the name that the direct-alignment paper gives it.
-
-    At most one more than the draft is deep; 0 where no call was made.
-    """
-    return tokens / calls if calls else 0.0
-
-
 def mbsu(tau: float, *, ratio: float, passes: int) -> float:
     """Memory-bound speed-up `tau / (1 + c gamma)`: what drafting would gain if time were the weights read alone.
 
@@ -159,68 +149,3 @@ def frontier_widths(tree: TreePolicy, vocab: int, batch: int = 1) -> list[int]:
 
     jax.eval_shape(grow)
     return widths
-
-
-def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
-    """The median time of `call`, results awaited, after one call that is not timed."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
-
-
-Name = TypeVar("Name", bound=Hashable)
-
-
-class Part(NamedTuple):
-    """A program to time, with what it is handed."""
-
-    program: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    donated: int | None = None
-    """The argument that is given up, so that a copy of it is handed over."""
-
-
-def in_turns(parts: dict[Name, Part], *, repeats: int, advance: Callable[[], None] | None = None) -> dict[Name, float]:
-    """The median seconds of each part; parts take turns, so that a machine that drifts slows all of them alike.
-
-    A first turn is not counted; `advance` is told after every turn, that one included.
-    """
-    samples: dict[Name, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats + 1):
-        for name, part in parts.items():
-            given = [jax.tree.map(jnp.copy, a) if i == part.donated else a for i, a in enumerate(part.arguments)]
-            jax.block_until_ready(given)
-            started = time.perf_counter()
-            jax.block_until_ready(part.program(*given))
-            samples[name].append(time.perf_counter() - started)
-        if advance is not None:
-            advance()
-    return {name: float(np.median(taken[1:])) for name, taken in samples.items()}
-
-
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second, read and written counted both, of a copy far larger than any cache."""
-    held = [jnp.ones(megabytes * 2**18, jnp.float32)]
-    in_place = jax.jit(lambda x: x + 1, donate_argnums=0)  # into new memory, a CPU's time is that of finding its pages
-
-    def rewrite() -> Any:
-        held[0] = in_place(held[0])
-        return held[0]
-
-    return 2 * held[0].nbytes / median_seconds(rewrite)
-
-
-def square_matmul(dtype: Any = jnp.float32, size: int | None = None) -> tuple[Part, float]:
-    """A square matmul in `dtype`, by default of 1,536 rows on a CPU and of 8,192 elsewhere, and its FLOPs."""
-    size = size or (1536 if jax.devices()[0].platform == "cpu" else 8192)
-    return Part(jax.jit(lambda x: x @ x), (jnp.ones((size, size), dtype),)), 2.0 * size**3
-
-
-def matmul_rate(dtype: Any = jnp.float32, size: int | None = None) -> float:
-    """FLOPs a second of `square_matmul`."""
-    part, flops = square_matmul(dtype, size)
-    return flops / median_seconds(lambda: part.program(*part.arguments))
