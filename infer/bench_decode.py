@@ -20,18 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxspec import timing
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Requests, make_requests
+from jaxspec.evaluation import timing
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
-from jaxspec.peers import load_transformers
+from jaxspec.evaluation.peers import load_transformers
+from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
 from jaxspec.serving import flags, loading, queue
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Job
 from jaxspec.serving.regeneration import SENSIBLE, write_user_turns
-from jaxspec.timing import Load, Parts, PeerRun, Run
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 

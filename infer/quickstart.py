@@ -24,7 +24,7 @@ from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decoding.generation import Generation
 from jaxspec.decoding.requests import make_requests
 from jaxspec.distillation.objective import Objective
-from jaxspec.identity import Divergence, divergences
+from jaxspec.evaluation.equivalence import Divergence, divergences
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading, queue
 from jaxspec.serving.loading import Models

@@ -13,11 +13,11 @@ import jax
 import pytest
 from random_models import write_drafter, write_target
 
-from jaxspec import recipes
 from jaxspec.__main__ import main
 from jaxspec.config import DistillConfig
 from jaxspec.console.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.drafters import Eagle
+from jaxspec.evaluation import recipes
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import queue
 
@@ -111,7 +111,7 @@ class Watch:
                 self.after_prompt.get(self.decoded, lambda: None)()
                 yield served
 
-        monkeypatch.setattr("jaxspec.recipes.run_distillation", watched_train)
+        monkeypatch.setattr("jaxspec.evaluation.recipes.run_distillation", watched_train)
         monkeypatch.setattr("jaxspec.serving.queue.serve", watched_serve)
         monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 

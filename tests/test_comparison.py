@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxspec.comparison import (
+from jaxspec.console.results import jsonable
+from jaxspec.console.tables import cell
+from jaxspec.evaluation.comparison import (
     EVERY,
     Counts,
     Decoded,
@@ -19,8 +21,6 @@ from jaxspec.comparison import (
     tables,
     tau_interval,
 )
-from jaxspec.console.results import jsonable
-from jaxspec.console.tables import cell
 from jaxspec.trees import cut_tree, parse_tree
 
 

@@ -26,10 +26,10 @@ from jaxspec.data.pipeline import iterate
 from jaxspec.data.target_outputs import Kind, Stored, grow, likeliest, lump, shrink
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import Batch, judged_batch
+from jaxspec.evaluation.recipes import usable_features
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
 from jaxspec.losses import Scores, logit_loss
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
-from jaxspec.recipes import usable_features
 from jaxspec.training.batches import Data, place_rows, read_data
 from jaxspec.training.distill import Reading, drafter_for, read_features
 from jaxspec.training.loop import attention_blocks

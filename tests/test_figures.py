@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxspec import figures
-from jaxspec.comparison import Counts, Decoded, summaries
+from jaxspec.evaluation import figures
+from jaxspec.evaluation.comparison import Counts, Decoded, summaries
 
 
 def test_a_curve_is_read_by_trained_tokens(tmp_path: Path):

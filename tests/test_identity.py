@@ -18,7 +18,7 @@ from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decoding.generation import generate, generate_plain
 from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
-from jaxspec.identity import divergences
+from jaxspec.evaluation.equivalence import divergences
 from jaxspec.interchange import target_folders
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import loading

@@ -25,20 +25,20 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import comparison, figures
-from jaxspec.comparison import Decoded
 from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.console import cli
 from jaxspec.console.results import jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
+from jaxspec.evaluation import comparison, figures
+from jaxspec.evaluation.acceptance import DECODING_SEED, Notes, Setup, measure
+from jaxspec.evaluation.comparison import Decoded
+from jaxspec.evaluation.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.interchange import target_folders
-from jaxspec.measurement import DECODING_SEED, Notes, Setup, measure
 from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
-from jaxspec.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.serving import flags, loading
 from jaxspec.serving.queue import Settings
 from jaxspec.training.loop import termination_notice

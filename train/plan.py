@@ -20,9 +20,9 @@ import jax
 import tyro
 from tyro.conf import Positional
 
-from jaxspec import figures
 from jaxspec.config import DistillConfig, load
 from jaxspec.console import cli, progress, results, tables
+from jaxspec.evaluation import figures
 from jaxspec.parallel.agreement import say
 from jaxspec.planning.chips import chip_of
 from jaxspec.planning.plan import PARTS, DecodePlan, StepPlan, on_mesh, plan_decoding, plan_step

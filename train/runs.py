@@ -13,9 +13,9 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from jaxspec import comparison
 from jaxspec.checkpoints import tracking
 from jaxspec.console import cli, results, tables
+from jaxspec.evaluation import comparison
 
 MEASURED = "compare.json"
 COLUMNS = {

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxspec import comparison
-from jaxspec.comparison import Counts, Decoded
 from jaxspec.console import progress
 from jaxspec.data import jsonl
 from jaxspec.decoding.generation import tau
+from jaxspec.evaluation import comparison
+from jaxspec.evaluation.comparison import Counts, Decoded
 from jaxspec.parallel.agreement import say
 from jaxspec.planning import work
 from jaxspec.serving import queue

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxspec import comparison
 from jaxspec.config import DistillConfig, PretrainConfig, completed, differences, to_dict
 from jaxspec.console import results
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.feature_store import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
+from jaxspec.evaluation import comparison
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say

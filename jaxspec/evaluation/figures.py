@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.comparison import EVERY, FEWEST_ROUNDS, named_temperature
+from jaxspec.evaluation.comparison import EVERY, FEWEST_ROUNDS, named_temperature
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too pale for a line."""
