@@ -27,7 +27,7 @@ from jaxspec.evaluation import timing
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
-from jaxspec.serving import flags, loading, queue
+from jaxspec.serving import loading, queue
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Job
@@ -91,7 +91,7 @@ class Args(DraftFlags):
             raise ValueError(f"--drafter {twice[0]} is given twice; give every drafter once")
         if not self.drafter and self.shape is None:
             self.needs_drafter(tree=self.trees, **{"simulate-acceptance": self.simulate_acceptance})
-        flags.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
+        cli.refuse_below_one(self, "limit", "batch", "repeats", "prefix")
         _ = self.profile
         others = (self.prompts, self.drafter, self.draft_vocab, self.peer != "none")
         if self.shape is not None and any(others):

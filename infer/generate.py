@@ -25,7 +25,7 @@ from jaxspec.data import jsonl
 from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.generation import stream, tau
-from jaxspec.serving import flags, loading, queue
+from jaxspec.serving import loading, queue
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Answer, Job, Settings
@@ -67,7 +67,7 @@ class Args(DraftFlags):
             parse_tree(self.tree)
         if self.drafter == "none":
             self.needs_drafter(tree=self.tree)
-        flags.refuse_below_one(self, "slots")
+        cli.refuse_below_one(self, "slots")
         if self.out is not None and Path(self.out).exists():
             raise ValueError(f"--out {self.out} exists: give another name, or move it away")
 

@@ -18,7 +18,7 @@ from jaxspec.targets.llama import LlamaConfig
 
 Config = TypeVar("Config")
 Attention = Literal["auto", "xla", "splash", "cudnn"]
-"""What attends over training rows: a TPU's or NVIDIA's kernel, or XLA; `auto` takes the best. See jaxspec.nn.kernels."""
+"""Attention over training rows: a TPU's or NVIDIA's kernel, or XLA; `auto` takes the best (jaxspec.nn.kernels)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,14 +274,6 @@ def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
         elif field.default_factory is not dataclasses.MISSING:
             result[field.name] = to_dict(field.default_factory())
     return result
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two results of `to_dict` differ: one "a.b was x, is y" a field."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        fields = sorted(old.keys() | new.keys())
-        return [line for f in fields for line in differences(old.get(f), new.get(f), f"{path}.{f}" if path else f)]
-    return [] if old == new else [f"{path} was {old}, is {new}"]
 
 
 def experiments() -> list[str]:

@@ -195,13 +195,13 @@ def test_a_step_saved_in_the_background_is_the_state_of_its_moment(tmp_path: Pat
 
 
 def test_a_run_goes_on_while_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_card, finish = models.write_card, threading.Event()
+    write_card, finish = runs.write_card, threading.Event()
 
     def wait(*arguments: Any) -> None:
         assert finish.wait(20)
         write_card(*arguments)
 
-    monkeypatch.setattr(models, "write_card", wait)
+    monkeypatch.setattr(runs, "write_card", wait)
     with RunCheckpoints(tmp_path, keep_best=1, merit=Merit("tau", rising=True)) as run:
         run.save(1, {"a": jnp.zeros(2)}, DATA, CONFIG, wait=False)
         assert not run.improves({}) and not (tmp_path / "1").exists()
@@ -241,7 +241,7 @@ def test_failed_saves_in_a_row_stop_a_run_that_does_not_wait_for_them(tmp_path: 
     state, told = {"a": jnp.zeros(2)}, []
     with RunCheckpoints(tmp_path, tell=told.append) as run:
         with monkeypatch.context() as patched:
-            patched.setattr(models, "write_card", fail)
+            patched.setattr(runs, "write_card", fail)
             for step in range(1, PATIENCE + 1):
                 run.save(step, state, DATA, CONFIG, wait=False)
             with pytest.raises(OSError, match=rf"step {PATIENCE} .*\(No space left on device\); no step is saved"):
@@ -254,7 +254,7 @@ def test_failed_saves_in_a_row_stop_a_run_that_does_not_wait_for_them(tmp_path: 
 
 SAVE_FOR_EVER = """
 import sys, jax.numpy as jnp
-from jaxspec.checkpoint import RunCheckpoints
+from jaxspec.checkpoints.runs import RunCheckpoints
 state = {str(i): jnp.full((512, 512), i, jnp.float32) for i in range(12)}
 run = RunCheckpoints(sys.argv[1])
 run.save(1, state, {}, {})

@@ -13,11 +13,11 @@ from jaxspec.config import (
     DataConfig,
     OptimizerConfig,
     completed,
-    differences,
     load,
     override,
     to_dict,
 )
+from jaxspec.console.results import differences
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ CONFIG = """
 import os
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
 from jaxspec.data.packing import PackedBatches
-from jaxspec.objective import Objective
+from jaxspec.distillation.objective import Objective
 
 config = DistillConfig(
     name="toy",

@@ -38,10 +38,10 @@ def test_result_has_the_common_keys_and_its_own():
 
 
 def test_git_sha_is_that_of_the_checkout_or_none(monkeypatch, tmp_path):
-    root = Path(results.__file__).parents[1]
+    root = Path(results.__file__).parents[2]
     told = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     assert results.git_sha() == (told.stdout.strip() if told.returncode == 0 else None)
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "site-packages" / "jaxspec" / "report.py"))
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "site-packages" / "jaxspec" / "console" / "results.py"))
     assert results.git_sha() is None
 
 

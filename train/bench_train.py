@@ -41,7 +41,7 @@ from jaxspec.evaluation import machine
 from jaxspec.evaluation.machine import Part
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
-from jaxspec.serving import flags, loading
+from jaxspec.serving import loading
 from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import attention_blocks, optimizer_of
@@ -93,7 +93,7 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        flags.refuse_below_one(self, "batch", "length", "repeats")
+        cli.refuse_below_one(self, "batch", "length", "repeats")
         if not 0 <= self.draft_vocab <= self.target.vocab:
             raise ValueError(f"--draft-vocab is {self.draft_vocab}; {self.shape} has {self.target.vocab} tokens")
         if len(set(self.recipe)) < len(self.recipe):

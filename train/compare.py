@@ -39,7 +39,7 @@ from jaxspec.interchange import target_folders
 from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
-from jaxspec.serving import flags, loading
+from jaxspec.serving import loading
 from jaxspec.serving.queue import Settings
 from jaxspec.training.loop import termination_notice
 from jaxspec.trees import parse_tree
@@ -104,7 +104,7 @@ class Args:
                 raise ValueError(f"there is no recipe {recipe!r} in configs/; there are {', '.join(known)}")
         if not self.recipes or len(set(self.names)) < len(self.recipes):
             raise ValueError("name recipes to compare, each once")
-        flags.refuse_below_one(self, "limit", "tokens", "slots", "max_new_tokens")
+        cli.refuse_below_one(self, "limit", "tokens", "slots", "max_new_tokens")
         for stranger in set(self.headline_names) - set(self.names):
             raise ValueError(f"--headline names {stranger}, which is not compared: {', '.join(self.names)} are")
         for spec in self.tree:

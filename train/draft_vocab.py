@@ -18,7 +18,6 @@ from jaxspec.data.draft_vocab import count_tokens, save_maps
 from jaxspec.data.packing import tokenize_conversations
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf_config import read_config
-from jaxspec.serving import flags
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Shown beside the one that is asked for."""
@@ -44,7 +43,7 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        flags.refuse_below_one(self, "size", "length")
+        cli.refuse_below_one(self, "size", "length")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,7 +26,6 @@ from jaxspec.evaluation import figures
 from jaxspec.parallel.agreement import say
 from jaxspec.planning.chips import chip_of
 from jaxspec.planning.plan import PARTS, DecodePlan, StepPlan, on_mesh, plan_decoding, plan_step
-from jaxspec.serving import flags
 
 PROG = "jaxspec plan"
 LIBTPU = {
@@ -76,7 +75,7 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        flags.refuse_below_one(self, "draft_vocab", "steps", "decode_batch", "decode_capacity")
+        cli.refuse_below_one(self, "draft_vocab", "steps", "decode_batch", "decode_capacity")
         chip_of(self.topology)
         if self.decode is not None:
             chip_of(self.decode)

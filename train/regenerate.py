@@ -72,9 +72,9 @@ class Args(Flags):
             raise ValueError("give --temperature, or several with --temperatures, one of the two")
         if (self.prompts is None) == (self.from_scratch == 0):
             raise ValueError("give a file with --prompts, or a number with --from-scratch, one of the two")
-        flags.refuse_below_one(self, "batch", "limit")
+        cli.refuse_below_one(self, "batch", "limit")
         if self.prompts is None:
-            flags.refuse_below_one(self, "from_scratch")
+            cli.refuse_below_one(self, "from_scratch")
 
     @property
     def part(self) -> tuple[int, int]:

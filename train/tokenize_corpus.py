@@ -50,7 +50,7 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        flags.refuse_below_one(self, "length", "limit", "shard_documents")
+        cli.refuse_below_one(self, "length", "limit", "shard_documents")
         _ = self.part
 
     @property

@@ -72,3 +72,11 @@ def sentence(failure: BaseException) -> str:
     if isinstance(failure, OSError) and failure.strerror and failure.filename is not None:
         return f"{failure.filename}: {failure.strerror}"
     return " ".join(str(failure).split())
+
+
+def refuse_below_one(args: object, *names: str) -> None:
+    """ValueError naming the first of these flags that is given and less than 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -43,7 +43,7 @@ def cpu_name() -> str:
 
 def git_sha() -> str | None:
     """Returns the commit of the checkout this package runs from; None for an installed package."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
         return None
     try:
@@ -103,3 +103,11 @@ def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
             draft.unlink(missing_ok=True)
     except OSError as failure:
         raise OSError(f"cannot write the result to {path}: {failure.strerror}") from failure
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two results of `to_dict` differ: one "a.b was x, is y" a field."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        fields = sorted(old.keys() | new.keys())
+        return [line for f in fields for line in differences(old.get(f), new.get(f), f"{path}.{f}" if path else f)]
+    return [] if old == new else [f"{path} was {old}, is {new}"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxspec.decoding.metrics import block_efficiency
 from jaxspec.decoding.requests import Requests, round_up
-from jaxspec.decoding.rounds import RUNNING, DecodeState, Engine, Weights, admit, decode_rounds, prefill, vacant
+from jaxspec.decoding.rounds import RUNNING, DecodeState, Engine, Weights, decode_rounds, prefill
 from jaxspec.trees import chain
 
 FINISH_REASONS = ("running", "stop", "length")
@@ -48,12 +48,6 @@ _prefill = jax.jit(prefill, static_argnames=("engine", "capacity", "slots"))
 
 
 run_rounds = jax.jit(decode_rounds, static_argnames="engine", donate_argnames="state")
-
-
-_vacant = jax.jit(vacant, static_argnames=("engine", "batch", "capacity", "slots", "stops"))
-
-
-_admit = jax.jit(admit, donate_argnames="state")
 
 
 def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:

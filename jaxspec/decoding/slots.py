@@ -5,9 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from jaxspec.decoding.generation import NO_LIMIT, Generation, _admit, _vacant, collect, run_prefill, run_rounds, sizes
+from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes
 from jaxspec.decoding.requests import Requests, bucket, round_up
-from jaxspec.decoding.rounds import CHUNK, RUNNING, Engine, Weights
+from jaxspec.decoding.rounds import CHUNK, RUNNING, Engine, Weights, admit, vacant
+
+_vacant = jax.jit(vacant, static_argnames=("engine", "batch", "capacity", "slots", "stops"))
+_admit = jax.jit(admit, donate_argnames="state")
 
 
 class Slots:

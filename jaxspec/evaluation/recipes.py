@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxspec.config import DistillConfig, PretrainConfig, completed, differences, to_dict
+from jaxspec.config import DistillConfig, PretrainConfig, completed, to_dict
 from jaxspec.console import results
+from jaxspec.console.results import differences
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.feature_store import FeatureStore

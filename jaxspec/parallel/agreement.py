@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from jaxspec.config import differences
-from jaxspec.parallel.processes import FOREVER_MS
+from jaxspec.console.results import differences
+
+FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
 
 
 def say(line: str) -> None:
@@ -24,14 +25,14 @@ def say(line: str) -> None:
 
 def meet(name: str) -> None:
     """Returns when all processes have come here, however long that takes; every place has its own `name`."""
-    state = _state()
+    state = process_state()
     if state.client is not None:
         state.client.wait_at_barrier(f"jaxspec/{name}", FOREVER_MS)
 
 
 def exchange(name: str, value: Any) -> list[Any]:
     """The values (JSON) that all processes give, in order of process; every place has its own `name`."""
-    state = _state()
+    state = process_state()
     if state.client is None:
         return [value]
     folder = f"jaxspec/{name}"
@@ -54,7 +55,7 @@ def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:
 
 def check_shared(folder: str | Path) -> None:
     """ValueError naming a process that does not see what process 0 writes into the folder, which is made if need be."""
-    state, folder = _state(), Path(folder)
+    state, folder = process_state(), Path(folder)
     if state.client is None:
         return
     mark = folder / ".seen-by-all"
@@ -73,7 +74,7 @@ def check_shared(folder: str | Path) -> None:
         )
 
 
-def _state() -> Any:
+def process_state() -> Any:
     """JAX's own record of the processes: `client`, `process_id`, `num_processes`.
 
     Private, but the only door to the store and the barriers of the coordination service; Orbax goes through it too.

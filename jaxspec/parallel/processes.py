@@ -23,8 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 
 from jaxspec.console import cli
-from jaxspec.parallel.agreement import _state, agree, meet
-from jaxspec.serving import flags
+from jaxspec.parallel.agreement import FOREVER_MS, agree, meet, process_state
 
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 """What stands in for a flag that is not given."""
@@ -36,9 +35,6 @@ GRACE_SECONDS = 10
 
 NEWS_SECONDS = 2
 """For news of another process to arrive."""
-
-
-FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
 
 
 FAILURE, LEFT = "jaxspec/failure", "jaxspec/left"
@@ -72,7 +68,7 @@ class Launch:
     """Seconds to wait at the start until all processes are there."""
 
     def __post_init__(self) -> None:
-        flags.refuse_below_one(self, "processes", "heartbeat_timeout", "join_timeout")
+        cli.refuse_below_one(self, "processes", "heartbeat_timeout", "join_timeout")
         place_of(self)
 
 
@@ -201,7 +197,7 @@ def _join_found(options: Mapping[str, Any]) -> bool:
         if "must be called before" in str(failure):  # called from a program that computes already, alone
             return False
         raise ValueError(f"{cli.sentence(failure)} {NOT_JOINED}") from failure
-    return _state().num_processes > 1
+    return process_state().num_processes > 1
 
 
 def _check_port(coordinator: str) -> None:
@@ -226,7 +222,7 @@ class _Watch:
     """
 
     def __init__(self, prog: str, heartbeat_timeout: int) -> None:
-        state = _state()
+        state = process_state()
         self.prog, self.heartbeat_timeout = prog, heartbeat_timeout
         self.client, self.process, self.processes = state.client, state.process_id, state.num_processes
         self.coordinator = state.coordinator_address

@@ -91,11 +91,3 @@ def parse_part(text: str) -> tuple[int, int]:
     if len(words) == 2 and all(w.isdecimal() for w in words) and int(words[0]) < int(words[1]):
         return int(words[0]), int(words[1])
     raise ValueError(f"--shard is {text!r}; it must be i/n with i below n, from 0/4 to 3/4 for four shards")
-
-
-def refuse_below_one(args: object, *names: str) -> None:
-    """ValueError naming the first of these flags that is given and less than 1."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -27,12 +27,11 @@ from jaxspec.config import (
     OptimizerConfig,
     PretrainConfig,
     completed,
-    differences,
     to_dict,
 )
 from jaxspec.console.cli import Preempted
 from jaxspec.console.progress import progress
-from jaxspec.console.results import jsonable
+from jaxspec.console.results import differences, jsonable
 from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
 from jaxspec.distillation.optimizer import make_optimizer, make_schedule
