@@ -1,7 +1,7 @@
 """Exported EAGLE-3 and P-EAGLE heads in the package `speculators` itself, which has an environment of its own.
 
 It wants other versions of transformers than we do: `python -m venv DIR && DIR/bin/pip install speculators==0.9.0`, and
-then `JAXSPEC_SPECULATORS=DIR/bin/python python -m pytest -m slow tests/test_speculators_parity.py`.
+then `JAXSPEC_SPECULATORS=DIR/bin/python python -m pytest -m slow tests/interchange/test_speculators_parity.py`.
 """
 
 import os
@@ -41,7 +41,7 @@ def drafted(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write("speculators", folder / kind, head(kind), str(target))
         features = draw.normal(size=(ROWS, 3 * WIDTH)).astype(np.float32)
         np.savez(folder / kind / "inputs.npz", input_ids=draw.integers(0, SIZE, ROWS), hidden_states=features)
-    program = Path(__file__).with_name("speculators_drafts.py")
+    program = Path(__file__).resolve().parents[1] / "speculators_drafts.py"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([python, program, *(folder / kind for kind in KINDS)], check=True, env=environment)
     return folder
