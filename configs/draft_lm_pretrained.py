@@ -10,7 +10,7 @@ smaller width, and not searched. Muon learns here what AdamW needs several times
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 config = PretrainConfig(
     name="draft_lm_pretrained",

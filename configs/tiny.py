@@ -6,7 +6,7 @@ passage) and 1.88 (maths) nats a token.
 """
 
 from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 config = PretrainConfig(
     name="tiny",

@@ -44,7 +44,7 @@ tau: tokens per target call, bonus token included; the prefill call and the toke
 mbsu: the speed-up if time were the weights read alone: tau / (1 + drafter's parameters / target's * drafter's passes)
 efficiency: speed-up / tau: the share of the longer steps that is left after drafting and wider target calls
 same: share of prompts whose tokens are those of the plain arm; fp32 differs only at near ties; not shown where a rule
-keeps the law and not the text
+keeps the distribution and not the text
 round: one round of the fused program in the middle of an answer; draft, target, verify, commit: its parts as separate
 programs on the same shapes, those of all arms taking turns; dispatch subtracted from all
 overhead: what is left of the round; below 0 where fusion saves more than the rest costs
@@ -282,7 +282,7 @@ def make_row(
     speed = float(np.median([run.tokens_per_second for run in mine]))
     plain = float(np.median([run.tokens_per_second for run in runs["plain"]]))
     tree = models.engine.tree
-    # Otherwise only the law is the same, or not even that.
+    # Otherwise only the distribution is the same, or not even that.
     comparable = tree is None or (args.profile is None and (args.temperature == 0 or args.rule_name == "target-draw"))
     same = [np.array_equal(a, b) for a, b in zip(mine[0].tokens, runs["plain"][0].tokens, strict=True)]
     return {

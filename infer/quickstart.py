@@ -31,7 +31,7 @@ from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Job, Queue, Settings
 from jaxspec.serving.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.training.distill import distill
-from jaxspec.training.loop import Finished
+from jaxspec.training.loop import RunResult
 from jaxspec.trees import parse_tree
 
 TREES = ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3")
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     tree, speeds = pick_tree(drafted, tuning, args)
     drafter = args.folder / "drafter"
     about = {"target": args.target, "tree": tree}
-    save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored, card=done.card)
+    save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored, manifest=done.manifest)
     say("5/5 held-out questions are decoded, plainly and speculatively")
     fast = drafted.with_tree(parse_tree(tree))
     passes = [(measure(models, held_out, args), measure(fast, held_out, args)) for _ in range(PASSES)]
@@ -174,7 +174,7 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
     return sorted(answered, key=lambda c: int(c.id))
 
 
-def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, list[int], Finished]:
+def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, list[int], RunResult]:
     """An EAGLE-2 head trained with EAGLE's losses on the target's answers, and the ids of their commonest tokens."""
     config = DistillConfig(
         name="quickstart",

@@ -70,7 +70,7 @@ class TargetOutput(NamedTuple):
         return self.features_BLD if self.taps_BLD is None else self.taps_BLD
 
 
-class Borrowed(NamedTuple):
+class SharedTables(NamedTuple):
     """The target's frozen tables that a drafter uses and does not own."""
 
     embed_VD: Array
@@ -94,8 +94,8 @@ class Frontier(NamedTuple):
 
 
 DraftMode = Literal["topk", "sample", "swor"]
-"""How a node's children come about: its likeliest tokens; independent draws from the draft's law; draws from it without
-replacement. Siblings stand in the order of their draws."""
+"""How a node's children come about: its likeliest tokens; independent draws from the draft's distribution; draws from
+it without replacement. Siblings stand in the order of their draws."""
 DRAFT_MODES: tuple[DraftMode, ...] = ("topk", "sample", "swor")
 
 
@@ -107,23 +107,23 @@ class Children(NamedTuple):
     """Draft log-probability of each; -inf for one drawn before."""
     left_BWR: Array
     """Upper bound on `logp` known before the draw, falling along `R`; -inf where nothing is left to draw."""
-    law_BWV: Array | None = None
+    distribution_BWV: Array | None = None
     """What they were drawn from; None where they are the likeliest in every row."""
     random_B: Array | None = None
-    """Rows whose children were drawn; those of the others are the likeliest, whatever the law."""
+    """Rows whose children were drawn; those of the others are the likeliest, whatever the distribution."""
 
 
 ChooseChildren = Callable[[Array, int, int], Children]
 """`(logits_BWV, children a node, scratch slot of the first node or ROOT) -> Children`."""
 
 
-class DraftLaws(NamedTuple):
+class DraftDistributions(NamedTuple):
     """What a tree's children were drawn from."""
 
-    law_BEV: Array
+    distribution_BEV: Array
     """Sums to 1."""
     row_BN: Array
-    """Which of the `E` laws each node's children came from; any for a node without."""
+    """Which of the `E` distributions each node's children came from; any for a node without."""
     random_B: Array
     """As `Children`'s."""
 
@@ -140,7 +140,7 @@ class Tree(NamedTuple):
     valid_BN: Array
     ancestors_BNN: Array
     """`[b, n, m]`: node `m` is `n` or an ancestor of `n`. The attention mask among the tree's nodes."""
-    laws: DraftLaws | None = None
+    distributions: DraftDistributions | None = None
     """None where children are the likeliest tokens."""
 
 
@@ -199,7 +199,7 @@ class Target(Protocol):
         """fp32 next-token logits `[B, L, V]` of features."""
         ...
 
-    def borrowed(self, params: Params) -> Borrowed:
+    def shared_tables(self, params: Params) -> SharedTables:
         """The embedding and LM head that drafters share."""
         ...
 
@@ -242,7 +242,7 @@ class Drafter(Protocol):
         """Tokens that its own LM head scores; None where it borrows the target's."""
         ...
 
-    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> Any:
+    def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> Any:
         """Per-row state for contexts of up to `capacity` tokens that begin with `first`, which no pair will carry.
 
         A pytree of `KVCache`s and of arrays that have the batch axis first.
@@ -250,7 +250,7 @@ class Drafter(Protocol):
         ...
 
     def extend(
-        self, params: Params, borrowed: Borrowed, state: Any, tokens_BL: Array, features_BLD: Array, count_B: Array
+        self, params: Params, shared: SharedTables, state: Any, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[Any, Array]:
         """Take in what the target just read and return the draft logits `[B, V]` of the new root's children.
 
@@ -264,7 +264,7 @@ class Drafter(Protocol):
         ...
 
     def expand(
-        self, params: Params, borrowed: Borrowed, state: Any, scratch: Any, frontier: Frontier
+        self, params: Params, shared: SharedTables, state: Any, scratch: Any, frontier: Frontier
     ) -> tuple[Array, Any]:
         """Draft logits `[B, W, V]` of the children of a level's nodes; writes their slots of the scratch."""
         ...
@@ -273,14 +273,14 @@ class Drafter(Protocol):
 class Learner(Drafter, Protocol):
     """A drafter as training sees it."""
 
-    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Fresh weights; some begin as copies of the target's tables, where these are given."""
         ...
 
     def unroll(
         self,
         params: Params,
-        borrowed: Borrowed,
+        shared: SharedTables,
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
@@ -295,6 +295,6 @@ class Learner(Drafter, Protocol):
         """
         ...
 
-    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int) -> Array:
+    def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int) -> Array:
         """fp32 logits `[B, L, V]` of the unrolled outputs of one step."""
         ...

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import OptimizerKind
 from jaxspec.nn.remat import Remat
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 Config = TypeVar("Config")
 Attention = Literal["auto", "xla", "splash", "cudnn"]

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxspec.base import Array
 from jaxspec.parallel.mesh import AXIS_RULES, splits
-from jaxspec.parallel.rows import in_parts
+from jaxspec.parallel.rows import shard_map_rows
 
 ROUND = 2**32 - 1
 """Stands where `position_noise` has a position, which is never as large."""
@@ -68,7 +68,7 @@ def _argmax_by_blocks(x: Array) -> Array:
     return jnp.take_along_axis(index, place, axis=-1)[..., 0]
 
 
-def greatest(x_XV: Array, count: int) -> tuple[Array, Array]:
+def sharded_top_k(x_XV: Array, count: int) -> tuple[Array, Array]:
     """Indices (int32) and values of the `count` greatest of the last axis, best first; ties to the lower index.
 
     `[..., V] -> [..., count]`. Where the mesh in context splits the vocabulary, every device picks its own best and
@@ -93,7 +93,7 @@ def greatest(x_XV: Array, count: int) -> tuple[Array, Array]:
         best, chosen = _top_k(best, count)
         return jnp.take_along_axis(index, chosen, axis=-1), best
 
-    return in_parts(best_of_parts, ((*axes[:-1], "vocab"),), (axes, axes), x_XV)
+    return shard_map_rows(best_of_parts, ((*axes[:-1], "vocab"),), (axes, axes), x_XV)
 
 
 def top_k(x_BX: Array, count: int) -> tuple[Array, Array]:
@@ -102,7 +102,7 @@ def top_k(x_BX: Array, count: int) -> tuple[Array, Array]:
     Each row is looked at by the device that has it: left alone, XLA (but a TPU's) gathers all rows on every device.
     """
     axes = (*_leading(x_BX), None)
-    return in_parts(functools.partial(_top_k, count=count), (axes,), (axes, axes), x_BX)
+    return shard_map_rows(functools.partial(_top_k, count=count), (axes,), (axes, axes), x_BX)
 
 
 def _leading(x_BX: Array) -> tuple[str | None, ...]:
@@ -208,8 +208,9 @@ def draw(logits_BNV: Array, depth_BN: Array, first_position_B: Array, depths: in
     return lax.cond(jnp.any(sampling.temperature_B > 0), sampled, greedy, logits_BNV)
 
 
-def law_of(logits_BNV: Array, sampling: Sampling) -> Array:
-    """The law that `draw` draws from, `[B, N, V]`; greedy rows have it all on the first of their likeliest tokens."""
+def distribution_of(logits_BNV: Array, sampling: Sampling) -> Array:
+    """The distribution that `draw` draws from, `[B, N, V]`; greedy rows have it all on the first of their likeliest
+    tokens."""
     warped_BNV = warp_logits(logits_BNV, sampling)
     best_BNV = jax.nn.one_hot(argmax(logits_BNV), logits_BNV.shape[-1], dtype=logits_BNV.dtype)
     return jnp.where(sampling.temperature_B[:, None, None] > 0, jax.nn.softmax(warped_BNV, axis=-1), best_BNV)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Array, Borrowed, Frontier
+from jaxspec.base import Array, Frontier, SharedTables
 from jaxspec.drafters import (
     DraftLM,
     DraftLMConfig,
@@ -90,19 +90,19 @@ class Toy:
             for w, n in zip(leaves, noise, strict=True)
         ]
         self.params = jax.tree.unflatten(shape, map(jnp.asarray, moved))
-        self.borrowed = Borrowed(*(jnp.asarray(normal(VOCAB, WIDTH)) for _ in range(2)))
+        self.shared_tables = SharedTables(*(jnp.asarray(normal(VOCAB, WIDTH)) for _ in range(2)))
         self.tokens = jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH + STEPS + 1)))
         self.read_width = WIDTH * max(1, len(self.drafter.taps))
         self.features = jnp.asarray(normal(BATCH, LENGTH + 1, self.read_width))
         start = jax.jit(functools.partial(self.drafter.init_state, capacity=CAPACITY))
-        self.empty = start(self.params, self.borrowed, self.tokens[:, 0])
-        self.extend = jax.jit(lambda *a: self.drafter.extend(self.params, self.borrowed, *a))
+        self.empty = start(self.params, self.shared_tables, self.tokens[:, 0])
+        self.extend = jax.jit(lambda *a: self.drafter.extend(self.params, self.shared_tables, *a))
         self.expand = jax.jit(self._expand, static_argnames=("depth", "slot"))
-        self.unroll = jax.jit(lambda *a: self.drafter.unroll(self.params, self.borrowed, *a), static_argnums=4)
+        self.unroll = jax.jit(lambda *a: self.drafter.unroll(self.params, self.shared_tables, *a), static_argnums=4)
 
     def _expand(self, state, scratch, token, parent, visible, depth, slot):
         frontier = Frontier(token, parent, visible, depth, slot)
-        return self.drafter.expand(self.params, self.borrowed, state, scratch, frontier)
+        return self.drafter.expand(self.params, self.shared_tables, state, scratch, frontier)
 
     def read(self, state: Any, begin: int, end: int) -> tuple[Any, Array]:
         """The state after the pairs `begin .. end - 1`; what stands behind them in the call is garbage."""
@@ -133,7 +133,9 @@ class Toy:
         return self.score(out.hidden_TBLD)
 
     def score(self, hidden_TBLD: Array) -> Array:
-        return jnp.stack([self.drafter.logits(self.params, self.borrowed, h, j) for j, h in enumerate(hidden_TBLD)])
+        return jnp.stack(
+            [self.drafter.logits(self.params, self.shared_tables, h, j) for j, h in enumerate(hidden_TBLD)]
+        )
 
 
 def causal(length: int) -> np.ndarray:

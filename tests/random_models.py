@@ -11,7 +11,7 @@ from jaxspec.checkpoints.models import save_drafter
 from jaxspec.data.tokenizer_training import END, PAD, SPECIAL_TOKENS, train_bpe, write_tokenizer_folder
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange.hf import write_llama
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 SIZE = 300
 POSITIONS = 256
@@ -39,7 +39,7 @@ def write_target(folder: Path, *, layers: int = 1) -> Path:
         vocab=SIZE, width=32, layers=layers, heads=4, kv_heads=2, head_dim=8, mlp=64, max_positions=POSITIONS,
         bos_id=0, eos_ids=(end,), pad_id=SPECIAL_TOKENS.index(PAD),
     )  # fmt: skip
-    params = random_weights(Llama(config), 0.5, 37)
+    params = random_weights(Decoder(config), 0.5, 37)
     # A constant channel of the embedding, which the layer disturbs: the end is likely, and where depends on the text.
     params["embed"][:, 0] = 3.0
     params["head"][:, 0] = 0.0

@@ -170,9 +170,9 @@ def test_noise_differs_between_positions_and_between_seeds():
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
-def g_test(counts: np.ndarray, law: np.ndarray) -> float:
+def g_test(counts: np.ndarray, distribution: np.ndarray) -> float:
     """The p-value that counts come from the law; cells expected below 5 are pooled, impossible ones must be empty."""
-    counts, expected = counts.ravel(), law.ravel() * counts.sum()
+    counts, expected = counts.ravel(), distribution.ravel() * counts.sum()
     assert not counts[expected == 0].any(), "a token of probability 0 was drawn"
     small = expected < 5
     counts = np.append(counts[~small], counts[small].sum())
@@ -194,8 +194,10 @@ def test_draws_follow_the_warped_softmax(t: float, k: int, p: float):
         return draw(rows, depth, jnp.full(trials, 11), 2, s)
 
     drawn = np.asarray(jax.jit(tokens)(s))
-    law = np.asarray(jax.nn.softmax(warp_logits(jnp.asarray(x)[None, None], settings(1, t, k, p))[0, 0]), np.float64)
+    distribution = np.asarray(
+        jax.nn.softmax(warp_logits(jnp.asarray(x)[None, None], settings(1, t, k, p))[0, 0]), np.float64
+    )
     pairs = np.bincount(drawn[:, 0] * vocab + drawn[:, 1], minlength=vocab**2)
-    assert g_test(pairs, np.outer(law, law) / law.sum() ** 2) > ALPHA
-    nearly = 0.96 * law / law.sum() + 0.04 / vocab
+    assert g_test(pairs, np.outer(distribution, distribution) / distribution.sum() ** 2) > ALPHA
+    nearly = 0.96 * distribution / distribution.sum() + 0.04 / vocab
     assert g_test(np.bincount(drawn[:, 0], minlength=vocab), nearly) < ALPHA, "the test has no power"

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxspec.checkpoints.runs import Merit
+from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
-from jaxspec.training.loop import Finished, Recipe, run
+from jaxspec.training.loop import Recipe, RunResult, run
 
 ROWS = 8
 SHAPES = ((16, 32), (32, 16))
@@ -47,7 +47,7 @@ class Draws:
         return {"x": x, "segments": np.ones((share, 1), np.int32), "documents": np.full((share, 1), -1)}
 
 
-def train(folder: Path, steps: int, mesh: jax.sharding.Mesh, **checkpoint: Any) -> Finished:
+def train(folder: Path, steps: int, mesh: jax.sharding.Mesh, **checkpoint: Any) -> RunResult:
     """Train in `folder` up to `steps`, from where it stands; every step's loss is in `metrics.jsonl`."""
     optimizer = optax.adamw(1e-2)
 
@@ -69,8 +69,8 @@ def train(folder: Path, steps: int, mesh: jax.sharding.Mesh, **checkpoint: Any) 
     def step(state: State, batch: Any) -> tuple[State, jax.Array]:
         return update(state, jax.make_array_from_process_local_data(batch_sharding(mesh), batch["x"]))
 
-    merit = Merit("loss", rising=False)
-    recipe = Recipe("toy", init, step, lambda _: {"loss": 1.0}, cast(Any, Draws()), steps, (), (merit,), {})
+    best_metric = BestMetric("loss", rising=False)
+    recipe = Recipe("toy", init, step, lambda _: {"loss": 1.0}, cast(Any, Draws()), steps, (), (best_metric,), {})
     kept = CheckpointConfig(str(folder), **{"save_every": 2, **checkpoint})
     config = dataclasses.replace(load("tiny"), checkpoint=kept, log_every=1)
     return run(recipe, config, mesh)

@@ -12,13 +12,13 @@ import numpy as np
 from jaxspec.base import (
     ROOT,
     Array,
-    Borrowed,
     Children,
     ChooseChildren,
     Frontier,
     KVCache,
     Mask,
     Params,
+    SharedTables,
     TargetOutput,
     Tree,
 )
@@ -80,11 +80,11 @@ class TableDrafter:
     taps = ()
     vocab = None
 
-    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> Array:
+    def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> Array:
         return jnp.zeros_like(first_B)
 
     def extend(
-        self, params: Params, borrowed: Borrowed, state: Array, tokens_BL: Array, features_BLD: Array, count_B: Array
+        self, params: Params, shared: SharedTables, state: Array, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[Array, Array]:
         last = jnp.take_along_axis(tokens_BL, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
         state = jnp.where(count_B > 0, last, state)
@@ -94,7 +94,7 @@ class TableDrafter:
         return jnp.zeros(0)
 
     def expand(
-        self, params: Params, borrowed: Borrowed, state: Array, scratch: Array, frontier: Frontier
+        self, params: Params, shared: SharedTables, state: Array, scratch: Array, frontier: Frontier
     ) -> tuple[Array, Array]:
         return params[frontier.token_BW], scratch
 
@@ -113,7 +113,7 @@ class RememberingDrafter(TableDrafter):
     Its params are logits `[V, V]`, by a sum over what it holds and where.
     """
 
-    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> Memory:
+    def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> Memory:
         batch = first_B.shape[0]
         empty = Memory(kv.empty(1, batch, 1, 1, capacity, jnp.float32), jnp.zeros(batch, jnp.int32))
         return self._read(empty, first_B[:, None], jnp.ones(batch, jnp.int32))
@@ -130,13 +130,13 @@ class RememberingDrafter(TableDrafter):
         return params[jnp.sum((held_BS + 1) * (slot_S + 1) * real_BS, axis=1) % params.shape[0]]
 
     def extend(
-        self, params: Params, borrowed: Borrowed, state: Memory, tokens_BL: Array, features_BLD: Array, count_B: Array
+        self, params: Params, shared: SharedTables, state: Memory, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[Memory, Array]:
         state = self._read(state, tokens_BL, count_B)
         return state, self._logits(params, state)
 
     def expand(
-        self, params: Params, borrowed: Borrowed, state: Memory, scratch: Array, frontier: Frontier
+        self, params: Params, shared: SharedTables, state: Memory, scratch: Array, frontier: Frontier
     ) -> tuple[Array, Array]:
         logits_BV = self._logits(params, state)
         return jnp.broadcast_to(logits_BV[:, None], (*frontier.token_BW.shape, logits_BV.shape[1])), scratch
@@ -162,8 +162,8 @@ class TableTarget:
     def logits(self, params: Params, features_BLD: Array) -> Array:
         return params[jnp.argmax(features_BLD, axis=-1)]
 
-    def borrowed(self, params: Params) -> Borrowed:
-        return Borrowed(jnp.eye(params.shape[0]), jnp.eye(params.shape[0]))
+    def shared_tables(self, params: Params) -> SharedTables:
+        return SharedTables(jnp.eye(params.shape[0]), jnp.eye(params.shape[0]))
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache(jnp.zeros((1, batch, 1, 1, capacity)), jnp.zeros((1, batch, 1, capacity, 1)))

@@ -42,7 +42,7 @@ from jaxspec.evaluation.machine import Part
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
-from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
+from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import attention_blocks, optimizer_of
 
@@ -115,7 +115,7 @@ class Args:
 class Arm(NamedTuple):
     """One recipe's training step."""
 
-    target: Llama
+    target: Decoder
     drafter: Any
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -166,7 +166,7 @@ def make_arm(spec: str, args: Args) -> Arm:
         )
     blocks = attention_blocks(found, make_mesh(devices=jax.devices()[:1]))
     dtype = loading.DTYPES[args.dtype]
-    target = Llama(args.target, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
+    target = Decoder(args.target, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
     return Arm(target, drafter.clone(**blocks), found.objective, optimizer_of(found.optimizer, 1000))
 
 
@@ -211,7 +211,7 @@ def give(arm: Arm, frozen: Params, args: Args) -> Given:
     tokens_BL = jax.random.randint(key, rows, 0, args.target.vocab)
     ones_BL = jnp.ones(rows, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(args.length), rows)
-    state = init_state(arm.drafter, arm.optimizer, key, arm.target.borrowed(frozen))
+    state = init_state(arm.drafter, arm.optimizer, key, arm.target.shared_tables(frozen))
     vocab_U = jnp.arange(args.draft_vocab) if args.draft_vocab else None
     return Given(frozen, state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL), vocab_U)
 
@@ -232,8 +232,8 @@ def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]
 
     def draft(params: Params, frozen: Params, batch: Batch, out: Any, key: Any, vocab_U: Any) -> Any:
         noise_key, slot_key = jax.random.split(key)
-        borrowed = lend(target, frozen, vocab_U)
-        return unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key)
+        shared = lend(target, frozen, vocab_U)
+        return unroll_batch(drafter, params, shared, batch, out, objective, noise_key, slot_key)
 
     def draft_and_back(against: Any, params: Params, *rest: Any) -> Any:
         def outputs(params: Params) -> Any:
@@ -247,9 +247,9 @@ def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]
         params: Params, unrolled: Any, frozen: Params, batch: Batch, out: Any, key: Any, ids: Any
     ) -> Any:
         def loss(params: Params, outputs: Any) -> Any:
-            teacher, borrowed = Teacher(target, frozen, ids), lend(target, frozen, ids)
+            teacher, shared = Teacher(target, frozen, ids), lend(target, frozen, ids)
             drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
-            return judge_batch(drafter, params, borrowed, teacher, batch, out, drafted, objective, key, learning=True)
+            return judge_batch(drafter, params, shared, teacher, batch, out, drafted, objective, key, learning=True)
 
         learned = (0, 1) if drafter.vocab is not None else (1,)  # only then has it a head that learns
         return jax.value_and_grad(loss, learned, has_aux=True)(params, tuple(unrolled[:2]))

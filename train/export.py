@@ -1,8 +1,8 @@
-"""Write a model as others read it: an Orbax checkpoint with a card, a HuggingFace folder, or what a server loads.
+"""Write a model as others read it: an Orbax checkpoint with a manifest, a HuggingFace folder, or what a server loads.
 
 RUN is the folder of a run (its checkpoints), a drafter's folder, jaxspec's or published, or a target's in HuggingFace
 layout. Servers' folders need `--target`, the folder of the model that the drafter was made for. Their
-card says which version's behaviour is assumed.
+manifest says which version's behaviour is assumed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     facts = export.facts(model) | {
         "format": args.to,
         "path": args.out,
-        "step": model.card.get("provenance", {}).get("step"),
+        "step": model.manifest.get("provenance", {}).get("step"),
     }
     tables.print_table(f"{args.run} in {args.out}", ("", ""), list(facts.items()))
     if args.json:

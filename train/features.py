@@ -43,7 +43,7 @@ from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding
 from jaxspec.parallel.processes import refuse_several
 from jaxspec.serving import flags
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import HostBatch, place_rows, read_data
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import attention_blocks, mesh_of, termination_notice

@@ -1,4 +1,4 @@
-"""Make a target in HuggingFace layout an exported one of jaxspec: sharded Orbax, checksums, a card, its tokenizer.
+"""Make a target in HuggingFace layout an exported one of jaxspec: sharded Orbax, checksums, a manifest, its tokenizer.
 
 A few pieces are in memory at a time, whatever the model's size. Files are held to the index and their headers, and to
 their SHA-256 where the hub or a file beside them gives it. What a repository's name stands for is downloaded with

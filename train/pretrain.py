@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tyro.conf import OmitArgPrefixes, Positional
 
-from jaxspec.checkpoints.runs import Merit
+from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import PretrainConfig, load
 from jaxspec.console import cli
 from jaxspec.console.results import result, write_json
@@ -30,7 +30,7 @@ from jaxspec.interchange.hf import write_llama
 from jaxspec.parallel.agreement import meet, say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.parallel.processes import Launch, joined
-from jaxspec.targets.llama import Llama
+from jaxspec.targets.decoder import Decoder
 from jaxspec.training.batches import HostBatch, read_data, spread
 from jaxspec.training.loop import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
@@ -91,7 +91,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     shape = dataclasses.replace(
         config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
     )
-    model = Llama(shape, dtype=jnp.dtype(config.dtype), **attention_blocks(config, mesh))
+    model = Decoder(shape, dtype=jnp.dtype(config.dtype), **attention_blocks(config, mesh))
     optimizer = optimizer_of(config.optimizer, steps)
 
     def init() -> TrainState:
@@ -119,11 +119,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         data=data.train,
         steps=steps,
         resumable=RESUMABLE,
-        merits=(Merit("loss", rising=False),),
+        best_metrics=(BestMetric("loss", rising=False),),
         model={
             "kind": "target",
             "config": dataclasses.asdict(shape),
-            "tokenizer": target_folders.tokenizer_card(Path(config.export_folder)),
+            "tokenizer": target_folders.tokenizer_manifest(Path(config.export_folder)),
         },
     )
     done = run(recipe, config, mesh)
@@ -156,7 +156,7 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
 
 
 def train_step(
-    model: Llama, optimizer: optax.GradientTransformation, block: int, state: TrainState, batch: TokenBatch
+    model: Decoder, optimizer: optax.GradientTransformation, block: int, state: TrainState, batch: TokenBatch
 ) -> tuple[TrainState, jax.Array]:
     """One update on one global batch and its mean loss; the state stays as it was if the loss is not finite."""
     count = jnp.maximum(jnp.sum(target_weights(batch)), 1.0)
@@ -170,7 +170,7 @@ def train_step(
 
 
 def eval_sums(
-    model: Llama, block: int, sources: int, params: Any, batch: TokenBatch, sources_BL: jax.Array
+    model: Decoder, block: int, sources: int, params: Any, batch: TokenBatch, sources_BL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and target tokens of a batch, summed by source: two `[sources]`."""
     loss_BL = next_token_loss(model, params, batch, block=block)

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxspec.checkpoints.manifest import (
     FORMAT,
-    read_card,
+    read_manifest,
     sync_folder,
 )
 
@@ -29,7 +29,7 @@ def refuse_to_replace(path: str | Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        known = read_card(path)["kind"] != "run"
+        known = read_manifest(path)["kind"] != "run"
     except ValueError:
         known = False
     if not known:
@@ -43,7 +43,7 @@ def whole_folder(path: str | Path, *, resumable: bool = False) -> Iterator[Path]
     """A folder to write into, which takes the place of `path` when the block ends, and vanishes if it fails.
 
     A `resumable` one stays, under its other name, and is there again the next time. What is in `path` must be something
-    that jaxspec exported; its card is to be written last. Raises ValueError where it is not, and OSError, in one
+    that jaxspec exported; its manifest is to be written last. Raises ValueError where it is not, and OSError, in one
     sentence, where it cannot be written.
     """
     path = Path(path).absolute()

@@ -1,4 +1,5 @@
-"""The card of a checkpoint: one JSON file that says what the folder holds, in which format, with every file's checksum.
+"""The manifest of a checkpoint: one JSON file that says what the folder holds, in which format, with every file's
+checksum.
 
 It is written last, so a folder without one is half-written. Orbax loads damaged data without complaint; the checksums
 are what tells. Older formats are brought up to date when they are read.
@@ -20,7 +21,7 @@ from jaxspec.base import Params
 from jaxspec.parallel.mesh import PARAMETER_AXES
 
 FORMAT = "jaxspec/2"
-CARD = "jaxspec.json"
+MANIFEST = "jaxspec.json"
 _ORBAX, _CHECKSUMS_1 = "_CHECKPOINT_METADATA", "jaxspec.sha256.json"
 
 CONVENTIONS = {
@@ -42,61 +43,61 @@ CONVENTIONS = {
 }
 """How the arrays are to be read, for those who do so without this library."""
 
-Card = dict[str, Any]
-"""`format`, `kind`, `checksums` by file, `sha256` of the card itself, and what the kind calls for."""
+Manifest = dict[str, Any]
+"""`format`, `kind`, `checksums` by file, `sha256` of the manifest itself, and what the kind calls for."""
 
 
-def write_card(folder: Path, card: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
-    """Complete `folder`: its card, with the checksums of all its files, is on disk when this returns.
+def write_manifest(folder: Path, manifest: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
+    """Complete `folder`: its manifest, with the checksums of all its files, is on disk when this returns.
 
     Files whose checksums are `known` are not read.
     """
     known = known or {}
-    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != CARD)
+    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
     found = {**known, **checksums(folder, [name for name in files if name not in known])}
-    _write(folder, {"format": FORMAT, **card, "checksums": {name: found[name] for name in files}})
+    _write(folder, {"format": FORMAT, **manifest, "checksums": {name: found[name] for name in files}})
 
 
-def amend_card(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Change what the card of a complete checkpoint says; its files stay as they are."""
-    _write(folder, read_card(folder) | dict(changes))
+def amend_manifest(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change what the manifest of a complete checkpoint says; its files stay as they are."""
+    _write(folder, read_manifest(folder) | dict(changes))
 
 
-def _write(folder: Path, card: Card) -> None:
-    written = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
+def _write(folder: Path, manifest: Manifest) -> None:
+    written = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read
     written["sha256"] = _digest(written)
-    draft = folder / f"{CARD}.draft"
+    draft = folder / f"{MANIFEST}.draft"
     with draft.open("w", encoding="utf-8") as file:
         file.write(json.dumps(written, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(folder / CARD)
+    draft.replace(folder / MANIFEST)
     sync_folder(folder)
 
 
-def read_card(folder: Path) -> Card:
-    """The card of a complete checkpoint, in the present format.
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete checkpoint, in the present format.
 
-    Raises ValueError where there is no such folder, no card or a damaged one, or one of a format that is not known.
+    Raises ValueError where there is no such folder, no manifest or a damaged one, or one of a format that is not known.
     """
-    card = _stored(folder)
-    while card.get("format") != FORMAT:
-        if card.get("format") not in MIGRATIONS:
+    manifest = _stored(folder)
+    while manifest.get("format") != FORMAT:
+        if manifest.get("format") not in MIGRATIONS:
             raise ValueError(
-                f"{folder}: a checkpoint of format {card.get('format')!r}, and this version reads "
+                f"{folder}: a checkpoint of format {manifest.get('format')!r}, and this version reads "
                 f"{', '.join([*MIGRATIONS, FORMAT])}; a newer jaxspec made it, or something else"
             )
-        card = MIGRATIONS[card["format"]](card)
-    return card
+        manifest = MIGRATIONS[manifest["format"]](manifest)
+    return manifest
 
 
-def verify(folder: Path, card: Card) -> None:
-    """ValueError naming the first file that changed or vanished since the card was written."""
-    for name in card["checksums"]:
+def verify(folder: Path, manifest: Manifest) -> None:
+    """ValueError naming the first file that changed or vanished since the manifest was written."""
+    for name in manifest["checksums"]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing; the checkpoint is incomplete")
-    found = checksums(folder, list(card["checksums"]))
-    for name, expected in card["checksums"].items():
+    found = checksums(folder, list(manifest["checksums"]))
+    for name, expected in manifest["checksums"].items():
         if found[name] != expected:
             raise ValueError(f"{folder / name}: its contents changed since it was saved; the checkpoint is damaged")
 
@@ -132,41 +133,42 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def _stored(folder: Path) -> Card:
+def _stored(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / CARD).is_file():
+    if not (folder / MANIFEST).is_file():
         return _stored_1(folder)
-    card = _read_object(folder / CARD)
-    if card.pop("sha256", None) != _digest(card):
-        raise ValueError(f"{folder / CARD}: its contents changed since it was saved; the checkpoint is damaged")
-    return card
+    manifest = _read_object(folder / MANIFEST)
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError(f"{folder / MANIFEST}: its contents changed since it was saved; the checkpoint is damaged")
+    return manifest
 
 
-def _stored_1(folder: Path) -> Card:
-    """Format 1 kept what is now the card in Orbax's metadata, and the checksums, which came last, in a second file."""
+def _stored_1(folder: Path) -> Manifest:
+    """Format 1 kept what is now the manifest in Orbax's metadata, and the checksums, which came last, in a second
+    file."""
     half = f"{folder}: not a checkpoint of jaxspec, or half of one"
     if not (folder / _ORBAX).is_file():
-        raise ValueError(f"{half} ({CARD} is missing)")
-    card = _read_object(folder / _ORBAX).get("custom_metadata") or {}
-    if card.get("format") != "jaxspec/1":
-        raise ValueError(f"{half} (Orbax wrote it, and {CARD} is missing)")
+        raise ValueError(f"{half} ({MANIFEST} is missing)")
+    manifest = _read_object(folder / _ORBAX).get("custom_metadata") or {}
+    if manifest.get("format") != "jaxspec/1":
+        raise ValueError(f"{half} (Orbax wrote it, and {MANIFEST} is missing)")
     if not (folder / _CHECKSUMS_1).is_file():
         raise ValueError(f"{half} ({_CHECKSUMS_1} is missing)")
-    return {**card, "checksums": _read_object(folder / _CHECKSUMS_1)}
+    return {**manifest, "checksums": _read_object(folder / _CHECKSUMS_1)}
 
 
-def _from_1(card: Card) -> Card:
+def _from_1(manifest: Manifest) -> Manifest:
     """Format 2 adds what is now known of a model besides its config."""
-    return {**card, "format": "jaxspec/2", "metrics": card.get("metrics", {}), "provenance": {}}
+    return {**manifest, "format": "jaxspec/2", "metrics": manifest.get("metrics", {}), "provenance": {}}
 
 
-MIGRATIONS: dict[str, Callable[[Card], Card]] = {"jaxspec/1": _from_1}
-"""Format -> what makes a card of it one of the next format."""
+MIGRATIONS: dict[str, Callable[[Manifest], Manifest]] = {"jaxspec/1": _from_1}
+"""Format -> what makes a manifest of it one of the next format."""
 
 
-def _digest(card: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _read_object(path: Path) -> dict[str, Any]:

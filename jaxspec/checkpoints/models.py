@@ -21,7 +21,7 @@ from jaxspec.checkpoints.folders import (
     _stored_shapes,
     refuse_to_replace,
 )
-from jaxspec.checkpoints.manifest import CONVENTIONS, describe, read_card, verify, write_card
+from jaxspec.checkpoints.manifest import CONVENTIONS, describe, read_manifest, verify, write_manifest
 from jaxspec.drafters import DRAFTERS
 from jaxspec.nn.rope import RopeScaling
 
@@ -37,13 +37,13 @@ def save_model(
 ) -> None:
     """Write `params` (a nested dict of arrays) and `config` (JSON) as one folder, replacing a model that is there.
 
-    `kind` says what it is, such as "drafter"; `load_model` checks it. `about` (JSON) joins its card, `files` are copied
-    beside it. The folder appears whole or not at all. Raises ValueError if `path` holds something else, and OSError, in
-    one sentence, where it cannot be written.
+    `kind` says what it is, such as "drafter"; `load_model` checks it. `about` (JSON) joins its manifest, `files` are
+    copied beside it. The folder appears whole or not at all. Raises ValueError if `path` holds something else, and
+    OSError, in one sentence, where it cannot be written.
     """
     path = Path(path).absolute()
     draft = path.with_name(f".{path.name}.tmp")
-    card = model_card(params, config, kind=kind, about=about)
+    manifest = model_manifest(params, config, kind=kind, about=about)
     if _is_first():
         refuse_to_replace(path)
         _remove(draft)
@@ -57,7 +57,7 @@ def save_model(
         if _is_first():
             for file in files:
                 shutil.copyfile(file, draft / file.name)
-            write_card(draft, card)
+            write_manifest(draft, manifest)
             _replace(draft, path)
     except (OSError, ValueError, RuntimeError) as error:
         raise OSError(f"{path}: could not be written ({_reason(error)})") from error
@@ -73,13 +73,13 @@ def _stored_by_layer(path: Any) -> Any:
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,)) if stacked else None
 
 
-def model_card(
+def model_manifest(
     params: Params, config: Mapping[str, Any], *, kind: str, about: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The card of a model whose `params` are arrays or their shapes; see `save_model`."""
-    card = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
-    card["provenance"] = {"jaxspec": __version__, **card["provenance"]}
-    return card | {"conventions": CONVENTIONS, "arrays": describe(params)}
+    """The manifest of a model whose `params` are arrays or their shapes; see `save_model`."""
+    manifest = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
+    manifest["provenance"] = {"jaxspec": __version__, **manifest["provenance"]}
+    return manifest | {"conventions": CONVENTIONS, "arrays": describe(params)}
 
 
 def load_model(
@@ -90,11 +90,11 @@ def load_model(
     Raises ValueError if the folder is missing, incomplete, damaged, written by something else, or not of `kind`.
     """
     path = Path(path).absolute()
-    card = read_card(path)
-    if kind is not None and card["kind"] != kind:
-        raise ValueError(f"{path}: holds a {card['kind']}, not a {kind}")
-    verify(path, card)
-    return _load_arrays(path, "params", None, sharding), card["config"]
+    manifest = read_manifest(path)
+    if kind is not None and manifest["kind"] != kind:
+        raise ValueError(f"{path}: holds a {manifest['kind']}, not a {kind}")
+    verify(path, manifest)
+    return _load_arrays(path, "params", None, sharding), manifest["config"]
 
 
 def model_shapes(path: str | Path) -> Params:
@@ -104,7 +104,7 @@ def model_shapes(path: str | Path) -> Params:
 
 def model_kind(path: str | Path) -> str:
     """What `save_model` wrote at `path`; ValueError if it wrote nothing there."""
-    return str(read_card(Path(path).absolute())["kind"])
+    return str(read_manifest(Path(path).absolute())["kind"])
 
 
 class LoadedDrafter(NamedTuple):
@@ -128,21 +128,21 @@ def save_drafter(
     about: dict[str, Any] | None = None,
     *,
     draft_vocab: Sequence[int] | None = None,
-    card: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the weights of `module`, the drafter `name` of the `DRAFTERS` table, for `load_drafter`.
 
     `about` (JSON) travels with it; its `tree`, a tree spec, is what decoding uses unless told otherwise. So do the ids
-    of the tokens it scores, if not all. `card` is `save_model`'s `about`.
+    of the tokens it scores, if not all. `manifest` is `save_model`'s `about`.
     """
-    card = {"family": name, **(card or {})}
-    save_model(path, params, drafter_config(name, module, about, draft_vocab), kind="drafter", about=card)
+    manifest = {"family": name, **(manifest or {})}
+    save_model(path, params, drafter_config(name, module, about, draft_vocab), kind="drafter", about=manifest)
 
 
 def drafter_config(
     name: str, module: Any, about: dict[str, Any] | None = None, draft_vocab: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What `load_drafter` needs to know of a drafter besides its weights: the config in its folder's card."""
+    """What `load_drafter` needs to know of a drafter besides its weights: the config in its folder's manifest."""
     config = {"drafter": name, "shape": dataclasses.asdict(module.config), "about": about or {}}
     if draft_vocab is not None:
         config["draft_vocab"] = [int(i) for i in draft_vocab]
@@ -150,7 +150,7 @@ def drafter_config(
 
 
 def drafter_shape(name: str, values: Mapping[str, Any]) -> Any:
-    """The configuration of drafter `name` from the JSON that a card holds; TypeError where it has other fields."""
+    """The configuration of drafter `name` from the JSON that a manifest holds; TypeError where it has other fields."""
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if fields.get("rope_scaling"):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])

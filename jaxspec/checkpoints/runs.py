@@ -26,18 +26,18 @@ from jaxspec.checkpoints.folders import (
     _told_otherwise,
 )
 from jaxspec.checkpoints.manifest import (
-    Card,
-    amend_card,
-    read_card,
+    Manifest,
+    amend_manifest,
+    read_manifest,
     sync_folder,
     verify,
-    write_card,
+    write_manifest,
 )
 
 _TEMPORARY = "[0-9]*tmp*"
 
 
-class Merit(NamedTuple):
+class BestMetric(NamedTuple):
     """The figure of an evaluation that says which step is best."""
 
     figure: str
@@ -80,11 +80,11 @@ class RunCheckpoints:
         *,
         keep: int = 2,
         keep_best: int = 0,
-        merit: Merit | None = None,
+        best_metric: BestMetric | None = None,
         tell: Callable[[str], None] = warnings.warn,
     ):
         self.folder = Path(folder).absolute()
-        self._keep, self._keep_best, self._merit, self._tell = keep, keep_best, merit, tell
+        self._keep, self._keep_best, self._best_metric, self._tell = keep, keep_best, best_metric, tell
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failure: OSError | None = None
@@ -125,12 +125,12 @@ class RunCheckpoints:
             raise self._failure
         if step in self._metrics:
             return
-        card = {"kind": "run", "step": step, "data": data_state, "config": config, "metrics": metrics or {}}
+        manifest = {"kind": "run", "step": step, "data": data_state, "config": config, "metrics": metrics or {}}
         try:
             with self._explained(step):
                 path = str(self._temporary(step))
                 response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=_mark("run"))
-            self._pending = self._writer.submit(self._complete, step, response, card)
+            self._pending = self._writer.submit(self._complete, step, response, manifest)
         except OSError as failure:
             self._failure, self._failures = failure, self._failures + 1
         if wait:
@@ -141,7 +141,7 @@ class RunCheckpoints:
         self._settle()
         if step in self._metrics:
             if _is_first():
-                amend_card(self.folder / str(step), {"metrics": metrics})
+                amend_manifest(self.folder / str(step), {"metrics": metrics})
             self._metrics[step] = metrics
             self._prune()
 
@@ -164,16 +164,16 @@ class RunCheckpoints:
 
     def improves(self, metrics: Mapping[str, Any]) -> bool:
         """Whether a step with these metrics would be the best so far, and best ones are kept."""
-        value = self._merit.of(metrics) if self._merit and self._keep_best else None
-        if self._merit is None or value is None:
+        value = self._best_metric.of(metrics) if self._best_metric and self._keep_best else None
+        if self._best_metric is None or value is None:
             return False
         best = self.best_step()
-        before = None if best is None else self._merit.of(self._metrics[best])
+        before = None if best is None else self._best_metric.of(self._metrics[best])
         return before is None or value > before
 
     def settings(self, step: int) -> dict[str, Any]:
         """The config that a step was saved with."""
-        return read_card(self.folder / str(step))["config"]
+        return read_manifest(self.folder / str(step))["config"]
 
     def restore(self, step: int | None, abstract_state: Any) -> Restored:
         """The state of `step` (None: the last that is intact), laid out as `abstract_state`'s `ShapeDtypeStruct`s say.
@@ -188,8 +188,8 @@ class RunCheckpoints:
             state = ocp.load_checkpointables(str(path), {"state": abstract_state})["state"]
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(f"{path}: does not fit this run, whose settings may have changed ({error})") from error
-        card = read_card(path)
-        return Restored(step, state, card["data"], card["config"], card["metrics"])
+        manifest = read_manifest(path)
+        return Restored(step, state, manifest["data"], manifest["config"], manifest["metrics"])
 
     def close(self) -> None:
         """Wait for the save in progress; one that fails has been told of."""
@@ -206,18 +206,18 @@ class RunCheckpoints:
             raise failure
         self._failure, self._failures = failure, 0 if failure is None else self._failures + 1
 
-    def _complete(self, step: int, response: Any, card: Card) -> None:
+    def _complete(self, step: int, response: Any, manifest: Manifest) -> None:
         """In the background: turn what Orbax writes into a complete step."""
         with self._explained(step):
             response.result()
             if _is_first():
                 temporary, final = self._temporary(step), self.folder / str(step)
-                write_card(temporary, card)
+                write_manifest(temporary, manifest)
                 if final.exists():  # half-written or damaged, or it would not be saved again
                     shutil.rmtree(final)
                 temporary.rename(final)
                 sync_folder(self.folder)
-        self._metrics[step] = card["metrics"]
+        self._metrics[step] = manifest["metrics"]
         self._prune()
 
     @contextlib.contextmanager
@@ -249,8 +249,9 @@ class RunCheckpoints:
 
     def _ranked(self) -> list[int]:
         """The steps that were evaluated, the best last."""
-        merits = {step: self._merit.of(metrics) if self._merit else None for step, metrics in self._metrics.items()}
-        return [step for _, step in sorted((merit, step) for step, merit in merits.items() if merit is not None)]
+        metric = self._best_metric
+        values = {step: metric.of(metrics) if metric else None for step, metrics in self._metrics.items()}
+        return [step for _, step in sorted((value, step) for step, value in values.items() if value is not None)]
 
     def _last_intact(self) -> int:
         if not self._metrics:
@@ -278,7 +279,7 @@ class RunCheckpoints:
 
     def _check(self, step: int) -> None:
         path = self.folder / str(step)
-        verify(path, read_card(path))
+        verify(path, read_manifest(path))
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f"{step}.tmp"
@@ -292,24 +293,26 @@ def complete_steps(folder: Path, *, tell: Callable[[str], None] = warnings.warn)
     found = {}
     for path in _numbered(folder):
         try:
-            card = read_card(path)
+            manifest = read_manifest(path)
         except ValueError as damage:
             tell(f"{damage}; step {int(path.name):,} is skipped")
             continue
-        if card["kind"] == "run":
-            found[int(path.name)] = card["metrics"]
+        if manifest["kind"] == "run":
+            found[int(path.name)] = manifest["metrics"]
     return found
 
 
-def load_run_params(folder: Path, step: int, *, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, Card]:
-    """`(params, card)` of one step of a run whose state has `params`, every array on `sharding`; no other is read.
+def load_run_params(
+    folder: Path, step: int, *, sharding: jax.sharding.Sharding | None = None
+) -> tuple[Params, Manifest]:
+    """`(params, manifest)` of one step of a run whose state has `params`, every array on `sharding`; no other is read.
 
     Raises ValueError if the step is missing or damaged.
     """
     path = folder / str(step)
-    card = read_card(path)
-    verify(path, card)
-    return _load_arrays(path, "state", "params", sharding), card
+    manifest = read_manifest(path)
+    verify(path, manifest)
+    return _load_arrays(path, "state", "params", sharding), manifest
 
 
 def run_shapes(folder: Path, step: int) -> Params:

@@ -228,7 +228,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def provenance(record: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What the card of a model says of the run it is a step of."""
+    """What the manifest of a model says of the run it is a step of."""
     return {
         "run": record["name"],
         "step": step,

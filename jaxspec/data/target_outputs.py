@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params, Target, TargetOutput
-from jaxspec.sampling import greatest
+from jaxspec.sampling import sharded_top_k
 
 Kind = Literal["fp32", "bf16", "int8"]
 KINDS: dict[Kind, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -99,7 +99,7 @@ def likeliest(target: Target, params: Params, features_BLD: Array, count: int, *
     def one(features_BCD: Array) -> Likely:
         logits_BCV = target.logits(params, features_BCD)
         whole_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
-        token_BCR, top_BCR = greatest(logits_BCV, count)
+        token_BCR, top_BCR = sharded_top_k(logits_BCV, count)
         rest_BC1 = outside(logits_BCV, token_BCR) - whole_BC1
         return Likely(token_BCR, top_BCR - whole_BC1, jnp.maximum(rest_BC1, LEAST))
 

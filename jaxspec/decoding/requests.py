@@ -26,7 +26,8 @@ class Requests(NamedTuple):
     budget_B: Array
     """Most new tokens of each row, at least 1."""
     draft_temperature_B: Array
-    """Of the law that children are drawn from; rows at 0 draft their likeliest tokens, as all do in mode `topk`."""
+    """Of the distribution that children are drawn from; rows at 0 draft their likeliest tokens, as all do in mode
+    `topk`."""
 
 
 def bucket(length: int, least: int = 16) -> int:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxspec import verify
 from jaxspec.base import (
     Array,
-    Borrowed,
     ChooseChildren,
     Drafter,
     DraftMode,
     Frontier,
     KVCache,
     Params,
+    SharedTables,
     Target,
     TargetOutput,
     Tree,
@@ -26,8 +26,8 @@ from jaxspec.base import (
 )
 from jaxspec.decoding.requests import Requests
 from jaxspec.nn import cache as kv
-from jaxspec.parallel.mesh import settle
-from jaxspec.parallel.rows import put
+from jaxspec.parallel.mesh import constrain_tree
+from jaxspec.parallel.rows import scatter_rows
 from jaxspec.sampling import Sampling, draw, round_noise
 from jaxspec.trees.children import drawn
 
@@ -123,9 +123,9 @@ class DecodeState(NamedTuple):
     """Rounds in which the row accepted 0, 1, .. T drafted tokens."""
 
 
-def borrowed(engine: Engine, weights: Weights) -> Borrowed:
+def shared_tables(engine: Engine, weights: Weights) -> SharedTables:
     """The target's tables as the drafter reads them."""
-    tables = engine.target.borrowed(weights.target)
+    tables = engine.target.shared_tables(weights.target)
     return tables if weights.vocab is None else tables._replace(head_VD=weights.vocab.head_UD)
 
 
@@ -143,10 +143,10 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
     # Behind a barrier, or XLA spends seconds folding the drafter's attention over an empty cache into a constant.
     draft = None
     if engine.drafter is not None:
-        first_B, lent = requests.tokens_BL[:, 0], borrowed(engine, weights)
+        first_B, lent = requests.tokens_BL[:, 0], shared_tables(engine, weights)
         draft = engine.drafter.init_state(weights.drafter, lent, first_B, capacity)
     empty = jax.lax.optimization_barrier((engine.target.empty_cache(batch, capacity), draft))
-    reading = read(0, _Reading(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
+    reading = read(0, PrefillState(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
     if width > chunk:
         chunks = (jnp.max(requests.length_B) + chunk - 1) // chunk
         reading = jax.lax.fori_loop(1, chunks, read, reading)
@@ -166,7 +166,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
     return emit(state, reading.root_B[:, None], jnp.ones(batch, jnp.int32))
 
 
-class _Reading(NamedTuple):
+class PrefillState(NamedTuple):
     """What has been made of the chunks read so far."""
 
     cache: KVCache
@@ -177,8 +177,8 @@ class _Reading(NamedTuple):
 
 
 def _read(
-    engine: Engine, weights: Weights, requests: Requests, chunk: int, index: int | Array, reading: _Reading
-) -> _Reading:
+    engine: Engine, weights: Weights, requests: Requests, chunk: int, index: int | Array, reading: PrefillState
+) -> PrefillState:
     """The target and the drafter read one chunk of the prompts; the first, index 0 as an int, has nothing before it."""
     batch = len(requests.tokens_BL)
     begin = index * chunk
@@ -201,9 +201,9 @@ def _read(
         return reading._replace(cache=cache, root_B=root_B)
     next_BL = jnp.where(ends_B[:, None] & (jnp.arange(chunk) == last_B[:, None]), drawn_B[:, None], next_BL)
     draft, root_logits_BV = engine.drafter.extend(
-        weights.drafter, borrowed(engine, weights), reading.draft, next_BL, out.read_BLD, count_B
+        weights.drafter, shared_tables(engine, weights), reading.draft, next_BL, out.read_BLD, count_B
     )
-    return _Reading(cache, draft, root_logits_BV, root_B)
+    return PrefillState(cache, draft, root_logits_BV, root_B)
 
 
 def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
@@ -216,7 +216,7 @@ def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
     room_B = state.requests.budget_B - state.produced_B
     kept_B = jnp.where(running_B, jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B), 0)
     # Slots behind the kept tokens take garbage that the next round overwrites; `sizes` leaves room for the last one.
-    output_BO = put(state.output_BO, state.produced_B[:, None] + index_P, token_BP)
+    output_BO = scatter_rows(state.output_BO, state.produced_B[:, None] + index_P, token_BP)
     stopped_B = running_B & (kept_B == to_stop_B)
     full_B = running_B & (kept_B == room_B)
     finish_B = jnp.where(stopped_B, STOPPED, jnp.where(full_B, LENGTH, state.finish_B))
@@ -250,7 +250,7 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
         alone_BNN = jnp.broadcast_to(jnp.eye(engine.rows, dtype=bool), (*token_BN.shape, engine.rows))
         root_BN = jnp.broadcast_to(jnp.arange(engine.rows) == 0, token_BN.shape)
         return Tree(token_BN, nothing - 1, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
-    drafter, lent, vocab = engine.drafter, borrowed(engine, weights), weights.vocab
+    drafter, lent, vocab = engine.drafter, shared_tables(engine, weights), weights.vocab
 
     def draft(scratch: Any, frontier: Frontier) -> tuple[Array, Any]:
         if vocab is not None:
@@ -274,12 +274,14 @@ def children(engine: Engine, state: DecodeState) -> ChooseChildren:
 
 
 def _in_full(tree: Tree, vocab: DraftVocab, root_B: Array, size: int) -> Tree:
-    """A tree drafted in a draft vocabulary, its tokens and laws in the whole one of `size`."""
-    laws = tree.laws
-    if laws is not None:
-        whole_BEV = jnp.zeros((*laws.law_BEV.shape[:2], size), laws.law_BEV.dtype)
-        laws = laws._replace(law_BEV=whole_BEV.at[..., vocab.token_U].set(laws.law_BEV))
-    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(root_B), laws=laws)
+    """A tree drafted in a draft vocabulary, its tokens and distributions in the whole one of `size`."""
+    distributions = tree.distributions
+    if distributions is not None:
+        whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
+        distributions = distributions._replace(
+            distribution_BEV=whole_BEV.at[..., vocab.token_U].set(distributions.distribution_BEV)
+        )
+    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(root_B), distributions=distributions)
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
@@ -308,7 +310,7 @@ def extend(
     read_BPD = jnp.take_along_axis(read_BND, accepted.path_BP[:, :, None], axis=1)
     return engine.drafter.extend(
         weights.drafter,
-        borrowed(engine, weights),
+        shared_tables(engine, weights),
         state.draft,
         accepted.token_BP,
         read_BPD,
@@ -352,7 +354,7 @@ def decode_rounds(
     def round_(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, decode_step(engine, weights, carry[1])
 
-    return settle(jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1])
+    return constrain_tree(jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1])
 
 
 def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: int, stops: int) -> DecodeState:
@@ -365,16 +367,16 @@ def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: i
     )
     shapes = jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return settle(state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32)))
+    return constrain_tree(state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32)))
 
 
 def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
     """The state with its row `row` replaced by `fresh`, a state of one row whose caches may be smaller."""
 
-    def put(into: Any, one: Any) -> Any:
+    def replace_row(into: Any, one: Any) -> Any:
         if isinstance(into, KVCache):
             places = [(0, row, *(0,) * (x.ndim - 2)) for x in into]
             return KVCache(*map(jax.lax.dynamic_update_slice, into, one, places))
         return jax.lax.dynamic_update_slice(into, one, (row, *(0,) * (into.ndim - 1)))
 
-    return settle(jax.tree.map(put, state, fresh, is_leaf=lambda x: isinstance(x, KVCache)))
+    return constrain_tree(jax.tree.map(replace_row, state, fresh, is_leaf=lambda x: isinstance(x, KVCache)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec as P
 
-from jaxspec.base import Array, Borrowed, Learner, Params, Target
+from jaxspec.base import Array, Learner, Params, SharedTables, Target
 from jaxspec.data.target_outputs import Likely, lump
 from jaxspec.distillation.objective import Objective
 from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptance, logit_loss
@@ -63,7 +63,7 @@ Worth = Callable[[Chunk, Judged], Array]
 
 
 def judge_chunk(
-    drafter: Learner, borrowed: Borrowed, teacher: Teacher, objective: Objective, params: Params, chunk: Chunk
+    drafter: Learner, shared: SharedTables, teacher: Teacher, objective: Objective, params: Params, chunk: Chunk
 ) -> Judged:
     """Losses and measures of every step; the target's logits are made once for all of them.
 
@@ -87,7 +87,7 @@ def judge_chunk(
     named = [(name, logit_loss(name)) for name, _ in objective.weights if name not in FEATURE_LOSSES]
 
     def one(step: int) -> Judged:
-        draft = drafter.logits(params, borrowed, chunk.hidden_TBCD[step], step)
+        draft = drafter.logits(params, shared, chunk.hidden_TBCD[step], step)
         if likely is not None:
             draft = lump(draft, likely.token_BLR)
         scores = Scores(draft, logits_BCV, token_BC, jax.random.fold_in(chunk.key, step), rest_BC, lumped_BC)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxspec.base import Array, Borrowed, Learner, Packed, Params, Target, TargetOutput, Unrolled
+from jaxspec.base import Array, Learner, Packed, Params, SharedTables, Target, TargetOutput, Unrolled
 from jaxspec.data.target_outputs import Stored, restore
 from jaxspec.distillation.chunks import (
     Chunk,
@@ -157,36 +157,36 @@ def judged_batch(
     """
     out = read_batch(target, frozen, batch)
     params = gather_width(params)
-    borrowed = lend(target, frozen, vocab_U)
+    shared = lend(target, frozen, vocab_U)
     noise_key, slot_key, draw_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-    unrolled = unroll_batch(drafter, params, borrowed, batch, out, objective, noise_key, slot_key, axes)
+    unrolled = unroll_batch(drafter, params, shared, batch, out, objective, noise_key, slot_key, axes)
     whole = gather_width(frozen)  # what every chunk reads of it: the rest is never gathered
-    teacher, borrowed = Teacher(target, whole, vocab_U), lend(target, whole, vocab_U)
+    teacher, shared = Teacher(target, whole, vocab_U), lend(target, whole, vocab_U)
     if draw_key is not None and axes:
         draw_key = jax.random.fold_in(draw_key, jax.lax.axis_index(axes))
     return judge_batch(
-        drafter, params, borrowed, teacher, batch, out, unrolled, objective, draw_key, learning=learning, axes=axes
+        drafter, params, shared, teacher, batch, out, unrolled, objective, draw_key, learning=learning, axes=axes
     )
 
 
 def read_batch(target: Target, frozen: Params, batch: Batch) -> TargetOutput:
     """What the frozen target makes of a batch, or made of it."""
     if batch.stored is not None:
-        return restore(batch.stored, target.borrowed(frozen).embed_VD.dtype)
+        return restore(batch.stored, target.shared_tables(frozen).embed_VD.dtype)
     seen = Packed(batch.segments_BL)
     return jax.lax.stop_gradient(target.forward(frozen, batch.tokens_BL, batch.positions_BL, seen))
 
 
-def lend(target: Target, frozen: Params, vocab_U: Array | None) -> Borrowed:
+def lend(target: Target, frozen: Params, vocab_U: Array | None) -> SharedTables:
     """The target's tables for a drafter that scores `vocab`."""
-    whole: Borrowed = jax.lax.stop_gradient(target.borrowed(frozen))
+    whole: SharedTables = jax.lax.stop_gradient(target.shared_tables(frozen))
     return whole if vocab_U is None else whole._replace(head_VD=whole.head_VD[vocab_U])
 
 
 def unroll_batch(
     drafter: Learner,
     params: Params,
-    borrowed: Borrowed,
+    shared: SharedTables,
     batch: Batch,
     out: TargetOutput,
     objective: Objective,
@@ -200,13 +200,13 @@ def unroll_batch(
         read_BLD = add_noise(read_BLD, batch.segments_BL, row_keys(noise_key, rows, axes), objective.noise)
     slot_keys_B = None if slot_key is None else row_keys(slot_key, rows, axes)
     given = (batch.tokens_BL, read_BLD, batch.positions_BL, Packed(batch.segments_BL))
-    return drafter.unroll(params, borrowed, *given, objective.steps, slot_keys_B)
+    return drafter.unroll(params, shared, *given, objective.steps, slot_keys_B)
 
 
 def judge_batch(
     drafter: Learner,
     params: Params,
-    borrowed: Borrowed,
+    shared: SharedTables,
     teacher: Teacher,
     batch: Batch,
     out: TargetOutput,
@@ -243,15 +243,15 @@ def judge_batch(
     if in_passing:
 
         def bind(lent: Any) -> tuple[Judge, Worth]:
-            borrowed, frozen, vocab_U, rates = lent
+            shared, frozen, vocab_U, rates = lent
             held = teacher._replace(frozen=frozen, vocab_U=vocab_U)
-            return functools.partial(judge_chunk, drafter, borrowed, held, objective), functools.partial(worth, rates)
+            return functools.partial(judge_chunk, drafter, shared, held, objective), functools.partial(worth, rates)
 
         rates = loss_rates(objective, mask_TBL, learns_TBL, axes)
-        lent = (borrowed, teacher.frozen, teacher.vocab_U, rates)
+        lent = (shared, teacher.frozen, teacher.vocab_U, rates)
         part, judged = judge_in_passing(bind, lent, params, pieces)
     else:
-        judge = functools.partial(judge_chunk, drafter, borrowed, teacher, objective)
+        judge = functools.partial(judge_chunk, drafter, shared, teacher, objective)
         part, judged = jnp.zeros(()), judge_again(judge, params, pieces)
     judged = jax.tree.map(lambda x: by_pair(layout.lay(x)), judged)
     own = totals(judged, mask_TBL, learns_TBL, objective)
@@ -391,13 +391,13 @@ def init_state(
     drafter: Learner,
     optimizer: optax.GradientTransformation,
     key: Array,
-    borrowed: Borrowed | None = None,
+    shared: SharedTables | None = None,
     params: Params = None,
 ) -> TrainState:
     """The weights `params`, or fresh ones, and a fresh optimizer.
 
-    `borrowed` is for drafters that begin with copies of the target's tables.
+    `shared` is for drafters that begin with copies of the target's tables.
     """
     init_key, train_key = jax.random.split(key)
-    params = drafter.init_params(init_key, borrowed) if params is None else params
+    params = drafter.init_params(init_key, shared) if params is None else params
     return TrainState(params, optimizer.init(params), jnp.int32(0), train_key)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Frontier, KVCache, Mask, Params, Unrolled
+from jaxspec.base import Array, Frontier, KVCache, Mask, Params, SharedTables, Unrolled
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import Prefix, as_mask, attend, causal_mask
@@ -65,7 +65,7 @@ class DraftLM(DrafterModule):
     """A small Llama as a drafter, as pure functions of its weights.
 
     Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, a list of one dict a layer: those of a
-    `targets.llama.Llama` that is not stacked.
+    `decoder.Llama` that is not stacked.
     """
 
     config: DraftLMConfig
@@ -121,7 +121,7 @@ class DraftLM(DrafterModule):
 
     # The drafter contract.
 
-    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Random weights: norms one, all else normal(0.02), residual outputs scaled by depth (GPT-2's rule)."""
         c = self.config
 
@@ -137,7 +137,7 @@ class DraftLM(DrafterModule):
         params = {"embed": weight(0, "embed", table), "layers": layers, "norm": jnp.ones(c.width, jnp.float32)}
         return params if c.tied else {**params, "head": weight(1, "head", table)}
 
-    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> DraftLMState:
+    def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> DraftLMState:
         """The state that has read the first token."""
         c, batch = self.config, first_B.shape[0]
         cache = kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
@@ -159,7 +159,7 @@ class DraftLM(DrafterModule):
     def extend(
         self,
         params: Params,
-        borrowed: Borrowed,
+        shared: SharedTables,
         state: DraftLMState,
         tokens_BL: Array,
         features_BLD: Array,
@@ -167,7 +167,7 @@ class DraftLM(DrafterModule):
     ) -> tuple[DraftLMState, Array]:
         """Read up to `L` tokens, `count` of them real, and score the root's children; features are not looked at."""
         state = self._take_in(params, state, tokens_BL, count_B)
-        return state, self.logits(params, borrowed, state.hidden_BD[:, None])[:, 0]
+        return state, self.logits(params, shared, state.hidden_BD[:, None])[:, 0]
 
     def scratch(self, state: DraftLMState, slots: int) -> DraftLMScratch:
         """Working memory for `slots` expanded nodes."""
@@ -178,7 +178,7 @@ class DraftLM(DrafterModule):
         )
 
     def expand(
-        self, params: Params, borrowed: Borrowed, state: DraftLMState, scratch: DraftLMScratch, frontier: Frontier
+        self, params: Params, shared: SharedTables, state: DraftLMState, scratch: DraftLMScratch, frontier: Frontier
     ) -> tuple[Array, DraftLMScratch]:
         """Logits `[B, W, V]` of the children of one level's nodes."""
         positions_BW = jnp.broadcast_to((state.length_B + frontier.depth - 1)[:, None], frontier.token_BW.shape)
@@ -190,12 +190,12 @@ class DraftLM(DrafterModule):
             (state.cache, state.length_B),
             (scratch, frontier.slot),
         )
-        return self.logits(params, borrowed, hidden), DraftLMScratch(*written)
+        return self.logits(params, shared, hidden), DraftLMScratch(*written)
 
     def unroll(
         self,
         params: Params,
-        borrowed: Borrowed,
+        shared: SharedTables,
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
@@ -208,6 +208,6 @@ class DraftLM(DrafterModule):
         ahead = [jnp.pad(hidden[:, 1 + j :], ((0, 0), (0, 1 + j), (0, 0))) for j in range(steps)]
         return Unrolled(jnp.stack(ahead))
 
-    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+    def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of its own LM head."""
         return score_tokens(hidden_BLD, params["embed"] if self.config.tied else params["head"])

@@ -12,10 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.drafters.heads import Recurrent
+from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.nn.lm_head import score_tokens
-from jaxspec.nn.mlp import gated_mlp, hold_rows
+from jaxspec.nn.mlp import constrain_rows, gated_mlp
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
@@ -113,5 +113,5 @@ class Eagle(Recurrent):
 def concatenate_and_project(weights: dict[str, Array], embedding: Array, feature: Array, dtype: Any) -> Array:
     """`fc([embedding; feature])`, with the bias where there is one."""
     pair = jnp.concatenate([embedding.astype(dtype), feature.astype(dtype)], axis=-1)
-    fused = hold_rows(jnp.einsum("BLE,ED->BLD", hold_rows(pair), weights["fc"].astype(dtype)))
+    fused = constrain_rows(jnp.einsum("BLE,ED->BLD", constrain_rows(pair), weights["fc"].astype(dtype)))
     return fused + weights["fc_bias"].astype(dtype) if "fc_bias" in weights else fused

@@ -6,9 +6,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Params
+from jaxspec.base import Array, Params, SharedTables
 from jaxspec.drafters.eagle import EagleConfig, layer_shapes
-from jaxspec.drafters.heads import OneLayer, Recurrent
+from jaxspec.drafters.one_layer import OneLayer
+from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.mlp import gated_mlp
 from jaxspec.nn.norm import rms_norm
@@ -107,9 +108,9 @@ class TapReader(OneLayer):
         """Width of the target's features."""
         return self.config.feature_width
 
-    def embedding(self, borrowed: Borrowed, tokens_BL: Array) -> Array:
+    def embedding(self, shared: SharedTables, tokens_BL: Array) -> Array:
         """Embeddings of tokens: its own, or the target's."""
-        return self.weights["embed"][tokens_BL] if self.config.embed_vocab else super().embedding(borrowed, tokens_BL)
+        return self.weights["embed"][tokens_BL] if self.config.embed_vocab else super().embedding(shared, tokens_BL)
 
     def read(self, features_BLD: Array) -> Array:
         """`fc` over the taps, normed where the head norms them; only what comes from the target passes it."""
@@ -133,11 +134,11 @@ class TapReader(OneLayer):
         """fp32 logits of its own LM head."""
         return score_tokens(rms_norm(hidden_BLD, self.weights["norm"], self.config.norm_eps), self.weights["head"])
 
-    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Random weights; its own embedding as the target's, if that is given and as wide."""
         params, c = super().init_params(key), self.config
-        if borrowed is not None and c.embed_vocab and c.feature_width == c.width:
-            params["embed"] = jnp.array(borrowed.embed_VD, jnp.float32)  # a copy, for training donates it
+        if shared is not None and c.embed_vocab and c.feature_width == c.width:
+            params["embed"] = jnp.array(shared.embed_VD, jnp.float32)  # a copy, for training donates it
         return params
 
 

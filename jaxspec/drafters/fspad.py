@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
-from jaxspec.drafters.heads import Recurrent
-from jaxspec.nn.mlp import WIDE, gated_mlp, hold_rows
+from jaxspec.drafters.recurrent import Recurrent
+from jaxspec.nn.mlp import WIDE, constrain_rows, gated_mlp
 from jaxspec.nn.norm import rms_norm
 from jaxspec.parallel.mesh import constrain
 
@@ -74,9 +74,9 @@ class Fspad(Recurrent):
         gate, up, down = (w[f"sampling_{name}"].astype(self.dtype) for name in ("gate", "up", "down"))
         normed = rms_norm(h, w["sampling_norm"], self.config.norm_eps)
         # Of a table whose width is spread over the chips: left as it is, XLA would send the wide gates of all rows.
-        embedding_BLD = hold_rows(embedding_BLD.astype(self.dtype))
+        embedding_BLD = constrain_rows(embedding_BLD.astype(self.dtype))
         gate_BLF = constrain(embedding_BLD @ gate, *WIDE)
-        h = h + hold_rows((jax.nn.silu(gate_BLF) * constrain(normed @ up, *WIDE)) @ down)
+        h = h + constrain_rows((jax.nn.silu(gate_BLF) * constrain(normed @ up, *WIDE)) @ down)
         return h, h
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:

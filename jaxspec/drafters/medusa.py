@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Mask, Params, Unrolled
-from jaxspec.drafters.heads import OnePass, ParallelState, init_weight
+from jaxspec.base import Array, Mask, Params, SharedTables, Unrolled
+from jaxspec.drafters.one_layer import init_weight
+from jaxspec.drafters.one_pass import OnePass, ParallelState
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.remat import recompute
 
@@ -75,7 +76,7 @@ class Medusa(OnePass):
 
     # The drafter contract, as functions of explicit weights.
 
-    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Blocks that begin near the identity (weights 0, biases random), LM heads as the target's if it is given."""
         params = {}
         for i, (name, shape) in enumerate(self.config.shapes().items()):
@@ -83,12 +84,12 @@ class Medusa(OnePass):
         params["block"] = jnp.zeros_like(params["block"])
         bound = self.config.width**-0.5
         params["block_bias"] = jax.random.uniform(key, params["block_bias"].shape, jnp.float32, -bound, bound)
-        if self.config.vocab and borrowed is not None:
-            head_VD = borrowed.head_VD.astype(jnp.float32)
+        if self.config.vocab and shared is not None:
+            head_VD = shared.head_VD.astype(jnp.float32)
             params["heads"] = jnp.broadcast_to(head_VD, params["heads"].shape)
         return params
 
-    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> ParallelState:
+    def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> ParallelState:
         """Empty state: nothing but the outputs at the newest feature is kept."""
         c, batch = self.config, first_B.shape[0]
         return ParallelState(None, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, c.tokens, c.width), self.dtype))
@@ -96,7 +97,7 @@ class Medusa(OnePass):
     def extend(
         self,
         params: Params,
-        borrowed: Borrowed,
+        shared: SharedTables,
         state: ParallelState,
         tokens_BL: Array,
         features_BLD: Array,
@@ -108,12 +109,12 @@ class Medusa(OnePass):
         hidden: Any = self.apply({"params": params}, feature_B1D, method="predict")
         hidden_BTD = jnp.where((count_B > 0)[:, None, None], jnp.swapaxes(hidden[:, :, 0], 0, 1), state.hidden_BTD)
         state = ParallelState(None, state.length_B + count_B, hidden_BTD)
-        return state, self.logits(params, borrowed, hidden_BTD[:, :1])[:, 0]
+        return state, self.logits(params, shared, hidden_BTD[:, :1])[:, 0]
 
     def unroll(
         self,
         params: Params,
-        borrowed: Borrowed,
+        shared: SharedTables,
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
@@ -125,13 +126,13 @@ class Medusa(OnePass):
         hidden: Any = self.apply({"params": params}, features_BLD, method="predict")
         return Unrolled(hidden[:steps])
 
-    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+    def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of the outputs of head `step`."""
-        return self.apply({"params": params}, hidden_BLD, borrowed.head_VD, step, method="score")  # type: ignore[return-value]
+        return self.apply({"params": params}, hidden_BLD, shared.head_VD, step, method="score")  # type: ignore[return-value]
 
-    def score_below(self, params: Params, borrowed: Borrowed, hidden_BTD: Array) -> Array:
+    def score_below(self, params: Params, shared: SharedTables, hidden_BTD: Array) -> Array:
         """Logits `[B, T, V]` of the outputs for depths 1, 2 ..., each depth's by its own LM head if there are such."""
         if self.vocab is None:
-            return super().score_below(params, borrowed, hidden_BTD)
+            return super().score_below(params, shared, hidden_BTD)
         depths = range(hidden_BTD.shape[1])
-        return jnp.concatenate([self.logits(params, borrowed, hidden_BTD[:, d : d + 1], d + 1) for d in depths], axis=1)
+        return jnp.concatenate([self.logits(params, shared, hidden_BTD[:, d : d + 1], d + 1) for d in depths], axis=1)

@@ -7,8 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Mask, Params
-from jaxspec.nn.attention import NOTHING, Own, attend_text
+from jaxspec.base import Array, Mask, Params, SharedTables
+from jaxspec.nn.attention import NO_KEYS, PerQueryKeys, attend_text
 from jaxspec.nn.kernels import Kernel
 from jaxspec.nn.remat import Remat
 
@@ -33,7 +33,7 @@ class DrafterModule(nn.Module):
     remat: Remat = "none"
     """Training only: what the backward pass of each step or layer computes again, see `recompute`."""
 
-    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, own: Own = NOTHING) -> Array:
+    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, own: PerQueryKeys = NO_KEYS) -> Array:
         """Causal attention of whole training rows, in the way that the fields above say."""
         how: dict[str, Any] = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row, "own": own}
         return attend_text(q, k, v, mask_BLM, **how)
@@ -63,6 +63,6 @@ class DrafterModule(nn.Module):
         """Tokens that its own LM head scores; None where it borrows the target's."""
         return None
 
-    def logits(self, params: Params, borrowed: Borrowed, hidden_BLD: Array, step: int = 0) -> Array:
+    def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of its outputs `[B, L, D]` for draft step `step`."""
         raise NotImplementedError

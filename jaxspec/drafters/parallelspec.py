@@ -14,9 +14,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed
+from jaxspec.base import Array, SharedTables
 from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
-from jaxspec.drafters.mask_slots import MaskSlots, SlotOptions
+from jaxspec.drafters.mask_tokens import MaskTokens, SlotOptions
 from jaxspec.nn.norm import rms_norm
 
 
@@ -65,7 +65,7 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
         return shapes | layer_shapes(self)
 
 
-class ParallelSpec(MaskSlots):
+class ParallelSpec(MaskTokens):
     """The ParallelSpec drafter as pure functions of its weights."""
 
     @property
@@ -81,9 +81,9 @@ class ParallelSpec(MaskSlots):
             return embedding_BLD.astype(self.dtype) + feature_BLD.astype(self.dtype)
         return concatenate_and_project(self.weights, embedding_BLD, feature_BLD, self.dtype)
 
-    def real_slots(self, borrowed: Borrowed, tokens_BL: Array, features_BLD: Array) -> Array:
+    def real_slots(self, shared: SharedTables, tokens_BL: Array, features_BLD: Array) -> Array:
         """The next token's embedding and the feature."""
-        return self.fuse(self.embedding(borrowed, tokens_BL), features_BLD)
+        return self.fuse(self.embedding(shared, tokens_BL), features_BLD)
 
     def enter(self, layer: int, x_BLE: Array) -> tuple[Array, Array]:
         """The slots are the stream; the attention reads them, normed if the head does so."""
@@ -91,7 +91,7 @@ class ParallelSpec(MaskSlots):
             return x_BLE, x_BLE
         return x_BLE, rms_norm(x_BLE, self.weights["attention_norm"], self.config.norm_eps)
 
-    def mask_slots(self, borrowed: Borrowed, anchor_BLD: Array, depth: int) -> Array:
+    def mask_tokens(self, shared: SharedTables, anchor_BLD: Array, depth: int) -> Array:
         """A trained embedding and what stands for the feature."""
         w, index = self.weights, depth - 1
         embedding = w["mask_tokens"][0 if self.config.shared_mask else index]

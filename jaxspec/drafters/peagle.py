@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, Params
+from jaxspec.base import Array, Params, SharedTables
 from jaxspec.drafters.eagle import layer_options
 from jaxspec.drafters.eagle3 import Eagle3Config, TapReader
-from jaxspec.drafters.heads import init_weight
-from jaxspec.drafters.mask_slots import MaskSlots, SlotOptions
+from jaxspec.drafters.mask_tokens import MaskTokens, SlotOptions
+from jaxspec.drafters.one_layer import init_weight
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.nn.norm import rms_norm
 
@@ -56,7 +56,7 @@ class PEagleConfig(SlotOptions, Eagle3Config):
         return layer_shapes(self, layer_options(self))
 
 
-class PEagle(TapReader, MaskSlots):
+class PEagle(TapReader, MaskTokens):
     """The P-EAGLE head as pure functions of its weights: its first layer's, and `layers`, a list of those above."""
 
     config: PEagleConfig
@@ -75,16 +75,14 @@ class PEagle(TapReader, MaskSlots):
         """The weights of each."""
         return [self.weights, *self.upper]
 
-    def real_slots(self, borrowed: Borrowed, tokens_BL: Array, features_BLD: Array) -> Array:
+    def real_slots(self, shared: SharedTables, tokens_BL: Array, features_BLD: Array) -> Array:
         """`[embedding; fc(taps)]`."""
-        return jnp.concatenate(
-            [self.embedding(borrowed, tokens_BL).astype(self.dtype), self.read(features_BLD)], axis=-1
-        )
+        return jnp.concatenate([self.embedding(shared, tokens_BL).astype(self.dtype), self.read(features_BLD)], axis=-1)
 
-    def mask_slots(self, borrowed: Borrowed, anchor_BLD: Array, depth: int) -> Array:
+    def mask_tokens(self, shared: SharedTables, anchor_BLD: Array, depth: int) -> Array:
         """The same of the mask's token and its vector, alike for all groups and depths."""
         shape = anchor_BLD.shape[:2]
-        embedding = self.embedding(borrowed, jnp.full(shape, self.config.mask_token)).astype(self.dtype)
+        embedding = self.embedding(shared, jnp.full(shape, self.config.mask_token)).astype(self.dtype)
         feature = self.read(self.weights["mask_feature"][None, None])
         return jnp.concatenate([embedding, jnp.broadcast_to(feature, embedding.shape)], axis=-1)
 
@@ -94,9 +92,9 @@ class PEagle(TapReader, MaskSlots):
             return self.fuse(*jnp.split(x_BLE, 2, axis=-1))
         return x_BLE, rms_norm(x_BLE, self.layer_weights[layer]["attention_norm"], self.config.norm_eps)
 
-    def init_params(self, key: Array, borrowed: Borrowed | None = None) -> Params:
+    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Random weights; its own embedding as the target's, if that is given and as wide."""
-        params = super().init_params(key, borrowed)
+        params = super().init_params(key, shared)
         params["mask_feature"] = jax.random.normal(key, params["mask_feature"].shape, jnp.float32)
         return params | ({"layers": self._init_upper(key)} if self.config.layers > 1 else {})
 

@@ -16,7 +16,7 @@ from jaxspec.base import Array
 from jaxspec.console import progress, tables
 from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
 from jaxspec.decoding.requests import Requests
-from jaxspec.decoding.rounds import DecodeState, Engine, accept, borrowed, commit, extend, grow, score
+from jaxspec.decoding.rounds import DecodeState, Engine, accept, commit, extend, grow, score, shared_tables
 from jaxspec.evaluation.machine import Part, in_turns
 from jaxspec.planning.work import Work, draft_ratio, draft_work, drafter_passes, mbsu, target_work
 from jaxspec.serving.loading import Models
@@ -218,7 +218,7 @@ def memory_bound_speedup(models: Models, tau: float) -> float:
     engine, weights = models.engine, models.weights
     if engine.tree is None or engine.drafter is None:
         return tau
-    head_VD = borrowed(engine, weights).head_VD if engine.drafter.vocab is None else None
+    head_VD = shared_tables(engine, weights).head_VD if engine.drafter.vocab is None else None
     ratio = draft_ratio(weights.drafter, weights.target, head_VD)
     return mbsu(tau, ratio=ratio, passes=drafter_passes(engine.drafter, engine.tree.depth))
 
@@ -231,5 +231,5 @@ def round_work(models: Models, batch: int, prefix: float) -> Work:
     work = target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None or engine.drafter is None:
         return work
-    lent = borrowed(engine, weights)
+    lent = shared_tables(engine, weights)
     return work + draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)

@@ -15,10 +15,17 @@ import numpy as np
 from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.checkpoints.folders import whole_folder
-from jaxspec.checkpoints.manifest import CARD, read_card, write_card
-from jaxspec.checkpoints.models import drafter_config, drafter_shape, load_model, model_card, model_shapes, save_model
+from jaxspec.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
+from jaxspec.checkpoints.models import (
+    drafter_config,
+    drafter_shape,
+    load_model,
+    model_manifest,
+    model_shapes,
+    save_model,
+)
 from jaxspec.checkpoints.piecewise import Pieces, chunk_of, describe, pieces_of, written
-from jaxspec.checkpoints.runs import Merit, complete_steps, load_run_params, run_shapes
+from jaxspec.checkpoints.runs import BestMetric, complete_steps, load_run_params, run_shapes
 from jaxspec.checkpoints.tracking import RECORD, provenance, read_record
 from jaxspec.console.progress import progress
 from jaxspec.console.results import git_sha
@@ -38,9 +45,9 @@ from jaxspec.interchange.hf import (
 from jaxspec.interchange.hf_config import config_fields, read_config
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
-from jaxspec.interchange.target_folders import target_folder, tokenizer_card
+from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.interchange.tensors import StoredWeight
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 FORMATS = ("orbax", "hf", *SERVERS)
 """Names that `jaxspec export --to` takes."""
@@ -54,9 +61,9 @@ class Exportable(NamedTuple):
     params: Params
     """Its weights, or their shapes and dtypes where they are to be loaded."""
     config: Mapping[str, Any]
-    """Its shape, as its card says it."""
-    card: Mapping[str, Any]
-    """What else its card says: `tokenizer`, `metrics`, `provenance`."""
+    """Its shape, as its manifest says it."""
+    manifest: Mapping[str, Any]
+    """What else its manifest says: `tokenizer`, `metrics`, `provenance`."""
     files: Sequence[Path] = ()
     """Those of its tokenizer, and what it says of generation, if it is a target."""
     layout: str = "orbax"
@@ -91,12 +98,12 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
             found = _of_target(folder, name)
         else:
             found = published_drafter(folder, name, target=target)
-    elif (folder / CARD).is_file() or (folder / "_CHECKPOINT_METADATA").is_file():
+    elif (folder / MANIFEST).is_file() or (folder / "_CHECKPOINT_METADATA").is_file():
         found = _of_model(folder)
     else:
         raise ValueError(
-            f"{name}: neither a run ({RECORD}), nor a drafter of jaxspec ({CARD}), nor a target in HuggingFace layout "
-            "or a published drafter (config.json)"
+            f"{name}: neither a run ({RECORD}), nor a drafter of jaxspec ({MANIFEST}), nor a target in HuggingFace "
+            "layout or a published drafter (config.json)"
         )
     if dtype is None:
         return found
@@ -165,13 +172,13 @@ def conventions(model: Exportable) -> dict[str, Any]:
 def write(to: str, out: Path, model: Exportable, target: str | None = None) -> None:
     """Write a model in a format; `target` names the folder of the one that a drafter was made for.
 
-    Servers' folders carry a card beside what the server reads. The folder appears whole or not at all, and nothing is
-    written where the model does not fit the format. Raises ValueError and OSError, in one sentence.
+    Servers' folders carry a manifest beside what the server reads. The folder appears whole or not at all, and nothing
+    is written where the model does not fit the format. Raises ValueError and OSError, in one sentence.
     """
     if reason := refusal(model, to):
         raise ValueError(f"it cannot be written to {to}: {reason}")
     if to == "orbax":
-        about = {"family": model.family, **model.card}
+        about = {"family": model.family, **model.manifest}
         if model.stored is not None:
             weights = _cast(model.stored(), model.params)
             check_room(out, weights)
@@ -179,17 +186,17 @@ def write(to: str, out: Path, model: Exportable, target: str | None = None) -> N
             return
         save_model(out, model.weights(), dict(model.config), kind=model.kind, about=about, files=model.files)
         return
-    card = {"kind": "export", "family": model.family, "written_for": to, "provenance": {"jaxspec": __version__}}
+    manifest = {"kind": "export", "family": model.family, "written_for": to, "provenance": {"jaxspec": __version__}}
     if model.kind == "target" or model.family == "draft_lm":
-        _write_lm(out, model, target, card)
+        _write_lm(out, model, target, manifest)
         return
     tensors, fields = render(to, _draft(model, to, target))
     with whole_folder(out) as folder:
         write_rendered(folder, tensors, fields)
-        write_card(folder, {**card, "assumes": SERVERS[to].version})
+        write_manifest(folder, {**manifest, "assumes": SERVERS[to].version})
 
 
-def _write_lm(out: Path, model: Exportable, target: str | None, card: Mapping[str, Any]) -> None:
+def _write_lm(out: Path, model: Exportable, target: str | None, manifest: Mapping[str, Any]) -> None:
     """A whole LM in HuggingFace layout, with its tokenizer's files: a draft LM's are its target's."""
     if model.kind == "drafter" and target is None:
         raise ValueError("a draft LM's folder needs its tokenizer, which is the target's: name it with --target")
@@ -204,7 +211,7 @@ def _write_lm(out: Path, model: Exportable, target: str | None, card: Mapping[st
         write_weights(folder, weights, config, bar.advance)
         for file in files:
             shutil.copyfile(file, folder / file.name)
-        write_card(folder, card)
+        write_manifest(folder, manifest)
 
 
 def save_target(
@@ -234,8 +241,8 @@ def save_target(
         describe(draft, arrays, {"kind": "target"})
         for file in files:
             shutil.copyfile(file, draft / file.name)
-        card = model_card(tree_of(weights), dict(config), kind="target", about=about)
-        write_card(draft, card, known=checksums)
+        manifest = model_manifest(tree_of(weights), dict(config), kind="target", about=about)
+        write_manifest(draft, manifest, known=checksums)
     return kept
 
 
@@ -307,12 +314,12 @@ def _scored(model: Exportable) -> tuple[int, ...] | None:
 
 def _of_run(folder: Path, step: str) -> Exportable:
     record = read_record(folder) or {}
-    model, chosen = record["model"], choose_step(folder, Merit(**record["merit"]), step)
-    card = read_card(folder / str(chosen))
+    model, chosen = record["model"], choose_step(folder, BestMetric(**record["best_metric"]), step)
+    manifest = read_manifest(folder / str(chosen))
     exported = Path(record["config"]["export_folder"]) if model["kind"] == "target" else None
     about = {
         "tokenizer": model["tokenizer"],
-        "metrics": card["metrics"],
+        "metrics": manifest["metrics"],
         "provenance": provenance(record, chosen),
     }
     files = [] if exported is None else files_of(exported)
@@ -323,7 +330,7 @@ def _of_run(folder: Path, step: str) -> Exportable:
     )  # fmt: skip
 
 
-def choose_step(folder: Path, merit: Merit, step: str) -> int:
+def choose_step(folder: Path, best_metric: BestMetric, step: str) -> int:
     """The number of the step that is called "best" (the last where none was evaluated), "last" or a number.
 
     Raises ValueError if it is not a complete step of the run in `folder`.
@@ -336,7 +343,7 @@ def choose_step(folder: Path, merit: Merit, step: str) -> int:
             kept = ", ".join(map(str, sorted(steps)))
             raise ValueError(f"{folder}: has no step {step!r}; give best, last or one of {kept}")
         return int(step)
-    ranked = sorted((value, at) for at, metrics in steps.items() if (value := merit.of(metrics)) is not None)
+    ranked = sorted((value, at) for at, metrics in steps.items() if (value := best_metric.of(metrics)) is not None)
     return ranked[-1][1] if step == "best" and ranked else max(steps)
 
 
@@ -368,7 +375,7 @@ def published_drafter(
 
 def _of_target(folder: Path, name: str) -> Exportable:
     config, weights = stored_weights(folder)
-    about = {"tokenizer": tokenizer_card(folder), "provenance": {"from": name, "git_sha": git_sha()}}
+    about = {"tokenizer": tokenizer_manifest(folder), "provenance": {"from": name, "git_sha": git_sha()}}
     return Exportable(
         "target", tree_of(weights), dataclasses.asdict(config), about, files_of(folder), "hf",
         lambda: read_weights(weights), lambda: weights,
@@ -376,13 +383,14 @@ def _of_target(folder: Path, name: str) -> Exportable:
 
 
 def _of_model(folder: Path) -> Exportable:
-    card = read_card(folder)
-    if card["kind"] not in ("target", "drafter"):
-        raise ValueError(f"{folder}: holds a {card['kind']}; name the folder of the run that it belongs to")
-    about = {key: card[key] for key in ("tokenizer", "metrics", "provenance") if key in card}
-    stored = (lambda: stored_weights(folder)[1]) if card["kind"] == "target" else None
+    manifest = read_manifest(folder)
+    if manifest["kind"] not in ("target", "drafter"):
+        raise ValueError(f"{folder}: holds a {manifest['kind']}; name the folder of the run that it belongs to")
+    about = {key: manifest[key] for key in ("tokenizer", "metrics", "provenance") if key in manifest}
+    stored = (lambda: stored_weights(folder)[1]) if manifest["kind"] == "target" else None
     return Exportable(
-        card["kind"], model_shapes(folder), card["config"], about, files_of(folder), load=lambda: load_model(folder)[0],
+        manifest["kind"], model_shapes(folder), manifest["config"], about, files_of(folder), 
+        load=lambda: load_model(folder)[0],
         stored=stored,
     )  # fmt: skip
 

@@ -15,31 +15,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxspec.base import Params
-from jaxspec.checkpoints.manifest import CARD, Card, read_card, verify
+from jaxspec.checkpoints.manifest import MANIFEST, Manifest, read_manifest, verify
 from jaxspec.interchange.tensors import Bounds, StoredWeight
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 
 Made = Callable[[tuple[Any, ...], jax.Array], Any]
 """What becomes of the weight at a path of the tree."""
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder holds a model of jaxspec's rather than one in HuggingFace layout, which may have a card too."""
-    return (folder / CARD).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds a model of jaxspec's rather than one in HuggingFace layout, which may have a manifest
+    too."""
+    return (folder / MANIFEST).is_file() and not (folder / "config.json").is_file()
 
 
 def read_config(folder: Path) -> LlamaConfig:
     """The shape of the target in a folder; ValueError where it holds something else, or of another version."""
     try:
-        return target_config(_target_card(folder)["config"])
+        return target_config(_target_manifest(folder)["config"])
     except TypeError as error:
         raise ValueError(f"{folder}: the shape of its target is not this version's ({error})") from error
 
 
 def target_config(values: Mapping[str, Any]) -> LlamaConfig:
-    """The configuration of a target from the JSON that a card holds; TypeError where it has other fields."""
+    """The configuration of a target from the JSON that a manifest holds; TypeError where it has other fields."""
 
     def arguments(of: Mapping[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in of.items()}
@@ -54,15 +55,17 @@ def target_config(values: Mapping[str, Any]) -> LlamaConfig:
 
 def stored_dtype(folder: Path) -> str:
     """The dtype of the embedding."""
-    return _target_card(folder)["arrays"]["embed"]["dtype"]
+    return _target_manifest(folder)["arrays"]["embed"]["dtype"]
 
 
 def fingerprint(folder: Path) -> str:
     """That of the folder it was imported from, else a hash of its checksums."""
-    card = _target_card(folder)
-    if "fingerprint" in card:
-        return card["fingerprint"]
-    return hashlib.sha256(json.dumps([card["config"], card["checksums"]], sort_keys=True).encode()).hexdigest()[:16]
+    manifest = _target_manifest(folder)
+    if "fingerprint" in manifest:
+        return manifest["fingerprint"]
+    return hashlib.sha256(json.dumps([manifest["config"], manifest["checksums"]], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, made: Made) -> Params:
@@ -72,14 +75,14 @@ def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, mad
     `made` makes of it. One stored array is read at a time, so beside the weights no more than that is held. Raises
     ValueError where a file is missing or damaged, or an array is.
     """
-    card, unstacked = _target_card(folder), isinstance(plan.get("layers"), list)
+    manifest, unstacked = _target_manifest(folder), isinstance(plan.get("layers"), list)
     flat, tree = jax.tree_util.tree_flatten_with_path(plan)
     places = [None] * len(flat) if homes is None else tree.flatten_up_to(homes)
     wanted = {path: home for (path, _), home in zip(flat, places, strict=True)}
     names = {_name(path, unstacked) for path in wanted}
     shapes = {_name(path, False): weight.shape for path, weight in jax.tree_util.tree_leaves_with_path(stored)}
-    verify(folder, {**card, "checksums": _needed(card, names)})
-    _check_shapes(folder, card, {name: shapes[name] for name in names})
+    verify(folder, {**manifest, "checksums": _needed(manifest, names)})
+    _check_shapes(folder, manifest, {name: shapes[name] for name in names})
     found: dict[tuple[Any, ...], Any] = {}
     for name in sorted(names):
         paths = [path for path in wanted if _name(path, unstacked) == name]
@@ -97,10 +100,10 @@ def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, mad
 
 def stored_weights(folder: Path, stored: Params) -> list[StoredWeight]:
     """The weights of the tree `stored` (layers stacked), all files checked and no array read yet; raises as `read`."""
-    card = _target_card(folder)
-    verify(folder, card)
+    manifest = _target_manifest(folder)
+    verify(folder, manifest)
     flat = jax.tree_util.tree_leaves_with_path(stored)
-    _check_shapes(folder, card, {_name(path, False): weight.shape for path, weight in flat})
+    _check_shapes(folder, manifest, {_name(path, False): weight.shape for path, weight in flat})
 
     def one(path: tuple[Any, ...], shape: tuple[int, ...]) -> StoredWeight:
         name = _name(path, False)
@@ -129,22 +132,22 @@ def _open(folder: Path, name: str) -> Any:
         raise ValueError(f"{folder}: array {name} could not be read ({error}); the checkpoint is damaged") from error
 
 
-def _check_shapes(folder: Path, card: Card, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
-        if card["arrays"].get(name, {}).get("shape") != list(shape):
-            raise ValueError(f"{folder}: its card has no array {name} of shape {shape}, which its config calls for")
+        if manifest["arrays"].get(name, {}).get("shape") != list(shape):
+            raise ValueError(f"{folder}: its manifest has no array {name} of shape {shape}, which its config calls for")
 
 
 def _name(path: tuple[Any, ...], unstacked: bool) -> str:
-    """Of the stored array behind a path, as the card has it."""
+    """Of the stored array behind a path, as the manifest has it."""
     keys = [str(getattr(key, "key", getattr(key, "idx", None))) for key in path]
     return "/".join([keys[0], *keys[2:]] if unstacked and keys[0] == "layers" else keys)
 
 
-def _needed(card: Card, names: set[str]) -> dict[str, str]:
+def _needed(manifest: Manifest, names: set[str]) -> dict[str, str]:
     """The checksums of all files but those of other arrays, where arrays have folders of their own."""
-    others = {f"params/{name.replace('/', '.')}" for name in card["arrays"] if name not in names}
-    return {file: digest for file, digest in card["checksums"].items() if file.rpartition("/")[0] not in others}
+    others = {f"params/{name.replace('/', '.')}" for name in manifest["arrays"] if name not in names}
+    return {file: digest for file, digest in manifest["checksums"].items() if file.rpartition("/")[0] not in others}
 
 
 def _load(folder: Path, name: str, shape: tuple[int, ...], home: Any, dtype: Any) -> jax.Array:
@@ -165,8 +168,8 @@ def _load(folder: Path, name: str, shape: tuple[int, ...], home: Any, dtype: Any
     return found
 
 
-def _target_card(folder: Path) -> Card:
-    card = read_card(folder)
-    if card["kind"] != "target":
-        raise ValueError(f"{folder}: holds a {card['kind']}, not a target")
-    return card
+def _target_manifest(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "target":
+        raise ValueError(f"{folder}: holds a {manifest['kind']}, not a target")
+    return manifest

@@ -36,8 +36,8 @@ from jaxspec.interchange.tensors import (
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
+from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig
 from jaxspec.targets.families import family_of
-from jaxspec.targets.llama import DecoderConfig, Llama, LlamaConfig
 from jaxspec.targets.stored import Part, Tensors, top_tensors
 from jaxspec.targets.tables import Tables
 
@@ -45,7 +45,7 @@ from jaxspec.targets.tables import Tables
 class LoadedTarget(NamedTuple):
     """A target read from a folder."""
 
-    module: Llama
+    module: Decoder
     params: Params
     config: LlamaConfig
 
@@ -105,7 +105,7 @@ def read_llama(
     mesh: Mesh | None = None,
     stacked: bool = False,
     quantized: bool = False,
-) -> tuple[Llama, Params]:
+) -> tuple[Decoder, Params]:
     """The module and weights in a HuggingFace folder: `model.safetensors`, or the shards its index lists.
 
     Weights are cast to `param_dtype` (by default `dtype`). The host holds about one weight beside those already
@@ -120,7 +120,7 @@ def read_llama(
         raise ValueError(f"{folder}: a mixture of experts is not read as int8; leave target_weights=same")
     param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
     params = _read(folder, config, weight_shapes(config, stacked), mesh, param_dtype, quantized)
-    return Llama(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), params
+    return Decoder(config, stacked=stacked, dtype=dtype, param_dtype=param_dtype), params
 
 
 def _read(
@@ -327,7 +327,7 @@ def _fill(fill: Fill, source: Source, shape: tuple[int, ...], weight: np.ndarray
 
 
 def weight_shapes(config: LlamaConfig, stacked: bool) -> Params:
-    """The tree of weights that `Llama(config, stacked)` takes, as shapes."""
+    """The tree of weights that `Decoder(config, stacked)` takes, as shapes."""
 
     def one(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxspec.interchange import exported
 from jaxspec.interchange.tensors import read_json, write_atomically
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.families import family_of, find_family
 from jaxspec.targets.fields import Fields
 from jaxspec.targets.fields import rope_fields as rope_fields  # of heads too
-from jaxspec.targets.llama import LlamaConfig
 
 
 def read_config(folder: str | Path) -> LlamaConfig:

@@ -15,7 +15,7 @@ from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.interchange.export import GENERATION, Exportable, check_room, files_of, save_target
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
-from jaxspec.interchange.target_folders import target_folder, tokenizer_card
+from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.interchange.tensors import INDEX, shards
 
 FETCHED = ("config.json", GENERATION, *TOKENIZER_FILES, "model.safetensors", INDEX, "model-*.safetensors")
@@ -80,7 +80,7 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
     files = files_of(folder)
     about = {
         "family": getattr(config, "family", "llama"),
-        "tokenizer": tokenizer_card(folder),
+        "tokenizer": tokenizer_manifest(folder),
         "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": results.git_sha()},
         "fingerprint": mark,
     }

@@ -13,8 +13,8 @@ import numpy as np
 from jaxspec.base import Params
 from jaxspec.interchange.pickled import open_pickled
 from jaxspec.interchange.tensors import open_file, open_tensors
+from jaxspec.targets.decoder import DRAFTER_ROPES
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import DRAFTER_ROPES
 from jaxspec.targets.stored import (
     DOWN,
     GATE,

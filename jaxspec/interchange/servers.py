@@ -25,7 +25,7 @@ from jaxspec.interchange.hf_config import rope_fields
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.medusa import medusa_table
 from jaxspec.interchange.peagle import TOKENS, peagle_tables
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 Tensors = dict[str, np.ndarray]
 Fields = dict[str, Any]

@@ -23,8 +23,8 @@ def target_folder(name: str) -> Path:
     return folder
 
 
-def tokenizer_card(folder: Path) -> dict[str, Any] | None:
-    """What the card of a model says of the tokenizer in a HuggingFace folder; None where there is none."""
+def tokenizer_manifest(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a model says of the tokenizer in a HuggingFace folder; None where there is none."""
     path = next((p for name in TOKENIZERS if (p := folder / name).is_file()), None)
     if path is None:
         return None

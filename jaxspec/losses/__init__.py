@@ -12,7 +12,7 @@ from jaxspec.losses.divergence import cross_entropy, jsd, kl, reverse_kl, soft_c
 from jaxspec.losses.feature import smooth_l1
 from jaxspec.losses.loss import LogitLoss, Scores
 from jaxspec.losses.position import divides_by_weights, position_weights
-from jaxspec.losses.spec import Knob, read_spec
+from jaxspec.losses.spec import LossParameter, read_spec
 from jaxspec.losses.tvdpp import standardised, tvdpp_exact, tvdpp_exact_pos, tvdpp_sampled, tvdpp_uniform_vocab
 
 FEATURE_LOSSES: dict[str, Callable[[Array, Array], Array]] = {"smooth_l1": smooth_l1}
@@ -23,14 +23,14 @@ class Entry(NamedTuple):
     """A line of the table: of scores and its number, if it takes one, a loss `[...]` or parts `[..., M]` to combine."""
 
     loss: Callable[..., Array]
-    knob: Knob | None = None
+    knob: LossParameter | None = None
     combine: Callable[[Array, Array], Array] | None = None
 
 
-_BETA = Knob("beta", "a number between 0 and 1", lambda x: 0 < x < 1, 0.5)
-_ETA = Knob("eta", "a number of at least 0", lambda x: 0 <= x < float("inf"), 3.0)
-_K = Knob("K", "a whole number of at least 1", lambda x: x >= 1, 10, int)
-_DRAWS = Knob("S", "a whole number of at least 1", lambda x: x >= 1, 4, int)
+_BETA = LossParameter("beta", "a number between 0 and 1", lambda x: 0 < x < 1, 0.5)
+_ETA = LossParameter("eta", "a number of at least 0", lambda x: 0 <= x < float("inf"), 3.0)
+_K = LossParameter("K", "a whole number of at least 1", lambda x: x >= 1, 10, int)
+_DRAWS = LossParameter("S", "a whole number of at least 1", lambda x: x >= 1, 4, int)
 
 LOGIT_LOSSES: dict[str, Entry] = {
     "soft_cross_entropy": Entry(lambda s: soft_cross_entropy(s.draft, s.target)),

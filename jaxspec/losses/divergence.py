@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array
 from jaxspec.losses.loss import log_probs, of_token
-from jaxspec.sampling import greatest
+from jaxspec.sampling import sharded_top_k
 
 
 def soft_cross_entropy(draft_logits: Array, target_logits: Array) -> Array:
@@ -55,7 +55,7 @@ def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10, 
     Of `U <= k` tokens it is `soft_cross_entropy`. Where the last of them is many tokens `lumped`, it is never a term.
     """
     tokens = target_logits.shape[-1] - lumped
-    at, best = greatest(target_logits[..., :tokens], min(k, tokens))
+    at, best = sharded_top_k(target_logits[..., :tokens], min(k, tokens))
     # By comparison with the last of them: elementwise, where gathers (and their scatters on the way back) are slow.
     ids, last, least = jnp.arange(target_logits.shape[-1]), at[..., -1:], best[..., -1:]
     taken = ((target_logits > least) | ((target_logits == least) & (ids <= last))) & (ids < tokens)

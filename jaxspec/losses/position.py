@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array
 from jaxspec.losses.loss import wide
-from jaxspec.losses.spec import Knob, read_spec
+from jaxspec.losses.spec import LossParameter, read_spec
 
-POSITION_WEIGHTS: dict[str, Knob | None] = {
+POSITION_WEIGHTS: dict[str, LossParameter | None] = {
     "none": None,
-    "exp": Knob("gamma", "a number above 0", lambda x: 0 < x < float("inf")),
-    "power": Knob("beta", "a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "exp": LossParameter("gamma", "a number above 0", lambda x: 0 < x < float("inf")),
+    "power": LossParameter("beta", "a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "cat": None,
-    "d_pace": Knob("a", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "d_pace": LossParameter("a", "a number from 0 to 1", lambda x: 0 <= x <= 1),
 }
 """The weightings there are, and the number each takes."""
 

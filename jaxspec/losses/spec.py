@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 
-class Knob(NamedTuple):
+class LossParameter(NamedTuple):
     """The number behind a name's colon."""
 
     name: str
@@ -18,7 +18,7 @@ class Knob(NamedTuple):
     kind: type[int] | type[float] = float
 
 
-def read_spec(what: str, spec: str, knobs: Mapping[str, Knob | None]) -> tuple[str, tuple[float, ...]]:
+def read_spec(what: str, spec: str, knobs: Mapping[str, LossParameter | None]) -> tuple[str, tuple[float, ...]]:
     """`"jsd:0.3"` as `("jsd", (0.3,))`; a name without a number to set has `()`.
 
     ValueError: `knobs` has no such name, or the number is missing, superfluous or unfit.
@@ -42,7 +42,7 @@ def read_spec(what: str, spec: str, knobs: Mapping[str, Knob | None]) -> tuple[s
     return name, (number,)
 
 
-def _written(name: str, knob: Knob | None) -> str:
+def _written(name: str, knob: LossParameter | None) -> str:
     """The name with its number, in brackets where that may be left out."""
     if knob is None:
         return name

@@ -62,7 +62,7 @@ def _finish(part: _Part, like_BLKGC: Array) -> Array:
     return jnp.transpose(mixed, (0, 3, 1, 2, 4))
 
 
-class Own(NamedTuple):
+class PerQueryKeys(NamedTuple):
     """What each query sees besides the keys that its row shares: of other draft steps those at its own position."""
 
     pairs: Pairs = ()
@@ -70,16 +70,16 @@ class Own(NamedTuple):
     zeros_BL: Array | None = None
     """So many further keys of score 0 that carry no value."""
 
-    def cut(self, begin: int, end: int) -> Own:
+    def cut(self, begin: int, end: int) -> PerQueryKeys:
         """That of the queries from `begin` to `end`."""
         pairs = tuple((k[..., begin:end], v[:, :, begin:end]) for k, v in self.pairs)
-        return Own(pairs, None if self.zeros_BL is None else self.zeros_BL[:, begin:end])
+        return PerQueryKeys(pairs, None if self.zeros_BL is None else self.zeros_BL[:, begin:end])
 
 
-NOTHING = Own()
+NO_KEYS = PerQueryKeys()
 
 
-def _attend_own(part: _Part, q_BKQC: Array, own: Own, score_cap: float | None) -> _Part:
+def _attend_own(part: _Part, q_BKQC: Array, own: PerQueryKeys, score_cap: float | None) -> _Part:
     """`part` and what the queries see besides."""
     batch, kv_heads, queries, channels = q_BKQC.shape
     if own.pairs:
@@ -166,7 +166,7 @@ def attend(
     mask_BLM: Array,
     prefix: Prefix | None = None,
     *,
-    own: Own = NOTHING,
+    own: PerQueryKeys = NO_KEYS,
     scale: float | None = None,
     score_cap: float | None = None,
 ) -> Array:
@@ -191,7 +191,7 @@ def attend_causal(
     *,
     block: int,
     by_row: bool = False,
-    own: Own = NOTHING,
+    own: PerQueryKeys = NO_KEYS,
     scale: float | None = None,
     score_cap: float | None = None,
 ) -> Array:
@@ -205,7 +205,7 @@ def attend_causal(
     mask_BLL = jnp.broadcast_to(mask_BLL, (q_BLKGC.shape[0], length, length))
     outputs = []
 
-    def mix(q: Array, k: Array, v: Array, mask: Array, own: Own) -> Array:
+    def mix(q: Array, k: Array, v: Array, mask: Array, own: PerQueryKeys) -> Array:
         return attend(q, k, v, mask, own=own, scale=scale, score_cap=score_cap)
 
     if own.zeros_BL is not None:
@@ -231,7 +231,7 @@ def attend_text(
     kernel: Kernel = "xla",
     block: int | None = None,
     by_row: bool = False,
-    own: Own = NOTHING,
+    own: PerQueryKeys = NO_KEYS,
     scale: float | None = None,
     score_cap: float | None = None,
 ) -> Array:

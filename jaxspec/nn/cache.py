@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxspec.base import Array, KVCache
 from jaxspec.parallel.mesh import STATE_AXES
-from jaxspec.parallel.rows import in_parts
+from jaxspec.parallel.rows import shard_map_rows
 
 
 def empty(layers: int, batch: int, kv_heads: int, channels: int, capacity: int, dtype: jnp.dtype) -> KVCache:
@@ -46,7 +46,7 @@ def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None 
     if after_B is not None:
         start_B = start_B + jnp.minimum(after_B, 0)
     fields = tuple(STATE_AXES[name] for name in KVCache._fields)
-    return KVCache(*in_parts(_write, (*fields, *fields, ("batch",)), fields, *cache, *rows, start_B))
+    return KVCache(*shard_map_rows(_write, (*fields, *fields, ("batch",)), fields, *cache, *rows, start_B))
 
 
 def _write(k_YBKCS: Array, v_YBKSC: Array, k_rows: Array, v_rows: Array, start_B: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params
-from jaxspec.nn.mlp import expert_mlp, gated_mlp, hold_rows
+from jaxspec.nn.mlp import constrain_rows, expert_mlp, gated_mlp
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import PLAIN, Options
 from jaxspec.nn.quantization import rescale
@@ -52,7 +52,7 @@ def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     # As one contracted axis: of three, XLA:CPU makes one by copying the weight, each call.
     mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
     out_BLD = rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
-    return hold_rows(add_bias(layer, "out", out_BLD))
+    return constrain_rows(add_bias(layer, "out", out_BLD))
 
 
 class LayerShape(Protocol):

@@ -15,7 +15,7 @@ from jaxspec.base import Array
 from jaxspec.parallel.mesh import AXIS_RULES, splits
 
 Pairs = tuple[tuple[Array, Array], ...]
-"""Keys and values of the queries' own, as `attention.Own` has them."""
+"""Keys and values of the queries' own, as `attention.PerQueryKeys` has them."""
 Kernel = Literal["xla", "splash", "cudnn"]
 """What attends: XLA by blocks of queries (`attention.attend_causal`), or a kernel of this module."""
 LANES = 128
@@ -82,8 +82,8 @@ def attend_splash(
 ) -> Array:
     """`attention.attend` under `attention.segment_mask`, by splash attention: `[B, L, K, G, C]`; no scores in memory.
 
-    Rows are padded to whole blocks. Keys of the queries' own (`attention.Own`) stand behind the others, and of them the
-    blocks on the diagonal are read alone. `interpret` runs the kernel's text on any platform, slowly.
+    Rows are padded to whole blocks. Keys of the queries' own (`attention.PerQueryKeys`) stand behind the others, and of
+    them the blocks on the diagonal are read alone. `interpret` runs the kernel's text on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 

@@ -29,7 +29,7 @@ WIDE = ("batch", None, "mlp")
 """Logical axes of what is inside an MLP."""
 
 
-def hold_rows(x_BLD: Array) -> Array:
+def constrain_rows(x_BLD: Array) -> Array:
     """Activations, held to rows over `data` and `fsdp`: so XLA gathers weights and never activations."""
     return constrain(x_BLD, "batch", None, None)
 
@@ -41,7 +41,7 @@ def gated_mlp(layer: Params, x_BLD: Array, activation: str = "silu") -> Array:
         return rescale(layer, name, x @ layer[name].astype(x.dtype))
 
     inner_BLF = ACTIVATIONS[activation](constrain(times(x_BLD, "gate"), *WIDE)) * constrain(times(x_BLD, "up"), *WIDE)
-    return hold_rows(times(inner_BLF, "down"))
+    return constrain_rows(times(inner_BLF, "down"))
 
 
 def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
@@ -62,7 +62,7 @@ def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
         return jax.lax.psum(_mix_experts(weights, x_BLD, options, first), over)
 
     lie = {"router": P(), **dict.fromkeys(EXPERTS, P(over))}
-    return hold_rows(jax.shard_map(part, in_specs=(lie, rows), out_specs=rows, check_vma=False)(weights, x_BLD))
+    return constrain_rows(jax.shard_map(part, in_specs=(lie, rows), out_specs=rows, check_vma=False)(weights, x_BLD))
 
 
 def _mix_experts(layer: Params, x_BLD: Array, options: Options, first: Array | int = 0) -> Array:

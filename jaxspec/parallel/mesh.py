@@ -130,7 +130,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*map(part, x.shape, axes)))
 
 
-def settle(tree: Any) -> Any:
+def constrain_tree(tree: Any) -> Any:
     """`tree`, every leaf held to its name's rule in a program traced under `jax.set_mesh`; else untouched.
 
     So a program's result lies as the next call of the same program expects it.

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxspec.parallel.mesh import AXIS_RULES, PARAMETER_AXES, constrain, leaf_name, splits
 
 
-def in_parts(
+def shard_map_rows(
     function: Callable[..., Any],
     axes: tuple[tuple[str | None, ...], ...],
     out_axes: tuple[tuple[str | None, ...], ...],
@@ -35,13 +35,13 @@ def in_parts(
     return jax.shard_map(function, in_specs=specs(axes), out_specs=specs(out_axes), check_vma=False)(*arrays)
 
 
-def pick(x_BX: jax.Array, at_BY: jax.Array) -> jax.Array:
+def gather_rows(x_BX: jax.Array, at_BY: jax.Array) -> jax.Array:
     """`x[b, at[b, y]]`, each row by itself: with the rows' numbers as indices, XLA sends indices or rows."""
     return jax.vmap(lambda x, at: x[at])(x_BX, at_BY)
 
 
-def put(x_BX: jax.Array, at_BY: jax.Array, new_BY: jax.Array) -> jax.Array:
-    """`x` with `new[b, y]` in place of `x[b, at[b, y]]`, each row by itself; see `pick`."""
+def scatter_rows(x_BX: jax.Array, at_BY: jax.Array, new_BY: jax.Array) -> jax.Array:
+    """`x` with `new[b, y]` in place of `x[b, at[b, y]]`, each row by itself; see `gather_rows`."""
     return jax.vmap(lambda x, at, new: x.at[at].set(new))(x_BX, at_BY, new_BY)
 
 

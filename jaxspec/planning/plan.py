@@ -28,7 +28,7 @@ from jaxspec.parallel.mesh import ROW_AXES, batch_sharding, replicated
 from jaxspec.planning import decode_program, hlo
 from jaxspec.planning.chips import Chip, chip_of, device_part, network_bandwidth
 from jaxspec.planning.flops import count_flops
-from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
+from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.training.distill import drafter_for
 from jaxspec.training.loop import attention_blocks, optimizer_of
 from jaxspec.trees import cut_tree, parse_tree
@@ -236,17 +236,17 @@ def plan_decoding(
     mesh = decode_program.tpu_mesh(topology, data=size // tensor, tensor=tensor)
     bf16, draft_vocab = jnp.bfloat16, scored_tokens(config, shape, draft_vocab)
     drafter = drafter_for(config, shape, draft_vocab).module.clone(dtype=bf16)
-    target = Llama(shape, stacked=False, dtype=bf16, param_dtype=bf16, taps=drafter.taps)
+    target = Decoder(shape, stacked=False, dtype=bf16, param_dtype=bf16, taps=drafter.taps)
     policy = parse_tree(tree)
     policy = policy if drafter.deepest is None else cut_tree(policy, drafter.deepest)
     key = jax.random.key(0)
 
     def init() -> Weights:
         params = target.init_params(key)
-        borrowed = target.borrowed(params)
+        shared = target.shared_tables(params)
         token_U = None if draft_vocab is None else jnp.arange(draft_vocab)
-        vocab = None if token_U is None else DraftVocab(token_U, borrowed.head_VD[token_U])
-        drafting = jax.tree.map(lambda a: a.astype(bf16), drafter.init_params(key, borrowed))
+        vocab = None if token_U is None else DraftVocab(token_U, shared.head_VD[token_U])
+        drafting = jax.tree.map(lambda a: a.astype(bf16), drafter.init_params(key, shared))
         return Weights(params, drafting, vocab)
 
     weights = jax.eval_shape(init)
@@ -285,12 +285,12 @@ def abstract_step(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, draft_v
     drafter = drafter_for(config, shape, draft_vocab).module
     optimizer = optimizer_of(config.optimizer, config.optimizer.steps or 1000)
     stacked = config.scan_layers
-    target = Llama(shape, stacked=stacked, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
+    target = Decoder(shape, stacked=stacked, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
     key = jax.random.key(0)
     frozen = jax.eval_shape(target.init_params, key)
     if config.target_weights == "int8":
         frozen = jax.eval_shape(quantize_layers, frozen)
-    state = jax.eval_shape(lambda frozen: init_state(drafter, optimizer, key, target.borrowed(frozen)), frozen)
+    state = jax.eval_shape(lambda frozen: init_state(drafter, optimizer, key, target.shared_tables(frozen)), frozen)
     rows = config.data.batch, config.data.length
     parts = batch_sharding(mesh)
     if rows[0] % (spread := math.prod(mesh.shape[axis] for axis in ROW_AXES)):

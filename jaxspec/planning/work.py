@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Borrowed, Children, Drafter, Frontier, TreePolicy
+from jaxspec.base import Children, Drafter, Frontier, SharedTables, TreePolicy
 from jaxspec.planning.flops import count_flops
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.trees.children import likeliest
 
 
@@ -56,25 +56,25 @@ def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, pr
     return Work(size + cache, 2.0 * count * batch * tokens + attention)
 
 
-def draft_work(drafter: Drafter, params: Any, borrowed: Borrowed, tree: TreePolicy, *, batch: int) -> Work:
+def draft_work(drafter: Drafter, params: Any, shared: SharedTables, tree: TreePolicy, *, batch: int) -> Work:
     """One round of a drafter: `extend` of a path, then the calls of `expand` that a tree takes to grow.
 
     Its head is its own or the target's, whichever it scores with. Each call reads all weights; a drafter of one pass,
     which has drafted in `extend`, reads the head once more for all other depths, or once a depth where each has a head
     of its own. The attention to the prefix is left out.
     """
-    calls = 1 + len(frontier_widths(tree, borrowed.head_VD.shape[0], batch))
-    others, head, shared = _weight_bytes(drafter, params, borrowed)
-    passes, heads = (1, min(calls, 2) if shared else calls) if drafter.one_pass else (calls, calls)
-    count = count_flops(*_drafting(drafter, params, borrowed, tree, batch))
+    calls = 1 + len(frontier_widths(tree, shared.head_VD.shape[0], batch))
+    others, head, one_head = _weight_bytes(drafter, params, shared)
+    passes, heads = (1, min(calls, 2) if one_head else calls) if drafter.one_pass else (calls, calls)
+    count = count_flops(*_drafting(drafter, params, shared, tree, batch))
     return Work(passes * others + heads * head, count.total)
 
 
-def _weight_bytes(drafter: Drafter, params: Any, borrowed: Borrowed) -> tuple[int, int, bool]:
+def _weight_bytes(drafter: Drafter, params: Any, shared: SharedTables) -> tuple[int, int, bool]:
     """Of all weights that multiply but the LM head, of the head a depth is scored with, and whether all share it."""
     _, whole = matmul_weights(params)
     if drafter.vocab is None:
-        return whole, _nbytes(borrowed.head_VD), True
+        return whole, _nbytes(shared.head_VD), True
     name = next(n for n in ("head", "heads", "embed") if n in params)
     heads = params[name]
     others = whole - (0 if name == "embed" else _nbytes(heads))
@@ -82,26 +82,26 @@ def _weight_bytes(drafter: Drafter, params: Any, borrowed: Borrowed) -> tuple[in
 
 
 def _drafting(
-    drafter: Drafter, params: Any, borrowed: Borrowed, tree: TreePolicy, batch: int
+    drafter: Drafter, params: Any, shared: SharedTables, tree: TreePolicy, batch: int
 ) -> tuple[Callable[..., Any], Any, Any, Any]:
     """A round's drafting as a program of the weights, the target's tables, and what is behind the root."""
     path = tree.depth + 1
-    read = borrowed.embed_VD.shape[1] * max(1, len(drafter.taps))
+    read = shared.embed_VD.shape[1] * max(1, len(drafter.taps))
 
-    def start(params: Any, borrowed: Borrowed) -> Any:
+    def start(params: Any, shared: SharedTables) -> Any:
         tokens_BP, features_BPD = jnp.zeros((batch, path), jnp.int32), jnp.zeros((batch, path, read))
-        state = drafter.init_state(params, borrowed, tokens_BP[:, 0], path + 1)
-        return state, tokens_BP, features_BPD.astype(borrowed.embed_VD.dtype)
+        state = drafter.init_state(params, shared, tokens_BP[:, 0], path + 1)
+        return state, tokens_BP, features_BPD.astype(shared.embed_VD.dtype)
 
-    def round_(params: Any, borrowed: Borrowed, behind: Any) -> Any:
+    def round_(params: Any, shared: SharedTables, behind: Any) -> Any:
         state, tokens_BP, features_BPD = behind
         whole_B = jnp.full(batch, path)
-        state, root_logits_BV = drafter.extend(params, borrowed, state, tokens_BP, features_BPD, whole_B)
-        draft = functools.partial(drafter.expand, params, borrowed, state)
+        state, root_logits_BV = drafter.extend(params, shared, state, tokens_BP, features_BPD, whole_B)
+        draft = functools.partial(drafter.expand, params, shared, state)
         scratch = drafter.scratch(state, tree.slots)
         return state, tree.grow(draft, lambda x, n, _: likeliest(x, n), scratch, root_logits_BV, tokens_BP[:, -1])
 
-    return round_, params, borrowed, jax.eval_shape(start, params, borrowed)
+    return round_, params, shared, jax.eval_shape(start, params, shared)
 
 
 def mbsu(tau: float, *, ratio: float, passes: int) -> float:

@@ -54,14 +54,14 @@ class DraftFlags(Flags):
     """The flags of verbs that draft, as given; how a drafter is named is the verb's own."""
 
     draft_mode: DraftMode = "topk"
-    """How a node's children are chosen: its likeliest tokens, or draws from the draft's law with or without (swor)
-    replacement."""
+    """How a node's children are chosen: its likeliest tokens, or draws from the draft's distribution with or without
+    (swor) replacement."""
     rule: RuleName | None = None
     """Which drafted tokens are kept; all are lossless but typical, which keeps what is likely enough. Default:
     target-draw for topk (the text is then that of plain decoding, token for token), specinfer for sample,
     recursive-rejection for swor."""
     draft_temperature: float | None = None
-    """Of the law that children are drawn from. Default: --temperature."""
+    """Of the distribution that children are drawn from. Default: --temperature."""
     draft_vocab: str | None = None
     """File of the tokens that the drafter scores, as jaxspec draft-vocab writes it; `none` for all. Default: those
     saved with the drafter. It changes the speed, not the text."""

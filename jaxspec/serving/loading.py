@@ -21,7 +21,7 @@ from jaxspec.interchange.hf import load_target
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.nn.options import PLAIN
-from jaxspec.targets.llama import SHAPES, Llama, LlamaConfig
+from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
@@ -48,7 +48,7 @@ class Models(NamedTuple):
 
     def plain(self) -> Models:
         """The target alone."""
-        target = cast(Llama, self.engine.target).clone(taps=())
+        target = cast(Decoder, self.engine.target).clone(taps=())
         return self._replace(engine=Engine(target), weights=Weights(self.weights.target))
 
     def with_drafter(
@@ -64,8 +64,8 @@ class Models(NamedTuple):
             )
         if draft_vocab is not None:
             token_U = jnp.asarray(draft_vocab, jnp.int32)
-            vocab = DraftVocab(token_U, self.engine.target.borrowed(target).head_VD[token_U])
-        module = cast(Llama, self.engine.target).clone(taps=drafter.taps)
+            vocab = DraftVocab(token_U, self.engine.target.shared_tables(target).head_VD[token_U])
+        module = cast(Decoder, self.engine.target).clone(taps=drafter.taps)
         return self._replace(engine=Engine(module, drafter, tree), weights=Weights(target, params, vocab))
 
     def with_tree(self, tree: TreePolicy) -> Models:
@@ -81,9 +81,9 @@ class Models(NamedTuple):
 
 
 def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, seed: int = 0) -> Models:
-    """A target of one of `targets.llama.SHAPES` and an EAGLE-2 head for it, with random weights and no tokenizer."""
+    """A target of one of `decoder.SHAPES` and an EAGLE-2 head for it, with random weights and no tokenizer."""
     config = c = SHAPES[shape]
-    target = Llama(config, stacked=False, dtype=dtype, param_dtype=dtype)
+    target = Decoder(config, stacked=False, dtype=dtype, param_dtype=dtype)
     head = EagleConfig(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, bias=False)
     drafter = Eagle(head, dtype=dtype)
 

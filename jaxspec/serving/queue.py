@@ -15,7 +15,7 @@ from jaxspec.decoding.generation import NO_LIMIT, collect, run_rounds, start, ta
 from jaxspec.decoding.requests import Requests, bucket, make_requests
 from jaxspec.decoding.slots import Slots
 from jaxspec.serving.loading import Models
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 SEEDS = 2**32
 """Seeds are below this."""
@@ -32,7 +32,7 @@ class Settings:
     """0 keeps all tokens."""
     top_p: float = 1.0
     draft_temperature: float | None = None
-    """Of the law that drawn children come from; None for `temperature`."""
+    """Of the distribution that drawn children come from; None for `temperature`."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end an answer, besides the model's own."""
 

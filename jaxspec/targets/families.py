@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.targets.family import LLAMA, Family
+from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
+from jaxspec.targets.family import Family
 from jaxspec.targets.gemma import GEMMA2, GEMMA3
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
+from jaxspec.targets.llama import LLAMA
 from jaxspec.targets.mistral import MISTRAL
 from jaxspec.targets.mixtral import MIXTRAL
 from jaxspec.targets.phi3 import PHI3

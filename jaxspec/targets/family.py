@@ -8,10 +8,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxspec.nn.options import Options
+from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 from jaxspec.targets.fields import Fields, rope_fields
-from jaxspec.targets.llama import DecoderConfig, LlamaConfig
 from jaxspec.targets.stored import Tensors, llama_layer
-from jaxspec.targets.traits import PLAIN_LLAMA, Trait
+from jaxspec.targets.traits import Trait
 
 
 class Family(NamedTuple):
@@ -32,7 +32,7 @@ class Family(NamedTuple):
         """The config that a `config.json` of this family describes; ValueError where it says what is not supported."""
         shape = read_shape(fields, self.rope_of)
         options = Options(**{name: value for trait in self.traits for name, value in trait.read(fields).items()})
-        if self is LLAMA:
+        if self.model_type == "llama":
             return LlamaConfig(**shape)
         return DecoderConfig(**shape, family=self.model_type, options=options)
 
@@ -103,6 +103,3 @@ def write_shape(config: LlamaConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
     }
-
-
-LLAMA = Family("llama", "LlamaForCausalLM", (PLAIN_LLAMA,), defaults={**DEFAULTS, "bos_token_id": 1, "eos_token_id": 2})

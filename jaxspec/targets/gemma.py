@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.fields import Fields, rope_fields
-from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.stored import Tensors, attention_tensors, mlp_tensors, vector
 from jaxspec.targets.traits import BIAS, Trait, always, layer_types, named, score_scale, the_window
 

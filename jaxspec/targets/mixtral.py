@@ -1,8 +1,8 @@
 """Mixtral: Mistral whose MLPs are experts, of which the router's choice is weighted to sum to 1."""
 
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.stored import Tensors, attention_tensors, expert_tensors, norm_tensors
 from jaxspec.targets.traits import ACTIVATION, WINDOW, named
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.fields import longrope_amplitude
-from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.stored import DOWN, GATE, KEY, OUT, QUERY, UP, VALUE, Part, Stored, Tensors, norm_tensors
 from jaxspec.targets.traits import ACTIVATION, ROTATED_PART, WINDOW, Trait
 

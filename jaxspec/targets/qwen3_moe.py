@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.family import Family
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import LlamaConfig
 from jaxspec.targets.qwen2 import QWEN_DEFAULTS
 from jaxspec.targets.stored import Tensors, attention_tensors, expert_tensors, norm_tensors
 from jaxspec.targets.traits import ACTIVATION, BIAS, WINDOW_IF_ASKED, Trait, always, named

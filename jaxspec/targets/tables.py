@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxspec.base import Array, Borrowed, KVCache, Params, TargetOutput
+from jaxspec.base import Array, KVCache, Params, SharedTables, TargetOutput
 from jaxspec.nn.attention import cap
 from jaxspec.nn.lm_head import score_tokens
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Tables:
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
         """fp32 logits `[B, L, V]` of the token after each feature: those of the whole target, bit for bit."""
-        return cap(score_tokens(features_BLD, self.borrowed(params).head_VD), self.config.options.logit_cap)
+        return cap(score_tokens(features_BLD, self.shared_tables(params).head_VD), self.config.options.logit_cap)
 
-    def borrowed(self, params: Params) -> Borrowed:
+    def shared_tables(self, params: Params) -> SharedTables:
         """The embedding and LM head (one table when tied)."""
-        return Borrowed(params["embed"], params["embed"] if self.config.tied else params["head"])
+        return SharedTables(params["embed"], params["embed"] if self.config.tied else params["head"])
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """ValueError: there are no layers to keep keys and values of."""

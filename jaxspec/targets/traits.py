@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.fields import Fields
-from jaxspec.targets.llama import LlamaConfig
 
 
 class Trait(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxspec.base import Params
 from jaxspec.checkpoints.models import drafter_config, save_drafter
-from jaxspec.checkpoints.runs import Merit
+from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import (
     DistillConfig,
 )
@@ -25,23 +25,23 @@ from jaxspec.distillation.step import TrainState, eval_step, init_state
 from jaxspec.drafters import DRAFTERS, shape_of
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
-from jaxspec.interchange.target_folders import target_folder, tokenizer_card
+from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.serving.loading import check_width, open_drafter
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.targets.tables import Tables
 from jaxspec.training.batches import Data, HostBatch, place_rows, read_data
-from jaxspec.training.loop import Finished, Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.loop import Recipe, RunResult, attention_blocks, mesh_of, optimizer_of, prepare, run
 
-MERITS = (
-    Merit("simulated_tau", rising=True),
-    Merit("simulated_tau_greedy", rising=True),
-    Merit("expected_acceptance", rising=True),
-    Merit("top1_agreement", rising=True),
-    Merit("loss", rising=False),
+BEST_METRICS = (
+    BestMetric("simulated_tau", rising=True),
+    BestMetric("simulated_tau_greedy", rising=True),
+    BestMetric("expected_acceptance", rising=True),
+    BestMetric("top1_agreement", rising=True),
+    BestMetric("loss", rising=False),
 )
 """Figures by which a drafter's steps are compared."""
 RESUMABLE = (
@@ -53,7 +53,7 @@ EVAL_STEPS = 5
 """Draft steps that evaluation unrolls at least, for simulated tau."""
 
 
-class Beginning(NamedTuple):
+class InitialDrafter(NamedTuple):
     """A drafter before its training."""
 
     module: Any
@@ -61,7 +61,7 @@ class Beginning(NamedTuple):
     """The weights to go on from; None for fresh ones."""
 
 
-def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> Beginning:
+def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> InitialDrafter:
     """The drafter that `config` names: that of `config.init_from`, or one layer of the target's shape with the changes
     of `config.head`. `scored` is the size of its draft vocabulary.
 
@@ -84,7 +84,7 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
                 f"{config.init_from}: its own LM head scores {found.module.vocab:,} tokens, and it is to score "
                 f"{scored or target.vocab:,}; it was made for another tokenizer or draft vocabulary"
             )
-        return Beginning(found.module.clone(dtype=dtype), found.params)
+        return InitialDrafter(found.module.clone(dtype=dtype), found.params)
     like = {
         "width": target.width,
         "heads": target.heads,
@@ -98,12 +98,12 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
         "embed_vocab": target.vocab,
     }
     shape = shape_of(config.drafter, like, target.layers, config.head.given)
-    return Beginning(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)
+    return InitialDrafter(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)
 
 
 def distill(
-    config: DistillConfig, target: Llama | Tables, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
-) -> tuple[Any, Finished]:
+    config: DistillConfig, target: Decoder | Tables, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
+) -> tuple[Any, RunResult]:
     """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
     The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`. With
@@ -121,7 +121,7 @@ def distill(
     key = jax.random.key(config.seed)
 
     def init(frozen: Params) -> TrainState:
-        return init_state(drafter, optimizer, key, target.borrowed(frozen), params)
+        return init_state(drafter, optimizer, key, target.shared_tables(frozen), params)
 
     objective = config.objective
     deepest = drafter.deepest
@@ -157,9 +157,9 @@ def distill(
         "config": drafter_config(
             config.drafter, drafter, {"target": config.target}, None if vocab_U is None else vocab_U.tolist()
         ),
-        "tokenizer": tokenizer_card(target_folder(config.target)),
+        "tokenizer": tokenizer_manifest(target_folder(config.target)),
     }
-    recipe = Recipe("train", init, update, evaluate, data.train, steps, RESUMABLE, MERITS, model, (frozen,))
+    recipe = Recipe("train", init, update, evaluate, data.train, steps, RESUMABLE, BEST_METRICS, model, (frozen,))
     return drafter, run(recipe, config, mesh)
 
 
@@ -231,7 +231,9 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     module, done = distill(config, target, frozen, data.train, data.eval)
     scored = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab).tolist()
     about = {"target": config.target}
-    save_drafter(config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, card=done.card)
+    save_drafter(
+        config.export_folder, config.drafter, module, done.params, about, draft_vocab=scored, manifest=done.manifest
+    )
     return {**done.keys(), **data.keys(), "drafter": config.export_folder}
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.checkpoints.folders import abstract_like, refuse_to_replace
-from jaxspec.checkpoints.runs import Merit, Restored, RunCheckpoints
+from jaxspec.checkpoints.runs import BestMetric, Restored, RunCheckpoints
 from jaxspec.checkpoints.tracking import Tracker, provenance, session, sole, track
 from jaxspec.config import (
     CheckpointConfig,
@@ -66,10 +66,10 @@ class Recipe(NamedTuple):
     steps: int
     resumable: Sequence[str]
     """Fields of the config that a resumed run must share."""
-    merits: Sequence[Merit]
+    best_metrics: Sequence[BestMetric]
     """Figures of the evaluation by which a step can be the best; the first unless the config says."""
     model: Mapping[str, Any]
-    """What the weights are, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's card."""
+    """What the weights are, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's manifest."""
     given: tuple[Any, ...] = ()
     """Arrays that `init` takes: it may not close over those that lie on the devices of several processes."""
 
@@ -151,7 +151,7 @@ def save_due(settings: CheckpointConfig, step: int, seconds: float) -> bool:
     return due
 
 
-class Finished(NamedTuple):
+class RunResult(NamedTuple):
     """A run at its last step."""
 
     params: Params
@@ -162,8 +162,8 @@ class Finished(NamedTuple):
     resumed_from: int | None
     exported_step: int
     """The step that the weights are of, and the evaluation."""
-    card: dict[str, Any]
-    """What the card of the exported model says of where it comes from."""
+    manifest: dict[str, Any]
+    """What the manifest of the exported model says of where it comes from."""
 
     def keys(self) -> dict[str, Any]:
         """What the training verbs report alike."""
@@ -179,23 +179,23 @@ class Finished(NamedTuple):
         }
 
 
-def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> Finished:
+def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> RunResult:
     """`train` on a mesh, from the last intact checkpoint in the config's folder, or from the beginning.
 
     Metrics and `run.json` are left in that folder. Raises ValueError if the checkpoint belongs to a run that differs in
     one of the recipe's `resumable` settings.
     """
-    kept, merit = config.checkpoint, merit_of(recipe, config.checkpoint)
+    kept, best_metric = config.checkpoint, best_metric_of(recipe, config.checkpoint)
     abstract = jax.eval_shape(recipe.init, *recipe.given)
     wanted = abstract_like(abstract, shardings(mesh, abstract))
-    opened = RunCheckpoints(kept.folder, keep=kept.keep, keep_best=kept.keep_best, merit=merit, tell=say)
+    opened = RunCheckpoints(kept.folder, keep=kept.keep, keep_best=kept.keep_best, best_metric=best_metric, tell=say)
     facts = {"name": config.name, "kind": recipe.verb, "steps": recipe.steps, "config": to_dict(config)}
     ahead = contextlib.closing(iterate(recipe.data, workers=config.data.workers or 0))
     with sole(Path(kept.folder)), opened as checkpoints, ahead as batches, contextlib.ExitStack() as stack:
         resumed = resume(recipe, config, checkpoints, batches, wanted)
         start = 0 if resumed is None else resumed.step
         state = start_state(recipe, wanted) if resumed is None else resumed.state
-        facts |= {"model": recipe.model, "merit": merit._asdict()}
+        facts |= {"model": recipe.model, "best_metric": best_metric._asdict()}
         record = stack.enter_context(session(checkpoints.folder, facts, start))
         tracked = track(checkpoints.folder, start, wandb=config.tracking.wandb, record=record, tell=say)
         log = stack.enter_context(tracked)
@@ -209,14 +209,14 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> F
             outcome = outcome._replace(state=None)  # makes room for the other
             found = checkpoints.restore(best, wanted)
             outcome, exported = outcome._replace(state=found.state, evaluation=found.metrics), best
-            say(f"step {best:,} is exported, the best by {merit.figure}")
+            say(f"step {best:,} is exported, the best by {best_metric.figure}")
     whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(outcome.state.params)
-    card = {
+    manifest = {
         "tokenizer": recipe.model.get("tokenizer"),
         "metrics": outcome.evaluation,
         "provenance": provenance(record, exported),
     }
-    return Finished(whole, outcome, recipe.steps, checkpoint, start or None, exported, card)
+    return RunResult(whole, outcome, recipe.steps, checkpoint, start or None, exported, manifest)
 
 
 def start_state(recipe: Recipe, wanted: Any) -> Any:
@@ -244,12 +244,12 @@ def resume(
     return restored
 
 
-def merit_of(recipe: Recipe, settings: CheckpointConfig) -> Merit:
+def best_metric_of(recipe: Recipe, settings: CheckpointConfig) -> BestMetric:
     """By which figure a run's best step is found; ValueError if its evaluation has no such figure."""
-    for merit in recipe.merits:
-        if settings.best_by in (None, merit.figure):
-            return merit
-    known = ", ".join(merit.figure for merit in recipe.merits)
+    for best_metric in recipe.best_metrics:
+        if settings.best_by in (None, best_metric.figure):
+            return best_metric
+    known = ", ".join(best_metric.figure for best_metric in recipe.best_metrics)
     raise ValueError(
         f"checkpoint.best_by is {settings.best_by!r}, but {recipe.verb} evaluates {known}; name one of these"
     )

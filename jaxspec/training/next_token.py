@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Packed, Params
-from jaxspec.targets.llama import Llama
+from jaxspec.targets.decoder import Decoder
 
 
 class TokenBatch(NamedTuple):
@@ -24,7 +24,7 @@ def target_weights(batch: TokenBatch) -> Array:
     return jnp.pad(same & batch.loss_mask_BL[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
 
 
-def next_token_loss(model: Llama, params: Params, batch: TokenBatch, *, block: int) -> Array:
+def next_token_loss(model: Decoder, params: Params, batch: TokenBatch, *, block: int) -> Array:
     """fp32 `[B, L]`: `-log p(token l + 1 | tokens up to l)` in nats, 0 where `target_weights` is 0.
 
     Logits exist for `block` positions of every row at a time, in the backward pass too.

@@ -1,4 +1,5 @@
-"""The best tree for drafters whose children do not depend on the node: the best paths under the depths' own laws."""
+"""The best tree for drafters whose children do not depend on the node: the best paths under the depths' own
+distributions."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import ROOT, Array, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.parallel.rows import pick
+from jaxspec.parallel.rows import gather_rows
 from jaxspec.sampling import top_k
 from jaxspec.trees.shape import ancestor_mask, below_root, numbered
 
@@ -31,9 +32,9 @@ class BestFirstTree:
     The draft is asked once a depth, and every node of a depth gets the same children. The tree is the root and the
     `nodes - 1` nodes of the greatest cumulative log-probability, best first, ties to the shallower node and then to the
     child of the better one; as scores fall along a path, these are the best of all paths (JetSpec, DDTree). That is the
-    most accepted tokens expected under the *product of the depths' laws*, a surrogate: the target's own tokens of
-    neighbouring depths do depend on each other. With a drafter whose children depend on the node (EAGLE, a draft LM)
-    the laws are those along its likeliest chain; the text is the same, the tree only a worse one.
+    most accepted tokens expected under the *product of the depths' distributions*, a surrogate: the target's own tokens
+    of neighbouring depths do depend on each other. With a drafter whose children depend on the node (EAGLE, a draft LM)
+    the distributions are those along its likeliest chain; the text is the same, the tree only a worse one.
 
     They are found depth by depth, where others pop a heap node by node: no more than `nodes - 1` of a depth can be
     among them, and those are children of such nodes, so one `top_k` a depth and one over all depths do.
@@ -78,13 +79,13 @@ class BestFirstTree:
         score_BK, chosen = top_k(pool.score_BK, self.nodes - 1)
         real = score_BK > -jnp.inf
         node_of = numbered(chosen, pool.parent_BK.shape[1])
-        above = pick(pool.parent_BK, chosen)
-        parent_BK = jnp.where(above == ROOT, 0, pick(node_of, jnp.maximum(above, 0)))
+        above = gather_rows(pool.parent_BK, chosen)
+        parent_BK = jnp.where(above == ROOT, 0, gather_rows(node_of, jnp.maximum(above, 0)))
         depths = np.repeat(np.arange(1, self.depth + 1), counts)
         parent_BN = below_root(jnp.where(real, parent_BK, ROOT), ROOT)
         score_BN = below_root(score_BK, 0.0)
         return Tree(
-            jnp.concatenate([root_token_B[:, None], jnp.where(real, pick(pool.token_BK, chosen), 0)], axis=1),
+            jnp.concatenate([root_token_B[:, None], jnp.where(real, gather_rows(pool.token_BK, chosen), 0)], axis=1),
             parent_BN,
             below_root(jnp.where(real, jnp.asarray(depths)[chosen], 0), 0),
             score_BN,

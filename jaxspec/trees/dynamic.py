@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
 from jaxspec.sampling import top_k
-from jaxspec.trees.shape import ancestor_mask, below_root, numbered, stack_laws
+from jaxspec.trees.shape import ancestor_mask, below_root, numbered, stack_distributions
 
 
 class Candidates(NamedTuple):
@@ -73,8 +73,9 @@ class DynamicTree:
         """Draft `depth` levels and keep the best `nodes - 1` of all candidates.
 
         Drawn candidates are not kept by their own probability, for then the children of a node would no longer have the
-        law they were drawn from: what counts is the bound on it that was known before the draw (`Children.left_BWR`).
-        It falls from sibling to sibling and from parent to child, so no candidate's own token decides over its place.
+        distribution they were drawn from: what counts is the bound on it that was known before the draw
+        (`Children.left_BWR`). It falls from sibling to sibling and from parent to child, so no candidate's own token
+        decides over its place.
         """
         beam, batch = self.beam, root_token_B.shape[0]
         found = choose(root_logits_BV[:, None], beam, ROOT)
@@ -115,7 +116,9 @@ class DynamicTree:
         parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)
         parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
         levels = np.concatenate([np.ones(beam, np.int32), np.repeat(np.arange(2, self.depth + 1), beam**2)])
-        law_BQ = numbered(jnp.concatenate(expanded, axis=1), self.pool) if expanded else jnp.zeros_like(pool.parent_BQ)
+        distribution_BQ = (
+            numbered(jnp.concatenate(expanded, axis=1), self.pool) if expanded else jnp.zeros_like(pool.parent_BQ)
+        )
         depth_BN = below_root(jnp.asarray(levels, jnp.int32)[chosen], 0)
         parent_BN = below_root(parent, ROOT)
         score_BN = below_root(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0)
@@ -128,5 +131,5 @@ class DynamicTree:
             score_BN,
             valid_BN,
             ancestor_mask(parent_BN, self.depth),
-            stack_laws(families, below_root(jnp.take_along_axis(law_BQ, chosen, axis=1), 0)),
+            stack_distributions(families, below_root(jnp.take_along_axis(distribution_BQ, chosen, axis=1), 0)),
         )

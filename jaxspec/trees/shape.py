@@ -1,11 +1,11 @@
-"""What every tree policy shares: ancestor masks from parents, and the laws of its draws in one array."""
+"""What every tree policy shares: ancestor masks from parents, and the distributions of its draws in one array."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Children, DraftLaws
-from jaxspec.parallel.rows import put
+from jaxspec.base import Array, Children, DraftDistributions
+from jaxspec.parallel.rows import scatter_rows
 
 
 def ancestor_mask(parent_BN: Array, depth: int) -> Array:
@@ -26,17 +26,18 @@ def below_root(x_BK: Array, root: float) -> Array:
 
 def numbered(at_BK: Array, size: int) -> Array:
     """`[B, size]`: 1, 2, .. at each row's `at`, 0 elsewhere."""
-    return put(
+    return scatter_rows(
         jnp.zeros((len(at_BK), size), jnp.int32),
         at_BK,
         jnp.broadcast_to(jnp.arange(1, at_BK.shape[1] + 1, dtype=jnp.int32), at_BK.shape),
     )
 
 
-def stack_laws(families: list[Children], row_BN: Array) -> DraftLaws | None:
-    """The laws that the children of the root, then of each level, were drawn from; None where nothing was drawn."""
-    laws = [family.law_BWV for family in families if family.law_BWV is not None]
-    if not laws:
+def stack_distributions(families: list[Children], row_BN: Array) -> DraftDistributions | None:
+    """The distributions that the children of the root, then of each level, were drawn from; None where nothing was
+    drawn."""
+    distributions = [family.distribution_BWV for family in families if family.distribution_BWV is not None]
+    if not distributions:
         return None
     assert families[0].random_B is not None
-    return DraftLaws(jnp.concatenate(laws, axis=1), row_BN, families[0].random_B)
+    return DraftDistributions(jnp.concatenate(distributions, axis=1), row_BN, families[0].random_B)

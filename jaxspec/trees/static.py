@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.trees.shape import stack_laws
+from jaxspec.trees.shape import stack_distributions
 
 EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 """The 25-node tree of EAGLE-1 (its `mc_sim_7b_63`): one digit a depth, the child's rank in its parent's draft."""
@@ -38,8 +38,8 @@ class Shape(NamedTuple):
     rank: np.ndarray
     order: np.ndarray
     """Place among the siblings; the rank, unless ranks are left out."""
-    law: np.ndarray
-    """Row of the draft law that a node's children come from; 0 for leaves too."""
+    distribution: np.ndarray
+    """Row of the draft distribution that a node's children come from; 0 for leaves too."""
     valid: np.ndarray
     ancestors: np.ndarray
     levels: tuple[Level, ...]
@@ -81,8 +81,8 @@ def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> Shape:
         seen = np.array(inner[: slot + expanded.size])
         parents = np.array([slot_of.get(int(parent[n]), ROOT) for n in expanded], np.int32)
         levels.append(Level(expanded, slot, parents, ancestors[expanded][:, seen]))
-    law = np.array([slot_of.get(n, ROOT) + 1 for n in range(rows)], np.int32)
-    return Shape(parent, depth, rank, order_of, law, valid, ancestors, tuple(levels))
+    distribution = np.array([slot_of.get(n, ROOT) + 1 for n in range(rows)], np.int32)
+    return Shape(parent, depth, rank, order_of, distribution, valid, ancestors, tuple(levels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +167,9 @@ class StaticTree:
             logits_BWV, scratch = draft(scratch, frontier)
             filled = place(filled, level.expanded, logits_BWV, level.slot)
         token_BN, score_BN, valid_BN = filled
-        fixed = [jnp.asarray(a)[None] for a in (shape.parent, shape.depth, shape.ancestors, shape.law)]
+        fixed = [jnp.asarray(a)[None] for a in (shape.parent, shape.depth, shape.ancestors, shape.distribution)]
         parent, depth, ancestors, row = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in fixed)
-        return Tree(token_BN, parent, depth, score_BN, valid_BN, ancestors, stack_laws(families, row))
+        return Tree(token_BN, parent, depth, score_BN, valid_BN, ancestors, stack_distributions(families, row))
 
 
 def _place(
@@ -183,7 +183,7 @@ def _place(
 ) -> tuple[Array, Array, Array]:
     """Fill in `children`, whose parents are the rows `row` of `chosen`; a child is valid if there was one to draw."""
     above = shape.parent[children]
-    place = (slice(None), row, (shape.rank if chosen.law_BWV is None else shape.order)[children])
+    place = (slice(None), row, (shape.rank if chosen.distribution_BWV is None else shape.order)[children])
     drawn = chosen.left_BWR[place] > -jnp.inf
     return (
         token_BN.at[:, children].set(chosen.token_BWR[place]),

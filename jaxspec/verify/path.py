@@ -1,8 +1,9 @@
 """What a rule returns, and the rule for trees whose shape and tokens are chosen deterministically.
 
-The target draws its own token at every node; the path that carries those tokens is kept, and the draw at its end is
-the bonus token. Whatever the tree holds, each kept token *is* a draw from the target's (warped) law, so the output has
-exactly that law, greedy and sampled alike. (EAGLE-2's point-mass rejection loop has the same law and needs more code.)
+The target draws its own token at every node; the path that carries those tokens is kept, and the draw at its end is the
+bonus token. Whatever the tree holds, each kept token *is* a draw from the target's (warped) distribution, so the output
+has exactly that distribution, greedy and sampled alike. (EAGLE-2's point-mass rejection loop has the same distribution
+and needs more code.)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Lossless rules for children that were drawn at random: each child is tested against what the target has left.
 
-Top down (recursive rejection) a node's children are tested in the order of their draws, and the first accepted child
-is descended into. Bottom up (traversal verification; on a chain, block verification) a node is decided after all that
-hangs below it, which never accepts less and often more. Both output exactly the target's law, for every tree in which
-whether there is a node does not depend on the node's own token: then a child that is tested has the law it was drawn
-from, whatever was seen before it.
+Top down (recursive rejection) a node's children are tested in the order of their draws, and the first accepted child is
+descended into. Bottom up (traversal verification; on a chain, block verification) a node is decided after all that
+hangs below it, which never accepts less and often more. Both output exactly the target's distribution, for every tree
+in which whether there is a node does not depend on the node's own token: then a child that is tested has the
+distribution it was drawn from, whatever was seen before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxspec.base import Array, DraftMode, Tree
 
 
-class Verdict(NamedTuple):
+class RejectionResult(NamedTuple):
     """What a rule decided, short of drawing the bonus token."""
 
     last_B: Array
@@ -31,53 +31,54 @@ class Verdict(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One row's tree, laws and coins."""
+    """One row's tree, distributions and coins."""
 
     token_N: Array
     parent_N: Array
     depth_N: Array
     valid_N: Array
     p_NV: Array
-    law_EV: Array
+    distribution_EV: Array
     law_row_N: Array
     random: Array
     coin_N: Array
 
-    def law(self, n: Array) -> Array:
+    def distribution(self, n: Array) -> Array:
         """What the first child of `n` was drawn from."""
-        return self.law_EV[self.law_row_N[n]]
+        return self.distribution_EV[self.law_row_N[n]]
 
     def waiting(self, at: Array, behind: Array) -> Array:
         """Children of `at` that are not dealt with: those after node `behind`."""
         return self.valid_N & (self.parent_N == at) & (jnp.arange(self.token_N.shape[0]) > behind)
 
 
-def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array) -> Verdict:
+def top_down(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array) -> RejectionResult:
     """Recursive rejection: SpecInfer's rule for `sample`, RSD's and Sequoia's for `swor`, EAGLE-2's for `topk`.
 
     On a chain with `sample` it is chain speculative sampling (Leviathan 2023; Chen 2023). `target_BNV` is the target's
-    warped law at every node; it and `tree.laws` sum to 1. `coin_BN` holds independent uniforms of [0, 1). Parents must
-    stand before their children, siblings in the order of their draws.
+    warped distribution at every node; it and `tree.distributions` sum to 1. `coin_BN` holds independent uniforms of [0,
+    1). Parents must stand before their children, siblings in the order of their draws.
     """
 
-    def walk(row: _Row) -> Verdict:
+    def walk(row: _Row) -> RejectionResult:
         w = jax.lax.while_loop(
             lambda w: jnp.any(row.waiting(w.at, w.behind)), lambda w: _test(mode, row, w), _at_top(row)
         )
-        return Verdict(w.at, w.r_V, w.tested_N, w.chance_N)
+        return RejectionResult(w.at, w.r_V, w.tested_N, w.chance_N)
 
     return jax.vmap(walk)(_rows(tree, target_BNV, coin_BN))
 
 
-def bottom_up(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array, depth: int) -> Verdict:
+def bottom_up(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array, depth: int) -> RejectionResult:
     """Traversal verification, leaves before their parents; block verification (Sun 2024) on a chain with `sample`.
 
     A node reached with weight `rho` hands each child in turn `min(1, rho b(x) / s(x))`, where `b` is the target's
-    law that is left and `s` the law of the draw; a child that fails leaves `(rho b - s)+`, and when all have failed the
-    node is taken with the weight that is left. Arguments as `top_down`'s; `depth` is the tree's `T`.
+    distribution that is left and `s` the distribution of the draw; a child that fails leaves `(rho b - s)+`, and when
+    all have failed the node is taken with the weight that is left. Arguments as `top_down`'s; `depth` is the tree's
+    `T`.
     """
 
-    def climb(row: _Row) -> Verdict:
+    def climb(row: _Row) -> RejectionResult:
         def step(c: _Climb) -> _Climb:
             waiting_N = row.waiting(c.at, c.behind)
             child = jnp.argmax(waiting_N).astype(jnp.int32)
@@ -86,34 +87,34 @@ def bottom_up(mode: DraftMode, tree: Tree, target_BNV: Array, coin_BN: Array, de
             )
 
         c = jax.lax.while_loop(lambda c: ~c.done, step, _at_root(row, depth))
-        return Verdict(c.at, c.b_PV[row.depth_N[c.at]], c.tested_N, c.chance_N)
+        return RejectionResult(c.at, c.b_PV[row.depth_N[c.at]], c.tested_N, c.chance_N)
 
     return jax.vmap(climb)(_rows(tree, target_BNV, coin_BN))
 
 
 def _rows(tree: Tree, target_BNV: Array, coin_BN: Array) -> _Row:
-    """The rules' arguments with the batch axis first; where nothing was drawn, a stand-in for the laws."""
+    """The rules' arguments with the batch axis first; where nothing was drawn, a stand-in for the distributions."""
     batch, nodes = tree.token_BN.shape
-    laws = tree.laws
-    if laws is None:
+    distributions = tree.distributions
+    if distributions is None:
         row_BN = jnp.broadcast_to(jnp.arange(nodes), (batch, nodes))
         drawn = (target_BNV, row_BN, jnp.zeros(batch, bool))
     else:
-        drawn = laws
+        drawn = distributions
     return _Row(tree.token_BN, tree.parent_BN, tree.depth_BN, tree.valid_BN, target_BNV, *drawn, coin_BN)
 
 
-# What both rules do to a law when a child is refused.
+# What both rules do to a distribution when a child is refused.
 
 
 def _drawn_from(mode: DraftMode, row: _Row, s_V: Array, token: Array) -> Array:
-    """The law that `token` came from: where nothing was drawn, all on itself."""
+    """The distribution that `token` came from: where nothing was drawn, all on itself."""
     itself_V = jnp.zeros_like(s_V).at[token].set(1)
     return itself_V if mode == "topk" else jnp.where(row.random, s_V, itself_V)
 
 
 def _next_draw(mode: DraftMode, s_V: Array, token: Array) -> Array:
-    """The law of a sibling's draw after `token` was drawn."""
+    """The distribution of a sibling's draw after `token` was drawn."""
     if mode != "swor":
         return s_V
     left_V = s_V.at[token].set(0)
@@ -122,9 +123,10 @@ def _next_draw(mode: DraftMode, s_V: Array, token: Array) -> Array:
 
 
 def _left(excess_V: Array, p_V: Array, tried_V: Array) -> Array:
-    """`excess` normalised; where nothing is left but rounding, the target's law without the tokens already tested.
+    """`excess` normalised; where nothing is left but rounding, the target's distribution without the tokens already
+    tested.
 
-    That happens with a probability of the order of what is left, so which law stands there does not show.
+    That happens with a probability of the order of what is left, so which distribution stands there does not show.
     """
     total = jnp.sum(excess_V)
     other_V = jnp.where(tried_V, 0, p_V)
@@ -150,9 +152,9 @@ class _Walk(NamedTuple):
     behind: Array
     """Children of `at` up to this node have been refused."""
     r_V: Array
-    """What is left of the target's law."""
+    """What is left of the target's distribution."""
     s_V: Array
-    """The law of the next child's draw."""
+    """The distribution of the next child's draw."""
     tried_V: Array
     tested_N: Array
     chance_N: Array
@@ -162,11 +164,11 @@ def _at_top(row: _Row) -> _Walk:
     nodes, vocab = row.p_NV.shape
     nobody_N, zero = jnp.zeros(nodes, bool), jnp.int32(0)
     none_N = jnp.zeros(nodes, row.p_NV.dtype)
-    return _Walk(zero, zero, row.p_NV[0], row.law(zero), jnp.zeros(vocab, bool), nobody_N, none_N)
+    return _Walk(zero, zero, row.p_NV[0], row.distribution(zero), jnp.zeros(vocab, bool), nobody_N, none_N)
 
 
 def _test(mode: DraftMode, row: _Row, w: _Walk) -> _Walk:
-    """Toss for the next child of the node at hand: descend into it, or take from the law what it had."""
+    """Toss for the next child of the node at hand: descend into it, or take from the distribution what it had."""
     n = jnp.argmax(row.waiting(w.at, w.behind)).astype(jnp.int32)
     x = row.token_N[n]
     used_V = _drawn_from(mode, row, w.s_V, x)
@@ -177,7 +179,7 @@ def _test(mode: DraftMode, row: _Row, w: _Walk) -> _Walk:
         at=jnp.where(taken, n, w.at),
         behind=n,
         r_V=jnp.where(taken, row.p_NV[n], left_V),
-        s_V=jnp.where(taken, row.law(n), _next_draw(mode, w.s_V, x)),
+        s_V=jnp.where(taken, row.distribution(n), _next_draw(mode, w.s_V, x)),
         tried_V=~taken & tried_V,
         tested_N=w.tested_N.at[n].set(True),
         chance_N=w.chance_N.at[n].set(_chance(w.r_V[x], used_V[x])),
@@ -194,9 +196,9 @@ class _Climb(NamedTuple):
     behind: Array
     """Children of `at` up to this node are dealt with."""
     b_PV: Array
-    """What is left of the target's law."""
+    """What is left of the target's distribution."""
     s_PV: Array
-    """The law of the next child's draw."""
+    """The distribution of the next child's draw."""
     tried_PV: Array
     rho_P: Array
     """Probability that the node is accepted, as far as its children have been dealt with."""
@@ -207,12 +209,12 @@ class _Climb(NamedTuple):
 
 def _at_root(row: _Row, depth: int) -> _Climb:
     nodes, vocab = row.p_NV.shape
-    laws_PV = jnp.zeros((depth + 1, vocab), row.p_NV.dtype)
+    distributions_PV = jnp.zeros((depth + 1, vocab), row.p_NV.dtype)
     return _Climb(
         at=jnp.int32(0),
         behind=jnp.int32(0),
-        b_PV=laws_PV.at[0].set(row.p_NV[0]),
-        s_PV=laws_PV.at[0].set(row.law(jnp.int32(0))),
+        b_PV=distributions_PV.at[0].set(row.p_NV[0]),
+        s_PV=distributions_PV.at[0].set(row.distribution(jnp.int32(0))),
         tried_PV=jnp.zeros((depth + 1, vocab), bool),
         rho_P=jnp.ones(depth + 1, row.p_NV.dtype),
         tested_N=jnp.zeros(nodes, bool),
@@ -228,7 +230,7 @@ def _descend(mode: DraftMode, row: _Row, c: _Climb, child: Array) -> _Climb:
         at=child,
         behind=child,
         b_PV=c.b_PV.at[d + 1].set(row.p_NV[child]),
-        s_PV=c.s_PV.at[d + 1].set(row.law(child)),
+        s_PV=c.s_PV.at[d + 1].set(row.distribution(child)),
         tried_PV=c.tried_PV.at[d + 1].set(False),
         rho_P=c.rho_P.at[d + 1].set(_chance(c.rho_P[d] * c.b_PV[d, x], _drawn_from(mode, row, c.s_PV[d], x)[x])),
     )
@@ -246,7 +248,7 @@ def _decide(mode: DraftMode, row: _Row, c: _Climb) -> _Climb:
 
 
 def _leave(mode: DraftMode, row: _Row, c: _Climb) -> _Climb:
-    """Back at the parent, its law and weight lowered by what the failed child had taken."""
+    """Back at the parent, its distribution and weight lowered by what the failed child had taken."""
     parent, x = jnp.maximum(row.parent_N[c.at], 0), row.token_N[c.at]
     up = row.depth_N[parent]
     weight = c.rho_P[up]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import DRAFT_MODES, Array, DraftMode, Tree, TreePolicy
-from jaxspec.sampling import Sampling, argmax, draw, law_of, round_noise
+from jaxspec.sampling import Sampling, argmax, distribution_of, draw, round_noise
 from jaxspec.verify.path import Accepted, deepest, follow, path_to, reached
-from jaxspec.verify.rejection import Verdict, bottom_up, top_down
+from jaxspec.verify.rejection import RejectionResult, bottom_up, top_down
 
 COINS, BONUS = 1, 2
 """Uses of a round's noise; drafting has others."""
@@ -44,7 +44,7 @@ class Rule:
     """How children may have been chosen."""
     accept: Callable[[Case], Accepted]
     lossless: bool = True
-    """Whether the text has exactly the target's law."""
+    """Whether the text has exactly the target's distribution."""
     chains_only: bool = False
 
     def check_mode(self, mode: DraftMode) -> None:
@@ -69,14 +69,15 @@ def target_draw(case: Case) -> Accepted:
     return follow(tree, draw(case.logits_BNV, tree.depth_BN, case.length_B + 1, depth + 1, case.sampling), depth)
 
 
-def judged(judge: Callable[[Case, Array, Array], Verdict]) -> Callable[[Case], Accepted]:
-    """A rejection rule `(case, target's law, coins) -> verdict` with the coins and the bonus token it needs."""
+def judged(judge: Callable[[Case, Array, Array], RejectionResult]) -> Callable[[Case], Accepted]:
+    """A rejection rule `(case, target's distribution, coins) -> verdict` with the coins and the bonus token it
+    needs."""
 
     def accept(case: Case) -> Accepted:
         nodes, vocab = case.logits_BNV.shape[1:]
         noise = functools.partial(round_noise, case.sampling.seed_B, case.length_B)
         coin_BN = noise(COINS, functools.partial(jax.random.uniform, shape=(nodes,)))
-        verdict = judge(case, law_of(case.logits_BNV, case.sampling), coin_BN)
+        verdict = judge(case, distribution_of(case.logits_BNV, case.sampling), coin_BN)
         gumbel_BV = noise(BONUS, functools.partial(jax.random.gumbel, shape=(vocab,)))
         return path_to(case.tree, verdict.last_B, argmax(jnp.log(verdict.rest_BV) + gumbel_BV), case.depth)
 
@@ -90,11 +91,11 @@ from_the_leaves = judged(lambda case, p_BNV, coin_BN: bottom_up(case.mode, case.
 def typical(case: Case) -> Accepted:
     """Medusa's typical acceptance (section 3.3.1), NOT lossless: tokens that are likely enough are kept.
 
-    A token is kept where `p(x) > min(epsilon, delta exp(-H(p)))` under the target's warped law; of the kept paths the
-    longest is taken, among equals the one the target finds likeliest, and the bonus token is drawn from the target's
-    law behind it. Greedy rows keep the target's own argmax, which is exact.
+    A token is kept where `p(x) > min(epsilon, delta exp(-H(p)))` under the target's warped distribution; of the kept
+    paths the longest is taken, among equals the one the target finds likeliest, and the bonus token is drawn from the
+    target's distribution behind it. Greedy rows keep the target's own argmax, which is exact.
     """
-    tree, p_BNV = case.tree, law_of(case.logits_BNV, case.sampling)
+    tree, p_BNV = case.tree, distribution_of(case.logits_BNV, case.sampling)
     entropy_BN = -jnp.sum(p_BNV * jnp.log(jnp.where(p_BNV > 0, p_BNV, 1)), axis=-1)
     enough_BN = jnp.minimum(TYPICAL_FLOOR, TYPICAL_SHARE * jnp.exp(-entropy_BN))
     parent_BN = jnp.maximum(tree.parent_BN, 0)

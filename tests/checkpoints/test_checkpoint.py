@@ -22,9 +22,9 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxspec.checkpoints import models, runs
 from jaxspec.checkpoints.folders import PATIENCE, abstract_like
-from jaxspec.checkpoints.manifest import CARD
+from jaxspec.checkpoints.manifest import MANIFEST
 from jaxspec.checkpoints.models import load_model, model_kind, save_model
-from jaxspec.checkpoints.runs import Merit, RunCheckpoints
+from jaxspec.checkpoints.runs import BestMetric, RunCheckpoints
 from jaxspec.parallel.mesh import make_mesh
 
 DATA, CONFIG = {"next_index": 3}, {"name": "x", "sizes": [1, 2]}
@@ -107,7 +107,7 @@ def test_a_state_of_another_form_is_refused(tmp_path: Path, wanted: dict[str, ja
 
 
 def largest_file(folder: Path) -> Path:
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != CARD]
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
     return max(files, key=lambda p: p.stat().st_size)
 
 
@@ -133,7 +133,7 @@ def numbers(folder: Path) -> list[int]:
 
 def test_the_best_steps_are_kept_besides_the_last(tmp_path: Path):
     taus = {1: 2.0, 2: None, 3: 4.0, 4: 3.0, 5: float("nan"), 6: 4.0, 7: None, 8: 1.0}
-    with RunCheckpoints(tmp_path, keep=2, keep_best=1, merit=Merit("tau", rising=True)) as run:
+    with RunCheckpoints(tmp_path, keep=2, keep_best=1, best_metric=BestMetric("tau", rising=True)) as run:
         improving = []
         for step, tau in taus.items():
             metrics = {} if tau is None or tau != tau else {"tau": tau}
@@ -141,7 +141,7 @@ def test_the_best_steps_are_kept_besides_the_last(tmp_path: Path):
             run.save(step, {"a": jnp.full(2, step)}, DATA, CONFIG, metrics=metrics)
         assert improving == [True, False, True, False, False, False, False, False]
         assert run.best_step() == 6 and numbers(tmp_path) == [6, 7, 8]
-    with RunCheckpoints(tmp_path, keep=2, keep_best=1, merit=Merit("tau", rising=False)) as run:
+    with RunCheckpoints(tmp_path, keep=2, keep_best=1, best_metric=BestMetric("tau", rising=False)) as run:
         assert run.best_step() == 8 and run.improves({"tau": 0.5}) and not run.improves({"loss": 0.5})
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_step_is_skipped_with_a_warning_and_makes_way(tmp_path: Path, 
 
 def test_a_half_written_step_is_skipped_with_a_warning_and_makes_way(tmp_path: Path):
     write_steps(tmp_path, 1, 2)
-    (tmp_path / "2" / CARD).unlink()
+    (tmp_path / "2" / MANIFEST).unlink()
     with pytest.warns(UserWarning, match=f"{tmp_path}/2: not a checkpoint .* half of one .*; step 2 is skipped"):
         run = RunCheckpoints(tmp_path)
     with run:
@@ -195,14 +195,14 @@ def test_a_step_saved_in_the_background_is_the_state_of_its_moment(tmp_path: Pat
 
 
 def test_a_run_goes_on_while_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_card, finish = runs.write_card, threading.Event()
+    write_manifest, finish = runs.write_manifest, threading.Event()
 
     def wait(*arguments: Any) -> None:
         assert finish.wait(20)
-        write_card(*arguments)
+        write_manifest(*arguments)
 
-    monkeypatch.setattr(runs, "write_card", wait)
-    with RunCheckpoints(tmp_path, keep_best=1, merit=Merit("tau", rising=True)) as run:
+    monkeypatch.setattr(runs, "write_manifest", wait)
+    with RunCheckpoints(tmp_path, keep_best=1, best_metric=BestMetric("tau", rising=True)) as run:
         run.save(1, {"a": jnp.zeros(2)}, DATA, CONFIG, wait=False)
         assert not run.improves({}) and not (tmp_path / "1").exists()
         finish.set()
@@ -241,7 +241,7 @@ def test_failed_saves_in_a_row_stop_a_run_that_does_not_wait_for_them(tmp_path: 
     state, told = {"a": jnp.zeros(2)}, []
     with RunCheckpoints(tmp_path, tell=told.append) as run:
         with monkeypatch.context() as patched:
-            patched.setattr(runs, "write_card", fail)
+            patched.setattr(runs, "write_manifest", fail)
             for step in range(1, PATIENCE + 1):
                 run.save(step, state, DATA, CONFIG, wait=False)
             with pytest.raises(OSError, match=rf"step {PATIENCE} .*\(No space left on device\); no step is saved"):
@@ -318,7 +318,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path):
 def test_a_save_that_fails_leaves_the_model_before_and_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_model(tmp_path / "m", {"a": jnp.zeros(2)}, CONFIG, kind="drafter")
     with monkeypatch.context() as patched:
-        patched.setattr(models, "write_card", lambda *_: (tmp_path / "none" / "x").write_text(""))
+        patched.setattr(models, "write_manifest", lambda *_: (tmp_path / "none" / "x").write_text(""))
         with pytest.raises(OSError, match="m: could not be written"):
             save_model(tmp_path / "m", {"a": jnp.ones(2)}, CONFIG, kind="drafter")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

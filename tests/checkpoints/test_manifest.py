@@ -1,4 +1,4 @@
-"""The card of a checkpoint: what it says, what it notices, and older formats."""
+"""The manifest of a checkpoint: what it says, what it notices, and older formats."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from random_models import random_weights
 
 from jaxspec.checkpoints.folders import abstract_like
-from jaxspec.checkpoints.manifest import CARD, FORMAT, read_card, verify
+from jaxspec.checkpoints.manifest import FORMAT, MANIFEST, read_manifest, verify
 from jaxspec.checkpoints.models import load_drafter, load_model, save_model
 from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.drafters import DraftLM, DraftLMConfig
@@ -32,21 +32,25 @@ def write_format_1(folder: Path, items: dict[str, Any], **about: Any) -> None:
 def test_a_card_says_what_the_folder_holds(tmp_path: Path):
     about = {"metrics": {"loss": 2.5}, "provenance": {"run": "x"}, "tokenizer": {"vocab": 4}}
     save_model(tmp_path / "m", PARAMS, {"sizes": (1, 2)}, kind="target", about=about)
-    card = json.loads((tmp_path / "m" / CARD).read_text())
-    assert card == {**read_card(tmp_path / "m"), "sha256": card["sha256"]}
-    assert card["format"] == FORMAT and card["kind"] == "target" and card["config"] == {"sizes": [1, 2]}
-    assert card["metrics"] == {"loss": 2.5} and card["provenance"]["run"] == "x" and card["tokenizer"] == {"vocab": 4}
-    assert card["arrays"] == {
+    manifest = json.loads((tmp_path / "m" / MANIFEST).read_text())
+    assert manifest == {**read_manifest(tmp_path / "m"), "sha256": manifest["sha256"]}
+    assert manifest["format"] == FORMAT and manifest["kind"] == "target" and manifest["config"] == {"sizes": [1, 2]}
+    assert (
+        manifest["metrics"] == {"loss": 2.5}
+        and manifest["provenance"]["run"] == "x"
+        and manifest["tokenizer"] == {"vocab": 4}
+    )
+    assert manifest["arrays"] == {
         "embed": {"shape": [4, 2], "dtype": "float32", "axes": ["vocab", "width"]},
         "layers/down": {"shape": [3, 6, 2], "dtype": "bfloat16", "axes": [None, "mlp", "width"]},
         "layers/norm": {"shape": [2], "dtype": "float32", "axes": [None]},
     }
-    verify(tmp_path / "m", card)
+    verify(tmp_path / "m", manifest)
 
 
 def test_a_changed_card_is_noticed(tmp_path: Path):
     save_model(tmp_path / "m", PARAMS, {"rope_theta": 10000.0}, kind="target")
-    path = tmp_path / "m" / CARD
+    path = tmp_path / "m" / MANIFEST
     path.write_text(path.read_text().replace("10000.0", "10001.0"))
     with pytest.raises(ValueError, match="its contents changed since it was saved"):
         load_model(tmp_path / "m")
@@ -61,7 +65,7 @@ def test_a_drafter_of_format_1_loads(tmp_path: Path):
     found = load_drafter(tmp_path / "m")
     assert found.module == module and found.about == {"tree": "chain:3"}
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
-    assert read_card(tmp_path / "m")["format"] == FORMAT
+    assert read_manifest(tmp_path / "m")["format"] == FORMAT
 
 
 def test_a_run_of_format_1_goes_on(tmp_path: Path):
@@ -88,10 +92,10 @@ def test_damage_and_halves_of_format_1_are_noticed(tmp_path: Path):
 
 def test_a_format_of_the_future_is_named(tmp_path: Path):
     save_model(tmp_path / "m", PARAMS, {}, kind="target")
-    path = tmp_path / "m" / CARD
-    card = json.loads(path.read_text()) | {"format": "jaxspec/99"}
-    del card["sha256"]
-    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(card | {"sha256": digest}))
+    path = tmp_path / "m" / MANIFEST
+    manifest = json.loads(path.read_text()) | {"format": "jaxspec/99"}
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest | {"sha256": digest}))
     with pytest.raises(ValueError, match=f"format 'jaxspec/99', and this version reads jaxspec/1, {FORMAT}; a newer"):
         load_model(tmp_path / "m")

@@ -39,7 +39,7 @@ from jaxspec.drafters import (
     PEagleConfig,
 )
 from jaxspec.serving.loading import Models
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES
 
@@ -105,9 +105,9 @@ every = pytest.mark.parametrize("head", HEADS)
 
 
 @functools.cache
-def target() -> tuple[Llama, Any]:
+def target() -> tuple[Decoder, Any]:
     """Random weights large enough for a text that goes on changing."""
-    module = Llama(CONFIG, stacked=False)
+    module = Decoder(CONFIG, stacked=False)
     return module, random_weights(module, 0.7, 1)
 
 
@@ -120,7 +120,7 @@ def pair(head: str, tree: str) -> tuple[Engine, Weights]:
 
 @functools.cache
 def batch(kind: str) -> Requests:
-    """Three rows of different lengths: all greedy, or greedy, sampled and sampled from a truncated law."""
+    """Three rows of different lengths: all greedy, or greedy, sampled and sampled from a truncated distribution."""
     rng = np.random.default_rng(len(kind))
     prompts = [rng.integers(0, VOCAB, n) for n in LENGTHS]
     mixed = {"temperature": [0.0, 0.8, 1.2], "top_k": [0, 0, 6], "top_p": [1, 1, 0.9], "seed": [1, 2, 3]}

@@ -29,7 +29,7 @@ from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn import cache as kv
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import DynamicTree, chain, parse_paths
 from jaxspec.trees.static import StaticTree
 from jaxspec.verify import RULES
@@ -46,7 +46,7 @@ CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, ml
 
 
 class Models(NamedTuple):
-    target: Llama
+    target: Decoder
     eagle: Eagle
     weights: Weights
     table: jax.Array
@@ -55,7 +55,7 @@ class Models(NamedTuple):
 @functools.cache
 def models(dtype: str = "float32") -> Models:
     """A target whose next token is mostly a permutation of the current one, and drafters that mostly know it."""
-    target = Llama(CONFIG, stacked=False, dtype=jnp.dtype(dtype))
+    target = Decoder(CONFIG, stacked=False, dtype=jnp.dtype(dtype))
     keys = jax.random.split(jax.random.key(5), 6)
     params = target.init_params(keys[0])
     layers = [{n: w if w.ndim == 1 else 9 * w for n, w in layer.items()} for layer in params["layers"]]
@@ -153,7 +153,7 @@ def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str,
 def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree: str, batch: str):
     engine, weights = pair("eagle", tree)
     token_U = jnp.arange(1, VOCAB, 2)
-    head_VD = engine.target.borrowed(weights.target).head_VD
+    head_VD = engine.target.shared_tables(weights.target).head_VD
     pruned = weights._replace(vocab=DraftVocab(token_U, head_VD[token_U]))
     text = generate(engine, pruned, batches()[batch])
     assert_same_text(text, plain(batch))
@@ -166,7 +166,7 @@ def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree
 
 def test_a_draft_vocabulary_of_all_tokens_is_none():
     engine, weights = pair("eagle", "dynamic")
-    whole = weights._replace(vocab=DraftVocab(jnp.arange(VOCAB), engine.target.borrowed(weights.target).head_VD))
+    whole = weights._replace(vocab=DraftVocab(jnp.arange(VOCAB), engine.target.shared_tables(weights.target).head_VD))
     a, b = (generate(engine, w, batches()["sampled"]) for w in (weights, whole))
     assert_same_text(a, b)
     np.testing.assert_array_equal(a.accepted, b.accepted)

@@ -18,7 +18,7 @@ from jaxspec.base import DraftMode
 from jaxspec.decoding.generation import NO_LIMIT
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import Engine, Weights, decode_rounds, prefill
-from jaxspec.sampling import Sampling, law_of
+from jaxspec.sampling import Sampling, distribution_of
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import DEFAULT_RULES, RULES, rejection, rule_named, rules
 
@@ -77,24 +77,24 @@ def p_value(engine: Engine, trials: int, draft_temperature: float = 0.9) -> floa
         )
         counts += np.bincount(text @ VOCAB ** np.arange(LENGTH)[::-1], minlength=len(counts))
     one = Sampling(jnp.asarray([TEMPERATURE]), jnp.asarray([0]), jnp.asarray([TOP_P]), jnp.asarray([0]))
-    step = np.asarray(law_of(weights().target[None], one), np.float64)[0]
+    step = np.asarray(distribution_of(weights().target[None], one), np.float64)[0]
     paths = itertools.product(range(VOCAB), repeat=LENGTH)
-    law = np.array([np.prod([step[a, b] for a, b in itertools.pairwise((0, *path))]) for path in paths])
-    if counts[law == 0].any():
+    distribution = np.array([np.prod([step[a, b] for a, b in itertools.pairwise((0, *path))]) for path in paths])
+    if counts[distribution == 0].any():
         return 0.0
-    seen, want = counts[law > 0], law[law > 0] * trials
+    seen, want = counts[distribution > 0], distribution[distribution > 0] * trials
     assert want.min() > 5
     g = 2 * np.sum(seen * np.log(np.maximum(seen, 1e-300) / want))
     return float(stats.chi2.sf(g, len(seen) - 1))
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
-def test_what_the_program_writes_over_round_boundaries_has_the_targets_law(engine: Any):
+def test_what_the_program_writes_over_round_boundaries_has_the_targets_distribution(engine: Any):
     assert p_value(engine_of(*engine), 100_000) > 1e-6
 
 
 @pytest.mark.parametrize("rule", ["recursive-rejection", "traversal"])
-def test_rows_that_draft_their_likeliest_tokens_among_drawn_ones_have_the_targets_law(rule: str, monkeypatch):
+def test_rows_that_draft_their_likeliest_tokens_among_drawn_ones_have_the_targets_distribution(rule: str, monkeypatch):
     """Draft temperature 0: tested as what they are. As drawn ones they would not have it."""
     engine = engine_of("swor", rule, FORKED)
     assert p_value(engine, 100_000, 0.0) > 1e-6
@@ -108,7 +108,7 @@ def test_rows_that_draft_their_likeliest_tokens_among_drawn_ones_have_the_target
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
-def test_a_million_texts_have_the_targets_law(engine: Any):
+def test_a_million_texts_have_the_targets_distribution(engine: Any):
     assert p_value(engine_of(*engine), 1_000_000) > 1e-6
 
 
@@ -143,20 +143,24 @@ def test_typical_acceptance_keeps_the_longest_path_that_is_likely_enough():
     tree = tree_of(*(jnp.asarray(a)[None] for a in (token, parent, depth, np.zeros(6), np.ones(6, bool), ancestors)))
     flat = np.full(4, 0.25)  # threshold 0.3 / 4 = 0.075
     sure = np.array([0.96, 0.02, 0.01, 0.01])  # threshold 0.09
-    law = np.array([flat, flat, [0.1, 0.1, 0.1, 0.7], sure, flat, flat])
+    distribution = np.array([flat, flat, [0.1, 0.1, 0.1, 0.7], sure, flat, flat])
     assert node_paths(tree)[4] == (2, 3)
     sampling = Sampling(jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.zeros(1, jnp.uint32))
 
-    def count_and_path(law: np.ndarray) -> tuple[int, list[int]]:
-        case = verify.Case("topk", tree, 3, jnp.log(jnp.asarray(law, jnp.float32))[None], jnp.zeros(1, int), sampling)
+    def count_and_path(distribution: np.ndarray) -> tuple[int, list[int]]:
+        case = verify.Case(
+            "topk", tree, 3, jnp.log(jnp.asarray(distribution, jnp.float32))[None], jnp.zeros(1, int), sampling
+        )
         accepted = jax.device_get(RULES["typical"].accept(case))
         return int(accepted.count_B[0]), accepted.path_BP[0].tolist()
 
-    assert count_and_path(law) == (3, [0, 1, 3, 5])
-    law[3] = sure[::-1]  # the token 0 behind node 3 has 0.01: both paths have two tokens, (2, 3) is the likelier
-    assert count_and_path(law) == (2, [0, 2, 4, 4])
-    law[0] = [0.5, 0.45, 0.05, 0.0]  # H = 0.86 nats, threshold 0.09: token 2 falls, and what is below it
-    assert count_and_path(law) == (2, [0, 1, 3, 3])
+    assert count_and_path(distribution) == (3, [0, 1, 3, 5])
+    distribution[3] = sure[
+        ::-1
+    ]  # the token 0 behind node 3 has 0.01: both paths have two tokens, (2, 3) is the likelier
+    assert count_and_path(distribution) == (2, [0, 2, 4, 4])
+    distribution[0] = [0.5, 0.45, 0.05, 0.0]  # H = 0.86 nats, threshold 0.09: token 2 falls, and what is below it
+    assert count_and_path(distribution) == (2, [0, 1, 3, 3])
 
 
 def test_rules_refuse_what_they_are_not_right_for():

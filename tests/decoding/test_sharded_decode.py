@@ -17,7 +17,7 @@ from jaxspec.decoding.rounds import DecodeState, Engine, Weights
 from jaxspec.decoding.slots import Slots
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.planning import decode_program
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest
 from jaxspec.verify import RULES
@@ -25,7 +25,7 @@ from jaxspec.verify import RULES
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 VOCAB = 64
-TARGET = Llama(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
+TARGET = Decoder(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
 DRAFTER = drafters.Eagle(drafters.EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))
 ENGINE = Engine(TARGET, DRAFTER, DynamicTree(12, 3, 4))
 SHAPE = (32, 8, 8, 4, 32)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_decode import VOCAB, assert_same_text, models, pair
+from test_rounds import VOCAB, assert_same_text, models, pair
 
 from jaxspec.base import DraftMode
 from jaxspec.decoding import rounds

@@ -13,9 +13,9 @@ from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 
-TARGET = Llama(LlamaConfig(64, 16, 2, 4, 2, 8, 32))
+TARGET = Decoder(LlamaConfig(64, 16, 2, 4, 2, 8, 32))
 DRAFTER = Eagle(EagleConfig(16, 4, 2, 8, 32))
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.5))
 OBJECTIVE = Objective(steps=2, chunk=8, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:4", 1.0)))

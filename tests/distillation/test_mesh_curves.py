@@ -32,12 +32,12 @@ from jaxspec.drafters import (
 )
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.planning import decode_program, hlo
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 STEPS, VOCAB, LENGTH, ROWS, CHUNK = 20, 64, 24, 8, 7
 SHAPE = (16, 8, 8, 4, 32)
 """Width, heads, key-value heads, head size, MLP: every axis takes eight devices."""
-TARGET = Llama(LlamaConfig(VOCAB, 16, 3, 8, 8, 4, 32))
+TARGET = Decoder(LlamaConfig(VOCAB, 16, 3, 8, 8, 4, 32))
 HASS = Objective(steps=3, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 0.1), ("top_k:4", 1.0)), chunk=CHUNK)
 PAIRS: dict[str, tuple[Any, Objective]] = {
     "eagle": (Eagle(EagleConfig(*SHAPE)), HASS),
@@ -84,7 +84,7 @@ def placed(name: str, mesh: jax.sharding.Mesh) -> tuple[tuple[Any, ...], tuple[A
     rate = make_schedule(peak_lr=1e-3, steps=STEPS, warmup_steps=2, schedule="linear")
     optimizer = make_optimizer(rate, clip_value=0.5)
     frozen = jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0)))
-    state = init_state(drafter, optimizer, jax.random.key(1), TARGET.borrowed(frozen))
+    state = init_state(drafter, optimizer, jax.random.key(1), TARGET.shared_tables(frozen))
     frozen, state = (jax.device_put(x, shardings(mesh, x)) for x in (frozen, state))
     models = (TARGET.clone(taps=drafter.taps), drafter, optimizer, objective)
     return models, (frozen, state, jax.device_put(batch(), batch_sharding(mesh)))

@@ -25,12 +25,12 @@ from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
 from jaxspec.nn.attention import causal_mask, segment_mask
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 VOCAB, LENGTH = 61, 24
-TARGET = Llama(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
+TARGET = Decoder(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
 DRAFTER = Eagle(EagleConfig(16, 2, 1, 8, 32))
 
 
@@ -91,16 +91,16 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
     sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective)
     totals = {"smooth_l1": np.zeros(2), "soft_cross_entropy": np.zeros(2)}
     accept, chain, count = np.zeros(2), np.zeros(2), np.zeros(2)
-    borrowed = TARGET.borrowed(frozen)
+    shared = TARGET.shared_tables(frozen)
 
     @jax.jit
     def alone(tokens: jax.Array) -> tuple[jax.Array, ...]:
         """Of one document: both losses, the acceptance and the steps by pair, the pairs that run past its end too."""
         at, mask = jnp.arange(tokens.shape[1])[None], causal_mask(tokens.shape[1])
         features = TARGET.forward(frozen, tokens, at, mask).features_BLD
-        hidden = DRAFTER.unroll(params, borrowed, tokens, features, at, mask, 2).hidden_TBLD
+        hidden = DRAFTER.unroll(params, shared, tokens, features, at, mask, 2).hidden_TBLD
         wanted = jnp.stack([shift(features, j + 1) for j in range(2)])
-        draft, teacher = DRAFTER.logits(params, borrowed, hidden[:, 0]), TARGET.logits(frozen, wanted[:, 0])
+        draft, teacher = DRAFTER.logits(params, shared, hidden[:, 0]), TARGET.logits(frozen, wanted[:, 0])
         return smooth_l1(hidden, wanted)[:, 0], soft_cross_entropy(draft, teacher), expected_acceptance(draft, teacher)
 
     for row in range(4):
@@ -123,14 +123,14 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
 
 def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
     objective, params = Objective(chunk=5), fresh()
-    mask_BLM, borrowed = segment_mask(batch.segments_BL), TARGET.borrowed(frozen)
+    mask_BLM, shared = segment_mask(batch.segments_BL), TARGET.shared_tables(frozen)
     features = TARGET.forward(frozen, batch.tokens_BL, batch.positions_BL, mask_BLM).features_BLD
     mask_BL = step_masks(batch, objective)[0]
 
     def whole(params) -> jax.Array:
         rows = (batch.tokens_BL, features, batch.positions_BL, mask_BLM)
-        hidden = DRAFTER.unroll(params, borrowed, *rows, 1).hidden_TBLD[0]
-        draft, teacher = DRAFTER.logits(params, borrowed, hidden), TARGET.logits(frozen, shift(features, 1))
+        hidden = DRAFTER.unroll(params, shared, *rows, 1).hidden_TBLD[0]
+        draft, teacher = DRAFTER.logits(params, shared, hidden), TARGET.logits(frozen, shift(features, 1))
         loss = smooth_l1(hidden, shift(features, 1)) + 0.1 * soft_cross_entropy(draft, teacher)
         return jnp.sum(loss * mask_BL) / jnp.sum(mask_BL)
 
@@ -183,7 +183,7 @@ def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: 
     for steps in (1, 3):
         calls: list[int] = []
 
-        class Counting(Llama):
+        class Counting(Decoder):
             def logits(self, params, features_BLD, seen=calls):
                 seen.append(features_BLD.size)
                 return super().logits(params, features_BLD)

@@ -123,7 +123,7 @@ def test_blocks_of_queries_change_nothing(kind: str):
     at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
     for by_row in (False, True):
         blocked = dataclasses.replace(t.drafter, query_block=4, row_by_row=by_row)
-        run = jax.jit(lambda *a, head=blocked: head.unroll(t.params, t.borrowed, *a, STEPS))
+        run = jax.jit(lambda *a, head=blocked: head.unroll(t.params, t.shared_tables, *a, STEPS))
         same(t.score(run(t.tokens[:, :rows], t.features, at, causal(rows)).hidden_TBLD), t.unrolled_logits())
 
 
@@ -134,8 +134,10 @@ def test_every_weight_learns(kind: str):
     at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
 
     def loss(params):
-        out = t.drafter.unroll(params, t.borrowed, t.tokens[:, :rows], t.features, at, jnp.asarray(causal(rows)), STEPS)
-        logits = [t.drafter.logits(params, t.borrowed, h, j) for j, h in enumerate(out.hidden_TBLD)]
+        out = t.drafter.unroll(
+            params, t.shared_tables, t.tokens[:, :rows], t.features, at, jnp.asarray(causal(rows)), STEPS
+        )
+        logits = [t.drafter.logits(params, t.shared_tables, h, j) for j, h in enumerate(out.hidden_TBLD)]
         total = sum(jnp.sum(x[:, : LENGTH - STEPS] ** 2) for x in logits)
         return total if out.features_TBLD is None else total + jnp.sum(out.features_TBLD**2)
 
@@ -151,8 +153,8 @@ def test_the_scale_of_normed_embeddings_is_nothing_to_the_head(kind: str):
     unroll = jax.jit(toy(kind).drafter.unroll, static_argnums=6)
 
     def hidden(scale: float) -> jax.Array:
-        borrowed = toy(kind).borrowed._replace(embed_VD=scale * toy(kind).borrowed.embed_VD)
-        return unroll(toy(kind).params, borrowed, *given).hidden_TBLD
+        shared = toy(kind).shared_tables._replace(embed_VD=scale * toy(kind).shared_tables.embed_VD)
+        return unroll(toy(kind).params, shared, *given).hidden_TBLD
 
     same(hidden(50.0), hidden(1.0), 1e-4)
 
@@ -160,10 +162,10 @@ def test_the_scale_of_normed_embeddings_is_nothing_to_the_head(kind: str):
 def test_an_own_embedding_begins_as_a_copy_of_the_targets():
     t = toy("peagle")
     for init in (t.drafter.init_params, jax.jit(t.drafter.init_params)):
-        embed = init(jax.random.key(0), t.borrowed)["embed"]
-        np.testing.assert_array_equal(embed, t.borrowed.embed_VD)
+        embed = init(jax.random.key(0), t.shared_tables)["embed"]
+        np.testing.assert_array_equal(embed, t.shared_tables.embed_VD)
         # Training donates it, and goes on reading the target's.
-        assert embed.unsafe_buffer_pointer() != t.borrowed.embed_VD.unsafe_buffer_pointer()
+        assert embed.unsafe_buffer_pointer() != t.shared_tables.embed_VD.unsafe_buffer_pointer()
 
 
 @every
@@ -180,7 +182,7 @@ def test_a_checkpoint_brings_back_the_same_drafter(kind: str, tmp_path):
 def test_bf16_drafts_finite_logits(kind: str):
     t = toy(kind)
     drafter = t.drafter.clone(dtype=jnp.bfloat16)
-    params, tables = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (t.params, t.borrowed))
+    params, tables = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (t.params, t.shared_tables))
 
     @jax.jit
     def read(tokens, features):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from drafter_toys import BATCH, KINDS, LENGTH, SHAPE, STEPS, VOCAB, WIDTH, Toy, causal, same
 
-from jaxspec.base import Array, Borrowed
+from jaxspec.base import Array, SharedTables
 from jaxspec.drafters import Eagle, EagleConfig, Fspad, FspadConfig
-from jaxspec.nn.attention import Own
+from jaxspec.nn.attention import PerQueryKeys
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -27,7 +27,7 @@ def test_the_first_tokens_embedding_is_never_read():
     """The pair of feature `f_t` carries token `x_{t+1}`, so nothing carries `x_0`."""
     t = toy("eagle grouped")
     tokens = jnp.where(t.tokens == 0, 1, t.tokens).at[:, 0].set(0)
-    poisoned = Borrowed(t.borrowed.embed_VD.at[0].set(jnp.nan), t.borrowed.head_VD)
+    poisoned = SharedTables(t.shared_tables.embed_VD.at[0].set(jnp.nan), t.shared_tables.head_VD)
     read = jax.jit(lambda *a: t.drafter.extend(t.params, poisoned, t.empty, *a))
     state, logits = read(tokens[:, 1 : LENGTH + 1], t.features[:, :LENGTH], jnp.full(BATCH, LENGTH))
     assert jnp.isfinite(logits).all() and jnp.isfinite(state.hidden_BD).all()
@@ -39,7 +39,7 @@ def test_a_pair_has_the_position_of_its_feature_and_drafts_follow_on():
     same(t.unrolled_logits(positions=AT + 11), t.unrolled_logits(), 3e-5)
     state, _ = t.read(t.empty, 0, 4)
     key = state.cache.k_YBKCS[0, :, :, :, 3]
-    pair = t.borrowed.embed_VD[t.tokens[:, 4:5]], t.features[:, 3:4]
+    pair = t.shared_tables.embed_VD[t.tokens[:, 4:5]], t.features[:, 3:4]
     fused, _ = t.drafter.apply({"params": t.params}, *pair, method="fuse")
     for position, equal in ((3, True), (4, False)):
         at = jnp.full((BATCH, 1), position)
@@ -49,7 +49,9 @@ def test_a_pair_has_the_position_of_its_feature_and_drafts_follow_on():
 
 def last_step(t: Toy, features: Array, steps: int) -> Array:
     """A number that hangs on the last of `steps` outputs alone."""
-    out = t.drafter.unroll(t.params, t.borrowed, t.tokens[:, :ROWS], features, AT, jnp.asarray(causal(ROWS)), steps)
+    out = t.drafter.unroll(
+        t.params, t.shared_tables, t.tokens[:, :ROWS], features, AT, jnp.asarray(causal(ROWS)), steps
+    )
     return jnp.sum(out.hidden_TBLD[-1] ** 2)
 
 
@@ -58,11 +60,11 @@ def second_step_by_hand(t: Toy, features: Array, handed: Array) -> Array:
     apply = functools.partial(t.drafter.apply, {"params": t.params})
     step: Any = lambda name, *a: apply(*a, method=name)  # noqa: E731
     ahead = [jnp.pad(t.tokens[:, 1 + j : ROWS], ((0, 0), (0, 1 + j))) for j in range(2)]
-    _, seen0 = step("fuse", t.borrowed.embed_VD[ahead[0]], step("read", features))
+    _, seen0 = step("fuse", t.shared_tables.embed_VD[ahead[0]], step("read", features))
     _, k0, v0 = step("project", seen0, AT)
-    stream, seen = step("fuse", t.borrowed.embed_VD[ahead[1]], handed)
+    stream, seen = step("fuse", t.shared_tables.embed_VD[ahead[1]], handed)
     q, k, v = step("project", seen, AT + 1)
-    mixed = step("attend_text", q, k0, v0, jnp.asarray(causal(ROWS)), Own(((k, v),)))
+    mixed = step("attend_text", q, k0, v0, jnp.asarray(causal(ROWS)), PerQueryKeys(((k, v),)))
     return jnp.sum(step("finish", step("mix", stream, mixed))[0] ** 2)
 
 
@@ -86,7 +88,7 @@ def test_fspad_without_its_parts_is_eagle_bit_for_bit():
     t = toy("eagle grouped")
     bare = Fspad(FspadConfig(*SHAPE, rope_theta=100.0, feature_sampling=False, partial_alignment=False))
     assert bare.config.shapes() == t.drafter.config.shapes()
-    run: Any = jax.jit(lambda *a: bare.unroll(t.params, t.borrowed, *a, steps=STEPS))
+    run: Any = jax.jit(lambda *a: bare.unroll(t.params, t.shared_tables, *a, steps=STEPS))
     rows = given(t)
     jax.tree.map(np.testing.assert_array_equal, run(*rows), t.unroll(*rows, STEPS))
 
@@ -95,7 +97,7 @@ def test_fspads_halves_are_as_the_equations_say():
     """Written once more, in NumPy, from the equations: the bare embedding gates, both halves have the residual."""
     t = toy("fspad")
     w = {name: np.asarray(a, np.float64) for name, a in t.params.items()}
-    e, f = np.asarray(t.borrowed.embed_VD[t.tokens[:, 1:2]], np.float64), np.asarray(t.features[:, :1], np.float64)
+    e, f = np.asarray(t.shared_tables.embed_VD[t.tokens[:, 1:2]], np.float64), np.asarray(t.features[:, :1], np.float64)
 
     def norm(x: Any, weight: Any) -> Any:
         return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + t.drafter.config.norm_eps)
@@ -124,13 +126,13 @@ def test_zero_logits_are_keys_of_score_zero_that_carry_nothing():
     run: Any = lambda name, *a: head.apply({"params": t.params}, *a, method=name)  # noqa: E731
     mask = causal(ROWS)[0]
     token = jnp.pad(t.tokens[:, 1:ROWS], ((0, 0), (0, 1)))
-    stream, seen = run("fuse", t.borrowed.embed_VD[token], t.features)
+    stream, seen = run("fuse", t.shared_tables.embed_VD[token], t.features)
     q, k, v = run("project", seen, AT)
     scores = np.einsum("BLKGC,BKCM->BKGLM", q, k) * head.config.head_dim**-0.5 * mask
     weight = np.asarray(jax.nn.softmax(scores, axis=-1)) * mask
     mixed = np.einsum("BKGLM,BKMC->BLKGC", weight, v)
     wanted = run("finish", run("mix", stream, jnp.asarray(mixed)))[0]
-    out = head.unroll(t.params, t.borrowed, t.tokens[:, :ROWS], t.features, AT, jnp.asarray(causal(ROWS)), 2)
+    out = head.unroll(t.params, t.shared_tables, t.tokens[:, :ROWS], t.features, AT, jnp.asarray(causal(ROWS)), 2)
     same(out.hidden_TBLD[0], wanted)
     assert float(jnp.abs(out.hidden_TBLD[0] - t.unroll(*given(t), 1).hidden_TBLD[0]).max()) > 1e-3
 
@@ -144,8 +146,8 @@ def test_every_weight_learns_at_every_step():
     probe = jax.random.normal(jax.random.key(0), (VOCAB,))
 
     def loss(params, step: int) -> Array:
-        out = t.drafter.unroll(params, t.borrowed, *map(jnp.asarray, given(t)), STEPS).hidden_TBLD
-        return jnp.sum(t.drafter.logits(params, t.borrowed, out[step])[:, : LENGTH - STEPS] @ probe)
+        out = t.drafter.unroll(params, t.shared_tables, *map(jnp.asarray, given(t)), STEPS).hidden_TBLD
+        return jnp.sum(t.drafter.logits(params, t.shared_tables, out[step])[:, : LENGTH - STEPS] @ probe)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     for step in (0, STEPS - 1):

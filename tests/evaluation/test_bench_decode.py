@@ -17,7 +17,7 @@ from toys import grow, path_tables
 
 from jaxspec import drafters
 from jaxspec.__main__ import main
-from jaxspec.base import Borrowed, TreePolicy
+from jaxspec.base import SharedTables, TreePolicy
 from jaxspec.decoding.metrics import block_efficiency
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
@@ -34,7 +34,7 @@ from jaxspec.planning.work import (
 from jaxspec.sampling import Sampling
 from jaxspec.serving import loading
 from jaxspec.serving.flags import RuleName
-from jaxspec.targets.llama import SHAPES, LlamaConfig
+from jaxspec.targets.decoder import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES, Case, simulated
 
@@ -211,8 +211,8 @@ def test_a_target_call_reads_every_weight_once(target):
 
 def drafted_work(drafter: Any, scored: int) -> Work:
     """Of a round of a chain of four at batch 2, the target's head having so many rows."""
-    borrowed = Borrowed(jnp.zeros((50, 8)), jnp.zeros((scored, 8)))
-    return draft_work(drafter, random_weights(drafter, 1.0, 0), borrowed, chain(4), batch=2)
+    shared = SharedTables(jnp.zeros((50, 8)), jnp.zeros((scored, 8)))
+    return draft_work(drafter, random_weights(drafter, 1.0, 0), shared, chain(4), batch=2)
 
 
 def test_a_round_of_drafting_counts_the_head_that_is_scored_with():
@@ -248,8 +248,8 @@ def test_the_program_of_a_drafter_of_one_pass_multiplies_by_a_shared_head_twice(
     """As counted above, and where its heads are the depths' own once a depth."""
     tokens = 53  # so many have no other matmul's outputs
     for drafter, matmuls in ((Medusa(MedusaConfig(8, 4)), 2), (Medusa(MedusaConfig(8, 4, vocab=tokens)), 4)):
-        borrowed = Borrowed(jnp.zeros((tokens, 8)), jnp.zeros((tokens, 8)))
-        program = _drafting(drafter, random_weights(drafter, 1.0, 0), borrowed, tree, 1)
+        shared = SharedTables(jnp.zeros((tokens, 8)), jnp.zeros((tokens, 8)))
+        program = _drafting(drafter, random_weights(drafter, 1.0, 0), shared, tree, 1)
         text = str(jax.make_jaxpr(program[0])(*program[1:]))
         assert len(re.findall(rf"f32\[{tokens},1,\d+\] = dot_general", text)) == matmuls
 
@@ -270,7 +270,7 @@ def test_drafting_for_llama_3_8b_by_one_pass_reads_a_third_of_what_six_read(
         (drafters.ParallelSpec(drafters.ParallelSpecConfig(*shape, bias=False, tokens=6)), BestFirstTree(60, 6, 10)),
     ):
         params = {name: described(*size) for name, size in drafter.config.shapes().items()}
-        work = draft_work(drafter, params, Borrowed(table, table), tree, batch=1)  # type: ignore[arg-type]
+        work = draft_work(drafter, params, SharedTables(table, table), tree, batch=1)  # type: ignore[arg-type]
         found.append(work.bytes / 1e9)
     assert found == pytest.approx(gigabytes, abs=0.05) and found[0] > 3 * found[1]
 

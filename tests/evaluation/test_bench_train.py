@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxspec.__main__ import main
-from jaxspec.targets.llama import SHAPES, LlamaConfig
+from jaxspec.targets.decoder import SHAPES, LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -1,4 +1,4 @@
-"""`jaxspec export`: Orbax checkpoints with a card that load without jaxspec, whole or in part, on any mesh."""
+"""`jaxspec export`: Orbax checkpoints with a manifest that load without jaxspec, whole or in part, on any mesh."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
 from jaxspec.checkpoints import models, runs
-from jaxspec.checkpoints.manifest import CARD, CONVENTIONS
+from jaxspec.checkpoints.manifest import CONVENTIONS, MANIFEST
 from jaxspec.checkpoints.models import drafter_config, load_drafter, load_model
 from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.checkpoints.tracking import session
@@ -35,7 +35,7 @@ from jaxspec.interchange.hf import read_llama, stored_dtype, tensor_shapes, writ
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
-from jaxspec.targets.llama import DecoderConfig
+from jaxspec.targets.decoder import DecoderConfig
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 HEAD = Eagle(EagleConfig(width=32, heads=4, kv_heads=2, head_dim=8, mlp=64))
@@ -86,10 +86,10 @@ def test_the_lines_of_the_readme_load_it_on_one_device_without_jaxspec(drafter: 
 
 def test_the_axes_of_the_card_split_it_over_a_mesh(drafter: Path):
     mesh = make_mesh(2, 2, 2)
-    card = json.loads((drafter / CARD).read_text())
+    manifest = json.loads((drafter / MANIFEST).read_text())
 
     def home(path: Any, a: Any) -> jax.ShapeDtypeStruct:
-        axes = card["arrays"][jax.tree_util.keystr(path, simple=True, separator="/")]["axes"]
+        axes = manifest["arrays"][jax.tree_util.keystr(path, simple=True, separator="/")]["axes"]
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P(*(AXIS_RULES[x] for x in axes))))
 
     like = jax.tree_util.tree_map_with_path(home, ocp.metadata(str(drafter), "params").metadata)
@@ -105,10 +105,10 @@ def test_the_older_interface_of_orbax_loads_it_too(drafter: Path):
 
 
 def test_its_card_says_what_a_drafter_is(drafter: Path):
-    card = json.loads((drafter / CARD).read_text())
-    assert (card["kind"], card["family"], card["config"]["drafter"]) == ("drafter", "eagle", "eagle")
-    assert card["arrays"]["fc"] == {"shape": [64, 32], "dtype": "float32", "axes": [None, "width"]}
-    assert card["conventions"] == CONVENTIONS and card["checksums"]
+    manifest = json.loads((drafter / MANIFEST).read_text())
+    assert (manifest["kind"], manifest["family"], manifest["config"]["drafter"]) == ("drafter", "eagle", "eagle")
+    assert manifest["arrays"]["fc"] == {"shape": [64, 32], "dtype": "float32", "axes": [None, "width"]}
+    assert manifest["conventions"] == CONVENTIONS and manifest["checksums"]
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def test_a_target_is_exported_with_its_tokenizer(target: Path, tmp_path: Path):
     assert config["vocab"] == SIZE and config["eos_ids"]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (target / name).read_bytes()
-    card = json.loads((tmp_path / "out" / CARD).read_text())
-    assert card["tokenizer"]["vocab"] == SIZE and card["arrays"]["layers/qkv"]["axes"] == [
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["tokenizer"]["vocab"] == SIZE and manifest["arrays"]["layers/qkv"]["axes"] == [
         None,
         "width",
         "kv_heads",
@@ -274,16 +274,16 @@ def test_inspecting_a_target_restores_no_weight(
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of three steps, the second of which is the best."""
-    folder, merit = tmp_path / "run", runs.Merit("simulated_tau", rising=True)
+    folder, best_metric = tmp_path / "run", runs.BestMetric("simulated_tau", rising=True)
     facts = {
         "name": "toy",
         "kind": "train",
         "steps": 9,
         "config": {"seed": 1},
-        "merit": merit._asdict(),
+        "best_metric": best_metric._asdict(),
         "model": {"kind": "drafter", "config": drafter_config("eagle", HEAD, {"target": "tiny"}), "tokenizer": None},
     }
-    with session(folder, facts), RunCheckpoints(folder, keep=9, merit=merit) as checkpoints:
+    with session(folder, facts), RunCheckpoints(folder, keep=9, best_metric=best_metric) as checkpoints:
         for step, tau in ((3, 2.0), (6, 4.0), (9, 3.0)):
             state = TrainState(
                 random_weights(HEAD, 0.2, step), {"mu": jnp.zeros(5)}, jnp.int32(step), jax.random.key(0)
@@ -298,9 +298,9 @@ def test_a_run_gives_its_best_step_or_the_one_that_is_named(run: Path, tmp_path:
     found = load_drafter(tmp_path / "out")
     assert_same(found.params, random_weights(HEAD, 0.2, step))
     assert found.module == HEAD and found.about == {"target": "tiny"}
-    card = json.loads((tmp_path / "out" / CARD).read_text())
-    assert (card["provenance"]["run"], card["provenance"]["step"]) == ("toy", step)
-    assert card["metrics"] == {"simulated_tau": {3: 2.0, 6: 4.0, 9: 3.0}[step]}
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert (manifest["provenance"]["run"], manifest["provenance"]["step"]) == ("toy", step)
+    assert manifest["metrics"] == {"simulated_tau": {3: 2.0, 6: 4.0, 9: 3.0}[step]}
 
 
 def test_what_cannot_be_exported_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -334,6 +334,6 @@ def test_an_export_that_is_interrupted_leaves_nothing_half(run: Path, tmp_path: 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "write_card", interrupt)
+    monkeypatch.setattr(models, "write_manifest", interrupt)
     assert main(["export", str(run), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before

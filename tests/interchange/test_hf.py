@@ -22,7 +22,7 @@ from jaxspec.interchange.hf import load_target, read_llama, tensor_shapes, weigh
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh, shardings
-from jaxspec.targets.llama import LlamaConfig, unstack
+from jaxspec.targets.decoder import LlamaConfig, unstack
 
 SMALL = LlamaConfig(
     vocab=48, width=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24, bos_id=1, eos_ids=(2, 7), pad_id=0

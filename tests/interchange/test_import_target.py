@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
 from jaxspec.checkpoints import piecewise
-from jaxspec.checkpoints.manifest import CARD
+from jaxspec.checkpoints.manifest import MANIFEST
 from jaxspec.checkpoints.models import load_model
 from jaxspec.interchange import export, import_target
 from jaxspec.interchange.export import TOKENIZER_FILES
@@ -33,7 +33,7 @@ from jaxspec.interchange.hf_config import read_config
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh
-from jaxspec.targets.llama import DecoderConfig
+from jaxspec.targets.decoder import DecoderConfig
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
@@ -111,11 +111,11 @@ def test_the_older_interface_of_orbax_loads_it_too(source: Path, imported: Path)
 
 def test_it_has_the_card_and_the_files_of_an_export(source: Path, imported: Path, tmp_path: Path):
     assert main(["export", str(source), str(tmp_path / "export")]) == 0
-    ours, theirs = (json.loads((folder / CARD).read_text()) for folder in (imported, tmp_path / "export"))
+    ours, theirs = (json.loads((folder / MANIFEST).read_text()) for folder in (imported, tmp_path / "export"))
     for key in ("kind", "family", "config", "conventions", "tokenizer", "arrays", "format"):
         assert ours[key] == theirs[key], key
     there = {str(p.relative_to(imported)) for p in imported.rglob("*") if p.is_file()}
-    assert set(ours["checksums"]) == there - {CARD}
+    assert set(ours["checksums"]) == there - {MANIFEST}
     assert {name for name in TOKENIZER_FILES if (source / name).is_file()} | {"params/embed/1.0"} < there
 
 
@@ -148,7 +148,7 @@ def test_families_with_experts_and_norms_are_imported_in_pieces(tmp_path: Path, 
     assert_same(read_llama(tmp_path / "out", dtype=jnp.float32)[1], read_llama(folder, dtype=jnp.float32)[1])
 
 
-def test_a_config_survives_its_card():
+def test_a_config_survives_its_manifest():
     options = Options(windows=(4, None), local_theta=1e4, qk_norm=True, activation="gelu")
     scaling = RopeScaling("longrope", 4.0, factors=(1.0, 2.0))
     config = DecoderConfig(9, 8, 2, 2, 1, 4, 8, 5e5, scaling, eos_ids=(3, 4), family="gemma3_text", options=options)
@@ -263,7 +263,7 @@ def test_an_interrupted_import_goes_on_where_it_stopped(
     result = run(copy, out)
     kept = sum((out / file).stat().st_size for file in files[1:])
     assert result["kept_bytes"] == kept > 0 and not left.exists()
-    ours, theirs = (json.loads((folder / CARD).read_text())["checksums"] for folder in (out, imported))
+    ours, theirs = (json.loads((folder / MANIFEST).read_text())["checksums"] for folder in (out, imported))
     assert {n: s for n, s in ours.items() if n.startswith("params/")} == {
         n: s for n, s in theirs.items() if n.startswith("params/")
     }
@@ -357,7 +357,7 @@ def test_a_repository_is_downloaded_without_what_is_not_needed(
     run("someone/model", tmp_path / "out", 0, "--revision", "v1")
     assert (asked["name"], asked["revision"]) == ("someone/model", "v1")
     assert {"config.json", "tokenizer.json", "model-*.safetensors"} < set(asked["allow_patterns"])
-    provenance = json.loads((tmp_path / "out" / CARD).read_text())["provenance"]
+    provenance = json.loads((tmp_path / "out" / MANIFEST).read_text())["provenance"]
     assert (provenance["from"], provenance["revision"]) == ("someone/model", "c" * 40)
 
 

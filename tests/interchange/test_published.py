@@ -358,7 +358,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(target: str, tmp_path: Pat
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "write_card", interrupt)
+    monkeypatch.setattr(export, "write_manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write("sglang", tmp_path / "out", head("eagle"), target)
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from random_models import SIZE, write_target
 from safetensors.numpy import load_file, save_file
 from test_published import HEADS, LAYERS, SERVED, SHAPE, SOME, WIDTH, head
 
-from jaxspec.base import Borrowed
+from jaxspec.base import SharedTables
 from jaxspec.checkpoints.models import drafter_shape
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import eagle3_table, vocabulary_maps
@@ -131,19 +131,19 @@ def write_newer(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(fields))
 
 
-def unrolled(module: Any, params: Any, borrowed: Borrowed, tokens: np.ndarray, features: np.ndarray) -> np.ndarray:
+def unrolled(module: Any, params: Any, shared: SharedTables, tokens: np.ndarray, features: np.ndarray) -> np.ndarray:
     at, mask = jnp.arange(ROWS)[None], jnp.tril(jnp.ones((1, ROWS, ROWS), bool))
-    out = module.unroll(params, borrowed, tokens[None], features[None], at, mask, STEPS)
-    return np.stack([module.logits(params, borrowed, out.hidden_TBLD[j], j)[0] for j in range(STEPS)])
+    out = module.unroll(params, shared, tokens[None], features[None], at, mask, STEPS)
+    return np.stack([module.logits(params, shared, out.hidden_TBLD[j], j)[0] for j in range(STEPS)])
 
 
 @pytest.fixture(scope="module")
-def text() -> tuple[np.ndarray, np.ndarray, Borrowed]:
+def text() -> tuple[np.ndarray, np.ndarray, SharedTables]:
     """Tokens, three features a position, and the target's tables: logits are as large as real ones, some tens."""
     draw = np.random.default_rng(7)
     embed, table = (jnp.asarray(scale * draw.normal(size=(SIZE, WIDTH)), jnp.float32) for scale in (1.0, 0.1))
     features = draw.normal(size=(ROWS, 3 * WIDTH)).astype(np.float32)
-    return draw.integers(0, SIZE, ROWS), features, Borrowed(embed, table)
+    return draw.integers(0, SIZE, ROWS), features, SharedTables(embed, table)
 
 
 UNPUBLISHED = ("eagle3 of other layers", "eagle3 norm first", "eagle3 normed queries")
@@ -155,11 +155,11 @@ UNPUBLISHED = ("eagle3 of other layers", "eagle3 norm first", "eagle3 normed que
     [k for k in HEADS if k.split()[0] in ("eagle", "fspad", "eagle3", "eagle3.1") and k not in UNPUBLISHED],
 )
 def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, text: Any, tmp_path: Path):
-    tokens, features, borrowed = text
+    tokens, features, shared = text
     weights, module, params = files_of(kind, target, tmp_path / "out")
     features = features if module.taps else features[:, :WIDTH]
-    ours = unrolled(module, params, borrowed, tokens, features)
-    embed, table = (torch.from_numpy(np.array(a)) for a in borrowed)
+    ours = unrolled(module, params, shared, tokens, features)
+    embed, table = (torch.from_numpy(np.array(a)) for a in shared)
     embed = weights["embed_tokens.weight"] if "embed" in params else embed
     network = eagle3 if module.taps else eagle
     for row in range(ROWS - STEPS):
@@ -179,10 +179,10 @@ def test_an_imported_head_drafts_as_the_equations_say(kind: str, target: str, te
 def test_an_imported_peagle_head_drafts_in_one_pass_as_the_equations_say(
     kind: str, target: str, text: Any, tmp_path: Path
 ):
-    tokens, features, borrowed = text
+    tokens, features, shared = text
     w, module, params = files_of(kind, target, tmp_path / "out")
-    ours, c = unrolled(module, params, borrowed, tokens, features), module.config
-    embed = w["embed_tokens.weight"] if "embed" in params else torch.from_numpy(np.array(borrowed.embed_VD))
+    ours, c = unrolled(module, params, shared, tokens, features), module.config
+    embed = w["embed_tokens.weight"] if "embed" in params else torch.from_numpy(np.array(shared.embed_VD))
     for row in range(ROWS):
         # The pairs up to this row, and behind them the masks, all causally.
         taps = torch.cat([torch.from_numpy(features[: row + 1]), w["mask_hidden"][0].expand(STEPS - 1, -1)])
@@ -198,13 +198,13 @@ def test_an_imported_peagle_head_drafts_in_one_pass_as_the_equations_say(
 
 @pytest.mark.parametrize("kind", ["medusa", "medusa of two blocks"])
 def test_imported_medusa_heads_are_residual_blocks(kind: str, target: str, text: Any, tmp_path: Path):
-    tokens, features, borrowed = text
+    tokens, features, shared = text
     weights, module, params = files_of(kind, target, tmp_path / "out")
-    ours = unrolled(module, params, borrowed, tokens, features[:, :WIDTH])
+    ours = unrolled(module, params, shared, tokens, features[:, :WIDTH])
     for i in range(STEPS):
         x = torch.from_numpy(features[:, :WIDTH])
         for j in range(module.config.layers):
             stem = f"blocks.{i}.layers.{j}"
             x = x + torch.nn.functional.silu(x @ weights[f"{stem}.weight"].T + weights[f"{stem}.bias"])
-        table = weights.get(f"lm_heads.{i}.weight", torch.from_numpy(np.array(borrowed.head_VD)))
+        table = weights.get(f"lm_heads.{i}.weight", torch.from_numpy(np.array(shared.head_VD)))
         np.testing.assert_allclose(ours[i], (x @ table.T).numpy(), atol=1e-4, rtol=1e-4)

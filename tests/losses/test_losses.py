@@ -275,12 +275,12 @@ def test_every_loss_of_the_table_is_under_the_contract():
 @pytest.mark.parametrize("spec", SPECS)
 def test_value_and_gradient_are_those_of_the_equation(spec: str, restricted: bool):
     with jax.enable_x64(True):
-        c, law = case(restricted), LAWS[spec]
+        c, distribution = case(restricted), LAWS[spec]
         value, gradient = measured(spec, c)
     assert gradient.dtype == np.float64
-    assert value == pytest.approx(law.equation(c, c.draft).mean(), rel=1e-9, abs=1e-12)
-    np.testing.assert_allclose(gradient, law.gradient(c) / TOKENS, rtol=1e-9, atol=1e-9)
-    differences = numeric(lambda x: law.equation(c, x).mean(), c.draft)
+    assert value == pytest.approx(distribution.equation(c, c.draft).mean(), rel=1e-9, abs=1e-12)
+    np.testing.assert_allclose(gradient, distribution.gradient(c) / TOKENS, rtol=1e-9, atol=1e-9)
+    differences = numeric(lambda x: distribution.equation(c, x).mean(), c.draft)
     np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-7)
 
 
@@ -292,9 +292,9 @@ def test_masked_tokens_might_as_well_not_be_there(spec: str):
     with jax.enable_x64(True):
         c = case(restricted=True)
         value, gradient = measured(spec, c, KEPT)
-    few, law = c.only(KEPT), LAWS[spec]
-    assert value == pytest.approx(law.equation(few, few.draft).mean(), rel=1e-9, abs=1e-12)
-    np.testing.assert_allclose(gradient[KEPT], law.gradient(few) / KEPT.sum(), rtol=1e-9, atol=1e-9)
+    few, distribution = c.only(KEPT), LAWS[spec]
+    assert value == pytest.approx(distribution.equation(few, few.draft).mean(), rel=1e-9, abs=1e-12)
+    np.testing.assert_allclose(gradient[KEPT], distribution.gradient(few) / KEPT.sum(), rtol=1e-9, atol=1e-9)
     assert not gradient[~KEPT].any()
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from jaxspec.base import Packed
 from jaxspec.nn import kernels
-from jaxspec.nn.attention import Own, attend, attend_text, segment_mask
+from jaxspec.nn.attention import PerQueryKeys, attend, attend_text, segment_mask
 from jaxspec.nn.kernels import attend_cudnn, attend_splash, choose_kernel, takes
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.planning import decode_program
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 LENGTH, CHANNELS = 200, 16
 TPU, NVIDIA, AMD, CPU = (
@@ -95,7 +95,7 @@ def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
         if way == "splash":
             return attend_splash(q, k, v, segments, own, interpret=True)
         how = {"block": 64 if "blocks" in way else None, "by_row": "row by row" in way}
-        return attend_text(q, k, v, Packed(segments), own=Own(own), **how)
+        return attend_text(q, k, v, Packed(segments), own=PerQueryKeys(own), **how)
 
     def both(function: Any) -> Any:
         weight = jnp.cos(jnp.arange(arguments[0].size, dtype=jnp.float32)).reshape(arguments[0].shape)
@@ -111,7 +111,7 @@ def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
 def test_keys_of_score_zero_take_their_share_of_the_softmax(block: int | None):
     q, k, v, segments = given()
     zeros = jnp.arange(LENGTH)[None] % 3
-    found = attend_text(q, k, v, Packed(segments), own=Own(own_keys(1), zeros), block=block, kernel="splash")
+    found = attend_text(q, k, v, Packed(segments), own=PerQueryKeys(own_keys(1), zeros), block=block, kernel="splash")
     more = jnp.zeros((2, 2, CHANNELS, 2)), jnp.zeros((2, 2, 2, CHANNELS))
     (k_own, v_own), seen = own_keys(1)[0], jnp.broadcast_to(jnp.arange(2) < zeros[..., None], (2, LENGTH, 2))
     itself = jnp.broadcast_to(jnp.eye(LENGTH, dtype=bool), (2, LENGTH, LENGTH))
@@ -200,7 +200,7 @@ def test_a_targets_layer_with_splash_and_int8_weights_compiles_for_tpus_that_are
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     mesh = decode_program.tpu_mesh("v6e:2x2", data=2, tensor=2)
     kernel = choose_kernel("auto", mesh.devices.flat[0], "bfloat16")
-    model = Llama(LlamaConfig(256, 512, 1, 8, 2, 64, 1536), dtype=jnp.bfloat16, kernel=kernel)
+    model = Decoder(LlamaConfig(256, 512, 1, 8, 2, 64, 1536), dtype=jnp.bfloat16, kernel=kernel)
 
     def init(key: jax.Array) -> Any:
         params = model.init_params(key)

@@ -14,7 +14,7 @@ from jaxspec.base import Packed
 from jaxspec.interchange.hf import load_target, write_llama
 from jaxspec.nn.quantization import CONTRACTED, quantize, scale_name
 from jaxspec.parallel.mesh import make_mesh
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.next_token import TokenBatch, next_token_loss
 
 CONFIG = LlamaConfig(64, 64, 2, 8, 4, 8, 128)
@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(64, 64, 2, 8, 4, 8, 128)
 @functools.cache
 def weights() -> Any:
     """Weights that spread the next-token laws well apart."""
-    return random_weights(Llama(CONFIG), 0.12, 0)
+    return random_weights(Decoder(CONFIG), 0.12, 0)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_int8_forward_is_that_of_the_weights_it_stands_for_and_loses_little(
     batch = TokenBatch(tokens, everything, jnp.broadcast_to(jnp.arange(32), (4, 32)), everything > 0)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(model: Llama, params: Any) -> Any:
+    def run(model: Decoder, params: Any) -> Any:
         features = model.forward(params, tokens, batch.positions_BL, Packed(everything)).features_BLD
         return features, jnp.mean(next_token_loss(model, params, batch, block=32))
 

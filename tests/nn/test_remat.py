@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from drafter_toys import KINDS, VOCAB, WIDTH
 
-from jaxspec.base import Borrowed, Packed
+from jaxspec.base import Packed, SharedTables
 from jaxspec.nn.remat import Remat
-from jaxspec.targets.llama import Llama, LlamaConfig, unstack
+from jaxspec.targets.decoder import Decoder, LlamaConfig, unstack
 
 CONFIG = LlamaConfig(32, 32, 4, 4, 2, 8, 128)
 
@@ -31,7 +31,7 @@ class Head:
         tokens, *seen = text(rows, length)
         table = jnp.cos(jnp.arange(CONFIG.vocab * WIDTH, dtype=jnp.float32)).reshape(CONFIG.vocab, WIDTH)
         read = table[tokens] if not self.drafter.taps else jnp.tile(table[tokens], len(self.drafter.taps))
-        self.given = (Borrowed(table, table), tokens % VOCAB, read, *seen, 3)
+        self.given = (SharedTables(table, table), tokens % VOCAB, read, *seen, 3)
 
     def loss(self, remat: Remat, params: Any) -> jax.Array:
         return jnp.mean(self.drafter.clone(remat=remat).unroll(params, *self.given).hidden_TBLD ** 2)
@@ -44,7 +44,7 @@ def kept_bytes(loss: Any, params: Any) -> int:
 
 
 def target_loss(remat: Remat, params: Any) -> jax.Array:
-    return jnp.sum(Llama(CONFIG, remat=remat).forward(params, *text(2, 128)).features_BLD)
+    return jnp.sum(Decoder(CONFIG, remat=remat).forward(params, *text(2, 128)).features_BLD)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa", "parallelspec", "draft_lm"])
@@ -65,7 +65,7 @@ def test_gradients_through_what_is_computed_again_are_the_same():
 
 def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again():
     """Of the compiled program: what its scan over layers hands to the backward one."""
-    params = jax.eval_shape(Llama(CONFIG).init_params, jax.random.key(0))
+    params = jax.eval_shape(Decoder(CONFIG).init_params, jax.random.key(0))
 
     def temporaries(remat: Remat) -> int:
         compiled = jax.jit(jax.grad(functools.partial(target_loss, remat))).lower(params).compile()
@@ -78,11 +78,11 @@ def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again()
 
 @pytest.mark.usefixtures("compile_quickly")
 def test_a_scan_over_layers_is_the_layers_one_after_another():
-    stacked = Llama(CONFIG, taps=(1, 3))
+    stacked = Decoder(CONFIG, taps=(1, 3))
     params = stacked.init_params(jax.random.key(0))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def read(target: Llama, params: Any) -> Any:
+    def read(target: Decoder, params: Any) -> Any:
         return target.forward(params, *text(2, 24))
 
     found, expected = read(stacked, params), read(stacked.clone(stacked=False), unstack(params))

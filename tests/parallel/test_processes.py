@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pretrain_toy
 import pytest
 from processes import ends, finish, free_port, start, start_several, wait_for
 from random_models import write_target
@@ -213,10 +214,8 @@ def test_a_run_whose_processes_are_killed_and_preempted_ends_as_if_they_had_not_
 @pytest.mark.slow
 def test_four_processes_pretrain_as_one_does(tmp_path: Path):
     """Two and two share a row's weights between them, and so read the same rows."""
-    from test_pretrain import prepare as prepare_pretraining
-
     folder = tmp_path / "run"
-    prepare_pretraining(folder)
+    pretrain_toy.prepare(folder)
     words = ("pretrain", "toy.py", "mesh.tensor=2", "model.kv_heads=2", "optimizer.steps=12", "log_every=1")
     succeed(start_several([folder] * 4, *words, devices=1))
     finish(start(folder, *words, "checkpoint.folder=run_alone", "export_folder=export_alone", devices=4))

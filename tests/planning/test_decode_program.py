@@ -13,7 +13,7 @@ from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.planning import decode_program, hlo
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import DynamicTree, chain
 from jaxspec.verify import RULES
 
@@ -25,7 +25,7 @@ LAYERS = 32
 def llama3_engine(layers: int, tree: object) -> tuple[Engine, Weights]:
     """Returns an engine shaped as Llama-3.1-8B with its EAGLE-2 head, and its bf16 weights as shapes."""
     scaling = RopeScaling("llama3", 8.0)
-    target = Llama(
+    target = Decoder(
         LlamaConfig(VOCAB, 4096, layers, 32, 8, 128, 14336, rope_theta=5e5, rope_scaling=scaling),
         stacked=False,
         dtype=jnp.bfloat16,

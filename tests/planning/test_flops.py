@@ -13,7 +13,7 @@ from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import Batch, init_state, train_step
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.planning.flops import Flops, count_flops
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 X, W = jax.ShapeDtypeStruct((5, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
 ONE = 2 * 5 * 8 * 8  # of `x @ w`
@@ -101,7 +101,7 @@ def test_xla_counts_the_same_where_there_is_no_loop():
 
 def test_xla_counts_the_same_for_a_training_step_of_one_layer_and_one_chunk():
     """Up to what is no matmul, such as the softmax: XLA counts that, too."""
-    target = Llama(LlamaConfig(512, 256, 1, 4, 2, 64, 512), stacked=False)
+    target = Decoder(LlamaConfig(512, 256, 1, 4, 2, 64, 512), stacked=False)
     drafter, optimizer, objective = Eagle(EagleConfig(256, 4, 2, 64, 512)), optax.sgd(0.1), Objective(steps=2)
     frozen = jax.eval_shape(target.init_params, jax.random.key(0))
     state = jax.eval_shape(lambda: init_state(drafter, optimizer, jax.random.key(0)))

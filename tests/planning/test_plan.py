@@ -19,7 +19,7 @@ from jaxspec.distillation.compilers import lower_step
 from jaxspec.planning import decode_program, hlo
 from jaxspec.planning.chips import CHIPS, chip_of, device_part, network_bandwidth
 from jaxspec.planning.plan import PARTS, Costs, Memory, StepPlan, abstract_step, plan_step, scored_tokens, target_shape
-from jaxspec.targets.llama import SHAPES
+from jaxspec.targets.decoder import SHAPES
 
 plan: Any = importlib.import_module("jaxspec.train.plan")
 JOBS = [name for name in config.experiments() if name.rpartition("_")[2] in ("7b", "8b", "13b", "33b", "70b")]

@@ -20,7 +20,7 @@ from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.nn.attention import causal_mask
 from jaxspec.nn.options import Options
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
-from jaxspec.targets.llama import DecoderConfig, Llama
+from jaxspec.targets.decoder import Decoder, DecoderConfig
 from jaxspec.trees import chain
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -33,7 +33,9 @@ OPTIONS = {
         qkv_bias=True, out_bias=True, qk_norm=True, experts=8, chosen=3, expert_mlp=8, renormalize=False
     ),
 }
-TARGETS = {family: Llama(DecoderConfig(*SHAPE, family=family, options=options)) for family, options in OPTIONS.items()}
+TARGETS = {
+    family: Decoder(DecoderConfig(*SHAPE, family=family, options=options)) for family, options in OPTIONS.items()
+}
 DRAFTER = Eagle(EagleConfig(16, 4, 4, 8, 32))
 OPTIMIZER = optax.sgd(0.5)
 OBJECTIVE = Objective(chunk=8, weights=(("smooth_l1", 1.0), ("soft_cross_entropy", 1.0)))

@@ -13,21 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.checkpoints.manifest import amend_card
+from jaxspec.checkpoints.manifest import amend_manifest
 from jaxspec.checkpoints.models import save_drafter
-from jaxspec.checkpoints.runs import Merit, RunCheckpoints, complete_steps
+from jaxspec.checkpoints.runs import BestMetric, RunCheckpoints, complete_steps
 from jaxspec.checkpoints.tracking import read_record, track
 from jaxspec.config import CheckpointConfig, load
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import own_rows, spread
 from jaxspec.training.distill import drafter_for
-from jaxspec.training.loop import Recipe, merit_of, save_due, train
+from jaxspec.training.loop import Recipe, best_metric_of, save_due, train
 from jaxspec.training.loop import run as whole_run
 
-MERIT = Merit("loss", rising=False)
+BEST_METRIC = BestMetric("loss", rising=False)
 
 
 class Numbers:
@@ -81,12 +81,12 @@ def run(
         data=cast(Any, Documents()),
         steps=len(losses),
         resumable=(),
-        merits=(MERIT,),
+        best_metrics=(BEST_METRIC,),
         model={},
     )
     kept = keep or CheckpointConfig(str(folder), save_every=2)
     config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=eval_every, log_every=2)
-    opened = RunCheckpoints(folder, keep=kept.keep, keep_best=kept.keep_best, merit=MERIT)
+    opened = RunCheckpoints(folder, keep=kept.keep, keep_best=kept.keep_best, best_metric=BEST_METRIC)
     with opened as checkpoints, track(folder) as log:
         return train(recipe, config, recipe.init(), batches, checkpoints, log, start=0)
 
@@ -137,7 +137,7 @@ def finish(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: int, export: Li
         data=cast(Any, Documents()),
         steps=steps,
         resumable=(),
-        merits=(MERIT,),
+        best_metrics=(BEST_METRIC,),
         model={"kind": "toy"},
     )
     kept = CheckpointConfig(str(folder), save_every=3, keep=1, export=export)
@@ -158,7 +158,7 @@ def test_a_finished_run_exports_its_last_step_or_its_best(tmp_path: Path, monkey
 def test_an_evaluation_that_a_stop_came_before_is_made_on_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     finish(monkeypatch, tmp_path, 4)
     assert complete_steps(tmp_path) == {2: {"loss": 0.0}, 4: {"loss": 2.0}}
-    amend_card(tmp_path / "4", {"metrics": {}})
+    amend_manifest(tmp_path / "4", {"metrics": {}})
     finish(monkeypatch, tmp_path, 8)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines if "eval" in x] == [2, 4, 4, 6, 8]
@@ -180,10 +180,14 @@ def test_saves_are_due_by_steps_or_minutes():
 
 
 def test_a_figure_that_is_not_evaluated_is_named():
-    recipe: Any = SimpleNamespace(verb="pretrain", merits=(MERIT,))
-    assert merit_of(recipe, CheckpointConfig("x")) == merit_of(recipe, CheckpointConfig("x", best_by="loss")) == MERIT
+    recipe: Any = SimpleNamespace(verb="pretrain", best_metrics=(BEST_METRIC,))
+    assert (
+        best_metric_of(recipe, CheckpointConfig("x"))
+        == best_metric_of(recipe, CheckpointConfig("x", best_by="loss"))
+        == BEST_METRIC
+    )
     with pytest.raises(ValueError, match="best_by is 'simulated_tau', but pretrain evaluates loss; name one of these"):
-        merit_of(recipe, CheckpointConfig("x", best_by="simulated_tau"))
+        best_metric_of(recipe, CheckpointConfig("x", best_by="simulated_tau"))
 
 
 def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_path):

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import random
 import signal
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+from pretrain_toy import STEPS, prepare
 from processes import finish, stop_at
 from random_models import SIZE, write_target
 
@@ -26,25 +26,9 @@ from jaxspec.data.templates import TEMPLATES
 from jaxspec.distillation.step import TrainState
 from jaxspec.nn.attention import segment_mask
 from jaxspec.parallel.mesh import make_mesh
-from jaxspec.targets.llama import Llama, LlamaConfig
+from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.loop import optimizer_of
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
-
-STEPS = 80
-EXPERIMENT = """
-from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
-from jaxspec.targets.llama import LlamaConfig
-
-config = PretrainConfig(
-    name="toy",
-    model=LlamaConfig(vocab=270, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32, tied=True),
-    data=DataConfig("train.jsonl", "train.jsonl", length=64, batch=4, eval_limit=20),
-    optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=10, steps={steps}, weight_decay=0.1, clip_norm=1.0),
-    checkpoint=CheckpointConfig("run", save_every=10),
-    export_folder="export",
-    eval_every=50,
-)
-"""
 
 
 def test_a_token_is_a_target_only_within_its_document_and_where_the_mask_allows():
@@ -58,7 +42,7 @@ def test_a_token_is_a_target_only_within_its_document_and_where_the_mask_allows(
 
 
 def test_the_loss_in_blocks_is_the_dense_one():
-    model = Llama(LlamaConfig(vocab=50, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32))
+    model = Decoder(LlamaConfig(vocab=50, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32))
     params = jax.jit(model.init_params)(jax.random.key(0))
     segments = jnp.asarray([[1] * 9 + [2] * 7, [1] * 5 + [2] * 8 + [0] * 3])
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 50)
@@ -80,22 +64,10 @@ def test_the_loss_in_blocks_is_the_dense_one():
 
 
 def test_a_block_that_does_not_divide_the_row_is_named():
-    model = Llama(LlamaConfig(vocab=50, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32))
+    model = Decoder(LlamaConfig(vocab=50, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32))
     zeros = jnp.zeros((1, 10), jnp.int32)
     with pytest.raises(ValueError, match="loss_block is 4, which does not divide the row length 10"):
         next_token_loss(model, {}, TokenBatch(zeros, zeros, zeros, zeros == 0), block=4)
-
-
-def prepare(folder: Path) -> None:
-    folder.mkdir()
-    draw = random.Random(0)
-    words = "red green blue one two three cat dog bird sees hears likes".split()
-    with (folder / "train.jsonl").open("w") as file:
-        for i in range(200):
-            user, answer = (" ".join(draw.choices(words, k=draw.randint(2, 5))) for _ in range(2))
-            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"id": str(i), "source": "ab"[i % 2], "messages": messages}) + "\n")
-    (folder / "toy.py").write_text(EXPERIMENT.format(steps=STEPS))
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -104,7 +76,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def final_state(folder: Path) -> TrainState:
     config = load(str(folder / "toy.py"))
-    model, optimizer = Llama(config.model), optimizer_of(config.optimizer, STEPS)
+    model, optimizer = Decoder(config.model), optimizer_of(config.optimizer, STEPS)
 
     def init() -> TrainState:
         params = model.init_params(jax.random.key(0))

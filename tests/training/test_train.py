@@ -13,7 +13,7 @@ from processes import finish, start, stop_at
 from random_models import SIZE, write_target
 
 from jaxspec.__main__ import main
-from jaxspec.checkpoints.manifest import read_card
+from jaxspec.checkpoints.manifest import read_manifest
 from jaxspec.checkpoints.models import load_drafter
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.parallel.mesh import make_mesh
@@ -85,7 +85,7 @@ def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_de
     drafter, exported = (load_drafter(folder / name) for name in ("drafter", "exported"))
     assert drafter._replace(params=0) == exported._replace(params=0)
     jax.tree.map(np.testing.assert_array_equal, drafter.params, exported.params)
-    saved, written = (read_card(folder / name) for name in ("drafter", "exported"))
+    saved, written = (read_manifest(folder / name) for name in ("drafter", "exported"))
     assert saved | {"checksums": 0} == written | {"checksums": 0}
     assert saved["metrics"] == first["eval"] and saved["provenance"]["step"] == 6
     words = ["generate", "1 and 2 make", "--target", "target", "--drafter", "drafter", "--tree", "chain:2"]

@@ -119,7 +119,7 @@ def ranked(logits_BWV: jax.Array, count: int, slot: int) -> Children:
 
 @functools.partial(jax.jit, static_argnums=0)
 def pop_best(policy: BestFirstTree, logp_BTR: jax.Array) -> Tree:
-    """The best-first tree of these laws, a depth each."""
+    """The best-first tree of these distributions, a depth each."""
     root_B = jnp.full(logp_BTR.shape[0], 7)
     return policy.grow(lambda s, f: (logp_BTR[:, f.depth, None], s), ranked, None, logp_BTR[:, 0], root_B)
 
@@ -173,8 +173,10 @@ def test_a_best_first_tree_is_what_a_heap_pops(kind: str, size: tuple[int, int, 
 def test_a_best_first_tree_holds_the_likeliest_of_all_paths(nodes: int):
     """Under the laws of the depths, made of logits in the library's own way."""
     depth, width, vocab, batch = 3, 3, 6, 8
-    laws = np.random.default_rng(nodes).normal(0, 2, (depth, batch, vocab)).astype(np.float32)
-    tables = [np.broadcast_to(law[:, None], (batch, vocab**d, vocab)) for d, law in enumerate(laws)]
+    distributions = np.random.default_rng(nodes).normal(0, 2, (depth, batch, vocab)).astype(np.float32)
+    tables = [
+        np.broadcast_to(distribution[:, None], (batch, vocab**d, vocab)) for d, distribution in enumerate(distributions)
+    ]
     tree = jax.device_get(grow_jitted(BestFirstTree(nodes, depth, width), tables))
     logp = [step[:, 0] for step in log_probabilities(tables)]
     for b in range(batch):

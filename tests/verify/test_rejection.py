@@ -1,4 +1,5 @@
-"""Rules for drawn children have exactly the target's law: every tree that can be drawn, and every coin, in fp64.
+"""Rules for drawn children have exactly the target's distribution: every tree that can be drawn, and every coin, in
+fp64.
 
 The trees come from the library's own policies: the noise that picks each family of children is made up here, one array
 for every sequence of draws, and weighed with the laws that the tree itself reports.
@@ -18,11 +19,11 @@ import pytest
 from toys import Tables, grow, path_tables
 
 from jaxspec.base import DRAFT_MODES, Array, DraftMode, Tree
-from jaxspec.sampling import Sampling, law_of
+from jaxspec.sampling import Sampling, distribution_of
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.trees.children import drawn
 from jaxspec.verify import rejection
-from jaxspec.verify.rejection import Verdict, bottom_up, top_down
+from jaxspec.verify.rejection import RejectionResult, bottom_up, top_down
 
 
 class Shape(NamedTuple):
@@ -42,7 +43,7 @@ SHAPES = {
     "dynamic": Shape(DynamicTree(4, 2, 2), 3, 2),
     "deep dynamic": Shape(DynamicTree(5, 3, 2), 3, 2),
 }
-RULES: dict[str, Callable[..., Verdict]] = {
+RULES: dict[str, Callable[..., RejectionResult]] = {
     "top down": lambda mode, tree, p, coin, depth: top_down(mode, tree, p, coin),
     "bottom up": bottom_up,
 }
@@ -66,15 +67,15 @@ def loud_noise(mode: DraftMode, drawn_EK: np.ndarray, vocab: int) -> np.ndarray:
     return LOUD * (one_hot * falling).sum(-2)
 
 
-def chance_of(mode: DraftMode, law: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def chance_of(mode: DraftMode, distribution: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Probability `[trees]` of each sequence under its law; what is drawn when nothing is left is not random."""
-    chance, rest = np.ones(len(law)), law.copy()
+    chance, rest = np.ones(len(distribution)), distribution.copy()
     for i in range(tokens.shape[1]):
         token = tokens[:, i : i + 1]
         here, total = np.take_along_axis(rest, token, 1)[:, 0], rest.sum(1)
         some = total > 0
         # The lowest of the tokens not drawn yet stand for what comes when the support is used up.
-        fresh = np.ones(law.shape, bool)
+        fresh = np.ones(distribution.shape, bool)
         np.put_along_axis(fresh, tokens[:, :i], False, 1)
         stand_in = token[:, 0] == fresh.argmax(1)
         chance *= np.where(some, here / np.where(some, total, 1), stand_in)
@@ -115,9 +116,9 @@ def drafts(mode: DraftMode, shape: Shape, draft: Tables) -> Drafts:
     tree: Tree = jax.device_get(grow_with(mode, policy, tables, noise))
     if mode == "topk":
         return Drafts(tree, np.ones(1))
-    assert tree.laws is not None
-    law_QEV = np.asarray(tree.laws.law_BEV)
-    weight = np.prod([chance_of(mode, law_QEV[:, e], tokens[:, e]) for e in range(expanded)], axis=0)
+    assert tree.distributions is not None
+    distribution_QEV = np.asarray(tree.distributions.distribution_BEV)
+    weight = np.prod([chance_of(mode, distribution_QEV[:, e], tokens[:, e]) for e in range(expanded)], axis=0)
     # Families that the tree does not hold are summed out.
     keep = weight > 0
     return Drafts(jax.tree.map(lambda x: x[keep], tree), weight[keep])
@@ -132,7 +133,7 @@ def codes(tree: Tree, vocab: int) -> np.ndarray:
     return code
 
 
-law_each = jax.jit(lambda tables, sampling: [law_of(x, sampling) for x in tables])
+law_each = jax.jit(lambda tables, sampling: [distribution_of(x, sampling) for x in tables])
 
 
 def warped(tables: Tables, t: float, top_k: int, top_p: float) -> list[np.ndarray]:
@@ -142,7 +143,7 @@ def warped(tables: Tables, t: float, top_k: int, top_p: float) -> list[np.ndarra
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def judge(rule: str, mode: DraftMode, depth: int, tree: Tree, p_QNV: Array, coin_QN: Array) -> Verdict:
+def judge(rule: str, mode: DraftMode, depth: int, tree: Tree, p_QNV: Array, coin_QN: Array) -> RejectionResult:
     return RULES[rule](mode, tree, p_QNV, coin_QN, depth)
 
 
@@ -170,12 +171,13 @@ def measure(
     draft: Tables,
     warps: list[tuple[float, tuple[int, float]]],
     *,
-    seen_laws: Change = same,
+    seen_distributions: Change = same,
     seen_tree: Change = same,
     coins: Callable[[int], np.ndarray] | None = None,
     rest: Change | None = None,
 ) -> list[Outcome]:
-    """One outcome a warp. The changes make rules wrong: what they see of the target, the tree, coins, the bonus law."""
+    """One outcome a warp. The changes make rules wrong: what they see of the target, the tree, coins, the bonus
+    distribution."""
     found, depth, vocab = drafts(mode, shape, draft), shape.policy.depth, shape.vocab
     tree, trees, nodes = found.tree, len(found.weight_Q), shape.policy.nodes
     code = codes(tree, vocab)
@@ -185,8 +187,8 @@ def measure(
     many = jax.tree.map(each, seen_tree(tree))
     outcomes = []
     for t, (top_k, top_p) in warps:
-        laws = warped(target, t, top_k, top_p)
-        shown = seen_laws(laws)
+        distributions = warped(target, t, top_k, top_p)
+        shown = seen_distributions(distributions)
         p = np.zeros((*code.shape, vocab))
         for d in range(depth + 1):
             p[tree.depth_BN == d] = shown[d][code[tree.depth_BN == d]]
@@ -199,26 +201,26 @@ def measure(
             weight = weight / len(falls)
         at = np.arange(len(weight)), verdict.last_B
         bonus = verdict.rest_BV if rest is None else rest(each(p)[at])
-        joint = joint_law(each(code)[at], each(tree.depth_BN)[at], weight, bonus, laws)
+        joint = joint_distribution(each(code)[at], each(tree.depth_BN)[at], weight, bonus, distributions)
         want = np.ones(1)
-        for law in laws[: depth + 1]:
-            want = (want[:, None] * law).ravel()
+        for distribution in distributions[: depth + 1]:
+            want = (want[:, None] * distribution).ravel()
         outcomes.append(Outcome(0.5 * float(np.abs(joint - want).sum()), float(weight @ each(tree.depth_BN)[at])))
     return outcomes
 
 
-def joint_law(
-    code: np.ndarray, depth: np.ndarray, weight: np.ndarray, rest: np.ndarray, laws: list[np.ndarray]
+def joint_distribution(
+    code: np.ndarray, depth: np.ndarray, weight: np.ndarray, rest: np.ndarray, distributions: list[np.ndarray]
 ) -> np.ndarray:
     """The law of `T + 1` tokens: accepted paths, the bonus token, and plain sampling behind it."""
-    vocab, length = rest.shape[1], len(laws)
+    vocab, length = rest.shape[1], len(distributions)
     joint = np.zeros(vocab**length)
     for d in range(length):
         here, mass = depth == d, np.zeros((vocab**d, vocab))
         np.add.at(mass, code[here], weight[here, None] * rest[here])
         text = mass.ravel()
         for later in range(d + 1, length):
-            text = (text[:, None] * laws[later]).ravel()
+            text = (text[:, None] * distributions[later]).ravel()
         joint += text
     return joint
 
@@ -241,7 +243,7 @@ def pair(case: str, seed: int, shape: Shape) -> tuple[Tables, Tables]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", DRAFT_MODES)
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_has_exactly_the_targets_law(rule: str, mode: DraftMode, shape: str):
+def test_every_rule_has_exactly_the_targets_distribution(rule: str, mode: DraftMode, shape: str):
     s = SHAPES[shape]
     if (mode, shape) == ("sample", "deep dynamic"):
         s = s._replace(vocab=2)  # 59,049 trees otherwise
@@ -299,8 +301,8 @@ def test_a_draft_law_that_is_not_renormalised_is_not_lossless(rule: str, changed
 
 @pytest.mark.parametrize("rule", RULES)
 def test_testing_likeliest_children_by_the_drafts_softmax_is_not_lossless(rule: str, changed_rules: pytest.MonkeyPatch):
-    law = jax.nn.softmax(jnp.asarray(path_tables(900, 3, 0)[0][0, 0], jnp.float32))
-    changed_rules.setattr(rejection, "_drawn_from", lambda mode, row, s_V, token: law.astype(s_V.dtype))
+    distribution = jax.nn.softmax(jnp.asarray(path_tables(900, 3, 0)[0][0, 0], jnp.float32))
+    changed_rules.setattr(rejection, "_drawn_from", lambda mode, row, s_V, token: distribution.astype(s_V.dtype))
     assert worst(rule, "topk", "2x2") > 1e-3
 
 
@@ -328,8 +330,8 @@ def test_a_bonus_token_from_the_plain_softmax_is_not_lossless(rule: str):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_top_p_before_temperature_is_not_lossless(rule: str):
-    def late(laws: list[np.ndarray]) -> list[np.ndarray]:
-        heated = [x ** (1 / 1.5) for x in laws]
+    def late(distributions: list[np.ndarray]) -> list[np.ndarray]:
+        heated = [x ** (1 / 1.5) for x in distributions]
         return [x / x.sum(-1, keepdims=True) for x in heated]
 
     with jax.enable_x64(True):
@@ -337,17 +339,17 @@ def test_top_p_before_temperature_is_not_lossless(rule: str):
         for seed in range(4):
             target, draft = pair("random", seed, SHAPES["2x2"])
             early = warped(target, 1.0, 0, 0.8)
-            wrong = functools.partial(lambda laws, early: late(early), early=early)
-            found += measure(rule, "swor", SHAPES["2x2"], target, draft, [(1.5, (0, 0.8))], seen_laws=wrong)
+            wrong = functools.partial(lambda distributions, early: late(early), early=early)
+            found += measure(rule, "swor", SHAPES["2x2"], target, draft, [(1.5, (0, 0.8))], seen_distributions=wrong)
     assert max(outcome.distance for outcome in found) > 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_greedy_rows_at_a_negative_temperature_are_not_greedy(rule: str):
-    def upside_down(laws: list[np.ndarray]) -> list[np.ndarray]:
-        return [np.eye(x.shape[-1])[x.argmin(-1)] for x in laws]
+    def upside_down(distributions: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.eye(x.shape[-1])[x.argmin(-1)] for x in distributions]
 
-    assert worst(rule, "swor", "2x2", (0.0, (0, 1.0)), seen_laws=upside_down) > 1e-3
+    assert worst(rule, "swor", "2x2", (0.0, (0, 1.0)), seen_distributions=upside_down) > 1e-3
 
 
 def test_keeping_drawn_nodes_by_their_own_probability_is_not_lossless(monkeypatch: pytest.MonkeyPatch):
@@ -379,10 +381,10 @@ def written_out(rule: str, mode: DraftMode, p: list[np.ndarray], q: list[np.ndar
     """The mean accept length by recursion over draws, in plain Python: the rules as the papers state them."""
     vocab = p[0].shape[-1]
 
-    def draws(law: np.ndarray, count: int) -> list[tuple[tuple[int, ...], float]]:
+    def draws(distribution: np.ndarray, count: int) -> list[tuple[tuple[int, ...], float]]:
         if mode == "topk":
-            return [(tuple(np.argsort(-law, kind="stable")[:count].tolist()), 1.0)]
-        found = [((), 1.0, law)]
+            return [(tuple(np.argsort(-distribution, kind="stable")[:count].tolist()), 1.0)]
+        found = [((), 1.0, distribution)]
         for _ in range(count):
             found = [
                 ((*t, x), w * s[x], after(s, x) if mode == "swor" else s)
@@ -478,7 +480,8 @@ def test_bottom_up_never_accepts_less_and_with_likeliest_children_exactly_as_muc
 def test_the_published_toy_of_block_verification(rule: str, expected: float):
     """Sun et al. 2024: target (1/3, 2/3), draft (2/3, 1/3), two tokens drafted."""
     tables = [
-        [np.log(np.broadcast_to(law, (1, 2**d, 2))) for d in range(3)] for law in ([1 / 3, 2 / 3], [2 / 3, 1 / 3])
+        [np.log(np.broadcast_to(distribution, (1, 2**d, 2))) for d in range(3)]
+        for distribution in ([1 / 3, 2 / 3], [2 / 3, 1 / 3])
     ]
     with jax.enable_x64(True):
         (outcome,) = measure(rule, "sample", Shape(chain(2), 2, 1), tables[0], tables[1], [(1.0, (0, 1.0))])

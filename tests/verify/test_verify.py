@@ -1,4 +1,5 @@
-"""The acceptance rule has exactly the target's law: by enumerating every draw, and by sampling the compiled program."""
+"""The acceptance rule has exactly the target's distribution: by enumerating every draw, and by sampling the compiled
+program."""
 
 from __future__ import annotations
 
@@ -35,10 +36,10 @@ class TableTarget:
         with jax.enable_x64(True):
             s = Sampling(*(jnp.asarray([v]) for v in (t, top_k, top_p, 0)))
             warped = warp_each([x.astype(np.float64) for x in self.tables], s)
-        self.laws = [softmax(np.asarray(x)[0]) for x in warped]
+        self.distributions = [softmax(np.asarray(x)[0]) for x in warped]
 
     def __call__(self, path: tuple[int, ...]) -> np.ndarray:
-        return self.laws[len(path)][code_of(path, self.vocab)]
+        return self.distributions[len(path)][code_of(path, self.vocab)]
 
     def texts(self, path: tuple[int, ...], length: int) -> np.ndarray:
         """The joint law `[V] * length` of the tokens behind a path."""
@@ -59,9 +60,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def shared_draws(laws: dict[int, np.ndarray]) -> Iterator[tuple[float, dict[int, int]]]:
+def shared_draws(distributions: dict[int, np.ndarray]) -> Iterator[tuple[float, dict[int, int]]]:
     """Every joint outcome of nodes that invert one shared uniform, with its probability."""
-    ends = {n: np.append(np.cumsum(p)[:-1], 1.0) for n, p in laws.items()}
+    ends = {n: np.append(np.cumsum(p)[:-1], 1.0) for n, p in distributions.items()}
     cuts = np.unique(np.concatenate([[0.0], *ends.values()]))
     for low, high in itertools.pairwise(cuts):
         yield high - low, {n: int(np.searchsorted(e, (low + high) / 2)) for n, e in ends.items()}
@@ -83,7 +84,7 @@ def outcomes(groups: list[dict[int, np.ndarray]], nodes: int) -> tuple[np.ndarra
 def emitted(tree: Tree, groups: list[dict[int, np.ndarray]], depth: int) -> Law:
     """The law of what one round adds, through `follow`."""
     weights, draws = outcomes(groups, tree.token_BN.shape[1])
-    law: Law = defaultdict(float)
+    distribution: Law = defaultdict(float)
     for begin in range(0, len(draws), CHUNK):
         some = draws[begin : begin + CHUNK]
         drawn = np.zeros((CHUNK, some.shape[1]), np.int32)
@@ -91,14 +92,14 @@ def emitted(tree: Tree, groups: list[dict[int, np.ndarray]], depth: int) -> Law:
         many = jax.tree.map(lambda a: np.broadcast_to(a, (CHUNK, *a.shape[1:])), tree)
         accepted = jax.device_get(follow(many, drawn, depth))
         for w, count, tokens in zip(weights[begin:], accepted.count_B[: len(some)], accepted.token_BP, strict=False):
-            law[tuple(tokens[: count + 1].tolist())] += w
-    return law
+            distribution[tuple(tokens[: count + 1].tolist())] += w
+    return distribution
 
 
-def total_variation(law: Law, target: TableTarget, length: int) -> float:
+def total_variation(distribution: Law, target: TableTarget, length: int) -> float:
     """Between the target's law of `length` tokens and: the round's tokens, then plain sampling."""
     whole = np.zeros((target.vocab,) * length)
-    for path, w in law.items():
+    for path, w in distribution.items():
         whole[path] += w * target.texts(path, length - len(path))
     return 0.5 * float(np.abs(whole - target.texts((), length)).sum())
 
@@ -108,14 +109,16 @@ def laws_of(tree: Tree, target: TableTarget) -> dict[int, np.ndarray]:
     return {n: target(p) for n, p in enumerate(node_paths(tree)) if p is not None}
 
 
-def independent(laws: dict[int, np.ndarray]) -> list[dict[int, np.ndarray]]:
-    return [{n: p} for n, p in laws.items()]
+def independent(distributions: dict[int, np.ndarray]) -> list[dict[int, np.ndarray]]:
+    return [{n: p} for n, p in distributions.items()]
 
 
-def by_depth(laws: dict[int, np.ndarray], tree: Tree) -> list[dict[int, np.ndarray]]:
+def by_depth(distributions: dict[int, np.ndarray], tree: Tree) -> list[dict[int, np.ndarray]]:
     """One uniform a depth, as `draw` shares its noise."""
     depth = np.asarray(tree.depth_BN[0])
-    return [{n: laws[n] for n in laws if depth[n] == d} for d in sorted({depth[n] for n in laws})]
+    return [
+        {n: distributions[n] for n in distributions if depth[n] == d} for d in sorted({depth[n] for n in distributions})
+    ]
 
 
 @functools.cache
@@ -152,18 +155,18 @@ WARPS = {"plain": {}, "top-p": {"top_p": 0.9}, "top-k": {"top_k": 2}}
 @pytest.mark.parametrize("vocab", [2, 4])
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("t", [0.3, 1.0, 1.5])
-def test_the_output_has_exactly_the_targets_law(vocab: int, warp: str, t: float):
+def test_the_output_has_exactly_the_targets_distribution(vocab: int, warp: str, t: float):
     target = TableTarget(vocab, vocab, 3, t, **WARPS[warp])
     for name, (tree, depth) in trees(vocab).items():
-        laws = laws_of(tree, target)
-        coupled = emitted(tree, by_depth(laws, tree), depth)
+        distributions = laws_of(tree, target)
+        coupled = emitted(tree, by_depth(distributions, tree), depth)
         assert total_variation(coupled, target, depth + 1) < 1e-12, name
-        if vocab ** len(laws) <= 1024:
-            free = emitted(tree, independent(laws), depth)
+        if vocab ** len(distributions) <= 1024:
+            free = emitted(tree, independent(distributions), depth)
             assert total_variation(free, target, depth + 1) < 1e-12, name
 
 
-def test_independent_draws_on_a_branching_tree_have_exactly_the_targets_law():
+def test_independent_draws_on_a_branching_tree_have_exactly_the_targets_distribution():
     target = TableTarget(0, 4, 2)
     tree, depth = trees(4)["2x2"]
     assert total_variation(emitted(tree, independent(laws_of(tree, target)), depth), target, 3) < 1e-12
@@ -173,9 +176,9 @@ def test_independent_draws_on_a_branching_tree_have_exactly_the_targets_law():
 def test_the_mean_accept_length_is_the_probability_of_the_trees_paths(t: float):
     for name, (tree, depth) in trees(4).items():
         target = TableTarget(9, 4, 3, t)
-        law = emitted(tree, by_depth(laws_of(tree, target), tree), depth)
+        distribution = emitted(tree, by_depth(laws_of(tree, target), tree), depth)
         reach = sum(target.probability(p) for p in node_paths(tree)[1:] if p is not None)
-        assert abs(sum(w * (len(p) - 1) for p, w in law.items()) - reach) < 1e-12, name
+        assert abs(sum(w * (len(p) - 1) for p, w in distribution.items()) - reach) < 1e-12, name
 
 
 # Wrong rules. Each must be seen by the same measure.
@@ -192,8 +195,8 @@ def test_a_bonus_token_from_the_unwarped_softmax_is_not_lossless():
     tree, depth = trees(4)["2x2"]
     raw = TableTarget(2, 4, 3)
     leaves = np.asarray(tree.depth_BN[0]) == depth
-    laws = {n: laws_of(tree, raw if leaves[n] else target)[n] for n in laws_of(tree, target)}
-    assert total_variation(emitted(tree, independent(laws), depth), target, depth + 1) > 1e-3
+    distributions = {n: laws_of(tree, raw if leaves[n] else target)[n] for n in laws_of(tree, target)}
+    assert total_variation(emitted(tree, independent(distributions), depth), target, depth + 1) > 1e-3
 
 
 def test_top_p_before_temperature_is_not_lossless():
@@ -216,26 +219,26 @@ def test_duplicate_siblings_with_draws_of_their_own_are_not_lossless():
     ancestors = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
     arrays = (token, parent, depth, [0.0] * 4, [True] * 4, ancestors)
     tree = pad(tree_of(*(np.asarray(a)[None] for a in arrays)))
-    laws = laws_of(tree, target)
-    assert total_variation(emitted(tree, independent(laws), 2), target, 3) > 1e-3
-    assert total_variation(emitted(tree, by_depth(laws, tree), 2), target, 3) < 1e-12
+    distributions = laws_of(tree, target)
+    assert total_variation(emitted(tree, independent(distributions), 2), target, 3) > 1e-3
+    assert total_variation(emitted(tree, by_depth(distributions, tree), 2), target, 3) < 1e-12
 
 
 def test_accepting_top_k_children_by_the_drafts_softmax_is_not_lossless():
     """The rule for sampled children, min(1, p/q) and the residual (p - q)+, on children that were not sampled."""
     target, q = TableTarget(5, 4, 1), softmax(path_tables(60, 4, 0)[0][0, 0].astype(np.float64))
-    law: Law = defaultdict(float)
+    distribution: Law = defaultdict(float)
     p, reach = target(()).copy(), 1.0
     for child in np.argsort(-q)[:2]:
         take = min(1.0, p[child] / q[child])
         for y, w in enumerate(target((int(child),))):
-            law[int(child), y] += reach * take * w
+            distribution[int(child), y] += reach * take * w
         reach *= 1 - take
         p = np.maximum(p - q, 0)
         p /= p.sum()
     for y, w in enumerate(p):
-        law[(y,)] += reach * w
-    assert total_variation(law, target, 2) > 1e-3
+        distribution[(y,)] += reach * w
+    assert total_variation(distribution, target, 2) > 1e-3
 
 
 # The rule itself.
@@ -334,11 +337,11 @@ def test_sampled_text_over_round_boundaries_follows_the_target(reuse: bool):
     seeds = jnp.arange(TRIALS, dtype=jnp.uint32)
     text = np.asarray(sampled_text([jnp.asarray(x) for x in target.tables], seeds, reuse=reuse))
     counts = np.bincount(text @ [16, 4, 1], minlength=VOCAB**LENGTH)
-    law = np.array([target.probability(p) for p in itertools.product(range(VOCAB), repeat=LENGTH)])
-    assert not counts[law == 0].any() or reuse
-    keep = law * TRIALS >= 5
+    distribution = np.array([target.probability(p) for p in itertools.product(range(VOCAB), repeat=LENGTH)])
+    assert not counts[distribution == 0].any() or reuse
+    keep = distribution * TRIALS >= 5
     seen = np.append(counts[keep], counts[~keep].sum())
-    want = np.append(law[keep], law[~keep].sum()) * TRIALS
+    want = np.append(distribution[keep], distribution[~keep].sum()) * TRIALS
     seen, want = seen[want > 0], want[want > 0]
     g = 2 * np.sum(seen * np.log(np.maximum(seen, 1e-300) / want))
     p_value = stats.chi2.sf(g, len(seen) - 1)

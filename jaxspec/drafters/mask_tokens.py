@@ -14,15 +14,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Borrowed, KVCache, Mask, Params, Unrolled
-from jaxspec.drafters.heads import OneLayer, OnePass, ParallelState
+from jaxspec.base import Array, KVCache, Mask, Params, SharedTables, Unrolled
+from jaxspec.drafters.one_layer import OneLayer
+from jaxspec.drafters.one_pass import OnePass, ParallelState
 from jaxspec.nn import cache as kv
-from jaxspec.nn.attention import Own, Prefix, as_mask, attend
+from jaxspec.nn.attention import PerQueryKeys, Prefix, as_mask, attend
 from jaxspec.nn.decoder_layer import merge_heads
 from jaxspec.nn.mlp import gated_mlp
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.remat import recompute
-from jaxspec.parallel.rows import pick, put
+from jaxspec.parallel.rows import gather_rows, scatter_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Group(NamedTuple):
     """Which real slots they see."""
 
 
-class MaskSlots(OnePass, OneLayer):
+class MaskTokens(OnePass, OneLayer):
     """Drafting by mask slots as pure functions of the weights.
 
-    Abstract: a drafter says what its slots hold (`real_slots`, `mask_slots`), how that enters a layer (`enter`), of
+    Abstract: a drafter says what its slots hold (`real_slots`, `mask_tokens`), how that enters a layer (`enter`), of
     which there may be several (`layer_weights`), and how logits are made (`score`). Its config has `SlotOptions`.
     """
 
@@ -80,11 +81,11 @@ class MaskSlots(OnePass, OneLayer):
         """The weights of each."""
         return [self.weights]
 
-    def real_slots(self, borrowed: Borrowed, tokens_BL: Array, features_BLD: Array) -> Array:
+    def real_slots(self, shared: SharedTables, tokens_BL: Array, features_BLD: Array) -> Array:
         """What slots of pairs (feature, next token) hold, `[B, L, E]`."""
         raise NotImplementedError
 
-    def mask_slots(self, borrowed: Borrowed, anchor_BLD: Array, depth: int) -> Array:
+    def mask_tokens(self, shared: SharedTables, anchor_BLD: Array, depth: int) -> Array:
         """What the mask slots of a depth hold, for groups whose real slots read these features: `[B, L, E]`."""
         raise NotImplementedError
 
@@ -107,15 +108,15 @@ class MaskSlots(OnePass, OneLayer):
         return x + gated_mlp(w, rms_norm(x, w["mlp_norm"], self.config.norm_eps))
 
     def _extend(
-        self, borrowed: Borrowed, state: ParallelState, tokens_BL: Array, features_BLD: Array, count_B: Array
+        self, shared: SharedTables, state: ParallelState, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[ParallelState, Array]:
         assert state.cache is not None
         batch, length = tokens_BL.shape
         masks = self.config.tokens - 1
         last = jnp.maximum(count_B - 1, 0)
         anchor_B1D = jnp.take_along_axis(features_BLD, last[:, None, None], axis=1)
-        slots = [self.real_slots(borrowed, tokens_BL, features_BLD)]
-        slots += [self.mask_slots(borrowed, anchor_B1D, d) for d in range(1, masks + 1)]
+        slots = [self.real_slots(shared, tokens_BL, features_BLD)]
+        slots += [self.mask_tokens(shared, anchor_B1D, d) for d in range(1, masks + 1)]
         offset_BL = jnp.concatenate(
             [
                 jnp.broadcast_to(jnp.arange(length), (batch, length)),
@@ -129,7 +130,7 @@ class MaskSlots(OnePass, OneLayer):
         hidden_BTD = jnp.where((count_B > 0)[:, None, None], hidden_BTD, state.hidden_BTD)
         real = KVCache(fresh.k_YBKCS[..., :length], fresh.v_YBKSC[..., :length, :])
         cache = kv.commit(state.cache, real, state.length_B, jnp.argmax(hidden_BTD[:, 0], axis=-1))
-        logits_BV = self.score(hidden_BTD[:, :1], borrowed.head_VD)[:, 0]
+        logits_BV = self.score(hidden_BTD[:, :1], shared.head_VD)[:, 0]
         return ParallelState(cache, state.length_B + count_B, hidden_BTD), logits_BV
 
     def _read(self, x: Array, state: ParallelState, offset_BL: Array, mask_BLL: Array) -> tuple[Array, KVCache]:
@@ -157,7 +158,7 @@ class MaskSlots(OnePass, OneLayer):
 
     def _unroll(
         self,
-        borrowed: Borrowed,
+        shared: SharedTables,
         tokens_BL: Array,
         features_BLD: Array,
         positions_BL: Array,
@@ -172,21 +173,21 @@ class MaskSlots(OnePass, OneLayer):
         c, (batch, length) = self.config, tokens_BL.shape
         token = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
         order_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        groups = [Group(order_BL, self.real_slots(borrowed, token, features_BLD), positions_BL, mask_BLM)]
+        groups = [Group(order_BL, self.real_slots(shared, token, features_BLD), positions_BL, mask_BLM)]
         if keys_B is not None and c.keep < 1:
             order_BL = jnp.argsort(jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B), axis=1)
         mask_BLL = jnp.broadcast_to(as_mask(mask_BLM), (batch, length, length))
         for depth in range(1, c.tokens if self.bidirectional else min(c.tokens, steps)):
             # The first so many of one order: every depth's positions are among those of the depth before.
             at = order_BL[:, : c.kept(length, depth) if keys_B is not None else length]
-            x = self.mask_slots(borrowed, pick(features_BLD, at), depth)
-            groups.append(Group(at, x, pick(positions_BL, at) + depth, pick(mask_BLL, at)))
+            x = self.mask_tokens(shared, gather_rows(features_BLD, at), depth)
+            groups.append(Group(at, x, gather_rows(positions_BL, at) + depth, gather_rows(mask_BLL, at)))
         for layer in range(self.layer_count):
             groups = self._through(layer, groups)
         hidden, kept = [groups[0].x_BAE], [jnp.ones((batch, length), bool)]
         for group in groups[1:steps]:
-            hidden.append(put(jnp.zeros_like(hidden[0]), group.at_BA, group.x_BAE))
-            kept.append(put(jnp.zeros_like(kept[0]), group.at_BA, jnp.ones(group.at_BA.shape, bool)))
+            hidden.append(scatter_rows(jnp.zeros_like(hidden[0]), group.at_BA, group.x_BAE))
+            kept.append(scatter_rows(jnp.zeros_like(kept[0]), group.at_BA, jnp.ones(group.at_BA.shape, bool)))
         hidden_TBLD = jnp.stack(hidden)
         return Unrolled(hidden_TBLD, self.regressed(hidden_TBLD), jnp.stack(kept))
 
@@ -196,7 +197,7 @@ class MaskSlots(OnePass, OneLayer):
         heads = [self.heads(layer, seen, g.positions_BA) for g, (_, seen) in zip(groups, entered, strict=True)]
         _, k, v = heads[0]
 
-        def read(stream: Array, q: Array, mask: Mask, own: Own) -> Array:
+        def read(stream: Array, q: Array, mask: Mask, own: PerQueryKeys) -> Array:
             mixed = attend(q, k, v, as_mask(mask), own=own) if own.pairs else self.attend_text(q, k, v, mask)
             return self.finish(layer, stream, mixed)
 
@@ -205,11 +206,11 @@ class MaskSlots(OnePass, OneLayer):
         for depth, (group, (stream, _), (q, _, _)) in enumerate(zip(groups, entered, heads, strict=True)):
             seen = heads[1:] if self.bidirectional and depth else heads[1 : depth + 1]
             count = group.at_BA.shape[1]
-            own = Own(tuple((k_own, v_own) for _, k_own, v_own in seen)).cut(0, count)
+            own = PerQueryKeys(tuple((k_own, v_own) for _, k_own, v_own in seen)).cut(0, count)
             out.append(group._replace(x_BAE=read(stream, q, group.mask, own)))
         return out
 
-    def init_state(self, params: Params, borrowed: Borrowed, first_B: Array, capacity: int) -> ParallelState:
+    def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> ParallelState:
         """Empty state for contexts of up to `capacity` tokens."""
         c, batch = self.config, first_B.shape[0]
         cache = kv.empty(self.layer_count, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
