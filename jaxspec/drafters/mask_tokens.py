@@ -198,7 +198,7 @@ class MaskTokens(OnePass, OneLayer):
         _, k, v = heads[0]
 
         def read(stream: Array, q: Array, mask: Mask, own: PerQueryKeys) -> Array:
-            mixed = attend(q, k, v, as_mask(mask), own=own) if own.pairs else self.attend_text(q, k, v, mask)
+            mixed = attend(q, k, v, as_mask(mask), per_query=own) if own.pairs else self.attend_text(q, k, v, mask)
             return self.finish(layer, stream, mixed)
 
         read = recompute(self.remat, read)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Mask, Params, SharedTables
-from jaxspec.nn.attention import NO_KEYS, PerQueryKeys, attend_text
+from jaxspec.nn.attention import NO_KEYS, AttentionOptions, PerQueryKeys, attend_text
 from jaxspec.nn.kernels import Kernel
 from jaxspec.nn.remat import Remat
 
@@ -33,10 +33,10 @@ class DrafterModule(nn.Module):
     remat: Remat = "none"
     """Training only: what the backward pass of each step or layer computes again, see `recompute`."""
 
-    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, own: PerQueryKeys = NO_KEYS) -> Array:
+    def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, per_query: PerQueryKeys = NO_KEYS) -> Array:
         """Causal attention of whole training rows, in the way that the fields above say."""
-        how: dict[str, Any] = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row, "own": own}
-        return attend_text(q, k, v, mask_BLM, **how)
+        options = AttentionOptions(query_block=self.query_block, row_by_row=self.row_by_row, kernel=self.kernel)
+        return attend_text(q, k, v, mask_BLM, per_query=per_query, options=options)
 
     @property
     def deepest(self) -> int | None:

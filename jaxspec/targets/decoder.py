@@ -1,4 +1,4 @@
-"""The one forward of all families of targets: Llama's decoder, with the options by which a family departs from it."""
+"""The one decoder of all target families: Llama's, with the options by which a family departs from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxspec.base import Array, KVCache, Mask, Params, SharedTables, TargetOutput
 from jaxspec.nn import cache as kv
-from jaxspec.nn.attention import Prefix, as_mask, attend, attend_text, cap
+from jaxspec.nn.attention import AttentionOptions, Prefix, as_mask, attend, attend_text, cap
 from jaxspec.nn.decoder_layer import decoder_layer, init_weight, layer_shapes
 from jaxspec.nn.kernels import Kernel
 from jaxspec.nn.lm_head import score_tokens
@@ -26,7 +26,7 @@ from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
 from jaxspec.parallel.rows import gather_width, look_up
 
 DRAFTER_ROPES = ("linear", "llama3")
-"""Kinds of rotary scaling that drafters have too."""
+"""Kinds of rotary scaling that drafters can share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LlamaConfig:
     pad_id: int | None = None
 
     options: ClassVar[Options] = PLAIN
-    """What other families have instead, see `DecoderConfig`."""
+    """No departure. A config of another family has its own, see `DecoderConfig`."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -60,12 +60,12 @@ class LlamaConfig:
 
     @property
     def group(self) -> int:
-        """Query heads per key-value head, `G`."""
+        """Query heads of one key-value head, `G`."""
         return self.heads // self.kv_heads
 
     @property
     def drafter_rope(self) -> RopeScaling | None:
-        """The rotary scaling that a drafter can share."""
+        """The rotary scaling, where drafters can share it."""
         scaling = self.rope_scaling
         return scaling if scaling is not None and scaling.kind in DRAFTER_ROPES else None
 
@@ -85,20 +85,23 @@ class DecoderConfig(LlamaConfig):
 
 
 class View(NamedTuple):
-    """How layers of one kind see the text: their rotary positions, their own mask, and how far back the prefix."""
+    """How the layers of one kind see the text."""
 
     turn: tuple[Array, Array]
+    """Cosine and sine of the rotary positions, `[B, L, C / 2]` each."""
     mask_BLM: Mask
     first_BL: Array | None
+    """First slot of the prefix that each token sees; None: slot 0."""
 
 
 def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM: Mask, length: int) -> View:
-    """The view of the layers with this window: they see tokens that are less than `window` positions before theirs.
+    """Returns the view of the layers with this window, which see tokens less than `window` positions before theirs.
 
-    A cache slot is the position of what it holds; `length` is that of the longest text that there is room for.
+    A cache slot has the position of the token it holds. `length` is the longest text that there is room for.
     """
     c, local = config, config.options.local_theta
     theta, scaling = (c.rope_theta, c.rope_scaling) if window is None or local is None else (local, None)
+    # Scaling that depends on the text's length goes by the capacity, so a text keeps its frequencies while it grows.
     frequencies = rope_frequencies(c.options.rotary or c.head_dim, theta, scaling, length)
     turn = rope(positions_BL, frequencies, 1.0 if scaling is None else scaling.amplitude)
     if window is None:
@@ -108,14 +111,96 @@ def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM:
 
 
 def stack_views(views: list[View]) -> View:
-    """Views of several kinds on a leading axis, for a scan to choose from."""
-    first_BL, mask_BLM = next((v.first_BL, as_mask(v.mask_BLM)) for v in views if v.first_BL is not None)
+    """Returns the views of several kinds on a leading axis, for a scan to choose from."""
+    like = next(v for v in views if v.first_BL is not None)
+    return jax.tree.map(lambda *a: jnp.stack(a), *(_whole_view(v, like) for v in views))
 
-    def whole(v: View) -> View:
-        first = jnp.zeros_like(first_BL) if v.first_BL is None else v.first_BL
-        return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), mask_BLM.shape), first)
 
-    return jax.tree.map(lambda *a: jnp.stack(a), *map(whole, views))
+def _whole_view(v: View, like: View) -> View:
+    """Returns `v` with the mask and first slots as arrays of the shapes that `like`, which has a window, has."""
+    first_BL = jnp.zeros_like(like.first_BL) if v.first_BL is None else v.first_BL
+    return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), as_mask(like.mask_BLM).shape), first_BL)
+
+
+def run_layer(
+    config: LlamaConfig,
+    attention: AttentionOptions,
+    keep_kv: bool,
+    seen: View,
+    x_BLD: Array,
+    layer: Params,
+    past: Prefix | None,
+) -> tuple[Array, Any]:
+    """Returns the residual stream behind one layer, and with `keep_kv` the keys and values it computed, else None."""
+    mix = functools.partial(_attend, attention, keep_kv, seen, past)
+    return decoder_layer(gather_width(layer), x_BLD, seen.turn, config.norm_eps, mix, config.options)
+
+
+def _attend(
+    attention: AttentionOptions,
+    keep_kv: bool,
+    seen: View,
+    past: Prefix | None,
+    q_BLKGC: Array,
+    k_BKCL: Array,
+    v_BKLC: Array,
+) -> tuple[Array, Any]:
+    """Attends as `seen` says: within whole training rows without a prefix, else over the prefix too."""
+    if past is None:
+        mixed = attend_text(q_BLKGC, k_BKCL, v_BKLC, seen.mask_BLM, options=attention)
+    else:
+        past = past._replace(first_BL=seen.first_BL)
+        mixed = attend(q_BLKGC, k_BKCL, v_BKLC, as_mask(seen.mask_BLM), past, options=attention)
+    return mixed, ((k_BKCL, v_BKLC) if keep_kv else None)
+
+
+class LayerStack(NamedTuple):
+    """The layers of one call: what they have in common, and the view that each of them has."""
+
+    block: Callable[[View, Array, Params, Prefix | None], tuple[Array, Any]]
+    """`run_layer` of the call."""
+    remat: Remat
+    views: list[View]
+    view_of: list[int]
+    """Index in `views` of each layer's view."""
+    prefix: tuple[KVCache, Array] | None
+
+    def past(self, at: Array | int) -> Prefix | None:
+        """Returns the prefix as layer number `at` sees it."""
+        return None if self.prefix is None else Prefix(self.prefix[0], at, self.prefix[1])
+
+    def scan(self, x_BLD: Array, layers: Params, taps: tuple[int, ...]) -> tuple[Array, list[Array], Any]:
+        """Runs stacked weights by a scan. Returns the stream, the inputs of the layers `taps`, and keys and values."""
+        several = stack_views(self.views) if len(self.views) > 1 else None
+        only = recompute(self.remat, functools.partial(self.block, self.views[0]))
+
+        def step(carry: tuple[Array, list[Array]], row: tuple[Params, Array]) -> tuple[tuple[Array, list[Array]], Any]:
+            (x, tapped), (layer, at) = carry, row
+            # The layer's number is traced, so every step writes or keeps every tap.
+            tapped = [jnp.where(at == tap, x, t) for tap, t in zip(taps, tapped, strict=True)]
+            past, block = self.past(at), only
+            if several is not None:
+                seen = jax.tree.map(lambda a: a[jnp.asarray(self.view_of)[at]], several)
+                block = recompute(self.remat, functools.partial(self.block, seen))
+            x, fresh = block(x, layer, past)
+            return (x, tapped), fresh
+
+        rows = (layers, jnp.arange(len(self.view_of)))
+        (x_BLD, tapped), fresh = jax.lax.scan(step, (x_BLD, [jnp.zeros_like(x_BLD) for _ in taps]), rows)
+        return x_BLD, tapped, fresh
+
+    def loop(self, x_BLD: Array, layers: list[Params], taps: tuple[int, ...]) -> tuple[Array, list[Array], Any]:
+        """Runs one dict of weights a layer, one after another; returns what `scan` returns."""
+        # One function a view, so that JAX traces layers of one kind once where they are recomputed.
+        blocks = [recompute(self.remat, functools.partial(self.block, seen)) for seen in self.views]
+        tapped = [jnp.zeros_like(x_BLD) for _ in taps]
+        rows = []
+        for i, layer in enumerate(layers):
+            tapped = [x_BLD if i == tap else t for tap, t in zip(taps, tapped, strict=True)]
+            x_BLD, row = blocks[self.view_of[i]](x_BLD, layer, self.past(i))
+            rows.append(row)
+        # A tree of None, where nothing is kept, stays None.
+        return x_BLD, tapped, jax.tree.map(lambda *a: jnp.stack(a), *rows)
 
 
 _LLAMA3 = RopeScaling("llama3", 8.0)
@@ -133,11 +218,11 @@ SHAPES = {
     "llama3-8b": LlamaConfig(128256, 4096, 32, 32, 8, 128, 14336, 5e5, _LLAMA3, max_positions=131072),
     "llama3-70b": LlamaConfig(128256, 8192, 80, 64, 8, 128, 28672, 5e5, _LLAMA3, max_positions=131072),
 }  # fmt: skip
-"""Shapes to measure with random weights: the bundled target, GPT-2's smallest size, Llama 3.2 and 3.1."""
+"""Shapes to measure with random weights: the bundled target, GPT-2 small, Llama 2, Vicuna, Llama 3.2 and 3.1."""
 
 
 def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
-    """Fresh weights of one layer."""
+    """Returns fresh weights of one layer, by name."""
     shapes, centred = layer_shapes(config, config.options), config.options.centred_norms
     keys = jax.random.split(key, len(shapes))
     return {
@@ -149,26 +234,26 @@ def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
 class Decoder(nn.Module):
     """A Llama decoder, or with `config.options` one of another family, as pure functions of its weights.
 
-    Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, either one dict of arrays stacked on a
-    leading `Y` axis (`stacked=True`: training, sharding) or a list of one dict a layer (`stacked=False`: decoding,
-    where a stacked weight would be copied every step; see `unstack`).
+    Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`. `stacked=True`, for training and
+    sharding, has one dict of arrays with a leading axis `Y`. `stacked=False`, for decoding, has a list of one dict a
+    layer: the decode loop would copy a stacked weight at every step (see `unstack`).
     """
 
     config: LlamaConfig
     stacked: bool = True
     remat: Remat = "none"
-    """What the backward pass of each layer computes again, see `recompute`."""
+    """The part of each layer that the backward pass computes again, see `recompute`."""
     dtype: Any = jnp.float32
     """Dtype of activations and of the cache; softmax, norms and logits are fp32 throughout."""
     param_dtype: Any = jnp.float32
     query_block: int | None = None
-    """Training only (no prefix, a causal mask): attend in blocks of so many queries, see `attend_causal`."""
+    """Training only (no prefix, a causal mask): queries that XLA attends at a time, see `attend_causal`."""
     row_by_row: bool = False
-    """Attend one batch row after another where `query_block` applies: keeps the scores in a CPU's cache."""
+    """With `query_block`, attends one batch row after another, which keeps the scores in a CPU's cache."""
     kernel: Kernel = "xla"
-    """What attends over packed training rows, see `attend_text`."""
+    """Training only: the kernel that attends within packed rows, see `attend_text`."""
     taps: tuple[int, ...] = ()
-    """Layers whose inputs (the residual stream, no norm) are put out as `TargetOutput.taps_BLD`, in this order."""
+    """Layers whose inputs (the residual stream, not normed) are returned as `TargetOutput.taps_BLD`, in this order."""
 
     def setup(self) -> None:
         c = self.config
@@ -181,7 +266,8 @@ class Decoder(nn.Module):
             self.head_table = self._weight("head", self._init_table)
 
     def _weight(self, name: str, init: Callable[[Array], Any]) -> Any:
-        """A weight as it is given: in a `shard_map` a device's part of it, which `param` would refuse for its shape."""
+        """Returns a weight as it is given."""
+        # In a `shard_map` that is a device's part of it, whose shape `param` would refuse.
         return self.param(name, init) if self.is_initializing() else self.get_variable("params", name)
 
     def _init_table(self, key: Array) -> Array:
@@ -193,6 +279,12 @@ class Decoder(nn.Module):
             return jax.vmap(lambda k: init_layer(k, self.config, self.param_dtype))(keys)
         return [init_layer(k, self.config, self.param_dtype) for k in keys]
 
+    @property
+    def attention(self) -> AttentionOptions:
+        """How the layers attend."""
+        o = self.config.options
+        return AttentionOptions(o.score_scale, o.score_cap, self.query_block, self.row_by_row, self.kernel)
+
     def __call__(
         self,
         tokens_BL: Array,
@@ -201,67 +293,34 @@ class Decoder(nn.Module):
         prefix: tuple[KVCache, Array] | None = None,
         keep_kv: bool = False,
     ) -> TargetOutput:
-        """See `forward`."""
+        """Implements `forward`, whose docstring says the arguments."""
         c, options = self.config, self.config.options
-        x = constrain_rows(look_up(self.embed_table, tokens_BL).astype(self.dtype))
+        x_BLD = constrain_rows(look_up(self.embed_table, tokens_BL).astype(self.dtype))
         if options.embed_scale != 1:
-            x = x * jnp.asarray(options.embed_scale, self.dtype)
+            x_BLD = x_BLD * jnp.asarray(options.embed_scale, self.dtype)
         windows = options.windows or (None,) * c.layers
         kinds = list(dict.fromkeys(windows))
         length = tokens_BL.shape[1] if prefix is None else prefix[0].capacity
-        views = [view(c, window, positions_BL, mask_BLM, length) for window in kinds]
-        kind_of = [kinds.index(window) for window in windows]
-
-        def block(seen: View, x: Array, layer: Params, past: Prefix | None) -> tuple[Array, Any]:
-            def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-                scores: dict[str, Any] = {"scale": options.score_scale, "score_cap": options.score_cap}
-                if past is None:
-                    how = {"kernel": self.kernel, "block": self.query_block, "by_row": self.row_by_row}
-                    mixed = attend_text(q, k, v, seen.mask_BLM, **how, **scores)
-                else:
-                    mixed = attend(q, k, v, as_mask(seen.mask_BLM), past._replace(first_BL=seen.first_BL), **scores)
-                return mixed, ((k, v) if keep_kv else None)
-
-            return decoder_layer(gather_width(layer), x, seen.turn, c.norm_eps, mix, options)
-
-        blocks = [recompute(self.remat, functools.partial(block, seen)) for seen in views]
-        several = stack_views(views) if self.stacked and len(views) > 1 else None
-
-        def run(x: Array, layer: Params, at: Array | int) -> tuple[Array, Any]:
-            past = None if prefix is None else Prefix(prefix[0], at, prefix[1])
-            if several is None:
-                return blocks[kind_of[at] if isinstance(at, int) else 0](x, layer, past)
-            seen = jax.tree.map(lambda a: a[jnp.asarray(kind_of)[at]], several)
-            return recompute(self.remat, functools.partial(block, seen))(x, layer, past)
-
-        tapped: list[Array] = [jnp.zeros_like(x) for _ in self.taps]
-        if self.stacked:
-
-            def tapping(carry: tuple[Array, list[Array]], row: Any) -> tuple[tuple[Array, list[Array]], Any]:
-                x, tapped = carry
-                tapped = [jnp.where(row[1] == at, x, t) for at, t in zip(self.taps, tapped, strict=True)]
-                x, fresh = run(x, row[0], row[1])
-                return (x, tapped), fresh
-
-            (x, tapped), fresh = jax.lax.scan(tapping, (x, tapped), (self.layers, jnp.arange(c.layers)))
-        else:
-            rows = []
-            for i, layer in enumerate(self.layers):
-                tapped = [x if i == at else t for at, t in zip(self.taps, tapped, strict=True)]
-                x, row = run(x, layer, i)
-                rows.append(row)
-            fresh = jax.tree.map(lambda *a: jnp.stack(a), *rows) if keep_kv else None
-        features = rms_norm(x, self.norm, c.norm_eps, centred=options.centred_norms)
-        taps = jnp.concatenate(tapped, axis=-1) if self.taps else None
-        return TargetOutput(features, None if fresh is None else KVCache(*fresh), taps)
+        stack = LayerStack(
+            block=functools.partial(run_layer, c, self.attention, keep_kv),
+            remat=self.remat,
+            views=[view(c, window, positions_BL, mask_BLM, length) for window in kinds],
+            view_of=[kinds.index(window) for window in windows],
+            prefix=prefix,
+        )
+        run = stack.scan if self.stacked else stack.loop
+        x_BLD, taps, fresh = run(x_BLD, self.layers, self.taps)
+        features_BLD = rms_norm(x_BLD, self.norm, c.norm_eps, centred=options.centred_norms)
+        taps_BLD = jnp.concatenate(taps, axis=-1) if taps else None
+        return TargetOutput(features_BLD, None if fresh is None else KVCache(*fresh), taps_BLD)
 
     def score(self, features_BLD: Array) -> Array:
-        """See `logits`."""
+        """Implements `logits`."""
         table = self.embed_table if self.config.tied else self.head_table
         return cap(score_tokens(features_BLD, table), self.config.options.logit_cap)
 
     def init_params(self, key: Array) -> Params:
-        """Random weights (normal 0.02; residual outputs scaled by depth)."""
+        """Returns random weights: normal(0.02), residual outputs scaled by depth."""
         token = jnp.zeros((1, 1), jnp.int32)
         return self.init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
 
@@ -275,35 +334,36 @@ class Decoder(nn.Module):
         *,
         keep_kv: bool = False,
     ) -> TargetOutput:
-        """Features `[B, L, D]` of `L` tokens at absolute `positions`, and with `keep_kv` their keys and values.
+        """Returns features `[B, L, D]` of `L` tokens at absolute positions, and with `keep_kv` their keys and values.
 
-        `mask_BLM` says which of the call's own tokens each one sees (`[1, L, L]` for all rows alike; `Packed` for
-        documents in rows, without a prefix); `prefix` is `(cache, length_B)`, seen by every token up to `length`.
+        `mask_BLM` says which of the call's own tokens each one sees: `[1, L, L]` where all rows are alike, `Packed`
+        for documents in rows without a prefix. `prefix` is `(cache, length_B)`; every token sees its first `length`
+        slots.
         """
         out = self.apply({"params": params}, tokens_BL, positions_BL, mask_BLM, prefix, keep_kv)
         assert isinstance(out, TargetOutput)
         return out
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
-        """fp32 logits `[B, L, V]` of the token after each feature."""
+        """Returns fp32 logits `[B, L, V]` of the token after each feature."""
         out = self.apply({"params": params}, features_BLD, method="score")
         assert isinstance(out, jax.Array)
         return out
 
     def shared_tables(self, params: Params) -> SharedTables:
-        """The embedding and LM head (one table when tied)."""
+        """Returns the embedding and the LM head `[V, D]`, which are one table when tied."""
         return SharedTables(params["embed"], params["embed"] if self.config.tied else params["head"])
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A zeroed cache in the activations' dtype."""
+        """Returns a zeroed cache in the activations' dtype, with `capacity` slots for each of `batch` rows."""
         c = self.config
         return kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
 
 
 def unstack(params: Params) -> Params:
-    """The same weights with `layers` as a list of one dict a layer, for `Decoder(stacked=False)`.
+    """Returns the same weights with `layers` as a list of one dict a layer, for `Decoder(stacked=False)`.
 
-    Done once before decoding: slicing a stacked weight inside the decode loop copies it at every step.
+    Programs call it once, before decoding: slicing a stacked weight inside the decode loop copies it at every step.
     """
     if isinstance(params["layers"], list):
         return params
@@ -313,6 +373,6 @@ def unstack(params: Params) -> Params:
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Weights of the model; a tied table counts once."""
+    """Returns the number of weights; a tied table counts once."""
     per_layer = sum(math.prod(s) for s in layer_shapes(config, config.options).values())
     return config.layers * per_layer + config.vocab * config.width * (1 if config.tied else 2) + config.width

@@ -13,7 +13,7 @@ import pytest
 
 from jaxspec.base import Packed
 from jaxspec.nn import kernels
-from jaxspec.nn.attention import PerQueryKeys, attend, attend_text, segment_mask
+from jaxspec.nn.attention import AttentionOptions, PerQueryKeys, attend, attend_text, segment_mask
 from jaxspec.nn.kernels import attend_cudnn, attend_splash, choose_kernel, takes
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
@@ -94,8 +94,8 @@ def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
     def run(q: Any, k: Any, v: Any, own: Any, segments: Any) -> jax.Array:
         if way == "splash":
             return attend_splash(q, k, v, segments, own, interpret=True)
-        how = {"block": 64 if "blocks" in way else None, "by_row": "row by row" in way}
-        return attend_text(q, k, v, Packed(segments), own=PerQueryKeys(own), **how)
+        options = AttentionOptions(query_block=64 if "blocks" in way else None, row_by_row="row by row" in way)
+        return attend_text(q, k, v, Packed(segments), per_query=PerQueryKeys(own), options=options)
 
     def both(function: Any) -> Any:
         weight = jnp.cos(jnp.arange(arguments[0].size, dtype=jnp.float32)).reshape(arguments[0].shape)
@@ -111,7 +111,8 @@ def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
 def test_keys_of_score_zero_take_their_share_of_the_softmax(block: int | None):
     q, k, v, segments = given()
     zeros = jnp.arange(LENGTH)[None] % 3
-    found = attend_text(q, k, v, Packed(segments), own=PerQueryKeys(own_keys(1), zeros), block=block, kernel="splash")
+    per_query, options = PerQueryKeys(own_keys(1), zeros), AttentionOptions(query_block=block, kernel="splash")
+    found = attend_text(q, k, v, Packed(segments), per_query=per_query, options=options)
     more = jnp.zeros((2, 2, CHANNELS, 2)), jnp.zeros((2, 2, 2, CHANNELS))
     (k_own, v_own), seen = own_keys(1)[0], jnp.broadcast_to(jnp.arange(2) < zeros[..., None], (2, LENGTH, 2))
     itself = jnp.broadcast_to(jnp.eye(LENGTH, dtype=bool), (2, LENGTH, LENGTH))
@@ -169,7 +170,8 @@ def test_each_device_attends_to_its_rows_and_heads(sizes: Any, monkeypatch: pyte
 
     monkeypatch.setitem(kernels.KERNELS, "splash", kernel)
     arguments = given(batch=4 if sizes == (2, 2, 2) else 2)
-    run = jax.jit(lambda q, k, v, segments: attend_text(q, k, v, Packed(segments), kernel="splash"))
+    options = AttentionOptions(kernel="splash")
+    run = jax.jit(lambda q, k, v, segments: attend_text(q, k, v, Packed(segments), options=options))
     if sizes is None:
         found = run(*arguments)
     else:
@@ -187,7 +189,7 @@ def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch
     q, k, v, segments = given(batch=2, kv_heads=1)
     q, k, v, segments = q[:, :9], k[..., :9], v[:, :, :9], segments[:, :9]
     expected = plain(q, k, v, segments)
-    run = jax.jit(functools.partial(attend_text, kernel="cudnn", block=4))
+    run = jax.jit(functools.partial(attend_text, options=AttentionOptions(kernel="cudnn", query_block=4)))
     for mask in (Packed(segments), segment_mask(segments)):
         np.testing.assert_allclose(run(q, k, v, mask), expected, atol=1e-6)
 
