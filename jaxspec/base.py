@@ -1,4 +1,4 @@
-"""The legend of dimension letters and every contract: what a target, a drafter and a tree are to each other.
+"""The legend of dimension letters, and the contracts between target, drafter, tree and engine.
 
 Arrays of two or more axes carry their axes as a suffix (`logits_BLV`); einsum strings use the same letters.
 
@@ -13,7 +13,7 @@ Arrays of two or more axes carry their axes as a suffix (`logits_BLV`); einsum s
 | `N` | tree nodes, root included | `W` | frontier: nodes drafted together |
 | `T` | tree depth or draft steps | `P` | `T + 1`: nodes of a deepest path, root included |
 | `R` | stop ids of a row; children of a node | `O` | output slots |
-| `E` | expanded nodes: the root, then one a draft scratch slot | `U` | tokens of a draft vocabulary |
+| `E` | expanded nodes: the root, then one per draft scratch slot | `U` | tokens of a draft vocabulary |
 """
 
 from __future__ import annotations
@@ -28,74 +28,79 @@ Params = Any
 """A nested dict of arrays."""
 
 ROOT = -1
-"""Parent (or draft slot) sentinel: the parent is the root's own context, not a drafted node."""
+"""Stands for the parent, or its scratch slot, where that is the root and not a drafted node."""
 
 
 class KVCache(NamedTuple):
-    """Keys and values of committed tokens. Keys are stored channel-major: both products then read contiguous rows."""
+    """Keys and values of committed tokens."""
+
+    # Keys are stored channel-major, so that both of attention's products read contiguous rows.
 
     k_YBKCS: Array
     v_YBKSC: Array
 
     @property
     def capacity(self) -> int:
-        """Slots a row has; one committed token takes one."""
+        """Slots of a row; a committed token takes one."""
         return self.k_YBKCS.shape[-1]
 
 
 class Packed(NamedTuple):
-    """Which tokens of packed rows see each other, in place of a mask: causally, those of one document."""
+    """Mask of packed rows: a token sees itself and the tokens before it in its own document.
+
+    It takes the place of an array `[B, L, L]`, so that kernels can attend without one.
+    """
 
     segments_BL: Array
-    """1, 2, .. for the documents of a row; 0 on padding, whose tokens see only themselves."""
+    """Numbers 1, 2, .. of the documents of a row; 0 on padding, whose tokens see only themselves."""
 
 
 Mask = Array | Packed
-"""`[B, L, M]`, or what says the same."""
+"""Which keys each token sees: an array `[B, L, M]`, or `Packed`."""
 
 
 class TargetOutput(NamedTuple):
-    """What a target returns for `L` tokens: the input of its LM head, and the keys and values it computed."""
+    """A target's output for `L` tokens: the input of its LM head, and the keys and values it computed."""
 
     features_BLD: Array
-    """Hidden states after the final norm: `logits = features @ head.T` (EAGLE section 3.1; what drafters read)."""
+    """Hidden states after the final norm, `logits = features @ head.T`: the features of EAGLE, section 3.1."""
     fresh: KVCache | None
-    """The call's own keys and values, `S = L`. The caller commits the rows it accepts; None when not asked for."""
+    """The call's own keys and values, `S = L`, of which the caller commits what it accepts; None if not asked for."""
     taps_BLD: Array | None = None
-    """Hidden states entering some layers, side by side on the last axis, for drafters that read these (EAGLE-3)."""
+    """Auxiliary hidden states (EAGLE-3): the inputs of some layers, side by side on the last axis."""
 
     @property
     def read_BLD(self) -> Array:
-        """What the target's drafter reads: the taps, where there are any, else the features."""
+        """Hidden states that the drafter reads: the taps where there are any, else the features."""
         return self.features_BLD if self.taps_BLD is None else self.taps_BLD
 
 
 class SharedTables(NamedTuple):
-    """The target's frozen tables that a drafter uses and does not own."""
+    """The target's frozen embedding and LM head, which a drafter uses and does not own."""
 
     embed_VD: Array
     head_VD: Array
-    """The rows to score: of a draft vocabulary, where the drafter has one."""
+    """Rows of the LM head to score with: those of the draft vocabulary, where the drafter has one."""
 
 
 class Frontier(NamedTuple):
-    """One level of the tree, to be drafted from in one call."""
+    """Nodes of one level of the tree, whose children are drafted in one call."""
 
     token_BW: Array
     """The nodes' own tokens."""
     parent_BW: Array
     """Scratch slot of each node's parent; `ROOT` for children of the root."""
     visible_BWM: Array
-    """Which of the `M` scratch slots up to this level's last each node sees: its drafted ancestors and itself."""
+    """Which of the scratch slots up to this level's last each node sees: those of its ancestors and its own."""
     depth: int
     """Depth of these nodes; the root has 0."""
     slot: int
-    """First scratch slot of this level; the level takes `W` slots from here, so `M = slot + W`."""
+    """First scratch slot of this level. The level takes `W` slots from here, so `M = slot + W`."""
 
 
 DraftMode = Literal["topk", "sample", "swor"]
-"""How a node's children come about: its likeliest tokens; independent draws from the draft's distribution; draws from
-it without replacement. Siblings stand in the order of their draws."""
+"""How a node's children are chosen: `topk` takes its likeliest tokens, `sample` independent draws from the draft's
+distribution, `swor` draws without replacement. Siblings stand in the order of their draws."""
 DRAFT_MODES: tuple[DraftMode, ...] = ("topk", "sample", "swor")
 
 
@@ -104,13 +109,14 @@ class Children(NamedTuple):
 
     token_BWR: Array
     logp_BWR: Array
-    """Draft log-probability of each; -inf for one drawn before."""
-    left_BWR: Array
-    """Upper bound on `logp` known before the draw, falling along `R`; -inf where nothing is left to draw."""
+    """Draft log-probability of each child; -inf for a token that an elder sibling has."""
+    bound_BWR: Array
+    """Upper bound on `logp` that was known before the draw: log of the probability that elder siblings left. It falls
+    along `R`; -inf where nothing is left to draw. For likeliest children it is `logp`."""
     distribution_BWV: Array | None = None
-    """What they were drawn from; None where they are the likeliest in every row."""
+    """Distribution that the first child of each node was drawn from; None where no row draws."""
     random_B: Array | None = None
-    """Rows whose children were drawn; those of the others are the likeliest, whatever the distribution."""
+    """Rows whose children were drawn; those of the others are the likeliest tokens. None where no row draws."""
 
 
 ChooseChildren = Callable[[Array, int, int], Children]
@@ -118,14 +124,14 @@ ChooseChildren = Callable[[Array, int, int], Children]
 
 
 class DraftDistributions(NamedTuple):
-    """What a tree's children were drawn from."""
+    """Draft distributions of a tree's expanded nodes, which rejection rules test the children against."""
 
     distribution_BEV: Array
-    """Sums to 1."""
+    """Distribution of the first child of each expanded node; sums to 1."""
     row_BN: Array
-    """Which of the `E` distributions each node's children came from; any for a node without."""
+    """Index among the `E` of each node's distribution; any number for a node without children."""
     random_B: Array
-    """As `Children`'s."""
+    """Rows whose children were drawn, as in `Children`."""
 
 
 class Tree(NamedTuple):
@@ -141,7 +147,7 @@ class Tree(NamedTuple):
     ancestors_BNN: Array
     """`[b, n, m]`: node `m` is `n` or an ancestor of `n`. The attention mask among the tree's nodes."""
     distributions: DraftDistributions | None = None
-    """None where children are the likeliest tokens."""
+    """None where no row draws its children."""
 
 
 DraftLogits = Callable[[Any, Frontier], tuple[Array, Any]]
@@ -150,7 +156,7 @@ DraftLogits = Callable[[Any, Frontier], tuple[Array, Any]]
 
 @runtime_checkable
 class TreePolicy(Protocol):
-    """Decides which nodes are drafted. A frozen, hashable dataclass: static to `jit`."""
+    """Decides which nodes are drafted. A frozen, hashable dataclass, static to `jit`."""
 
     @property
     def nodes(self) -> int:
@@ -159,23 +165,27 @@ class TreePolicy(Protocol):
 
     @property
     def depth(self) -> int:
-        """Greatest depth `T` a node can have."""
+        """Greatest depth `T` of a node."""
         ...
 
     @property
     def slots(self) -> int:
-        """Draft scratch slots it fills: nodes that are expanded."""
+        """Draft scratch slots it fills, one for each expanded node but the root."""
         ...
 
     @property
     def modes(self) -> tuple[DraftMode, ...]:
-        """How the children of its nodes may be chosen."""
+        """Draft modes by which the children of its nodes may be chosen."""
         ...
 
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
-        """The tree below `root_token_B`, whose children have the draft logits `root_logits_BV`."""
+        """Returns the tree below `root_token_B`, whose children have the draft logits `root_logits_BV`.
+
+        `draft` is called once a level with the scratch it returned last, `choose` once for every call of it and once
+        for the root.
+        """
         ...
 
 
@@ -192,89 +202,94 @@ class Target(Protocol):
         *,
         keep_kv: bool = False,
     ) -> TargetOutput:
-        """Features (and fresh keys and values) of `L` tokens that see the committed prefix and, by mask, each other."""
+        """Returns features `[B, L, D]` of `L` tokens at absolute positions, and with `keep_kv` their keys and values.
+
+        The tokens see each other by `mask_BLM`. `prefix` is the cache and each row's committed tokens `[B]`, all of
+        which every token of the row sees.
+        """
         ...
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
-        """fp32 next-token logits `[B, L, V]` of features."""
+        """Returns fp32 logits `[B, L, V]` of the token after each feature."""
         ...
 
     def shared_tables(self, params: Params) -> SharedTables:
-        """The embedding and LM head that drafters share."""
+        """Returns the embedding and the LM head, which drafters share."""
         ...
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A zeroed cache for `batch` rows of `capacity` tokens."""
+        """Returns a zeroed cache for `batch` rows of `capacity` tokens."""
         ...
 
 
 class Unrolled(NamedTuple):
-    """`T` draft steps from every position. Row `i` at step `j` has read the tokens up to `x_{i+j+1}`."""
+    """Outputs of `T` draft steps from every position. Row `i` at step `j` has read the tokens up to `x_{i+j+1}`."""
 
     hidden_TBLD: Array
-    """What the drafter's logits are made of; they predict `x_{i+j+2}`."""
+    """Inputs of the drafter's LM head; their logits predict `x_{i+j+2}`."""
     features_TBLD: Array | None = None
-    """What should equal the target's feature `f_{i+j+1}`; None where nothing should."""
+    """Drafted features, trained towards the target's `f_{i+j+1}`; None where the drafter has none."""
     kept_TBL: Array | None = None
-    """Which of them were computed; None: all."""
+    """Which outputs were computed; None: all."""
 
 
 class Drafter(Protocol):
-    """A trainable head as the engine sees it: `extend` is the root, `expand` one level of the tree."""
+    """A drafter as the engine sees it: `extend` drafts the root's children, `expand` those of one level."""
 
     @property
     def deepest(self) -> int | None:
-        """The greatest depth a node it drafts can have; None without a limit."""
+        """Greatest depth of a node that it can draft; None without a limit."""
         ...
 
     @property
     def one_pass(self) -> bool:
-        """Whether one pass drafts all depths; else each depth takes one."""
+        """Whether one pass drafts all depths; else each depth takes a pass."""
         ...
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Layers of the target whose inputs it reads; empty where it reads the target's features, or nothing."""
+        """Layers of the target whose inputs it reads; empty where it reads the features, or nothing of the target."""
         ...
 
     @property
     def vocab(self) -> int | None:
-        """Tokens that its own LM head scores; None where it borrows the target's."""
+        """Tokens that its own LM head scores; None where it uses the target's head."""
         ...
 
     def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> Any:
-        """Per-row state for contexts of up to `capacity` tokens that begin with `first`, which no pair will carry.
+        """Returns the state of empty contexts of up to `capacity` tokens, whose first token is `first_B`.
 
-        A pytree of `KVCache`s and of arrays that have the batch axis first.
+        The first token is the next of no other, so no pair of `extend` carries it. The state is a pytree of `KVCache`s
+        and of arrays with the batch axis first.
         """
         ...
 
     def extend(
         self, params: Params, shared: SharedTables, state: Any, tokens_BL: Array, features_BLD: Array, count_B: Array
     ) -> tuple[Any, Array]:
-        """Take in what the target just read and return the draft logits `[B, V]` of the new root's children.
+        """Reads pairs that the target has committed; returns the state and the logits `[B, V]` of the root's children.
 
-        Row `l` pairs what the drafter reads of the target at some position with the token at the *next* one; the last
-        of the `count_B` pairs carries the root token. Rows with count 0 keep their state.
+        Pair `l` is the target's hidden state at a position (`TargetOutput.read_BLD`) and the token at the *next* one.
+        The last of a row's `count_B` pairs carries the root token. Rows with count 0 keep their state.
         """
         ...
 
     def scratch(self, state: Any, slots: int) -> Any:
-        """Working memory of one tree; thrown away after the round."""
+        """Returns the working memory of one tree, with `slots` slots; it is dropped after the round."""
         ...
 
     def expand(
         self, params: Params, shared: SharedTables, state: Any, scratch: Any, frontier: Frontier
     ) -> tuple[Array, Any]:
-        """Draft logits `[B, W, V]` of the children of a level's nodes; writes their slots of the scratch."""
+        """Returns the draft logits `[B, W, V]` of the children of a level's nodes, and the scratch with their slots."""
         ...
 
 
 class Learner(Drafter, Protocol):
-    """A drafter as training sees it."""
+    """A drafter as training sees it: it is unrolled over whole texts, and its outputs are scored."""
 
     def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
-        """Fresh weights; some begin as copies of the target's tables, where these are given."""
+        """Returns fresh weights; some begin as copies of the target's tables, where `shared` is given."""
         ...
 
     def unroll(
@@ -288,13 +303,14 @@ class Learner(Drafter, Protocol):
         steps: int,
         keys_B: Array | None = None,
     ) -> Unrolled:
-        """`steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
+        """Returns `steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
 
-        `keys`, one a row, are for drafters that train on a random part of the positions; None computes all. Rows whose
-        tokens run past their document are garbage for the loss mask to drop.
+        `features_BLD` are the target's `TargetOutput.read_BLD`. `keys_B`, one a row, are for drafters that train on a
+        random part of the positions; None computes all. Outputs that have read past the end of their document mean
+        nothing; the loss mask drops them.
         """
         ...
 
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int) -> Array:
-        """fp32 logits `[B, L, V]` of the unrolled outputs of one step."""
+        """Returns fp32 logits `[B, L, V]` of the outputs of one step, over the vocabulary of the drafter's LM head."""
         ...

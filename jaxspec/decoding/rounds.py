@@ -299,7 +299,9 @@ def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) ->
         nothing_B1 = tree.depth_BN[:, :1]
         drawn_B1 = draw(logits_BNV[:, :1], nothing_B1, state.length_B + 1, 1, sampling)
         return verify.Accepted(nothing_B1[:, 0], nothing_B1, drawn_B1)
-    return engine.rule.accept(verify.Case(engine.mode, tree, engine.tree.depth, logits_BNV, state.length_B, sampling))
+    return engine.rule.accept(
+        verify.VerifyInputs(engine.mode, tree, engine.tree.depth, logits_BNV, state.length_B, sampling)
+    )
 
 
 def extend(

@@ -23,15 +23,15 @@ __all__ = [
 NAMED = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
 """Static trees by name."""
 GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
-"""Trees named by three sizes."""
+"""Trees that three sizes describe."""
 
 
 def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
-    """The tree a command line names.
+    """Returns the tree that a command line names.
 
     `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:medusa`, `static:0,1,00,01`,
-    `dynamic:60x6x10` (nodes x depth x beam; EAGLE-2's setting is `dynamic:60x6x10`), `best_first:60x4x10`
-    (nodes x depth x width, for Medusa and ParallelSpec). Raises ValueError for anything else.
+    `dynamic:60x6x10` (nodes x depth x beam; EAGLE-2's own setting), `best_first:60x4x10` (nodes x depth x
+    width, for Medusa and ParallelSpec). Raises ValueError for anything else.
     """
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
@@ -51,7 +51,7 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
 
 
 def cut_tree(tree: StaticTree | DynamicTree | BestFirstTree, depth: int) -> StaticTree | DynamicTree | BestFirstTree:
-    """`tree` without what lies below `depth`, for a drafter that cannot draft deeper; itself where nothing does."""
+    """Returns `tree` without the nodes below `depth`, for a drafter that cannot draft deeper."""
     if tree.depth <= depth:
         return tree
     if isinstance(tree, StaticTree):

@@ -1,5 +1,4 @@
-"""The best tree for drafters whose children do not depend on the node: the best paths under the depths' own
-distributions."""
+"""Best-first tree, for drafters with one distribution per depth: its nodes are the likeliest of all paths."""
 
 from __future__ import annotations
 
@@ -16,29 +15,27 @@ from jaxspec.trees.shape import ancestor_mask, below_root, numbered
 
 
 class Nodes(NamedTuple):
-    """Nodes below the root, `K` of a depth or of all."""
+    """Nodes below the root (axis `K`), of one depth or of all depths."""
 
     token_BK: Array
     score_BK: Array
-    """Cumulative log-probability."""
+    """Cumulative draft log-probability."""
     parent_BK: Array
-    """Places of their parents among the nodes of all depths; ROOT for the root's children."""
+    """Index of the parent among the nodes of all depths; `ROOT` for the root's children."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BestFirstTree:
-    """The best of all trees of `nodes` nodes over the `width` likeliest tokens of each of `depth` depths.
+    """The best tree of `nodes` nodes over the `width` likeliest tokens of each of `depth` depths (JetSpec, DDTree).
 
-    The draft is asked once a depth, and every node of a depth gets the same children. The tree is the root and the
-    `nodes - 1` nodes of the greatest cumulative log-probability, best first, ties to the shallower node and then to the
-    child of the better one; as scores fall along a path, these are the best of all paths (JetSpec, DDTree). That is the
-    most accepted tokens expected under the *product of the depths' distributions*, a surrogate: the target's own tokens
-    of neighbouring depths do depend on each other. With a drafter whose children depend on the node (EAGLE, a draft LM)
-    the distributions are those along its likeliest chain; the text is the same, the tree only a worse one.
+    The drafter is called once a depth, and every node of a depth gets the same children. The tree is the root and the
+    `nodes - 1` nodes of the greatest cumulative log-probability, best first. Ties go to the shallower node and then to
+    the child of the better one. Scores fall along a path, so every node stands below its parent.
 
-    They are found depth by depth, where others pop a heap node by node: no more than `nodes - 1` of a depth can be
-    among them, and those are children of such nodes, so one `top_k` a depth and one over all depths do.
-    Raises ValueError where there are fewer paths than nodes.
+    The tree maximizes the expected accept length under the *product of the depths' distributions*. That is a
+    surrogate: the target's tokens of neighbouring depths depend on each other. With a drafter whose children depend on
+    the node (EAGLE, a draft LM), the distributions are those along its likeliest chain; the output stays lossless, and
+    only the tree is worse. Raises ValueError where there are fewer paths than nodes.
     """
 
     nodes: int = 60
@@ -57,12 +54,13 @@ class BestFirstTree:
 
     @property
     def slots(self) -> int:
-        """Expanded nodes: one at every depth but the last."""
+        """Expanded nodes: one at every depth but the last, the root aside."""
         return self.depth - 1
 
     @property
     def modes(self) -> tuple[DraftMode, ...]:
-        """Likeliest tokens alone: drawn children must be each node's own draws, and here a depth's nodes share them."""
+        """`topk` alone."""
+        # Drawn children must be each node's own draws; here the nodes of a depth share their children.
         return ("topk",)
 
     @property
@@ -73,8 +71,8 @@ class BestFirstTree:
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
-        """Ask for each depth's likeliest tokens, then take the best of their paths."""
-        token_BTR, logp_BTR = self._ask(draft, choose, scratch, root_logits_BV)
+        """Drafts the likeliest tokens of each depth, then takes the best of their paths."""
+        token_BTR, logp_BTR = self._draft_depths(draft, choose, scratch, root_logits_BV)
         pool, counts = self._best_of_depths(token_BTR, logp_BTR)
         score_BK, chosen = top_k(pool.score_BK, self.nodes - 1)
         real = score_BK > -jnp.inf
@@ -94,11 +92,13 @@ class BestFirstTree:
         )
 
     def _best_of_depths(self, token_BTR: Array, logp_BTR: Array) -> tuple[Nodes, list[int]]:
-        """The best nodes of every depth, one depth after the other and best first, and how many they are of each."""
+        """Returns the best nodes of every depth, depth by depth and best first, and their number in each depth."""
         batch, depth, width = token_BTR.shape
         score_BK, place_BK = jnp.zeros((batch, 1)), jnp.full((batch, 1), ROOT)
         levels: list[Nodes] = []
         counts: list[int] = []
+        # A heap pops node by node. Here one `top_k` a depth does: at most `nodes - 1` nodes of a depth are in the tree,
+        # and their parents are among the best of the depth above.
         for d in range(depth):
             children = (score_BK[..., None] + logp_BTR[:, d, None]).reshape(batch, -1)
             counts.append(min(self.nodes - 1, children.shape[1]))
@@ -108,10 +108,10 @@ class BestFirstTree:
             place_BK = jnp.broadcast_to(sum(counts[:d]) + jnp.arange(counts[d]), (batch, counts[d]))
         return Nodes(*(jnp.concatenate(parts, axis=1) for parts in zip(*levels, strict=True))), counts
 
-    def _ask(
+    def _draft_depths(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array
     ) -> tuple[Array, Array]:
-        """Tokens and log-probabilities `[B, T, R]` of each depth's children, drafted along the likeliest chain."""
+        """Returns tokens and log-probabilities `[B, T, R]` of the children along the likeliest chain."""
         batch = root_logits_BV.shape[0]
         levels = [choose(root_logits_BV[:, None], self.width, ROOT)]
         for d in range(1, self.depth):

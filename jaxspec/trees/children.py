@@ -1,7 +1,8 @@
-"""How the children of a node are chosen: its likeliest tokens, or draws from its draft distribution."""
+"""The children of a node: its likeliest tokens, or draws from its draft distribution."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ Noise = Callable[[int, tuple[int, ...]], Array]
 
 
 def likeliest(logits_BWV: Array, count: int) -> Children:
-    """The `count` likeliest tokens of each distribution, best first; ties to the lower id.
+    """Returns the `count` likeliest tokens of each distribution, best first; ties go to the lower id.
 
     Raises ValueError where the vocabulary has fewer than `count` tokens.
     """
@@ -26,49 +27,53 @@ def likeliest(logits_BWV: Array, count: int) -> Children:
 
 
 def drawn(mode: DraftMode, temperature_B: Array, noise: Noise) -> ChooseChildren:
-    """Children drawn from `softmax(logits / temperature)`; rows at temperature 0 take their likeliest tokens.
+    """Returns a function that draws children from `softmax(logits / temperature)`.
 
-    `sample` draws each child anew, `swor` without replacement, by the greatest `count` of log-probability plus Gumbel
-    noise (Kool 2019): their order is that of successive draws.
+    `sample` draws each child independently, `swor` without replacement. Rows at temperature 0 take their likeliest
+    tokens, as all rows do with `topk`.
     """
     if mode == "topk":
         return lambda logits_BWV, count, _: likeliest(logits_BWV, count)
-
-    def choose(logits_BWV: Array, count: int, slot: int) -> Children:
-        width, vocab = logits_BWV.shape[1:]
-        best = likeliest(logits_BWV, count)
-        random = (temperature_B > 0)[:, None, None]
-        distribution_BWV = jax.nn.softmax(logits_BWV / jnp.where(random, temperature_B[:, None, None], 1.0), axis=-1)
-        scores_BWV = jnp.log(
-            distribution_BWV
-        )  # -inf where the distribution has underflowed, so that what is drawn has probability
-        if mode == "swor":
-            token_BWR, _ = sharded_top_k(scores_BWV + noise(slot, (width, vocab)), count)
-        else:
-            token_BWR = argmax(scores_BWV[:, :, None] + noise(slot, (width, count, vocab)))
-        token_BWR = jnp.where(random, token_BWR, best.token_BWR)
-        logp_BWR, left_BWR = _known_before(distribution_BWV, token_BWR)
-        return Children(
-            token_BWR,
-            jnp.where(random, logp_BWR, best.logp_BWR),
-            jnp.where(random, left_BWR, best.left_BWR),
-            distribution_BWV,
-            temperature_B > 0,
-        )
-
-    return choose
+    return functools.partial(_draw_children, mode, temperature_B, noise)
 
 
-def _known_before(distribution_BWV: Array, token_BWR: Array) -> tuple[Array, Array]:
-    """Log-probability of each token, -inf if it stands before; and of all that does not stand before it.
+def _draw_children(
+    mode: DraftMode, temperature_B: Array, noise: Noise, logits_BWV: Array, count: int, slot: int
+) -> Children:
+    """Draws `count` children of each node; `slot` is the scratch slot of the first node."""
+    width, vocab = logits_BWV.shape[1:]
+    best = likeliest(logits_BWV, count)
+    random = (temperature_B > 0)[:, None, None]
+    distribution_BWV = jax.nn.softmax(logits_BWV / jnp.where(random, temperature_B[:, None, None], 1.0), axis=-1)
+    # The log of the distribution, not the logits: where it has underflowed to 0 nothing may be drawn.
+    scores_BWV = jnp.log(distribution_BWV)
+    if mode == "swor":
+        # Gumbel-top-k (Kool 2019): the greatest noisy scores, best first, are successive draws without replacement.
+        token_BWR, _ = sharded_top_k(scores_BWV + noise(slot, (width, vocab)), count)
+    else:
+        token_BWR = argmax(scores_BWV[:, :, None] + noise(slot, (width, count, vocab)))
+    token_BWR = jnp.where(random, token_BWR, best.token_BWR)
+    logp_BWR, bound_BWR = _log_probabilities(distribution_BWV, token_BWR)
+    return Children(
+        token_BWR,
+        jnp.where(random, logp_BWR, best.logp_BWR),
+        jnp.where(random, bound_BWR, best.bound_BWR),
+        distribution_BWV,
+        temperature_B > 0,
+    )
+
+
+def _log_probabilities(distribution_BWV: Array, token_BWR: Array) -> tuple[Array, Array]:
+    """Returns each token's log-probability, -inf for a token drawn before, and the log of what elder siblings left.
 
     The second is never below the first nor above 0, rounding included: dynamic trees rely on it.
     """
-    logps, lefts, rest_BWV = [], [], distribution_BWV
+    logps, bounds, rest_BWV = [], [], distribution_BWV
     vocab = jnp.arange(distribution_BWV.shape[-1])
     for r in range(token_BWR.shape[-1]):
         token_BW1 = token_BWR[..., r : r + 1]
         logps.append(jnp.take_along_axis(rest_BWV, token_BW1, axis=-1)[..., 0])
-        lefts.append(jnp.sum(rest_BWV, axis=-1))
+        bounds.append(jnp.sum(rest_BWV, axis=-1))
         rest_BWV = jnp.where(vocab == token_BW1, 0.0, rest_BWV)
-    return jnp.log(jnp.stack(logps, axis=-1)), jnp.log(jnp.minimum(jnp.stack(lefts, axis=-1), 1.0))
+    # A sum may round to a little more than 1.
+    return jnp.log(jnp.stack(logps, axis=-1)), jnp.log(jnp.minimum(jnp.stack(bounds, axis=-1), 1.0))

@@ -1,4 +1,4 @@
-"""EAGLE-2's context-aware draft tree: a beam grown by cumulative confidence, then the best nodes of all levels."""
+"""EAGLE-2's context-aware dynamic draft tree (arXiv 2406.16858): expand a beam level by level, then rerank."""
 
 from __future__ import annotations
 
@@ -14,23 +14,37 @@ from jaxspec.trees.shape import ancestor_mask, below_root, numbered, stack_distr
 
 
 class Candidates(NamedTuple):
-    """All that was drafted (axis `Q`), level by level, siblings side by side."""
+    """Drafted nodes (axis `Q`), level by level, siblings side by side: EAGLE-2's pool."""
 
     token_BQ: Array
     score_BQ: Array
+    """Cumulative draft log-probability."""
     bound_BQ: Array
-    """What a candidate is kept by: its parent's score and `left_BWR`; its own score where children are not drawn."""
+    """Value that candidates are ranked by: the parent's score plus `bound_BWR`, which is `score` if none is drawn."""
     parent_BQ: Array
-    """Candidate; `ROOT` at depth 1."""
+    """Index of the parent among the candidates; `ROOT` at depth 1."""
+
+
+class Front(NamedTuple):
+    """The `beam` nodes (axis `W`) of one level that are expanded next."""
+
+    token_BW: Array
+    score_BW: Array
+    candidate_BW: Array
+    """Index among the candidates."""
+    parent_slot_BW: Array
+    """Scratch slot of the parent; `ROOT` at depth 1."""
+    visible_BWM: Array
+    """Scratch slots that each node sees: those of its ancestors and its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2 (section 4): at each level the `beam` best of `beam^2` continuations are expanded; all enter a pool.
+    """EAGLE-2's tree (section 4): the best `beam` of `beam^2` continuations are expanded at each level.
 
-    The tree is the root and the `nodes - 1` best of the pool by cumulative log-probability, ties to the shallower node
-    and then to the earlier one, so that a node is never kept without its parent. `depth` is the paper's: the deepest a
-    node can be (the reference code's `depth` argument + 1).
+    All drafted nodes enter a pool. Reranking keeps the root and the best `nodes - 1` of the pool by cumulative
+    log-probability. Ties go to the shallower node and then to the earlier one, so a node is never kept without its
+    parent. `depth` is the paper's: the greatest depth of a node, which is the reference code's `depth` argument + 1.
     Raises ValueError where the pool is smaller than the tree.
     """
 
@@ -49,7 +63,7 @@ class DynamicTree:
 
     @property
     def pool(self) -> int:
-        """Candidates drafted: `beam + (depth - 1) * beam^2`."""
+        """Number of candidates: `beam + (depth - 1) * beam^2`."""
         return self.beam + (self.depth - 1) * self.beam**2
 
     @property
@@ -59,7 +73,7 @@ class DynamicTree:
 
     @property
     def modes(self) -> tuple[DraftMode, ...]:
-        """All: every node's children are its own."""
+        """All draft modes: every node has children of its own."""
         return DRAFT_MODES
 
     @property
@@ -70,45 +84,56 @@ class DynamicTree:
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
-        """Draft `depth` levels and keep the best `nodes - 1` of all candidates.
-
-        Drawn candidates are not kept by their own probability, for then the children of a node would no longer have the
-        distribution they were drawn from: what counts is the bound on it that was known before the draw
-        (`Children.left_BWR`). It falls from sibling to sibling and from parent to child, so no candidate's own token
-        decides over its place.
-        """
+        """Expands `depth` levels, then reranks all candidates and keeps the best `nodes - 1` (EAGLE-2, section 4)."""
         beam, batch = self.beam, root_token_B.shape[0]
         found = choose(root_logits_BV[:, None], beam, ROOT)
         token, score, bound = (x[:, 0] for x in found[:3])
         nowhere = jnp.full((batch, beam), ROOT)
-        pool, families, slots = [(token, score, bound, nowhere)], [found], []
-        front_token, front_score, front_pool = token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam))
-        parent_slot = nowhere
-        visible = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
+        pool, families, slots = [Candidates(token, score, bound, nowhere)], [found], []
+        itself = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
+        front = Front(token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam)), nowhere, itself)
         for d in range(1, self.depth):
-            slots.append(front_pool)
-            frontier = Frontier(front_token, parent_slot, visible, d, beam * (d - 1))
+            slots.append(front.candidate_BW)
+            frontier = Frontier(front.token_BW, front.parent_slot_BW, front.visible_BWM, d, beam * (d - 1))
             logits_BWV, scratch = draft(scratch, frontier)
             found = choose(logits_BWV, beam, frontier.slot)
             families.append(found)
-            token = found.token_BWR.reshape(batch, beam * beam)
-            score, bound = (
-                (front_score[..., None] + x).reshape(batch, beam * beam) for x in (found.logp_BWR, found.left_BWR)
-            )
-            pool.append((token, score, bound, jnp.repeat(front_pool, beam, axis=1)))
-            front_score, chosen = top_k(score, beam)
-            front_token = jnp.take_along_axis(token, chosen, axis=1)
-            front_pool = beam + (d - 1) * beam**2 + chosen
-            row = chosen // beam
-            parent_slot = beam * (d - 1) + row
-            own = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
-            visible = jnp.concatenate([jnp.take_along_axis(visible, row[..., None], axis=1), own], axis=2)
+            level, front = self._expand(front, found, frontier)
+            pool.append(level)
         candidates = Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)))
         return self._rerank(candidates, families, slots, root_token_B)
 
+    def _expand(self, front: Front, found: Children, frontier: Frontier) -> tuple[Candidates, Front]:
+        """EAGLE-2's expansion: returns the `beam^2` children of a level, and the best `beam` as the next level."""
+        beam, d = self.beam, frontier.depth
+        batch = front.token_BW.shape[0]
+        token = found.token_BWR.reshape(batch, beam * beam)
+        score, bound = (
+            (front.score_BW[..., None] + x).reshape(batch, beam * beam) for x in (found.logp_BWR, found.bound_BWR)
+        )
+        level = Candidates(token, score, bound, jnp.repeat(front.candidate_BW, beam, axis=1))
+        # The beam may follow real scores: which node is expanded changes no candidate's place in the tree.
+        front_score, chosen = top_k(score, beam)
+        row = chosen // beam
+        above = jnp.take_along_axis(front.visible_BWM, row[..., None], axis=1)
+        itself = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
+        return level, Front(
+            token_BW=jnp.take_along_axis(token, chosen, axis=1),
+            score_BW=front_score,
+            candidate_BW=beam + (d - 1) * beam**2 + chosen,
+            parent_slot_BW=beam * (d - 1) + row,
+            visible_BWM=jnp.concatenate([above, itself], axis=2),
+        )
+
     def _rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
-        """The tree of the best `nodes - 1` candidates, in pool order; `expanded` are the candidates in each slot."""
+        """EAGLE-2's reranking: returns the tree of the best `nodes - 1` candidates, in the order of the pool.
+
+        `expanded` are the candidates in each scratch slot, level by level.
+        """
         beam = self.beam
+        # A drawn candidate is kept by the bound known before its draw, not by its own probability: kept for turning
+        # out likely, it would no longer have the distribution it was drawn from. The bound falls from sibling to
+        # sibling and from parent to child, so parents and elder siblings stay.
         # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
         _, chosen = top_k(pool.bound_BQ, self.nodes - 1)
         chosen = jnp.sort(chosen, axis=1)

@@ -1,4 +1,4 @@
-"""What every tree policy shares: ancestor masks from parents, and the distributions of its draws in one array."""
+"""Functions that tree policies share: ancestor masks, node numbers, and draft distributions in one array."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from jaxspec.parallel.rows import scatter_rows
 
 
 def ancestor_mask(parent_BN: Array, depth: int) -> Array:
-    """`[B, N, N]`: node `m` is `n` or above it. `depth` rounds of doubling reach from parents to all ancestors."""
+    """Returns `[B, N, N]`: node `m` is `n` or an ancestor of `n`. No node is deeper than `depth`."""
     nodes = parent_BN.shape[1]
     above = (jnp.arange(nodes) == parent_BN[:, :, None]) | jnp.eye(nodes, dtype=bool)
+    # Each squaring doubles how far up the mask reaches.
     reach = 1
     while reach < depth:
         above = jnp.einsum("bnm,bmk->bnk", above.astype(jnp.float32), above.astype(jnp.float32)) > 0
@@ -20,12 +21,12 @@ def ancestor_mask(parent_BN: Array, depth: int) -> Array:
 
 
 def below_root(x_BK: Array, root: float) -> Array:
-    """The root's entry, and behind it those of the other nodes: `[B, N]`."""
+    """Returns `[B, N]`: the root's entry `root`, then those of the other nodes."""
     return jnp.concatenate([jnp.full((x_BK.shape[0], 1), root, x_BK.dtype), x_BK], axis=1)
 
 
 def numbered(at_BK: Array, size: int) -> Array:
-    """`[B, size]`: 1, 2, .. at each row's `at`, 0 elsewhere."""
+    """Returns `[B, size]`: 1, 2, .. at each row's places `at`, 0 elsewhere."""
     return scatter_rows(
         jnp.zeros((len(at_BK), size), jnp.int32),
         at_BK,
@@ -34,8 +35,7 @@ def numbered(at_BK: Array, size: int) -> Array:
 
 
 def stack_distributions(families: list[Children], row_BN: Array) -> DraftDistributions | None:
-    """The distributions that the children of the root, then of each level, were drawn from; None where nothing was
-    drawn."""
+    """Returns the draft distributions of the root's children, then of each level's; None where nothing was drawn."""
     distributions = [family.distribution_BWV for family in families if family.distribution_BWV is not None]
     if not distributions:
         return None

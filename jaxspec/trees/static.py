@@ -1,4 +1,4 @@
-"""Trees of one fixed shape: lists of rank paths, chains, and the single node; masks are built once, on the host."""
+"""Static trees: lists of rank paths, chains, and the single node. Their masks are built on the host."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, Dra
 from jaxspec.trees.shape import stack_distributions
 
 EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
-"""The 25-node tree of EAGLE-1 (its `mc_sim_7b_63`): one digit a depth, the child's rank in its parent's draft."""
+"""EAGLE-1's tree of 25 drafted nodes (`mc_sim_7b_63` of its code); a digit is a child's rank in its parent's draft."""
 
 MEDUSA_PATHS = """0 1 2 3 4 5 6 7 8 9 00 01 02 03 04 05 06 07 08 09 10 11 12 13 14 15 16 20 21 22 30 31 40 50 60 70 80
 90 000 001 002 003 004 005 006 007 008 009 010 011 012 020 021 030 040 050 060 070 100 101 200 0000 0001"""
-"""Medusa's 63 nodes below the root for Vicuna-7B (its `mc_sim_7b_63`), four heads deep."""
+"""Medusa's tree of 63 drafted nodes for Vicuna-7B (`mc_sim_7b_63` of its code), four heads deep."""
 
 
 class Level(NamedTuple):
@@ -25,28 +25,41 @@ class Level(NamedTuple):
     expanded: np.ndarray
     """Node indices, ascending; they take consecutive scratch slots."""
     slot: int
+    """Scratch slot of the first."""
     parent_slot: np.ndarray
+    """Scratch slot of each node's parent; `ROOT` where that is the root."""
     visible: np.ndarray
-    """`[W, slot + W]` scratch slots each expanded node sees."""
+    """Mask `[W, slot + W]` of the scratch slots that each expanded node sees."""
 
 
-class Shape(NamedTuple):
+class StaticShape(NamedTuple):
     """The host-side arrays of a static tree of `N` nodes."""
 
     parent: np.ndarray
     depth: np.ndarray
     rank: np.ndarray
     order: np.ndarray
-    """Place among the siblings; the rank, unless ranks are left out."""
+    """Place among the siblings; equal to the rank, unless the paths leave ranks out."""
     distribution: np.ndarray
-    """Row of the draft distribution that a node's children come from; 0 for leaves too."""
+    """Row of the draft distribution that each node's children come from; 0 for leaves."""
     valid: np.ndarray
     ancestors: np.ndarray
     levels: tuple[Level, ...]
 
 
+class Filled(NamedTuple):
+    """The arrays of the tree that the draft fills in."""
+
+    token_BN: Array
+    score_BN: Array
+    valid_BN: Array
+
+
 def parse_paths(text: str) -> tuple[tuple[int, ...], ...]:
-    """Rank paths from words of digits (`"0 1 00"`), or of numbers joined by dots (`"0.12.3"`; alone, `"12."`)."""
+    """Reads rank paths from words of digits (`"0 1 00"`) or of numbers joined by dots (`"0.12.3"`; alone, `"12."`).
+
+    Raises ValueError for anything else.
+    """
     words = text.replace(",", " ").split()
     try:
         return tuple(tuple(int(r) for r in (w.removesuffix(".").split(".") if "." in w else w)) for w in words)
@@ -56,8 +69,8 @@ def parse_paths(text: str) -> tuple[tuple[int, ...], ...]:
         ) from None
 
 
-def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> Shape:
-    """Masks and levels of the tree with these paths, padded to `rows` nodes."""
+def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> StaticShape:
+    """Returns the masks and levels of the tree with these paths, padded to `rows` nodes."""
     order = sorted(paths, key=lambda p: (len(p), p))
     index = {(): 0} | {p: i + 1 for i, p in enumerate(order)}
     parent = np.full(rows, ROOT, np.int32)
@@ -82,7 +95,7 @@ def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> Shape:
         parents = np.array([slot_of.get(int(parent[n]), ROOT) for n in expanded], np.int32)
         levels.append(Level(expanded, slot, parents, ancestors[expanded][:, seen]))
     distribution = np.array([slot_of.get(n, ROOT) + 1 for n in range(rows)], np.int32)
-    return Shape(parent, depth, rank, order_of, distribution, valid, ancestors, tuple(levels))
+    return StaticShape(parent, depth, rank, order_of, distribution, valid, ancestors, tuple(levels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +138,7 @@ class StaticTree:
 
     @property
     def modes(self) -> tuple[DraftMode, ...]:
-        """All: every node's children are its own."""
+        """All draft modes: every node has children of its own."""
         return DRAFT_MODES
 
     @property
@@ -141,57 +154,56 @@ class StaticTree:
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
-        """The tree with each node's token at its rank among its parent's likeliest, or in the order of its draw."""
+        """Returns the tree: each token has its rank among its parent's likeliest, or its place among the draws."""
         shape = build_shape(self.paths, self.nodes)
         batch = root_token_B.shape[0]
         token_BN = jnp.zeros((batch, self.nodes), jnp.int32).at[:, 0].set(root_token_B)
         score_BN = jnp.full((batch, self.nodes), -jnp.inf).at[:, 0].set(0.0)
-        filled = (token_BN, score_BN, jnp.broadcast_to(jnp.asarray(shape.valid), (batch, self.nodes)))
+        filled = Filled(token_BN, score_BN, jnp.broadcast_to(jnp.asarray(shape.valid), (batch, self.nodes)))
         families: list[Children] = []
-
-        def place(filled: tuple[Array, Array, Array], expanded: np.ndarray, logits_BWV: Array, slot: int) -> Any:
-            children = np.flatnonzero(np.isin(shape.parent, expanded) & shape.valid)
-            if not children.size:
-                return filled
-            chosen = choose(logits_BWV, int(shape.rank[children].max()) + 1, slot)
-            families.append(chosen)
-            return _place(shape, children, np.searchsorted(expanded, shape.parent[children]), chosen, *filled)
-
-        filled = place(filled, np.array([0]), root_logits_BV[:, None], ROOT)
+        if self.paths:
+            filled, found = _fill(shape, np.array([0]), choose, root_logits_BV[:, None], ROOT, filled)
+            families.append(found)
         for d, level in enumerate(shape.levels):
             visible = np.broadcast_to(level.visible, (batch, *level.visible.shape))
             parent = np.broadcast_to(level.parent_slot, (batch, level.parent_slot.size))
             frontier = Frontier(
-                filled[0][:, level.expanded], jnp.asarray(parent), jnp.asarray(visible), d + 1, level.slot
+                filled.token_BN[:, level.expanded], jnp.asarray(parent), jnp.asarray(visible), d + 1, level.slot
             )
             logits_BWV, scratch = draft(scratch, frontier)
-            filled = place(filled, level.expanded, logits_BWV, level.slot)
+            filled, found = _fill(shape, level.expanded, choose, logits_BWV, level.slot, filled)
+            families.append(found)
         token_BN, score_BN, valid_BN = filled
         fixed = [jnp.asarray(a)[None] for a in (shape.parent, shape.depth, shape.ancestors, shape.distribution)]
         parent, depth, ancestors, row = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in fixed)
         return Tree(token_BN, parent, depth, score_BN, valid_BN, ancestors, stack_distributions(families, row))
 
 
-def _place(
-    shape: Shape,
-    children: np.ndarray,
-    row: np.ndarray,
-    chosen: Children,
-    token_BN: Array,
-    score_BN: Array,
-    valid_BN: Array,
-) -> tuple[Array, Array, Array]:
-    """Fill in `children`, whose parents are the rows `row` of `chosen`; a child is valid if there was one to draw."""
+def _fill(
+    shape: StaticShape,
+    expanded: np.ndarray,
+    choose: ChooseChildren,
+    logits_BWV: Array,
+    slot: int,
+    filled: Filled,
+) -> tuple[Filled, Children]:
+    """Chooses the children of the nodes `expanded` and fills them in."""
+    children = np.flatnonzero(np.isin(shape.parent, expanded) & shape.valid)
+    chosen = choose(logits_BWV, int(shape.rank[children].max()) + 1, slot)
     above = shape.parent[children]
-    place = (slice(None), row, (shape.rank if chosen.distribution_BWV is None else shape.order)[children])
-    drawn = chosen.left_BWR[place] > -jnp.inf
-    return (
-        token_BN.at[:, children].set(chosen.token_BWR[place]),
-        score_BN.at[:, children].set(score_BN[:, above] + chosen.logp_BWR[place]),
-        valid_BN.at[:, children].set(valid_BN[:, above] & drawn),
+    # A drawn child has no rank: it takes the place of its draw.
+    rank = shape.rank if chosen.distribution_BWV is None else shape.order
+    place = (slice(None), np.searchsorted(expanded, above), rank[children])
+    # A child is valid if there was a token left to draw, and its parent is valid.
+    drawn = chosen.bound_BWR[place] > -jnp.inf
+    filled = Filled(
+        filled.token_BN.at[:, children].set(chosen.token_BWR[place]),
+        filled.score_BN.at[:, children].set(filled.score_BN[:, above] + chosen.logp_BWR[place]),
+        filled.valid_BN.at[:, children].set(filled.valid_BN[:, above] & drawn),
     )
+    return filled, chosen
 
 
 def chain(depth: int, rows: int = 0) -> StaticTree:
-    """The `depth` best-first tokens in a row; depth 0 is the single node, plain decoding."""
+    """Returns the chain of `depth` drafted tokens; depth 0 is the single node, plain decoding."""
     return StaticTree(tuple((0,) * d for d in range(1, depth + 1)), rows)

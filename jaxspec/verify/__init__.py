@@ -1,6 +1,6 @@
-"""Which drafted tokens are kept: acceptance rules, each for how its candidates were drawn."""
+"""Acceptance rules: which drafted tokens are kept. Each states the draft modes that it is right for."""
 
 from jaxspec.verify.path import Accepted, follow
-from jaxspec.verify.rules import DEFAULT_RULES, RULES, Case, Rule, rule_named, simulated
+from jaxspec.verify.rules import DEFAULT_RULES, RULES, Rule, VerifyInputs, rule_named, simulated
 
-__all__ = ["DEFAULT_RULES", "RULES", "Accepted", "Case", "Rule", "follow", "rule_named", "simulated"]
+__all__ = ["DEFAULT_RULES", "RULES", "Accepted", "Rule", "VerifyInputs", "follow", "rule_named", "simulated"]

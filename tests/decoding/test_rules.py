@@ -148,7 +148,7 @@ def test_typical_acceptance_keeps_the_longest_path_that_is_likely_enough():
     sampling = Sampling(jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.zeros(1, jnp.uint32))
 
     def count_and_path(distribution: np.ndarray) -> tuple[int, list[int]]:
-        case = verify.Case(
+        case = verify.VerifyInputs(
             "topk", tree, 3, jnp.log(jnp.asarray(distribution, jnp.float32))[None], jnp.zeros(1, int), sampling
         )
         accepted = jax.device_get(RULES["typical"].accept(case))

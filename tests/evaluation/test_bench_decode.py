@@ -36,7 +36,7 @@ from jaxspec.serving import loading
 from jaxspec.serving.flags import RuleName
 from jaxspec.targets.decoder import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
-from jaxspec.verify import RULES, Case, simulated
+from jaxspec.verify import RULES, VerifyInputs, simulated
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -310,7 +310,7 @@ def test_simulated_accept_lengths_follow_their_profile(profile):
     logits = jax.numpy.zeros((batch, 4, 3))
     zero = jax.numpy.zeros(batch)
     sampling = Sampling(zero, zero.astype(int), zero + 1, jax.numpy.arange(batch, dtype=jax.numpy.uint32))
-    accept = jax.jit(lambda tree, length: rule.accept(Case("topk", tree, 3, logits, length, sampling)))
+    accept = jax.jit(lambda tree, length: rule.accept(VerifyInputs("topk", tree, 3, logits, length, sampling)))
     accepted = jax.device_get(accept(tree, zero.astype(int)))
     seen = np.bincount(accepted.count_B, minlength=4) / batch
     want = np.pad(profile, (0, 4 - len(profile)))

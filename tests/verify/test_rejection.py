@@ -23,7 +23,7 @@ from jaxspec.sampling import Sampling, distribution_of
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.trees.children import drawn
 from jaxspec.verify import rejection
-from jaxspec.verify.rejection import RejectionResult, bottom_up, top_down
+from jaxspec.verify.rejection import RejectionResult, recursive_rejection, traversal_verification
 
 
 class Shape(NamedTuple):
@@ -44,8 +44,8 @@ SHAPES = {
     "deep dynamic": Shape(DynamicTree(5, 3, 2), 3, 2),
 }
 RULES: dict[str, Callable[..., RejectionResult]] = {
-    "top down": lambda mode, tree, p, coin, depth: top_down(mode, tree, p, coin),
-    "bottom up": bottom_up,
+    "recursive-rejection": lambda mode, tree, p, coin, depth: recursive_rejection(mode, tree, p, coin),
+    "traversal": traversal_verification,
 }
 T_AND_WARPS = [*itertools.product((0.3, 1.0, 1.5), ((0, 1.0), (0, 0.9), (5, 1.0))), (0.0, (0, 1.0))]
 LOUD = 1e6
@@ -192,15 +192,15 @@ def measure(
         p = np.zeros((*code.shape, vocab))
         for d in range(depth + 1):
             p[tree.depth_BN == d] = shown[d][code[tree.depth_BN == d]]
-        verdict = jax.device_get(judge(rule, mode, depth, many, each(p), coin))
+        result = jax.device_get(judge(rule, mode, depth, many, each(p), coin))
         weight = each(found.weight_Q)
         if coins is None:
-            chance = np.where(verdict.tested_BN, np.where(coin == 0, verdict.chance_BN, 1 - verdict.chance_BN), 0.5)
+            chance = np.where(result.tested_BN, np.where(coin == 0, result.chance_BN, 1 - result.chance_BN), 0.5)
             weight = weight * chance[:, 1:].prod(axis=1)
         else:
             weight = weight / len(falls)
-        at = np.arange(len(weight)), verdict.last_B
-        bonus = verdict.rest_BV if rest is None else rest(each(p)[at])
+        at = np.arange(len(weight)), result.last_B
+        bonus = result.rest_BV if rest is None else rest(each(p)[at])
         joint = joint_distribution(each(code)[at], each(tree.depth_BN)[at], weight, bonus, distributions)
         want = np.ones(1)
         for distribution in distributions[: depth + 1]:
@@ -318,7 +318,7 @@ def test_the_measure_of_reused_uniforms_is_finer_than_what_it_shows():
     with jax.enable_x64(True):
         one = Shape(chain(1), 3, 1)
         (outcome,) = measure(
-            "top down", "sample", one, *pair("random", 0, one), [(1.0, (0, 1.0))], coins=lambda _: grid
+            "recursive-rejection", "sample", one, *pair("random", 0, one), [(1.0, (0, 1.0))], coins=lambda _: grid
         )
     assert outcome.distance < 3e-3
 
@@ -362,14 +362,14 @@ def test_keeping_drawn_nodes_by_their_own_probability_is_not_lossless(monkeypatc
 
         def preferring(logits_BWV: Array, count: int, slot: int) -> Any:
             found = choose(logits_BWV, count, slot)
-            return found._replace(left_BWR=found.logp_BWR)
+            return found._replace(bound_BWR=found.logp_BWR)
 
         return preferring
 
     monkeypatch.setitem(globals(), "drawn", by_own)
     grow_with.clear_cache()  # type: ignore[attr-defined]
     try:
-        assert worst("top down", "swor", "dynamic") > 1e-3
+        assert worst("recursive-rejection", "swor", "dynamic") > 1e-3
     finally:
         grow_with.clear_cache()  # type: ignore[attr-defined]
 
@@ -433,7 +433,7 @@ def written_out(rule: str, mode: DraftMode, p: list[np.ndarray], q: list[np.ndar
             total += reach * w * d
         return total
 
-    return down(0, 0) if rule == "top down" else up(0, 0, 1.0)
+    return down(0, 0) if rule == "recursive-rejection" else up(0, 0, 1.0)
 
 
 def mixed_pair(seed: int, overlap: float, vocab: int, depth: int) -> tuple[Tables, Tables]:
@@ -468,15 +468,15 @@ def test_the_mean_accept_length_of_40_pairs_is_the_rules_own(rule: str, mode: Dr
         assert abs(found[seed] - written_out(rule, mode, p, q, FAMILIES[shape])) < 1e-9, seed
 
 
-def test_bottom_up_never_accepts_less_and_with_likeliest_children_exactly_as_much():
+def test_traversal_verification_never_accepts_less_and_with_likeliest_children_exactly_as_much():
     for shape in FAMILIES:
         for mode in DRAFT_MODES:
-            gain = lengths("bottom up", mode, shape, 0.5) - lengths("top down", mode, shape, 0.5)
+            gain = lengths("traversal", mode, shape, 0.5) - lengths("recursive-rejection", mode, shape, 0.5)
             assert (gain > -1e-12).all()
             assert (np.abs(gain) < 1e-12).all() if mode == "topk" else gain.max() > 1e-3
 
 
-@pytest.mark.parametrize(("rule", "expected"), [("top down", 10 / 9), ("bottom up", 11 / 9)])
+@pytest.mark.parametrize(("rule", "expected"), [("recursive-rejection", 10 / 9), ("traversal", 11 / 9)])
 def test_the_published_toy_of_block_verification(rule: str, expected: float):
     """Sun et al. 2024: target (1/3, 2/3), draft (2/3, 1/3), two tokens drafted."""
     tables = [
