@@ -1,4 +1,4 @@
-"""The tiny model that is shipped with the package."""
+"""The tiny target that the package ships with."""
 
 from importlib import resources
 from pathlib import Path

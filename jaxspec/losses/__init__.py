@@ -1,4 +1,4 @@
-"""Distillation losses: each a short function with its equation, per token; `distill` masks, sums and combines."""
+"""Distillation losses: each is a short function with its equation, per token; the training step sums them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from jaxspec.losses.spec import LossParameter, read_spec
 from jaxspec.losses.tvdpp import standardised, tvdpp_exact, tvdpp_exact_pos, tvdpp_sampled, tvdpp_uniform_vocab
 
 FEATURE_LOSSES: dict[str, Callable[[Array, Array], Array]] = {"smooth_l1": smooth_l1}
-"""Name -> loss of (draft feature, target feature), `[..., D] -> [...]`."""
+"""Name -> loss of (draft feature, target feature), `[..., D], [..., D] -> [...]`."""
 
 
 class Entry(NamedTuple):
-    """A line of the table: of scores and its number, if it takes one, a loss `[...]` or parts `[..., M]` to combine."""
+    """A loss between distributions, as `LOGIT_LOSSES` lists it."""
 
     loss: Callable[..., Array]
-    knob: LossParameter | None = None
+    """`(Scores, number if it takes one) -> loss [...]`, or parts `[..., M]` where `combine` makes the loss of them."""
+    parameter: LossParameter | None = None
     combine: Callable[[Array, Array], Array] | None = None
+    """As in `LogitLoss`."""
 
 
 _BETA = LossParameter("beta", "a number between 0 and 1", lambda x: 0 < x < 1, 0.5)
@@ -48,18 +50,18 @@ LOGIT_LOSSES: dict[str, Entry] = {
     "tvdpp_sampled": Entry(lambda s, n: tvdpp_sampled(s.draft, s.target, s.key, n, s.rest), _DRAWS, standardised),
     "tvdpp_uniform_vocab": Entry(lambda s: tvdpp_uniform_vocab(s.draft, s.target, s.rest), None, standardised),
 }
-"""Name -> loss of the draft's distribution; `logit_loss` makes one by its spec."""
-
+"""Name -> loss of the draft's distribution; `logit_loss` reads a name with its number."""
 
 LUMPED = ("soft_cross_entropy", "kl", "top_k")
-"""Losses that can be made of the target's likeliest tokens and the mass of all others, taken as one token. Of the first
-two, what they say of the others among themselves is then left out, `p_rest KL(p | rest, q | rest)` of `kl`; `top_k` is
-what it was."""
+"""Losses that can be computed from the target's likeliest tokens and the mass of all others, taken as one token.
+
+`soft_cross_entropy` and `kl` then miss the difference between the others, `p_rest KL(p | rest, q | rest)` for `kl`.
+`top_k` is the same."""
 
 
 def refuse_lumped(spec: str, tokens: int) -> None:
-    """ValueError if the loss called `spec` needs more of the target than its `tokens` likeliest tokens."""
-    name, number = read_spec("loss", spec, {name: entry.knob for name, entry in LOGIT_LOSSES.items()})
+    """Raises ValueError where the loss called `spec` needs more of the target than its `tokens` likeliest tokens."""
+    name, number = read_spec("loss", spec, {name: entry.parameter for name, entry in LOGIT_LOSSES.items()})
     if name not in LUMPED:
         raise ValueError(f"loss {spec!r} needs all of the target's probabilities; choose from {', '.join(LUMPED)}")
     if name == "top_k" and number[0] > tokens:
@@ -68,8 +70,8 @@ def refuse_lumped(spec: str, tokens: int) -> None:
 
 @functools.cache  # one object a spec, so that programs that hold it are traced once
 def logit_loss(spec: str) -> LogitLoss:
-    """The loss called `name` or `name:number` (`kl`, `jsd:0.3`, `top_k:10`). ValueError: there is no such loss."""
-    name, number = read_spec("loss", spec, {name: entry.knob for name, entry in LOGIT_LOSSES.items()})
+    """Returns the loss called `name` or `name:number` (`kl`, `jsd:0.3`, `top_k:10`); raises ValueError for others."""
+    name, number = read_spec("loss", spec, {name: entry.parameter for name, entry in LOGIT_LOSSES.items()})
     entry = LOGIT_LOSSES[name]
     if entry.combine is None:
         return LogitLoss(spec, lambda scores: entry.loss(scores, *number)[..., None])

@@ -1,4 +1,4 @@
-"""What a loss between distributions reads, and how the sums of its per-token parts become one number."""
+"""A loss between distributions: its inputs, its per-token parts, and the number that their sums become."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxspec.base import Array
 
 
 class Scores(NamedTuple):
-    """What is known of some tokens `[...]` to be drafted: two distributions over `U` tokens, and the text."""
+    """Inputs of a loss at positions `[...]`: draft and target logits of `U` tokens, and the text's own token."""
 
     draft: Array
     """Draft logits `[..., U]`."""
@@ -22,21 +22,21 @@ class Scores(NamedTuple):
     token: Array
     """The text's own next token `[...]` as an index among the `U`; -1 where it is not among them."""
     key: Array
-    """For losses that sample; the callers of one batch give every chunk its own."""
+    """PRNG key for losses that sample; every chunk of a batch has its own."""
     rest: Array | None = None
-    """Log of the target's mass outside the `U` tokens `[...]`; None where `U` is the whole vocabulary."""
+    """Log of the target's mass `[...]` outside the `U` tokens; None where `U` is the whole vocabulary."""
     lumped: Array | None = None
-    """Where the last of the `U` stands for all tokens that are not among the others, log of their mass `[...]`."""
+    """Log of the mass `[...]` of the last of the `U`, where it stands for all tokens that are not among the others."""
 
 
 def mean(sums: Array, count: Array) -> Array:
-    """`sums[0] / count`, and 0 where there is no token."""
+    """Returns `sums[0] / count`, and 0 where there is no token."""
     return sums[..., 0] / jnp.where(count > 0, count, 1)
 
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """A loss in two halves, so that tokens may come in any number of chunks on any number of devices."""
+    """A loss as per-token parts and a function of their sums, so that it works in chunks and on many devices."""
 
     name: str
     parts: Callable[[Scores], Array]
@@ -46,18 +46,16 @@ class LogitLoss:
 
 
 def wide(x: Array) -> Array:
-    """`x` in fp32, or in float64 if it is."""
+    """Returns `x` in fp32, or in float64 where it is float64."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def log_probs(logits: Array) -> Array:
-    """Log-softmax over the last axis, in fp32 or float64; finite for logits up to 1e30 in size."""
+    """Returns the log-softmax over the last axis, in fp32 or float64; finite for logits up to 1e30 in size."""
     return jax.nn.log_softmax(wide(logits), axis=-1)
 
 
 def of_token(x: Array, token: Array) -> Array:
-    """Each row's entry at its token, 0 where that is -1: `[..., U], [...] -> [...]`.
-
-    As a masked sum, which stays where a vocabulary is spread over devices, and needs no scatter on the way back.
-    """
+    """Returns each row's entry at its token, 0 where that is -1: `[..., U], [...] -> [...]`."""
+    # A masked sum stays on its device where the vocabulary is spread, and needs no scatter in the backward pass.
     return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == token[..., None], x, 0), axis=-1)

@@ -1,4 +1,4 @@
-"""How much each draft step counts: weights `w_j` of the tokens drafted at steps `j = 0, 1, ..` of a chain."""
+"""Position weights: the weight `w_j` of the token drafted at step `j = 0, 1, ..` of a chain."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ POSITION_WEIGHTS: dict[str, LossParameter | None] = {
     "cat": None,
     "d_pace": LossParameter("a", "a number from 0 to 1", lambda x: 0 <= x <= 1),
 }
-"""The weightings there are, and the number each takes."""
+"""Name -> the number that the weighting takes, or None."""
 
 
 def position_weights(spec: str, draft_gold_TX: Array, target_gold_TX: Array, mask_TX: Array | None = None) -> Array:
-    """`[T, ...]` weights without a gradient, fp32, for one of `none`, `exp:gamma`, `power:beta`, `cat`, `d_pace:a`.
+    """Returns fp32 weights `[T, ...]` by `spec`: `none`, `exp:gamma`, `power:beta`, `cat` or `d_pace:a`.
 
-    The arguments are the *probabilities* that draft and target give the text's own token at each of `T` steps, 0 where
-    the draft cannot write it. Where `mask_TX` is given, a step outside it weighs 0, adds no length and stops no chain.
-    ValueError: no such spec.
+    `draft_gold_TX` and `target_gold_TX` are the *probabilities* that draft and target give the text's own token at each
+    of `T` steps, 0 where the draft's vocabulary lacks it. The weights have no gradient. A step outside `mask_TX`
+    weighs 0, adds no length and stops no chain. Raises ValueError for another spec.
     """
     name, number = read_spec("position weight", spec, POSITION_WEIGHTS)
     draft_gold_TX, target_gold_TX = jax.lax.stop_gradient((wide(draft_gold_TX), wide(target_gold_TX)))
@@ -41,35 +41,33 @@ def position_weights(spec: str, draft_gold_TX: Array, target_gold_TX: Array, mas
 
 
 def divides_by_weights(spec: str) -> bool:
-    """Whether a mean under this weighting divides by the sum of its weights (`cat`) or by the count of tokens.
-
-    `cat` weights say how likely a slot is reached at all, so their scale carries nothing; those of `d_pace` are a
-    gradient. For weights of the step alone the choice is a constant factor.
-    """
+    """Returns whether a mean under this weighting divides by the sum of its weights, or by the count of tokens."""
+    # `cat` weights are probabilities to reach a slot, so their scale means nothing. Those of `d_pace` are a gradient,
+    # whose scale counts. For weights of the step alone the choice is a constant factor.
     return read_spec("position weight", spec, POSITION_WEIGHTS)[0] == "cat"
 
 
 def exponential(step: Array, gamma: float) -> Array:
-    """`exp(-j / gamma)` (DFlash, arXiv 2602.06036: 7 for blocks of 16; DSpark: 4 for blocks of 7)."""
+    """Returns `exp(-j / gamma)` (DFlash, arXiv 2602.06036: 7 for blocks of 16; DSpark: 4 for blocks of 7)."""
     return jnp.exp(-step / gamma)
 
 
 def power(step: Array, beta: float) -> Array:
-    """`beta^j` (EAGLE-3 and Medusa: 0.8)."""
+    """Returns `beta^j` (EAGLE-3 and Medusa: 0.8)."""
     return beta**step
 
 
 def cat(target_gold_TX: Array) -> Array:
-    """`w_j = prod_{i < j} p_i`: how likely the target writes the text up to the slot (PARD-2, arXiv 2605.08632)."""
+    """Returns `w_j = prod_{i < j} p_i`, the target's probability to reach step `j` (PARD-2, arXiv 2605.08632)."""
     ones = jnp.ones_like(target_gold_TX[:1])
     return jnp.concatenate([ones, jnp.cumprod(target_gold_TX[:-1], axis=0)])
 
 
 def d_pace(draft_gold_TX: Array, mask_TX: Array, a: float) -> Array:
-    """`w_i = sum_{j >= i} prod_{l <= j} s_l` with `s = (1 - a) q + a` (D-PACE, arXiv 2605.18810).
+    """Returns `w_i = sum_{j >= i} prod_{l <= j} s_l` with `s = (1 - a) q + a` (D-PACE, arXiv 2605.18810).
 
-    It is the gradient of the expected accepted length `sum_j prod_{l <= j} s_l` by `log s_i`; `a` above 0 keeps late
-    steps from vanishing while drafts are poor. The sum is over the steps in the mask, as is the product.
+    It is the gradient of the expected accept length `sum_j prod_{l <= j} s_l` by `log s_i`. An `a` above 0 keeps the
+    weights of late steps from vanishing while drafts are poor. Sum and product are over the steps in the mask.
     """
     kept_TX = jnp.cumprod(jnp.where(mask_TX, (1 - a) * draft_gold_TX + a, 1), axis=0)
     return jnp.cumsum(jnp.where(mask_TX, kept_TX, 0)[::-1], axis=0)[::-1]

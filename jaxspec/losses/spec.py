@@ -1,4 +1,4 @@
-"""How a loss or a weighting is named: `name`, or `name:number` where it has one number to set."""
+"""Specs of losses and weightings: `name`, or `name:number` where there is one number to set."""
 
 from __future__ import annotations
 
@@ -7,43 +7,47 @@ from typing import NamedTuple
 
 
 class LossParameter(NamedTuple):
-    """The number behind a name's colon."""
+    """The number that a loss or weighting takes, behind the colon of its spec."""
 
     name: str
     wants: str
-    """Which numbers fit, in words."""
+    """Description of the numbers that fit."""
     fits: Callable[[float], bool]
     default: float | None = None
-    """What a bare name means; None where the number must be written."""
+    """Number of a bare name; None where the number must be written."""
     kind: type[int] | type[float] = float
 
 
-def read_spec(what: str, spec: str, knobs: Mapping[str, LossParameter | None]) -> tuple[str, tuple[float, ...]]:
-    """`"jsd:0.3"` as `("jsd", (0.3,))`; a name without a number to set has `()`.
+def read_spec(what: str, spec: str, parameters: Mapping[str, LossParameter | None]) -> tuple[str, tuple[float, ...]]:
+    """Reads `"jsd:0.3"` as `("jsd", (0.3,))`; a name without a number to set gives `()`.
 
-    ValueError: `knobs` has no such name, or the number is missing, superfluous or unfit.
+    Raises ValueError where `parameters` has no such name, or the number is missing, superfluous or does not fit.
     """
     name, colon, text = spec.partition(":")
-    if name not in knobs:
-        raise ValueError(f"{what} {spec!r} is unknown: choose from {', '.join(map(_written, knobs, knobs.values()))}")
-    knob = knobs[name]
-    if knob is None:
+    if name not in parameters:
+        raise ValueError(
+            f"{what} {spec!r} is unknown: choose from {', '.join(map(_written, parameters, parameters.values()))}"
+        )
+    parameter = parameters[name]
+    if parameter is None:
         if colon:
             raise ValueError(f"{what} {spec!r} has a number to spare: write {name}")
         return name, ()
-    if not colon and knob.default is not None:
-        return name, (knob.default,)
+    if not colon and parameter.default is not None:
+        return name, (parameter.default,)
     try:
-        number = knob.kind(text)
+        number = parameter.kind(text)
     except ValueError:
         number = float("nan")
-    if not knob.fits(number):
-        raise ValueError(f"{what} {spec!r} does not fit: in {_written(name, knob)}, {knob.name} is {knob.wants}")
+    if not parameter.fits(number):
+        raise ValueError(
+            f"{what} {spec!r} does not fit: in {_written(name, parameter)}, {parameter.name} is {parameter.wants}"
+        )
     return name, (number,)
 
 
-def _written(name: str, knob: LossParameter | None) -> str:
-    """The name with its number, in brackets where that may be left out."""
-    if knob is None:
+def _written(name: str, parameter: LossParameter | None) -> str:
+    """Returns the name with its number, in brackets where the number may be left out."""
+    if parameter is None:
         return name
-    return f"{name}:{knob.name}" if knob.default is None else f"{name}[:{knob.name}]"
+    return f"{name}:{parameter.name}" if parameter.default is None else f"{name}[:{parameter.name}]"

@@ -1,16 +1,16 @@
 """TVD++ (Goel et al. 2024, arXiv 2403.00858): total variation as a policy gradient, its reward standardised.
 
 With target `p`, draft `q` and reward `r(v) = 1{p_v > q_v}`, `grad TV(p, q) = -E_{v ~ q}[r(v) grad log q_v]` exactly.
-TVD++ puts `A = (r - mu) / sigma` for `r`, constant under differentiation. The text found of the paper does not settle
-over what the expectation, `mu` and `sigma` are taken, so there are four readings. Their gradients are meant, not their
-values.
+TVD++ replaces `r` by the advantage `A = (r - mu) / sigma`, constant under differentiation. The text available of the
+paper does not say over what the expectation, `mu` and `sigma` are taken, so there are four readings. Only their
+gradients mean something.
 
-`mu` and `sigma` are of all trained tokens of the batch (but `tvdpp_exact_pos`). They only shift and scale the rewards,
-so a token gives `(sum_v w r log q, sum_v w log q)` and, for `mu`, `(mean r, mean 1)`; of the sums over the batch
-`standardised` makes the loss: one pass, in any chunks. `sigma^2 = mu (1 - mu)`, as `r` is 0 or 1.
+`mu` and `sigma` are over all trained tokens of the batch, except in `tvdpp_exact_pos`. They only shift and scale the
+rewards. So a token gives `(sum_v w r log q, sum_v w log q)` and, for `mu`, `(mean r, mean 1)`, and `standardised`
+makes the loss of the sums over the batch: in one pass, in any chunks. `sigma^2 = mu (1 - mu)`, because `r` is 0 or 1.
 
-Entries with `max(p, q) < TAIL` earn no reward and are left out of `mu`: there float noise would decide, and most of a
-vocabulary is there. As in `acceptance`, `p` is the whole target's where `rest` is given.
+Entries with `max(p, q) < TAIL` earn no reward and are left out of `mu`: most of a vocabulary is there, and rounding
+would decide. As in `acceptance`, `p` is the whole target's where `rest` is given.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from jaxspec.losses.loss import log_probs
 from jaxspec.sampling import argmax
 
 TAIL = 1e-8
+"""Probability below which an entry of both distributions is left out."""
 EPSILON = 1e-6
 """Added to `sigma`."""
 
 
 def standardised(sums: Array, count: Array) -> Array:
-    """`-(sums[0] - mu sums[1]) / ((sigma + EPSILON) count)`, `mu = sums[2] / sums[3]`: `[..., 4], [...] -> [...]`."""
+    """Returns `-(sums[0] - mu sums[1]) / ((sigma + EPSILON) count)`, `mu = sums[2] / sums[3]`.
+
+    `[..., 4], [...] -> [...]`.
+    """
     reward, entries = jax.lax.stop_gradient((sums[..., 2], sums[..., 3]))
     mu = reward / jnp.where(entries > 0, entries, 1)
     sigma = jnp.sqrt(jnp.maximum(mu * (1 - mu), 0))
@@ -39,16 +43,16 @@ def standardised(sums: Array, count: Array) -> Array:
 
 
 def _compare(draft_logits: Array, target_logits: Array, rest: Array | None) -> tuple[Array, Array, Array]:
-    """`log q`, the reward, and 1 where an entry is not tail, all `[..., U]`."""
+    """Returns `log q`, the reward, and 1 where an entry is not in the tail, all `[..., U]`."""
     logp, logq = log_target(target_logits, rest), log_probs(draft_logits)
     live = jnp.maximum(logp, logq) >= math.log(TAIL)
     return logq, ((logp > logq) & live).astype(logq.dtype), live.astype(logq.dtype)
 
 
 def tvdpp_exact(draft_logits: Array, target_logits: Array, rest: Array | None = None) -> Array:
-    """`-sum_v sg[q_v] A_v log q_v`, `mu` and `sigma` uniformly over vocabulary and batch: the literal reading.
+    """Returns `-sum_v sg[q_v] A_v log q_v`, `mu` and `sigma` over vocabulary and batch: the literal reading.
 
-    `[..., U], [..., U] -> [..., 4]` for `standardised`. The gradient is that of `tvd` over `sigma`: `mu` cancels.
+    `[..., U], [..., U] -> [..., 4]` for `standardised`. The gradient is that of `tvd` divided by `sigma`: `mu` cancels.
     """
     logq, r, live = _compare(draft_logits, target_logits, rest)
     q = jax.lax.stop_gradient(jnp.exp(logq))
@@ -57,9 +61,9 @@ def tvdpp_exact(draft_logits: Array, target_logits: Array, rest: Array | None = 
 
 
 def tvdpp_exact_pos(draft_logits: Array, target_logits: Array, rest: Array | None = None) -> Array:
-    """`-sum_v sg[q_v] A_v log q_v`, `mu = sum_v q_v r_v` and `sigma^2 = mu (1 - mu)` of each token by itself.
+    """Returns `-sum_v sg[q_v] A_v log q_v`, with `mu = sum_v q_v r_v` and `sigma` of each token by itself.
 
-    `[..., U], [..., U] -> [...]`. The gradient is that of `tvd` over each token's own `sigma`.
+    `[..., U], [..., U] -> [...]`. The gradient is that of `tvd` divided by the token's `sigma`.
     """
     logq, r, _ = _compare(draft_logits, target_logits, rest)
     q = jax.lax.stop_gradient(jnp.exp(logq))
@@ -69,7 +73,8 @@ def tvdpp_exact_pos(draft_logits: Array, target_logits: Array, rest: Array | Non
 
 
 def draw(key: Array, logq: Array, count: int) -> Array:
-    """`count` tokens drawn from `q` at every position, `[..., U] -> [count, ...]`, with noise for one at a time."""
+    """Returns `count` tokens drawn from `q` at every position, `[..., U] -> [count, ...]`."""
+    # One draw after another, so that the noise of one draw alone is in memory.
     return jax.lax.map(
         lambda k: argmax(logq + jax.random.gumbel(k, logq.shape, logq.dtype)), jax.random.split(key, count)
     )
@@ -78,10 +83,10 @@ def draw(key: Array, logq: Array, count: int) -> Array:
 def tvdpp_sampled(
     draft_logits: Array, target_logits: Array, key: Array, draws: int = 4, rest: Array | None = None
 ) -> Array:
-    """`-mean_s A(v_s) log q(v_s)` over drawn `v_s ~ q`, `mu` and `sigma` over all draws of the batch: REINFORCE.
+    """Returns `-mean_s A(v_s) log q(v_s)` over `v_s ~ q`, `mu` and `sigma` over all draws of the batch: REINFORCE.
 
-    `[..., U], [..., U] -> [..., 4]` for `standardised`. Over `n` draws the gradient times `sigma` averages to
-    `1 - 1/n` of that of `tvd`, as every draw is part of its own baseline.
+    `[..., U], [..., U] -> [..., 4]` for `standardised`. For `n` draws in the batch, the expected gradient
+    times `sigma` is `1 - 1/n` of that of `tvd`, because every draw is part of its own baseline.
     """
     logq, r, _ = _compare(draft_logits, target_logits, rest)
     drawn = jnp.moveaxis(draw(key, jax.lax.stop_gradient(logq), draws), 0, -1)
@@ -90,7 +95,7 @@ def tvdpp_sampled(
 
 
 def tvdpp_uniform_vocab(draft_logits: Array, target_logits: Array, rest: Array | None = None) -> Array:
-    """`-mean_v A_v log q_v`, every entry of the vocabulary that is not tail counting the same: a biased reading.
+    """Returns `-mean_v A_v log q_v`; all entries outside the tail count the same, so it is a biased reading.
 
     `[..., U], [..., U] -> [..., 4]` for `standardised`, with the `mu` and `sigma` of `tvdpp_exact`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -19,7 +20,7 @@ from jaxspec.parallel.mesh import constrain
 
 
 def add_bias(layer: Params, name: str, product: Array) -> Array:
-    """What a matmul with the matrix `name` gave, and its bias where it has one."""
+    """Returns a product with the matrix `name`, plus the matrix's bias where it has one."""
     bias = layer.get(f"{name}_bias")
     return product if bias is None else product + bias.astype(product.dtype)
 
@@ -27,13 +28,12 @@ def add_bias(layer: Params, name: str, product: Array) -> Array:
 def project_qkv(
     layer: Params, x_BLD: Array, cos: Array, sin: Array, norm: Callable[[Array, Array], Array] | None = None
 ) -> tuple[Array, Array, Array]:
-    """Rotated queries `[B, L, K, G, C]`, rotated keys `[B, K, C, L]` and values `[B, K, L, C]`.
+    """Returns rotated queries `[B, L, K, G, C]`, rotated keys `[B, K, C, L]` and values `[B, K, L, C]`.
 
-    With `norm(x, weight)`, queries and keys are normed by the layer's `q_norm` and `k_norm` before.
-
-    One fused weight `qkv [D, K, G + 2, C]` (queries of the group, its key, its value): one matmul, and it shards over
-    the key-value heads as it stands.
+    With `norm(x, weight)`, queries and keys are normed by the layer's `q_norm` and `k_norm` before they are rotated.
     """
+    # One weight `qkv [D, K, G + 2, C]` holds each group's queries, key and value: two matmuls fewer a layer in
+    # decoding, and it shards over its key-value heads.
     qkv_BLKJC = rescale(layer, "qkv", jnp.einsum("BLD,DKJC->BLKJC", x_BLD, layer["qkv"].astype(x_BLD.dtype)))
     qkv_BLKJC = constrain(add_bias(layer, "qkv", qkv_BLKJC), "batch", None, "kv_heads", None, None)
     qk_BLKJC = qkv_BLKJC[..., :-1, :]
@@ -47,16 +47,16 @@ def project_qkv(
 
 
 def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
-    """The attention output projection, `[B, L, D]`."""
+    """Returns the output projection of attention, `[B, L, D]`."""
     out = layer["out"].astype(mixed_BLKGC.dtype)
-    # As one contracted axis: of three, XLA:CPU makes one by copying the weight, each call.
+    # One contracted axis: to contract three, XLA:CPU would copy the weight on every call.
     mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
     out_BLD = rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
     return constrain_rows(add_bias(layer, "out", out_BLD))
 
 
 class LayerShape(Protocol):
-    """What shapes a decoder layer."""
+    """The sizes that shape a decoder layer."""
 
     @property
     def width(self) -> int: ...
@@ -123,26 +123,20 @@ def decoder_layer(
     mix: Callable[[Array, Array, Array], tuple[Array, Kept]],
     options: Options = PLAIN,
 ) -> tuple[Array, Kept]:
-    """A Llama's layer: `x += out(mix(qkv(norm(x))))`, then `x += mlp(norm(x))`; `turn` is what `rope` gave.
+    """Returns `[B, L, D]` of a Llama's layer: `x += out(mix(qkv(norm(x))))`, then `x += mlp(norm(x))`.
 
-    With `options` another family's: norms behind attention and MLP, norms of queries and keys, experts.
-
-    `mix` is the attention: from queries, keys and values as `project_qkv` puts them out to `[B, L, K, G, C]` and
-    whatever else the caller wants of them, which is returned beside the stream.
+    `turn` is cosine and sine from `rope`. With `options` the layer is another family's: norms behind attention and
+    MLP, norms of queries and keys, experts. `mix` is the attention: from queries, keys and values, in the layout of
+    `project_qkv`, to `[B, L, K, G, C]` and anything the caller wants to keep of them, which is returned too.
     """
-
-    def norm(x: Array, weight: Array) -> Array:
-        return rms_norm(x, weight, eps, centred=options.centred_norms)
-
-    def behind(x: Array, name: str) -> Array:
-        return norm(x, layer[name]) if options.norms_behind else x
-
+    norm = functools.partial(rms_norm, eps=eps, centred=options.centred_norms)
     heads = project_qkv(layer, norm(x_BLD, layer["attention_norm"]), *turn, norm if options.qk_norm else None)
     mixed, kept = mix(*heads)
-    x_BLD = x_BLD + behind(merge_heads(layer, mixed), "attention_out_norm")
+    out_BLD = merge_heads(layer, mixed)
+    x_BLD = x_BLD + (norm(out_BLD, layer["attention_out_norm"]) if options.norms_behind else out_BLD)
     inner_BLD = norm(x_BLD, layer["mlp_norm"])
     if options.experts:
         made_BLD = expert_mlp(layer, inner_BLD, options)
     else:
         made_BLD = gated_mlp(layer, inner_BLD, options.activation)
-    return x_BLD + behind(made_BLD, "mlp_out_norm"), kept
+    return x_BLD + (norm(made_BLD, layer["mlp_out_norm"]) if options.norms_behind else made_BLD), kept

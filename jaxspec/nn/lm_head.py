@@ -8,11 +8,11 @@ from jaxspec.base import Array
 from jaxspec.parallel.mesh import constrain
 
 FEW_ROWS = 32
-"""Up to so many rows an LM head is the left operand: XLA:CPU would transpose it on every call as the right one."""
+"""Greatest number of rows for which the head is the left operand; as the right one, XLA:CPU transposes it each call."""
 
 
 def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
-    """fp32 logits `[B, L, V]` under an LM head."""
+    """Returns fp32 logits `[B, L, V]` of hidden states under an LM head."""
     table_VD = table_VD.astype(x_BLD.dtype)
     if x_BLD.shape[0] * x_BLD.shape[1] > FEW_ROWS:
         logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Gated MLPs and mixtures of experts."""
+"""Gated MLPs, and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-
+"""The activations by the names that `config.json` gives them."""
 
 EXPERTS = ("expert_gate", "expert_up", "expert_down")
-"""Weights of a layer that have an axis over its experts, in front."""
-
+"""Weights of a layer whose leading axis is its experts."""
 
 WIDE = ("batch", None, "mlp")
-"""Logical axes of what is inside an MLP."""
+"""Logical axes of an MLP's inner activations."""
 
 
 def constrain_rows(x_BLD: Array) -> Array:
-    """Activations, held to rows over `data` and `fsdp`: so XLA gathers weights and never activations."""
+    """Returns the activations, constrained to rows over `data` and `fsdp`."""
+    # Without the constraint XLA may gather activations where it should gather weights.
     return constrain(x_BLD, "batch", None, None)
 
 
 def gated_mlp(layer: Params, x_BLD: Array, activation: str = "silu") -> Array:
-    """`down(silu(gate(x)) * up(x))`, or with another of `ACTIVATIONS`."""
+    """Returns `down(silu(gate(x)) * up(x))`, `[B, L, D]`, or the same with another of `ACTIVATIONS`."""
+    # Gate and up are two weights: fused as [D, 2, F], XLA:TPU would lay them out anew on every call, and XLA:CPU could
+    # not run the two matmuls at once on two cores.
+    gate_BLF = ACTIVATIONS[activation](constrain(_multiply(layer, "gate", x_BLD), *WIDE))
+    inner_BLF = gate_BLF * constrain(_multiply(layer, "up", x_BLD), *WIDE)
+    return constrain_rows(_multiply(layer, "down", inner_BLF))
 
-    def times(x: Array, name: str) -> Array:
-        return rescale(layer, name, x @ layer[name].astype(x.dtype))
 
-    inner_BLF = ACTIVATIONS[activation](constrain(times(x_BLD, "gate"), *WIDE)) * constrain(times(x_BLD, "up"), *WIDE)
-    return constrain_rows(times(inner_BLF, "down"))
+def _multiply(layer: Params, name: str, x: Array) -> Array:
+    """Returns `x` times the matrix `name`, which may be quantized."""
+    return rescale(layer, name, x @ layer[name].astype(x.dtype))
 
 
 def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
-    """A mixture of gated MLPs: the sum of those that the router chooses for a token, by its softmax over all of them.
+    """Returns a mixture of gated MLPs `[B, L, D]`: those that the router chooses for a token, weighted by its softmax.
 
-    Under a mesh each device takes its own rows through the experts that it holds, and what the
-    devices along the experts' axis make is summed: XLA, left alone, would gather the rows of all of them to sort.
+    Under a mesh each device takes its own rows through the experts that it holds, and one sum over the experts' axis
+    follows, as for a dense MLP.
     """
     weights = {name: layer[name] for name in ("router", *EXPERTS)}
     mesh = jax.sharding.get_abstract_mesh()
@@ -57,18 +61,22 @@ def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
     rows = P(None if x_BLD.shape[0] % splits("batch") else AXIS_RULES["batch"])
     over = AXIS_RULES["experts"]
 
-    def part(weights: Params, x_BLD: Array) -> Array:
-        first = jax.lax.axis_index(over) * weights[EXPERTS[0]].shape[0]
-        return jax.lax.psum(_mix_experts(weights, x_BLD, options, first), over)
+    specs = {"router": P(), **dict.fromkeys(EXPERTS, P(over))}
+    # XLA's own partition would gather the rows of all devices, to sort them by expert.
+    part = functools.partial(_mix_part, options, over)
+    return constrain_rows(jax.shard_map(part, in_specs=(specs, rows), out_specs=rows, check_vma=False)(weights, x_BLD))
 
-    lie = {"router": P(), **dict.fromkeys(EXPERTS, P(over))}
-    return constrain_rows(jax.shard_map(part, in_specs=(lie, rows), out_specs=rows, check_vma=False)(weights, x_BLD))
+
+def _mix_part(options: Options, over: str, weights: Params, x_BLD: Array) -> Array:
+    """Returns the mixture of one device's rows, summed over the mesh axis `over` that its experts are spread on."""
+    first = jax.lax.axis_index(over) * weights[EXPERTS[0]].shape[0]
+    return jax.lax.psum(_mix_experts(weights, x_BLD, options, first), over)
 
 
 def _mix_experts(layer: Params, x_BLD: Array, options: Options, first: Array | int = 0) -> Array:
-    """What the experts from number `first` on add to the mixture, as many as `layer` has.
+    """Returns the part of the mixture that comes from the experts of `layer`, the first of which is number `first`.
 
-    Rows are sorted by expert and multiplied in groups, so a token costs as many MLPs as it is given.
+    Rows are sorted by expert and multiplied in groups, so a token costs as many MLPs as it has experts.
     """
     (batch, length, width), held = x_BLD.shape, layer["expert_gate"].shape[0]
     x_ND = x_BLD.reshape(-1, width)
@@ -76,18 +84,21 @@ def _mix_experts(layer: Params, x_BLD: Array, options: Options, first: Array | i
     weight_NR, expert_NR = jax.lax.top_k(scores_NE, options.chosen)
     if options.renormalize:
         weight_NR = weight_NR / jnp.sum(weight_NR, axis=-1, keepdims=True)
-    expert_NR = (expert_NR - first) % options.experts  # those that are here come first
+    expert_NR = (expert_NR - first) % options.experts  # the experts of this device come first
     order = jnp.argsort(expert_NR.reshape(-1), stable=True)
     sizes_E = jnp.bincount(expert_NR.reshape(-1), length=options.experts)[:held].astype(jnp.int32)
-
-    def times(rows: Array, name: str) -> Array:
-        return jax.lax.ragged_dot(rows, layer[name].astype(rows.dtype), sizes_E)
-
     rows_MD = x_ND[order // options.chosen]
-    inner_MF = ACTIVATIONS[options.activation](times(rows_MD, "expert_gate")) * times(rows_MD, "expert_up")
-    made_MD = times(inner_MF, "expert_down")[jnp.argsort(order)]
+    gate_MF = ACTIVATIONS[options.activation](_multiply_groups(layer, "expert_gate", rows_MD, sizes_E))
+    inner_MF = gate_MF * _multiply_groups(layer, "expert_up", rows_MD, sizes_E)
+    made_MD = _multiply_groups(layer, "expert_down", inner_MF, sizes_E)[jnp.argsort(order)]
     made_NRD = made_MD.reshape(-1, options.chosen, width)
     if held < options.experts:
+        # Rows of other devices' experts lie behind all groups, where `ragged_dot` defines no result.
         made_NRD = jnp.where(expert_NR[..., None] < held, made_NRD, 0)
     mixed_ND = jnp.einsum("NRD,NR->ND", made_NRD, weight_NR.astype(x_BLD.dtype))
     return mixed_ND.reshape(batch, length, width)
+
+
+def _multiply_groups(layer: Params, name: str, rows: Array, sizes_E: Array) -> Array:
+    """Returns each group of rows times its own expert's matrix."""
+    return jax.lax.ragged_dot(rows, layer[name].astype(rows.dtype), sizes_E)

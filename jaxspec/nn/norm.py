@@ -9,9 +9,9 @@ from jaxspec.base import Array
 
 
 def rms_norm(x: Array, weight: Array, eps: float, *, centred: bool = False) -> Array:
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, statistics in fp32, in `x`'s dtype.
+    """Returns `weight * x / sqrt(mean(x^2) + eps)` over the last axis, in `x`'s dtype; statistics are fp32.
 
-    Where `centred`, by `1 + weight` in fp32 (Gemma's).
+    With `centred` the factor is `1 + weight`, applied in fp32, as in Gemma.
     """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)

@@ -1,4 +1,4 @@
-"""Weights of decoder layers as int8 with a scale an output channel: half of bf16's memory and traffic."""
+"""int8 weights of decoder layers, with one scale per output channel: half of bf16's memory and traffic."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Params
 
 CONTRACTED = {"qkv": (-4,), "out": (-4, -3, -2), "gate": (-2,), "up": (-2,), "down": (-2,)}
-"""The matrices of a layer -> their axes that a matmul sums over; the others are its output channels."""
+"""Matrix of a layer -> its axes that a matmul sums over; the other axes are its output channels."""
 LEVELS = 127
+"""Greatest int8 that a weight becomes."""
 
 
 def scale_name(name: str) -> str:
-    """What the scales of a matrix are called."""
+    """Returns the name of a matrix's scales."""
     return f"{name}_scale"
 
 
 def quantize(name: str, weight: Array) -> dict[str, Array]:
-    """A layer's matrix `name`, stacked or not, as int8, and its fp32 scales under `scale_name`.
+    """Returns a layer's matrix `name`, stacked or not, as int8, and its fp32 scales under `scale_name`.
 
     With scale `s = max |w| / 127` of an output channel, `|w - s * int8(w)| <= s / 2`.
     """
@@ -31,20 +32,21 @@ def quantize(name: str, weight: Array) -> dict[str, Array]:
 
 
 def quantize_layers(params: Params) -> Params:
-    """A target's weights with every matrix of its layers quantized; `layers` holds a dict a layer, or one stacked."""
-
-    def one(layer: Params) -> Params:
-        made = [quantize(name, w) if name in CONTRACTED else {name: w} for name, w in layer.items()]
-        return {name: weight for part in made for name, weight in part.items()}
-
+    """Returns a target's weights with every matrix of its layers quantized, whether the layers are stacked or not."""
+    # Norms, embedding and LM head stay exact, because drafters' losses are made of the head's logits.
     layers = params["layers"]
-    return {**params, "layers": one(layers) if isinstance(layers, dict) else [one(layer) for layer in layers]}
+    made = _quantize_layer(layers) if isinstance(layers, dict) else [_quantize_layer(layer) for layer in layers]
+    return {**params, "layers": made}
+
+
+def _quantize_layer(layer: Params) -> Params:
+    """Returns one layer's weights with every matrix quantized."""
+    made = [quantize(name, w) if name in CONTRACTED else {name: w} for name, w in layer.items()]
+    return {name: weight for part in made for name, weight in part.items()}
 
 
 def rescale(layer: Mapping[str, Array], name: str, product: Array) -> Array:
-    """What a matmul with the matrix `name` gave, in the matrix's own units: as it is where that is not quantized.
-
-    Scaling the product and not the matrix leaves int8 the matmul's operand, which XLA converts as it reads it.
-    """
+    """Returns a product with the matrix `name`, times the matrix's scales where it is quantized."""
+    # The product is scaled and not the matrix, so int8 is the matmul's operand, which XLA converts as it reads it.
     scale = layer.get(scale_name(name))
     return product if scale is None else (product.astype(jnp.float32) * scale).astype(product.dtype)

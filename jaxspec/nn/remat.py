@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping it."""
+"""Rematerialization: the backward pass computes values again instead of keeping them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any, Literal, TypeVar
 import jax
 
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass of a layer computes again: nothing; what is no product with a weight; all of it."""
-
+"""Values of a layer that the backward pass computes again: none; all but products with weights (`dots`); all."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def recompute(remat: Remat, function: Function) -> Function:
-    """`function`, whose backward pass makes again what `remat` says and keeps the rest."""
+    """Returns `function` with a backward pass that computes again the values that `remat` names and keeps the rest."""
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

@@ -12,14 +12,16 @@ from jaxspec.base import Array
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the pretraining length.
+    """A scaling of rotary frequencies, for texts longer than those of pretraining.
 
-    `linear` divides every frequency by `factor`; `llama3` (Llama 3.1 model card) leaves wavelengths below
-    `original_positions / high_freq_factor` alone, divides those above `original_positions / low_freq_factor` and
-    interpolates between; `yarn` (arXiv 2309.00071) interpolates by channel, between `low` and `high`, from frequencies
-    left alone to divided ones; `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`, in texts
-    that may become longer than `original_positions` by that of `long_factors`; `dynamic` (NTK) raises the base by how
-    far a text may go beyond `original_positions`.
+    * `linear` divides every frequency by `factor`.
+    * `llama3` (Llama 3.1 model card) keeps wavelengths below `original_positions / high_freq_factor`, divides those
+      above `original_positions / low_freq_factor`, and interpolates between.
+    * `yarn` (arXiv 2309.00071) keeps the frequencies of the first channels, up to `low`, divides those from `high` on,
+      and interpolates between.
+    * `longrope` (arXiv 2402.13753) divides each frequency by its own of `factors`, or of `long_factors` in texts that
+      may become longer than `original_positions`.
+    * `dynamic` (NTK) raises the base by how far a text may go beyond `original_positions`.
     """
 
     kind: str
@@ -30,21 +32,21 @@ class RopeScaling:
     low: float = dataclasses.field(default=0.0, repr=False)
     high: float = dataclasses.field(default=1.0, repr=False)
     turns: tuple[float, float] = dataclasses.field(default=(32.0, 1.0), repr=False)
-    """Within the original length, of the channels `low` and `high` (`beta_fast` and `beta_slow` of config.json)."""
+    """Turns of the channels `low` and `high` within the original length (`beta_fast`, `beta_slow` of config.json)."""
     truncate: bool = dataclasses.field(default=True, repr=False)
     """Whether `low` and `high` were rounded to whole channels."""
     factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     long_factors: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     amplitude: float = dataclasses.field(default=1.0, repr=False)
-    """Queries and keys are longer by this where they are rotated."""
+    """Factor of queries and keys where they are rotated."""
 
     def __post_init__(self) -> None:
-        for name in ("turns", "factors", "long_factors"):  # lists in a file that a drafter was saved with
+        for name in ("turns", "factors", "long_factors"):  # a drafter's saved file has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = None, length: int = 0) -> Array:
-    """Angular frequencies `[C / 2]`, radians a position, in texts of at most `length` tokens."""
+    """Returns angular frequencies `[C / 2]`, in radians per position, for texts of at most `length` tokens."""
     if scaling is not None and scaling.kind == "dynamic":
         ratio = max(length, scaling.original_positions) / scaling.original_positions
         theta *= (scaling.factor * ratio - (scaling.factor - 1)) ** (channels / (channels - 2))
@@ -66,16 +68,16 @@ def rope_frequencies(channels: int, theta: float, scaling: RopeScaling | None = 
 
 
 def rope(positions_BL: Array, frequencies: Array, amplitude: float = 1.0) -> tuple[Array, Array]:
-    """Cosine and sine `[B, L, C / 2]`, fp32, of every position, times `amplitude`."""
+    """Returns cosine and sine `[B, L, C / 2]` of every position, fp32, times `amplitude`."""
     angle = positions_BL[..., None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return (cos, sin) if amplitude == 1 else (amplitude * cos, amplitude * sin)
 
 
 def rotate(x_BLKJC: Array, cos_BLC: Array, sin_BLC: Array) -> Array:
-    """Rotate channel `i` with channel `i + C/2` by the position's angle (the half-split form of Llama checkpoints).
+    """Rotates channel `i` with channel `i + C/2` by the position's angle, the half-split form of Llama checkpoints.
 
-    Where there are angles for fewer channels, only so many, from the first, are rotated.
+    Where there are angles for fewer channels, only the first channels are rotated.
     """
     turned = 2 * cos_BLC.shape[-1]
     if turned < x_BLKJC.shape[-1]:

@@ -1,1 +1,1 @@
-"""Devices and processes: meshes, rows over devices, several hosts."""
+"""Devices and processes: meshes, rows spread over devices, several hosts."""

@@ -1,4 +1,4 @@
-"""What the processes of a program tell each other, and what all must have alike."""
+"""Communication between the processes of a program: barriers, exchanged values, and checks that they agree."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ import jax
 from jaxspec.console.results import differences
 
 FOREVER_MS = 10 * 365 * 24 * 3600 * 1000
+"""Ten years: the coordination service wants a timeout."""
 
 
 def say(line: str) -> None:
-    """One line for the reader of the log."""
+    """Writes one line to the log, from process 0 alone."""
     if jax.process_index() == 0:
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
 
 def meet(name: str) -> None:
-    """Returns when all processes have come here, however long that takes; every place has its own `name`."""
+    """Waits until all processes have called this with the same `name`; no two places in the program share a name."""
     state = process_state()
     if state.client is not None:
         state.client.wait_at_barrier(f"jaxspec/{name}", FOREVER_MS)
 
 
 def exchange(name: str, value: Any) -> list[Any]:
-    """The values (JSON) that all processes give, in order of process; every place has its own `name`."""
+    """Returns the JSON values that all processes give, by process; no two places in the program share a `name`."""
     state = process_state()
     if state.client is None:
         return [value]
@@ -43,7 +44,10 @@ def exchange(name: str, value: Any) -> list[Any]:
 
 
 def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:
-    """ValueError naming the processes whose `facts` (JSON) are not those of process 0, and where they differ."""
+    """Checks that all processes have the same `facts` (JSON).
+
+    Raises ValueError, which names a process that differs from process 0, where it differs, and the `advice`.
+    """
     first, *others = exchange(name, dict(facts))
     for number, theirs in enumerate(others, 1):
         changed = differences(first, theirs)
@@ -54,7 +58,10 @@ def agree(name: str, facts: Mapping[str, Any], advice: str) -> None:
 
 
 def check_shared(folder: str | Path) -> None:
-    """ValueError naming a process that does not see what process 0 writes into the folder, which is made if need be."""
+    """Checks that all processes see the files that process 0 writes into the folder, which it makes if need be.
+
+    Raises ValueError, which names a process that does not.
+    """
     state, folder = process_state(), Path(folder)
     if state.client is None:
         return
@@ -75,10 +82,8 @@ def check_shared(folder: str | Path) -> None:
 
 
 def process_state() -> Any:
-    """JAX's own record of the processes: `client`, `process_id`, `num_processes`.
-
-    Private, but the only door to the store and the barriers of the coordination service; Orbax goes through it too.
-    """
+    """Returns JAX's own record of the processes: `client`, `process_id`, `num_processes`."""
+    # Private, but JAX offers the store and the barriers of its coordination service nowhere else. Orbax uses it too.
     from jax._src import distributed
 
     return distributed.global_state

@@ -1,4 +1,4 @@
-"""Where every array lives: rules from logical axes to mesh axes, and the meshes they name."""
+"""Meshes, and the rules by which the logical axes of arrays are spread over them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
-"""Outermost first: between slices of a pod or hosts of GPUs the network is slow, along `tensor` it is used most."""
-
+"""Axes of every mesh, outermost first: between slices or hosts the network is slow, along `tensor` it is used most."""
 
 ROW_AXES = ("slice", "data", "fsdp")
 """Mesh axes over which the rows of a batch are spread."""
-
 
 AXIS_RULES: dict[str | None, Any] = {
     "batch": ROW_AXES,
@@ -28,7 +26,7 @@ AXIS_RULES: dict[str | None, Any] = {
     "experts": "tensor",
     None: None,
 }
-"""Logical axis -> mesh axis (or axes)."""
+"""Logical axis -> mesh axis or axes that split it; None: whole on every device."""
 
 
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
@@ -61,15 +59,16 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "v_YBKSC": (None, "batch", "kv_heads", None, None),
     "root_logits_BV": ("batch", "vocab"),
 }
-"""The same for the large arrays of a decoding state."""
+"""Leaf name -> logical axes of the large arrays of a decoding state."""
 
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, *, slices: int = 1, devices: list[Any] | None = None
 ) -> Mesh:
-    """A mesh over `slices x data x fsdp x tensor` devices; -1 for `data` takes what the others leave.
+    """Returns a mesh of `slices x data x fsdp x tensor` devices; -1 for `data` takes the devices that the others leave.
 
-    Within a slice, TPUs stand as their network does. Raises ValueError where the device count does not divide.
+    Within a slice, TPUs are ordered as their network is. Raises ValueError where the sizes do not give the number of
+    devices.
     """
     devices = list(jax.devices()) if devices is None else devices
     if data == -1:
@@ -91,13 +90,13 @@ def make_mesh(
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The last named key of a pytree path (`layers/0/qkv` -> `qkv`)."""
+    """Returns the last named key of a pytree path (`layers/0/qkv` -> `qkv`)."""
     names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
     return next((n for n in reversed(names) if n), "")
 
 
 def spec(name: str, ndim: int) -> P:
-    """The partition of an array called `name`: its rule, or replicated when it has none."""
+    """Returns the partition of an array called `name` with `ndim` axes; without a rule it is replicated."""
     axes = STATE_AXES.get(name) or PARAMETER_AXES.get(name)
     if axes is None:
         return P()
@@ -106,34 +105,30 @@ def spec(name: str, ndim: int) -> P:
 
 
 def splits(axis: str) -> int:
-    """Into how many parts the mesh in context (`jax.set_mesh`) splits a logical axis; 1 where there is no mesh."""
+    """Returns the number of parts into which the mesh in context (`jax.set_mesh`) splits a logical axis."""
     over = AXIS_RULES[axis]
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape.get(a, 1) for a in ((over,) if isinstance(over, str) else over or ()))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x`, held to its logical axes in a program traced under `jax.set_mesh`; else untouched.
+    """Returns `x`, constrained to its logical axes in a program traced under `jax.set_mesh`; elsewhere as it is.
 
-    An axis that its mesh axes do not divide evenly, such as a batch of one, is left as XLA likes. In a `shard_map`
-    arrays are a device's own, and stay as they are.
+    An axis that its mesh axes do not divide evenly, such as a batch of one, is left to XLA. In a `shard_map` arrays
+    are one device's own and stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
-
-    def part(size: int, axis: str | None) -> Any:
-        if axis is not None and size % splits(axis):
-            return P.UNCONSTRAINED
-        return AXIS_RULES[axis]
-
-    return jax.lax.with_sharding_constraint(x, P(*map(part, x.shape, axes)))
+    uneven = [axis is not None and size % splits(axis) for size, axis in zip(x.shape, axes, strict=True)]
+    parts = (P.UNCONSTRAINED if odd else AXIS_RULES[axis] for odd, axis in zip(uneven, axes, strict=True))
+    return jax.lax.with_sharding_constraint(x, P(*parts))
 
 
 def constrain_tree(tree: Any) -> Any:
-    """`tree`, every leaf held to its name's rule in a program traced under `jax.set_mesh`; else untouched.
+    """Returns `tree`, every leaf constrained to its name's rule in a program traced under `jax.set_mesh`.
 
-    So a program's result lies as the next call of the same program expects it.
+    Elsewhere the tree stays as it is. A program constrains its results so that they lie as its next call expects them.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
@@ -165,10 +160,10 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over `slice`, `data` and `fsdp`, every other axis whole."""
+    """Returns the sharding of a batch: rows split over `slice`, `data` and `fsdp`, every other axis whole."""
     return NamedSharding(mesh, P(AXIS_RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding with a whole copy on every device."""
     return NamedSharding(mesh, P())

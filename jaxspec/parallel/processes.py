@@ -1,8 +1,8 @@
-"""How a program becomes one process of several: how it joins them, what all must have alike, and how they end together.
+"""Several processes of one program: how a process joins the others, and how they end together.
 
-Processes are told of each other by flags or environment, or by what JAX finds of the cluster itself. From then on they
-stand and fall together: where one fails, all stop with its sentence; where one is lost, all others stop within the
-heartbeat timeout and say so.
+Processes learn of each other from flags, from the environment, or from the cluster that JAX finds. From then on they
+end together: where one fails, all stop with its message; where one is lost, all others stop within the heartbeat
+timeout and say so. No process waits for a collective operation that cannot finish.
 """
 
 from __future__ import annotations
@@ -26,23 +26,18 @@ from jaxspec.console import cli
 from jaxspec.parallel.agreement import FOREVER_MS, agree, meet, process_state
 
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
-"""What stands in for a flag that is not given."""
-
+"""Flag -> environment variable that replaces it where it is not given."""
 
 GRACE_SECONDS = 10
-"""For JAX's own end of waiting after ours, and for the others to leave before process 0."""
-
+"""Time by which JAX's own timeout comes after ours, and that process 0 gives the others to leave."""
 
 NEWS_SECONDS = 2
-"""For news of another process to arrive."""
-
+"""Time for news of another process to arrive."""
 
 FAILURE, LEFT = "jaxspec/failure", "jaxspec/left"
-"""Keys in the coordination service's store: the first failure, and who has left because of it."""
-
+"""Keys in the coordination service's store: the first failure, and the processes that have left because of it."""
 
 FIRST_LOST = "process 0 was lost (it does not answer any more)"
-
 
 NOT_JOINED = (
     "(JAX found a cluster in the environment but could not join it: give --coordinator, --processes and --process, or "
@@ -73,7 +68,7 @@ class Launch:
 
 
 class Place(NamedTuple):
-    """Which process of how many."""
+    """The number of a process among all of them."""
 
     coordinator: str
     """HOST:PORT of process 0; empty for a process alone."""
@@ -82,12 +77,13 @@ class Place(NamedTuple):
 
 
 ALONE = Place("", 1, 0)
+"""The place of a process without others."""
 
 
 def place_of(how: Launch) -> Place | None:
-    """The place that the flags give this process, or for those left out the environment; None: JAX must look for it.
+    """Returns the place that the flags give this process; for missing flags the environment counts.
 
-    Raises `cli.WrongUsage` where they do not fit together.
+    None: JAX must look for it. Raises `cli.WrongUsage` where the flags do not fit together.
     """
     processes, process = _number("processes", how.processes), _number("process", how.process)
     if processes is None and process is None:
@@ -110,6 +106,7 @@ def place_of(how: Launch) -> Place | None:
 
 
 def _number(flag: str, given: int | None) -> int | None:
+    """Returns the value of a flag, or of its environment variable."""
     text = os.environ.get(VARIABLES[flag])
     if given is not None or text is None:
         return given
@@ -120,11 +117,11 @@ def _number(flag: str, given: int | None) -> int | None:
 
 @contextmanager
 def joined(how: Launch, *, prog: str) -> Iterator[None]:
-    """Runs the body as one process of those that `how` and the machine say; alone, it changes nothing.
+    """Runs the body as one of the processes that `how` or the cluster names; a process alone just runs it.
 
-    Several processes end together. A failure of the body ends all of them with its exit code, each naming the process
-    that failed and its sentence; so does the loss of a process, with EXIT_PREEMPTED, for the same command goes on from
-    the last checkpoint. Preemption (which all agree on) and success wait for the others.
+    Several processes end together. A failure of the body ends all of them with its exit code; each names the process
+    that failed and its message. The loss of a process ends all others with EXIT_PREEMPTED, because the same command
+    goes on from the last checkpoint. Preemption (which all agree on) and success wait for the others.
     Raises ValueError where the processes cannot be joined.
     """
     if jax.distributed.is_initialized() or not _join(how, prog):
@@ -147,7 +144,7 @@ def joined(how: Launch, *, prog: str) -> Iterator[None]:
 
 
 def refuse_several(prog: str, advice: str) -> None:
-    """ValueError, ending in `advice`, if this is one process of several, joined or only named by the environment."""
+    """Raises ValueError, ending in `advice`, where this is one of several processes, joined or yet to be joined."""
     place = place_of(Launch())
     count = place.processes if place else jax.process_count()
     if count > 1:
@@ -155,7 +152,7 @@ def refuse_several(prog: str, advice: str) -> None:
 
 
 def _join(how: Launch, prog: str) -> bool:
-    """Join the other processes, if there are any; says whether there are."""
+    """Joins the other processes; returns whether there are any."""
     place = place_of(how)
     if place == ALONE:
         return False
@@ -169,7 +166,7 @@ def _join(how: Launch, prog: str) -> bool:
         f"{prog}: {who} waited {how.join_timeout} s{at}, and not all were there; start the same command on every host, "
         "or raise --join-timeout\n"
     )
-    waiting = threading.Timer(how.join_timeout, _end, (cli.EXIT_PREEMPTED, late))  # JAX would abort
+    waiting = threading.Timer(how.join_timeout, _end, (cli.EXIT_PREEMPTED, late))  # JAX itself would abort
     waiting.daemon = True
     waiting.start()
     try:
@@ -186,7 +183,7 @@ def _join(how: Launch, prog: str) -> bool:
 
 
 def _join_found(options: Mapping[str, Any]) -> bool:
-    """Join the processes of the cluster that JAX finds; False if it finds none, or one of a single process."""
+    """Joins the processes of the cluster that JAX finds; returns False if it finds none, or a single process."""
     try:
         jax.distributed.initialize(**options)
     except ValueError as failure:
@@ -194,14 +191,14 @@ def _join_found(options: Mapping[str, Any]) -> bool:
             return False
         raise ValueError(f"{cli.sentence(failure)} {NOT_JOINED}") from failure
     except RuntimeError as failure:
-        if "must be called before" in str(failure):  # called from a program that computes already, alone
+        if "must be called before" in str(failure):  # the caller computes already, so it is alone
             return False
         raise ValueError(f"{cli.sentence(failure)} {NOT_JOINED}") from failure
     return process_state().num_processes > 1
 
 
 def _check_port(coordinator: str) -> None:
-    """ValueError if process 0 cannot listen where the others look for it; JAX would crash."""
+    """Raises ValueError where process 0 cannot listen at the port of `coordinator`; JAX itself would crash."""
     port = int(coordinator.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -216,9 +213,9 @@ def _check_port(coordinator: str) -> None:
 class _Watch:
     """Ends this process when another fails or is lost, and tells the others when this one fails.
 
-    Threads wait on the coordination service: for the note of a failure; at a barrier that nobody else comes to, which
-    breaks when a process stops sending heartbeats; for the end of the service itself, which is that of process 0. JAX
-    aborts at these moments too, a little later; ours is the readable message.
+    Three threads wait on the coordination service. One waits for the note of a failure. One waits at a barrier that no
+    other process comes to, which breaks when a process stops sending heartbeats. One waits for the end of the service,
+    which is the end of process 0. JAX aborts at these moments too, a little later and without a readable message.
     """
 
     def __init__(self, prog: str, heartbeat_timeout: int) -> None:
@@ -227,7 +224,7 @@ class _Watch:
         self.client, self.process, self.processes = state.client, state.process_id, state.num_processes
         self.coordinator = state.coordinator_address
         self.ending = False
-        """All is done, so others may go."""
+        """Whether all work is done, so that other processes may go."""
         self.leaving = threading.Lock()
         waits = [self._await_failure, self._await_loss, *([self._await_first] if self.process else [])]
         self.threads = [threading.Thread(target=wait, daemon=True) for wait in waits]
@@ -235,47 +232,49 @@ class _Watch:
             thread.start()
 
     def tell(self, line: str) -> None:
-        """One line to the log, from process 0."""
+        """Writes one line to the log, from process 0 alone."""
         if self.process == 0:
             sys.stderr.write(f"{self.prog}: {line}\n")
 
     def close(self) -> None:
-        """Leave together with the others, after all is done."""
+        """Leaves together with the others, after all work is done."""
         self.ending = True
-        jax.distributed.shutdown()  # wakes the threads; one that still slept when the interpreter ends would crash it
+        jax.distributed.shutdown()  # wakes the threads: one still waiting at the interpreter's end would crash it
         for thread in self.threads:
             thread.join(GRACE_SECONDS)
 
     def fail(self, failure: BaseException) -> NoReturn:
-        """End all processes for a failure of this one, or this one if it only shows that another has ended."""
+        """Ends all processes for a failure of this one; ends this one if its failure shows that another has ended."""
         if _is_broken_off(failure):
-            self._wait_for_verdict(failure)
+            self._wait_for_news(failure)
         known = cli.verdict(failure)
         if known is None:
             traceback.print_exception(failure)
         code, reason = known or (cli.EXIT_FAILED, f"{type(failure).__name__}: {cli.sentence(failure)}")
         try:
             self.client.key_value_set(FAILURE, json.dumps([self.process, code, reason]))
-        except jax.errors.JaxRuntimeError:  # another failed first, or process 0 is gone: the threads tell
+        except jax.errors.JaxRuntimeError:  # another failed first, or process 0 is gone; the threads say so
             pass
         self._leave(code, f"process {self.process} of {self.processes}: {reason}")
 
-    def _wait_for_verdict(self, failure: BaseException) -> None:
-        """Let the threads end this process if another failed or is lost; a broken connection needs no heartbeats."""
+    def _wait_for_news(self, failure: BaseException) -> None:
+        """Lets the threads end this process if another failed or is lost; a broken connection needs no heartbeats."""
         if "Gloo" in str(failure):
             time.sleep(NEWS_SECONDS)
             self._lose(f"another process was lost ({cli.sentence(failure)})")
         time.sleep(self.heartbeat_timeout + NEWS_SECONDS)
 
     def _await_failure(self) -> None:
+        """Waits for the note of a failure, and ends this process for it."""
         try:
             process, code, reason = json.loads(self.client.blocking_key_value_get(FAILURE, FOREVER_MS))
-        except jax.errors.JaxRuntimeError:  # all is done, or process 0 is lost, which the other thread tells
+        except jax.errors.JaxRuntimeError:  # all is done, or process 0 is lost, which another thread says
             return
         if process != self.process:
             self._leave(code, f"stopped, for process {process} of {self.processes} failed: {reason}")
 
     def _await_loss(self) -> None:
+        """Waits at a barrier of this process's own, which breaks when another process is lost."""
         try:
             self.client.wait_at_barrier(f"jaxspec/loss/{self.process}", FOREVER_MS)
         except jax.errors.JaxRuntimeError as broken:
@@ -289,35 +288,38 @@ class _Watch:
             self._lose(f"another process was lost ({cli.sentence(broken)})")
 
     def _await_first(self) -> None:
+        """Waits for the end of process 0: the port of its coordination service refuses connections then."""
         host, _, port = self.coordinator.rpartition(":")
         try:
             while not self.ending:
                 with socket.create_connection((host.strip("[]"), int(port))) as line:
-                    while line.recv(4096):  # nothing is asked; the service hangs up now and then
+                    while line.recv(4096):  # the service sends nothing, and hangs up now and then
                         pass
                 time.sleep(0.05)
         except ConnectionRefusedError:
             if not self.ending:
                 self._lose(FIRST_LOST)
-        except OSError:  # says nothing about process 0: heartbeats will
+        except OSError:  # says nothing about process 0; heartbeats do
             pass
 
     def _lose(self, what: str) -> NoReturn:
+        """Ends this process because another is lost."""
         self._leave(
             cli.EXIT_PREEMPTED, f"stopped, for {what}; start all {self.processes} processes again with the same command"
         )
 
     def _leave(self, code: int, line: str) -> NoReturn:
-        """Say why and end this process at once; process 0, which holds the coordination service, after the others."""
-        self.leaving.acquire()  # for good: the first to leave ends the process
+        """Says why and ends this process; process 0, which runs the coordination service, ends after the others."""
+        self.leaving.acquire()  # never released: the first thread that leaves ends the process
         sys.stderr.write(f"{self.prog}: {line}\n")
         if code == cli.EXIT_PREEMPTED:
-            time.sleep(0 if self.process else 0.05)  # the others hear of it now; soon JAX aborts all
+            time.sleep(0 if self.process else 0.05)  # the others learn of it now; soon JAX aborts all
         else:
             self._wait_for_others()
         _end(code)
 
     def _wait_for_others(self) -> None:
+        """Notes that this process leaves; process 0 waits until all others have."""
         try:
             if self.process:
                 self.client.key_value_set(f"{LEFT}/{self.process}", "")
@@ -330,13 +332,13 @@ class _Watch:
 
 
 def _is_broken_off(failure: BaseException) -> bool:
-    """Whether a failure may be that of an operation with other processes, of which one has ended."""
+    """Returns whether a failure may come from an operation with other processes, one of which has ended."""
     codes = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")
     return isinstance(failure, RuntimeError | ValueError) and str(failure).startswith(codes)
 
 
 def _end(code: int, line: str = "") -> NoReturn:
-    """End the process without waiting for anything: at its ordinary end JAX waits for all others."""
+    """Ends the process at once; at an ordinary end JAX would wait for all others."""
     sys.stderr.write(line)
     sys.stderr.flush()
     sys.stdout.flush()

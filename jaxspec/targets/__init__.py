@@ -1,1 +1,1 @@
-"""Frozen language models, one family a file."""
+"""Frozen language models; each family has one file."""

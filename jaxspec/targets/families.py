@@ -1,4 +1,4 @@
-"""The families of targets that HuggingFace folders may hold, by the `model_type` of their `config.json`."""
+"""The families of targets that are read from HuggingFace folders, by the `model_type` of their `config.json`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from jaxspec.targets.qwen3_moe import QWEN3_MOE
 FAMILIES = {
     family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 }
-"""A new family is one file and one entry here."""
+"""`model_type` -> family. A new family is one file and one entry here."""
 
 
 def family_of(config: LlamaConfig) -> Family:
-    """The family that a config is of."""
+    """Returns the family of a config."""
     return FAMILIES[config.family] if isinstance(config, DecoderConfig) else LLAMA
 
 
 def find_family(path: Path, raw: Mapping[str, Any]) -> Family:
-    """The family that a `config.json` names by `model_type`, by `architectures`, or by both; ValueError for others."""
+    """Returns the family that a `config.json` names by `model_type`, by `architectures`, or by both.
+
+    Raises ValueError, which lists the families, for any other.
+    """
     architectures, kind = raw.get("architectures"), raw.get("model_type")
     known = ", ".join(f"{f.architecture} (model_type {f.model_type!r})" for f in FAMILIES.values())
     if not architectures and not kind:

@@ -1,5 +1,4 @@
-"""What a family of targets is to the readers and writers of HuggingFace folders: a name, what its `config.json` says
-beside a shape, and the tensors of a layer."""
+"""A family of targets, as readers and writers of HuggingFace folders know it: its name, traits and tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +14,21 @@ from jaxspec.targets.traits import Trait
 
 
 class Family(NamedTuple):
-    """A family as its `config.json` names it."""
+    """A family of targets. Its traits and tensors serve reading and writing alike."""
 
     model_type: str
     architecture: str
     traits: tuple[Trait, ...]
-    """All that its `config.json` says of `Options`."""
+    """The departures from Llama that its `config.json` describes, as `Options`."""
     layer: Callable[[LlamaConfig], Tensors] = llama_layer
-    """The tensors of one layer."""
+    """Returns the tensors of one layer."""
     defaults: Mapping[str, Any] = MappingProxyType({})
-    """What transformers takes for absent fields; config.json may leave out whatever equals its default."""
+    """Values of absent fields in transformers; config.json may leave out a field that equals its default."""
     rope_of: str | None = None
-    """The kind of layers whose rotary positions count, in a family where each kind has its own."""
+    """The kind of layers whose rotary positions are the model's, in a family where each kind has its own."""
 
     def config(self, fields: Fields) -> LlamaConfig:
-        """The config that a `config.json` of this family describes; ValueError where it says what is not supported."""
+        """Returns the config that a `config.json` of this family describes; ValueError for unsupported values."""
         shape = read_shape(fields, self.rope_of)
         options = Options(**{name: value for trait in self.traits for name, value in trait.read(fields).items()})
         if self.model_type == "llama":
@@ -37,14 +36,13 @@ class Family(NamedTuple):
         return DecoderConfig(**shape, family=self.model_type, options=options)
 
     def fields(self, config: LlamaConfig) -> dict[str, Any]:
-        """What `config` makes a config of, in the spellings of transformers 5 and of older readers."""
+        """Returns the fields that `config` reads, in the spellings of transformers 5 and of older readers."""
         fields = {"architectures": [self.architecture], "model_type": self.model_type, **write_shape(config)}
         for trait in self.traits:
             fields |= trait.write(config)
         return fields
 
 
-# What most families take for absent fields.
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
@@ -52,12 +50,13 @@ DEFAULTS = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+"""Values of absent fields in most families."""
 
 
 def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
-    """What every family has, as arguments of `LlamaConfig`.
+    """Returns the fields that every family has, as arguments of `LlamaConfig`.
 
-    `rope_of` is the kind of layers whose rotary positions count, in a family where each kind has its own.
+    `rope_of` is the kind of layers whose rotary positions are the model's, in a family where each kind has its own.
     """
     layer = fields.layer_shape()
     rope, positions = fields.rope(layers=rope_of), fields.integer("max_position_embeddings")
@@ -79,7 +78,7 @@ def read_shape(fields: Fields, rope_of: str | None = None) -> dict[str, Any]:
 
 
 def write_shape(config: LlamaConfig) -> dict[str, Any]:
-    """The fields that `read_shape` reads; the rotary ones by their older names too."""
+    """Returns the fields that `read_shape` reads; the rotary ones have their older names too."""
     scaling, stop = rope_fields(config.rope_scaling), list(config.eos_ids) or None
     positions = config.max_positions
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":

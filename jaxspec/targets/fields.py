@@ -1,4 +1,4 @@
-"""The fields of a HuggingFace folder's `config.json`, read one by one; every refusal names file, field and value."""
+"""The fields of a HuggingFace folder's `config.json`. Every error names file, field and value."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from jaxspec.nn.mlp import ACTIVATIONS
 from jaxspec.nn.rope import RopeScaling
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+"""Kinds of rotary scaling that are read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """`config.json` as it stands, and what the family takes for fields that it leaves out."""
+    """`config.json` as it stands, and the family's defaults for fields that it leaves out.
+
+    The readers raise ValueError for a value that is not supported.
+    """
 
     path: Path
     raw: Mapping[str, Any]
     generation: Mapping[str, Any]
-    """`generation_config.json`, or nothing."""
+    """`generation_config.json`; empty where there is none."""
     defaults: Mapping[str, Any]
 
     def find(self, name: str) -> Any:
-        """The value of a field; the family's default where it is absent."""
+        """Returns the value of a field; the family's default where it is absent."""
         return self.raw.get(name, self.defaults.get(name))
 
     def integer(self, name: str, default: Any = None) -> int:
-        """A positive whole number; `default`, then the family's, where the field is absent or null."""
+        """Reads a positive whole number; where the field is absent or null, the family's default, then `default`."""
         value = self.defaults.get(name) if self.raw.get(name) is None else self.raw[name]
         value = default if value is None else value
         if value is None:
@@ -39,44 +43,44 @@ class Fields:
         return int(value)
 
     def optional_integer(self, name: str) -> int | None:
-        """A positive whole number, or None where the field is null."""
+        """Reads a positive whole number; None where the field is null."""
         return None if self.find(name) is None else self.integer(name)
 
     def number(self, name: str) -> float:
-        """A positive number."""
+        """Reads a positive number."""
         return self.positive(name, self.find(name))
 
     def optional_number(self, name: str) -> float | None:
-        """A positive number, or None where the field is null."""
+        """Reads a positive number; None where the field is null."""
         return None if self.find(name) is None else self.number(name)
 
     def positive(self, name: str, value: Any) -> float:
-        """`value` of the field called `name`, if it is a positive number."""
+        """Returns `value`, of the field called `name`, if it is a positive number; raises ValueError if not."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
             raise ValueError(f"{self.path}: {name}={value!r} must be a positive number")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """Whether a field is set."""
+        """Returns whether a field is set."""
         return bool(self.find(name))
 
     def token(self, name: str) -> int | None:
-        """A token id; early Llama files say -1 for none."""
+        """Reads a token id; None where it is absent, or -1, as in early Llama files."""
         value = self.find(name)
         return value if isinstance(value, int) and value >= 0 else None
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Those that `generation_config.json` lists, else those of `config.json`."""
+        """Returns the ids that end a text: those of `generation_config.json`, else those of `config.json`."""
         generation = _ids(self.path.with_name("generation_config.json"), self.generation.get("eos_token_id"))
         return generation or _ids(self.path, self.find("eos_token_id"))
 
     def pad_id(self) -> int | None:
-        """The padding token, wherever it is given."""
+        """Returns the padding token of either file; None where neither has one."""
         value = self.generation.get("pad_token_id") if self.find("pad_token_id") is None else self.find("pad_token_id")
         return value if isinstance(value, int) and value >= 0 else None
 
     def activation(self, name: str = "hidden_act") -> str:
-        """The MLP's activation."""
+        """Reads the MLP's activation, one of `ACTIVATIONS`."""
         value = self.find(name)
         if value not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
@@ -84,7 +88,7 @@ class Fields:
         return value
 
     def windows(self, window: int | None, default: list[bool]) -> tuple[int | None, ...]:
-        """Each layer's window: of those that `layer_types` calls sliding or, where it is absent, `default` says so."""
+        """Returns each layer's window: layers that `layer_types` calls sliding have one, by default those of `default`."""
         kinds = self.raw.get("layer_types")
         if kinds is None:
             local = default
@@ -100,7 +104,7 @@ class Fields:
         return tuple(window if here else None for here in local) if window is not None and any(local) else ()
 
     def layer_shape(self) -> dict[str, Any]:
-        """Width, heads, MLP and norm of a decoder layer, as fields of `LlamaConfig` and of heads' configs."""
+        """Returns width, heads, MLP and norm of a decoder layer, as fields of `LlamaConfig` and drafters' configs."""
         heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
         if self.find("head_dim") is None and width % heads:
             raise ValueError(
@@ -116,10 +120,8 @@ class Fields:
         }
 
     def rope(self, *, layers: str | None = None) -> Rope:
-        """The rotary positions; of the kind of layers `layers` where each has its own.
-
-        As in transformers the older field `rope_scaling`, where set, is read before the newer `rope_parameters`.
-        """
+        """Returns the rotary fields; those of the kind of layers `layers` where each kind has its own."""
+        # As in transformers, the older field `rope_scaling` comes before the newer `rope_parameters` where it is set.
         field = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
         rope = self.raw.get(field) or {}
         if layers is not None and isinstance(rope, dict) and isinstance(rope.get(layers), dict):
@@ -136,6 +138,7 @@ class Fields:
 
 
 def _ids(path: Path, value: Any) -> tuple[int, ...]:
+    """Reads a token id, a list of them, or null."""
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
         raise ValueError(f"{path}: eos_token_id={value!r} must be a token id or a list of them")
@@ -144,25 +147,25 @@ def _ids(path: Path, value: Any) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """The rotary fields of a `config.json`."""
+    """The rotary fields of a `config.json`, read from `field` of `fields`."""
 
     fields: Fields
     field: str
-    """Where they stand."""
+    """Name of the field that they stand in."""
     values: Mapping[str, Any]
     theta: float
     part: float
-    """Of a head's channels, which are rotated."""
+    """Share of a head's channels that is rotated."""
 
     @property
     def kind(self) -> str:
         """The kind of scaling."""
         kind = self.values.get("rope_type", self.values.get("type", "default"))
-        # Early Phi-3 files call it so.
+        # Early Phi-3 files call longrope "su" or "yarn".
         return "longrope" if kind == "su" or (kind == "yarn" and "short_factor" in self.values) else kind
 
     def number(self, name: str) -> float:
-        """A positive number that this kind of scaling needs."""
+        """Reads a positive number that this kind of scaling needs; raises ValueError where it is absent."""
         value = self.values.get(name)
         if value is None and name == "original_max_position_embeddings":
             value = self.fields.find(name)
@@ -173,11 +176,11 @@ class Rope:
         return self.fields.positive(f"{self.field}.{name}", value)
 
     def optional(self, name: str) -> float | None:
-        """A positive number, where it is given."""
+        """Reads a positive number; None where it is absent."""
         return None if self.values.get(name) is None else self.number(name)
 
     def scaling(self, channels: int, positions: int) -> RopeScaling | None:
-        """How the frequencies of `channels` channels are stretched in a model of so many positions."""
+        """Returns the scaling of `channels` rotated channels in a model of so many positions; None: no scaling."""
         kind = self.kind
         if kind == "default":
             return None
@@ -197,33 +200,30 @@ class Rope:
         raise ValueError(f"{self.fields.path}: rope_type={kind!r} in {self.field} is not supported; supported: {known}")
 
     def _yarn(self, channels: int, positions: int) -> RopeScaling:
+        """Reads the fields of YaRN (arXiv 2309.00071, section 3.2)."""
         factor = self.number("factor")
         given = self.values.get("original_max_position_embeddings") is not None
         original = self.number("original_max_position_embeddings") if given else positions
 
-        def channel(turns: float) -> float:
-            """The channel pair that turns so often within the original length."""
-            return channels * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-
         turns = self.optional("beta_fast") or 32.0, self.optional("beta_slow") or 1.0
-        low, high = map(channel, turns)
+        # The channel pairs that turn so often within the original length.
+        low, high = (channels * math.log(original / (t * 2 * math.pi)) / (2 * math.log(self.theta)) for t in turns)
         truncate = bool(self.values.get("truncate", True))
         if truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, channels - 1)
-
-        def amplitude(scale: float) -> float:
-            return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
         over, under = self.optional("mscale"), self.optional("mscale_all_dim")
-        usual = amplitude(over) / amplitude(under) if over and under else amplitude(1.0)
+        usual = _yarn_amplitude(factor, 1.0)
+        if over and under:
+            usual = _yarn_amplitude(factor, over) / _yarn_amplitude(factor, under)
         return RopeScaling(
             "yarn", factor, original_positions=int(original), low=low, high=high + 0.001 * (low == high),
             turns=turns, truncate=truncate, amplitude=self.optional("attention_factor") or usual,
         )  # fmt: skip
 
     def _longrope(self, channels: int, positions: int) -> RopeScaling:
-        """Up to the original length the short factors hold, as in transformers; beyond it, the long ones."""
+        """Reads the fields of LongRoPE (arXiv 2402.13753)."""
+        # Short factors count up to the original length, long ones beyond, as in transformers.
         original = self.number("original_max_position_embeddings")
         factor = self.optional("factor") or positions / original
         return RopeScaling(
@@ -233,7 +233,7 @@ class Rope:
         )  # fmt: skip
 
     def _each(self, name: str, pairs: int) -> tuple[float, ...]:
-        """A number for each rotated pair of channels."""
+        """Reads one number for each rotated pair of channels."""
         factors = self.values.get(name)
         if not isinstance(factors, list) or len(factors) != pairs:
             raise ValueError(
@@ -243,13 +243,18 @@ class Rope:
         return tuple(self.fields.positive(f"{self.field}.{name}", f) for f in factors)
 
 
+def _yarn_amplitude(factor: float, scale: float) -> float:
+    """Returns the factor of queries and keys in texts stretched by `factor` (YaRN, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
 def longrope_amplitude(factor: float, original: float) -> float:
-    """By how much queries and keys grow in a text `factor` times as long as the original, if no field says so."""
+    """Returns the factor of queries and keys in texts `factor` times the original length, where no field gives it."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """A rotary scaling as config.json says it: what `Rope.scaling` reads."""
+    """Returns the fields that `Rope.scaling` reads as this scaling; None for None."""
     if scaling is None:
         return None
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

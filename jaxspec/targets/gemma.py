@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, text: centred norms before and behind, scaled embeddings, windows in most layers, caps."""
+"""Gemma 2 and 3, text: centred norms before and behind, scaled embeddings, windows in most layers, soft caps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from jaxspec.targets.traits import BIAS, Trait, always, layer_types, named, scor
 
 
 def _causal(fields: Fields) -> dict[str, Any]:
-    """What both have."""
+    """Reads the departures that both have; raises ValueError for bidirectional attention."""
     if fields.flag("use_bidirectional_attention"):
         raise ValueError(f"{fields.path}: use_bidirectional_attention is set, but a target attends causally")
     return {"norms_behind": True, "centred_norms": True, "embed_scale": fields.integer("hidden_size") ** 0.5}
 
 
 def _windows(every: Callable[[Fields], int]) -> Trait:
-    """In the layers that `layer_types` says; where it is absent, in all but each `every`-th."""
+    """Returns the trait of windows in the layers that `layer_types` names, by default in all but each `every`-th."""
 
     def read(fields: Fields) -> dict[str, Any]:
         local = [bool((i + 1) % every(fields)) for i in range(fields.integer("num_hidden_layers"))]
@@ -31,6 +31,7 @@ def _windows(every: Callable[[Fields], int]) -> Trait:
 
 
 def _local_theta(fields: Fields) -> dict[str, Any]:
+    """Reads the rotary base of layers with a window, from the newer field or the older one."""
     newer = isinstance(fields.raw.get("rope_parameters"), dict) and not fields.raw.get("rope_scaling")
     theta = fields.number("rope_local_base_freq")
     if newer and "sliding_attention" in fields.raw["rope_parameters"]:
@@ -44,6 +45,7 @@ def _local_theta(fields: Fields) -> dict[str, Any]:
 
 
 def _write_local_theta(config: LlamaConfig) -> dict[str, Any]:
+    """Writes the rotary positions of both kinds of layers."""
     scaling, local = rope_fields(config.rope_scaling), config.options.local_theta
     full = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     kinds = {"full_attention": full, "sliding_attention": {"rope_theta": local, "rope_type": "default"}}
@@ -51,12 +53,14 @@ def _write_local_theta(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _uncapped(fields: Fields) -> dict[str, Any]:
+    """Raises ValueError where attention scores are capped."""
     if fields.find("attn_logit_softcapping") is not None:
         raise ValueError(f"{fields.path}: attn_logit_softcapping is set, which Gemma 3 does not use; set it to null")
     return {}
 
 
 def _layer(c: LlamaConfig) -> Tensors:
+    """Returns the tensors of one layer, with norms before and behind attention and MLP."""
     norms = {
         "input_layernorm": "attention_norm",
         "post_attention_layernorm": "attention_out_norm",

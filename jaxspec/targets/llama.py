@@ -1,4 +1,4 @@
-"""Llama (2, 3.x), Vicuna and every decoder of that shape: nothing departs from `decoder`."""
+"""Llama (2, 3.x), Vicuna and every decoder of that shape: no departure from `decoder`."""
 
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.traits import PLAIN_LLAMA

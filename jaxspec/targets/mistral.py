@@ -1,4 +1,4 @@
-"""Mistral: Llama with a window of attention in every layer."""
+"""Mistral: Llama with a sliding window in every layer, where it is set."""
 
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.traits import ACTIVATION, WINDOW

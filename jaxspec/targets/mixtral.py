@@ -1,4 +1,4 @@
-"""Mixtral: Mistral whose MLPs are experts, of which the router's choice is weighted to sum to 1."""
+"""Mixtral: Mistral whose MLPs are mixtures of experts; the weights of a token's experts sum to 1."""
 
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.family import DEFAULTS, Family
@@ -8,6 +8,7 @@ from jaxspec.targets.traits import ACTIVATION, WINDOW, named
 
 
 def _layer(c: LlamaConfig) -> Tensors:
+    """Returns the tensors of one layer, with experts in place of the MLP."""
     return {**norm_tensors(c), **attention_tensors(c), **expert_tensors(c, "block_sparse_moe", "w1", "w3", "w2")}
 
 

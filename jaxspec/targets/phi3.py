@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama with fused projections, and with a part of each head rotated if asked for."""
+"""Phi-3 and Phi-4: Llama with fused projections, and with a part of each head rotated where that is set."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from jaxspec.targets.traits import ACTIVATION, ROTATED_PART, WINDOW, Trait
 
 
 def _write_stretch(c: LlamaConfig) -> dict[str, Any]:
-    """Phi-3's own reader takes the original length from beside the scaling, and of that no more than three fields."""
+    """Writes the rotary scaling as Phi-3's own reader expects it."""
+    # It reads the original length beside the scaling, and no more than three fields of the scaling.
     scaling = c.rope_scaling
     if scaling is None:
         return {}
@@ -24,7 +25,7 @@ def _write_stretch(c: LlamaConfig) -> dict[str, Any]:
 
 
 def _fused(width: int, *parts: tuple[Part, int]) -> Stored:
-    """A tensor whose rows are those of several parts, one after another."""
+    """Returns a tensor that has the rows of several parts, one after another."""
     placed, end = [], 0
     for part, rows in parts:
         placed.append(part._replace(rows=(end, end + rows)))
@@ -33,6 +34,7 @@ def _fused(width: int, *parts: tuple[Part, int]) -> Stored:
 
 
 def _layer(c: LlamaConfig) -> Tensors:
+    """Returns the tensors of one layer, with fused projections."""
     query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return {
         "self_attn.qkv_proj.weight": _fused(c.width, (QUERY, query), (KEY, key), (VALUE, key)),

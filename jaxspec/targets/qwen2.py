@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values, and windows in the upper layers if asked for."""
+"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values, and windows in upper layers where they are set."""
 
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.traits import ACTIVATION, WINDOW_ABOVE, always

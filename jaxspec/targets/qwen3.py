@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama with norms of queries and keys, biases and windows if asked for."""
+"""Qwen3, dense: Llama with norms of queries and keys, and biases and windows where they are set."""
 
 from jaxspec.targets.family import Family
 from jaxspec.targets.qwen2 import QWEN_DEFAULTS

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 whose MLPs are many small experts."""
+"""Qwen3-MoE: Qwen3 whose MLPs are mixtures of many small experts."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxspec.targets.traits import ACTIVATION, BIAS, WINDOW_IF_ASKED, Trait, alw
 
 
 def _experts(fields: Fields) -> dict[str, Any]:
-    """ValueError where some layers have none."""
+    """Reads the number of experts; raises ValueError where some layers have none."""
     if fields.raw.get("mlp_only_layers") or fields.integer("decoder_sparse_step") != 1:
         raise ValueError(
             f"{fields.path}: layers without experts (mlp_only_layers={fields.raw.get('mlp_only_layers')!r}, "
@@ -21,12 +21,14 @@ def _experts(fields: Fields) -> dict[str, Any]:
 
 
 def _write_experts(config: LlamaConfig) -> dict[str, Any]:
-    """Their number by both names: transformers 5 writes Mixtral's."""
+    """Writes the number of experts."""
+    # transformers 5 writes it by Mixtral's name too.
     count = config.options.experts
     return {"num_experts": count, "num_local_experts": count, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def _layer(c: LlamaConfig) -> Tensors:
+    """Returns the tensors of one layer, with experts in place of the MLP."""
     experts = expert_tensors(c, "mlp", "gate_proj", "up_proj", "down_proj")
     return {**norm_tensors(c), **attention_tensors(c), **experts}
 

@@ -1,4 +1,4 @@
-"""Which tensors a HuggingFace folder stores for a decoder, and where each lies inside this library's weights."""
+"""The tensors that a HuggingFace folder stores for a decoder, and their places inside this library's weights."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from jaxspec.targets.decoder import LlamaConfig
 
 
 class Part(NamedTuple):
-    """Where a stored `[out, in]` tensor, or some of its rows, lies inside a weight of this library."""
+    """The place of a stored `[out, in]` tensor, or of some of its rows, inside a weight of this library."""
 
     weight: str
     axes: tuple[int, ...]
-    """The weight's axis behind the stored rows, and behind the columns: the only axes that may be sharded."""
+    """The weight's axes that the stored rows and columns become; no other axis may be sharded."""
     view: Callable[[Any], Any]
-    """The piece of the weight that the tensor fills, its axes in stored order: the rows' first, then the columns'."""
+    """Returns the piece of the weight that the tensor fills, its axes in stored order: the rows', then the columns'."""
     rows: tuple[int, int] | None = None
-    """The stored rows that it takes, where other parts take the others."""
+    """The stored rows of this part, from and to; None: all."""
     expert: int | None = None
-    """The entry of the weight's leading axis that it fills; `axes` and `view` are of that entry."""
+    """The entry of the weight's leading axis that the tensor fills; `axes` and `view` are of that entry."""
 
 
 class Stored(NamedTuple):
-    """A tensor of a folder."""
+    """A tensor of a folder, and its places."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
 Tensors = dict[str, Stored]
-"""By name; those of a layer by what follows `model.layers.N.`"""
+"""Name -> tensor; a layer's names lack the prefix `model.layers.N.`"""
 
 
 def whole(weight: Any) -> Any:
-    """The weight as it is stored."""
+    """Returns the weight as it is stored."""
     return weight
 
 
 def turned(weight: Any) -> Any:
-    """The weight transposed."""
+    """Returns the weight transposed."""
     return weight.transpose(1, 0)
 
 
 def vector(weight: str, size: int) -> Stored:
-    """A tensor of one axis that is stored as it is."""
+    """Returns a tensor of one axis that is stored as it is."""
     return Stored((size,), (Part(weight, (0,), whole),))
 
 
-# Stored query head h is (k, g) = divmod(h, G), so splitting the rows into [K, G, C] needs no reordering.
+# Stored query head h is (k, g) = divmod(h, G), so its rows split into [K, G, C] without reordering.
 QUERY = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, :-2].transpose(1, 2, 3, 0))
 KEY = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -2].transpose(1, 2, 0))
 VALUE = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0))
@@ -60,7 +60,7 @@ VALUE_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -1])
 
 
 def top_tensors(c: LlamaConfig) -> Tensors:
-    """Those beside the layers."""
+    """Returns the tensors beside the layers: embedding, final norm, and LM head unless tied."""
     table = (c.vocab, c.width)
     tensors = {
         "model.embed_tokens.weight": Stored(table, (Part("embed", (0, 1), whole),)),
@@ -70,7 +70,7 @@ def top_tensors(c: LlamaConfig) -> Tensors:
 
 
 def attention_tensors(c: LlamaConfig) -> Tensors:
-    """Of a layer's attention, by Llama's names; with biases and norms of queries and keys where the config has them."""
+    """Returns the tensors of a layer's attention by Llama's names, with the biases and norms that the config has."""
     query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
     tensors = {
         "self_attn.q_proj.weight": Stored((query, c.width), (QUERY,)),
@@ -91,7 +91,7 @@ def attention_tensors(c: LlamaConfig) -> Tensors:
 
 
 def mlp_tensors(c: LlamaConfig) -> Tensors:
-    """Of a layer's MLP, by Llama's names."""
+    """Returns the tensors of a layer's MLP, by Llama's names."""
     return {
         "mlp.gate_proj.weight": Stored((c.mlp, c.width), (GATE,)),
         "mlp.up_proj.weight": Stored((c.mlp, c.width), (UP,)),
@@ -100,7 +100,7 @@ def mlp_tensors(c: LlamaConfig) -> Tensors:
 
 
 def expert_tensors(c: LlamaConfig, block: str, gate: str, up: str, down: str) -> Tensors:
-    """Of a layer's router and experts, stored one by one in `block` under these names."""
+    """Returns the tensors of a layer's router and experts, stored one by one in `block` under these names."""
     o = c.options
     tensors = {f"{block}.gate.weight": Stored((o.experts, c.width), (Part("router", (1, 0), turned),))}
     for e in range(o.experts):
@@ -114,7 +114,7 @@ def expert_tensors(c: LlamaConfig, block: str, gate: str, up: str, down: str) ->
 
 
 def norm_tensors(c: LlamaConfig) -> Tensors:
-    """The norms before a layer's attention and MLP, by Llama's names."""
+    """Returns the norms before a layer's attention and MLP, by Llama's names."""
     return {
         "input_layernorm.weight": vector("attention_norm", c.width),
         "post_attention_layernorm.weight": vector("mlp_norm", c.width),
@@ -122,7 +122,7 @@ def norm_tensors(c: LlamaConfig) -> Tensors:
 
 
 def llama_layer(c: LlamaConfig) -> Tensors:
-    """Of a layer, by Llama's names."""
+    """Returns the tensors of a layer, by Llama's names."""
     norms = norm_tensors(c)
     first = norms.pop("input_layernorm.weight")
     return {"input_layernorm.weight": first, **attention_tensors(c), **norms, **mlp_tensors(c)}

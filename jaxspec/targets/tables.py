@@ -1,4 +1,4 @@
-"""A frozen target of which embedding and LM head are all there is: its features were computed before."""
+"""A frozen target that has an embedding and an LM head and no layers: its features were computed before."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from jaxspec.targets.decoder import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """See `base.Target`. Weights: `embed [V, D]`, and `head [V, D]` unless tied."""
+    """A `base.Target` without layers. Weights: `embed [V, D]`, and `head [V, D]` unless tied."""
 
     config: LlamaConfig
 
     def clone(self, **_: Any) -> Tables:
-        """Itself: there is no layer that could be run otherwise."""
+        """Returns itself, because fields of `Decoder` such as its dtype concern layers alone."""
         return self
 
     def forward(self, params: Params, *_: Any, **__: Any) -> TargetOutput:
-        """ValueError: there are no layers to run."""
+        """Raises ValueError: there are no layers to run."""
         raise ValueError("this target has no layers; give its features with data.features, or load it whole")
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
-        """fp32 logits `[B, L, V]` of the token after each feature: those of the whole target, bit for bit."""
+        """Returns fp32 logits `[B, L, V]` of the token after each feature, the same bits as the whole target's."""
         return cap(score_tokens(features_BLD, self.shared_tables(params).head_VD), self.config.options.logit_cap)
 
     def shared_tables(self, params: Params) -> SharedTables:
-        """The embedding and LM head (one table when tied)."""
+        """Returns the embedding and the LM head `[V, D]`, which are one table when tied."""
         return SharedTables(params["embed"], params["embed"] if self.config.tied else params["head"])
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """ValueError: there are no layers to keep keys and values of."""
+        """Raises ValueError: there are no layers whose keys and values could be cached."""
         raise ValueError("this target has no layers, so it cannot decode; load it whole")

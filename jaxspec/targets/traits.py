@@ -1,7 +1,8 @@
-"""How families depart from Llama, each departure as a `config.json` says it: read into `Options`, and written."""
+"""Traits: the departures of families from Llama, read from a `config.json` into `Options` and written to one."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,25 +12,26 @@ from jaxspec.targets.fields import Fields
 
 
 class Trait(NamedTuple):
-    """Some fields of a `config.json` in both directions."""
+    """A departure from Llama as some fields of a `config.json` describe it, in both directions."""
 
     read: Callable[[Fields], dict[str, Any]]
-    """Arguments of `Options`; ValueError where a field says what is not supported."""
+    """Returns arguments of `Options`; raises ValueError for a value that is not supported."""
     write: Callable[[LlamaConfig], dict[str, Any]]
-    """The fields that are read as these again, where the family can say them at all."""
+    """Returns the fields that `read` reads as the config's options."""
 
 
 def always(**options: Any) -> Trait:
-    """What all of a family have, and no field says."""
+    """Returns the trait of options that all of a family have, without a field."""
     return Trait(lambda _: options, lambda _: {})
 
 
 def named(field: str, option: str, read: Callable[[Fields, str], Any]) -> Trait:
-    """An option that a field says as it is."""
+    """Returns the trait of an option that a field holds as it is."""
     return Trait(lambda fields: {option: read(fields, field)}, lambda c: {field: getattr(c.options, option)})
 
 
 def _plain(fields: Fields) -> dict[str, Any]:
+    """Raises ValueError for biases, and for another activation than SiLU."""
     for name in ("attention_bias", "mlp_bias"):
         if fields.flag(name):
             raise ValueError(
@@ -41,8 +43,9 @@ def _plain(fields: Fields) -> dict[str, Any]:
 
 
 PLAIN_LLAMA = Trait(_plain, lambda _: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
-"""No departure at all."""
+"""No departure; fields that describe one are refused."""
 ACTIVATION = named("hidden_act", "activation", Fields.activation)
+"""Activation of the MLP."""
 
 
 def _read_bias(fields: Fields) -> dict[str, Any]:
@@ -51,16 +54,16 @@ def _read_bias(fields: Fields) -> dict[str, Any]:
 
 
 BIAS = Trait(_read_bias, lambda c: {"attention_bias": c.options.qkv_bias})
-"""Of all four projections of attention, or of none."""
+"""Biases of all four projections of attention, or of none."""
 
 
 def the_window(config: LlamaConfig) -> int | None:
-    """The window of those layers that have one."""
+    """Returns the window of the layers that have one; None where none has."""
     return next((window for window in config.options.windows if window is not None), None)
 
 
 def layer_types(config: LlamaConfig) -> list[str]:
-    """transformers' names of the layers with a window and without."""
+    """Returns transformers' name of each layer's kind: with a window, or without."""
     windows = config.options.windows or (None,) * config.layers
     return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
@@ -93,12 +96,13 @@ def _write_above(config: LlamaConfig) -> dict[str, Any]:
 
 
 WINDOW = Trait(_everywhere, lambda c: {"sliding_window": the_window(c)})
-"""In every layer, where it is set."""
+"""A window in every layer, where it is set."""
 WINDOW_IF_ASKED = Trait(
     _everywhere_if_asked, lambda c: {"use_sliding_window": bool(c.options.windows), "sliding_window": the_window(c)}
 )
+"""A window in every layer, with `use_sliding_window`."""
 WINDOW_ABOVE = Trait(_above, _write_above)
-"""Qwen's: with `use_sliding_window`, in the layers from `max_window_layers` on or in those that `layer_types` says."""
+"""Qwen's window: with `use_sliding_window`, in the layers from `max_window_layers` on or those of `layer_types`."""
 
 
 def _rotated(fields: Fields) -> dict[str, Any]:
@@ -110,21 +114,24 @@ def _rotated(fields: Fields) -> dict[str, Any]:
 def _write_rotated(config: LlamaConfig) -> dict[str, Any]:
     channels, rotary = config.head_dim, config.options.rotary or config.head_dim
     part = rotary / channels
-    while int(channels * part) < rotary:  # which is how all read it
+    while int(channels * part) < rotary:  # readers round down
         part = math.nextafter(part, math.inf)
     return {"partial_rotary_factor": part}
 
 
 ROTATED_PART = Trait(_rotated, _write_rotated)
-"""Of each head's channels."""
+"""Rotation of a part of each head's channels."""
 
 
 def score_scale(field: str) -> Trait:
-    """Attention scores are divided by the root of a field."""
+    """Returns the trait of attention scores that are divided by the root of a field."""
+    return Trait(
+        lambda fields: {"score_scale": fields.number(field) ** -0.5}, functools.partial(_write_score_scale, field)
+    )
 
-    def write(config: LlamaConfig) -> dict[str, Any]:
-        value = config.options.score_scale or config.head_dim**-0.5
-        whole = round(value**-2)
-        return {field: whole if whole**-0.5 == value else value**-2}
 
-    return Trait(lambda fields: {"score_scale": fields.number(field) ** -0.5}, write)
+def _write_score_scale(field: str, config: LlamaConfig) -> dict[str, Any]:
+    """Writes a whole number where that gives the same scale."""
+    value = config.options.score_scale or config.head_dim**-0.5
+    whole = round(value**-2)
+    return {field: whole if whole**-0.5 == value else value**-2}

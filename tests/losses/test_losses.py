@@ -496,7 +496,7 @@ def test_a_spec_that_names_no_loss_is_told_what_there_is(spec: str, message: str
 
 
 def test_a_bare_name_has_the_papers_number():
-    knobs = {name: entry.knob for name, entry in LOGIT_LOSSES.items()}
+    knobs = {name: entry.parameter for name, entry in LOGIT_LOSSES.items()}
     for name, number in (("jsd", 0.5), ("top_k", 10), ("lk", 3.0), ("tvdpp_sampled", 4)):
         assert read_spec("loss", name, knobs) == read_spec("loss", f"{name}:{number}", knobs) == (name, (number,))
 
