@@ -88,7 +88,7 @@ class Fields:
         return value
 
     def windows(self, window: int | None, default: list[bool]) -> tuple[int | None, ...]:
-        """Returns each layer's window: layers that `layer_types` calls sliding have one, by default those of `default`."""
+        """Returns the windows of the layers that `layer_types` calls sliding, by default of those of `default`; None: none."""
         kinds = self.raw.get("layer_types")
         if kinds is None:
             local = default
