@@ -56,11 +56,12 @@ def _argmax_by_blocks(x: Array) -> Array:
     vocab = x.shape[-1]
     blocks = vocab // BLOCK
     whole = blocks * BLOCK
+    # A block's greatest value needs no index, so this pass vectorizes.
     best = jnp.max(x[..., :whole].reshape(*x.shape[:-1], blocks, BLOCK), axis=-1)
     if whole < vocab:
         best = jnp.concatenate([best, jnp.max(x[..., whole:], axis=-1, keepdims=True)], axis=-1)
     index = _argmax_whole(best)[..., None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
-    index = jnp.minimum(index, vocab - 1)  # repeats of the last token behind a shorter block
+    index = jnp.minimum(index, vocab - 1)  # behind a shorter last block, the last token repeats
     place = _argmax_whole(jnp.take_along_axis(x, index, axis=-1))[..., None]
     return jnp.take_along_axis(index, place, axis=-1)[..., 0]
 
@@ -76,6 +77,7 @@ def sharded_top_k(x_XV: Array, count: int) -> tuple[Array, Array]:
         raise ValueError(f"the {count} best of a vocabulary of {vocab} tokens are asked for: ask for {vocab} or fewer")
     parts = splits("vocab")
     if count == 1:
+        # A maximum is an ordinary reduction, which XLA partitions well.
         return argmax(x_XV)[..., None], jnp.max(x_XV, axis=-1, keepdims=True)
     if parts == 1 or vocab % parts or count > vocab // parts:
         best, index = top_k(x_XV, count)
@@ -110,6 +112,7 @@ def _leading(x_BX: Array) -> tuple[str | None, ...]:
 
 
 def _top_k(x: Array, count: int) -> tuple[Array, Array]:
+    """Returns `top_k` of an array that lies on one device."""
     # XLA has a partial top-k for two axes; arrays of more axes fall back to a full sort.
     best, index = lax.top_k(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), count)
     shape = (*x.shape[:-1], count)
@@ -120,6 +123,7 @@ def _ordered_bits(x: Array) -> Array:
     """Returns int32 keys that compare as the fp32 values do."""
     x = jnp.where(x == 0, 0.0, x).astype(jnp.float32)  # -0 and 0 are one value
     bits = lax.bitcast_convert_type(x, jnp.int32)
+    # As integers, negative floats compare in reverse: flipping all bits but the sign mends that.
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
@@ -157,7 +161,9 @@ def keep_top_p(logits_BNV: Array, top_p_B: Array) -> Array:
     def too_low(t: Array) -> Array:
         return jnp.sum(jnp.where(_ordered_bits(p) > t, p, 0.0), axis=-1, keepdims=True) >= top_p
 
+    # Values up to this key have `top_p` mass or more above them, and are left out.
     threshold = _greatest_key(p, too_low) + 1
+    # The likeliest token stays whatever rounding does.
     peak = jnp.max(p, axis=-1, keepdims=True)
     return jnp.where((_ordered_bits(p) >= threshold) | (p == peak) | (top_p >= 1), logits_BNV, -jnp.inf)
 
@@ -221,6 +227,7 @@ def round_noise(seed_B: Array, length_B: Array, use: int, make: Callable[[Array]
     """
 
     def one(seed: Array, length: Array) -> Array:
+        # No round of a row begins at the length of another, so no key is used twice.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUND), length)
         return make(jax.random.fold_in(key, use))
 

@@ -38,7 +38,7 @@ from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig
 from jaxspec.targets.families import family_of
-from jaxspec.targets.stored import Part, Tensors, top_tensors
+from jaxspec.targets.stored import TensorPart, Tensors, top_tensors
 from jaxspec.targets.tables import Tables
 
 
@@ -356,7 +356,7 @@ def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
 class Source(NamedTuple):
     tensor: str
     layer: int | None  # its row of a stacked weight
-    part: Part
+    part: TensorPart
 
 
 def _sources(keys: Sequence[Any], top: Tensors, layer: Tensors, layers: int) -> list[Source]:

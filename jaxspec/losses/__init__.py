@@ -19,7 +19,7 @@ FEATURE_LOSSES: dict[str, Callable[[Array, Array], Array]] = {"smooth_l1": smoot
 """Name -> loss of (draft feature, target feature), `[..., D], [..., D] -> [...]`."""
 
 
-class Entry(NamedTuple):
+class NamedLoss(NamedTuple):
     """A loss between distributions, as `LOGIT_LOSSES` lists it."""
 
     loss: Callable[..., Array]
@@ -34,21 +34,21 @@ _ETA = LossParameter("eta", "a number of at least 0", lambda x: 0 <= x < float("
 _K = LossParameter("K", "a whole number of at least 1", lambda x: x >= 1, 10, int)
 _DRAWS = LossParameter("S", "a whole number of at least 1", lambda x: x >= 1, 4, int)
 
-LOGIT_LOSSES: dict[str, Entry] = {
-    "soft_cross_entropy": Entry(lambda s: soft_cross_entropy(s.draft, s.target)),
-    "cross_entropy": Entry(lambda s: cross_entropy(s.draft, s.token)),
-    "kl": Entry(lambda s: kl(s.draft, s.target)),
-    "reverse_kl": Entry(lambda s: reverse_kl(s.draft, s.target)),
-    "jsd": Entry(lambda s, beta: jsd(s.draft, s.target, beta), _BETA),
-    "top_k": Entry(lambda s, k: top_k_cross_entropy(s.draft, s.target, k, s.lumped is not None), _K),
-    "tvd": Entry(lambda s: tvd(s.draft, s.target, s.rest)),
-    "neg_log_acceptance": Entry(lambda s: neg_log_acceptance(s.draft, s.target, s.rest)),
-    "lk": Entry(lambda s, eta: lk(s.draft, s.target, eta, s.rest), _ETA),
-    "l1_ce": Entry(lambda s: l1_ce(s.draft, s.target, s.token, s.rest)),
-    "tvdpp_exact": Entry(lambda s: tvdpp_exact(s.draft, s.target, s.rest), None, standardised),
-    "tvdpp_exact_pos": Entry(lambda s: tvdpp_exact_pos(s.draft, s.target, s.rest)),
-    "tvdpp_sampled": Entry(lambda s, n: tvdpp_sampled(s.draft, s.target, s.key, n, s.rest), _DRAWS, standardised),
-    "tvdpp_uniform_vocab": Entry(lambda s: tvdpp_uniform_vocab(s.draft, s.target, s.rest), None, standardised),
+LOGIT_LOSSES: dict[str, NamedLoss] = {
+    "soft_cross_entropy": NamedLoss(lambda s: soft_cross_entropy(s.draft, s.target)),
+    "cross_entropy": NamedLoss(lambda s: cross_entropy(s.draft, s.token)),
+    "kl": NamedLoss(lambda s: kl(s.draft, s.target)),
+    "reverse_kl": NamedLoss(lambda s: reverse_kl(s.draft, s.target)),
+    "jsd": NamedLoss(lambda s, beta: jsd(s.draft, s.target, beta), _BETA),
+    "top_k": NamedLoss(lambda s, k: top_k_cross_entropy(s.draft, s.target, k, s.lumped is not None), _K),
+    "tvd": NamedLoss(lambda s: tvd(s.draft, s.target, s.rest)),
+    "neg_log_acceptance": NamedLoss(lambda s: neg_log_acceptance(s.draft, s.target, s.rest)),
+    "lk": NamedLoss(lambda s, eta: lk(s.draft, s.target, eta, s.rest), _ETA),
+    "l1_ce": NamedLoss(lambda s: l1_ce(s.draft, s.target, s.token, s.rest)),
+    "tvdpp_exact": NamedLoss(lambda s: tvdpp_exact(s.draft, s.target, s.rest), None, standardised),
+    "tvdpp_exact_pos": NamedLoss(lambda s: tvdpp_exact_pos(s.draft, s.target, s.rest)),
+    "tvdpp_sampled": NamedLoss(lambda s, n: tvdpp_sampled(s.draft, s.target, s.key, n, s.rest), _DRAWS, standardised),
+    "tvdpp_uniform_vocab": NamedLoss(lambda s: tvdpp_uniform_vocab(s.draft, s.target, s.rest), None, standardised),
 }
 """Name -> loss of the draft's distribution; `logit_loss` reads a name with its number."""
 

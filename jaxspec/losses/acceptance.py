@@ -43,6 +43,7 @@ def tvd(draft_logits: Array, target_logits: Array, rest: Array | None = None) ->
     overlap, so training does not start with it.
     """
     p, q = jnp.exp(log_target(target_logits, rest)), jnp.exp(log_probs(draft_logits))
+    # Outside its vocabulary the draft has no mass, so the distance there is the target's mass.
     outside = 0 if rest is None else jnp.exp(jnp.minimum(wide(rest), 0))
     return 0.5 * (jnp.sum(jnp.abs(p - q), axis=-1) + outside)
 

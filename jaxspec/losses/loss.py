@@ -31,6 +31,7 @@ class Scores(NamedTuple):
 
 def mean(sums: Array, count: Array) -> Array:
     """Returns `sums[0] / count`, and 0 where there is no token."""
+    # The denominator of an empty batch is 1, so that neither value nor gradient is NaN.
     return sums[..., 0] / jnp.where(count > 0, count, 1)
 
 

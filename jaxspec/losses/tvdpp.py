@@ -36,6 +36,7 @@ def standardised(sums: Array, count: Array) -> Array:
 
     `[..., 4], [...] -> [...]`.
     """
+    # Mean and deviation are a baseline: no gradient goes through them.
     reward, entries = jax.lax.stop_gradient((sums[..., 2], sums[..., 3]))
     mu = reward / jnp.where(entries > 0, entries, 1)
     sigma = jnp.sqrt(jnp.maximum(mu * (1 - mu), 0))

@@ -18,7 +18,7 @@ MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """How queries are scored, and how the attention of whole training rows is divided."""
+    """Options of attention: the scale and cap of scores, and for whole training rows the kernel and its pieces."""
 
     scale: float | None = None
     """Factor of the scores; None: `1 / sqrt(C)`."""
@@ -204,6 +204,7 @@ def _attend_prefix(q_BKQC: Array, prefix: Prefix, score_cap: float | None = None
     """Attends over the committed tokens; the pieces have the sizes that suit the platform of the program."""
     k_YBKCS, capacity = prefix.cache.k_YBKCS, prefix.cache.capacity
     queries = _PrefixQueries(q_BKQC, prefix, jnp.max(prefix.length_B), score_cap)
+    # The greatest power of two of slots that PREFIX_BYTES hold, and at least 512.
     slot_bytes = 2 * k_YBKCS.size // (k_YBKCS.shape[0] * capacity) * k_YBKCS.dtype.itemsize
     wide = max(512, 2 ** (PREFIX_BYTES // slot_bytes).bit_length() // 2)
     return jax.lax.platform_dependent(
@@ -227,6 +228,7 @@ def attend(
     query sees the whole prefix of its row. One fp32 softmax spans all parts, the per-query keys included. Of `options`
     only `scale` and `score_cap` count here.
     """
+    # The queries of a group lie side by side, so masks and counts of the `L` tokens are tiled over it.
     q = _grouped(q_BLKGC, options.scale)
     group = q_BLKGC.shape[3]
     part = _attend_part(q, k_BKCM, v_BKMC, jnp.tile(mask_BLM[:, None], (1, 1, group, 1)), options.score_cap)
@@ -258,6 +260,7 @@ def attend_causal(
         # `lax.map` over rows needs the batch axis on every array.
         per_query = per_query._replace(zeros_BL=jnp.broadcast_to(per_query.zeros_BL, q_BLKGC.shape[:2]))
     for begin in range(0, length, block):
+        # A Python loop, because each block has another number of keys.
         end = min(begin + block, length)
         args = (q_BLKGC[:, begin:end], k_BKCL[..., :end], v_BKLC[:, :, :end], mask_BLL[:, begin:end, :end])
         args = (*args, per_query.cut(begin, end))
@@ -291,6 +294,7 @@ def attend_text(
     otherwise than usual, and no per-query key has score 0. Everything else is XLA's, in blocks of
     `options.query_block` queries where that is set.
     """
+    # The kernels scale by 1 / sqrt(C), cap nothing, and know no keys without a value.
     usual = options.scale is None and options.score_cap is None and per_query.zeros_BL is None
     if (
         usual

@@ -40,6 +40,7 @@ def project_qkv(
     if norm is not None:
         each = [layer["q_norm"]] * (qk_BLKJC.shape[-2] - 1) + [layer["k_norm"]]
         qk_BLKJC = norm(qk_BLKJC, jnp.stack(each))
+    # Queries and keys are rotated in one operation: the key is the last of its group.
     turned = rotate(qk_BLKJC, cos, sin)
     k_BKCL = jnp.transpose(turned[..., -1, :], (0, 2, 3, 1))
     v_BKLC = jnp.transpose(qkv_BLKJC[..., -1, :], (0, 2, 1, 3))

@@ -30,6 +30,7 @@ def choose_kernel(asked: Literal["auto"] | Kernel, device: Any, dtype: Any) -> K
     Raises ValueError where the kernel that is asked for does not run there.
     """
     nvidia, narrow = device.platform == "gpu" and "NVIDIA" in device.device_kind, jnp.dtype(dtype).itemsize == 2
+    # cuDNN attends in 16 bits only.
     if asked == "auto":
         return "splash" if device.platform == "tpu" else "cudnn" if nvidia and narrow else "xla"
     if asked == "splash" and device.platform != "tpu":
@@ -87,7 +88,8 @@ def attend_splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     batch, length, kv_heads, group, channels = q_BLKGC.shape
-    # A block on the diagonal of per-query keys is used along its diagonal alone, so smaller blocks waste less.
+    # The largest block whose padding costs an eighth of the row at most. Of a block of per-query keys the diagonal
+    # alone is used, so smaller blocks waste less.
     blocks = BLOCKS[1:] if per_query else BLOCKS
     block = next(b for b in blocks if b == LANES or -length % b <= length // 8)
     extra, whole = -length % block, length + -length % block
@@ -142,7 +144,7 @@ def attend_packed(
     arguments = (q_BLKGC, k_BKCL, v_BKLC, segments_BL, *((per_query,) if per_query else ()))
     if mesh.empty or mesh.manual_axes:
         return attend(*arguments)
-    # XLA cannot partition a kernel, so a `shard_map` does.
+    # XLA cannot partition a kernel, so a `shard_map` does. What the mesh does not divide evenly is whole everywhere.
     rows = None if q_BLKGC.shape[0] % splits("batch") else AXIS_RULES["batch"]
     heads = None if q_BLKGC.shape[2] % splits("kv_heads") else AXIS_RULES["kv_heads"]
     by_row, by_head = P(rows, None, heads), P(rows, heads)

@@ -13,6 +13,7 @@ FEW_ROWS = 32
 
 def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
     """Returns fp32 logits `[B, L, V]` of hidden states under an LM head."""
+    # Operands have the activations' dtype, sums are fp32.
     table_VD = table_VD.astype(x_BLD.dtype)
     if x_BLD.shape[0] * x_BLD.shape[1] > FEW_ROWS:
         logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)

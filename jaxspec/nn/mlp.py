@@ -85,6 +85,7 @@ def _mix_experts(layer: Params, x_BLD: Array, options: Options, first: Array | i
     if options.renormalize:
         weight_NR = weight_NR / jnp.sum(weight_NR, axis=-1, keepdims=True)
     expert_NR = (expert_NR - first) % options.experts  # the experts of this device come first
+    # Sorted, the rows of one expert are contiguous, as `ragged_dot` takes them.
     order = jnp.argsort(expert_NR.reshape(-1), stable=True)
     sizes_E = jnp.bincount(expert_NR.reshape(-1), length=options.experts)[:held].astype(jnp.int32)
     rows_MD = x_ND[order // options.chosen]

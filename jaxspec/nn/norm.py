@@ -13,6 +13,7 @@ def rms_norm(x: Array, weight: Array, eps: float, *, centred: bool = False) -> A
 
     With `centred` the factor is `1 + weight`, applied in fp32, as in Gemma.
     """
+    # A sum of squares loses digits in 16 bits.
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     if centred:

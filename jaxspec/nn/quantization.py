@@ -26,6 +26,7 @@ def quantize(name: str, weight: Array) -> dict[str, Array]:
     """
     wide, axes = weight.astype(jnp.float32), CONTRACTED[name]
     top = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    # A channel of zeros has any scale.
     scale = jnp.where(top > 0, top / LEVELS, 1.0)
     whole = jnp.clip(jnp.round(wide / scale), -LEVELS, LEVELS).astype(jnp.int8)
     return {name: whole, scale_name(name): jnp.squeeze(scale, axes)}

@@ -71,6 +71,7 @@ def rope(positions_BL: Array, frequencies: Array, amplitude: float = 1.0) -> tup
     """Returns cosine and sine `[B, L, C / 2]` of every position, fp32, times `amplitude`."""
     angle = positions_BL[..., None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Without a product by 1, models without an amplitude keep their programs.
     return (cos, sin) if amplitude == 1 else (amplitude * cos, amplitude * sin)
 
 
@@ -83,6 +84,7 @@ def rotate(x_BLKJC: Array, cos_BLC: Array, sin_BLC: Array) -> Array:
     if turned < x_BLKJC.shape[-1]:
         first = rotate(x_BLKJC[..., :turned], cos_BLC, sin_BLC)
         return jnp.concatenate([first, x_BLKJC[..., turned:]], axis=-1)
+    # The rotation is fp32 and rounded once, at its end.
     first, second = jnp.split(x_BLKJC.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BLC[:, :, None, None, :], sin_BLC[:, :, None, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLKJC.dtype)

@@ -79,6 +79,7 @@ def make_mesh(
             f"a mesh of slices={slices}, data={data}, fsdp={fsdp}, tensor={tensor} needs {math.prod(shape)} devices, "
             f"but there are {len(devices)}: change the mesh sizes so that their product is {len(devices)}"
         )
+    # Only TPUs have a network whose shape the order of devices should follow.
     if devices[0].platform != "tpu":
         grid = np.asarray(devices).reshape(shape)
     elif slices == 1:

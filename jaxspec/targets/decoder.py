@@ -85,7 +85,7 @@ class DecoderConfig(LlamaConfig):
 
 
 class View(NamedTuple):
-    """How the layers of one kind see the text."""
+    """The text as the layers of one kind see it."""
 
     turn: tuple[Array, Array]
     """Cosine and sine of the rotary positions, `[B, L, C / 2]` each."""
@@ -256,6 +256,7 @@ class Decoder(nn.Module):
     """Layers whose inputs (the residual stream, not normed) are returned as `TargetOutput.taps_BLD`, in this order."""
 
     def setup(self) -> None:
+        """Takes the weights from the variables, or initializes them."""
         c = self.config
         self.embed_table = self._weight("embed", self._init_table)
         self.layers = self._weight("layers", self._init_layers)
@@ -271,9 +272,11 @@ class Decoder(nn.Module):
         return self.param(name, init) if self.is_initializing() else self.get_variable("params", name)
 
     def _init_table(self, key: Array) -> Array:
+        """Returns a fresh table `[V, D]`."""
         return 0.02 * jax.random.normal(key, (self.config.vocab, self.config.width), self.param_dtype)
 
     def _init_layers(self, key: Array) -> Any:
+        """Returns fresh layers, stacked or as a list of one dict a layer."""
         keys = jax.random.split(key, self.config.layers)
         if self.stacked:
             return jax.vmap(lambda k: init_layer(k, self.config, self.param_dtype))(keys)
@@ -281,7 +284,7 @@ class Decoder(nn.Module):
 
     @property
     def attention(self) -> AttentionOptions:
-        """How the layers attend."""
+        """Options of the layers' attention."""
         o = self.config.options
         return AttentionOptions(o.score_scale, o.score_cap, self.query_block, self.row_by_row, self.kernel)
 
@@ -295,10 +298,12 @@ class Decoder(nn.Module):
     ) -> TargetOutput:
         """Implements `forward`, whose docstring says the arguments."""
         c, options = self.config, self.config.options
+        # Rows are constrained from the start, so that XLA gathers weights and not activations.
         x_BLD = constrain_rows(look_up(self.embed_table, tokens_BL).astype(self.dtype))
         if options.embed_scale != 1:
             x_BLD = x_BLD * jnp.asarray(options.embed_scale, self.dtype)
         windows = options.windows or (None,) * c.layers
+        # Rotary positions and masks are made once for each kind of layer, not once a layer.
         kinds = list(dict.fromkeys(windows))
         length = tokens_BL.shape[1] if prefix is None else prefix[0].capacity
         stack = LayerStack(

@@ -88,7 +88,7 @@ class Fields:
         return value
 
     def windows(self, window: int | None, default: list[bool]) -> tuple[int | None, ...]:
-        """Returns the windows of the layers that `layer_types` calls sliding, by default of those of `default`; None: none."""
+        """Returns each layer's window: those that `layer_types` calls sliding have one, else those of `default`."""
         kinds = self.raw.get("layer_types")
         if kinds is None:
             local = default

@@ -5,7 +5,19 @@ from typing import Any
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.family import DEFAULTS, Family
 from jaxspec.targets.fields import longrope_amplitude
-from jaxspec.targets.stored import DOWN, GATE, KEY, OUT, QUERY, UP, VALUE, Part, Stored, Tensors, norm_tensors
+from jaxspec.targets.stored import (
+    DOWN,
+    GATE,
+    KEY,
+    OUT,
+    QUERY,
+    UP,
+    VALUE,
+    StoredTensor,
+    TensorPart,
+    Tensors,
+    norm_tensors,
+)
 from jaxspec.targets.traits import ACTIVATION, ROTATED_PART, WINDOW, Trait
 
 
@@ -24,13 +36,13 @@ def _write_stretch(c: LlamaConfig) -> dict[str, Any]:
     return fields
 
 
-def _fused(width: int, *parts: tuple[Part, int]) -> Stored:
+def _fused(width: int, *parts: tuple[TensorPart, int]) -> StoredTensor:
     """Returns a tensor that has the rows of several parts, one after another."""
     placed, end = [], 0
     for part, rows in parts:
         placed.append(part._replace(rows=(end, end + rows)))
         end += rows
-    return Stored((end, width), tuple(placed))
+    return StoredTensor((end, width), tuple(placed))
 
 
 def _layer(c: LlamaConfig) -> Tensors:
@@ -38,9 +50,9 @@ def _layer(c: LlamaConfig) -> Tensors:
     query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return {
         "self_attn.qkv_proj.weight": _fused(c.width, (QUERY, query), (KEY, key), (VALUE, key)),
-        "self_attn.o_proj.weight": Stored((c.width, query), (OUT,)),
+        "self_attn.o_proj.weight": StoredTensor((c.width, query), (OUT,)),
         "mlp.gate_up_proj.weight": _fused(c.width, (GATE, c.mlp), (UP, c.mlp)),
-        "mlp.down_proj.weight": Stored((c.width, c.mlp), (DOWN,)),
+        "mlp.down_proj.weight": StoredTensor((c.width, c.mlp), (DOWN,)),
         **norm_tensors(c),
     }
 

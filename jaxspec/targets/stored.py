@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxspec.targets.decoder import LlamaConfig
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """The place of a stored `[out, in]` tensor, or of some of its rows, inside a weight of this library."""
 
     weight: str
@@ -22,14 +22,14 @@ class Part(NamedTuple):
     """The entry of the weight's leading axis that the tensor fills; `axes` and `view` are of that entry."""
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor of a folder, and its places."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
-Tensors = dict[str, Stored]
+Tensors = dict[str, StoredTensor]
 """Name -> tensor; a layer's names lack the prefix `model.layers.N.`"""
 
 
@@ -43,45 +43,47 @@ def turned(weight: Any) -> Any:
     return weight.transpose(1, 0)
 
 
-def vector(weight: str, size: int) -> Stored:
+def vector(weight: str, size: int) -> StoredTensor:
     """Returns a tensor of one axis that is stored as it is."""
-    return Stored((size,), (Part(weight, (0,), whole),))
+    return StoredTensor((size,), (TensorPart(weight, (0,), whole),))
 
 
-# Stored query head h is (k, g) = divmod(h, G), so its rows split into [K, G, C] without reordering.
-QUERY = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, :-2].transpose(1, 2, 3, 0))
-KEY = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -2].transpose(1, 2, 0))
-VALUE = Part("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0))
-OUT = Part("out", (3, 0), lambda w_KGCD: w_KGCD.transpose(3, 0, 1, 2))
-GATE, UP, DOWN = (Part(name, (1, 0), turned) for name in ("gate", "up", "down"))
-QUERY_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, :-2])
-KEY_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -2])
-VALUE_BIAS = Part("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -1])
+# StoredTensor query head h is (k, g) = divmod(h, G), so its rows split into [K, G, C] without reordering.
+QUERY = TensorPart("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, :-2].transpose(1, 2, 3, 0))
+KEY = TensorPart("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -2].transpose(1, 2, 0))
+VALUE = TensorPart("qkv", (1, 0), lambda w_DKJC: w_DKJC[:, :, -1].transpose(1, 2, 0))
+OUT = TensorPart("out", (3, 0), lambda w_KGCD: w_KGCD.transpose(3, 0, 1, 2))
+GATE, UP, DOWN = (TensorPart(name, (1, 0), turned) for name in ("gate", "up", "down"))
+QUERY_BIAS = TensorPart("qkv_bias", (0,), lambda b_KJC: b_KJC[:, :-2])
+KEY_BIAS = TensorPart("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -2])
+VALUE_BIAS = TensorPart("qkv_bias", (0,), lambda b_KJC: b_KJC[:, -1])
 
 
 def top_tensors(c: LlamaConfig) -> Tensors:
     """Returns the tensors beside the layers: embedding, final norm, and LM head unless tied."""
     table = (c.vocab, c.width)
     tensors = {
-        "model.embed_tokens.weight": Stored(table, (Part("embed", (0, 1), whole),)),
+        "model.embed_tokens.weight": StoredTensor(table, (TensorPart("embed", (0, 1), whole),)),
         "model.norm.weight": vector("norm", c.width),
     }
-    return tensors if c.tied else {**tensors, "lm_head.weight": Stored(table, (Part("head", (0, 1), whole),))}
+    return (
+        tensors if c.tied else {**tensors, "lm_head.weight": StoredTensor(table, (TensorPart("head", (0, 1), whole),))}
+    )
 
 
 def attention_tensors(c: LlamaConfig) -> Tensors:
     """Returns the tensors of a layer's attention by Llama's names, with the biases and norms that the config has."""
     query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
     tensors = {
-        "self_attn.q_proj.weight": Stored((query, c.width), (QUERY,)),
-        "self_attn.k_proj.weight": Stored((key, c.width), (KEY,)),
-        "self_attn.v_proj.weight": Stored((key, c.width), (VALUE,)),
-        "self_attn.o_proj.weight": Stored((c.width, query), (OUT,)),
+        "self_attn.q_proj.weight": StoredTensor((query, c.width), (QUERY,)),
+        "self_attn.k_proj.weight": StoredTensor((key, c.width), (KEY,)),
+        "self_attn.v_proj.weight": StoredTensor((key, c.width), (VALUE,)),
+        "self_attn.o_proj.weight": StoredTensor((c.width, query), (OUT,)),
     }
     if c.options.qkv_bias:
-        tensors["self_attn.q_proj.bias"] = Stored((query,), (QUERY_BIAS,))
-        tensors["self_attn.k_proj.bias"] = Stored((key,), (KEY_BIAS,))
-        tensors["self_attn.v_proj.bias"] = Stored((key,), (VALUE_BIAS,))
+        tensors["self_attn.q_proj.bias"] = StoredTensor((query,), (QUERY_BIAS,))
+        tensors["self_attn.k_proj.bias"] = StoredTensor((key,), (KEY_BIAS,))
+        tensors["self_attn.v_proj.bias"] = StoredTensor((key,), (VALUE_BIAS,))
     if c.options.out_bias:
         tensors["self_attn.o_proj.bias"] = vector("out_bias", c.width)
     if c.options.qk_norm:
@@ -93,23 +95,25 @@ def attention_tensors(c: LlamaConfig) -> Tensors:
 def mlp_tensors(c: LlamaConfig) -> Tensors:
     """Returns the tensors of a layer's MLP, by Llama's names."""
     return {
-        "mlp.gate_proj.weight": Stored((c.mlp, c.width), (GATE,)),
-        "mlp.up_proj.weight": Stored((c.mlp, c.width), (UP,)),
-        "mlp.down_proj.weight": Stored((c.width, c.mlp), (DOWN,)),
+        "mlp.gate_proj.weight": StoredTensor((c.mlp, c.width), (GATE,)),
+        "mlp.up_proj.weight": StoredTensor((c.mlp, c.width), (UP,)),
+        "mlp.down_proj.weight": StoredTensor((c.width, c.mlp), (DOWN,)),
     }
 
 
 def expert_tensors(c: LlamaConfig, block: str, gate: str, up: str, down: str) -> Tensors:
     """Returns the tensors of a layer's router and experts, stored one by one in `block` under these names."""
     o = c.options
-    tensors = {f"{block}.gate.weight": Stored((o.experts, c.width), (Part("router", (1, 0), turned),))}
+    tensors = {f"{block}.gate.weight": StoredTensor((o.experts, c.width), (TensorPart("router", (1, 0), turned),))}
     for e in range(o.experts):
         for name, weight, shape in (
             (gate, "expert_gate", (o.expert_mlp, c.width)),
             (up, "expert_up", (o.expert_mlp, c.width)),
             (down, "expert_down", (c.width, o.expert_mlp)),
         ):
-            tensors[f"{block}.experts.{e}.{name}.weight"] = Stored(shape, (Part(weight, (1, 0), turned, expert=e),))
+            tensors[f"{block}.experts.{e}.{name}.weight"] = StoredTensor(
+                shape, (TensorPart(weight, (1, 0), turned, expert=e),)
+            )
     return tensors
 
 

@@ -49,6 +49,7 @@ ACTIVATION = named("hidden_act", "activation", Fields.activation)
 
 
 def _read_bias(fields: Fields) -> dict[str, Any]:
+    """Reads one flag for all projections of attention."""
     bias = fields.flag("attention_bias")
     return {"qkv_bias": bias, "out_bias": bias}
 
@@ -69,15 +70,18 @@ def layer_types(config: LlamaConfig) -> list[str]:
 
 
 def _everywhere(fields: Fields) -> dict[str, Any]:
+    """Reads a window for all layers."""
     window = fields.optional_integer("sliding_window")
     return {"windows": () if window is None else (window,) * fields.integer("num_hidden_layers")}
 
 
 def _everywhere_if_asked(fields: Fields) -> dict[str, Any]:
+    """Reads a window for all layers that `use_sliding_window` switches on."""
     return _everywhere(fields) if fields.flag("use_sliding_window") else {}
 
 
 def _above(fields: Fields) -> dict[str, Any]:
+    """Reads a window for the upper layers."""
     if not fields.flag("use_sliding_window"):
         return {}
     first = fields.find("max_window_layers")
@@ -86,6 +90,7 @@ def _above(fields: Fields) -> dict[str, Any]:
 
 
 def _write_above(config: LlamaConfig) -> dict[str, Any]:
+    """Writes the layers with a window, in the newer field and the older one."""
     kinds = layer_types(config)
     local = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     return {
@@ -106,12 +111,14 @@ WINDOW_ABOVE = Trait(_above, _write_above)
 
 
 def _rotated(fields: Fields) -> dict[str, Any]:
+    """Reads the number of rotated channels of a head."""
     channels = fields.layer_shape()["head_dim"]
     rotary = int(channels * fields.rope().part)
     return {"rotary": None if rotary == channels else rotary}
 
 
 def _write_rotated(config: LlamaConfig) -> dict[str, Any]:
+    """Writes the share of rotated channels, from which all readers get the same number."""
     channels, rotary = config.head_dim, config.options.rotary or config.head_dim
     part = rotary / channels
     while int(channels * part) < rotary:  # readers round down

@@ -75,6 +75,7 @@ class BestFirstTree:
         token_BTR, logp_BTR = self._draft_depths(draft, choose, scratch, root_logits_BV)
         pool, counts = self._best_of_depths(token_BTR, logp_BTR)
         score_BK, chosen = top_k(pool.score_BK, self.nodes - 1)
+        # A token that the draft gives no probability stands for no node.
         real = score_BK > -jnp.inf
         node_of = numbered(chosen, pool.parent_BK.shape[1])
         above = gather_rows(pool.parent_BK, chosen)

@@ -112,7 +112,7 @@ class DynamicTree:
             (front.score_BW[..., None] + x).reshape(batch, beam * beam) for x in (found.logp_BWR, found.bound_BWR)
         )
         level = Candidates(token, score, bound, jnp.repeat(front.candidate_BW, beam, axis=1))
-        # The beam may follow real scores: which node is expanded changes no candidate's place in the tree.
+        # The beam may follow real scores; the reranking alone must not look at a drawn node's own token.
         front_score, chosen = top_k(score, beam)
         row = chosen // beam
         above = jnp.take_along_axis(front.visible_BWM, row[..., None], axis=1)
@@ -136,6 +136,7 @@ class DynamicTree:
         # sibling and from parent to child, so parents and elder siblings stay.
         # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
         _, chosen = top_k(pool.bound_BQ, self.nodes - 1)
+        # Sorted, parents stand before their children and siblings in the order of their draws.
         chosen = jnp.sort(chosen, axis=1)
         node_of = numbered(chosen, self.pool)
         parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)

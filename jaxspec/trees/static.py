@@ -71,6 +71,7 @@ def parse_paths(text: str) -> tuple[tuple[int, ...], ...]:
 
 def build_shape(paths: tuple[tuple[int, ...], ...], rows: int) -> StaticShape:
     """Returns the masks and levels of the tree with these paths, padded to `rows` nodes."""
+    # By depth, so that parents stand before their children and a level's scratch slots are consecutive.
     order = sorted(paths, key=lambda p: (len(p), p))
     index = {(): 0} | {p: i + 1 for i, p in enumerate(order)}
     parent = np.full(rows, ROOT, np.int32)

@@ -161,6 +161,7 @@ def _walk(mode: DraftMode, row: _Row) -> RejectionResult:
 
 
 def _start_walk(row: _Row) -> _Walk:
+    """Returns the state at the root, before any child is tested."""
     nodes, vocab = row.p_NV.shape
     nobody_N, zero = jnp.zeros(nodes, bool), jnp.int32(0)
     none_N = jnp.zeros(nodes, row.p_NV.dtype)
@@ -223,6 +224,7 @@ def _step(mode: DraftMode, row: _Row, c: _Traversal) -> _Traversal:
 
 
 def _start_traversal(row: _Row, depth: int) -> _Traversal:
+    """Returns the state at the root, before any child is decided."""
     nodes, vocab = row.p_NV.shape
     distributions_PV = jnp.zeros((depth + 1, vocab), row.p_NV.dtype)
     return _Traversal(
@@ -256,6 +258,7 @@ def _decide(mode: DraftMode, row: _Row, c: _Traversal) -> _Traversal:
     d, root = row.depth_N[c.at], c.at == 0
     # The root is no drafted token: it is accepted without a coin.
     taken = root | (row.coin_N[c.at] < c.rho_P[d])
+    # Both outcomes are computed: under `vmap` a conditional is a select anyway.
     back = _return_to_parent(mode, row, c)
     kept = jax.tree.map(lambda here, there: jnp.where(taken, here, there), c, back)
     return kept._replace(

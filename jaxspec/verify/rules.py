@@ -101,6 +101,7 @@ def typical_acceptance(inputs: VerifyInputs) -> Accepted:
     target's distribution behind it. Greedy rows keep the target's own argmax, which is exact.
     """
     tree, p_BNV = inputs.tree, distribution_of(inputs.logits_BNV, inputs.sampling)
+    # A token of probability 0 adds 0 to the entropy; `0 log 0` would be NaN.
     entropy_BN = -jnp.sum(p_BNV * jnp.log(jnp.where(p_BNV > 0, p_BNV, 1)), axis=-1)
     enough_BN = jnp.minimum(TYPICAL_FLOOR, TYPICAL_SHARE * jnp.exp(-entropy_BN))
     parent_BN = jnp.maximum(tree.parent_BN, 0)

@@ -23,7 +23,7 @@ def text(rows: int, length: int) -> tuple[Any, ...]:
     return tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), Packed(segments)
 
 
-class Head:
+class DrafterLoss:
     """A drafter whose loss is differentiated, without compiling anything before."""
 
     def __init__(self, kind: str):
@@ -49,7 +49,7 @@ def target_loss(remat: Remat, params: Any) -> jax.Array:
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa", "parallelspec", "draft_lm"])
 def test_a_drafter_keeps_less_the_more_it_computes_again(kind: str):
-    head = Head(kind)
+    head = DrafterLoss(kind)
     params = jax.eval_shape(head.drafter.init_params, jax.random.key(0))
     full, dots, none = (kept_bytes(functools.partial(head.loss, remat), params) for remat in ("full", "dots", "none"))
     assert full <= dots < none
@@ -57,7 +57,7 @@ def test_a_drafter_keeps_less_the_more_it_computes_again(kind: str):
 
 @pytest.mark.usefixtures("compile_quickly")
 def test_gradients_through_what_is_computed_again_are_the_same():
-    head = Head("eagle")
+    head = DrafterLoss("eagle")
     params = jax.jit(head.drafter.init_params)(jax.random.key(0))
     found, expected = (jax.jit(jax.grad(functools.partial(head.loss, remat)))(params) for remat in ("full", "none"))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
