@@ -1,4 +1,4 @@
-"""One path from logits to a token: what the warps keep, their order, and what a draw depends on."""
+"""The path from logits to a token: the tokens that warps keep, the order of warps, and what a draw depends on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings(batch: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.
 
 
 def logits_of_every_kind(seed: int, vocab: int) -> np.ndarray:
-    """Rows `[1, 8, V]`: smooth, tied, negative, positive, zeros of both signs, with -inf, wide, and constant."""
+    """Returns rows `[1, 8, V]`: smooth, tied, negative, positive, zeros of both signs, with -inf, wide, constant."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((8, vocab)).astype(np.float32)
     x[1] = np.round(x[1])
@@ -48,7 +48,7 @@ def sorted_top_k(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def sorted_top_p(x: np.ndarray, p: float) -> np.ndarray:
-    """Tokens with less than `p` above them, in fp64, away from where fp32 rounding could decide."""
+    """Returns the tokens with less than `p` above them, in fp64; `p` must not lie where fp32 rounding could decide."""
     e = np.exp(x.astype(np.float64) - x.max())
     prob = e / e.sum()
     above = np.array([prob[prob > q].sum() for q in prob])
@@ -171,8 +171,9 @@ def test_noise_differs_between_positions_and_between_seeds():
 
 
 def g_test(counts: np.ndarray, distribution: np.ndarray) -> float:
-    """The p-value that counts come from the law; cells expected below 5 are pooled, impossible ones must be empty."""
+    """Returns the p-value that counts come from the distribution; cells expected below 5 are pooled."""
     counts, expected = counts.ravel(), distribution.ravel() * counts.sum()
+    # No p-value: one such token refutes the distribution.
     assert not counts[expected == 0].any(), "a token of probability 0 was drawn"
     small = expected < 5
     counts = np.append(counts[~small], counts[small].sum())

@@ -1,4 +1,4 @@
-"""Attention over the prefix in pieces is plain attention, whatever the pieces, the capacity, and the other rows."""
+"""Attention over the prefix in pieces is plain attention, whatever the pieces, the capacity and the other rows are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTHS = (0, 37, 200)
 
 
 def call(capacity: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Queries, keys and values of a tree of four, and two layers of a cache, garbage behind each row's length."""
+    """Returns queries, keys and values of a tree of four, and a cache of two layers with garbage behind each length."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -40,11 +40,12 @@ def call(capacity: int, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 @jax.jit
 def pieces(c: dict[str, Any]) -> jax.Array:
+    """Returns `attend` over the tree and the prefix."""
     return attend(c["q"], c["k"], c["v"], c["mask"], Prefix(c["cache"], 1, c["length"]))
 
 
 def plainly(c: dict[str, Any]) -> np.ndarray:
-    """One softmax over the row's prefix and the keys its mask shows, in fp64."""
+    """Returns one softmax over the row's prefix and the keys of its mask, in fp64."""
     q, k, v = (np.asarray(c[n], np.float64) for n in "qkv")
     keys, values = (np.asarray(x, np.float64)[1] for x in c["cache"])
     out = np.zeros(q.shape)
@@ -62,6 +63,7 @@ def plainly(c: dict[str, Any]) -> np.ndarray:
 
 @pytest.fixture
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Sets the first piece's size; programs traced with another size are dropped."""
     monkeypatch.setattr("jaxspec.nn.attention.PREFIX_BLOCK", request.param)
     pieces.clear_cache()  # type: ignore[attr-defined]
     yield request.param

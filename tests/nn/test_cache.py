@@ -1,4 +1,4 @@
-"""Accepted paths are gathered and written as NumPy would, inside a compiled loop."""
+"""Accepted paths are gathered and written as NumPy does it, inside a compiled loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYERS, HEADS, CHANNELS, CAPACITY, NODES, PATH = 2, 2, 4, 40, 7, 3
 
 
 def random_rounds(rng: np.random.Generator, batch: int, rounds: int):
-    """Fresh keys and values of every round, the path taken, and how much of it is kept."""
+    """Returns the fresh keys and values of every round, the path, and how many of its nodes are kept."""
     fresh_k = rng.standard_normal((rounds, LAYERS, batch, HEADS, CHANNELS, NODES)).astype(np.float32)
     fresh_v = rng.standard_normal((rounds, LAYERS, batch, HEADS, NODES, CHANNELS)).astype(np.float32)
     path = rng.integers(0, NODES, (rounds, batch, PATH)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Attention by accelerators' kernels is the plain one; which is chosen, where it is refused, and how it is spread."""
+"""Kernels of accelerators attend as plain attention does; their choice, their refusals, and their place on a mesh."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ TPU, NVIDIA, AMD, CPU = (
 
 
 def given(batch: int = 2, kv_heads: int = 2, group: int = 2) -> tuple[Any, ...]:
-    """Queries, keys, values and segments: three documents and padding, one document that fills its row, and so on."""
+    """Returns queries, keys, values and segments: row 0 has three documents and padding, row 1 is one document."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -48,26 +48,27 @@ def given(batch: int = 2, kv_heads: int = 2, group: int = 2) -> tuple[Any, ...]:
 
 @jax.jit
 def plain(q: Any, k: Any, v: Any, segments: Any) -> jax.Array:
+    """Returns plain attention within the segments."""
     return attend(q, k, v, segment_mask(segments))
 
 
-def own_keys(parts: int, batch: int = 2, kv_heads: int = 2) -> Any:
-    """Keys and values of draft steps before, at the queries' own positions."""
+def per_query_pairs(parts: int, batch: int = 2, kv_heads: int = 2) -> Any:
+    """Returns keys and values of earlier draft steps, one of each step for every query."""
     rng = np.random.default_rng(1)
     shapes = (batch, kv_heads, CHANNELS, LENGTH), (batch, kv_heads, LENGTH, CHANNELS)
     return tuple(tuple(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes) for _ in range(parts))
 
 
-def dense(q: Any, k: Any, v: Any, segments: Any, own: Any) -> jax.Array:
-    """One softmax over all keys, those of the queries' own among them, under a mask that says which."""
-    keys = jnp.concatenate([k, *(k for k, _ in own)], axis=3)
-    values = jnp.concatenate([v, *(v for _, v in own)], axis=2)
+def dense(q: Any, k: Any, v: Any, segments: Any, pairs: Any) -> jax.Array:
+    """Returns one softmax over all keys, the per-query keys among them, under one mask for all."""
+    keys = jnp.concatenate([k, *(k for k, _ in pairs)], axis=3)
+    values = jnp.concatenate([v, *(v for _, v in pairs)], axis=2)
     itself = jnp.broadcast_to(jnp.eye(LENGTH, dtype=bool), (len(q), LENGTH, LENGTH))
-    return attend(q, keys, values, jnp.concatenate([segment_mask(segments), *[itself] * len(own)], axis=2))
+    return attend(q, keys, values, jnp.concatenate([segment_mask(segments), *[itself] * len(pairs)], axis=2))
 
 
 def with_gradients(function: Any, q: Any, k: Any, v: Any, segments: Any) -> Any:
-    """Returns what attention gives, padding included, and the gradients of a weighted sum of it."""
+    """Returns the attention, padding included, and the gradients of a weighted sum of it."""
     weight = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
 
     @jax.jit
@@ -87,23 +88,23 @@ def test_splash_is_the_plain_attention_and_has_its_gradients():
 
 
 @pytest.mark.parametrize("way", ["splash", "xla", "xla in blocks", "xla in blocks, row by row"])
-def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
-    """With their gradients. Of splash two blocks of queries, which see of each part the block on the diagonal."""
-    own, arguments = own_keys(2), given()
+def test_per_query_keys_are_columns_of_the_one_softmax(way: str):
+    """With their gradients. Splash takes two blocks of queries, each with the block on the diagonal of every step."""
+    pairs, arguments = per_query_pairs(2), given()
 
-    def run(q: Any, k: Any, v: Any, own: Any, segments: Any) -> jax.Array:
+    def run(q: Any, k: Any, v: Any, pairs: Any, segments: Any) -> jax.Array:
         if way == "splash":
-            return attend_splash(q, k, v, segments, own, interpret=True)
+            return attend_splash(q, k, v, segments, pairs, interpret=True)
         options = AttentionOptions(query_block=64 if "blocks" in way else None, row_by_row="row by row" in way)
-        return attend_text(q, k, v, Packed(segments), per_query=PerQueryKeys(own), options=options)
+        return attend_text(q, k, v, Packed(segments), per_query=PerQueryKeys(pairs), options=options)
 
     def both(function: Any) -> Any:
         weight = jnp.cos(jnp.arange(arguments[0].size, dtype=jnp.float32)).reshape(arguments[0].shape)
-        mixed, back = jax.vjp(function, *arguments[:3], own)
+        mixed, back = jax.vjp(function, *arguments[:3], pairs)
         return mixed, back(weight)
 
-    expected = jax.jit(lambda: both(lambda q, k, v, own: dense(q, k, v, arguments[3], own)))()
-    found = jax.jit(lambda: both(lambda q, k, v, own: run(q, k, v, own, arguments[3])))()
+    expected = jax.jit(lambda: both(lambda q, k, v, pairs: dense(q, k, v, arguments[3], pairs)))()
+    found = jax.jit(lambda: both(lambda q, k, v, pairs: run(q, k, v, pairs, arguments[3])))()
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
@@ -111,12 +112,12 @@ def test_keys_of_the_queries_own_are_columns_of_the_one_softmax(way: str):
 def test_keys_of_score_zero_take_their_share_of_the_softmax(block: int | None):
     q, k, v, segments = given()
     zeros = jnp.arange(LENGTH)[None] % 3
-    per_query, options = PerQueryKeys(own_keys(1), zeros), AttentionOptions(query_block=block, kernel="splash")
+    per_query, options = PerQueryKeys(per_query_pairs(1), zeros), AttentionOptions(query_block=block, kernel="splash")
     found = attend_text(q, k, v, Packed(segments), per_query=per_query, options=options)
     more = jnp.zeros((2, 2, CHANNELS, 2)), jnp.zeros((2, 2, 2, CHANNELS))
-    (k_own, v_own), seen = own_keys(1)[0], jnp.broadcast_to(jnp.arange(2) < zeros[..., None], (2, LENGTH, 2))
+    (own_k, own_v), seen = per_query_pairs(1)[0], jnp.broadcast_to(jnp.arange(2) < zeros[..., None], (2, LENGTH, 2))
     itself = jnp.broadcast_to(jnp.eye(LENGTH, dtype=bool), (2, LENGTH, LENGTH))
-    keys, values = jnp.concatenate([k, k_own, more[0]], axis=3), jnp.concatenate([v, v_own, more[1]], axis=2)
+    keys, values = jnp.concatenate([k, own_k, more[0]], axis=3), jnp.concatenate([v, own_v, more[1]], axis=2)
     expected = attend(q, keys, values, jnp.concatenate([segment_mask(segments), itself, seen], axis=2))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -140,7 +141,7 @@ def test_cudnns_mask_and_layout_are_those_of_the_plain_attention(monkeypatch: py
         (NVIDIA, "float32", "xla"), (AMD, "bfloat16", "xla"), (CPU, "bfloat16", "xla"),
     ],
 )  # fmt: skip
-def test_auto_is_the_best_of_the_meshs_own_platform(device: Any, dtype: str, best: str):
+def test_auto_is_the_best_kernel_of_the_platform(device: Any, dtype: str, best: str):
     assert choose_kernel("auto", device, dtype) == best
     assert choose_kernel("xla", device, dtype) == "xla"
 
@@ -161,7 +162,7 @@ def test_a_kernel_that_does_not_run_there_is_refused_in_a_sentence(asked: Any, d
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (4, 1, 2)], ids=str)
 def test_each_device_attends_to_its_rows_and_heads(sizes: Any, monkeypatch: pytest.MonkeyPatch):
-    """On the second mesh rows do not divide evenly, and so are whole everywhere."""
+    """The second mesh does not divide the rows evenly, so they are whole on every device."""
     shapes = []
 
     def kernel(q: Any, *others: Any) -> jax.Array:
@@ -184,7 +185,7 @@ def test_each_device_attends_to_its_rows_and_heads(sizes: Any, monkeypatch: pyte
 
 def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch: pytest.MonkeyPatch):
     assert takes("cudnn", 200, 64) and not takes("cudnn", 201, 64) and not takes("cudnn", 200, 256)
-    assert not takes("cudnn", 200, 64, own_keys(1)) and takes("splash", 200, 64, own_keys(1))
+    assert not takes("cudnn", 200, 64, per_query_pairs(1)) and takes("splash", 200, 64, per_query_pairs(1))
     monkeypatch.setattr("jaxspec.nn.kernels.KERNELS", {})
     q, k, v, segments = given(batch=2, kv_heads=1)
     q, k, v, segments = q[:, :9], k[..., :9], v[:, :, :9], segments[:, :9]
@@ -196,7 +197,7 @@ def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch
 
 @pytest.mark.slow
 def test_a_targets_layer_with_splash_and_int8_weights_compiles_for_tpus_that_are_not_here():
-    """Two rows and two key-value heads over four chips; matmuls read int8, and no matrix is written out wide."""
+    """Two rows and two key-value heads over four chips; matmuls read int8, and no matrix is converted in memory."""
     pytest.importorskip("libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

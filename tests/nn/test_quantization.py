@@ -1,4 +1,4 @@
-"""int8 weights: half a step from the exact ones at most, half of bf16's bytes, the same wherever they lie."""
+"""int8 weights are at most half a step from the exact ones, take half of bf16's bytes, and are the same on a mesh."""
 
 import functools
 from pathlib import Path
@@ -22,7 +22,7 @@ CONFIG = LlamaConfig(64, 64, 2, 8, 4, 8, 128)
 
 @functools.cache
 def weights() -> Any:
-    """Weights that spread the next-token laws well apart."""
+    """Returns weights whose next-token distributions differ well."""
     return random_weights(Decoder(CONFIG), 0.12, 0)
 
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exact(layer: dict[str, Any], name: str) -> np.ndarray:
-    """The matrix that a quantized one stands for."""
+    """Returns the matrix that a quantized one stands for."""
     return np.asarray(layer[name]) * np.expand_dims(layer[scale_name(name)], CONTRACTED[name])
 
 

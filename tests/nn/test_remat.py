@@ -1,4 +1,4 @@
-"""What the backward pass computes again changes its memory and not its results; nor does a scan over layers."""
+"""Rematerialization changes the memory of the backward pass and not its results; nor does a scan over layers."""
 
 import functools
 from typing import Any
@@ -17,14 +17,14 @@ CONFIG = LlamaConfig(32, 32, 4, 4, 2, 8, 128)
 
 
 def text(rows: int, length: int) -> tuple[Any, ...]:
-    """Tokens, positions and packed documents."""
+    """Returns tokens, positions and packed documents."""
     tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, CONFIG.vocab)
     segments = jnp.broadcast_to(1 + (jnp.arange(length) > length // 3), tokens.shape)
     return tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), Packed(segments)
 
 
 class DrafterLoss:
-    """A drafter whose loss is differentiated, without compiling anything before."""
+    """A drafter and a loss of its outputs, to be differentiated."""
 
     def __init__(self, kind: str):
         self.drafter, rows, length = KINDS[kind], 2, 24
@@ -38,7 +38,7 @@ class DrafterLoss:
 
 
 def kept_bytes(loss: Any, params: Any) -> int:
-    """What the backward pass is handed."""
+    """Returns the bytes that the forward pass keeps for the backward pass."""
     back = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
 
@@ -64,7 +64,7 @@ def test_gradients_through_what_is_computed_again_are_the_same():
 
 
 def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again():
-    """Of the compiled program: what its scan over layers hands to the backward one."""
+    """Counts the temporaries of the compiled program: the values that its scan keeps for the backward scan."""
     params = jax.eval_shape(Decoder(CONFIG).init_params, jax.random.key(0))
 
     def temporaries(remat: Remat) -> int:

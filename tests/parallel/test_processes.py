@@ -1,4 +1,4 @@
-"""Several processes: how one joins them, that they train as one does, and that they fail, stop and go on together."""
+"""Several processes join by flags, environment or cluster, train as one does, and fail, stop and go on together."""
 
 import functools
 import json
@@ -54,7 +54,7 @@ PackedBatches.__getitem__ = read
 
 
 def prepare(folder: Path, *, steps: int = 6) -> Path:
-    """A target, conversations and an experiment."""
+    """Writes a target, conversations and an experiment; returns the folder."""
     write_target(folder / "target")
     lines = []
     for i in range(40):
@@ -115,7 +115,7 @@ def test_flags_that_do_not_fit_together_are_wrong_usage(words: list[str], compla
     assert complaint in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_so_are_such_variables(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_variables_that_are_no_numbers_are_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     assert main(["train", "eagle2"]) == cli.EXIT_USAGE
     assert capsys.readouterr().err == (
@@ -148,7 +148,7 @@ def test_verbs_of_one_process_refuse_to_be_one_of_several(monkeypatch: pytest.Mo
 
 
 def test_two_processes_found_by_jax_train_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two of two devices, which SLURM's variables tell of each other, and one process of four."""
+    """Compares two processes of two devices, joined by SLURM's variables, with one process of four."""
     folder = prepare(tmp_path)
     words = ("train", "toy.py", "mesh.fsdp=2", "--json", "several.json")
     variables = {
@@ -177,7 +177,7 @@ def test_two_processes_found_by_jax_train_as_one_does(tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 def test_a_run_whose_processes_are_killed_and_preempted_ends_as_if_they_had_not_been(tmp_path: Path):
-    """Bit for bit with as many processes; nearly so where one process takes over from two."""
+    """Bit for bit with the same number of processes; to a rounding error where one process takes over from two."""
     whole, torn = (prepare(tmp_path / name, steps=40) for name in ("whole", "torn"))
     words = ("train", "toy.py", "mesh.fsdp=2", "--heartbeat-timeout", "10")
     succeed(start_several([whole] * 2, *words, devices=2))
@@ -213,7 +213,7 @@ def test_a_run_whose_processes_are_killed_and_preempted_ends_as_if_they_had_not_
 
 @pytest.mark.slow
 def test_four_processes_pretrain_as_one_does(tmp_path: Path):
-    """Two and two share a row's weights between them, and so read the same rows."""
+    """Two processes of each pair share a row's weights, and so read the same rows."""
     folder = tmp_path / "run"
     pretrain_toy.prepare(folder)
     words = ("pretrain", "toy.py", "mesh.tensor=2", "model.kv_heads=2", "optimizer.steps=12", "log_every=1")

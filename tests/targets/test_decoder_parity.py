@@ -55,7 +55,7 @@ STEPS = (1, 3, 1, 4)  # tokens of each cached call
 
 
 def reference(**fields: Any) -> Any:
-    """A random transformers model whose norms are not all ones."""
+    """Returns a random transformers model whose norms are not all ones."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **fields})).eval()
     with torch.no_grad():
@@ -75,7 +75,7 @@ def random_tokens(vocab: int) -> np.ndarray:
 
 
 def whole_logits(folder: Path, tokens: np.ndarray, **options: Any) -> np.ndarray:
-    """Logits of one causal call over all tokens."""
+    """Returns the logits of one causal call over all tokens."""
     module, params, _ = load_target(folder, **{"dtype": jnp.float32, **options})
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     out = module.forward(params, jnp.asarray(tokens), positions, causal_mask(tokens.shape[1]))
@@ -153,7 +153,7 @@ def test_transformers_reads_what_is_written(tmp_path: Path, fields: Any):
 def test_a_bfloat16_folder_loads(tmp_path: Path, dtype: Any):
     reference().to(torch.bfloat16).save_pretrained(tmp_path)
     tokens = random_tokens(61)
-    # Read anew: `.to(bfloat16)` also rounds the rotary frequencies, which stay fp32 in a model that is loaded.
+    # The model is read again, because `.to(bfloat16)` rounds its rotary frequencies too.
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = reference_logits(model.eval(), tokens)
     logits = whole_logits(tmp_path, tokens, dtype=dtype)

@@ -91,7 +91,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 GROWING: dict[str, dict[str, Any]] = {
     "mistral dynamic": {"sliding_window": None, "max_position_embeddings": 8, "rope_parameters": DYNAMIC}
 }
-"""Here transformers turns the same position otherwise in a longer text, and keeps the keys it had."""
+"""Models whose rotary positions change as a text grows; transformers keeps the keys of the shorter text."""
 CONFIGS = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -115,7 +115,7 @@ ANCESTORS = np.asarray(
 
 @functools.cache
 def reference(name: str) -> Any:
-    """A random transformers model whose norms and biases are all different."""
+    """Returns a random transformers model whose norms and biases are all different."""
     family, fields = name.split()[0], {**SMALL, **(VARIATIONS | GROWING)[name]}
     torch.manual_seed(0)
     config = getattr(transformers, f"{CONFIGS[family]}Config")(**copy.deepcopy(fields), attn_implementation="eager")
@@ -131,7 +131,7 @@ def reference(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The reference of a name as transformers saves it."""
+    """Returns a function of a name to the folder that transformers saved its reference in."""
 
     @functools.cache
     def saved(name: str) -> Path:
@@ -143,7 +143,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def wanted(model: Any, *tokens: np.ndarray) -> np.ndarray:
-    """The reference's logits behind the given stretches of one text."""
+    """Returns the reference's logits of the given stretches, one after another, of one text."""
     with torch.no_grad():
         return model(torch.as_tensor(np.concatenate(tokens)[None])).logits.float().numpy()[0]
 

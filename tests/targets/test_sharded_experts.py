@@ -70,7 +70,7 @@ def test_logits_on_a_mesh_are_those_of_one_device(family: str, sizes: tuple[int,
     np.testing.assert_allclose(
         compiled(placed, jax.device_put(tokens, batch_sharding(mesh))), expected, rtol=1e-5, atol=1e-5
     )
-    # Each device sorts its own rows: no token leaves it but for the sum over its experts' axis.
+    # Each device sorts its own rows. Nothing but the sum over the experts' axis leaves it.
     rows = 8 * 12 * OPTIONS[family].chosen // (sizes[0] * sizes[1])
     sorts = [line for line in (compiled.as_text() or "").splitlines() if " sort(" in line]
     assert sorts and all(f"s32[{rows}]" in line or f"[{rows},1]" in line for line in sorts)
