@@ -1,7 +1,7 @@
 """One path from logits to a token, shared by plain and speculative decoding: warp, then draw with a position's key.
 
 A row's noise at an absolute position depends on its seed and that position alone. So a token is the same whether it
-is decoded one at a time or found inside a tree, and it does not depend on the other rows (the target-draw rule).
+is decoded one at a time or found inside a tree, and it does not depend on the other rows (see the rule `target-draw`).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None 
             "the prompt"
         )
     if after_B is not None:
-        start_B = start_B + jnp.minimum(after_B, 0)  # adds 0, which XLA does not know
+        start_B = start_B + jnp.minimum(after_B, 0)  # adds 0, but XLA cannot tell
     # Each device writes its own rows: XLA would send pieces of every cache for a write at a place of each row's own.
     fields = tuple(STATE_AXES[name] for name in KVCache._fields)
     return KVCache(*shard_map_rows(_write, (*fields, *fields, ("batch",)), fields, *cache, *rows, start_B))

@@ -60,7 +60,6 @@ def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:
         return _mix_experts(weights, x_BLD, options)
     rows = P(None if x_BLD.shape[0] % splits("batch") else AXIS_RULES["batch"])
     over = AXIS_RULES["experts"]
-
     specs = {"router": P(), **dict.fromkeys(EXPERTS, P(over))}
     # XLA's own partition would gather the rows of all devices, to sort them by expert.
     part = functools.partial(_mix_part, options, over)

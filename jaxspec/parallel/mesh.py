@@ -121,8 +121,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
-    uneven = [axis is not None and size % splits(axis) for size, axis in zip(x.shape, axes, strict=True)]
-    parts = (P.UNCONSTRAINED if odd else AXIS_RULES[axis] for odd, axis in zip(uneven, axes, strict=True))
+    uneven = [axis is not None and size % splits(axis) for size, axis in zip(x.shape, axes, strict=False)]
+    parts = (P.UNCONSTRAINED if odd else AXIS_RULES[axis] for odd, axis in zip(uneven, axes, strict=False))
     return jax.lax.with_sharding_constraint(x, P(*parts))
 
 

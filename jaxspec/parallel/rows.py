@@ -81,8 +81,8 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     if over not in jax.sharding.get_abstract_mesh().manual_axes:
         return table_VD[tokens_BL]
     # In a `shard_map` that splits the table's width, tokens are sent and not the table.
-    everyones = jax.lax.all_gather(tokens_BL, over, axis=0, tiled=True)
-    return jax.lax.all_to_all(table_VD[everyones], over, split_axis=0, concat_axis=2, tiled=True)
+    all_tokens = jax.lax.all_gather(tokens_BL, over, axis=0, tiled=True)
+    return jax.lax.all_to_all(table_VD[all_tokens], over, split_axis=0, concat_axis=2, tiled=True)
 
 
 def sum_gradients(tree: Any, axes: tuple[str, ...]) -> Any:
