@@ -210,7 +210,7 @@ class Target(Protocol):
         ...
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
-        """Returns fp32 logits `[B, L, V]` of the token after each feature."""
+        """fp32 next-token logits `[B, L, V]` of features."""
         ...
 
     def shared_tables(self, params: Params) -> SharedTables:
@@ -303,14 +303,13 @@ class Learner(Drafter, Protocol):
         steps: int,
         keys_B: Array | None = None,
     ) -> Unrolled:
-        """Returns `steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
+        """`steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
 
-        `features_BLD` are the target's `TargetOutput.read_BLD`. `keys_B`, one a row, are for drafters that train on a
-        random part of the positions; None computes all. Outputs that have read past the end of their document mean
-        nothing; the loss mask drops them.
+        `keys`, one a row, are for drafters that train on a random part of the positions; None computes all. Rows whose
+        tokens run past their document are garbage for the loss mask to drop.
         """
         ...
 
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int) -> Array:
-        """Returns fp32 logits `[B, L, V]` of the outputs of one step, over the vocabulary of the drafter's LM head."""
+        """fp32 logits `[B, L, V]` of the unrolled outputs of one step."""
         ...

@@ -26,7 +26,7 @@ class Tables:
         raise ValueError("this target has no layers; give its features with data.features, or load it whole")
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
-        """Returns fp32 logits `[B, L, V]` of the token after each feature, the same bits as the whole target's."""
+        """fp32 logits `[B, L, V]` of the token after each feature: those of the whole target, bit for bit."""
         return cap(score_tokens(features_BLD, self.shared_tables(params).head_VD), self.config.options.logit_cap)
 
     def shared_tables(self, params: Params) -> SharedTables:
