@@ -57,7 +57,7 @@ def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
 
 
 class LayerShape(Protocol):
-    """The sizes that shape a decoder layer."""
+    """What shapes a decoder layer."""
 
     @property
     def width(self) -> int: ...

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Params
 
 CONTRACTED = {"qkv": (-4,), "out": (-4, -3, -2), "gate": (-2,), "up": (-2,), "down": (-2,)}
-"""Matrix of a layer -> its axes that a matmul sums over; the other axes are its output channels."""
+"""The matrices of a layer -> their axes that a matmul sums over; the others are its output channels."""
 LEVELS = 127
 """Greatest int8 that a weight becomes."""
 

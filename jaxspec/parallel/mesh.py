@@ -97,7 +97,7 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def spec(name: str, ndim: int) -> P:
-    """Returns the partition of an array called `name` with `ndim` axes; without a rule it is replicated."""
+    """The partition of an array called `name`: its rule, or replicated when it has none."""
     axes = STATE_AXES.get(name) or PARAMETER_AXES.get(name)
     if axes is None:
         return P()

@@ -222,7 +222,7 @@ SHAPES = {
 
 
 def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
-    """Returns fresh weights of one layer, by name."""
+    """Fresh weights of one layer."""
     shapes, centred = layer_shapes(config, config.options), config.options.centred_norms
     keys = jax.random.split(key, len(shapes))
     return {
@@ -272,7 +272,6 @@ class Decoder(nn.Module):
         return self.param(name, init) if self.is_initializing() else self.get_variable("params", name)
 
     def _init_table(self, key: Array) -> Array:
-        """Returns a fresh table `[V, D]`."""
         return 0.02 * jax.random.normal(key, (self.config.vocab, self.config.width), self.param_dtype)
 
     def _init_layers(self, key: Array) -> Any:
