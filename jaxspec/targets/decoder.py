@@ -185,8 +185,8 @@ class LayerStack(NamedTuple):
             x, fresh = block(x, layer, past)
             return (x, tapped), fresh
 
-        rows = (layers, jnp.arange(len(self.view_of)))
-        (x_BLD, tapped), fresh = jax.lax.scan(step, (x_BLD, [jnp.zeros_like(x_BLD) for _ in taps]), rows)
+        tapped = [jnp.zeros_like(x_BLD) for _ in taps]
+        (x_BLD, tapped), fresh = jax.lax.scan(step, (x_BLD, tapped), (layers, jnp.arange(len(self.view_of))))
         return x_BLD, tapped, fresh
 
     def loop(self, x_BLD: Array, layers: list[Params], taps: tuple[int, ...]) -> tuple[Array, list[Array], Any]:
