@@ -2,7 +2,7 @@
 
 Source: direct alignment of draft models (arXiv 2403.00858): nine parts of answers that the target wrote at temperatures
 0, 0.3, 0.7 and 1 to one part of pretraining text. `draft_lm_kld`, `draft_lm_tvd` and `draft_lm_tvdpp` are this config
-with one loss each; `jaxspec train draft_lm name=mine objective.weights=js:1` is another.
+with one loss each; `jaxspec train draft_lm name=mine objective.weights=jsd:1` is another.
 Hardware: two CPU cores. Run `jaxspec pretrain draft_lm_pretrained` first.
 Expected: see the three; forward KL is the best of them here (docs/results.md, "Recipes compared").
 """

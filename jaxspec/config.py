@@ -369,7 +369,7 @@ def _experiment_file(name_or_path: str) -> Path:
     files = _experiment_files()
     if name_or_path not in files:
         hint = suggest(name_or_path, sorted(files))
-        raise ValueError(f"there is no config {name_or_path!r}{hint}; the name of a file ends in .py")
+        raise ValueError(f"there is no config {name_or_path!r} (a file is named with its .py){hint}")
     return files[name_or_path]
 
 
