@@ -41,7 +41,7 @@ config = DistillConfig(
 """
 PRETRAINED = """
 from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 config = PretrainConfig(
     name="ready",
