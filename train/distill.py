@@ -10,8 +10,8 @@ from typing import Any
 
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli
-from jaxspec.train.experiment import Program, Table, run_program
 from jaxspec.training.distill import run_distillation
+from jaxspec.training.program import Program, Table, run_program
 
 
 def main(argv: Sequence[str]) -> int:

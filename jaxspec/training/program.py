@@ -1,4 +1,7 @@
-"""What `jaxspec train` and `jaxspec pretrain` share: their command line, and the way from a config to its result."""
+"""What `jaxspec train` and `jaxspec pretrain` share: their flags, and the way from a config to a printed result.
+
+It is part of the library because programs do not import each other.
+"""
 
 import dataclasses
 import time
@@ -7,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tyro.conf import OmitArgPrefixes, Positional
 
 from jaxspec.config import load
 from jaxspec.console import cli, results, tables
+from jaxspec.console.cli import Inline, Positional
 from jaxspec.parallel.processes import Launch, joined
 
 
@@ -24,7 +27,7 @@ class Args:
     """Changes of its fields, such as optimizer.peak_lr=1e-3 data.train=answers.jsonl."""
     json: Path | None = None
     """File for the result."""
-    launch: OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
+    launch: Inline[Launch] = dataclasses.field(default_factory=Launch)
 
 
 class Table(NamedTuple):
