@@ -1,20 +1,10 @@
-"""FSPAD's ablation without partial alignment: feature sampling alone."""
+"""FSPAD's ablation without partial alignment: feature sampling alone.
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
-from jaxspec.distillation.objective import Objective
+Source: FSPAD (arXiv 2408.15562), ablation.
+Hardware: two CPU cores.
+Expected: tau 5.54 greedy and 3.29 at temperature 1 after two million tokens (docs/results.md, "Recipes compared").
+"""
 
-config = DistillConfig(
-    name="fspad_no_alignment",
-    target="tiny",
-    drafter="fspad",
-    head=HeadConfig(partial_alignment=False),
-    data=DataConfig(
-        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
-    ),
-    optimizer=OptimizerConfig(
-        peak_lr=5e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
-    ),
-    objective=Objective(),
-    checkpoint=CheckpointConfig("runs/fspad_no_alignment", save_every=100),
-    export_folder="runs/fspad_no_alignment/drafter",
-)
+from jaxspec.config import HeadConfig, derive
+
+config = derive("fspad", name="fspad_no_alignment", head=HeadConfig(partial_alignment=False))

@@ -1,18 +1,11 @@
-"""HASS as its script has it, first stage: three steps, no top-k loss; then `hass_stage2`."""
+"""HASS as its script has it, first stage: three draft steps, no top-k loss; `hass_stage2` goes on from it.
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+Source: HASS (arXiv 2408.15766) and its script.
+Hardware: two CPU cores.
+Expected: tau is not measured. Its step takes 2.10 times EAGLE's (docs/results.md, "What a training step costs").
+"""
+
+from jaxspec.config import derive
 from jaxspec.distillation.objective import Objective
 
-config = DistillConfig(
-    name="hass_stage1",
-    target="tiny",
-    data=DataConfig(
-        train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
-    ),
-    optimizer=OptimizerConfig(
-        peak_lr=5e-3, warmup_steps=100, epochs=3, weight_decay=0.01, clip_value=0.5, schedule="linear"
-    ),
-    objective=Objective(steps=3),
-    checkpoint=CheckpointConfig("runs/hass_stage1", save_every=100),
-    export_folder="runs/hass_stage1/drafter",
-)
+config = derive("eagle2", name="hass_stage1", objective=Objective(steps=3))

@@ -11,26 +11,31 @@ from jaxspec.console.cli import EXIT_USAGE, run
 
 
 class Verb(NamedTuple):
-    module: str  # imported only when the verb is called, so that help is instant; offers main(argv) -> exit code
+    """A command of the console script."""
+
+    module: str
+    """Offers `main(argv) -> exit code`. It is imported only when the verb is called, so that help is instant."""
     help: str
+    """What the verb does, in one line of `jaxspec --help`."""
 
 
 VERBS = {
     "quickstart": Verb("jaxspec.infer.quickstart", "train a drafter for the bundled tiny model, then decode with it"),
     "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
+    "configs": Verb("jaxspec.train.configs", "list the experiments, or show one with every field"),
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
     "tokenize": Verb("jaxspec.train.tokenize_corpus", "tokenize a data set into sharded files on disk"),
-    "features": Verb("jaxspec.train.features", "store what a target makes of a data set, for training without it"),
-    "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens a drafter needs to score"),
+    "features": Verb("jaxspec.train.features", "store the target's features, to train without its layers"),
+    "draft-vocab": Verb("jaxspec.train.draft_vocab", "rank the tokens that a drafter needs to score"),
     "plan": Verb("jaxspec.train.plan", "compile a training run for a TPU slice that is not here: memory, time, cost"),
     "train": Verb("jaxspec.train.distill", "distill a frozen target into a drafter"),
     "runs": Verb("jaxspec.train.runs", "list runs: how far they are and the best tau they reached"),
-    "export": Verb("jaxspec.train.export", "write a run's model, a drafter or a target as others read it"),
-    "import drafter": Verb("jaxspec.train.import_drafter", "make a published drafter a drafter of jaxspec"),
-    "import target": Verb("jaxspec.train.import_target", "make a target an exported one of jaxspec, whatever its size"),
-    "inspect": Verb("jaxspec.train.inspect", "say what a folder holds, and what it can be exported to"),
-    "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare what they are worth"),
+    "export": Verb("jaxspec.train.export", "write a run's model, a drafter or a target in a format of other programs"),
+    "import drafter": Verb("jaxspec.train.import_drafter", "convert a published drafter into one of jaxspec"),
+    "import target": Verb("jaxspec.train.import_target", "convert a target of any size into one of jaxspec"),
+    "inspect": Verb("jaxspec.train.inspect", "say what a folder holds, and to which formats it exports"),
+    "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
 }
@@ -38,11 +43,12 @@ VERBS = {
 EXAMPLES = """\
 examples:
   jaxspec quickstart
+  jaxspec configs eagle2
   jaxspec train eagle2 optimizer.peak_lr=3e-4 --json runs/train.json
   jaxspec bench decode --help
 
 Every verb explains its flags with --help and writes its result with --json PATH.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 preempted, or another process lost (resume with the same command).
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 preempted or another process lost (resume with the same command).
 JAXSPEC_TRACEBACK=1 shows the traceback of a failure."""
 
 

@@ -1,16 +1,19 @@
-"""Settings of experiments as frozen dataclasses, and how a config is found and overridden."""
+"""Settings of an experiment as frozen dataclasses, and how an experiment is found, derived and resolved.
 
+An experiment is a module of `configs/`, or a Python file anywhere, that holds one of these dataclasses as `config`.
+"""
+
+import ast
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import math
 import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jaxspec.console.overrides import override, replace_fields, suggest
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import OptimizerKind
 from jaxspec.nn.remat import Remat
@@ -18,33 +21,51 @@ from jaxspec.targets.decoder import LlamaConfig
 
 Config = TypeVar("Config")
 Attention = Literal["auto", "xla", "splash", "cudnn"]
-"""Attention over training rows: a TPU's or NVIDIA's kernel, or XLA; `auto` takes the best (jaxspec.nn.kernels)."""
+"""Attention over training rows: `splash` on a TPU, `cudnn` on an NVIDIA GPU, `xla` anywhere; `auto` takes the fastest
+(`jaxspec.nn.kernels`)."""
+Metric = Literal["loss", "simulated_tau", "simulated_tau_greedy", "expected_acceptance", "top1_agreement"]
+"""Figures of an evaluation."""
+
+
+def _require(config: Any, field: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"field {field!r} cannot be {getattr(config, field)!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Conversations to learn from and to be judged by."""
+    """Conversations to train and to evaluate on, and the rows that they are packed into."""
 
-    # JSONL (also .gz) or ArrayRecord files, plain text (.txt, also .gz), folders or patterns of them, or folders that
-    # `jaxspec tokenize` wrote; the union of several, joined by commas. With weights, a.jsonl:0.7,b.jsonl:0.3, an epoch
-    # holds the first whole, and of the others what makes their share of the trained tokens.
     train: str
-    eval: str  # likewise, without weights
-    length: int = 512  # tokens in a row; longer conversations are cut, and longer texts divided
-    batch: int = 16  # rows of a step, over all devices
+    """JSONL (also .gz) or ArrayRecord files, plain text (.txt, also .gz), folders or patterns of them, or folders that
+    `jaxspec tokenize` wrote. Several are joined by commas. With weights, as in a.jsonl:0.7,b.jsonl:0.3, an epoch holds
+    the first whole, and of each other one as much as gives it its share of the trained tokens."""
+    eval: str
+    """Held-out data, named as `train`, without weights."""
+    length: int = 512
+    """Tokens in a row. Longer conversations are cut, longer texts are divided."""
+    batch: int = 16
+    """Rows in a step, over all devices."""
     loss_on: Literal["all", "assistant"] = "all"
-    limit: int | None = None  # read only so many conversations of each training file
+    """Tokens that are trained: all, or those of the assistant's turns."""
+    limit: int | None = None
+    """Most conversations read from each training file."""
     eval_limit: int | None = None
-    mix: str | None = None  # as eval; mixed in against forgetting: what the model was pretrained on
-    mix_share: float = 0.1  # of the trained tokens that are the mix's; its conversations are repeated if they are few
-    mix_loss_on: Literal["all", "assistant"] = "all"  # pretraining predicts every token, and so does what recalls it
-    # Chat template: vicuna, llama-2-chat, llama-3, chatml or a file of Jinja. None: the target folder's own.
+    """Most conversations read from each file of `eval`."""
+    mix: str | None = None
+    """Data mixed in against forgetting, usually the pretraining text. Named as `eval`."""
+    mix_share: float = 0.1
+    """Share of the trained tokens that come from `mix`, which is repeated if it is too small."""
+    mix_loss_on: Literal["all", "assistant"] = "all"
+    """As `loss_on`, for `mix`. Pretraining predicts every token, so `all` is the default."""
     template: str | None = None
-    features: str | None = None  # folder that `jaxspec features` wrote, read instead of running the target's layers
-    top_k: int | None = (
-        None  # learn from so many log-probabilities of that folder, the others as one, not from the head
-    )
-    workers: int | None = None  # processes that prepare batches; None: a thread. May change when a run is resumed
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml or a file of Jinja. None: that of the target's folder."""
+    features: str | None = None
+    """Folder that `jaxspec features` wrote. Its features are read, and the target's layers are not run."""
+    top_k: int | None = None
+    """Train on this many log-probabilities from `features`, the rest lumped into one, instead of on the LM head's."""
+    workers: int | None = None
+    """Processes that prepare batches; None: one thread. A resumed run may change it."""
 
     def __post_init__(self) -> None:
         _require(self, "length", self.length > 1)
@@ -57,21 +78,31 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with linear warm-up; `steps` or `epochs` says how long."""
+    """AdamW or Muon, and its learning rate over the run; `steps` or `epochs` gives the length."""
 
     peak_lr: float
+    """Learning rate after the warm-up."""
     kind: OptimizerKind = "adamw"
+    """`muon` is for matrices; embeddings, norms and the LM head get AdamW all the same."""
     warmup_steps: int = 100
+    """Steps in which the rate rises linearly to `peak_lr`."""
     steps: int | None = None
+    """Updates in all, or None if `epochs` is given."""
     epochs: int | None = None
-    weight_decay: float = 0.0  # on matrices; norms are exempt
+    """Passes over the training data, or None if `steps` is given."""
+    weight_decay: float = 0.0
+    """On matrices only."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    clip_norm: float | None = None  # of the whole gradient
-    clip_value: float | None = None  # of every component
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient."""
+    clip_value: float | None = None
+    """Largest absolute value of a component of the gradient."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
     final_lr_fraction: float = 0.0
+    """Share of `peak_lr` that is left at the last step."""
 
     def __post_init__(self) -> None:
         _require(self, "peak_lr", self.peak_lr > 0 and math.isfinite(self.peak_lr))
@@ -82,17 +113,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Where a run leaves its state, and when. The last step is always saved, and one that evaluates best so far."""
+    """Where and when a run saves its state. The last step and the best evaluated one are always saved."""
 
-    folder: str
-    save_every: int | None = 100  # steps; none: not by steps
-    save_minutes: float | None = None  # or whenever so much time has passed
-    keep: int = 2  # of the last steps
-    keep_best: int = 1  # of those that were evaluated, besides; 0: none, and an evaluation saves nothing
-    best_by: (
-        Literal["loss", "simulated_tau", "simulated_tau_greedy", "expected_acceptance", "top1_agreement"] | None
-    ) = None  # figure of the evaluation; none: simulated_tau for a drafter, loss for pretraining
-    export: Literal["last", "best"] = "last"  # the step whose weights a finished run exports
+    folder: str = "runs/{name}"
+    """Folder of the run. `{name}` stands for the name of the config; see `resolve`."""
+    save_every: int | None = 100
+    """Steps between two saves; None: not by steps."""
+    save_minutes: float | None = None
+    """Minutes between two saves; None: not by time."""
+    keep: int = 2
+    """Last saved steps that are kept."""
+    keep_best: int = 1
+    """Best evaluated steps that are kept besides; 0: none, and an evaluation saves nothing."""
+    best_by: Metric | None = None
+    """Figure of the evaluation that decides; None: `simulated_tau` for a drafter, `loss` for pretraining."""
+    export: Literal["last", "best"] = "last"
+    """Step whose weights a finished run exports."""
 
     def __post_init__(self) -> None:
         _require(self, "save_every", self.save_every is None or self.save_every > 0)
@@ -105,19 +141,24 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go besides `metrics.jsonl` and TensorBoard files in the checkpoint folder."""
+    """Where metrics go besides `metrics.jsonl` and the TensorBoard files in the run's folder."""
 
-    wandb: str | None = None  # Weights & Biases project
+    wandb: str | None = None
+    """Weights & Biases project."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes what is left."""
+    """Devices along each axis of the mesh; -1 takes what is left."""
 
     data: int = -1
+    """Rows are split; weights are copied."""
     fsdp: int = 1
+    """Rows and weights are split."""
     tensor: int = 1
-    slices: int = 1  # TPU slices, joined by the data-centre network
+    """Heads, MLP channels and the vocabulary are split."""
+    slices: int = 1
+    """TPU slices, joined by the data-centre network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,22 +166,31 @@ class PretrainConfig:
     """Training of a small language model from scratch: a target, or a draft LM with its target's tokenizer."""
 
     name: str
+    """Names the run's folder and the run in lists."""
     model: LlamaConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    checkpoint: CheckpointConfig
-    export_folder: str  # HuggingFace folder of the result; its tokenizer is trained here first, unless one is named
-    tokenizer: str | None = None  # HuggingFace folder whose tokenizer is taken, or "tiny" for the bundled target's
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export_folder: str = "runs/{name}/export"
+    """HuggingFace folder of the finished model. Its tokenizer is trained there first, unless `tokenizer` is given."""
+    tokenizer: str | None = None
+    """HuggingFace folder whose tokenizer is taken, or `tiny` for that of the bundled target."""
     mesh: MeshConfig = MeshConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and moments are fp32
-    remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see jaxspec.nn.remat.recompute
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations. Weights and moments are fp32."""
+    remat: Remat = "none"
+    """Activations that the backward pass computes again instead of keeping; see `jaxspec.nn.remat.recompute`."""
     attention: Attention = "auto"
-    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.nn.attention.attend_causal
-    loss_block: int = 64  # positions of every row whose logits exist together
+    query_block: int | None = 128
+    """Queries that XLA attends together; see `jaxspec.nn.attention.attend_causal`."""
+    loss_block: int = 64
+    """Positions of every row whose logits exist at once."""
     eval_every: int = 500
+    """Steps between two evaluations."""
     log_every: int = 10
+    """Steps between two lines of `metrics.jsonl`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,61 +242,75 @@ class DistillConfig:
     """Training of a drafter on a frozen target."""
 
     name: str
-    target: str  # HuggingFace folder, or "tiny" for the bundled one
+    """Names the run's folder and the run in lists."""
+    target: str
+    """HuggingFace folder, or `tiny` for the bundled target."""
     data: DataConfig
     optimizer: OptimizerConfig
-    checkpoint: CheckpointConfig
-    export_folder: str  # Orbax folder of the finished drafter, for `jaxspec generate --drafter`
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export_folder: str = "runs/{name}/drafter"
+    """Orbax folder of the finished drafter, for `jaxspec generate --drafter`."""
     drafter: str = "eagle"  # a name of jaxspec.drafters.DRAFTERS
     head: HeadConfig = HeadConfig()  # its shape
-    init_from: str | None = None  # folder of a drafter to go on from; of draft_lm also a HuggingFace folder
-    draft_vocab: str | None = None  # file of the tokens to score, as `jaxspec draft-vocab` writes it; None: all
+    init_from: str | None = None
+    """Folder of a drafter whose training goes on; for `draft_lm` also a HuggingFace folder."""
+    draft_vocab: str | None = None
+    """File of the tokens that the drafter scores, as `jaxspec draft-vocab` writes it; None: all tokens."""
     objective: Objective = dataclasses.field(default_factory=Objective)
+    """Losses, their weights and the draft steps."""
     mesh: MeshConfig = MeshConfig()
-    compiler: Literal["jit", "shard_map", "pmap"] = "jit"  # see jaxspec.distillation.compilers
+    compiler: Literal["jit", "shard_map", "pmap"] = "jit"
+    """What divides the step over the mesh; see `jaxspec.distillation.compilers`."""
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of the target; masters are fp32
-    target_weights: Literal["same", "int8"] = "same"  # of the target's layers: in dtype, or see jaxspec.nn.quantization
-    scan_layers: bool = False  # the target as one layer's program run in turn: compiles sooner, if the target is deep
-    remat: Remat = "none"  # what the drafter's backward pass computes again; see jaxspec.nn.remat.recompute
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and of the target. The drafter's master weights are fp32."""
+    target_weights: Literal["same", "int8"] = "same"
+    """Of the target's layers: `same` is in `dtype`; for `int8` see `jaxspec.nn.quantization`."""
+    scan_layers: bool = False
+    """Compile one layer of the target and run it in a loop. A deep target compiles sooner."""
+    remat: Remat = "none"
+    """Activations that the drafter's backward pass computes again; see `jaxspec.nn.remat.recompute`."""
     attention: Attention = "auto"
-    query_block: int | None = 128  # queries that XLA attends together; see jaxspec.nn.attention.attend_causal
+    query_block: int | None = 128
+    """Queries that XLA attends together; see `jaxspec.nn.attention.attend_causal`."""
     eval_every: int = 500
+    """Steps between two evaluations."""
     log_every: int = 10
+    """Steps between two lines of `metrics.jsonl`."""
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Any:
-    """The `config` of an experiment, with `a.b=value` overrides applied.
+    """Returns the config of an experiment, with `a.b=value` overrides applied, resolved.
 
-    An experiment is a module of `configs/`, named without `.py`, or a path to a Python file; it holds a frozen
-    dataclass called `config`. Raises ValueError naming the experiment, field or value that is wrong.
+    The experiment is named as its module in `configs/`, or by the path of a Python file. Raises ValueError naming the
+    experiment, field or value that is wrong.
     """
-    config = getattr(_load_module(name_or_path), "config", None)
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise ValueError(f"{name_or_path}: has no dataclass instance called `config`")
-    return override(config, overrides)
+    return resolve(override(_config_of(name_or_path), overrides))
 
 
-def override(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with `a.b=value` applied in order, each value read by its field's type."""
-    tree: dict[str, Any] = {}
-    for item in overrides:
-        path, equals, value = item.partition("=")
-        if not equals or not path:
-            raise ValueError(f"override {item!r} is not of the form field=value")
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"override {item!r} follows one that sets {parent!r} as a whole")
-        node[leaf] = value
-    return _replace(config, tree, "")
+def derive(base: str, **changes: Any) -> Any:
+    """Returns the config of the experiment `base` with some fields replaced, for an experiment that starts from it.
+
+    A dict replaces fields of a group and leaves its others alone; any other value replaces the field. Folders that
+    `base` does not set follow the new `name`:
+
+        config = derive("eagle2", name="mine", optimizer={"peak_lr": 1e-3, "epochs": 1})
+    """
+    return replace_fields(_config_of(base), changes)
+
+
+def resolve(config: Config) -> Config:
+    """Returns `config` with `{name}` in its folders replaced by its name. `load` has done so."""
+    if not isinstance(config, PretrainConfig | DistillConfig):
+        return config
+    folder, export = (f.replace("{name}", config.name) for f in (config.checkpoint.folder, config.export_folder))
+    checkpoint = dataclasses.replace(config.checkpoint, folder=folder)
+    return dataclasses.replace(config, checkpoint=checkpoint, export_folder=export)
 
 
 def to_dict(config: Any) -> Any:
-    """`config` in JSON's types: dataclasses become dicts with their fields' names, tuples lists."""
+    """Returns `config` in JSON's types: dataclasses become dicts by field name, tuples become lists."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, dict):
@@ -259,9 +323,9 @@ def to_dict(config: Any) -> Any:
 
 
 def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
-    """`saved`, what `to_dict` gave of a config of this class, with the fields it lacks at their defaults.
+    """Returns `saved`, the `to_dict` of a config of this class, with the fields that it lacks at their defaults.
 
-    Files of an earlier version lack the settings that came after it; a field without a default stays away.
+    A file of an earlier version lacks the settings that came later. A missing field without a default stays missing.
     """
     result = dict(saved)
     for field in dataclasses.fields(config):
@@ -277,129 +341,53 @@ def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def experiments() -> list[str]:
-    """Names of the experiments in `configs/`."""
+    """Returns the names of the experiments in `configs/`, sorted."""
+    return sorted(_experiment_files())
+
+
+def docstring(name_or_path: str) -> str:
+    """Returns the docstring of an experiment's module, without running it; empty if it has none.
+
+    Raises ValueError for an experiment that does not exist.
+    """
+    text = _experiment_file(name_or_path).read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(text, filename=name_or_path)) or ""
+
+
+def _experiment_files() -> dict[str, Path]:
     package = importlib.import_module("jaxspec.configs")
-    return sorted(
-        path.stem for folder in package.__path__ for path in Path(folder).glob("*.py") if path.stem != "__init__"
-    )
+    files = (path for folder in package.__path__ for path in Path(folder).glob("*.py"))
+    return {path.stem: path for path in files if path.stem != "__init__"}
+
+
+def _experiment_file(name_or_path: str) -> Path:
+    if name_or_path.endswith(".py"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such config file")
+        return path
+    files = _experiment_files()
+    if name_or_path not in files:
+        hint = suggest(name_or_path, sorted(files))
+        raise ValueError(f"there is no config {name_or_path!r} (a file is named with its .py){hint}")
+    return files[name_or_path]
+
+
+def _config_of(name_or_path: str) -> Any:
+    """Returns `config` of the experiment's module as it stands there."""
+    config = getattr(_load_module(name_or_path), "config", None)
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ValueError(f"{name_or_path}: has no dataclass instance called `config`")
+    return config
 
 
 def _load_module(name_or_path: str) -> types.ModuleType:
+    path = _experiment_file(name_or_path)
     if not name_or_path.endswith(".py"):
-        if name_or_path not in experiments():
-            raise ValueError(
-                f"there is no config {name_or_path!r}{_hint(name_or_path, experiments())}; a file's name ends in .py"
-            )
         return importlib.import_module(f"jaxspec.configs.{name_or_path}")
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _replace(config: Any, changes: dict[str, Any], prefix: str) -> Any:
-    """`config` with `changes`: text for a leaf, a dict for a nested dataclass."""
-    hints = typing.get_type_hints(type(config))
-    names = [field.name for field in dataclasses.fields(config) if field.init]
-    values = {}
-    for name, change in changes.items():
-        path = f"{prefix}{name}"
-        if name not in names:
-            raise ValueError(f"unknown field {path!r} in {type(config).__name__}{_hint(name, names)}")
-        current = getattr(config, name)
-        nested = dataclasses.is_dataclass(current)
-        if isinstance(change, dict):
-            if not nested:
-                raise ValueError(
-                    f"field {path!r} has no fields of its own, so {path}.{next(iter(change))} does not exist"
-                )
-            values[name] = _replace(current, change, f"{path}.")
-        elif nested and change.lower() != "none":
-            inner = ", ".join(field.name for field in dataclasses.fields(current))
-            raise ValueError(f"field {path!r} is a group; set one of its fields: {inner}")
-        else:
-            values[name] = _read(change, hints[name], path)
-    try:
-        return dataclasses.replace(config, **values)
-    except ValueError as error:
-        raise ValueError(f"{prefix.rstrip('.') or 'config'}: {error}") from error
-
-
-def _read(text: str, kind: Any, path: str) -> Any:
-    """`text` as a value of the annotated type `kind`."""
-    try:
-        return _parse(text, kind)
-    except ValueError:
-        raise ValueError(f"field {path!r} cannot be {text!r}; it takes {_describe(kind)}") from None
-
-
-def _parse(text: str, kind: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if types.NoneType in arguments and text.lower() == "none":
-            return None
-        return _first(text, [a for a in arguments if a is not types.NoneType])
-    if origin is Literal:
-        return _choose(text, {str(a): a for a in arguments})
-    if origin is tuple:
-        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
-        if len(items) == 1 and arguments[-1] is not Ellipsis:  # a pair within a list: top_k:10:1.0
-            items = text.rsplit(":", len(arguments) - 1)
-        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(items):
-            raise ValueError
-        return tuple(_parse(item, k) for item, k in zip(items, kinds, strict=True))
-    if kind is bool:
-        return _choose(text.lower(), {"true": True, "false": False, "1": True, "0": False})
-    if kind is int:
-        number = float(text) if any(c in text for c in ".eE") else int(text)  # 1e6 is a whole number
-        if number != int(number):
-            raise ValueError
-        return int(number)
-    if kind in (float, str):
-        return kind(text)
-    raise ValueError
-
-
-def _choose(text: str, values: dict[str, Any]) -> Any:
-    if text not in values:
-        raise ValueError
-    return values[text]
-
-
-def _first(text: str, kinds: Sequence[Any]) -> Any:
-    for kind in kinds:
-        try:
-            return _parse(text, kind)
-        except ValueError:
-            continue
-    raise ValueError
-
-
-def _describe(kind: Any) -> str:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("none" if a is types.NoneType else _describe(a) for a in arguments)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin is tuple:
-        if arguments[-1] is not Ellipsis:
-            return ":".join(_describe(a).removeprefix("a ") for a in arguments)
-        return f"values separated by commas, each {_describe(arguments[0])}"
-    named = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return named.get(kind, f"a {getattr(kind, '__name__', kind)}, which the config file must set")
-
-
-def _hint(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(names)}"
-
-
-def _require(config: Any, field: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"field {field!r} cannot be {getattr(config, field)!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 STEPS = 80
 EXPERIMENT = """
 from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 config = PretrainConfig(
     name="toy",

@@ -1,94 +1,101 @@
-"""Finding experiments and overriding their fields."""
+"""Tests of experiments: how they are found, derived from each other, resolved and shown."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from jaxspec import config as configs
+from jaxspec.__main__ import main
 from jaxspec.config import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
+    MeshConfig,
     OptimizerConfig,
     completed,
+    derive,
+    docstring,
     load,
     override,
+    resolve,
     to_dict,
 )
+from jaxspec.console.overrides import dotted_fields
 from jaxspec.console.results import differences
 
+MINE = """'''My own head.
 
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    rate: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.99)
-    sizes: tuple[int, ...] = ()
-    parts: tuple[tuple[str, float], ...] = ()
+For a test.'''
+from jaxspec.config import derive
 
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    name: str = "x"
-    count: int = 1
-    limit: int | None = None
-    fast: bool = False
-    mode: Literal["a", "b"] = "a"
-    inner: Inner = Inner()
-
-
-@pytest.mark.parametrize(
-    ("item", "field", "value"),
-    [
-        ("name=a=b", "name", "a=b"),
-        ("count=7", "count", 7),
-        ("count=1e3", "count", 1000),
-        ("limit=3", "limit", 3),
-        ("limit=none", "limit", None),
-        ("fast=true", "fast", True),
-        ("mode=b", "mode", "b"),
-        ("inner.rate=1e-3", "inner", Inner(rate=1e-3)),
-        ("inner.betas=0.8,0.9", "inner", Inner(betas=(0.8, 0.9))),
-        ("inner.sizes=(1,2,3)", "inner", Inner(sizes=(1, 2, 3))),
-        ("inner.parts=l1:1,top_k:10:.5", "inner", Inner(parts=(("l1", 1.0), ("top_k:10", 0.5)))),
-        ("inner.parts=l1:1", "inner", Inner(parts=(("l1", 1.0),))),
-    ],
-)
-def test_an_override_is_read_by_the_fields_type(item: str, field: str, value: object):
-    assert override(Outer(), [item]) == dataclasses.replace(Outer(), **{field: value})
-
-
-def test_the_last_override_of_a_field_wins_and_others_stay():
-    assert override(Outer(), ["inner.rate=1", "count=2", "inner.rate=3"]) == Outer(count=2, inner=Inner(rate=3.0))
-
-
-@pytest.mark.parametrize(
-    ("item", "match"),
-    [
-        ("cout=1", "unknown field 'cout' in Outer; did you mean count"),
-        ("inner.rat=1", "unknown field 'inner.rat' in Inner; did you mean rate"),
-        ("count=many", "field 'count' cannot be 'many'; it takes a whole number"),
-        ("count=1.5", "field 'count' cannot be '1.5'"),
-        ("limit=x", "it takes a whole number or none"),
-        ("fast=maybe", "it takes true or false"),
-        ("mode=c", "it takes a or b"),
-        ("inner.betas=1", "field 'inner.betas' cannot be '1'"),
-        ("inner.parts=l1", "it takes values separated by commas, each text:number"),
-        ("inner=1", "field 'inner' is a group; set one of its fields: rate, betas, sizes, parts"),
-        ("count.x=1", "field 'count' has no fields of its own"),
-        ("count", "not of the form field=value"),
-        ("=1", "not of the form field=value"),
-    ],
-)
-def test_a_wrong_override_is_named(item: str, match: str):
-    with pytest.raises(ValueError, match=match):
-        override(Outer(), [item])
+config = derive("fspad", name="mine", optimizer={"peak_lr": 1e-3})
+"""
 
 
 @pytest.mark.parametrize("name", configs.experiments())
 def test_every_experiment_loads_and_is_json(name: str):
     assert json.loads(json.dumps(to_dict(load(name)))) == to_dict(load(name))
+
+
+@pytest.mark.parametrize("name", configs.experiments())
+def test_an_experiment_is_named_as_its_file_and_its_folders_as_the_experiment(name: str):
+    config = load(name)
+    export = "drafter" if isinstance(config, DistillConfig) else "export"
+    assert (config.name, config.checkpoint.folder, config.export_folder) == (
+        name,
+        f"runs/{name}",
+        f"runs/{name}/{export}",
+    )
+
+
+@pytest.mark.parametrize("name", configs.experiments())
+def test_an_experiment_says_its_source_its_hardware_and_what_to_expect(name: str):
+    first, *others = docstring(name).splitlines()
+    assert first.endswith(".") and len(first) <= 120
+    assert all(any(line.startswith(word) for line in others) for word in ("Source: ", "Hardware: ", "Expected: "))
+
+
+@pytest.mark.parametrize("name", configs.experiments())
+def test_what_an_experiment_expects_stands_in_the_results(name: str):
+    results = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    expected = docstring(name).partition("Expected: ")[2].partition("\n\n")[0]
+    assert all(heading in results for heading in re.findall(r'"([^"]+)"', " ".join(expected.split())))
+    assert all(figure in results for figure in re.findall(r"\d+\.\d+", expected))
+
+
+@pytest.mark.parametrize("name", configs.experiments())
+def test_the_fields_that_are_shown_are_overrides_that_change_nothing(name: str):
+    config = load(name)
+    assert override(config, [f"{path}={text}" for path, text in dotted_fields(config).items()]) == config
+
+
+def test_folders_follow_the_name_unless_they_are_set():
+    assert load("hass", ["name=mine"]).checkpoint.folder == "runs/mine"
+    assert load("hass", ["name=mine"]).export_folder == "runs/mine/drafter"
+    moved = load("hass", ["checkpoint.folder=here", "name=mine", "checkpoint.keep=5"])
+    assert (moved.checkpoint.folder, moved.export_folder) == ("here", "runs/mine/drafter")
+    assert load("hass", ["export_folder=head"]).checkpoint.folder == "runs/hass"
+    assert resolve(moved) == moved == resolve(resolve(moved))
+
+
+def test_a_derived_experiment_changes_what_it_names_and_keeps_the_rest(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(MINE)
+    mine, base = load(str(tmp_path / "mine.py")), load("fspad")
+    assert mine.checkpoint.folder == "runs/mine" and mine.optimizer.peak_lr == 1e-3
+    lines = differences(to_dict(base), to_dict(mine))
+    assert [line.split()[0] for line in lines] == ["checkpoint.folder", "export_folder", "name", "optimizer.peak_lr"]
+    assert derive("fspad", mesh=MeshConfig(fsdp=2)).mesh == MeshConfig(fsdp=2)
+    with pytest.raises(ValueError, match=r"unknown field 'optimizer\.lr' in OptimizerConfig"):
+        derive("fspad", optimizer={"lr": 1.0})
+
+
+@pytest.mark.parametrize(("loss", "weights"), [("kld", "kl:1"), ("tvd", "tvd:1"), ("tvdpp", "tvdpp_exact_pos:1")])
+def test_the_three_direct_alignments_are_one_experiment_and_a_loss(loss: str, weights: str):
+    name = f"draft_lm_{loss}"
+    assert load(name) == load("draft_lm", [f"name={name}", f"objective.weights={weights}"])
 
 
 def test_an_override_that_breaks_a_rule_names_the_group():
@@ -134,9 +141,10 @@ def test_settings_that_cannot_be_are_refused(build):
 
 
 def test_differences_name_the_fields():
-    other = dataclasses.replace(Outer(), count=2, inner=Inner(rate=0.1))
-    assert differences(to_dict(Outer()), to_dict(other)) == ["count was 1, is 2", "inner.rate was 0.5, is 0.1"]
-    assert differences(to_dict(Outer()), to_dict(Outer())) == []
+    config = load("eagle2")
+    other = dataclasses.replace(config, seed=2, optimizer=dataclasses.replace(config.optimizer, b1=0.5))
+    assert differences(to_dict(config), to_dict(other)) == ["optimizer.b1 was 0.9, is 0.5", "seed was 0, is 2"]
+    assert differences(to_dict(config), to_dict(config)) == []
 
 
 def test_what_an_earlier_version_did_not_know_is_at_its_default():
@@ -145,5 +153,40 @@ def test_what_an_earlier_version_did_not_know_is_at_its_default():
     assert completed(early, config) == to_dict(config)
     assert completed({"length": 64, "gone": 1}, config)["gone"] == 1  # and nothing is dropped
     assert "train" not in completed({"length": 64}, config)  # which has no default
-    outer = dataclasses.replace(Outer(), inner=Inner(rate=0.1))
-    assert completed({"count": 1, "inner": {}}, outer)["inner"] == to_dict(Inner())
+    groups = completed({"name": "x", "optimizer": {"peak_lr": 1.0}}, load("eagle2"))
+    assert groups["optimizer"] == to_dict(OptimizerConfig(1.0, steps=1)) | {"steps": None}
+
+
+def test_the_verb_lists_every_experiment_with_its_verb_and_first_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["configs", "--json", str(tmp_path / "all.json")]) == 0
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
+    assert [row["name"] for row in found["configs"]] == configs.experiments() and found["command"] == "configs"
+    assert all(row["name"] in shown and row["summary"] in shown for row in found["configs"])
+    verbs = {row["name"]: row["verb"] for row in found["configs"]}
+    assert (verbs["tiny"], verbs["best"]) == ("pretrain", "train")
+
+
+def test_an_experiment_is_shown_as_it_is_resolved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = str(tmp_path / "one.json")
+    assert main(["configs", "best", "name=mine", "objective.late=", "--json", out]) == 0
+    lines, found = capsys.readouterr().out.splitlines(), json.loads(Path(out).read_text())
+    assert lines[0] == f"# {docstring('best').splitlines()[0]}"
+    assert {"checkpoint.folder = runs/mine", "optimizer.kind = muon", "optimizer.steps = none"} < set(lines)
+    assert {"objective.weights = smooth_l1:1.0,soft_cross_entropy:0.1,top_k:10:1.0", "objective.late ="} < set(lines)
+    assert found["config"] == to_dict(load("best", ["name=mine", "objective.late="]))
+    assert (found["dtype"], found["seed"]) == ("float32", 0)
+
+
+def test_the_verb_names_an_experiment_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    assert main(["configs", "egle3"]) == 1
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err.startswith("jaxspec configs: there is no config 'egle3'")
+    assert "did you mean eagle3" in shown.err and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("verb", "name", "kind"), [("train", "tiny", "Distill"), ("pretrain", "eagle2", "Pretrain")])
+def test_a_training_verb_refuses_experiments_of_the_other(verb: str, name: str, kind: str, capsys):
+    assert main([verb, name]) == 1
+    assert f"not a {kind}Config" in capsys.readouterr().err

@@ -32,7 +32,7 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 # Within a package a module may import from lower shelves; an __init__ from all of its own package.
 SHELVES: dict[str, tuple[set[str], ...]] = {
     "checkpoints": ({"event_file", "manifest"}, {"folders", "piecewise", "tracking"}, {"models", "runs"}),
-    "console": ({"cli", "results"}, {"tables"}, {"progress"}),
+    "console": ({"cli", "overrides", "results"}, {"tables"}, {"progress"}),
     "data": (
         {
             "conversations",
@@ -87,7 +87,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"qwen3", "qwen3_moe"},
         {"families"},
     ),
-    "training": ({"batches", "next_token"}, {"loop"}, {"distill"}),
+    "training": ({"batches", "next_token"}, {"loop", "program"}, {"distill", "pretrain"}),
     "trees": ({"children", "shape"}, {"best_first", "dynamic", "static"}),
     "verify": ({"path", "rejection"}, {"rules"}),
 }
@@ -191,6 +191,7 @@ def test_imports_point_to_lower_layers_and_shelves(module: str):
         ("jaxspec.console.cli", "def late():\n  from jaxspec.train import distill"),
         ("jaxspec.infer.generate", "from jaxspec.train import distill"),
         ("jaxspec.infer.generate", "from train import distill"),
+        ("jaxspec.train.distill", "from jaxspec.train import pretrain"),
         ("jaxspec.__init__", "from jaxspec.base import Tree"),
     ],
 )

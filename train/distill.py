@@ -1,59 +1,29 @@
-"""Distil a frozen target into a drafter: both in one program, resumable, saved for `jaxspec generate`."""
+"""Distill a frozen target into a drafter, as an experiment says.
 
-import dataclasses
+A run that was stopped goes on from its last checkpoint with the same command. The finished drafter is exported for
+`jaxspec generate --drafter`.
+"""
+
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-from tyro.conf import OmitArgPrefixes, Positional
-
-from jaxspec.config import DistillConfig, load
-from jaxspec.console import cli, results, tables
-from jaxspec.parallel.processes import Launch, joined
+from jaxspec.config import DistillConfig
+from jaxspec.console import cli
 from jaxspec.training.distill import run_distillation
-
-PROG = "jaxspec train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Args:
-    """Command line of `jaxspec train`."""
-
-    config: Positional[str]
-    """Name of an experiment in configs/, or path of a Python file."""
-    overrides: Positional[tuple[str, ...]] = ()
-    """Changes such as optimizer.peak_lr=1e-3 data.train=answers.jsonl."""
-    json: Path | None = None
-    """Write the result here."""
-    launch: OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
+from jaxspec.training.program import Program, Table, run_program
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb; returns the exit code."""
-    started = time.monotonic()
-    args = cli.parse(list(argv), Args, prog=PROG, description=__doc__ or "")
-    config = load(args.config, args.overrides)
-    if not isinstance(config, DistillConfig):
-        raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a DistillConfig; see `jaxspec pretrain`")
-    with joined(args.launch, prog=PROG):
-        found = run_distillation(config)
-        if jax.process_index() == 0:
-            show(config, results.result("train", dtype=config.dtype, seed=config.seed, started=started, **found), args)
-    return 0
+    """Runs the verb; returns the exit code."""
+    program = Program("train", DistillConfig, run_distillation, held_out_table)
+    return run_program(program, argv, description=__doc__ or "")
 
 
-def show(config: DistillConfig, found: dict[str, Any], args: Args) -> None:
-    """Print the result and write it where it is asked for."""
-    tables.print_table(
-        f"{config.name}: held out, after {found['steps']:,} steps (drafter in {config.export_folder})",
-        ("measure", "value"),
-        [(name, value) for name, value in found["eval"].items()],
-    )
-    if args.json:
-        results.write_json(args.json, found)
+def held_out_table(config: DistillConfig, result: dict[str, Any]) -> Table:
+    """Returns the figures of the last evaluation."""
+    title = f"{config.name}: held out, after {result['steps']:,} steps (drafter in {config.export_folder})"
+    return Table(title, ("measure", "value"), list(result["eval"].items()))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What programs show and read at the command line: flags, tables, progress, results."""
+"""The command line of programs: flags and overrides that they read, tables, progress and results that they write."""

@@ -1,4 +1,4 @@
-"""What every program shares at its command line: flags into a frozen dataclass, exceptions into exit codes."""
+"""The command line of every program: flags become a frozen dataclass, exceptions become exit codes."""
 
 import os
 import sys
@@ -10,18 +10,22 @@ import tyro
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 Args = TypeVar("Args")
+Positional = tyro.conf.Positional
+"""Marks a field of flags that is given without its name: `Positional[str]`."""
+Inline = tyro.conf.OmitArgPrefixes
+"""Marks a field that holds flags of its own, which are given as if they were the outer ones."""
 
 
 class Preempted(Exception):
-    """The machine was taken away after the state was saved: the same command resumes."""
+    """The machine is being taken away and the state is saved; the same command resumes."""
 
 
 class WrongUsage(ValueError):
-    """Flags, or environment variables in their stead, that do not fit together."""
+    """Flags, or the environment variables that stand for them, do not fit together."""
 
 
 def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
@@ -35,9 +39,9 @@ def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str)
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Returns the exit code of `main(argv)`; an expected failure becomes one sentence on stderr.
 
-    Expected are `ValueError` and `OSError` (exit 1), `WrongUsage` (2), `Preempted` (75), an interrupt (130). Anything
-    else is a bug and keeps its traceback, as does every failure under `JAXSPEC_TRACEBACK=1`. `argv` is the command line
-    and `prog` the name of the running file, unless given.
+    Expected are `ValueError` and `OSError` (exit 1), `WrongUsage` (2), `Preempted` (75) and an interrupt (130).
+    Anything else is a bug and keeps its traceback, as do `ValueError` and `OSError` under `JAXSPEC_TRACEBACK=1`. `argv`
+    defaults to the command line, `prog` to the name of the running file.
     """
     argv = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).stem if prog is None else prog
@@ -53,7 +57,7 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, 
 
 
 def verdict(failure: BaseException) -> tuple[int, str] | None:
-    """The exit code and sentence of an expected failure (see `run`); None for one that keeps its traceback."""
+    """Returns exit code and sentence of an expected failure (see `run`); None for one that keeps its traceback."""
     match failure:
         case Preempted():
             reason = sentence(failure) or "stopped by preemption"
@@ -75,7 +79,7 @@ def sentence(failure: BaseException) -> str:
 
 
 def refuse_below_one(args: object, *names: str) -> None:
-    """ValueError naming the first of these flags that is given and less than 1."""
+    """Raises ValueError naming the first of these flags that is given and less than 1."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:

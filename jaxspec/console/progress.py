@@ -16,7 +16,7 @@ PLAIN_INTERVAL_SECONDS = 20.0  # between two progress lines where there is no te
 
 
 class Progress:
-    """How far one piece of long work is; made by `progress`, told by `advance`."""
+    """Progress of one long piece of work; `progress` makes it, `advance` moves it on."""
 
     def __init__(self, description: str, total: int | None, unit: str, bar: Bar | None) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -27,7 +27,7 @@ class Progress:
         self.show()
 
     def advance(self, count: int = 1, status: str | None = None) -> None:
-        """Adds `count` finished units; `status` is free text, such as "loss 2.31", that stays until replaced."""
+        """Adds `count` finished units. `status` is free text, such as "loss 2.31"; it stays until it is replaced."""
         self.completed += count
         self.status = self.status if status is None else status
         last = self.completed == self.total
@@ -54,8 +54,8 @@ class Progress:
 def progress(description: str, total: int | None, unit: str) -> Iterator[Progress]:
     """Yields a `Progress` shown on stderr: a live bar on a terminal, elsewhere a plain line at most every 20 s.
 
-    `unit` is a plural noun ("steps"); `total` is None where the end is not known. Of several processes the first shows
-    it.
+    `unit` is a plural noun ("steps"). `total` is None if the end is not known. Of several processes only the first
+    shows it.
     """
     console = Console(stderr=True)
     if jax.distributed.is_initialized() and jax.process_index():
@@ -64,7 +64,7 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Progres
     if not console.is_terminal:
         line = Progress(description, total, unit, None)
         yield line
-        if line.completed != line.total:  # the last unit has shown itself
+        if line.completed != line.total:  # otherwise `advance` has shown the last unit
             line.show()
         return
     columns = (

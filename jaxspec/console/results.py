@@ -1,4 +1,4 @@
-"""What a program leaves behind: one JSON object, with the machine it ran on."""
+"""The result of a program: one JSON object, with the machine it ran on."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from jaxspec import __version__
 
 
 def machine_facts() -> dict[str, Any]:
-    """Returns the processor, the cores this process may use, the kind and count of accelerators, and the jax version.
+    """Returns the processor, the cores that this process may use, the kind and count of accelerators, the jax version.
 
     `accelerator` is None on a machine without one. Starts the JAX backend.
     """
@@ -34,7 +34,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Returns the model name of the processor, or its architecture where the system does not tell."""
+    """Returns the model name of the processor, or its architecture if the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -56,7 +56,7 @@ def git_sha() -> str | None:
 def result(command: str, *, dtype: Any, seed: int | None, started: float, **keys: Any) -> dict[str, Any]:
     """Returns the result of a verb: the keys common to all verbs, then its own `keys`.
 
-    `started` is what `time.monotonic()` said when the program began; `dtype` may be a name or anything numpy takes.
+    `started` is the value of `time.monotonic()` when the program began. `dtype` is a name or anything numpy takes.
     """
     return {
         "command": command,
@@ -71,7 +71,7 @@ def result(command: str, *, dtype: Any, seed: int | None, started: float, **keys
 
 
 def jsonable(value: Any) -> Any:
-    """Returns `value` in JSON's own types: arrays become lists, paths strings, and numbers that are not finite None."""
+    """Returns `value` in JSON's types: arrays become lists, paths strings, and numbers that are not finite None."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -90,9 +90,10 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
-    """Writes `result` to `path` all at once, making its folder; `OSError` with one sentence if that is not possible."""
+    """Writes `result` to `path` in one rename and makes its folder. Raises `OSError` with one sentence on failure."""
     path = Path(path)
     text = json.dumps(jsonable(result), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    # A reader of `path` finds the old file or the whole new one.
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two results of `to_dict` differ: one "a.b was x, is y" a field."""
+    """Returns a line "a.b was x, is y" for every field in which two results of `config.to_dict` differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         fields = sorted(old.keys() | new.keys())
         return [line for f in fields for line in differences(old.get(f), new.get(f), f"{path}.{f}" if path else f)]

@@ -1,4 +1,4 @@
-"""Tables for a terminal, and numbers as their cells show them."""
+"""Tables for a terminal, and the numbers in their cells."""
 
 import io
 import sys
@@ -12,20 +12,20 @@ from rich.table import Table
 
 from jaxspec.console.results import jsonable
 
-UNFOLDED = 1000  # columns: a file has no edge at which to fold a table
+UNFOLDED = 1000  # columns of a table in a file, which need not fold
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table on stdout; numbers are right-aligned, floats get four digits, None and NaN a dash.
+    """Prints a table on stdout. Numbers are right-aligned, floats get four digits, None and NaN become a dash.
 
-    Format a cell as a string to say otherwise.
+    A cell that is a string is printed as it is.
     """
     width = None if sys.stdout.isatty() else UNFOLDED
     Console(markup=False, highlight=False, width=width).print(_table(title, columns, rows))
 
 
 def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns the table that `print_table` prints, as lines of a file."""
+    """Returns the text of the table that `print_table` prints, unfolded."""
     written = io.StringIO()
     Console(file=written, markup=False, highlight=False, width=UNFOLDED).print(_table(title, columns, rows))
     return written.getvalue()
@@ -54,5 +54,5 @@ def cell(value: Any) -> str:
 
 
 def four_digits(value: float) -> str:
-    """Returns `value` with four significant digits, and with all digits before the point."""
+    """Returns `value` with four significant digits, and all digits before the point."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"

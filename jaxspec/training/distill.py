@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jaxspec.base import Params
 from jaxspec.checkpoints.models import drafter_config, save_drafter
 from jaxspec.checkpoints.runs import BestMetric
-from jaxspec.config import (
-    DistillConfig,
-)
+from jaxspec.config import DistillConfig, resolve
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.feature_store import FeatureBatches, FeatureStore
@@ -215,6 +213,7 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
 
     Returns the keys of `jaxspec train`.
     """
+    config = resolve(config)
     prepare(config)
     folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
     mesh = mesh_of(config.mesh)

@@ -41,7 +41,7 @@ config = DistillConfig(
 """
 PRETRAINED = """
 from jaxspec.config import CheckpointConfig, DataConfig, OptimizerConfig, PretrainConfig
-from jaxspec.targets.llama import LlamaConfig
+from jaxspec.targets.decoder import LlamaConfig
 
 config = PretrainConfig(
     name="ready",
@@ -243,7 +243,7 @@ def test_a_drafter_that_is_there_is_measured_and_trees_are_cut_to_its_depth(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["eagle3000"], "there is no recipe 'eagle3000' in configs/; there are best, best_llama3_8b, draft_lm_kld"),
+        (["eagle3000"], "there is no recipe 'eagle3000' in configs/; there are best, best_llama3_8b, draft_lm"),
         (["eagle2", "eagle2"], "name recipes to compare, each once"),
         (["eagle2", "--headline", "hass"], "--headline names hass, which is not compared: eagle2 are"),
         (["eagle2", "--seeds", "0,x"], "--seeds is '0,x'"),

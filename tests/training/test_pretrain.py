@@ -1,6 +1,5 @@
 """Pretraining: the loss, and runs that are killed and go on as if they had not been."""
 
-import importlib
 import json
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.loop import optimizer_of
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
+from jaxspec.training.pretrain import find_tokenizer
 
 
 def test_a_token_is_a_target_only_within_its_document_and_where_the_mask_allows():
@@ -172,7 +172,6 @@ def test_a_template_that_the_config_names_goes_with_the_model(draft_lm: Path, mo
     monkeypatch.chdir(draft_lm)
     named = load("toy.py", ["tokenizer=target", f"model.vocab={SIZE}", "data.template=vicuna", "export_folder=named"])
     assert isinstance(named, PretrainConfig)
-    find_tokenizer = importlib.import_module("jaxspec.train.pretrain").find_tokenizer
     found, again = find_tokenizer(named), ChatTokenizer.load("named")
     assert found.template == again.template == TEMPLATES["vicuna"].text
     assert ChatTokenizer.load("target").template != found.template
