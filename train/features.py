@@ -35,7 +35,8 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Shard, ShardWriter
 from jaxspec.data.target_outputs import Kind, store, to_arrays
 from jaxspec.distillation.compilers import under
-from jaxspec.distillation.step import Batch, read_batch
+from jaxspec.distillation.loss import read_target
+from jaxspec.distillation.task import Batch
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf import fingerprint, load_target
 from jaxspec.interchange.hf_config import read_config
@@ -45,8 +46,8 @@ from jaxspec.parallel.processes import refuse_several
 from jaxspec.serving import flags
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import HostBatch, place_rows, read_data
-from jaxspec.training.distill import drafter_for
-from jaxspec.training.loop import attention_blocks, mesh_of, termination_notice
+from jaxspec.training.loop import termination_notice
+from jaxspec.training.resolve import attention_blocks, drafter_for, mesh_of
 
 UNSTORED = ("template", "features", "top_k", "workers")
 """Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""
@@ -257,7 +258,7 @@ def open_target(work: Work) -> Run:
 
     @jax.jit
     def compute(frozen: Any, batch: Batch) -> dict[str, jax.Array]:
-        out = read_batch(target, frozen, batch)
+        out = read_target(target, frozen, batch)
         return to_arrays(store(target, frozen, out, kind=args.store, taps=len(work.taps), top_k=args.top_k))
 
     place, made = functools.partial(place_rows, batch_sharding(mesh)), under(mesh, compute)

@@ -24,7 +24,7 @@ from jaxspec.data.conversations import read_all
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distillation.compilers import under
-from jaxspec.distillation.step import TrainState
+from jaxspec.distillation.task import TrainState
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf import write_llama
 from jaxspec.parallel.agreement import meet, say
@@ -32,8 +32,9 @@ from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.parallel.processes import Launch, joined
 from jaxspec.targets.decoder import Decoder
 from jaxspec.training.batches import HostBatch, read_data, spread
-from jaxspec.training.loop import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.loop import Recipe, prepare, run
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
+from jaxspec.training.resolve import attention_blocks, mesh_of, optimizer_of
 
 PROG = "jaxspec pretrain"
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")

@@ -107,8 +107,7 @@ def _pmap_step(mesh: Mesh, task: Task, optimizer: optax.GradientTransformation) 
 
 
 def under(mesh: Mesh, compiled: Callable[..., Result]) -> Callable[..., Result]:
-    """Returns `compiled` with the mesh in context, which the constraints in the models refer to; one device needs none.
-    """
+    """Returns `compiled` with the mesh in context, for the constraints in the models; one device needs none."""
     if mesh.size == 1:
         return compiled
 

@@ -87,7 +87,8 @@ def placed(name: str, mesh: jax.sharding.Mesh) -> tuple[tuple[Any, ...], tuple[A
     frozen = Frozen(jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0))))
     state = init_state(drafter, optimizer, jax.random.key(1), TARGET.shared_tables(frozen.params))
     frozen, state = (jax.device_put(x, shardings(mesh, x)) for x in (frozen, state))
-    return (Task(TARGET.clone(taps=drafter.taps), drafter, objective), optimizer), (frozen, state, jax.device_put(batch(), batch_sharding(mesh)))
+    task = Task(TARGET.clone(taps=drafter.taps), drafter, objective)
+    return (task, optimizer), (frozen, state, jax.device_put(batch(), batch_sharding(mesh)))
 
 
 @functools.cache
