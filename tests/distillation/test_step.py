@@ -307,12 +307,11 @@ def test_unknown_losses_are_named():
 def test_the_gradient_is_that_of_the_sums(frozen, batch: Batch, objective: Objective, vocab):
     params, ids = DRAFTER.init_params(jax.random.key(1)), None if vocab is None else jnp.asarray(vocab)
 
-    def gradient(learning: bool):
-        def of(params) -> jax.Array:
-            arguments = (Task(TARGET, DRAFTER, objective), Frozen(frozen, ids), params, batch, jax.random.key(3))
-            loss, sums = batch_loss(*arguments, learning=learning)
-            return loss if learning else sums.mean_loss(objective)
+    task, key = Task(TARGET, DRAFTER, objective), jax.random.key(3)
 
-        return jax.jit(jax.grad(of))(params)
+    def loss(params, learning: bool) -> jax.Array:
+        part, sums = batch_loss(task, Frozen(frozen, ids), params, batch, key, learning=learning)
+        return part if learning else sums.mean_loss(objective)
 
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), gradient(True), gradient(False))
+    one, other = (jax.jit(jax.grad(functools.partial(loss, learning=learning)))(params) for learning in (True, False))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), one, other)
