@@ -158,7 +158,7 @@ class Planner:
 
 
 def all_plans(config: DistillConfig, args: Args) -> Iterator[Planned]:
-    """The config as it stands; in a sweep, other meshes with its batch, and other batches on the best of these."""
+    """Yields the config's plan; in a sweep, those of other meshes, and of other batches on the best of these."""
     with progress.progress("compiling", None, "programs") as bar:
         planner = Planner(args, bar)
         first = next(planner.plan(config))
@@ -192,13 +192,13 @@ def build_abstract(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, scored
 
 
 def on_mesh(config: DistillConfig, sizes: Mapping[str, int]) -> DistillConfig:
-    """The config with these sizes of mesh axes; the number of slices stays."""
+    """Returns the config with these sizes of mesh axes; the number of slices stays."""
     axes = {name: sizes[name] for name in ("data", "fsdp", "tensor")}
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))
 
 
 def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConfig]:
-    """The config's slices cut into data, fsdp and tensor by powers of two."""
+    """Yields the config's slices cut into data, fsdp and tensor by powers of two."""
     devices = first.mesh["data"] * first.mesh["fsdp"] * first.mesh["tensor"]
     for tensor in (1, 2, 4, 8):
         fsdp = devices // tensor
@@ -208,7 +208,7 @@ def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConf
 
 
 def decoding_of(config: DistillConfig, args: Args) -> DecodePlan:
-    """The decoding of the config's drafter on the slice that `--decode` names."""
+    """Returns the plan of decoding with the config's drafter on the slice that `--decode` names."""
     assert args.decode is not None
     shape = target_shape(config.target)
     scored = scored_tokens(config.draft_vocab, shape.vocab, args.draft_vocab)
@@ -218,12 +218,12 @@ def decoding_of(config: DistillConfig, args: Args) -> DecodePlan:
 
 
 def steps_of(config: DistillConfig, args: Args) -> int | None:
-    """Steps of the whole run, where they are known without its data."""
+    """Returns the steps of the whole run, where they are known without its data."""
     return args.steps or config.optimizer.steps
 
 
 def describe(config: DistillConfig, plan: StepPlan, args: Args) -> dict[str, Any]:
-    """The verb's own JSON keys."""
+    """Returns the verb's own JSON keys."""
     costs, steps = plan.costs, steps_of(config, args)
     return {
         "topology": args.topology,
@@ -264,7 +264,7 @@ def describe_decoding(plan: DecodePlan) -> dict[str, Any]:
 
 
 def show(ranked: Sequence[Planned], decoding: DecodePlan | None, found: dict[str, Any], args: Args) -> None:
-    """Prints what a chip holds, what a step takes and what to change, of the best; and all that were tried."""
+    """Prints memory, times and advice of the best, and a table of all that were tried."""
     config, plan = ranked[0]
     show_memory(f"{config.name} on {args.topology}, {name_of(config, plan)}", plan, decoding)
     if plan.costs is None:
@@ -287,7 +287,7 @@ def show(ranked: Sequence[Planned], decoding: DecodePlan | None, found: dict[str
 
 
 def show_memory(title: str, plan: StepPlan, decoding: DecodePlan | None) -> None:
-    """Prints what a chip holds."""
+    """Prints the memory of a chip, by its use."""
     rows = [["training", *(size / 1e9 for size in plan.memory)]]
     if decoding is not None:
         rows.append(["decoding", *(size / 1e9 for size in decoding.memory)])
@@ -295,7 +295,7 @@ def show_memory(title: str, plan: StepPlan, decoding: DecodePlan | None) -> None
 
 
 def show_costs(plan: StepPlan, costs: Costs, found: dict[str, Any]) -> None:
-    """Prints what a step takes and what to change."""
+    """Prints the work and the times of a step, and what to change."""
     rows = [
         ["TFLOP a chip", found["flops_per_chip"] / 1e12],
         ["HBM traffic a chip, GB", found["hbm_traffic_bytes_per_chip"] / 1e9],

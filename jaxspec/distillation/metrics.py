@@ -42,7 +42,7 @@ class Sums(NamedTuple):
     loss_TM: dict[str, Array]
     """Weighted sums of every loss's parts."""
     weight_T: dict[str, Array]
-    """What each is divided by: trained tokens, or the sum of their weights."""
+    """Divisor of each: trained tokens, or the sum of their weights."""
     agree_T: Array
     """Positions whose argmaxes agree, by draft step."""
     accept_T: Array
@@ -55,12 +55,12 @@ class Sums(NamedTuple):
     """Tokens at each draft step."""
 
     def losses(self, name: str) -> list[Array]:
-        """One loss's mean at every step."""
+        """Returns one loss's mean at every step."""
         combine = combiner(name)
         return [combine(*both) for both in zip(self.loss_TM[name], self.weight_T[name], strict=True)]
 
     def mean_loss(self, objective: Objective) -> Array:
-        """The objective: each step's weighted losses over that step's tokens, summed over the steps it trains."""
+        """Returns the objective: the weighted mean losses of each step's tokens, summed over the trained steps."""
         total = jnp.zeros(())
         for name, weight in objective.weights:
             steps = zip(self.losses(name), steps_of(name, objective), strict=False)
@@ -68,7 +68,7 @@ class Sums(NamedTuple):
         return total
 
     def summary(self, objective: Objective) -> dict[str, float]:
-        """Means: the loss, then of the first draft step its parts, agreement and acceptance, and simulated tau.
+        """Returns means: the loss, then of the first draft step its parts, agreement and acceptance, and simulated tau.
 
         Simulated tau is `1 + sum_t mean(product of the first t acceptances)`, a chain of `T` drafts whose context is
         the text itself: expected acceptances stand for temperature 1, agreements for greedy decoding.

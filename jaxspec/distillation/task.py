@@ -1,4 +1,4 @@
-"""What a distillation step is made of: the static task, the frozen arrays, the state, the batch."""
+"""The arguments of a distillation step: the static task, the frozen arrays, the state, the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxspec.distillation.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and for what. Hashable: static to `jit`."""
+    """A drafter, the target it learns from, and the objective. Hashable: static to `jit`."""
 
     target: Target
     drafter: Learner
@@ -31,7 +31,7 @@ class Frozen(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What training carries and a checkpoint keeps; fp32 masters."""
+    """The state that training carries and a checkpoint keeps; weights are fp32 masters."""
 
     params: Params
     optimizer: Any

@@ -275,7 +275,7 @@ def best_metric_of(recipe: Recipe, settings: CheckpointConfig) -> BestMetric:
 
 @contextmanager
 def termination_notice() -> Iterator[Callable[[int], bool]]:
-    """Yields `noticed(step)`: whether SIGTERM has come, agreed on by all processes of a distributed run."""
+    """Yields `noticed(step)`: whether SIGTERM has come; all processes of a distributed run agree on it."""
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
@@ -298,7 +298,7 @@ def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheck
 
 
 def prepare(config: PretrainConfig | DistillConfig) -> None:
-    """ValueError unless all processes run the same and share the folders that it leaves things in."""
+    """Raises ValueError unless all processes run the same and share the folders of its results."""
     folders = {"checkpoint.folder": config.checkpoint.folder, "export_folder": config.export_folder}
     for name, folder in folders.items():
         if "://" in folder:
@@ -322,7 +322,7 @@ def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
 
 
 def refuse_other_settings(saved: dict[str, Any], config: Any, fields: Sequence[str], folder: Path) -> None:
-    """ValueError if a run would go on with settings that change what it computes."""
+    """Raises ValueError if a run would go on with settings that change its results."""
     saved, now = completed(saved, config), to_dict(config)
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
     changed = [line for line in changed if not line.startswith("data.workers ")]
