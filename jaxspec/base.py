@@ -210,7 +210,11 @@ class Target(Protocol):
         ...
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
-        """fp32 next-token logits `[B, L, V]` of features."""
+        """fp32 next-token logits `[B, L, V]` of features. `params` may be `scoring(params)` alone."""
+        ...
+
+    def scoring(self, params: Params) -> Params:
+        """The subtree of the weights that `logits` reads: the LM head."""
         ...
 
     def shared_tables(self, params: Params) -> SharedTables:
@@ -310,6 +314,13 @@ class Learner(Drafter, Protocol):
         """
         ...
 
+    def scoring(self, params: Params) -> Params:
+        """The subtree of the weights that `logits` reads; empty for drafters that score by the target's LM head."""
+        ...
+
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int) -> Array:
-        """fp32 logits `[B, L, V]` of the unrolled outputs of one step."""
+        """fp32 logits `[B, L, V]` of the unrolled outputs of one step.
+
+        Reads of `params` what `scoring` returns, of `shared` the head at most (not that if `vocab` is not None).
+        """
         ...

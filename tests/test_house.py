@@ -48,7 +48,14 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"draft_vocab", "feature_store", "pipeline", "tokenized_corpus"},
     ),
     "decoding": ({"metrics", "requests"}, {"rounds"}, {"generation"}, {"slots"}),
-    "distillation": ({"objective", "optimizer"}, {"chunks"}, {"step"}, {"compilers"}),
+    "distillation": (
+        {"chunks", "objective", "optimizer"},
+        {"metrics", "task"},
+        {"scoring"},
+        {"loss"},
+        {"step"},
+        {"compilers"},
+    ),
     "drafters": (
         {"module"},
         {"draft_lm", "one_layer", "one_pass"},
@@ -59,7 +66,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "evaluation": (
         {"comparison", "equivalence", "machine", "peers"},
-        {"acceptance", "figures", "recipes", "timing"},
+        {"acceptance", "figures", "timing"},
     ),
     "interchange": (
         {"pickled", "target_folders", "tensors"},
@@ -87,7 +94,12 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"qwen3", "qwen3_moe"},
         {"families"},
     ),
-    "training": ({"batches", "next_token"}, {"loop", "program"}, {"distill", "pretrain"}),
+    "training": (
+        {"batches", "next_token", "resolve"},
+        {"loop", "program"},
+        {"distill", "pretrain"},
+        {"recipes"},
+    ),
     "trees": ({"children", "shape"}, {"best_first", "dynamic", "static"}),
     "verify": ({"path", "rejection"}, {"rules"}),
 }
@@ -212,6 +224,13 @@ def test_an_import_that_points_up_or_sideways_is_found(module: str, line: str):
 )
 def test_an_import_that_points_down_is_allowed(module: str, line: str):
     assert not complaints(module, ast.parse(line))
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_configs_are_resolved_at_the_door(module: str):
+    """Only programs, experiments and `training`, whose job it is, know configs; the library gets built objects."""
+    if package(module) not in {"config", "training", *PROGRAMS}:
+        assert "jaxspec.config" not in set(imports(module, tree_of(SOURCES[module])))
 
 
 class Function(NamedTuple):

@@ -17,25 +17,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
 
 from jaxspec import config
 from jaxspec.base import Params
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.distillation.step import (
-    Batch,
-    Objective,
-    Teacher,
-    init_state,
-    judge_batch,
-    lend,
-    read_batch,
-    train_step,
-    unroll_batch,
-    update,
-)
+from jaxspec.distillation.loss import read_target, score_batch, split_key, unroll_batch
+from jaxspec.distillation.scoring import read_heads
+from jaxspec.distillation.step import init_state, train_step, update
+from jaxspec.distillation.task import Batch, Frozen, StepInputs, Task, read_tables
 from jaxspec.drafters import DRAFTERS
 from jaxspec.evaluation import machine
 from jaxspec.evaluation.machine import Part
@@ -43,8 +34,7 @@ from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
-from jaxspec.training.distill import drafter_for
-from jaxspec.training.loop import attention_blocks, optimizer_of
+from jaxspec.training.resolve import DistillStep, build_step, drafter_for
 
 Shape = Literal[
     "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
@@ -55,7 +45,7 @@ SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "d
 MATMUL = "matmul"
 PARTS = ("target", "drafter", "head_and_loss", "optimizer")
 NOTES = """\
-FLOPs: of matmuls and convolutions, exact over loops, conditionals at their dearest branch (all chunks judged)
+FLOPs: of matmuls and convolutions, exact over loops, conditionals at their dearest branch (all chunks scored)
 again: FLOPs that jax.checkpoint spends a second time on the way back; included in FLOPs
 target: its forward pass; drafter: its draft steps, forward and back; head and loss: logits of target and draft, losses,
 and the way back to the draft's outputs; optimizer: its update of the weights, of which only Muon's has matmuls; these
@@ -112,22 +102,12 @@ class Args:
         return SHAPES[self.shape]
 
 
-class Arm(NamedTuple):
-    """One recipe's training step."""
+class StepArguments(NamedTuple):
+    """The arguments of a training step, abstract or not."""
 
-    target: Decoder
-    drafter: Any
-    objective: Objective
-    optimizer: optax.GradientTransformation
-
-
-class Given(NamedTuple):
-    """What the programs of an arm are handed, abstract or not."""
-
-    frozen: Params
+    frozen: Frozen
     state: Any
     batch: Batch
-    vocab_U: Any
 
 
 def main(argv: list[str]) -> int:
@@ -156,18 +136,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def make_arm(spec: str, args: Args) -> Arm:
-    """The arm that `spec` names. ValueError: there is no such experiment, or its fields do not fit the target."""
+def make_arm(spec: str, args: Args) -> DistillStep:
+    """Returns the training step that `spec` names.
+
+    ValueError: there is no such experiment, or its fields do not fit the target.
+    """
     found = read_recipe(spec, args)
     drafter = drafter_for(found, args.target, args.draft_vocab or None).module
     if drafter.deepest is not None and found.objective.steps > drafter.deepest:
         raise ValueError(
             f"{spec}: drafts {drafter.deepest} tokens ahead, and objective.steps is {found.objective.steps}"
         )
-    blocks = attention_blocks(found, make_mesh(devices=jax.devices()[:1]))
     dtype = loading.DTYPES[args.dtype]
-    target = Decoder(args.target, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
-    return Arm(target, drafter.clone(**blocks), found.objective, optimizer_of(found.optimizer, 1000))
+    target = Decoder(args.target, dtype=dtype, param_dtype=dtype)
+    return build_step(found, make_mesh(devices=jax.devices()[:1]), target, drafter, steps=1000)
 
 
 def read_recipe(spec: str, args: Args) -> DistillConfig:
@@ -204,111 +186,117 @@ def small_llama(c: LlamaConfig) -> config.HeadConfig:
     )
 
 
-def give(arm: Arm, frozen: Params, args: Args) -> Given:
-    """Fresh weights and a random batch for an arm; under `jax.eval_shape`, their shapes."""
+def make_arguments(arm: DistillStep, params: Params, args: Args) -> StepArguments:
+    """Returns fresh weights and a random batch for an arm; under `jax.eval_shape`, their shapes."""
     key = jax.random.key(args.seed)
     rows = (args.batch, args.length)
     tokens_BL = jax.random.randint(key, rows, 0, args.target.vocab)
     ones_BL = jnp.ones(rows, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(args.length), rows)
-    state = init_state(arm.drafter, arm.optimizer, key, arm.target.shared_tables(frozen))
+    state = init_state(arm.task.drafter, arm.optimizer, key, arm.task.target.shared_tables(params))
     vocab_U = jnp.arange(args.draft_vocab) if args.draft_vocab else None
-    return Given(frozen, state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL), vocab_U)
+    return StepArguments(Frozen(params, vocab_U), state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL))
 
 
-def step_of(arm: Arm) -> Callable[..., Any]:
-    """The whole update: `(frozen, state, batch, vocab_U)`."""
-    return functools.partial(train_step, arm.target, arm.drafter, arm.optimizer, arm.objective)
+def step_of(arm: DistillStep) -> Callable[..., Any]:
+    """Returns the whole update: `(frozen, state, batch) -> (state, loss)`."""
+    return functools.partial(train_step, arm.task, arm.optimizer)
 
 
-def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]:
-    """The parts of a step as programs; `run(program, *arguments)` makes what one hands to the next.
+def draft(task: Task, params: Params, frozen: Frozen, batch: Batch, out: Any, key: Any) -> Any:
+    """The draft steps of a batch."""
+    return unroll_batch(task, params, read_tables(task.target, frozen), StepInputs(batch, out, split_key(key)))
+
+
+def draft_and_back(task: Task, against: Any, params: Params, *rest: Any) -> Any:
+    """The draft steps, and the weights' gradient where that of the outputs is `against`."""
+
+    def outputs(params: Params) -> Any:
+        unrolled = draft(task, params, *rest)
+        return tuple(unrolled[:2]), unrolled.kept_TBL
+
+    drafted, back, kept = jax.vjp(outputs, params, has_aux=True)
+    return drafted, kept, back(tuple(against[:2]))
+
+
+def score_and_back(task: Task, unrolled: Any, params: Params, frozen: Frozen, *inputs: Any) -> Any:
+    """The loss of draft steps, and its gradient by their outputs and by the weights that score them."""
+    batch, out, key = inputs
+
+    def loss(scoring: Params, outputs: Any) -> Any:
+        drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
+        step_inputs = StepInputs(batch, out, split_key(key))
+        return score_batch(task, scoring, read_heads(task, frozen), step_inputs, drafted, learning=True)
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(task.drafter.scoring(params), tuple(unrolled[:2]))
+
+
+def parts_of(arm: DistillStep, arguments: StepArguments, run: Callable[..., Any]) -> dict[str, Part]:
+    """Returns the parts of a step as programs; `run(program, *arguments)` computes what one hands to the next.
 
     Together they have the step's matmuls. The drafter's gradient is taken against its own outputs, for want of others.
     """
-    target, drafter, objective = arm.target, arm.drafter, arm.objective
-    frozen, state, batch, vocab_U = given
-    out = run(functools.partial(read_batch, target), frozen, batch)
-
-    def draft(params: Params, frozen: Params, batch: Batch, out: Any, key: Any, vocab_U: Any) -> Any:
-        noise_key, slot_key = jax.random.split(key)
-        shared = lend(target, frozen, vocab_U)
-        return unroll_batch(drafter, params, shared, batch, out, objective, noise_key, slot_key)
-
-    def draft_and_back(against: Any, params: Params, *rest: Any) -> Any:
-        def outputs(params: Params) -> Any:
-            unrolled = draft(params, *rest)
-            return tuple(unrolled[:2]), unrolled.kept_TBL
-
-        drafted, back, kept = jax.vjp(outputs, params, has_aux=True)
-        return drafted, kept, back(tuple(against[:2]))
-
-    def judge_and_back(
-        params: Params, unrolled: Any, frozen: Params, batch: Batch, out: Any, key: Any, ids: Any
-    ) -> Any:
-        def loss(params: Params, outputs: Any) -> Any:
-            teacher, shared = Teacher(target, frozen, ids), lend(target, frozen, ids)
-            drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
-            return judge_batch(drafter, params, shared, teacher, batch, out, drafted, objective, key, learning=True)
-
-        learned = (0, 1) if drafter.vocab is not None else (1,)  # only then has it a head that learns
-        return jax.value_and_grad(loss, learned, has_aux=True)(params, tuple(unrolled[:2]))
-
-    drafting = (state.params, frozen, batch, out, state.key, vocab_U)
-    unrolled = run(draft, *drafting)
+    task, (frozen, state, batch) = arm.task, arguments
+    read = functools.partial(read_target, task.target)
+    out = run(read, frozen.params, batch)
+    inputs = (state.params, frozen, batch, out, state.key)
+    unrolled = run(functools.partial(draft, task), *inputs)
     return {
-        "target": Part(functools.partial(read_batch, target), (frozen, batch)),
-        "drafter": Part(draft_and_back, (unrolled, *drafting)),
-        "head_and_loss": Part(judge_and_back, (state.params, unrolled, frozen, batch, out, state.key, vocab_U)),
+        "target": Part(read, (frozen.params, batch)),
+        "drafter": Part(functools.partial(draft_and_back, task), (unrolled, *inputs)),
+        "head_and_loss": Part(functools.partial(score_and_back, task), (unrolled, *inputs)),
         "optimizer": Part(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
     }
 
 
-def count_rows(arms: dict[str, Arm], args: Args) -> list[dict[str, Any]]:
+def count_rows(arms: dict[str, DistillStep], args: Args) -> list[dict[str, Any]]:
     """Every arm's row as far as it can be told without running anything."""
     rows: list[dict[str, Any]] = []
     with progress.progress("counting", len(arms), "arms") as bar:
         for name, arm in arms.items():
-            frozen = jax.eval_shape(arm.target.init_params, jax.random.key(0))
-            given = jax.eval_shape(lambda frozen, arm=arm: give(arm, frozen, args), frozen)
-            whole = count_flops(step_of(arm), *given)
-            parts = parts_of(arm, given, jax.eval_shape)
+            params = jax.eval_shape(arm.task.target.init_params, jax.random.key(0))  # type: ignore[attr-defined]
+            arguments = jax.eval_shape(functools.partial(make_arguments, arm, args=args), params)
+            whole = count_flops(step_of(arm), *arguments)
+            parts = parts_of(arm, arguments, jax.eval_shape)
             counted = {part: count_flops(p.program, *p.arguments) for part, p in parts.items()}
             first = whole.total if not rows else rows[0]["flops_per_step"]
-            rows.append(make_row(name, arm, given, whole, counted) | {"flops_ratio": whole.total / first})
+            rows.append(make_row(name, arm, arguments, whole, counted) | {"flops_ratio": whole.total / first})
             bar.advance()
     return rows
 
 
-def make_row(name: str, arm: Arm, given: Given, whole: Flops, parts: dict[str, Flops]) -> dict[str, Any]:
-    """What was counted, and the keys of what is yet to be timed."""
+def make_row(
+    name: str, arm: DistillStep, arguments: StepArguments, whole: Flops, parts: dict[str, Flops]
+) -> dict[str, Any]:
+    """Returns the counts, and the keys of the times to come."""
     timed = ("steps_per_second", "tokens_per_second", "flops_per_second", "mfu", "time_ratio")
     return {
         "recipe": name,
-        "draft_steps": arm.objective.steps,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(given.state.params)),
+        "draft_steps": arm.task.objective.steps,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(arguments.state.params)),
         "flops_per_step": whole.total,
         "recomputed_flops_per_step": whole.recomputed,
-        "flops_per_token": whole.total / given.batch.tokens_BL.size,
+        "flops_per_token": whole.total / arguments.batch.tokens_BL.size,
         **{f"{part}_flops": parts[part].total for part in PARTS},
         **dict.fromkeys(timed),
         **dict.fromkeys(("step_ms", *(f"{part}_ms" for part in PARTS), "rest_ms")),
     }
 
 
-def time_rows(rows: list[dict[str, Any]], arms: dict[str, Arm], args: Args) -> float:
-    """Fill in the arms' times, and return the FLOPs a second of a large matmul.
+def time_rows(rows: list[dict[str, Any]], arms: dict[str, DistillStep], args: Args) -> float:
+    """Fills in the arms' times, and returns the FLOPs a second of a large matmul.
 
     The arms' steps, their parts and the matmul take turns.
     """
     matmul, matmul_flops = machine.square_matmul(loading.DTYPES[args.dtype])
-    frozen = jax.jit(next(iter(arms.values())).target.init_params)(jax.random.key(args.seed))
+    params = jax.jit(next(iter(arms.values())).task.target.init_params)(jax.random.key(args.seed))  # type: ignore[attr-defined]
     programs = {MATMUL: matmul}
     for name, arm in arms.items():
-        given = jax.jit(functools.partial(give, arm, args=args))(frozen)._replace(frozen=frozen)
-        programs[name] = Part(jax.jit(step_of(arm), donate_argnums=1), tuple(given), donated=1)
-        made = parts_of(arm, given, lambda program, *arguments: jax.jit(program)(*arguments))
-        programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in made.items()}
+        made = jax.jit(functools.partial(make_arguments, arm, args=args))(params)
+        arguments = made._replace(frozen=made.frozen._replace(params=params))  # one copy for all arms
+        programs[name] = Part(jax.jit(step_of(arm), donate_argnums=1), tuple(arguments), donated=1)
+        parts = parts_of(arm, arguments, lambda program, *given: jax.jit(program)(*given))
+        programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in parts.items()}
     with progress.progress("timing", args.repeats + 1, "turns") as bar:
         seconds = machine.in_turns(programs, repeats=args.repeats, advance=bar.advance)
     rate = matmul_flops / seconds[MATMUL]

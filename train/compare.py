@@ -34,7 +34,6 @@ from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.evaluation import comparison, figures
 from jaxspec.evaluation.acceptance import DECODING_SEED, Notes, Setup, measure
 from jaxspec.evaluation.comparison import Decoded
-from jaxspec.evaluation.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.interchange import target_folders
 from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
@@ -42,6 +41,7 @@ from jaxspec.parallel.processes import Launch
 from jaxspec.serving import loading
 from jaxspec.serving.queue import Settings
 from jaxspec.training.loop import termination_notice
+from jaxspec.training.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.trees import parse_tree
 
 NOTES = f"""\

@@ -35,7 +35,8 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Shard, ShardWriter
 from jaxspec.data.target_outputs import Kind, store, to_arrays
 from jaxspec.distillation.compilers import under
-from jaxspec.distillation.step import Batch, read_batch
+from jaxspec.distillation.loss import read_target
+from jaxspec.distillation.task import Batch
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf import fingerprint, load_target
 from jaxspec.interchange.hf_config import read_config
@@ -45,13 +46,13 @@ from jaxspec.parallel.processes import refuse_several
 from jaxspec.serving import flags
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import HostBatch, place_rows, read_data
-from jaxspec.training.distill import drafter_for
-from jaxspec.training.loop import attention_blocks, mesh_of, termination_notice
+from jaxspec.training.loop import termination_notice
+from jaxspec.training.resolve import attention_blocks, drafter_for, mesh_of
 
 UNSTORED = ("template", "features", "top_k", "workers")
 """Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""
 Run = Callable[[PackedBatches, HostBatch], Any]
-"""From packed batches and one of them to what is stored of it, on its way to the host."""
+"""From packed batches and one of them to the arrays stored of it, on their way to the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What is to be made."""
+    """The features to make, and their files."""
 
     config: DistillConfig
     args: Args
@@ -140,12 +141,12 @@ class Work:
 
     @property
     def folder(self) -> Path:
-        """Where."""
+        """Folder of the store."""
         return Path(self.args.out)
 
     @functools.cached_property
     def todo(self) -> list[int]:
-        """The files that this machine has still to make; says which one is damaged."""
+        """Files that this machine has still to make; says which one is damaged."""
         index, count = self.args.part
         return [i for i in range(index, len(self.plan.shards), count) if not self._is_made(Shard(self.folder, i))]
 
@@ -159,7 +160,7 @@ class Work:
 
 
 def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[Field, ...]]:
-    """What the store will say of itself, and what its records will hold."""
+    """Returns the manifest of the store and the fields of its records."""
     folder = target_folders.target_folder(config.target)
     shape = read_config(folder)
     if args.top_k >= shape.vocab:
@@ -184,14 +185,17 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
 
 
 def drafter_taps(config: DistillConfig, target: LlamaConfig) -> tuple[int, ...]:
-    """Layers of the target that the config's drafter reads."""
+    """Returns the layers of the target that the config's drafter reads."""
     scored = None if config.draft_vocab is None else len(load_maps(config.draft_vocab, target.vocab))
     return drafter_for(config, target, scored).module.taps
 
 
 def choose_parts(config: DistillConfig) -> list[PackedBatches]:
-    """Batches that hold every document: the first epoch as it is trained, so that it is read in the order of the files;
-    what mixes leave for later epochs; and what is held out."""
+    """Returns batches that hold every document.
+
+    The first epoch as it is trained, so that it is read in the order of the files; the documents that mixes leave for
+    later epochs; the held-out ones.
+    """
     tokenizer = ChatTokenizer.load(target_folders.target_folder(config.target), config.data.template)
     data = read_data(config, tokenizer, mesh_of(config.mesh))
     parts = [dataclasses.replace(data.train, epochs=1)]
@@ -201,7 +205,7 @@ def choose_parts(config: DistillConfig) -> list[PackedBatches]:
 
 
 def announce(work: Work) -> None:
-    """Says what the features take; ValueError if the disk cannot hold what is left to make."""
+    """Says how large the features are; ValueError if the disk cannot hold those left to make."""
     plan, free = work.plan, shards.free_bytes(work.folder)
     each = ", ".join(f"{field.name} {field.width} x {field.dtype}" for field in work.fields)
     held = f"{len(plan.index):,} documents, {plan.tokens:,} tokens"
@@ -219,7 +223,7 @@ def announce(work: Work) -> None:
 
 
 def gigabytes(size: int) -> str:
-    """`size` bytes in words."""
+    """Returns `size` bytes in words."""
     return f"{tables.four_digits(size / 1e9)} GB"
 
 
@@ -246,7 +250,7 @@ def run(work: Work) -> tuple[int, float]:
 
 
 def open_target(work: Work) -> Run:
-    """The target as one program on the config's mesh."""
+    """Returns the target as one program on the config's mesh."""
     config, args = work.config, work.args
     mesh = mesh_of(config.mesh)
     folder, dtype = target_folders.target_folder(config.target), jnp.dtype(config.dtype)
@@ -257,7 +261,7 @@ def open_target(work: Work) -> Run:
 
     @jax.jit
     def compute(frozen: Any, batch: Batch) -> dict[str, jax.Array]:
-        out = read_batch(target, frozen, batch)
+        out = read_target(target, frozen, batch)
         return to_arrays(store(target, frozen, out, kind=args.store, taps=len(work.taps), top_k=args.top_k))
 
     place, made = functools.partial(place_rows, batch_sharding(mesh)), under(mesh, compute)
@@ -267,7 +271,7 @@ def open_target(work: Work) -> Run:
 def run_pieces(
     target: Run, pieces: Sequence[Piece], parts: Sequence[PackedBatches]
 ) -> Iterator[tuple[Piece, HostBatch, dict[str, np.ndarray]]]:
-    """Each piece with its batch and what the target makes of it; the next is begun before one is handed out."""
+    """Yields each piece with its batch and the target's output; the next is begun before one is handed out."""
     running: tuple[Piece, HostBatch, Any] | None = None
     for piece in pieces:
         data = parts[piece.part]

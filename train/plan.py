@@ -11,13 +11,15 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 from tyro.conf import Positional
 
 from jaxspec.config import DistillConfig, load
@@ -25,7 +27,19 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.evaluation import figures
 from jaxspec.parallel.agreement import say
 from jaxspec.planning.chips import chip_of
-from jaxspec.planning.plan import PARTS, DecodePlan, StepPlan, on_mesh, plan_decoding, plan_step
+from jaxspec.planning.decode_program import tpu_mesh
+from jaxspec.planning.plan import (
+    PARTS,
+    Costs,
+    DecodePlan,
+    StepPlan,
+    plan_decoding,
+    plan_step,
+    scored_tokens,
+    target_shape,
+)
+from jaxspec.targets.decoder import Decoder, LlamaConfig
+from jaxspec.training.resolve import DistillStep, build_step, drafter_for
 
 PROG = "jaxspec plan"
 LIBTPU = {
@@ -43,6 +57,10 @@ compute, memory: time of the instructions that matmuls and HBM hold up, one afte
 roofline: the longer of work and network, each hiding behind the other; no padding; nothing is faster than this
 MFU: FLOPs that the mathematics asks for, recomputation left out, by the chip's peak, at the roofline
 GB, TFLOP: powers of ten, except capacity, which is as the maker counts it"""
+
+
+Planned = tuple[DistillConfig, StepPlan]
+"""A config that was tried, and its plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +122,7 @@ def main(argv: list[str]) -> int:
     if decoding is not None:
         found["decode"] = describe_decoding(decoding)
     written = results.result("plan", config=config.name, dtype=config.dtype, seed=None, started=started, **found)
-    show(best, plan, decoding, ranked, found, args)
+    show(ranked, decoding, found, args)
     if args.plot is not None:
         draw(args.plot, f"{config.name} on {args.topology}, {name_of(best, plan)}", plan)
     if args.json is not None:
@@ -112,41 +130,75 @@ def main(argv: list[str]) -> int:
     return 0 if plan.fits and (decoding is None or decoding.fits) else cli.EXIT_FAILED
 
 
-def all_plans(config: DistillConfig, args: Args) -> Iterator[tuple[DistillConfig, StepPlan]]:
-    """The config as it stands; in a sweep, other meshes with its batch, and other batches on the best of these."""
-    found: dict[Any, StepPlan | None] = {}
+class Planner:
+    """Plans each mesh and batch of a config once."""
+
+    def __init__(self, args: Args, bar: progress.Progress) -> None:
+        self.args, self.bar = args, bar
+        self.found: dict[Any, StepPlan | None] = {}
+        """By mesh and batch; None where they do not fit together."""
+
+    def plan(self, config: DistillConfig) -> Iterator[Planned]:
+        """Yields the config and its plan, unless it has been planned before or cannot be."""
+        place = (config.mesh, config.data.batch)
+        if place in self.found:
+            return
+        try:
+            planned = plan_config(config, self.args.topology, self.args.draft_vocab)
+        except ValueError as problem:
+            if not self.found:  # the config itself
+                raise
+            self.found[place] = None
+            say(f"left out: {problem}")
+            self.bar.advance(1, "")
+            return
+        self.found[place] = planned
+        self.bar.advance(1, name_of(config, planned))
+        yield config, planned
+
+
+def all_plans(config: DistillConfig, args: Args) -> Iterator[Planned]:
+    """Yields the config's plan; in a sweep, those of other meshes, and of other batches on the best of these."""
     with progress.progress("compiling", None, "programs") as bar:
-
-        def plan(tried: DistillConfig) -> tuple[DistillConfig, StepPlan] | None:
-            place = (tried.mesh, tried.data.batch)
-            if place in found:
-                return None
-            try:
-                found[place] = plan_step(tried, args.topology, draft_vocab=args.draft_vocab)
-            except ValueError as problem:
-                if not found:  # the config itself
-                    raise
-                found[place] = None
-                say(f"left out: {problem}")
-            planned = found[place]
-            bar.advance(1, name_of(tried, planned) if planned else "")
-            return (tried, planned) if planned else None
-
-        first = plan(config)
-        assert first is not None
+        planner = Planner(args, bar)
+        first = next(planner.plan(config))
         yield first
         if not args.sweep:
             return
-        found[on_mesh(config, first[1].mesh).mesh, config.data.batch] = None  # -1 has its number now
-        meshes = [p for tried in other_meshes(config, first[1]) if (p := plan(tried)) is not None]
+        planner.found[on_mesh(config, first[1].mesh).mesh, config.data.batch] = None  # -1 has its number now
+        meshes = [planned for tried in other_meshes(config, first[1]) for planned in planner.plan(tried)]
         yield from meshes
         best = max([first, *meshes], key=lambda planned: planned[1].tokens_per_second or 0)[0]
-        batches = (dataclasses.replace(best.data, batch=best.data.batch * n // 4) for n in (1, 2, 8, 16))
-        yield from filter(None, (plan(dataclasses.replace(best, data=data)) for data in batches if data.batch))
+        for n in (1, 2, 8, 16):
+            if batch := best.data.batch * n // 4:
+                data = dataclasses.replace(best.data, batch=batch)
+                yield from planner.plan(dataclasses.replace(best, data=data))
+
+
+def plan_config(config: DistillConfig, topology: str, scored: int | None = None) -> StepPlan:
+    """Returns the plan of a config's step on a slice (on each of `mesh.slices`); see `plan_step`."""
+    shape = target_shape(config.target)
+    axes = {name: getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
+    mesh = tpu_mesh(topology, slices=config.mesh.slices, **axes)
+    scored = scored_tokens(config.draft_vocab, shape.vocab, scored)
+    return plan_step(build_abstract(config, shape, mesh, scored), topology, scored)
+
+
+def build_abstract(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, scored: int | None) -> DistillStep:
+    """Returns a config's step for a target of which only the shape is known."""
+    dtype = jnp.dtype(config.dtype)
+    target = Decoder(shape, stacked=config.scan_layers, dtype=dtype, param_dtype=dtype)
+    return build_step(config, mesh, target, drafter_for(config, shape, scored).module)
+
+
+def on_mesh(config: DistillConfig, sizes: Mapping[str, int]) -> DistillConfig:
+    """Returns the config with these sizes of mesh axes; the number of slices stays."""
+    axes = {name: sizes[name] for name in ("data", "fsdp", "tensor")}
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))
 
 
 def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConfig]:
-    """The config's slices cut into data, fsdp and tensor by powers of two."""
+    """Yields the config's slices cut into data, fsdp and tensor by powers of two."""
     devices = first.mesh["data"] * first.mesh["fsdp"] * first.mesh["tensor"]
     for tensor in (1, 2, 4, 8):
         fsdp = devices // tensor
@@ -156,25 +208,22 @@ def other_meshes(config: DistillConfig, first: StepPlan) -> Iterator[DistillConf
 
 
 def decoding_of(config: DistillConfig, args: Args) -> DecodePlan:
-    """The decoding of the config's drafter on the slice that `--decode` names."""
+    """Returns the plan of decoding with the config's drafter on the slice that `--decode` names."""
     assert args.decode is not None
-    return plan_decoding(
-        config,
-        args.decode,
-        tree=args.decode_tree,
-        batch=args.decode_batch,
-        capacity=args.decode_capacity,
-        draft_vocab=args.draft_vocab,
-    )
+    shape = target_shape(config.target)
+    scored = scored_tokens(config.draft_vocab, shape.vocab, args.draft_vocab)
+    drafter = drafter_for(config, shape, scored).module
+    asked: dict[str, Any] = {"tree": args.decode_tree, "batch": args.decode_batch, "capacity": args.decode_capacity}
+    return plan_decoding(shape, drafter, args.decode, **asked, scored=scored)
 
 
 def steps_of(config: DistillConfig, args: Args) -> int | None:
-    """Steps of the whole run, where they are known without its data."""
+    """Returns the steps of the whole run, where they are known without its data."""
     return args.steps or config.optimizer.steps
 
 
 def describe(config: DistillConfig, plan: StepPlan, args: Args) -> dict[str, Any]:
-    """The verb's own JSON keys."""
+    """Returns the verb's own JSON keys."""
     costs, steps = plan.costs, steps_of(config, args)
     return {
         "topology": args.topology,
@@ -205,7 +254,7 @@ def describe(config: DistillConfig, plan: StepPlan, args: Args) -> dict[str, Any
 
 
 def describe_decoding(plan: DecodePlan) -> dict[str, Any]:
-    """The same of decoding."""
+    """The keys of `decode`."""
     return {
         "fits": plan.fits,
         "chips": plan.chips,
@@ -214,46 +263,17 @@ def describe_decoding(plan: DecodePlan) -> dict[str, Any]:
     }
 
 
-def show(
-    config: DistillConfig,
-    plan: StepPlan,
-    decoding: DecodePlan | None,
-    ranked: list[tuple[DistillConfig, StepPlan]],
-    found: dict[str, Any],
-    args: Args,
-) -> None:
-    """Prints what a chip holds, what a step takes, and what to change."""
-    gb = {name: size / 1e9 for name, size in plan.memory._asdict().items()}
-    columns = ["program", *PARTS, "total", "capacity"]
-    rows = [["training", *gb.values()]]
-    if decoding is not None:
-        rows.append(["decoding", *(size / 1e9 for size in decoding.memory)])
-    tables.print_table(f"{config.name} on {args.topology}, {name_of(config, plan)}: GB of a chip", columns, rows)
+def show(ranked: Sequence[Planned], decoding: DecodePlan | None, found: dict[str, Any], args: Args) -> None:
+    """Prints memory, times and advice of the best, and a table of all that were tried."""
+    config, plan = ranked[0]
+    show_memory(f"{config.name} on {args.topology}, {name_of(config, plan)}", plan, decoding)
     if plan.costs is None:
+        total, capacity = plan.memory.total / 1e9, plan.memory.capacity / 1e9
         sys.stdout.write(
-            f"does not fit: the step needs {gb['total']:.2f} GB of a chip's {gb['capacity']:.2f} ({plan.why}); "
-            f"{plan.advice}\n"
+            f"does not fit: the step needs {total:.2f} GB of a chip's {capacity:.2f} ({plan.why}); {plan.advice}\n"
         )
     else:
-        costs = plan.costs
-        times = [[f"network, {axes}", 1e3 * seconds] for axes, seconds in costs.sending.items()]
-        rows = [
-            ["TFLOP a chip", found["flops_per_chip"] / 1e12],
-            ["HBM traffic a chip, GB", found["hbm_traffic_bytes_per_chip"] / 1e9],
-            *([f"sent along {axes}, GB", size / 1e9] for axes, size in costs.collective_bytes.items()),
-            ["compute, ms", 1e3 * costs.computing],
-            ["memory, ms", 1e3 * costs.moving],
-            *times,
-            ["roofline, ms", 1e3 * costs.roofline],
-            ["bound by", costs.bound_by],
-            ["MFU", f"{plan.mfu:.1%}"],
-            ["tokens/s", f"{plan.tokens_per_second:,.0f}"],
-        ]
-        if found["hours"] is not None:
-            rows.append([f"hours of {found['steps']:,} steps", found["hours"]])
-            rows.append(["chip-hours", found["chip_hours"]])
-        tables.print_table("A step", ["measure", "value"], rows)
-        sys.stdout.write(f"bound by {costs.bound_by}: {plan.advice}\n")
+        show_costs(plan, plan.costs, found)
     if decoding is not None and not decoding.fits:
         sys.stdout.write(f"decoding does not fit: {decoding.why}\n")
     if len(ranked) > 1:
@@ -264,6 +284,35 @@ def show(
             rows.append([name_of(tried, p), p.fits, p.memory.total / 1e9, bound, mfu, p.tokens_per_second])
         tables.print_table("Tried", ["mesh, batch", "fits", "GB a chip", "bound by", "MFU", "tokens/s"], rows)
     sys.stdout.write(NOTES + "\n")
+
+
+def show_memory(title: str, plan: StepPlan, decoding: DecodePlan | None) -> None:
+    """Prints the memory of a chip, by its use."""
+    rows = [["training", *(size / 1e9 for size in plan.memory)]]
+    if decoding is not None:
+        rows.append(["decoding", *(size / 1e9 for size in decoding.memory)])
+    tables.print_table(f"{title}: GB of a chip", ["program", *PARTS, "total", "capacity"], rows)
+
+
+def show_costs(plan: StepPlan, costs: Costs, found: dict[str, Any]) -> None:
+    """Prints the work and the times of a step, and what to change."""
+    rows = [
+        ["TFLOP a chip", found["flops_per_chip"] / 1e12],
+        ["HBM traffic a chip, GB", found["hbm_traffic_bytes_per_chip"] / 1e9],
+        *([f"sent along {axes}, GB", size / 1e9] for axes, size in costs.collective_bytes.items()),
+        ["compute, ms", 1e3 * costs.computing],
+        ["memory, ms", 1e3 * costs.moving],
+        *([f"network, {axes}", 1e3 * seconds] for axes, seconds in costs.sending.items()),
+        ["roofline, ms", 1e3 * costs.roofline],
+        ["bound by", costs.bound_by],
+        ["MFU", f"{plan.mfu:.1%}"],
+        ["tokens/s", f"{plan.tokens_per_second:,.0f}"],
+    ]
+    if found["hours"] is not None:
+        rows.append([f"hours of {found['steps']:,} steps", found["hours"]])
+        rows.append(["chip-hours", found["chip_hours"]])
+    tables.print_table("A step", ["measure", "value"], rows)
+    sys.stdout.write(f"bound by {costs.bound_by}: {plan.advice}\n")
 
 
 def name_of(config: DistillConfig, plan: StepPlan) -> str:

@@ -1,4 +1,4 @@
-"""One training step under three compilers: `jit` by shardings, `shard_map` by explicit collectives, `pmap`."""
+"""`train_step` under three compilers: `jit` by shardings, `shard_map` by explicit collectives, `pmap`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,21 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxspec.base import Array, Params, Target
-from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import Batch, Sums, TrainState, gradients, update
+from jaxspec.base import Array, Params
+from jaxspec.distillation.metrics import Sums
+from jaxspec.distillation.step import loss_gradient, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task, TrainState
 from jaxspec.parallel.mesh import ROW_AXES, shardings
 
 Compiler = Literal["jit", "shard_map", "pmap"]
-Step = Callable[[Params, TrainState, Batch, Any], tuple[TrainState, Array]]
-"""`(frozen, state, batch, draft vocabulary) -> (state, mean loss)`; the state it is given is consumed."""
+Step = Callable[[Frozen, TrainState, Batch], tuple[TrainState, Array]]
+"""`(frozen, state, batch) -> (state, mean loss)`; the state it is given is consumed."""
 Result = TypeVar("Result")
 
 
-def compile_step(
-    compiler: Compiler,
-    mesh: Mesh,
-    target: Target,
-    drafter: Any,
-    optimizer: optax.GradientTransformation,
-    objective: Objective,
-) -> Step:
-    """`step.train_step` for a mesh. All compilers compute the same; they differ in who decides what is sent when.
+def compile_step(compiler: Compiler, mesh: Mesh, task: Task, optimizer: optax.GradientTransformation) -> Step:
+    """Returns `step.train_step` of a task for a mesh. All compilers compute the same; they differ in who decides what
+    is sent when.
 
     * `jit`: XLA's partitioner, from the arrays' shardings and the constraints within; any mesh.
     * `shard_map`: every device has its rows; weights are gathered layer by layer, and the gradient of the whole step is
@@ -40,71 +35,31 @@ def compile_step(
 
     ValueError where the mesh does not suit.
     """
-    step, compute = _step_of(target, drafter, optimizer, objective)
-    if compiler != "pmap":
-        jitted = _jitted(compiler, mesh, step, compute)
-        return under(mesh, jitted) if compiler == "jit" else jitted
-    if mesh.size > mesh.shape["data"]:
-        raise ValueError("compiler='pmap' spreads rows alone: set mesh.fsdp, mesh.tensor and mesh.slices to 1")
-    axis = "data"
-    mapped = jax.pmap(
-        functools.partial(step, functools.partial(compute, axes=(axis,))),
-        axis_name=axis,
-        in_axes=(None, None, 0, None),
-        out_axes=None,
-        devices=list(mesh.devices.flat),
-    )  # type: ignore[call-overload]
-
-    def run(frozen: Params, state: TrainState, batch: Batch, vocab_U: Any) -> tuple[TrainState, Array]:
-        parts = jax.tree.map(lambda x: np.asarray(x).reshape(mesh.size, -1, *x.shape[1:]), batch)
-        return mapped(frozen, state, parts, vocab_U)
-
-    return run
+    if compiler == "pmap":
+        return _pmap_step(mesh, task, optimizer)
+    jitted = _jit_step(compiler, mesh, task, optimizer)
+    return under(mesh, jitted) if compiler == "jit" else jitted
 
 
 def lower_step(
-    compiler: Compiler,
-    mesh: Mesh,
-    target: Target,
-    drafter: Any,
-    optimizer: optax.GradientTransformation,
-    objective: Objective,
-    *arguments: Any,
+    compiler: Compiler, mesh: Mesh, task: Task, optimizer: optax.GradientTransformation, *arguments: Any
 ) -> jax.stages.Lowered:
-    """The program of `compile_step` for abstract arguments, ready to be compiled for devices that are not here.
+    """Returns the program of `compile_step` for abstract `(frozen, state, batch)`, for devices that are not here.
 
     ValueError for `pmap`, which compiles for devices that are.
     """
-    step, compute = _step_of(target, drafter, optimizer, objective)
-    jitted: Any = _jitted(compiler, mesh, step, compute)
+    jitted: Any = _jit_step(compiler, mesh, task, optimizer)
     if compiler == "shard_map":
         return jitted.lower(*arguments)
     with jax.set_mesh(mesh):
         return jitted.lower(*arguments)
 
 
-def _step_of(
-    target: Target, drafter: Any, optimizer: optax.GradientTransformation, objective: Objective
-) -> tuple[Callable[..., tuple[TrainState, Array]], Callable[..., tuple[Params, Sums]]]:
-    """The step, given how gradients are made, and how they are made on one device."""
-
-    def step(
-        gradients_of: Callable[..., tuple[Params, Sums]], frozen: Params, state: TrainState, batch: Batch, vocab_U: Any
-    ) -> tuple[TrainState, Array]:
-        key = jax.random.fold_in(state.key, state.step)
-        gradient, sums = gradients_of(frozen, state.params, batch, key, vocab_U)
-        loss = sums.mean_loss(objective)
-        return update(optimizer, state, gradient, loss), loss
-
-    return step, functools.partial(gradients, target, drafter, objective)
-
-
-def _jitted(
-    compiler: Compiler, mesh: Mesh, step: Callable[..., Any], compute: Callable[..., tuple[Params, Sums]]
-) -> Step:
+def _jit_step(compiler: Compiler, mesh: Mesh, task: Task, optimizer: optax.GradientTransformation) -> Step:
     """The step as one program for a mesh."""
+    step = functools.partial(train_step, task, optimizer)
     if compiler == "jit":
-        return jax.jit(functools.partial(step, compute), donate_argnums=1)
+        return jax.jit(step, donate_argnums=1)
     if compiler != "shard_map":
         raise ValueError(f"compiler is {compiler!r}; a program for a mesh comes from jit or shard_map")
     if mesh.shape["tensor"] > 1:
@@ -112,12 +67,47 @@ def _jitted(
             f"compiler='shard_map' spreads rows and weights, and the mesh has tensor={mesh.shape['tensor']}: set "
             "mesh.tensor=1, or compiler=jit"
         )
-    spread = functools.partial(_spread, mesh, functools.partial(compute, axes=ROW_AXES))
-    return jax.jit(functools.partial(step, spread), donate_argnums=1)
+    # The update stays outside: clipping needs the norm of the whole gradient, which `jit` sums over devices.
+    return jax.jit(functools.partial(step, gradient_of=functools.partial(_shard_map_gradient, mesh)), donate_argnums=1)
+
+
+def _shard_map_gradient(
+    mesh: Mesh, task: Task, frozen: Frozen, params: Params, batch: Batch, key: Array
+) -> tuple[Params, Sums]:
+    """`loss_gradient` on each device's rows and parts of the weights."""
+    frozen_specs, specs = (jax.tree.map(lambda x: x.spec, shardings(mesh, tree)) for tree in (frozen, params))
+    # Without types of variance: what is differentiated holds no sum over devices, see `score_batch`.
+    return jax.shard_map(
+        functools.partial(loss_gradient, task, axes=ROW_AXES),
+        mesh=mesh,
+        in_specs=(frozen_specs, specs, P(ROW_AXES), P()),
+        out_specs=(specs, P()),
+        check_vma=False,
+    )(frozen, params, batch, key)
+
+
+def _pmap_step(mesh: Mesh, task: Task, optimizer: optax.GradientTransformation) -> Step:
+    """The step with each device's rows on a leading axis of their own."""
+    if mesh.size > mesh.shape["data"]:
+        raise ValueError("compiler='pmap' spreads rows alone: set mesh.fsdp, mesh.tensor and mesh.slices to 1")
+    axis = "data"
+    mapped = jax.pmap(
+        functools.partial(train_step, task, optimizer, gradient_of=functools.partial(loss_gradient, axes=(axis,))),
+        axis_name=axis,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        devices=list(mesh.devices.flat),
+    )  # type: ignore[call-overload]
+
+    def run(frozen: Frozen, state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
+        parts = jax.tree.map(lambda x: np.asarray(x).reshape(mesh.size, -1, *x.shape[1:]), batch)
+        return mapped(frozen, state, parts)
+
+    return run
 
 
 def under(mesh: Mesh, compiled: Callable[..., Result]) -> Callable[..., Result]:
-    """`compiled` with the mesh in context, which the constraints in the models refer to; one device needs none."""
+    """Returns `compiled` with the mesh in context, for the constraints in the models; one device needs none."""
     if mesh.size == 1:
         return compiled
 
@@ -126,25 +116,3 @@ def under(mesh: Mesh, compiled: Callable[..., Result]) -> Callable[..., Result]:
             return compiled(*arguments)
 
     return run
-
-
-def _spread(
-    mesh: Mesh,
-    compute: Callable[..., tuple[Params, Sums]],
-    frozen: Params,
-    params: Params,
-    batch: Batch,
-    key: Array,
-    vocab_U: Any,
-) -> tuple[Params, Sums]:
-    """`compute` on each device's rows and parts of the weights."""
-    specs = functools.partial(jax.tree.map, lambda x: x.spec)
-    weights = specs(shardings(mesh, params))
-    # Without types of variance: what is differentiated holds no sum over devices, see `judge_batch`.
-    return jax.shard_map(
-        compute,
-        mesh=mesh,
-        in_specs=(specs(shardings(mesh, frozen)), weights, P(ROW_AXES), P(), P()),
-        out_specs=(weights, P()),
-        check_vma=False,
-    )(frozen, params, batch, key, vocab_U)

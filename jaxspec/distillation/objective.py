@@ -1,4 +1,4 @@
-"""What distillation minimises: losses with their weights, by draft step and by position."""
+"""The objective of distillation: losses with their weights, by draft step and by position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxspec.losses.loss import mean
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: `sum_step c_step sum_name weight * mean over trained tokens of loss_name`.
+    """The number that is minimised: `sum_step c_step sum_name weight * mean over trained tokens of loss_name`.
 
     EAGLE (section 4.2): one step, SmoothL1 on features with weight 1, soft cross-entropy on tokens with weight 0.1.
     HASS adds steps and the top-k loss.
@@ -23,7 +23,7 @@ class Objective:
     weights: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1))
     """Losses by name (`losses.FEATURE_LOSSES` and `losses.logit_loss`), each with its weight."""
     late: tuple[tuple[str, float], ...] = ()
-    """Losses that join when this share of the run's steps is made, by name, each with its share: HASS's script trains
+    """Losses that join at a share of the run's steps, by name, each with its share: HASS's script trains
     four fifths of its epochs without the top-k loss."""
     step_decay: float = 1.0
     """Step `j`, from 0, counts `step_decay^j`: 1 in HASS, 0.8 in EAGLE-3 and Medusa."""
@@ -32,7 +32,7 @@ class Objective:
     feature_steps: int | None = None
     """Steps whose features are held to the target's; None for all."""
     position_weights: str = "none"
-    """Weights by what the text's own tokens got, see `losses.position_weights`."""
+    """Weights by the probabilities of the text's own tokens, see `losses.position_weights`."""
     noise: float = 0.2
     """Width of the uniform noise on the input features: `U(-1/2, 1/2) * noise * 512 / document length`."""
     reference_mask: bool = False
@@ -64,7 +64,7 @@ class Objective:
             raise ValueError("late names every loss of weights: one of them must count from the beginning")
 
     def stages(self, steps: int) -> list[tuple[int, Objective]]:
-        """What a run of so many steps minimises, from which step on, from 0; at least one, in order."""
+        """Returns the objectives of a run of so many steps in order, each with its first step, from 0."""
         begin = {name: min(max(1, round(share * steps)), steps) for name, share in self.late}
         first_steps = sorted({0, *begin.values()})
         return [
@@ -76,20 +76,20 @@ class Objective:
 
     @property
     def per_step(self) -> tuple[float, ...]:
-        """What each step counts."""
+        """Weight of each draft step."""
         return self.step_weights or tuple(self.step_decay**j for j in range(self.steps))
 
     @property
     def additive(self) -> bool:
-        """Whether the loss is a sum over tokens with weights known before any is judged."""
+        """Whether the loss is a sum over tokens with weights known before any is scored."""
         return self.position_weights == "none" and all(combiner(name) is mean for name, _ in self.weights)
 
 
 def combiner(name: str) -> Callable[[Array, Array], Array]:
-    """From a loss's sums `[M]` and their weight to its mean."""
+    """Returns the function from a loss's sums `[M]` and their weight to its mean."""
     return mean if name in FEATURE_LOSSES else logit_loss(name).combine
 
 
 def steps_of(name: str, objective: Objective) -> tuple[float, ...]:
-    """What each step of a loss counts; a feature loss may have fewer of them."""
+    """Returns the weight of each step of a loss; a feature loss may have fewer of them."""
     return objective.per_step[: objective.feature_steps if name in FEATURE_LOSSES else None]

@@ -25,7 +25,7 @@ def make_schedule(
     schedule: Literal["cosine", "linear", "constant"] = "cosine",
     final_lr_fraction: float = 0.0,
 ) -> Schedule:
-    """Learning rate by update: linear to `peak_lr` in `warmup_steps`, then down to a fraction of it at `steps`."""
+    """Returns the learning rate by update: linear up to `peak_lr`, then down to a fraction of it at `steps`."""
 
     def rate(count: Any) -> Array:
         done = jnp.clip((count - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
@@ -43,14 +43,14 @@ def make_optimizer(
     *,
     kind: OptimizerKind = "adamw",
     weight_decay: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     clip_norm: float | None = None,
     clip_value: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind gradient clipping, or Muon (Jordan et al. 2024); norms and biases do
-    not decay.
+    """Returns AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) behind gradient clipping.
+
+    Norms and biases do not decay.
 
     Muon makes the momentum of every matrix orthogonal, scaled so that AdamW's learning rates suit it (Liu et al. 2025),
     with momentum 0.95; tables of tokens, norms and biases stay with Adam (Nesterov's), and do not decay.
@@ -58,13 +58,13 @@ def make_optimizer(
     clips = [] if clip_value is None else [optax.clip(clip_value)]
     clips += [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     if kind == "adamw":
-        return optax.chain(*clips, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=_decays))
+        return optax.chain(*clips, optax.adamw(rate, *betas, eps, weight_decay=weight_decay, mask=_decays))
     muon = contrib.muon(
         rate,
         weight_decay=weight_decay,
         weight_decay_mask=_decays,
-        adam_b1=b1,
-        adam_b2=b2,
+        adam_b1=betas[0],
+        adam_b2=betas[1],
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=0.2,
     )
@@ -72,7 +72,7 @@ def make_optimizer(
 
 
 def _matrices(params: Params) -> Any:
-    """How Muon reads each weight as a matrix, or as many as stacked layers or heads there are; None: it does not."""
+    """How Muon reads each weight: as one matrix, or as one for each stacked layer or head; None leaves it to Adam."""
 
     def read(path: Any, weight: Array) -> contrib.MuonDimensionNumbers | None:
         axes = MATRICES.get(str(getattr(path[-1], "key", "")))

@@ -208,6 +208,11 @@ class DraftLM(DrafterModule):
         ahead = [jnp.pad(hidden[:, 1 + j :], ((0, 0), (0, 1 + j), (0, 0))) for j in range(steps)]
         return Unrolled(jnp.stack(ahead))
 
+    def scoring(self, params: Params) -> Params:
+        """Its LM head: the embedding, where they are one table."""
+        name = "embed" if self.config.tied else "head"
+        return {name: params[name]}
+
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of its own LM head."""
         return score_tokens(hidden_BLD, params["embed"] if self.config.tied else params["head"])

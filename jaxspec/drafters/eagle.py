@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array
+from jaxspec.base import Array, Params
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.nn.lm_head import score_tokens
@@ -102,6 +102,10 @@ class Eagle(Recurrent):
         """The layer's output is both what is scored and the predicted feature."""
         out = stream_BLD + gated_mlp(self.weights, rms_norm(stream_BLD, self.weights["mlp_norm"], self.config.norm_eps))
         return out, out
+
+    def scoring(self, params: Params) -> Params:
+        """The norm before the target's LM head, where there is one."""
+        return {"head_norm": params["head_norm"]} if self.config.head_norm else {}
 
     def score(self, hidden_BLD: Array, head_VD: Array) -> Array:
         """fp32 logits of outputs under the target's LM head."""

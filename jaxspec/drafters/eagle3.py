@@ -130,6 +130,10 @@ class TapReader(OneLayer):
         stream = normed if self.config.norm_before_residual else feature_BLD
         return stream, jnp.concatenate([embedding, normed], axis=-1)
 
+    def scoring(self, params: Params) -> Params:
+        """Its own LM head and the norm before it."""
+        return {"norm": params["norm"], "head": params["head"]}
+
     def score(self, hidden_BLD: Array, head_VD: Array) -> Array:
         """fp32 logits of its own LM head."""
         return score_tokens(rms_norm(hidden_BLD, self.weights["norm"], self.config.norm_eps), self.weights["head"])

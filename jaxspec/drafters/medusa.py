@@ -49,7 +49,9 @@ class Medusa(OnePass):
 
     def setup(self) -> None:
         self.weights = {
-            name: self.param(name, init_weight, name, shape) for name, shape in self.config.shapes().items()
+            name: self.param(name, init_weight, name, shape)
+            for name, shape in self.config.shapes().items()
+            if self.is_given(name)
         }
 
     @property
@@ -125,6 +127,10 @@ class Medusa(OnePass):
         """The first `steps` heads' outputs at every position."""
         hidden: Any = self.apply({"params": params}, features_BLD, method="predict")
         return Unrolled(hidden[:steps])
+
+    def scoring(self, params: Params) -> Params:
+        """The heads' own LM heads, where there are any."""
+        return {"heads": params["heads"]} if self.config.vocab else {}
 
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of the outputs of head `step`."""

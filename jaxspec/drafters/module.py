@@ -63,6 +63,14 @@ class DrafterModule(nn.Module):
         """Tokens that its own LM head scores; None where it borrows the target's."""
         return None
 
+    def is_given(self, name: str) -> bool:
+        """Whether a call has the weight `name`: `logits` may be given `scoring(params)` alone."""
+        return self.is_initializing() or self.has_variable("params", name)
+
+    def scoring(self, params: Params) -> Params:
+        """Returns the weights that `logits` reads: none, for a drafter that scores by the target's LM head."""
+        return {}
+
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of its outputs `[B, L, D]` for draft step `step`."""
         raise NotImplementedError

@@ -62,7 +62,9 @@ class OneLayer(DrafterModule):
 
     def setup(self) -> None:
         self.weights = {
-            name: self.param(name, init_weight, name, shape) for name, shape in self.config.shapes().items()
+            name: self.param(name, init_weight, name, shape)
+            for name, shape in self.config.shapes().items()
+            if self.is_given(name)
         }
 
     def embedding(self, shared: SharedTables, tokens_BL: Array) -> Array:

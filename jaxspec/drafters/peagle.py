@@ -63,7 +63,8 @@ class PEagle(TapReader, MaskTokens):
 
     def setup(self) -> None:
         super().setup()
-        self.upper = self.param("layers", self._init_upper) if self.config.layers > 1 else ()
+        several = self.config.layers > 1 and self.is_given("layers")
+        self.upper = self.param("layers", self._init_upper) if several else ()
 
     @property
     def layer_count(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,18 +109,6 @@ def acceptance(accepted_A: np.ndarray) -> Acceptance:
     """Conditional acceptance by depth from a histogram of rounds that accepted 0, 1 .. T tokens."""
     reached = np.cumsum(np.asarray(accepted_A, np.float64)[::-1])[::-1]
     return Acceptance(_quotient(reached[1:], reached[:-1]), reached[:-1].astype(np.int64))
-
-
-def steps_for(token_counts: Iterable[int], tokens: int) -> tuple[int, int]:
-    """The fewest batches that hold `tokens` tokens, and the tokens they hold; ValueError if all do not."""
-    steps = seen = 0
-    for count in token_counts:
-        if seen >= tokens:
-            break
-        steps, seen = steps + 1, seen + count
-    if seen < tokens:
-        raise ValueError(f"the training data ends after {seen:,} tokens, before the {tokens:,} that are wanted")
-    return steps, seen
 
 
 class Decoded(NamedTuple):

@@ -24,13 +24,13 @@ from jaxspec.sampling import Sampling
 
 
 class Plan(NamedTuple):
-    """What one chip needs for a compiled decode program, in bytes, and what its loop does besides computing."""
+    """One chip's needs for a compiled decode program, in bytes, and all that its loop does besides computing."""
 
     arguments: int
     """Weights, caches and the rest of the decode state."""
     temporaries: int
     peak: int
-    """The most that is held at one time, program included."""
+    """Most bytes held at one time, program included."""
     aliased: int
     """Arguments whose buffers the results take over: the caches, if they are updated in place."""
     cache_bytes: int
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1, slices: int = 1) -> Mesh:
-    """A mesh over the chips of a TPU slice such as `v6e:2x4`, or of several, known to the compiler only.
+    """Returns a mesh over the chips of a TPU slice such as `v6e:2x4`, or of several, known to the compiler only.
 
     Raises ModuleNotFoundError without libtpu, and ValueError for a mesh that does not take all chips.
     """
@@ -59,12 +59,12 @@ def tpu_mesh(topology: str, *, data: int = 1, fsdp: int = 1, tensor: int = 1, sl
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-    """`tree` as abstract arrays that live on the mesh by the rules of `jaxspec.parallel.mesh`."""
+    """Returns `tree` as abstract arrays that live on the mesh by the rules of `jaxspec.parallel.mesh`."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(mesh, tree))
 
 
 def abstract_state(engine: Engine, weights: Weights, *, batch: int, capacity: int, slots: int) -> DecodeState:
-    """The state that prefill would hand to the rounds, as shapes; nothing is allocated."""
+    """Returns the state that prefill hands to the rounds, as shapes; nothing is allocated."""
     requests = jax.eval_shape(
         lambda: Requests(
             jnp.zeros((batch, min(64, capacity)), jnp.int32),
@@ -79,7 +79,7 @@ def abstract_state(engine: Engine, weights: Weights, *, batch: int, capacity: in
 
 
 def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, capacity: int, slots: int = 512) -> Plan:
-    """Compile `rounds.run_rounds` for the mesh and read what it needs.
+    """Compiles `generation.run_rounds` for the mesh and returns its needs.
 
     `weights` are abstract (`jax.eval_shape` of an initialisation, cast to what decoding uses); `capacity` is the
     cache's slots a row and `slots` the output's. Raises ValueError, with XLA's numbers, where a chip's memory does not

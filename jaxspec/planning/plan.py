@@ -1,12 +1,10 @@
-"""What a training run needs of TPUs that are not here: memory, arithmetic, messages, time, from the compiled step."""
+"""Plans for TPUs that are not here: memory, arithmetic, messages and time, read from the compiled programs."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec.config import DistillConfig
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.distillation.compilers import lower_step
-from jaxspec.distillation.step import Batch, init_state, train_step
+from jaxspec.distillation.step import init_state, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task, TrainState
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.nn.quantization import quantize_layers
-from jaxspec.parallel.mesh import ROW_AXES, batch_sharding, replicated
+from jaxspec.parallel.mesh import ROW_AXES, batch_sharding
 from jaxspec.planning import decode_program, hlo
 from jaxspec.planning.chips import Chip, chip_of, device_part, network_bandwidth
 from jaxspec.planning.flops import count_flops
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
-from jaxspec.training.distill import drafter_for
-from jaxspec.training.loop import attention_blocks, optimizer_of
+from jaxspec.training.resolve import DistillStep
 from jaxspec.trees import cut_tree, parse_tree
 
 PARTS = ("target", "drafter", "optimizer", "activations", "caches")
@@ -47,25 +44,25 @@ class Memory(NamedTuple):
     """All that is not held between steps: activations, gradients, gathered weights, the batch, the program itself."""
     caches: int
     total: int
-    """The most that is held at one time; where it does not fit, what XLA says it would be."""
+    """Most bytes held at one time; where they do not fit, XLA's own number."""
     capacity: int
 
 
 class Costs(NamedTuple):
-    """One step on one device, as the compiled program has it."""
+    """One step of the compiled program on one device."""
 
     flops: float
     model_flops: float
-    """Its share of what the mathematics asks for, recomputation apart."""
+    """Without recomputation."""
     bytes: float
     computing: float
-    """Seconds of instructions that arithmetic holds up."""
+    """Seconds of instructions bound by arithmetic."""
     moving: float
-    """Seconds of those that HBM holds up."""
+    """Seconds of those bound by HBM."""
     sending: dict[str, float]
-    """Seconds of messages, by the mesh axes that they go along, joined by `+`."""
+    """Seconds of messages, by the mesh axes that they travel along, joined by `+`."""
     collective_bytes: dict[str, float]
-    """What a device sends, likewise."""
+    """Bytes that a device sends, likewise."""
     largest_message: str
     """The largest array in any message."""
 
@@ -102,7 +99,7 @@ class StepPlan(NamedTuple):
     devices_per_chip: int
     """As JAX counts them."""
     why: str = ""
-    """What XLA says where it does not fit."""
+    """XLA's message where it does not fit."""
 
     @property
     def fits(self) -> bool:
@@ -125,7 +122,7 @@ class StepPlan(NamedTuple):
 
     @property
     def advice(self) -> str:
-        """What to change, by what binds."""
+        """Advice on what to change, by what binds."""
         if self.costs is None:
             return (
                 "spread weights over more chips (mesh.fsdp, mesh.tensor), take fewer rows a step (data.batch) or "
@@ -146,7 +143,7 @@ class DecodePlan(NamedTuple):
     chips: int
     memory: Memory
     why: str = ""
-    """What is said where it does not fit."""
+    """The reason where it does not fit."""
 
     @property
     def fits(self) -> bool:
@@ -155,7 +152,7 @@ class DecodePlan(NamedTuple):
 
 
 def target_shape(name: str) -> LlamaConfig:
-    """The shape of a target that may not be here: that of its folder, or the known one that the folder is called by."""
+    """Returns the shape of a target that may not be here: that of its folder, or the known one of the folder's name."""
     folder = target_folder(name)
     if (folder / "config.json").is_file() or is_exported(folder):
         return read_config(folder)
@@ -167,41 +164,35 @@ def target_shape(name: str) -> LlamaConfig:
     )
 
 
-def scored_tokens(config: DistillConfig, shape: LlamaConfig, given: int | None) -> int | None:
-    """How many tokens a config's drafter scores: `given`, or those of its file; None for all.
+def scored_tokens(path: str | None, vocab: int, given: int | None = None) -> int | None:
+    """Returns how many tokens a drafter scores: `given`, or those of its draft vocabulary's file; None for all.
 
-    ValueError where the config names a file that is not here, and no number is given.
+    ValueError where the file is not here, and no number is given.
     """
-    if given is not None or config.draft_vocab is None:
+    if given is not None or path is None:
         return given
-    if not Path(config.draft_vocab).exists():
+    if not Path(path).exists():
         raise ValueError(
-            f"the drafter scores the tokens of {config.draft_vocab}, which is not here: make it (jaxspec draft-vocab), "
+            f"the drafter scores the tokens of {path}, which is not here: make it (jaxspec draft-vocab), "
             "or say how many they are (--draft-vocab 32000)"
         )
-    return len(load_maps(config.draft_vocab, shape.vocab))
+    return len(load_maps(path, vocab))
 
 
-def plan_step(config: DistillConfig, topology: str, *, draft_vocab: int | None = None) -> StepPlan:
-    """Compile a config's training step for a TPU slice such as `v5p:4x4x8` (of each of `mesh.slices`) and read it.
+def plan_step(step: DistillStep, topology: str, scored: int | None = None) -> StepPlan:
+    """Returns the plan of a training step whose mesh is over a TPU slice such as `v5p:4x4x8`, or over several.
 
-    The target's weights are not needed, and nothing is allocated. `draft_vocab` is the number of tokens that the
-    drafter scores, where it scores not all and the config's file of them is not here. ValueError where mesh, batch and
+    The step is compiled and its program is read; the target's weights are not needed, and nothing is allocated.
+    `scored` is the number of tokens that the drafter scores, where it scores not all. ValueError where mesh, batch and
     shapes do not fit together.
     """
-    chip = chip_of(topology)
-    mesh = decode_program.tpu_mesh(topology, slices=config.mesh.slices, **_axes(config))
-    shape = target_shape(config.target)
-    draft_vocab = scored_tokens(config, shape, draft_vocab)
-    given, arguments = abstract_step(config, shape, mesh, draft_vocab)
-    target, learner, optimizer = given
-    frozen, state, batch, _ = arguments
-    device = device_part(chip)
-    parts = [_bytes_held(part) for part in (frozen, state.params, state.optimizer)]
-    tokens = math.prod(batch.tokens_BL.shape)
-    common = {"mesh": dict(mesh.shape), "chips": mesh.size // chip.cores, "tokens": tokens}
-    common |= {"peak_flops": device.flops, "devices_per_chip": chip.cores}
-    lowered = lower_step(config.compiler, mesh, target, learner, optimizer, config.objective, *arguments)
+    chip, mesh = chip_of(topology), step.mesh
+    arguments = abstract_arguments(step, scored)
+    frozen, state, batch = arguments
+    parts = [_bytes_held(part) for part in (frozen.params, state.params, state.optimizer)]
+    common = {"mesh": dict(mesh.shape), "chips": mesh.size // chip.cores, "tokens": math.prod(batch.tokens_BL.shape)}
+    common |= {"peak_flops": device_part(chip).flops, "devices_per_chip": chip.cores}
+    lowered = lower_step(step.compiler, mesh, step.task, step.optimizer, *arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -211,57 +202,41 @@ def plan_step(config: DistillConfig, topology: str, *, draft_vocab: int | None =
         return StepPlan(**common, memory=memory, costs=None, why=str(error).splitlines()[0])
     memory = _memory(chip, parts, peak_bytes(compiled))
     program = hlo.parse(compiled.as_text() or "")
-    countable = (module.clone(kernel="xla") for module in (target, learner))  # what is in a kernel cannot be counted
-    step = functools.partial(train_step, *countable, optimizer, config.objective)
-    model = count_flops(step, *arguments).model / mesh.size
+    # FLOPs within an attention kernel cannot be counted: they are counted of the plain attention.
+    countable = Task(*(module.clone(kernel="xla") for module in _modules(step.task)), step.task.objective)
+    model = count_flops(functools.partial(train_step, countable, step.optimizer), *arguments).model / mesh.size
     return StepPlan(**common, memory=memory, costs=read_costs(program, mesh, topology, model))
 
 
+def _modules(task: Task) -> tuple[Any, Any]:
+    return task.target, task.drafter
+
+
 def plan_decoding(
-    config: DistillConfig,
+    shape: LlamaConfig,
+    drafter: Any,
     topology: str,
     *,
     tree: str,
     batch: int,
     capacity: int,
-    draft_vocab: int | None = None,
+    scored: int | None = None,
 ) -> DecodePlan:
-    """Compile `batch` prompts' rounds of decoding with a config's drafter, in bf16, the target spread over a slice.
+    """Returns the plan of `batch` prompts' rounds of decoding, in bf16, the target spread over a slice.
 
     The tree is cut where the drafter drafts less deep. ValueError where mesh and shapes do not fit together.
     """
-    chip, shape = chip_of(topology), target_shape(config.target)
-    size = decode_program.tpu_mesh(topology, data=-1).size
+    chip, size = chip_of(topology), decode_program.tpu_mesh(topology, data=-1).size
     tensor = math.gcd(size, shape.kv_heads)
     mesh = decode_program.tpu_mesh(topology, data=size // tensor, tensor=tensor)
-    bf16, draft_vocab = jnp.bfloat16, scored_tokens(config, shape, draft_vocab)
-    drafter = drafter_for(config, shape, draft_vocab).module.clone(dtype=bf16)
+    bf16 = jnp.bfloat16
+    drafter = drafter.clone(dtype=bf16)
     target = Decoder(shape, stacked=False, dtype=bf16, param_dtype=bf16, taps=drafter.taps)
     policy = parse_tree(tree)
     policy = policy if drafter.deepest is None else cut_tree(policy, drafter.deepest)
-    key = jax.random.key(0)
-
-    def init() -> Weights:
-        params = target.init_params(key)
-        shared = target.shared_tables(params)
-        token_U = None if draft_vocab is None else jnp.arange(draft_vocab)
-        vocab = None if token_U is None else DraftVocab(token_U, shared.head_VD[token_U])
-        drafting = jax.tree.map(lambda a: a.astype(bf16), drafter.init_params(key, shared))
-        return Weights(params, drafting, vocab)
-
-    weights = jax.eval_shape(init)
-    held = [
-        _bytes_held(decode_program.place(mesh, part)) for part in (weights.target, (weights.drafter, weights.vocab))
-    ]
-    parts = dict(zip(("target", "drafter"), (chip.cores * size for size in held), strict=True))
-
-    def memory(caches: int, total: int) -> Memory:
-        caches, total = chip.cores * caches, chip.cores * total
-        rest = total - caches - sum(parts.values())
-        return Memory(
-            **parts, optimizer=0, activations=max(0, rest), caches=caches, total=total, capacity=chip.hbm_bytes
-        )
-
+    weights = jax.eval_shape(functools.partial(_init_weights, target, drafter, scored))
+    trees = weights.target, (weights.drafter, weights.vocab)
+    held = [_bytes_held(decode_program.place(mesh, arrays)) for arrays in trees]
     chips = size // chip.cores
     try:
         found = decode_program.plan_rounds(
@@ -270,47 +245,50 @@ def plan_decoding(
     except ValueError as problem:
         if "does not fit a chip" not in str(problem):
             raise
-        return DecodePlan(chips, memory(0, max(sum(held), _named_bytes(str(problem)))), str(problem))
-    return DecodePlan(chips, memory(found.cache_bytes, found.peak))
+        needed = max(sum(held), _named_bytes(str(problem)))
+        return DecodePlan(chips, _decode_memory(chip, held, 0, needed), str(problem))
+    return DecodePlan(chips, _decode_memory(chip, held, found.cache_bytes, found.peak))
 
 
-def _axes(config: DistillConfig) -> dict[str, int]:
-    return {name: getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
-
-
-def abstract_step(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, draft_vocab: int | None) -> tuple[Any, Any]:
-    """`((target, drafter, optimizer), (frozen, state, batch, vocab))` of a step, arrays as shapes on the mesh."""
-    dtype = jnp.dtype(config.dtype)
-    blocks = attention_blocks(config, mesh)
-    drafter = drafter_for(config, shape, draft_vocab).module
-    optimizer = optimizer_of(config.optimizer, config.optimizer.steps or 1000)
-    stacked = config.scan_layers
-    target = Decoder(shape, stacked=stacked, dtype=dtype, param_dtype=dtype, **blocks, taps=drafter.taps)
+def _init_weights(target: Decoder, drafter: Any, scored: int | None) -> Weights:
+    """Fresh weights of both models, the drafter's in bf16."""
     key = jax.random.key(0)
-    frozen = jax.eval_shape(target.init_params, key)
-    if config.target_weights == "int8":
-        frozen = jax.eval_shape(quantize_layers, frozen)
-    state = jax.eval_shape(lambda frozen: init_state(drafter, optimizer, key, target.shared_tables(frozen)), frozen)
-    rows = config.data.batch, config.data.length
-    parts = batch_sharding(mesh)
-    if rows[0] % (spread := math.prod(mesh.shape[axis] for axis in ROW_AXES)):
+    params = target.init_params(key)
+    shared = target.shared_tables(params)
+    token_U = None if scored is None else jnp.arange(scored)
+    vocab = None if token_U is None else DraftVocab(token_U, shared.head_VD[token_U])
+    drafting = jax.tree.map(lambda a: a.astype(jnp.bfloat16), drafter.init_params(key, shared))
+    return Weights(params, drafting, vocab)
+
+
+def _decode_memory(chip: Chip, held: list[int], caches: int, total: int) -> Memory:
+    """Of a chip, from a device's: `held` by target and drafter, by the caches, in all."""
+    target, drafter, caches, total = (chip.cores * size for size in (*held, caches, total))
+    rest = max(0, total - caches - target - drafter)
+    return Memory(target, drafter, 0, rest, caches, total, chip.hbm_bytes)
+
+
+def abstract_arguments(step: DistillStep, scored: int | None) -> tuple[Frozen, TrainState, Batch]:
+    """Returns the arguments of a step as shapes that lie on its mesh."""
+    mesh, (target, drafter) = step.mesh, _modules(step.task)
+    key = jax.random.key(0)
+    params = jax.eval_shape(target.init_params, key)
+    if step.int8_target:
+        params = jax.eval_shape(quantize_layers, params)
+    state = jax.eval_shape(lambda p: init_state(drafter, step.optimizer, key, target.shared_tables(p)), params)
+    if step.rows[0] % (spread := math.prod(mesh.shape[axis] for axis in ROW_AXES)):
         raise ValueError(
-            f"data.batch is {rows[0]}, and the mesh spreads rows over {spread} devices: let it be a multiple"
+            f"data.batch is {step.rows[0]}, and the mesh spreads rows over {spread} devices: let it be a multiple"
         )
-    integers: Any = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=parts)
-    flags: Any = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=parts)
-    vocab = draft_vocab and jax.ShapeDtypeStruct((draft_vocab,), jnp.int32, sharding=replicated(mesh))
-    arguments = (
-        decode_program.place(mesh, frozen),
-        decode_program.place(mesh, state),
-        Batch(integers, integers, integers, flags),
-        vocab,
-    )
-    return (target, drafter.clone(**blocks), optimizer), arguments
+    integers: Any = jax.ShapeDtypeStruct(step.rows, jnp.int32, sharding=batch_sharding(mesh))
+    flags: Any = jax.ShapeDtypeStruct(step.rows, jnp.bool_, sharding=batch_sharding(mesh))
+    ids: Any = scored and jax.ShapeDtypeStruct((scored,), jnp.int32)
+    frozen, state = decode_program.place(mesh, (Frozen(params, ids), state))
+    return frozen, state, Batch(integers, integers, integers, flags)
 
 
 def read_costs(program: hlo.Program, mesh: Mesh, topology: str, model_flops: float) -> Costs:
-    """What a compiled program takes on each device of a mesh over slices of this topology."""
+    """Returns the costs of a compiled program on each device of a mesh over slices of this topology."""
     chip = device_part(chip_of(topology))
     cost = hlo.cost_of(program, flops_per_second=functools.partial(_rate, chip), bytes_per_second=chip.hbm_bandwidth)
     shape = [int(n) for n in topology.partition(":")[2].split("x")]
@@ -327,7 +305,7 @@ def read_costs(program: hlo.Program, mesh: Mesh, topology: str, model_flops: flo
 
 
 def mesh_axes(mesh: Mesh, group: tuple[int, ...]) -> list[str]:
-    """The mesh axes along which some of its devices differ."""
+    """Returns the mesh axes along which some of its devices differ."""
     places = np.unravel_index(np.asarray(group), mesh.devices.shape)
     return [name for name, at in zip(mesh.axis_names, places, strict=True) if len(set(at.tolist())) > 1]
 
@@ -338,7 +316,7 @@ def _rate(chip: Chip, matmul: hlo.Instruction) -> float:
 
 
 def peak_bytes(compiled: Any) -> int:
-    """The most that a device holds at one time."""
+    """Returns the most bytes that a device holds at one time."""
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return max(
@@ -362,9 +340,3 @@ def _named_bytes(message: str) -> int:
     """`Used 20.1G of 15.75G hbm` in bytes; 0 where XLA says no number."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
     return int(float(used[1]) * 2 ** (10 * " KMGT".index(used[2] or " "))) if used else 0
-
-
-def on_mesh(config: DistillConfig, sizes: Mapping[str, int]) -> DistillConfig:
-    """The config with these sizes of mesh axes; the number of slices stays."""
-    axes = {name: sizes[name] for name in ("data", "fsdp", "tensor")}
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))

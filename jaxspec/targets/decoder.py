@@ -354,6 +354,11 @@ class Decoder(nn.Module):
         assert isinstance(out, jax.Array)
         return out
 
+    def scoring(self, params: Params) -> Params:
+        """The weights that `logits` reads: the LM head, or the embedding where they are one table."""
+        name = "embed" if self.config.tied else "head"
+        return {name: params[name]}
+
     def shared_tables(self, params: Params) -> SharedTables:
         """Returns the embedding and the LM head `[V, D]`, which are one table when tied."""
         return SharedTables(params["embed"], params["embed"] if self.config.tied else params["head"])

@@ -27,7 +27,13 @@ class Tables:
 
     def logits(self, params: Params, features_BLD: Array) -> Array:
         """fp32 logits `[B, L, V]` of the token after each feature: those of the whole target, bit for bit."""
-        return cap(score_tokens(features_BLD, self.shared_tables(params).head_VD), self.config.options.logit_cap)
+        head_VD = params["embed" if self.config.tied else "head"]
+        return cap(score_tokens(features_BLD, head_VD), self.config.options.logit_cap)
+
+    def scoring(self, params: Params) -> Params:
+        """The weights that `logits` reads: the LM head, or the embedding where they are one table."""
+        name = "embed" if self.config.tied else "head"
+        return {name: params[name]}
 
     def shared_tables(self, params: Params) -> SharedTables:
         """Returns the embedding and the LM head `[V, D]`, which are one table when tied."""

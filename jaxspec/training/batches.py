@@ -9,16 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec.config import (
-    DistillConfig,
-    PretrainConfig,
-)
+from jaxspec.config import DistillConfig, PretrainConfig
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
 from jaxspec.data.target_outputs import ARRAYS, from_arrays
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
-from jaxspec.distillation.step import Batch
+from jaxspec.distillation.task import Batch
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding
@@ -27,21 +24,21 @@ HostBatch = Mapping[str, np.ndarray]
 
 
 class Data(NamedTuple):
-    """This process's share of what a run learns from and is judged by, in packed rows."""
+    """This process's share of the training and held-out data of a run, in packed rows."""
 
     train: PackedBatches
     eval: PackedBatches
 
     def keys(self) -> dict[str, Any]:
-        """What the training verbs report of it: what happened to the conversations, the mix that was reached (None
-        without one), and what weighted files came to."""
+        """The keys that the training verbs report of it: documents, the mix that was reached (None without one), and
+        the shares of weighted files."""
         mixed = {mix.name: mix._asdict() for mix in self.train.mixed}
         documents = {part: getattr(self, part).corpus.summary._asdict() for part in ("train", "eval")}
         return {"documents": documents, "mix": mixed.pop("mix", None), "weighted": list(mixed.values())}
 
 
 class Share(NamedTuple):
-    """A corpus that stands beside another in a fixed proportion."""
+    """A corpus mixed with another in a fixed proportion."""
 
     name: str
     corpus: Documents
@@ -50,7 +47,7 @@ class Share(NamedTuple):
 
 
 def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, mesh: Mesh) -> Data:
-    """The conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
+    """Returns the conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
     data = config.data
     read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
     named = split_names(data.train)
@@ -66,8 +63,9 @@ def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, 
 
 
 def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Documents:
-    """The tokenized conversations that `names` names, from disk where `jaxspec tokenize` wrote them; says what they
-    hold. `limit` is of each name."""
+    """Returns the tokenized conversations of the files `names`, from disk where `jaxspec tokenize` wrote them.
+
+    Says what they hold. `limit` is of each name."""
     parts: list[Documents] = []
     for name, weight in split_names(names):
         if weight is not None:
@@ -84,7 +82,8 @@ def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int,
 
 
 def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
-    """The rows of a global batch that devices of this process hold; ValueError if the mesh cannot share them evenly."""
+    """Returns the rows of a global batch that devices of this process hold; ValueError if the mesh cannot share them
+    evenly."""
     parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if batch % parts:
         raise ValueError(f"data.batch is {batch}, and the mesh spreads rows over {parts} devices: let it be a multiple")
@@ -95,13 +94,13 @@ def own_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
 def pack_data(
     config: PretrainConfig | DistillConfig,
     train: Documents,
-    judged: Documents,
+    held_out: Documents,
     mixed: Documents | None = None,
     others: Sequence[Share] = (),
     batch_rows: tuple[int, ...] | None = None,
 ) -> Data:
-    """The corpora in packed rows: of `train`, `others` in their shares and `mixed` with the config's, shuffled epochs;
-    of `judged` one in file order. Of every batch only `batch_rows`, unless None."""
+    """Returns the corpora in packed rows: `train`, `others` in their shares and `mixed` with the config's as shuffled
+    epochs, `held_out` once in file order. Of every batch only `batch_rows`, unless None."""
     data = config.data
     left = 1 if mixed is None else 1 - data.mix_share
     corpora, mixes = [train], []
@@ -114,12 +113,12 @@ def pack_data(
     packed = functools.partial(
         PackedBatches, length=data.length, batch=data.batch, loss_on=data.loss_on, rows=batch_rows
     )
-    prints = {"train": [fingerprint(corpus) for corpus in corpora], "eval": fingerprint(judged)}
+    prints = {"train": [fingerprint(corpus) for corpus in corpora], "eval": fingerprint(held_out)}
     agreement.agree("data", {"data": prints}, "give every host the same files and the same tokenizer")
     rows = packed(join(*corpora), seed=config.seed, epochs=config.optimizer.epochs, mixes=tuple(mixes))
     for mix in rows.mixed:
         say(f"{mix.name}: {mix}")
-    return Data(rows, packed(judged, shuffle=False))
+    return Data(rows, packed(held_out, shuffle=False))
 
 
 def _count(corpora: Sequence[Documents]) -> int:
@@ -127,14 +126,14 @@ def _count(corpora: Sequence[Documents]) -> int:
 
 
 def place_rows(sharding: jax.sharding.Sharding, data: PackedBatches, batch: HostBatch) -> Batch:
-    """A batch of `data` on the mesh, rows split as `sharding` says."""
+    """Returns a batch of `data` on the mesh, rows split as `sharding` says."""
     names = ("tokens", "segments", "positions", "loss_mask", *ARRAYS)
     placed = {name: spread(sharding, data, batch[name]) for name in names if name in batch}
     return Batch(*[placed[name] for name in names[:4]], stored=from_arrays(placed))
 
 
 def spread(sharding: jax.sharding.Sharding, data: PackedBatches, x_BL: np.ndarray) -> jax.Array:
-    """A field of this process's rows of a batch as the global array; devices that hold the same rows may be several."""
+    """Returns a field of this process's rows of a batch as the global array. Several devices may hold the same rows."""
     every = np.arange(data.batch)
     held = every if data.rows is None else np.asarray(data.rows)
 

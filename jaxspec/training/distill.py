@@ -1,15 +1,16 @@
-"""A distillation run as its config says it: the drafter, the data or stored features, and what it leaves behind."""
+"""A distillation run: from its config to a trained, exported drafter."""
 
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Params
+from jaxspec.base import Array, Params
 from jaxspec.checkpoints.models import drafter_config, save_drafter
 from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import DistillConfig, resolve
@@ -19,8 +20,8 @@ from jaxspec.data.feature_store import FeatureBatches, FeatureStore
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.pipeline import Batches
 from jaxspec.distillation.compilers import compile_step, under
-from jaxspec.distillation.step import TrainState, eval_step, init_state
-from jaxspec.drafters import DRAFTERS, shape_of
+from jaxspec.distillation.step import eval_step, init_state
+from jaxspec.distillation.task import Frozen, TrainState
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
@@ -28,11 +29,11 @@ from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
-from jaxspec.serving.loading import check_width, open_drafter
-from jaxspec.targets.decoder import Decoder, LlamaConfig
+from jaxspec.targets.decoder import Decoder
 from jaxspec.targets.tables import Tables
 from jaxspec.training.batches import Data, HostBatch, place_rows, read_data
-from jaxspec.training.loop import Recipe, RunResult, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.loop import Recipe, RunResult, prepare, run
+from jaxspec.training.resolve import DistillStep, build_step, drafter_for, mesh_of
 
 BEST_METRICS = (
     BestMetric("simulated_tau", rising=True),
@@ -51,134 +52,102 @@ EVAL_STEPS = 5
 """Draft steps that evaluation unrolls at least, for simulated tau."""
 
 
-class InitialDrafter(NamedTuple):
-    """A drafter before its training."""
-
-    module: Any
-    params: Params | None
-    """The weights to go on from; None for fresh ones."""
-
-
-def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> InitialDrafter:
-    """The drafter that `config` names: that of `config.init_from`, or one layer of the target's shape with the changes
-    of `config.head`. `scored` is the size of its draft vocabulary.
-
-    Raises ValueError where that does not fit together.
-    """
-    dtype = jnp.dtype(config.dtype)
-    if config.drafter not in DRAFTERS:
-        raise ValueError(f"drafter {config.drafter!r} is not one of {', '.join(DRAFTERS)}")
-    if config.init_from is not None:
-        if config.head.given:
-            raise ValueError(f"head.{next(iter(config.head.given))} is that of {config.init_from}: leave it out")
-        found = open_drafter(config.init_from, dtype=jnp.float32)
-        if found.name != config.drafter:
-            raise ValueError(
-                f"{config.init_from}: holds a drafter {found.name!r}, and the config says {config.drafter!r}"
-            )
-        check_width(config.init_from, found.module, target)
-        if found.module.vocab not in (None, scored or target.vocab):
-            raise ValueError(
-                f"{config.init_from}: its own LM head scores {found.module.vocab:,} tokens, and it is to score "
-                f"{scored or target.vocab:,}; it was made for another tokenizer or draft vocabulary"
-            )
-        return InitialDrafter(found.module.clone(dtype=dtype), found.params)
-    like = {
-        "width": target.width,
-        "heads": target.heads,
-        "kv_heads": target.kv_heads,
-        "head_dim": target.head_dim,
-        "mlp": target.mlp,
-        "rope_theta": target.rope_theta,
-        "rope_scaling": target.drafter_rope,
-        "norm_eps": target.norm_eps,
-        "vocab": scored or target.vocab,
-        "embed_vocab": target.vocab,
-    }
-    shape = shape_of(config.drafter, like, target.layers, config.head.given)
-    return InitialDrafter(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)
-
-
 def distill(
     config: DistillConfig, target: Decoder | Tables, frozen: Params, train_data: PackedBatches, eval_data: PackedBatches
 ) -> tuple[Any, RunResult]:
-    """Train the drafter of `config` on a frozen target; returns its module and the run, weights in it.
+    """Trains the drafter of `config` on a frozen target; returns its module and the run, weights in it.
 
     The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`. With
-    `config.data.features` the target is not run: what it made of the data is read from disk.
+    `config.data.features` the target is not run: its outputs for the data are read from disk.
     """
     mesh = mesh_of(config.mesh)
     vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
     drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
     data = read_features(config, Data(train_data, eval_data), drafter.taps)
-    blocks = attention_blocks(config, mesh)
-    target, learner = target.clone(**blocks, taps=drafter.taps), drafter.clone(**blocks)
     steps = config.optimizer.steps or len(data.train)
-    optimizer = optimizer_of(config.optimizer, steps)
-    frozen = jax.device_put(frozen, shardings(mesh, frozen))
-    key = jax.random.key(config.seed)
-
-    def init(frozen: Params) -> TrainState:
-        return init_state(drafter, optimizer, key, target.shared_tables(frozen), params)
-
-    objective = config.objective
-    deepest = drafter.deepest
-    if deepest is not None and objective.steps > deepest:
-        raise ValueError(
-            f"objective.steps is {objective.steps}, and this drafter drafts {deepest} tokens ahead: lower it"
-        )
-    judged = dataclasses.replace(
-        objective,
-        steps=max(objective.steps, EVAL_STEPS if deepest is None else min(EVAL_STEPS, deepest)),
-        step_weights=(),
+    built = build_step(config, mesh, target, drafter, steps)
+    arrays = Frozen(frozen, vocab_U)
+    arrays = jax.device_put(arrays, shardings(mesh, arrays))
+    recipe = Recipe(
+        "train",
+        functools.partial(_init, built, jax.random.key(config.seed), params),
+        _updates(built, arrays, train_data, steps),
+        _evaluation(built, arrays, data.eval, eval_data),
+        data.train,
+        steps,
+        RESUMABLE,
+        BEST_METRICS,
+        {
+            "kind": "drafter",
+            "config": drafter_config(
+                config.drafter, drafter, {"target": config.target}, None if vocab_U is None else vocab_U.tolist()
+            ),
+            "tokenizer": tokenizer_manifest(target_folder(config.target)),
+        },
+        (arrays,),
     )
-    stages = [
-        (first, compile_step(config.compiler, mesh, target, learner, optimizer, stage))
-        for first, stage in objective.stages(steps)
-    ]
-    sums_of = jax.jit(functools.partial(eval_step, target, learner, judged), out_shardings=replicated(mesh))
-    sums_of = under(mesh, sums_of)
-    place = functools.partial(place_rows, batch_sharding(mesh))
-
-    def evaluate(state: TrainState) -> dict[str, Any]:
-        rows = (place(eval_data, data.eval[i]) for i in range(len(data.eval)))
-        parts = [jax.device_get(sums_of(frozen, state.params, row, vocab_U)) for row in rows]
-        return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
-
-    def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
-        made = int(state.step) if len(stages) > 1 else 0
-        updated = [compiled for first, compiled in stages if first <= made][-1]
-        return updated(frozen, state, place(train_data, batch), vocab_U)
-
-    model = {
-        "kind": "drafter",
-        "config": drafter_config(
-            config.drafter, drafter, {"target": config.target}, None if vocab_U is None else vocab_U.tolist()
-        ),
-        "tokenizer": tokenizer_manifest(target_folder(config.target)),
-    }
-    recipe = Recipe("train", init, update, evaluate, data.train, steps, RESUMABLE, BEST_METRICS, model, (frozen,))
     return drafter, run(recipe, config, mesh)
 
 
-class Reading(NamedTuple):
-    """Batches to learn from and to be judged by, wherever the target's features come from."""
+def _init(built: DistillStep, key: Array, params: Params | None, frozen: Frozen) -> TrainState:
+    """The state of step 0."""
+    task = built.task
+    return init_state(task.drafter, built.optimizer, key, task.target.shared_tables(frozen.params), params)
+
+
+def _updates(
+    built: DistillStep, frozen: Frozen, data: PackedBatches, steps: int
+) -> Callable[[TrainState, HostBatch], tuple[TrainState, Any]]:
+    """The update of a state by a batch; each stage of the objective has a program of its own."""
+    stages = built.task.objective.stages(steps)
+    tasks = [(first, dataclasses.replace(built.task, objective=stage)) for first, stage in stages]
+    compiled = [(first, compile_step(built.compiler, built.mesh, task, built.optimizer)) for first, task in tasks]
+    place = functools.partial(place_rows, batch_sharding(built.mesh), data)
+
+    def update(state: TrainState, batch: HostBatch) -> tuple[TrainState, Any]:
+        done = int(state.step) if len(compiled) > 1 else 0
+        step = [step for first, step in compiled if first <= done][-1]
+        return step(frozen, state, place(batch))
+
+    return update
+
+
+def _evaluation(
+    built: DistillStep, frozen: Frozen, batches: Batches, data: PackedBatches
+) -> Callable[[TrainState], dict[str, Any]]:
+    """The figures of a state on held-out data, with as many draft steps as simulated tau needs."""
+    mesh, task, objective = built.mesh, built.task, built.task.objective
+    deepest = EVAL_STEPS if task.drafter.deepest is None else min(EVAL_STEPS, task.drafter.deepest)
+    longer = dataclasses.replace(objective, steps=max(objective.steps, deepest), step_weights=())
+    step = functools.partial(eval_step, dataclasses.replace(task, objective=longer))
+    sums_of = under(mesh, jax.jit(step, out_shardings=replicated(mesh)))
+    place = functools.partial(place_rows, batch_sharding(mesh), data)
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        parts = [jax.device_get(sums_of(frozen, state.params, place(batches[i]))) for i in range(len(batches))]
+        return jax.tree.map(lambda *x: sum(x), *parts).summary(objective)
+
+    return evaluate
+
+
+class TrainingData(NamedTuple):
+    """Batches to train on and to evaluate with; they may hold the target's stored features."""
 
     train: Batches
     eval: Batches
 
 
-def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> Reading:
-    """`data` with what the target makes of it, for a drafter that reads `taps`, where the config says it is stored.
+def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> TrainingData:
+    """Returns `data` with the target's stored outputs for it, where the config names a store of them.
 
-    Raises ValueError where it was made by another target or otherwise than this run would make it, or does not hold
-    what the drafter or its losses need.
+    `taps` are the target's layers that the drafter reads. Raises ValueError where the store was made by another target
+    or otherwise than this run would make it, or does not hold what the drafter or its losses need.
     """
     top_k = config.data.top_k or 0
     if config.data.features is None:
         if top_k:
             raise ValueError("data.top_k is for stored features: give data.features too, or leave it out")
-        return Reading(*data)
+        return TrainingData(*data)
     if top_k:
         refuse_top_k(config, top_k)
     store, folder = FeatureStore(config.data.features), target_folder(config.target)
@@ -186,14 +155,14 @@ def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> R
     store.check(weights=hf.fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
     if taps:
         store.check(taps=list(taps))
-    return Reading(
+    return TrainingData(
         FeatureBatches(data.train, store, taps=bool(taps), top_k=top_k),
         FeatureBatches(data.eval, store, taps=bool(taps)),
     )
 
 
 def refuse_top_k(config: DistillConfig, top_k: int) -> None:
-    """ValueError where what is to be learned needs more than the target's `top_k` likeliest tokens."""
+    """Raises ValueError where the objective needs more than the target's `top_k` likeliest tokens."""
     for name, _ in config.objective.weights:
         if name not in FEATURE_LOSSES:
             refuse_lumped(name, top_k)
@@ -209,7 +178,7 @@ def refuse_top_k(config: DistillConfig, top_k: int) -> None:
 
 
 def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[str, Any]:
-    """Distil as `config` says, on the conversations that its files hold unless `data` is given, and export the drafter.
+    """Distils as `config` says, on the conversations of its files unless `data` is given, and exports the drafter.
 
     Returns the keys of `jaxspec train`.
     """
@@ -237,7 +206,7 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
 
 
 def files_in(path: Path) -> dict[str, int | str]:
-    """What tells a model's folder, or a file of a draft vocabulary, from another: sizes of weights, settings in hex."""
+    """Returns a fingerprint of a model's folder or a draft vocabulary's file: sizes of weights, settings in hex."""
     found: dict[str, int | str] = {}
     for file in [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.json")]:
         settings = file.suffix == ".json"

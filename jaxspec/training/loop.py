@@ -1,4 +1,4 @@
-"""What every training program runs: the loop with its checkpoints and preemption, and the pieces around it."""
+"""The loop of every training program, with its checkpoints, evaluations and preemption."""
 
 import contextlib
 import math
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -23,8 +22,6 @@ from jaxspec.checkpoints.tracking import Tracker, provenance, session, sole, tra
 from jaxspec.config import (
     CheckpointConfig,
     DistillConfig,
-    MeshConfig,
-    OptimizerConfig,
     PretrainConfig,
     completed,
     to_dict,
@@ -34,16 +31,14 @@ from jaxspec.console.progress import progress
 from jaxspec.console.results import differences, jsonable
 from jaxspec.data.packing import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
-from jaxspec.distillation.optimizer import make_optimizer, make_schedule
-from jaxspec.nn.kernels import choose_kernel
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
-from jaxspec.parallel.mesh import make_mesh, replicated, shardings
+from jaxspec.parallel.mesh import replicated, shardings
 from jaxspec.training.batches import HostBatch
 
 
 class Outcome(NamedTuple):
-    """What a run came to."""
+    """A run's state and figures at its last step."""
 
     state: Any
     loss: float  # mean of the last logged steps
@@ -53,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What one kind of training does; `train` drives it."""
+    """One kind of training, which `train` drives."""
 
     verb: str
     init: Callable[..., Any]
@@ -69,81 +64,104 @@ class Recipe(NamedTuple):
     best_metrics: Sequence[BestMetric]
     """Figures of the evaluation by which a step can be the best; the first unless the config says."""
     model: Mapping[str, Any]
-    """What the weights are, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's manifest."""
+    """Description of the weights, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's manifest."""
     given: tuple[Any, ...] = ()
     """Arrays that `init` takes: it may not close over those that lie on the devices of several processes."""
 
 
-def train(
-    recipe: Recipe,
-    config: PretrainConfig | DistillConfig,
-    state: Any,
-    batches: BatchIterator,
-    checkpoints: RunCheckpoints,
-    log: Tracker,
-    *,
-    start: int,
-    evaluation: Mapping[str, Any] | None = None,
-) -> Outcome:
-    """Run the recipe from step `start` to its last, and leave a checkpoint of that one.
+class Meter:
+    """Loss and speed since the run was started or resumed."""
 
-    `state` and `batches` stand where `start` left them; `evaluation` is that of `start`, if it was made. A loss that is
-    not finite raises ValueError naming the step and its documents. SIGTERM saves and raises Preempted. The loss is
-    logged every `config.log_every` steps. Saves are due as `config.checkpoint` says, before the step is evaluated, and
-    where an evaluation is the best so far.
-    """
-    steps, settings = recipe.steps, to_dict(config)
-    losses, tokens, rate = [], 0, 0.0
-    judged = dict(evaluation or {})
+    def __init__(self, window: int) -> None:
+        self.window, self.began = window, time.monotonic()
+        self.losses: list[float] = []
+        self.tokens, self.rate = 0, 0.0
 
-    def evaluation_due(step: int) -> bool:
-        return step == steps or step % config.eval_every == 0
+    def add(self, loss: float, tokens: int) -> None:
+        """Counts a step."""
+        self.losses = [*self.losses, loss][-self.window :]
+        self.tokens += tokens
+        self.rate = self.tokens / (time.monotonic() - self.began)
 
-    def evaluate(step: int) -> dict[str, Any]:
-        judged = jsonable(recipe.evaluate(state))
-        log.write(step, eval=judged)
-        return judged
+    @property
+    def mean(self) -> float:
+        """Mean loss of the last `window` steps."""
+        return float(np.mean(self.losses)) if self.losses else math.nan
 
-    def save(step: int, **how: Any) -> float:
-        checkpoints.save(step, state, batches.get_state(), settings, **how)
+
+class OpenRun(NamedTuple):
+    """A run with its batches and files open."""
+
+    recipe: Recipe
+    config: PretrainConfig | DistillConfig
+    batches: BatchIterator
+    checkpoints: RunCheckpoints
+    log: Tracker
+
+    def update(self, step: int, state: Any, meter: Meter) -> Any:
+        """Makes step `step` and returns the new state; ValueError, with the step's documents, if its loss is not
+        finite."""
+        batch, data = next(self.batches), self.recipe.data
+        state, loss = self.recipe.update(state, batch)
+        if not math.isfinite(loss := float(loss)):
+            raise ValueError(_explain(step, loss, document_ids(data.corpus, batch), self.checkpoints))
+        meter.add(loss, data.token_count(step - 1))
+        return state
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether a step is evaluated."""
+        return step == self.recipe.steps or step % self.config.eval_every == 0
+
+    def evaluate(self, step: int, state: Any) -> dict[str, Any]:
+        """Returns a step's figures on held-out data, and logs them."""
+        figures = jsonable(self.recipe.evaluate(state))
+        self.log.write(step, eval=figures)
+        return figures
+
+    def save(self, step: int, state: Any, **how: Any) -> float:
+        """Saves a step; returns the time of it."""
+        self.checkpoints.save(step, state, self.batches.get_state(), to_dict(self.config), **how)
         return time.monotonic()
 
-    if start and evaluation_due(start) and not judged:  # it was stopped in between
-        judged = evaluate(start)
-        checkpoints.add_metrics(start, judged)
-    began = saved = time.monotonic()
+
+def train(opened: OpenRun, state: Any, *, start: int, evaluation: Mapping[str, Any] | None = None) -> Outcome:
+    """Runs the recipe from step `start` to its last, and leaves a checkpoint of that one.
+
+    `state` and the run's batches stand where `start` left them; `evaluation` is that of `start`, if it was made. A loss
+    that is not finite raises ValueError naming the step and its documents. SIGTERM saves and raises Preempted. The loss
+    is logged every `config.log_every` steps. Saves are due as `config.checkpoint` says, before the step is evaluated,
+    and where an evaluation is the best so far.
+    """
+    recipe, config, checkpoints = opened.recipe, opened.config, opened.checkpoints
+    steps, figures = recipe.steps, dict(evaluation or {})
+    if start and opened.evaluation_due(start) and not figures:  # the run was stopped between save and evaluation
+        figures = opened.evaluate(start, state)
+        checkpoints.add_metrics(start, figures)
+    meter, saved = Meter(config.log_every), time.monotonic()
     with termination_notice() as noticed, progress(f"{recipe.verb} {config.name}", steps - start, "steps") as shown:
         for step in range(start + 1, steps + 1):
-            batch = next(batches)
-            state, loss = recipe.update(state, batch)
-            losses.append(float(loss))
-            if not math.isfinite(losses[-1]):
-                raise ValueError(_explain(step, losses[-1], document_ids(recipe.data.corpus, batch), checkpoints))
-            tokens += recipe.data.token_count(step - 1)
-            rate = tokens / (time.monotonic() - began)
-            losses = losses[-config.log_every :]
-            shown.advance(status=f"step {step:,}, loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
+            state = opened.update(step, state, meter)
+            shown.advance(status=f"step {step:,}, loss {meter.losses[-1]:.3f}, {meter.rate:,.0f} tokens/s")
             if step % config.log_every == 0:
-                log.write(step, loss=float(np.mean(losses)), tokens_per_second=rate)
+                opened.log.write(step, loss=meter.mean, tokens_per_second=meter.rate)
             stopping = noticed(step)
             last = stopping or step == steps
             saving = save_due(config.checkpoint, step, time.monotonic() - saved) or last
             if saving:
-                saved = save(step, wait=last)
+                saved = opened.save(step, state, wait=last)
             if stopping:
                 raise Preempted(f"stopped at step {step:,} of {steps:,}, saved in {checkpoints.folder}")
-            if evaluation_due(step):
-                judged = evaluate(step)
+            if opened.evaluation_due(step):
+                figures = opened.evaluate(step, state)
                 if saving:
-                    checkpoints.add_metrics(step, judged)
-                elif checkpoints.improves(judged):
-                    saved = save(step, metrics=judged, wait=False)
-    mean = float(np.mean(losses)) if losses else math.nan
-    return Outcome(state, mean, judged, tokens, rate)
+                    checkpoints.add_metrics(step, figures)
+                elif checkpoints.improves(figures):
+                    saved = opened.save(step, state, metrics=figures, wait=False)
+    return Outcome(state, meter.mean, figures, meter.tokens, meter.rate)
 
 
 def save_due(settings: CheckpointConfig, step: int, seconds: float) -> bool:
-    """Whether a step is to be saved, `seconds` after the last save; all processes agree."""
+    """Returns whether a step is saved, `seconds` after the last save; all processes agree."""
     due = settings.save_every is not None and step % settings.save_every == 0
     if settings.save_minutes is not None:
         late = seconds >= 60 * settings.save_minutes
@@ -163,10 +181,10 @@ class RunResult(NamedTuple):
     exported_step: int
     """The step that the weights are of, and the evaluation."""
     manifest: dict[str, Any]
-    """What the manifest of the exported model says of where it comes from."""
+    """Tokenizer, figures and provenance for the manifest of the exported model."""
 
     def keys(self) -> dict[str, Any]:
-        """What the training verbs report alike."""
+        """The keys that the training verbs report alike."""
         return {
             "steps": self.steps,
             "tokens": self.outcome.tokens,
@@ -182,7 +200,7 @@ class RunResult(NamedTuple):
 def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> RunResult:
     """`train` on a mesh, from the last intact checkpoint in the config's folder, or from the beginning.
 
-    Metrics and `run.json` are left in that folder. Raises ValueError if the checkpoint belongs to a run that differs in
+    Metrics and `run.json` stay in that folder. Raises ValueError if the checkpoint belongs to a run that differs in
     one of the recipe's `resumable` settings.
     """
     kept, best_metric = config.checkpoint, best_metric_of(recipe, config.checkpoint)
@@ -199,9 +217,9 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> R
         record = stack.enter_context(session(checkpoints.folder, facts, start))
         tracked = track(checkpoints.folder, start, wandb=config.tracking.wandb, record=record, tell=say)
         log = stack.enter_context(tracked)
-        judged = None if resumed is None else resumed.metrics
-        del resumed
-        outcome = train(recipe, config, state, batches, checkpoints, log, start=start, evaluation=judged)
+        evaluation = None if resumed is None else resumed.metrics
+        del resumed  # the state may be donated: no second reference
+        outcome = train(OpenRun(recipe, config, batches, checkpoints, log), state, start=start, evaluation=evaluation)
         checkpoint = str(checkpoints.folder / str(checkpoints.latest_step()))
         exported = recipe.steps
         best = checkpoints.best_step() if kept.export == "best" else None
@@ -220,7 +238,7 @@ def run(recipe: Recipe, config: PretrainConfig | DistillConfig, mesh: Mesh) -> R
 
 
 def start_state(recipe: Recipe, wanted: Any) -> Any:
-    """The state of step 0, laid out as `wanted`."""
+    """Returns the state of step 0, laid out as `wanted`."""
     return jax.jit(recipe.init, out_shardings=jax.tree.map(lambda a: a.sharding, wanted))(*recipe.given)
 
 
@@ -231,7 +249,7 @@ def resume(
     batches: BatchIterator,
     wanted: Any,
 ) -> Restored | None:
-    """The last intact checkpoint, laid out as `wanted`, with `batches` moved to its place; None where there is none."""
+    """Returns the last intact checkpoint, laid out as `wanted`, and moves `batches` to its place; None without one."""
     latest = checkpoints.latest_step()
     advice = f"all must see the same in {checkpoints.folder}; start again once they do"
     agreement.agree("checkpoint", {"last checkpoint": latest}, advice)
@@ -245,7 +263,7 @@ def resume(
 
 
 def best_metric_of(recipe: Recipe, settings: CheckpointConfig) -> BestMetric:
-    """By which figure a run's best step is found; ValueError if its evaluation has no such figure."""
+    """Returns the figure by which a run's best step is found; ValueError if its evaluation has no such figure."""
     for best_metric in recipe.best_metrics:
         if settings.best_by in (None, best_metric.figure):
             return best_metric
@@ -257,7 +275,7 @@ def best_metric_of(recipe: Recipe, settings: CheckpointConfig) -> BestMetric:
 
 @contextmanager
 def termination_notice() -> Iterator[Callable[[int], bool]]:
-    """Yields `noticed(step)`: whether SIGTERM has come, agreed on by all processes of a distributed run."""
+    """Yields `noticed(step)`: whether SIGTERM has come; all processes of a distributed run agree on it."""
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
@@ -280,7 +298,7 @@ def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheck
 
 
 def prepare(config: PretrainConfig | DistillConfig) -> None:
-    """ValueError unless all processes run the same and share the folders that it leaves things in."""
+    """Raises ValueError unless all processes run the same and share the folders of its results."""
     folders = {"checkpoint.folder": config.checkpoint.folder, "export_folder": config.export_folder}
     for name, folder in folders.items():
         if "://" in folder:
@@ -298,52 +316,13 @@ def prepare(config: PretrainConfig | DistillConfig) -> None:
         agreement.check_shared(folder)
 
 
-def attention_blocks(config: PretrainConfig | DistillConfig, mesh: Mesh) -> dict[str, Any]:
-    """How the models attend over training rows, and what they keep of it; see `attention.attend_text` and `recompute`.
-
-    ValueError where the mesh's devices cannot attend as the config says.
-    """
-    return {
-        "kernel": choose_kernel(config.attention, mesh.devices.flat[0], config.dtype),
-        "remat": config.remat,
-        "query_block": config.query_block,
-        "row_by_row": mesh.size == 1 and mesh.devices.flat[0].platform == "cpu",
-    }
-
-
-def mesh_of(c: MeshConfig) -> Mesh:
-    """The mesh that a config asks for."""
-    return make_mesh(c.data, c.fsdp, c.tensor, slices=c.slices)
-
-
-def optimizer_of(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer that the config says, over `steps` updates."""
-    rate = make_schedule(
-        peak_lr=c.peak_lr,
-        steps=steps,
-        warmup_steps=c.warmup_steps,
-        schedule=c.schedule,
-        final_lr_fraction=c.final_lr_fraction,
-    )
-    return make_optimizer(
-        rate,
-        kind=c.kind,
-        weight_decay=c.weight_decay,
-        b1=c.b1,
-        b2=c.b2,
-        eps=c.eps,
-        clip_norm=c.clip_norm,
-        clip_value=c.clip_value,
-    )
-
-
 def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
-    """The ids of the conversations in a batch."""
+    """Returns the ids of the conversations in a batch."""
     return [str(corpus.ids[i]) for i in np.unique(batch["documents"]) if i >= 0]
 
 
 def refuse_other_settings(saved: dict[str, Any], config: Any, fields: Sequence[str], folder: Path) -> None:
-    """ValueError if a run would go on with settings that change what it computes."""
+    """Raises ValueError if a run would go on with settings that change its results."""
     saved, now = completed(saved, config), to_dict(config)
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
     changed = [line for line in changed if not line.startswith("data.workers ")]

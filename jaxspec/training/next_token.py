@@ -19,13 +19,13 @@ class TokenBatch(NamedTuple):
 
 
 def target_weights(batch: TokenBatch) -> Array:
-    """fp32 `[B, L]`: 1 at `l` where token `l + 1` belongs to the same document and may be a target."""
+    """Returns fp32 `[B, L]`: 1 at `l` where token `l + 1` belongs to the same document and may be a target."""
     same = (batch.segments_BL[:, 1:] == batch.segments_BL[:, :-1]) & (batch.segments_BL[:, 1:] > 0)
     return jnp.pad(same & batch.loss_mask_BL[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
 
 
 def next_token_loss(model: Decoder, params: Params, batch: TokenBatch, *, block: int) -> Array:
-    """fp32 `[B, L]`: `-log p(token l + 1 | tokens up to l)` in nats, 0 where `target_weights` is 0.
+    """Returns fp32 `[B, L]`: `-log p(token l + 1 | tokens up to l)` in nats, 0 where `target_weights` is 0.
 
     Logits exist for `block` positions of every row at a time, in the backward pass too.
     Raises ValueError unless `block` divides `L`.

@@ -20,15 +20,16 @@ from jaxspec.data.conversations import read_all
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distillation.compilers import under
-from jaxspec.distillation.step import TrainState
+from jaxspec.distillation.task import TrainState
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf import write_llama
 from jaxspec.parallel.agreement import meet, say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.batches import Data, HostBatch, read_data, spread
-from jaxspec.training.loop import Recipe, attention_blocks, mesh_of, optimizer_of, prepare, run
+from jaxspec.training.loop import Recipe, prepare, run
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
+from jaxspec.training.resolve import attention_blocks, mesh_of, optimizer_of
 
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
 """Settings that a resumed run must share with its checkpoint."""

@@ -24,15 +24,16 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.feature_store import FeatureStore, shorten
 from jaxspec.data.pipeline import iterate
 from jaxspec.data.target_outputs import Kind, Stored, grow, likeliest, lump, shrink
+from jaxspec.distillation.loss import batch_loss
 from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import Batch, judged_batch
-from jaxspec.evaluation.recipes import usable_features
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.interchange.hf import fingerprint, load_tables, load_target, write_llama
 from jaxspec.losses import Scores, logit_loss
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.training.batches import Data, place_rows, read_data
-from jaxspec.training.distill import Reading, drafter_for, read_features
-from jaxspec.training.loop import attention_blocks
+from jaxspec.training.distill import TrainingData, read_features
+from jaxspec.training.recipes import usable_features
+from jaxspec.training.resolve import attention_blocks, drafter_for
 
 features: Any = importlib.import_module("jaxspec.train.features")
 
@@ -89,7 +90,7 @@ def config(*changes: str) -> DistillConfig:
     return load("toy.py", changes)
 
 
-def reading(*changes: str, taps: tuple[int, ...] = ()) -> tuple[Data, Reading]:
+def reading(*changes: str, taps: tuple[int, ...] = ()) -> tuple[Data, TrainingData]:
     """The data of a config online, and with stored features."""
     found = config(*changes)
     data = read_data(found, ChatTokenizer.load("target"), ONE)
@@ -99,11 +100,10 @@ def reading(*changes: str, taps: tuple[int, ...] = ()) -> tuple[Data, Reading]:
 def make_loss(found: DistillConfig, objective: Objective, target, frozen) -> tuple[Callable[..., Any], Any]:
     """The loss of weights on a host batch, and fresh weights."""
     drafter, _ = drafter_for(found, target.config)
-    target = target.clone(taps=drafter.taps, **attention_blocks(found, ONE))
+    task = Task(target.clone(taps=drafter.taps, **attention_blocks(found, ONE)), drafter, objective)
 
     def loss(params, rows):
-        key = jax.random.key(1)
-        sums = judged_batch(target, drafter, frozen, params, rows, key, objective, learning=False)[1]
+        sums = batch_loss(task, Frozen(frozen), params, rows, jax.random.key(1), learning=False)[1]
         return sums.mean_loss(objective)
 
     return loss, drafter.init_params(jax.random.key(0), target.shared_tables(frozen))

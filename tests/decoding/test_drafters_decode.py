@@ -20,7 +20,8 @@ from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.decoding.slots import Slots
 from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import Batch, init_state, train_step
+from jaxspec.distillation.step import init_state, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.drafters import (
     DRAFTERS,
     DraftLM,
@@ -237,7 +238,8 @@ def test_a_few_training_steps_lower_the_loss_and_are_compiled_once(head: str, co
     module, frozen = target()
     drafter = HEADS[head]
     optimizer = optax.adam(1e-2)
-    step = jax.jit(functools.partial(train_step, module.clone(taps=drafter.taps), drafter, optimizer, OBJECTIVES[head]))
+    task = Task(module.clone(taps=drafter.taps), drafter, OBJECTIVES[head])
+    step = jax.jit(functools.partial(train_step, task, optimizer))
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
     tokens, ones, at = map(jnp.int32, (tokens, np.ones_like(tokens), np.broadcast_to(np.arange(12), (2, 12))))
     rows = Batch(tokens, ones, at, ones)
@@ -247,7 +249,7 @@ def test_a_few_training_steps_lower_the_loss_and_are_compiled_once(head: str, co
     for i in range(8):
         if i == 1:
             compilations.clear()
-        state, loss, _ = step(frozen, state, rows)
+        state, loss = step(Frozen(frozen), state, rows)
         losses.append(loss)
     assert not compilations
     assert float(losses[-1]) < 0.95 * float(losses[0]) and np.isfinite(losses).all()

@@ -10,7 +10,8 @@ import pytest
 
 from jaxspec.distillation.compilers import compile_step
 from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import Batch, init_state, train_step
+from jaxspec.distillation.step import init_state, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.decoder import Decoder, LlamaConfig
@@ -43,7 +44,7 @@ def begun():
 
 @functools.cache
 def alone(objective: Objective):
-    return jax.jit(functools.partial(train_step, TARGET, DRAFTER, OPTIMIZER, objective))
+    return jax.jit(functools.partial(train_step, Task(TARGET, DRAFTER, objective), OPTIMIZER))
 
 
 @pytest.mark.parametrize(
@@ -61,24 +62,24 @@ def alone(objective: Objective):
     ],
 )
 def test_two_steps_equal_those_of_one_device(compiler, mesh, objective: Objective, vocab, batch: Batch):
-    frozen, state = begun()
+    weights, state = begun()
     expected, losses = state, []
-    vocab_U = None if vocab is None else jnp.asarray(vocab)
+    frozen = Frozen(weights, None if vocab is None else jnp.asarray(vocab))
     for _ in range(2):
-        expected, loss, _ = alone(objective)(frozen, expected, batch, vocab_U)
+        expected, loss = alone(objective)(frozen, expected, batch)
         losses.append(float(loss))
     grid = make_mesh(*mesh)
-    step = compile_step(compiler, grid, TARGET, DRAFTER, OPTIMIZER, objective)
+    step = compile_step(compiler, grid, Task(TARGET, DRAFTER, objective), OPTIMIZER)
     frozen, state = (jax.device_put(x, shardings(grid, x)) for x in (frozen, jax.tree.map(jnp.copy, state)))
     for expected_loss in losses:
-        state, loss = step(frozen, state, jax.device_put(batch, batch_sharding(grid)), vocab_U)
+        state, loss = step(frozen, state, jax.device_put(batch, batch_sharding(grid)))
         assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
     for a, b in zip(jax.tree.leaves(expected.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_mesh_that_a_compiler_does_not_take_is_refused():
-    arguments = TARGET, DRAFTER, OPTIMIZER, OBJECTIVE
+    arguments = Task(TARGET, DRAFTER, OBJECTIVE), OPTIMIZER
     with pytest.raises(ValueError, match=r"set mesh\.tensor=1, or compiler=jit"):
         compile_step("shard_map", make_mesh(2, 2, 2), *arguments)
     with pytest.raises(ValueError, match=r"set mesh\.fsdp, mesh\.tensor and mesh\.slices to 1"):

@@ -12,7 +12,8 @@ import pytest
 from jaxspec.distillation.compilers import compile_step, lower_step
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import make_optimizer, make_schedule
-from jaxspec.distillation.step import Batch, init_state
+from jaxspec.distillation.step import init_state
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.drafters import (
     DRAFTERS,
     DraftLM,
@@ -79,15 +80,15 @@ def batch() -> Batch:
 
 
 def placed(name: str, mesh: jax.sharding.Mesh) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns what a step is made of, and its weights, state and rows on a mesh."""
+    """Returns a step's task and optimizer, and its weights, state and rows on a mesh."""
     drafter, objective = PAIRS[name]
     rate = make_schedule(peak_lr=1e-3, steps=STEPS, warmup_steps=2, schedule="linear")
     optimizer = make_optimizer(rate, clip_value=0.5)
-    frozen = jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0)))
-    state = init_state(drafter, optimizer, jax.random.key(1), TARGET.shared_tables(frozen))
+    frozen = Frozen(jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0))))
+    state = init_state(drafter, optimizer, jax.random.key(1), TARGET.shared_tables(frozen.params))
     frozen, state = (jax.device_put(x, shardings(mesh, x)) for x in (frozen, state))
-    models = (TARGET.clone(taps=drafter.taps), drafter, optimizer, objective)
-    return models, (frozen, state, jax.device_put(batch(), batch_sharding(mesh)))
+    task = Task(TARGET.clone(taps=drafter.taps), drafter, objective)
+    return (task, optimizer), (frozen, state, jax.device_put(batch(), batch_sharding(mesh)))
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def curve(name: str, sizes: tuple[int, int, int] | None) -> list[float]:
     models, (frozen, state, rows) = placed(name, mesh)
     step, losses = compile_step("jit", mesh, *models), []
     for _ in range(STEPS):
-        state, loss = step(frozen, state, rows, None)
+        state, loss = step(frozen, state, rows)
         losses.append(float(loss))
     return losses
 
@@ -117,7 +118,7 @@ def test_devices_send_weights_and_sums_and_no_activations(name: str, compile_qui
     """On a mesh that spreads rows and weights alike. Of activations none of every row and of several channels."""
     mesh = make_mesh(1, 8, 1)
     models, arguments = placed(name, mesh)
-    program = hlo.parse(lower_step("jit", mesh, *models, *arguments, None).compile().as_text() or "")
+    program = hlo.parse(lower_step("jit", mesh, *models, *arguments).compile().as_text() or "")
     found = (hlo.message_of(i, 8) for lines in program.computations.values() for i in lines)
     # What no weight has: a row's positions, those that mask slots keep, those of a chunk; of one row, of all together.
     kept = {math.ceil(LENGTH * 0.7**depth) for depth in range(3)} | {CHUNK}

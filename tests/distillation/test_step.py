@@ -9,18 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxspec.distillation.chunks import shift
+from jaxspec.distillation.loss import add_noise, batch_loss, step_masks
 from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import (
-    Batch,
-    TrainState,
-    add_noise,
-    eval_step,
-    init_state,
-    judged_batch,
-    shift,
-    step_masks,
-    train_step,
-)
+from jaxspec.distillation.step import eval_step, init_state, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task, TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
 from jaxspec.nn.attention import causal_mask, segment_mask
@@ -34,9 +27,16 @@ TARGET = Decoder(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
 DRAFTER = Eagle(EagleConfig(16, 2, 1, 8, 32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
-def sums_of(*arguments):
-    return judged_batch(*arguments, learning=False)[1]
+@functools.partial(jax.jit, static_argnums=0)
+def sums_of(objective: Objective, frozen: Any, params: Any, batch: Batch, vocab_U: Any = None):
+    """The sums of a batch without noise; losses of these are differentiable."""
+    task = Task(TARGET, DRAFTER, objective)
+    return batch_loss(task, Frozen(frozen, vocab_U), params, batch, None, learning=False)[1]
+
+
+def one_step(optimizer: optax.GradientTransformation, objective: Objective) -> Any:
+    """The training step as one program."""
+    return jax.jit(functools.partial(train_step, Task(TARGET, DRAFTER, objective), optimizer))
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def test_the_first_assistant_token_is_predicted_and_the_reference_mask_starts_la
 def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batch: Batch):
     objective = Objective(steps=2, chunk=7)
     params = fresh()
-    sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective)
+    sums = sums_of(objective, frozen, params, batch)
     totals = {"smooth_l1": np.zeros(2), "soft_cross_entropy": np.zeros(2)}
     accept, chain, count = np.zeros(2), np.zeros(2), np.zeros(2)
     shared = TARGET.shared_tables(frozen)
@@ -135,7 +135,7 @@ def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
         return jnp.sum(loss * mask_BL) / jnp.sum(mask_BL)
 
     def chunked(params) -> jax.Array:
-        return sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective).mean_loss(objective)
+        return sums_of(objective, frozen, params, batch).mean_loss(objective)
 
     expected, got = jax.jit(jax.value_and_grad(whole))(params), jax.jit(jax.value_and_grad(chunked))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, expected)
@@ -143,7 +143,7 @@ def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
 
 def test_steps_are_weighed_one_by_one(frozen, batch: Batch):
     params = fresh()
-    sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, Objective(steps=3))
+    sums = sums_of(Objective(steps=3), frozen, params, batch)
     steps = sums.losses("smooth_l1"), sums.losses("soft_cross_entropy")
     for objective, weigh in (
         (Objective(steps=3), (1, 1, 1)),
@@ -189,9 +189,8 @@ def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: 
                 return super().logits(params, features_BLD)
 
         counting = Counting(TARGET.config)
-        objective = Objective(steps=steps, chunk=LENGTH)
-        call = functools.partial(judged_batch, counting, DRAFTER, frozen, learning=False)
-        jax.eval_shape(lambda p, f=call, o=objective: f(p, batch, None, o), params)
+        task = Task(counting, DRAFTER, Objective(steps=steps, chunk=LENGTH))
+        jax.eval_shape(functools.partial(eval_step, task), Frozen(frozen), params, batch)
         traced[steps] = max(calls)
     assert traced[1] == traced[3] == 4 * LENGTH * 16
 
@@ -199,11 +198,11 @@ def test_the_targets_head_runs_once_however_many_steps_there_are(frozen, batch: 
 def test_with_a_draft_vocabulary_only_what_it_holds_is_trained(frozen, batch: Batch):
     params = fresh()
     objective = Objective(steps=2, chunk=6, weights=(("kl", 1.0),))
-    everything = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective, jnp.arange(VOCAB))
-    plain = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective)
+    everything = sums_of(objective, frozen, params, batch, jnp.arange(VOCAB))
+    plain = sums_of(objective, frozen, params, batch)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), everything, plain)
     some = jnp.asarray([1, 4, 9, 16, 25, 36, 49])
-    sums = sums_of(TARGET, DRAFTER, frozen, params, batch, None, objective, some)
+    sums = sums_of(objective, frozen, params, batch, some)
     features = TARGET.forward(frozen, batch.tokens_BL, batch.positions_BL, segment_mask(batch.segments_BL)).features_BLD
     best = jnp.argmax(TARGET.logits(frozen, features), axis=-1)
     for j, mask in enumerate(step_masks(batch, objective)):
@@ -216,12 +215,13 @@ def test_tokens_outside_the_mask_do_not_matter(frozen, batch: Batch):
     params = fresh()
     padding = np.asarray(batch.segments_BL) == 0
     other = batch._replace(tokens_BL=jnp.where(padding, (batch.tokens_BL + 7) % VOCAB, batch.tokens_BL))
-    a, b = (sums_of(TARGET, DRAFTER, frozen, params, x, None, Objective(steps=2)) for x in (batch, other))
+    a, b = (sums_of(Objective(steps=2), frozen, params, x) for x in (batch, other))
     np.testing.assert_allclose(a.mean_loss(Objective(steps=2)), b.mean_loss(Objective(steps=2)), rtol=1e-6)
 
 
 def test_a_perfect_drafter_would_have_simulated_tau_of_steps_plus_one(frozen, batch: Batch):
-    sums = jax.jit(functools.partial(eval_step, TARGET, DRAFTER, Objective(steps=3)))(frozen, fresh(), batch)
+    task = Task(TARGET, DRAFTER, Objective(steps=3))
+    sums = jax.jit(functools.partial(eval_step, task))(Frozen(frozen), fresh(), batch)
     perfect = sums._replace(chain_sampled_T=sums.count_T, chain_greedy_T=sums.count_T)
     assert perfect.summary(Objective(steps=3))["simulated_tau"] == pytest.approx(4.0)
     assert 1.0 <= sums.summary(Objective(steps=3))["simulated_tau"] <= 4.0
@@ -229,11 +229,11 @@ def test_a_perfect_drafter_would_have_simulated_tau_of_steps_plus_one(frozen, ba
 
 def test_training_lowers_the_loss_and_leaves_the_target_alone(frozen, batch: Batch):
     optimizer = optax.adamw(3e-3)
-    step = jax.jit(functools.partial(train_step, TARGET, DRAFTER, optimizer, Objective(noise=0.0)))
+    step = one_step(optimizer, Objective(noise=0.0))
     state = begin(DRAFTER, optimizer)
     losses = []
     for _ in range(60):
-        state, loss, _ = step(frozen, state, batch)
+        state, loss = step(Frozen(frozen), state, batch)
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
     assert int(state.step) == 60
@@ -243,8 +243,7 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(fro
     optimizer = optax.adamw(1e-3)
     state = begin(DRAFTER, optimizer)
     broken = jax.tree.map(lambda a: a * jnp.nan, frozen)
-    step = jax.jit(functools.partial(train_step, TARGET, DRAFTER, optimizer, Objective()))
-    after, loss, _ = step(broken, state, batch)
+    after, loss = one_step(optimizer, Objective())(Frozen(broken), state, batch)
     assert not np.isfinite(loss)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, (after.params, after.optimizer), (state.params, state.optimizer)))
 
@@ -262,7 +261,7 @@ class Update(NamedTuple):
     """An update of a pair whose every axis divides, and what it is on one device."""
 
     step: Any
-    given: tuple[Any, TrainState, Batch]
+    given: tuple[Frozen, TrainState, Batch]
     params: Any
     loss: float
 
@@ -272,9 +271,9 @@ def update(batch: Batch) -> Update:
     target, drafter = TARGET.clone(config=LlamaConfig(64, 16, 2, 4, 2, 4, 32)), Eagle(EagleConfig(16, 4, 2, 4, 32))
     frozen = jax.jit(lambda key: jax.tree.map(lambda a: a * 4, target.init_params(key)))(jax.random.key(0))
     optimizer = optax.sgd(0.1)
-    step = jax.jit(functools.partial(train_step, target, drafter, optimizer, Objective(steps=2)))
-    given = (frozen, begin(drafter, optimizer), jax.tree.map(lambda x: jnp.concatenate([x, x]), batch))
-    alone, loss, _ = step(*given)
+    step = jax.jit(functools.partial(train_step, Task(target, drafter, Objective(steps=2)), optimizer))
+    given = (Frozen(frozen), begin(drafter, optimizer), jax.tree.map(lambda x: jnp.concatenate([x, x]), batch))
+    alone, loss = step(*given)
     return Update(step, given, alone.params, float(loss))
 
 
@@ -282,7 +281,7 @@ def update(batch: Batch) -> Update:
 def test_one_update_on_a_mesh_equals_one_device(update: Update, mesh: tuple[int, int, int]):
     grid = make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1] * mesh[2]])
     (frozen, state, batch), place = update.given, jax.device_put
-    spread, loss, _ = update.step(
+    spread, loss = update.step(
         place(frozen, shardings(grid, frozen)), place(state, shardings(grid, state)), place(batch, batch_sharding(grid))
     )
     assert float(loss) == pytest.approx(update.loss, rel=1e-5)
@@ -308,12 +307,11 @@ def test_unknown_losses_are_named():
 def test_the_gradient_is_that_of_the_sums(frozen, batch: Batch, objective: Objective, vocab):
     params, ids = DRAFTER.init_params(jax.random.key(1)), None if vocab is None else jnp.asarray(vocab)
 
-    def gradient(learning: bool):
-        def of(params) -> jax.Array:
-            arguments = (TARGET, DRAFTER, frozen, params, batch, jax.random.key(3), objective, ids)
-            part, sums = judged_batch(*arguments, learning=learning)
-            return part if learning else sums.mean_loss(objective)
+    task, key = Task(TARGET, DRAFTER, objective), jax.random.key(3)
 
-        return jax.jit(jax.grad(of))(params)
+    def loss(params, learning: bool) -> jax.Array:
+        part, sums = batch_loss(task, Frozen(frozen, ids), params, batch, key, learning=learning)
+        return part if learning else sums.mean_loss(objective)
 
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), gradient(True), gradient(False))
+    one, other = (jax.jit(jax.grad(functools.partial(loss, learning=learning)))(params) for learning in (True, False))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), one, other)

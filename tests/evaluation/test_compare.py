@@ -17,9 +17,9 @@ from jaxspec.__main__ import main
 from jaxspec.config import DistillConfig
 from jaxspec.console.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.drafters import Eagle
-from jaxspec.evaluation import recipes
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import queue
+from jaxspec.training import recipes
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -111,9 +111,10 @@ class Watch:
                 self.after_prompt.get(self.decoded, lambda: None)()
                 yield served
 
-        monkeypatch.setattr("jaxspec.evaluation.recipes.run_distillation", watched_train)
+        monkeypatch.setattr("jaxspec.training.recipes.run_distillation", watched_train)
         monkeypatch.setattr("jaxspec.serving.queue.serve", watched_serve)
-        monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+        one = make_mesh(1, devices=jax.devices()[:1])
+        monkeypatch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: one)
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from jaxspec.evaluation.comparison import (
     ratio_interval,
     resamples,
     seed_rows,
-    steps_for,
     summaries,
     tables,
     tau_interval,
 )
+from jaxspec.training.recipes import steps_for
 from jaxspec.trees import cut_tree, parse_tree
 
 

@@ -50,7 +50,7 @@ def questions_from(models: Models, count: int, *, seed: int) -> list[str]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Trained on one device, and judged by one step, to compile less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+        patch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
         patch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
         yield train_head(tmp_path_factory.mktemp("identity"))
 

@@ -161,7 +161,7 @@ def test_two_processes_found_by_jax_train_as_one_does(tmp_path: Path, monkeypatc
     runs = [start(folder, *words, devices=2, **variables, **rank) for rank in ranks]
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("jaxspec.training.loop.make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
+    monkeypatch.setattr("jaxspec.training.resolve.make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
     alone = ("checkpoint.folder=run_alone", "export_folder=drafter_alone", "--json", "alone.json")
     assert main([*words[:3], *alone]) == 0
 

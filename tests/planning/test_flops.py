@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import Batch, init_state, train_step
+from jaxspec.distillation.step import init_state, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.targets.decoder import Decoder, LlamaConfig
@@ -107,7 +108,7 @@ def test_xla_counts_the_same_for_a_training_step_of_one_layer_and_one_chunk():
     state = jax.eval_shape(lambda: init_state(drafter, optimizer, jax.random.key(0)))
     rows: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     batch = Batch(rows, rows, rows, rows)
-    step = functools.partial(train_step, target, drafter, optimizer, objective)
-    counted = count_flops(step, frozen, state, batch).total
-    theirs = xla_flops(step, frozen, state, batch)
+    step = functools.partial(train_step, Task(target, drafter, objective), optimizer)
+    counted = count_flops(step, Frozen(frozen), state, batch).total
+    theirs = xla_flops(step, Frozen(frozen), state, batch)
     assert counted < theirs < 1.15 * counted, theirs / counted

@@ -18,7 +18,7 @@ from jaxspec.data.draft_vocab import save_maps
 from jaxspec.distillation.compilers import lower_step
 from jaxspec.planning import decode_program, hlo
 from jaxspec.planning.chips import CHIPS, chip_of, device_part, network_bandwidth
-from jaxspec.planning.plan import PARTS, Costs, Memory, StepPlan, abstract_step, plan_step, scored_tokens, target_shape
+from jaxspec.planning.plan import PARTS, Costs, Memory, StepPlan, abstract_arguments, scored_tokens, target_shape
 from jaxspec.targets.decoder import SHAPES
 
 plan: Any = importlib.import_module("jaxspec.train.plan")
@@ -99,15 +99,13 @@ def test_a_target_that_is_not_here_is_known_by_its_name(tmp_path: Path):
 
 
 def test_the_tokens_a_drafter_scores_are_given_or_those_of_its_file(tmp_path: Path):
-    job, shape = config.load("eagle3_llama3_8b"), dataclasses.replace(SHAPES["llama3-8b"], vocab=100)
-    assert isinstance(job, config.DistillConfig)
+    missing = config.load("eagle3_llama3_8b").draft_vocab
     with pytest.raises(ValueError, match=r"draft_vocab\.safetensors, which is not here: make it .*--draft-vocab 32000"):
-        scored_tokens(job, shape, None)
-    assert scored_tokens(job, shape, 40) == 40
+        scored_tokens(missing, 100)
+    assert scored_tokens(missing, 100, 40) == 40
     save_maps(tmp_path / "maps.safetensors", np.arange(0, 100, 4), 100)
-    here = dataclasses.replace(job, draft_vocab=str(tmp_path / "maps.safetensors"))
-    assert scored_tokens(here, shape, None) == 25
-    assert scored_tokens(config.load("eagle2_llama3_8b"), shape, None) is None  # type: ignore[arg-type]
+    assert scored_tokens(str(tmp_path / "maps.safetensors"), 100) == 25
+    assert scored_tokens(None, 100) is None
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +161,9 @@ def test_no_logits_are_sent_and_no_fp32_logits_of_all_tokens_exist():
     job = config.load("hass_llama3_8b", ["mesh.fsdp=16", "data.batch=16"])
     shape = dataclasses.replace(SHAPES["llama3-8b"], layers=2)
     mesh = decode_program.tpu_mesh("v6e:4x4", fsdp=16)
-    models, arguments = abstract_step(job, shape, mesh, None)
-    target, drafter, optimizer = models
-    step = lower_step("jit", mesh, target, drafter, optimizer, job.objective, *arguments).compile()
-    program = hlo.parse(step.as_text() or "")
+    step = plan.build_abstract(job, shape, mesh, None)
+    compiled = lower_step("jit", mesh, step.task, step.optimizer, *abstract_arguments(step, None)).compile()
+    program = hlo.parse(compiled.as_text() or "")
     sent = {m.largest for m in hlo.cost_of(program, flops_per_second=lambda _: 1, bytes_per_second=1).sent}
     assert {s.dims for s in sent if shape.vocab in s.dims} <= {(shape.vocab, shape.width)}  # the head's own weights
     made = {s for lines in program.computations.values() for i in lines for s in i.result if s.kind == "f32"}
@@ -192,7 +189,7 @@ def test_every_job_compiles_for_its_chips_and_fits(name: str):
     assert isinstance(job, config.DistillConfig)
     scored = 32000 if job.draft_vocab else None
     for topology in ("v5p:4x4x8",) if name.endswith("70b") else ("v6e:8x8", "v5e:8x8"):
-        found = plan_step(job, topology, draft_vocab=scored)
+        found = plan.plan_config(job, topology, scored)
         assert found.fits, f"{name} on {topology}: {found.why}"
         assert found.memory.total < found.memory.capacity
     assert dataclasses.asdict(job.checkpoint)["folder"] == f"runs/{name}"

@@ -15,7 +15,8 @@ from jaxspec.decoding.requests import make_requests
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.distillation.compilers import compile_step
 from jaxspec.distillation.objective import Objective
-from jaxspec.distillation.step import Batch, init_state, train_step
+from jaxspec.distillation.step import init_state, train_step
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.nn.attention import causal_mask
 from jaxspec.nn.options import Options
@@ -87,14 +88,12 @@ def batch() -> Batch:
 @MESHES
 @pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"])
 def test_a_step_on_a_mesh_is_that_of_one_device(family: str, sizes: tuple[int, int, int]):
-    target, mesh, frozen = TARGETS[family], make_mesh(*sizes), weights(family)
+    task, mesh, frozen = Task(TARGETS[family], DRAFTER, OBJECTIVE), make_mesh(*sizes), Frozen(weights(family))
     state = init_state(DRAFTER, OPTIMIZER, jax.random.key(2))
-    expected, loss, _ = jax.jit(functools.partial(train_step, target, DRAFTER, OPTIMIZER, OBJECTIVE))(
-        frozen, state, batch()
-    )
-    step = compile_step("jit", mesh, target, DRAFTER, OPTIMIZER, OBJECTIVE)
+    expected, loss = jax.jit(functools.partial(train_step, task, OPTIMIZER))(frozen, state, batch())
+    step = compile_step("jit", mesh, task, OPTIMIZER)
     frozen, state = (jax.device_put(x, shardings(mesh, x)) for x in (frozen, jax.tree.map(jnp.copy, state)))
-    state, found = step(frozen, state, jax.device_put(batch(), batch_sharding(mesh)), None)
+    state, found = step(frozen, state, jax.device_put(batch(), batch_sharding(mesh)))
     assert float(found) == pytest.approx(float(loss), rel=1e-5)
     for a, b in zip(jax.tree.leaves(expected.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

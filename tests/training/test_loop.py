@@ -23,9 +23,9 @@ from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import own_rows, spread
-from jaxspec.training.distill import drafter_for
-from jaxspec.training.loop import Recipe, best_metric_of, save_due, train
+from jaxspec.training.loop import OpenRun, Recipe, best_metric_of, save_due, train
 from jaxspec.training.loop import run as whole_run
+from jaxspec.training.resolve import drafter_for
 
 BEST_METRIC = BestMetric("loss", rising=False)
 
@@ -70,14 +70,14 @@ def run(
     eval_every: int = 2,
 ) -> Any:
     """Train a number that counts its steps, whose evaluations are these, else the number itself."""
-    judged = iter(evaluations)
+    remaining_evaluations = iter(evaluations)
     batches: BatchIterator = Numbers()
     remaining = iter(losses)
     recipe = Recipe(
         "toy",
         init=lambda: {"a": np.zeros(1)},
         update=lambda state, batch: ({"a": state["a"] + 1}, next(remaining)),
-        evaluate=lambda state: {"loss": next(judged) if evaluations else float(state["a"][0])},
+        evaluate=lambda state: {"loss": next(remaining_evaluations) if evaluations else float(state["a"][0])},
         data=cast(Any, Documents()),
         steps=len(losses),
         resumable=(),
@@ -88,7 +88,7 @@ def run(
     config = dataclasses.replace(load("tiny"), checkpoint=kept, eval_every=eval_every, log_every=2)
     opened = RunCheckpoints(folder, keep=kept.keep, keep_best=kept.keep_best, best_metric=BEST_METRIC)
     with opened as checkpoints, track(folder) as log:
-        return train(recipe, config, recipe.init(), batches, checkpoints, log, start=0)
+        return train(OpenRun(recipe, config, batches, checkpoints, log), recipe.init(), start=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -22,13 +22,13 @@ from jaxspec.config import PretrainConfig, load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.templates import TEMPLATES
-from jaxspec.distillation.step import TrainState
+from jaxspec.distillation.task import TrainState
 from jaxspec.nn.attention import segment_mask
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.training.loop import optimizer_of
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
 from jaxspec.training.pretrain import find_tokenizer
+from jaxspec.training.resolve import optimizer_of
 
 
 def test_a_token_is_a_target_only_within_its_document_and_where_the_mask_allows():
@@ -193,7 +193,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(draft_lm: Path, monk
 
 def test_another_tokenizer_or_mix_is_refused_on_resume(draft_lm: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.chdir(draft_lm)
-    monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
     changed = ("tokenizer=export", "data.train=train.jsonl,train.jsonl", "data.mix_share=0.45")
     assert main(["pretrain", "toy.py", *DRAFT_LM, *changed]) == 1
     errors = capfd.readouterr().err

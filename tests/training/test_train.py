@@ -66,8 +66,8 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training on one device and judging no more steps than are trained, to compile less."""
-    monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    """Training on one device, evaluated with no more draft steps than are trained, to compile less."""
+    monkeypatch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
     monkeypatch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
 
 
@@ -123,8 +123,8 @@ def test_an_eagle3_head_with_a_draft_vocabulary_goes_from_the_targets_answers_to
     words = ["head.taps=0", "draft_vocab=vocab.safetensors", "data.train=answers.jsonl", "data.eval=answers.jsonl"]
     words += ["target_weights=int8", "scan_layers=true", "remat=dots"]
     assert main(["train", "eagle3", *SMALL, *words, "export_folder=head", "--json", "result.json"]) == 0
-    judged = json.loads((folder / "result.json").read_text())["eval"]
-    assert judged["soft_cross_entropy"] > 0 and judged["expected_acceptance"] > 0
+    figures = json.loads((folder / "result.json").read_text())["eval"]
+    assert figures["soft_cross_entropy"] > 0 and figures["expected_acceptance"] > 0
     found = load_drafter("head")
     assert list(found.draft_vocab or ()) == load_maps("vocab.safetensors", SIZE).tolist()
     assert found.module.vocab == 20 == len(found.params["head"])

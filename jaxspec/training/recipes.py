@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.feature_store import FeatureStore
 from jaxspec.data.packing import Documents, tokenize_conversations
-from jaxspec.evaluation import comparison
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
 from jaxspec.training.batches import Data, pack_data, read_corpus
-from jaxspec.training.distill import RESUMABLE, drafter_for, run_distillation
+from jaxspec.training.distill import RESUMABLE, run_distillation
+from jaxspec.training.resolve import drafter_for
 
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""
@@ -39,12 +39,12 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As messages call it."""
+        """Name in messages."""
         return f"{self.recipe}, seed {self.seed}"
 
     @property
     def drafter(self) -> Path:
-        """Where the finished drafter is."""
+        """Folder of the finished drafter."""
         return Path(self.config.export_folder)
 
     @property
@@ -54,12 +54,12 @@ class Arm(NamedTuple):
 
     @property
     def trained(self) -> Path:
-        """What is left when its training is finished."""
+        """File that marks its training as finished."""
         return self.folder / "trained.json"
 
 
 def first_of_each(sources: Sequence[str], items: Sequence[Any], limit: int) -> list[Any]:
-    """The first `limit` items of every source, in their order."""
+    """Returns the first `limit` items of every source, in their order."""
     seen: dict[str, int] = {}
     chosen = []
     for source, item in zip(sources, items, strict=True):
@@ -69,30 +69,42 @@ def first_of_each(sources: Sequence[str], items: Sequence[Any], limit: int) -> l
     return chosen
 
 
+def steps_for(token_counts: Iterable[int], tokens: int) -> tuple[int, int]:
+    """Returns the fewest batches that hold `tokens` tokens, and the tokens they hold; ValueError if all do not."""
+    steps = seen = 0
+    for count in token_counts:
+        if seen >= tokens:
+            break
+        steps, seen = steps + 1, seen + count
+    if seen < tokens:
+        raise ValueError(f"the training data ends after {seen:,} tokens, before the {tokens:,} that are wanted")
+    return steps, seen
+
+
 class Corpora:
     """The conversations, tokenized when a recipe is to be trained on them; recipes of one row length share them.
 
-    `train` and `judged` are files; of the second the first `limit` conversations of every source are taken.
+    `train` and `held_out` are files; of the second the first `limit` conversations of every source are taken.
     """
 
-    def __init__(self, train: str, judged: str, limit: int, tokenizer: ChatTokenizer) -> None:
-        self.train, self.judged, self.limit, self.tokenizer = train, judged, limit, tokenizer
+    def __init__(self, train: str, held_out: str, limit: int, tokenizer: ChatTokenizer) -> None:
+        self.train, self.held_out, self.limit, self.tokenizer = train, held_out, limit, tokenizer
         self.read: dict[int, tuple[Documents, Documents]] = {}
         self.mixed: dict[tuple[str, int], Documents] = {}
 
     def of(self, length: int) -> tuple[Documents, Documents]:
-        """To learn from and to be judged by, cut to rows of `length` tokens."""
+        """Returns the training and the held-out corpus, cut to rows of `length` tokens."""
         if length not in self.read:
-            held_out = read_conversations(self.judged)
-            judged = first_of_each([c.source for c in held_out], held_out, self.limit)
+            held_out = read_conversations(self.held_out)
+            held_out = first_of_each([c.source for c in held_out], held_out, self.limit)
             self.read[length] = (
                 read_corpus("train", self.train, tokenizer=self.tokenizer, length=length),
-                tokenize_conversations(judged, self.tokenizer, length=length),
+                tokenize_conversations(held_out, self.tokenizer, length=length),
             )
         return self.read[length]
 
     def pack(self, config: DistillConfig) -> Data:
-        """The rows that a recipe learns from, with its own mix if it has one, and those it is judged by."""
+        """Returns the training rows of a recipe, with its own mix if it has one, and the held-out rows."""
         length, mix = config.data.length, config.data.mix
         if mix is not None and (mix, length) not in self.mixed:
             self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, length=length)
@@ -112,7 +124,7 @@ def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
     keep_settings(arm)
     if arm.trained.is_file():
         return int(json.loads(arm.trained.read_text(encoding="utf-8"))["train_tokens"])
-    steps, tokens = comparison.steps_for(corpora.pack(config).train.token_counts(), tokens)
+    steps, tokens = steps_for(corpora.pack(config).train.token_counts(), tokens)
     config = dataclasses.replace(
         config,
         name=arm.name,
@@ -128,7 +140,7 @@ def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
 
 
 def usable_features(config: DistillConfig, target: str, folder: str | None) -> str | None:
-    """The folder of stored features, if it holds all that a recipe reads: every document, and the layers it taps."""
+    """Returns the folder of stored features if it holds every document and layer that a recipe reads, else None."""
     if folder is None or config.data.mix is not None:
         return None
     scored = None if config.draft_vocab is None else 1
@@ -137,7 +149,7 @@ def usable_features(config: DistillConfig, target: str, folder: str | None) -> s
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """What an arm may not change of its config's `to_dict`.
+    """Returns the settings of a config's `to_dict` that an arm may not change.
 
     Files and steps are left out: they belong to the whole comparison, which keeps its own. So is what alters only the
     speed: stored features and the processes that prepare batches.
