@@ -83,7 +83,7 @@ class OptimizerConfig:
     peak_lr: float
     """Learning rate after the warm-up."""
     kind: OptimizerKind = "adamw"
-    """`muon` is for matrices; embeddings, norms and the LM head get AdamW all the same."""
+    """`muon` updates matrices; tables of tokens, norms and biases stay with Adam."""
     warmup_steps: int = 100
     """Steps in which the rate rises linearly to `peak_lr`."""
     steps: int | None = None
