@@ -47,7 +47,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"packing", "prompts"},
         {"draft_vocab", "feature_store", "pipeline", "tokenized_corpus"},
     ),
-    "decoding": ({"metrics", "requests"}, {"rounds"}, {"generation"}, {"slots"}),
+    "decoding": ({"answers", "requests"}, {"rounds"}, {"generation"}, {"slots"}),
     "distillation": ({"objective", "optimizer"}, {"chunks"}, {"step"}, {"compilers"}),
     "drafters": (
         {"module"},
@@ -58,7 +58,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"peagle"},
     ),
     "evaluation": (
-        {"comparison", "equivalence", "machine", "peers"},
+        {"equivalence", "machine", "peers", "statistics"},
+        {"comparison"},
         {"acceptance", "figures", "recipes", "timing"},
     ),
     "interchange": (
@@ -78,7 +79,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
     "planning": ({"chips", "flops", "hlo"}, {"decode_program", "work"}, {"plan"}),
-    "serving": ({"loading"}, {"queue"}, {"flags", "regeneration"}),
+    "serving": ({"loading"}, {"flags", "queue"}, {"regeneration"}),
     "targets": (
         {"decoder", "fields"},
         {"stored", "tables", "traits"},

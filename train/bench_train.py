@@ -38,7 +38,7 @@ from jaxspec.distillation.step import (
 )
 from jaxspec.drafters import DRAFTERS
 from jaxspec.evaluation import machine
-from jaxspec.evaluation.machine import Part
+from jaxspec.evaluation.machine import TimedProgram
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
@@ -221,7 +221,7 @@ def step_of(arm: Arm) -> Callable[..., Any]:
     return functools.partial(train_step, arm.target, arm.drafter, arm.optimizer, arm.objective)
 
 
-def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]:
+def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, TimedProgram]:
     """The parts of a step as programs; `run(program, *arguments)` makes what one hands to the next.
 
     Together they have the step's matmuls. The drafter's gradient is taken against its own outputs, for want of others.
@@ -257,10 +257,10 @@ def parts_of(arm: Arm, given: Given, run: Callable[..., Any]) -> dict[str, Part]
     drafting = (state.params, frozen, batch, out, state.key, vocab_U)
     unrolled = run(draft, *drafting)
     return {
-        "target": Part(functools.partial(read_batch, target), (frozen, batch)),
-        "drafter": Part(draft_and_back, (unrolled, *drafting)),
-        "head_and_loss": Part(judge_and_back, (state.params, unrolled, frozen, batch, out, state.key, vocab_U)),
-        "optimizer": Part(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
+        "target": TimedProgram(functools.partial(read_batch, target), (frozen, batch)),
+        "drafter": TimedProgram(draft_and_back, (unrolled, *drafting)),
+        "head_and_loss": TimedProgram(judge_and_back, (state.params, unrolled, frozen, batch, out, state.key, vocab_U)),
+        "optimizer": TimedProgram(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
     }
 
 
@@ -306,7 +306,7 @@ def time_rows(rows: list[dict[str, Any]], arms: dict[str, Arm], args: Args) -> f
     programs = {MATMUL: matmul}
     for name, arm in arms.items():
         given = jax.jit(functools.partial(give, arm, args=args))(frozen)._replace(frozen=frozen)
-        programs[name] = Part(jax.jit(step_of(arm), donate_argnums=1), tuple(given), donated=1)
+        programs[name] = TimedProgram(jax.jit(step_of(arm), donate_argnums=1), tuple(given), donated=1)
         made = parts_of(arm, given, lambda program, *arguments: jax.jit(program)(*arguments))
         programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in made.items()}
     with progress.progress("timing", args.repeats + 1, "turns") as bar:
