@@ -263,6 +263,16 @@ def test_the_measures_of_the_house(capsys: pytest.CaptureFixture[str]):
     assert not [f for f in FUNCTIONS if f.depth > DEEPEST_NESTING]
 
 
+def test_no_two_classes_share_a_name():
+    """But for the command lines of the programs."""
+    places: dict[str, list[str]] = {}
+    for module, path in SOURCES.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef) and node.name != "Args":
+                places.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
 def test_every_package_on_disk_is_shipped():
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     on_disk = [name.removesuffix(".__init__") for name in SOURCES if name.endswith(".__init__")]
