@@ -257,6 +257,7 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
     draft = functools.partial(_draft_level, engine.drafter, weights, shared, state.draft)
     scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
     tree = engine.tree.grow(draft, children(engine, state), scratch, state.root_logits_BV, state.root_B)
+    # Rules compare tokens and distributions with the target's, which are of the whole vocabulary.
     return tree if vocab is None else _in_full(tree, vocab, state.root_B, shared.embed_VD.shape[0])
 
 
@@ -312,7 +313,11 @@ def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> S
 
 
 def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
-    """Returns the path that the engine's rule keeps; decoding plainly, the target's draw behind the root."""
+    """Returns the path that the engine's rule keeps; decoding plainly, the target's draw behind the root.
+
+    By the rule `target-draw` the target draws its own token at every node, with noise keyed by (seed, position), and
+    the path of nodes that carry the drawn tokens is kept: every kept token is the one of plain decoding.
+    """
     sampling = state.requests.sampling
     if engine.tree is None:
         nothing_B1 = tree.depth_BN[:, :1]
@@ -342,6 +347,8 @@ def commit(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> Dec
     running_B = state.finish_B == RUNNING
     token_BP, path = accepted.token_BP, state.accepted_BP.shape[1]
     took_BP = (jnp.arange(path) == accepted.count_B[:, None]) & running_B[:, None]
+    # A fixed number of rows is written; `length_B` says how many count, and the next round overwrites the rest. The
+    # newest token orders the write behind the round's reads, or XLA copies the whole cache (see `cache.commit`).
     state = state._replace(
         cache=kv.commit(state.cache, kv.take_rows(fresh, accepted.path_BP), state.length_B, token_BP[:, -1]),
         length_B=state.length_B + _added(state, accepted),
