@@ -5,7 +5,6 @@ All arms run in one process on the same prompts and budgets, taking turns; figur
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import re
 import sys
@@ -22,15 +21,14 @@ import tyro
 
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
-from jaxspec.decoding.requests import NO_STOP, Requests, make_requests
+from jaxspec.decoding.requests import NO_STOP, Request, Requests, make_requests
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
-from jaxspec.serving import loading, queue
+from jaxspec.serving import loading
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Job
 from jaxspec.serving.regeneration import SENSIBLE, write_user_turns
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
@@ -145,7 +143,7 @@ def main(argv: list[str]) -> int:
     timed = {name: arm.models for name, arm in arms.items()}
     runs, peers = timing.time_arms(timed, load, repeats=args.repeats, peer=peer)
     middle = len(load.batches) // 2
-    rounds = {name: int(mine[0].generations[middle].calls.max()) for name, mine in runs.items()}
+    rounds = {name: timing.most_calls(mine[0].answers[middle]) for name, mine in runs.items()}
     parts = timing.time_parts({n: m for n, m in timed.items() if rounds[n]}, load, load.batches[middle], rounds)
     rows = [make_row(name, arm, runs, parts.get(name), load, args) for name, arm in arms.items()]
     compare_drafting(rows)
@@ -156,8 +154,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class Arm(NamedTuple):
-    """What decodes, by which drafter's folder, in which tree."""
+class DecodingArm(NamedTuple):
+    """Models to time, with the drafter's folder and the tree by which they are named."""
 
     models: Models
     drafter: str | None = None
@@ -165,23 +163,13 @@ class Arm(NamedTuple):
 
 
 def load_every(args: Args) -> list[Models]:
-    """The target with each drafter, or alone."""
-    dtype = loading.DTYPES[args.dtype]
-    plain = loading.load_models(args.target, template=args.template, dtype=dtype)
-    draft = functools.partial(
-        loading.drafted_by,
-        plain,
-        tree=args.trees[0] if args.trees else None,
-        mode=args.draft_mode,
-        rule=args.rule,
-        draft_vocab=args.draft_vocab,
-        dtype=dtype,
-    )
-    return [draft(drafter) for drafter in args.drafter] or [plain]
+    """Returns the target with each drafter, or alone."""
+    plain, tree = args.load_target(), args.trees[0] if args.trees else None
+    return [args.add_drafter(plain, drafter, tree) for drafter in args.drafter] or [plain]
 
 
 def shaped(args: Args) -> Models:
-    """Models of the shape that is asked for."""
+    """Returns random models of the shape that the flags name."""
     assert args.shape is not None
     tree = parse_tree(args.trees[0] if args.trees else loading.DEFAULT_TREE)
     models = loading.random_models(args.shape, tree, dtype=loading.DTYPES[args.dtype], seed=args.seed)
@@ -189,55 +177,50 @@ def shaped(args: Args) -> Models:
 
 
 def random_batches(models: Models, args: Args) -> list[Requests]:
-    """Batches of random prompts that nothing stops before their budget."""
-    rng = np.random.default_rng(args.seed)
-    return [
-        make_requests(
-            list(rng.integers(0, models.config.vocab, (args.batch, args.prefix))),
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=[queue.row_seed(args.seed, i * args.batch + row) for row in range(args.batch)],
-            draft_temperature=args.draft_temperature,
-        )
-        for i in range(max(1, args.limit // args.batch))
-    ]
+    """Returns batches of random prompts that nothing stops before their budget."""
+    rng, batches = np.random.default_rng(args.seed), []
+    for first in range(0, args.batch * max(1, args.limit // args.batch), args.batch):
+        tokens_BL = rng.integers(0, models.config.vocab, (args.batch, args.prefix))
+        rows = [Request(tokens, args.settings.for_row(first + row)) for row, tokens in enumerate(tokens_BL)]
+        batches.append(make_requests(rows))
+    return batches
 
 
 def make_batches(models: Models, args: Args) -> list[Requests]:
-    """Full batches of like length; prompts that cannot be read are named and left out."""
+    """Returns full batches of like length; prompts that cannot be read are named and left out."""
     if args.shape is not None:
         return random_batches(models, args)
+    requests = sorted(readable_requests(models, args), key=lambda request: len(request.tokens))
+    count = len(requests) // args.batch
+    if not count:
+        raise ValueError(f"{len(requests)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
+    batches = [make_requests(requests[i * args.batch : (i + 1) * args.batch]) for i in range(count)]
+    if args.profile is None:
+        return batches
+    # Texts mean nothing then, and nor does a stop id in them.
+    return [b._replace(stop_BR=jnp.full_like(b.stop_BR, NO_STOP)) for b in batches]
+
+
+def readable_requests(models: Models, args: Args) -> list[Request]:
+    """Returns the requests of a file's prompts, or of user turns that the target writes; names those left out."""
     if args.prompts is None:
         turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed, settings=SENSIBLE), args.limit)
         prompts = [text_prompt(str(turn.attempt), turn.text) for turn in turns]
     else:
         prompts = read_prompts(args.prompts, limit=args.limit)
-    jobs = []
+    requests = []
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer)
-            queue.check_length(tokens, models.config)
+            requests.append(models.request(tokens, args.settings.for_row(index), index))
         except ValueError as error:
             sys.stderr.write(f"jaxspec bench decode: prompt {prompt.id!r} {cli.sentence(error)}\n")
-        else:
-            jobs.append(Job(index, tokens, queue.row_seed(args.seed, index)))
-    jobs.sort(key=lambda job: len(job.tokens))
-    count = len(jobs) // args.batch
-    if not count:
-        raise ValueError(f"{len(jobs)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
-    rows = [jobs[i * args.batch : (i + 1) * args.batch] for i in range(count)]
-    batches = [queue.batch_requests(models, row, args.settings, batch=args.batch) for row in rows]
-    if args.profile is None:
-        return batches
-    # What is written means nothing then, and nor does a stop id in it.
-    return [b._replace(stop_BR=jnp.full_like(b.stop_BR, NO_STOP)) for b in batches]
+    return requests
 
 
-def make_arms(every: list[Models], args: Args) -> dict[str, Arm]:
-    """`plain`, then one arm a drafter and tree, named by the tree and, of several, what tells the drafters apart."""
-    arms = {"plain": Arm(every[0].plain())}
+def make_arms(every: list[Models], args: Args) -> dict[str, DecodingArm]:
+    """Returns `plain`, then an arm a drafter and tree, named by the tree and by the part of the path that differs."""
+    arms = {"plain": DecodingArm(every[0].plain())}
     labels = [f"{label} " for label in telling(args.drafter)] if len(args.drafter) > 1 else [""]
     for models, label, drafter in zip(every, labels, args.drafter or [None], strict=True):
         if models.engine.tree is None:
@@ -245,21 +228,21 @@ def make_arms(every: list[Models], args: Args) -> dict[str, Arm]:
         for tree in [parse_tree(spec) for spec in args.trees] or [models.engine.tree]:
             spec = str(getattr(tree, "spec", tree))
             try:
-                arms[label + spec] = Arm(timing.simulate(models.with_tree(tree), args.profile), drafter, spec)
+                arms[label + spec] = DecodingArm(timing.simulate(models.with_tree(tree), args.profile), drafter, spec)
             except ValueError as error:
                 raise ValueError(f"{drafter or args.shape}: {error}") from error
     return arms
 
 
 def telling(paths: Sequence[str]) -> list[str]:
-    """What is left of each path without the folders that all begin with, and those that all end with."""
+    """Returns each path without the folders that all begin with, and those that all end with."""
     parts = [Path(path).parts for path in paths]
-    front, back = shared(parts), shared([part[::-1] for part in parts])
+    front, back = common_words(parts), common_words([part[::-1] for part in parts])
     return ["/".join(part[front : len(part) - back]) or path for part, path in zip(parts, paths, strict=True)]
 
 
-def shared(rows: Sequence[Sequence[str]]) -> int:
-    """Words that all rows begin with."""
+def common_words(rows: Sequence[Sequence[str]]) -> int:
+    """Returns the number of words that all rows begin with."""
     columns = zip(*rows, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -272,9 +255,9 @@ def compare_drafting(rows: list[dict[str, Any]]) -> None:
 
 
 def make_row(
-    name: str, arm: Arm, runs: dict[str, list[Run]], parts: Parts | None, load: Load, args: Args
+    name: str, arm: DecodingArm, runs: dict[str, list[Run]], parts: Parts | None, load: Load, args: Args
 ) -> dict[str, Any]:
-    """One arm's row: medians of its runs, the parts of a round, and the work a second by the models' sizes."""
+    """Returns an arm's row: medians of its runs, the parts of a round, and the work a second by the models' sizes."""
     models, mine, batches = arm.models, runs[name], load.batches
     prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
     prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
@@ -308,7 +291,7 @@ def make_row(
 
 
 def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[PeerRun]) -> dict[str, Any] | None:
-    """The peer's entry in the result; None without one."""
+    """Returns the peer's entry in the result; None without one."""
     if not peers:
         return None
     plain = runs["plain"]
@@ -324,7 +307,7 @@ def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[PeerRun]) -> d
 
 
 def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float) -> dict[str, Any]:
-    """The verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
+    """Returns the verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
     dtype = loading.DTYPES[args.dtype]
     return results.result(
@@ -351,7 +334,19 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
 
 
 def print_result(result: dict[str, Any], args: Args) -> None:
-    """Prints the arms, the parts of their rounds, the peer, and what every figure means."""
+    """Prints the arms, the parts of their rounds, the peer, and the meaning of every figure."""
+    print_arms(result, args)
+    print_rounds(result)
+    if args.rounds_only:
+        sys.stdout.write("prompts are stand-ins: prefill is left out of tokens/s, and what is written means nothing\n")
+    if result["peer"]:
+        peer = result["peer"]
+        sys.stdout.write(f"plain decoding is {peer['plain_speedup']:.2f} times as fast as {peer['name']}\n")
+    sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")
+
+
+def print_arms(result: dict[str, Any], args: Args) -> None:
+    """Prints speed and tau of every arm, and the peer's."""
     rows, peer = result["rows"], result["peer"]
     columns = {
         "arm": "arm",
@@ -372,10 +367,15 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         )
     title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
     tables.print_table(title, list(columns), table)
+
+
+def print_rounds(result: dict[str, Any]) -> None:
+    """Prints the parts of every arm's round, beside the rates of the machine."""
     rates = ("bytes_per_second", "flops_per_second")
     columns = {part: f"{part}_ms" for part in PARTS} | {"x draft": "draft_ratio"}
     table = [
-        [row["arm"], *(row[key] for key in columns.values()), *(row[k] and row[k] / 1e9 for k in rates)] for row in rows
+        [row["arm"], *(row[key] for key in columns.values()), *(row[k] and row[k] / 1e9 for k in rates)]
+        for row in result["rows"]
     ]
     tables.print_table("One round, ms", ["arm", *columns, "GB/s", "GFLOP/s"], table)
     sys.stdout.write(
@@ -383,11 +383,6 @@ def print_result(result: dict[str, Any], args: Args) -> None:
         f"multiplies {result['machine_matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; "
         "GB/s and GFLOP/s above are what the models' sizes ask for\n"
     )
-    if args.rounds_only:
-        sys.stdout.write("prompts are stand-ins: prefill is left out of tokens/s, and what is written means nothing\n")
-    if peer:
-        sys.stdout.write(f"plain decoding is {peer['plain_speedup']:.2f} times as fast as {peer['name']}\n")
-    sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")
 
 
 if __name__ == "__main__":

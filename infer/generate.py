@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +24,16 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
-from jaxspec.decoding.generation import stream, tau
+from jaxspec.decoding.answers import Answer, total_tau, total_tokens
+from jaxspec.decoding.generation import stream
+from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.serving import loading, queue
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Answer, Job, Settings
 from jaxspec.trees import parse_tree
 
 RUN_FLAGS = ("prompt", "prompts", "slots", "out", "json")
-"""Flags that an answer does not depend on, or not by themselves."""
+"""Flags that do not change an answer, or not by themselves."""
 TAU = "tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted"
 
 
@@ -72,8 +73,8 @@ class Args(DraftFlags):
             raise ValueError(f"--out {self.out} exists: give another name, or move it away")
 
 
-class Outcome(NamedTuple):
-    """Answers by prompt index, and what this run spent on its own."""
+class AnsweredPrompts(NamedTuple):
+    """Answers by prompt index, and the time and tokens of this run alone."""
 
     answers: dict[int, Answer]
     seconds: float
@@ -88,33 +89,25 @@ def main(argv: list[str]) -> int:
     given = [text_prompt(str(number), text) for number, text in enumerate(args.prompt, 1)]
     prompts = given or read_prompts(args.prompts or "")
     log = None if args.out is None else Log(Path(args.out), args, prompts)
-    drafter = None if args.drafter == "none" else args.drafter
-    models = loading.load_models(
-        args.target,
-        drafter=drafter,
-        tree=args.tree,
-        mode=args.draft_mode,
-        rule=args.rule,
-        draft_vocab=args.draft_vocab,
-        template=NO_TEMPLATE if args.raw else args.template,
-        dtype=loading.DTYPES[args.dtype],
-    )
-    jobs, failures = make_jobs(prompts, models, args.settings, raw=args.raw, seed=args.seed)
-    if len(prompts) == 1 and jobs and log is None:
-        outcome = answer_one(models, jobs[0])
+    models = args.load_target(NO_TEMPLATE if args.raw else None)
+    if args.drafter != "none":
+        models = args.add_drafter(models, args.drafter, args.tree)
+    requests, failures = request_all(prompts, models, args.settings, raw=args.raw)
+    if len(prompts) == 1 and requests and log is None:
+        done = answer_one(models, requests[0])
     else:
-        outcome = answer_many(models, jobs, args, log)
+        done = answer_many(models, requests, args, log)
     for index, problem in failures.items():
         sys.stderr.write(f"jaxspec generate: prompt {prompts[index].id!r} {problem}\n")
-    rows = [make_row(p, models, outcome.answers.get(i), failures.get(i)) for i, p in enumerate(prompts)]
+    rows = [make_row(p, models, done.answers.get(i), failures.get(i)) for i, p in enumerate(prompts)]
     if log is not None:
         log.finish(rows)
     elif len(prompts) > 1:
-        print_answers(prompts, models, outcome.answers)
-    if outcome.answers:
-        print_summary(models, outcome)
+        print_answers(prompts, models, done.answers)
+    if done.answers:
+        print_summary(models, done)
     if args.json:
-        results.write_json(args.json, make_result(args, rows, models, outcome, failures, started))
+        results.write_json(args.json, make_result(args, rows, models, done, started))
     return cli.EXIT_FAILED if failures else 0
 
 
@@ -127,16 +120,16 @@ class Log:
         text = json.dumps([[p.id, p.messages, {**p.settings}] for p in prompts])
         settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         noted = jsonl.journal(self.partial, settings, of=path, fields=("index", "tokens", "rest"))
-        self.answers = {line["index"]: Answer(np.array(line["tokens"], np.int32), *line["rest"]) for line in noted}
+        self.answers = {line["index"]: read_answer(line["tokens"], *line["rest"]) for line in noted}
 
     def note(self, index: int, answer: Answer) -> None:
-        """Keep one answer; on disk when this returns."""
+        """Keeps one answer; it is on disk when this returns."""
         self.answers[index] = answer
         rest = [answer.finish, answer.calls, answer.accepted.tolist()]
         jsonl.append(self.partial, [{"index": index, "tokens": answer.tokens.tolist(), "rest": rest}])
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
-        """Write the whole file, and drop the partial one."""
+        """Writes the whole file, and drops the partial one."""
         draft = self.path.with_name(f"{self.path.name}.draft")
         draft.unlink(missing_ok=True)
         jsonl.append(draft, [{**row, "token_ids": [int(t) for t in row["token_ids"]]} for row in rows])
@@ -144,88 +137,84 @@ class Log:
         self.partial.unlink()
 
 
-def make_jobs(
-    prompts: Sequence[Prompt], models: Models, settings: Settings, *, raw: bool, seed: int
-) -> tuple[list[Job], dict[int, str]]:
-    """The prompts that can be answered, and by index a sentence on each that cannot."""
-    jobs, failures = [], {}
+def read_answer(tokens: list[int], finish: str, calls: int, accepted: list[int]) -> Answer:
+    """Returns an answer as the log's line holds it."""
+    return Answer(np.array(tokens, np.int32), finish, calls, np.array(accepted))
+
+
+def request_all(
+    prompts: Sequence[Prompt], models: Models, settings: Settings, *, raw: bool
+) -> tuple[list[Request], dict[int, str]]:
+    """Returns the requests of prompts that can be answered, and by index a sentence on each that cannot."""
+    requests, failures = [], {}
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer, raw=raw)
-            queue.check_length(tokens, models.config)
-            own = {**prompt.settings}
-            own |= {"stop_ids": tuple(own["stop_ids"])} if "stop_ids" in own else {}
-            row_seed = own.pop("seed", queue.row_seed(seed, index))
-            if not 0 <= row_seed < queue.SEEDS:
-                raise ValueError(f"has seed {row_seed}; it must be from 0 to 2^32 - 1")
-            job = Job(index, tokens, row_seed, replace(settings, **own))
+            requests.append(models.request(tokens, settings_of(prompt, settings.for_row(index)), index))
         except ValueError as error:
             failures[index] = cli.sentence(error)
-        else:
-            jobs.append(job)
-    return jobs, failures
+    return requests, failures
 
 
-def answer_one(models: Models, job: Job) -> Outcome:
+def settings_of(prompt: Prompt, settings: Settings) -> Settings:
+    """Returns the settings with those that the prompt's line sets for itself."""
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in prompt.settings.items()}
+    return dataclasses.replace(settings, **own)
+
+
+def answer_one(models: Models, request: Request) -> AnsweredPrompts:
     """Streams the answer to stdout; the programs are compiled before the clock starts."""
-    settings = job.settings or Settings()
-    requests = queue.batch_requests(models, [job], settings, batch=1)
-    queue.warm_up(models, requests, settings)
+    requests = make_requests([request])
+    queue.warm_up(models, requests, request.settings.max_new_tokens)
     decoder = IncrementalDecoder(models.tokenizer)
     rounds = max(1, 8 // models.engine.path)  # about a word or two at a time
-    started, done = time.perf_counter(), None
-    for chunk in stream(models.engine, models.weights, requests, rounds=rounds):
-        sys.stdout.write(decoder.push(chunk.added[0]))
+    started, answer, shown = time.perf_counter(), None, 0
+    for (answer,) in stream(models.engine, models.weights, requests, rounds=rounds):
+        sys.stdout.write(decoder.push(answer.tokens[shown:]))
         sys.stdout.flush()
-        done = chunk.generation
+        shown = len(answer.tokens)
     seconds = time.perf_counter() - started
     sys.stdout.write(decoder.flush() + "\n\n")
-    assert done is not None
-    answer = Answer(done.tokens[0], done.finish[0], int(done.calls[0]), done.accepted[0])
-    return Outcome({job.key: answer}, seconds, len(answer.tokens))
+    assert answer is not None
+    return AnsweredPrompts({request.key: answer}, seconds, len(answer.tokens))
 
 
-def answer_many(models: Models, jobs: list[Job], args: Args, log: Log | None) -> Outcome:
-    """Answers the jobs in slots, with a progress bar; those already in the log are left out."""
+def answer_many(models: Models, requests: list[Request], args: Args, log: Log | None) -> AnsweredPrompts:
+    """Answers the requests in slots, with a progress bar; those already in the log are left out."""
     answers = {} if log is None else log.answers
-    left = [job for job in jobs if job.key not in answers]
+    left = [request for request in requests if request.key not in answers]
     if answers:
         sys.stderr.write(f"{args.out}: {len(answers):,} prompts are done, {len(left):,} are left\n")
     seconds, tokens = 0.0, 0
     if left:
         with progress.progress("answering", len(left), "prompts") as bar:
-            for served in queue.serve(models, left, args.settings, slots=args.slots):
-                answers[served.job.key] = served.answer
+            for request, answer, seconds in queue.serve(models, left, slots=args.slots):
+                answers[request.key] = answer
                 if log is not None:
-                    log.note(served.job.key, served.answer)
-                seconds, tokens = served.seconds, tokens + len(served.answer.tokens)
+                    log.note(request.key, answer)
+                tokens += len(answer.tokens)
                 bar.advance(1, f"{tables.four_digits(tokens / seconds)} tokens/s")
-    return Outcome(answers, seconds, tokens)
+    return AnsweredPrompts(answers, seconds, tokens)
 
 
 def print_answers(prompts: Sequence[Prompt], models: Models, answers: dict[int, Answer]) -> None:
-    """Prints what was answered, in the order of the prompts, each under its id."""
+    """Prints the answers in the order of the prompts, each under its id."""
     for index in sorted(answers):
         prompt, text = prompts[index], models.tokenizer.decode(answers[index].tokens)
         sys.stdout.write(f"[{prompt.id}] {json.dumps(prompt.messages[-1]['content'], ensure_ascii=False)}\n{text}\n\n")
 
 
-def total_tau(answers: Sequence[Answer]) -> float:
-    """Tokens per target call over all answers, as `TAU` defines them."""
-    return tau(sum(len(a.tokens) - 1 for a in answers), sum(a.calls for a in answers))
+def tokens_per_second(done: AnsweredPrompts) -> float | None:
+    """Returns this run's new tokens by its time from prompts to last token, prefill included, compilation not."""
+    return done.tokens / done.seconds if done.tokens else None
 
 
-def tokens_per_second(outcome: Outcome) -> float | None:
-    """This run's new tokens by its time from prompts to last token, prefill included, compilation not."""
-    return outcome.tokens / outcome.seconds if outcome.tokens else None
-
-
-def print_summary(models: Models, outcome: Outcome) -> None:
+def print_summary(models: Models, done: AnsweredPrompts) -> None:
     """Prints speed, tau and the accept lengths."""
-    answers = list(outcome.answers.values())
+    answers = list(done.answers.values())
     rows = [
-        ["new tokens", sum(len(a.tokens) for a in answers)],
-        ["tokens/s", tokens_per_second(outcome)],
+        ["new tokens", total_tokens(answers)],
+        ["tokens/s", tokens_per_second(done)],
         ["tau", total_tau(answers)],
     ]
     tables.print_table("Decoding", ["measure", "value"], rows)
@@ -240,15 +229,10 @@ def print_summary(models: Models, outcome: Outcome) -> None:
 
 
 def make_result(
-    args: Args,
-    rows: list[dict[str, Any]],
-    models: Models,
-    outcome: Outcome,
-    failures: dict[int, str],
-    started: float,
+    args: Args, rows: list[dict[str, Any]], models: Models, done: AnsweredPrompts, started: float
 ) -> dict[str, Any]:
-    """The verb's JSON; a prompt that failed has its sentence in `error` and no text."""
-    answers = list(outcome.answers.values())
+    """Returns the verb's JSON; a prompt that failed has its sentence in `error` and no text."""
+    answers = list(done.answers.values())
     tree = models.engine.tree
     return results.result(
         "generate",
@@ -263,15 +247,15 @@ def make_result(
         lossless=models.engine.rule.lossless,
         temperature=args.temperature,
         rows=rows,
-        failed=len(failures),
-        tokens_per_second=tokens_per_second(outcome),
+        failed=sum(row["error"] is not None for row in rows),
+        tokens_per_second=tokens_per_second(done),
         tau=total_tau(answers) if answers else None,
         accept_histogram=np.sum([a.accepted for a in answers], axis=0) if answers else [],
     )
 
 
 def make_row(prompt: Prompt, models: Models, answer: Answer | None, error: str | None) -> dict[str, Any]:
-    """One prompt's entry of `rows`; `tokens` counts `token_ids`, the stop id included."""
+    """Returns a prompt's entry of `rows`; `tokens` counts `token_ids`, the stop id included."""
     if answer is None:
         row = {"text": "", "tokens": 0, "token_ids": [], "finish_reason": "error", "tau": None, "target_calls": 0}
         return {"id": prompt.id, **row, "error": error}

@@ -21,14 +21,14 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches, tokenize_conversations
-from jaxspec.decoding.generation import Generation
-from jaxspec.decoding.requests import make_requests
+from jaxspec.decoding.answers import Answer, total_tau, total_tokens
+from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.distillation.objective import Objective
 from jaxspec.evaluation.equivalence import Divergence, divergences
 from jaxspec.parallel.agreement import say
-from jaxspec.serving import loading, queue
+from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Job, Queue, Settings
+from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
@@ -77,16 +77,47 @@ class Args:
             parse_tree(tree)
 
 
-class Arm(NamedTuple):
-    """One way of decoding the held-out questions."""
+class TimedAnswers(NamedTuple):
+    """The answers to some questions, in order, and the seconds they took: prefill included, compilation not."""
 
-    generation: Generation
+    answers: list[Answer]
     seconds: float
 
     @property
+    def tau(self) -> float:
+        """Tokens per target call."""
+        return total_tau(self.answers)
+
+    @property
     def tokens_per_second(self) -> float:
-        """New tokens over the seconds they took, prefill included, compilation not."""
-        return sum(map(len, self.generation.tokens)) / self.seconds
+        """New tokens over the seconds."""
+        return total_tokens(self.answers) / self.seconds
+
+
+class Drafted(NamedTuple):
+    """The models with the trained head and the fastest tree, and how they came about."""
+
+    models: Models
+    tree: str
+    speeds: dict[str, float]
+    """Tokens a second of every tree."""
+    folder: Path
+    """Of the saved drafter."""
+    scored: list[int]
+    """The draft vocabulary."""
+    run: RunResult
+    train_seconds: float
+
+
+class Measured(NamedTuple):
+    """The held-out questions decoded both ways."""
+
+    plain: TimedAnswers
+    speculative: TimedAnswers
+    sampled: TimedAnswers
+    """Speculative, at temperature 1."""
+    parted: list[Divergence]
+    """Places where the two greedy texts part."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,56 +126,54 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec quickstart", description=__doc__ or "")
     models = loading.load_models(args.target, template=args.template)
     say("1/5 the target writes questions")
-    judged = write_questions(models, args.held_out + TUNING, args.seed, SENSIBLE)
-    tuning, held_out = judged[:TUNING], judged[TUNING:]
+    apart = write_questions(models, args.held_out + TUNING, args.seed, SENSIBLE)
+    tuning, held_out = apart[:TUNING], apart[TUNING:]
     varied = write_questions(models, args.conversations, args.seed + 1, VARIED)
-    asked = [question for question in varied if question not in judged]
     say("2/5 the target answers them")
-    conversations = write_answers(models, asked, args)
-    say("3/5 an EAGLE-2 head is distilled")
-    began = time.monotonic()
-    head, scored, done = train_head(models, conversations, args)
-    train_seconds = time.monotonic() - began
-    say("4/5 trees are measured on this machine")
-    drafted = models.with_drafter(head, done.params, parse_tree(args.trees[0]), scored)
-    tree, speeds = pick_tree(drafted, tuning, args)
-    drafter = args.folder / "drafter"
-    about = {"target": args.target, "tree": tree}
-    save_drafter(drafter, "eagle", head, done.params, about, draft_vocab=scored, manifest=done.manifest)
+    conversations = write_answers(models, [question for question in varied if question not in apart], args)
+    drafted = make_drafter(models, conversations, tuning, args)
     say("5/5 held-out questions are decoded, plainly and speculatively")
-    fast = drafted.with_tree(parse_tree(tree))
-    passes = [(measure(models, held_out, args), measure(fast, held_out, args)) for _ in range(PASSES)]
-    plain, speculative = (sorted(arm, key=lambda a: a.seconds)[PASSES // 2] for arm in zip(*passes, strict=True))
-    sampled = measure(fast, held_out, args, temperature=1.0)
-    parted = compare(models, held_out, plain, speculative, args)
-    keys = {
-        "tau": speculative.generation.tau,
-        "tau_sampled": sampled.generation.tau,
-        "accept_histogram": speculative.generation.accepted.sum(axis=0).tolist(),
-        "identical_fraction": 1 - len(parted) / len(held_out),
-        "near_ties": [d._asdict() for d in parted],
-        "tokens_per_second_plain": plain.tokens_per_second,
-        "tokens_per_second_speculative": speculative.tokens_per_second,
-        "speedup": speculative.tokens_per_second / plain.tokens_per_second,
-        "tree": tree,
-        "tree_tokens_per_second": speeds,
-        "draft_vocab": len(scored),
-        "drafter_checkpoint": str(drafter),
-        "train_tokens": done.outcome.tokens,
-        "train_seconds": train_seconds,
-        "conversations": len(conversations),
-        "eval": done.outcome.evaluation,
-        "held_out_prompts": len(held_out),
-    }
-    found = results.result("quickstart", dtype="float32", seed=args.seed, started=started, **keys)
-    show(models, held_out, plain, speculative, parted, found)
+    measured = measure(models, drafted.models, held_out, args)
+    found = make_result(drafted, measured, args, conversations=len(conversations), started=started)
+    print_texts(models, held_out, measured)
+    print_result(held_out, measured, found)
     if args.json:
         results.write_json(args.json, found)
     return 0
 
 
+def make_result(
+    drafted: Drafted, measured: Measured, args: Args, *, conversations: int, started: float
+) -> dict[str, Any]:
+    """Returns the verb's JSON."""
+    plain, speculative, prompts = measured.plain, measured.speculative, len(measured.plain.answers)
+    return results.result(
+        "quickstart",
+        dtype="float32",
+        seed=args.seed,
+        started=started,
+        tau=speculative.tau,
+        tau_sampled=measured.sampled.tau,
+        accept_histogram=np.sum([answer.accepted for answer in speculative.answers], axis=0).tolist(),
+        identical_fraction=1 - len(measured.parted) / prompts,
+        near_ties=[d._asdict() for d in measured.parted],
+        tokens_per_second_plain=plain.tokens_per_second,
+        tokens_per_second_speculative=speculative.tokens_per_second,
+        speedup=speculative.tokens_per_second / plain.tokens_per_second,
+        tree=drafted.tree,
+        tree_tokens_per_second=drafted.speeds,
+        draft_vocab=len(drafted.scored),
+        drafter_checkpoint=str(drafted.folder),
+        train_tokens=drafted.run.outcome.tokens,
+        train_seconds=drafted.train_seconds,
+        conversations=conversations,
+        eval=drafted.run.outcome.evaluation,
+        held_out_prompts=prompts,
+    )
+
+
 def write_questions(models: Models, count: int, seed: int, settings: Settings) -> list[str]:
-    """User turns that the target samples from its bare template header."""
+    """Returns user turns that the target samples from its bare template header."""
     questions = []
     with progress.progress("questions", count, "questions") as bar:
         for turn in write_user_turns(models, count, seed=seed, settings=settings, batch=32):
@@ -159,14 +188,14 @@ def write_questions(models: Models, count: int, seed: int, settings: Settings) -
 
 
 def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[Conversation]:
-    """The questions with the target's own answers; those cut at the budget stay, unfinished."""
+    """Returns the questions with the target's own answers; those cut at the budget stay, unfinished."""
     asked = [
         Conversation(str(i), "self", ({"role": "user", "content": question},)) for i, question in enumerate(questions)
     ]
-    settings = Settings(max_new_tokens=args.max_new_tokens)
+    settings = Settings(max_new_tokens=args.max_new_tokens, seed=args.seed)
     answered: list[Conversation] = []
     with progress.progress("answers", len(asked), "answers") as bar:
-        for _, finished in rewrite(models, enumerate(asked), settings, seed=args.seed, batch=32):
+        for _, finished in rewrite(models, enumerate(asked), settings, batch=32):
             answered += [r.conversation for r in finished if r.turns]
             bar.advance(len(finished))
     if len(answered) < 10:
@@ -174,9 +203,38 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
     return sorted(answered, key=lambda c: int(c.id))
 
 
+def make_drafter(models: Models, conversations: Sequence[Conversation], tuning: Sequence[str], args: Args) -> Drafted:
+    """Trains a head, chooses the fastest tree for it on this machine, and saves both."""
+    say("3/5 an EAGLE-2 head is distilled")
+    began = time.monotonic()
+    head, scored, done = train_head(models, conversations, args)
+    seconds = time.monotonic() - began
+    say("4/5 trees are measured on this machine")
+    drafted = models.with_drafter(head, done.params, parse_tree(args.trees[0]), scored)
+    tree, speeds = pick_tree(drafted, tuning, args)
+    folder, about = args.folder / "drafter", {"target": args.target, "tree": tree}
+    save_drafter(folder, "eagle", head, done.params, about, draft_vocab=scored, manifest=done.manifest)
+    return Drafted(drafted.with_tree(parse_tree(tree)), tree, speeds, folder, scored, done, seconds)
+
+
 def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, list[int], RunResult]:
-    """An EAGLE-2 head trained with EAGLE's losses on the target's answers, and the ids of their commonest tokens."""
-    config = DistillConfig(
+    """Returns an EAGLE-2 head trained on the target's answers, the ids of their commonest tokens, and the run."""
+    config = recipe(args)
+    data, held_out = config.data, max(1, len(conversations) // 20)
+    corpora = [
+        tokenize_conversations(part, models.tokenizer, length=data.length)
+        for part in (conversations[held_out:], conversations[:held_out])
+    ]
+    train_data = PackedBatches(corpora[0], data.length, data.batch, seed=args.seed, epochs=None, loss_on="assistant")
+    eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
+    target: Any = models.engine.target
+    head, done = distill(config, target, models.weights.target, train_data, eval_data)
+    return head, count_tokens(corpora[0], models.config.vocab).commonest(DRAFT_VOCAB).tolist(), done
+
+
+def recipe(args: Args) -> DistillConfig:
+    """Returns how the head is trained: EAGLE's losses, Muon, and a step count that takes a few minutes on a CPU."""
+    return DistillConfig(
         name="quickstart",
         target=args.target,
         data=DataConfig(train="", eval="", length=256, batch=8, loss_on="assistant"),
@@ -196,83 +254,76 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
         seed=args.seed,
         eval_every=args.steps,
     )
-    data = config.data
-    judged = max(1, len(conversations) // 20)
-    corpora = [
-        tokenize_conversations(part, models.tokenizer, length=data.length)
-        for part in (conversations[judged:], conversations[:judged])
-    ]
-    train_data = PackedBatches(corpora[0], data.length, data.batch, seed=args.seed, epochs=None, loss_on="assistant")
-    eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
-    target: Any = models.engine.target
-    head, done = distill(config, target, models.weights.target, train_data, eval_data)
-    return head, count_tokens(corpora[0], models.config.vocab).commonest(DRAFT_VOCAB).tolist(), done
 
 
 def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:
-    """The fastest tree by tokens a second on a few questions of their own, and every tree's speed.
+    """Returns the fastest tree by tokens a second on a few questions of their own, and every tree's speed.
 
     All are measured once and the best few again, in turns, for the median.
     """
     passes: dict[str, list[float]] = {tree: [] for tree in args.trees}
     finalists = min(FINALISTS, len(passes))
+    best = list(passes)
     with progress.progress("trees", len(passes) + finalists * (PASSES - 1), "passes") as bar:
-
-        def take_turns(trees: Sequence[str]) -> None:
-            for tree in trees:
-                arm = drafted.with_tree(parse_tree(tree))
-                passes[tree].append(measure(arm, questions, args).tokens_per_second)
-                bar.advance(status=f"{tree} {passes[tree][-1]:,.0f} tokens/s")
-
-        take_turns(list(passes))
-        best = sorted(passes, key=lambda tree: -passes[tree][0])[:finalists]
-        for _ in range(PASSES - 1):
-            take_turns(best)
+        for turn in range(PASSES):
+            for tree in best:
+                timed = decode(drafted.with_tree(parse_tree(tree)), questions, args)
+                passes[tree].append(timed.tokens_per_second)
+                bar.advance(status=f"{tree} {timed.tokens_per_second:,.0f} tokens/s")
+            if turn == 0:
+                best = sorted(passes, key=lambda tree: -passes[tree][0])[:finalists]
     speeds = {tree: float(np.median(values)) for tree, values in passes.items()}
     return max(best, key=lambda tree: speeds[tree]), speeds
 
 
-def measure(models: Models, questions: Sequence[str], args: Args, *, temperature: float = 0.0) -> Arm:
-    """The questions one at a time, as a single user would wait for them; programs are compiled before the clock."""
-    jobs = [Job(i, prompt(models, question), args.seed + i) for i, question in enumerate(questions)]
-    settings = Settings(max_new_tokens=args.max_new_tokens, temperature=temperature)
-    answers, seconds = {}, 0.0
-    for batch in queue.answer(models, Queue(jobs, batch=1), settings, warm=True):
-        answers[batch.jobs[0].key] = batch.answers[0]
-        seconds += batch.seconds
-    rows = [answers[i] for i in range(len(jobs))]
-    generation = Generation(
-        [r.tokens for r in rows],
-        [r.finish for r in rows],
-        np.array([r.calls for r in rows]),
-        np.stack([r.accepted for r in rows]),
-    )
-    return Arm(generation, seconds)
+def measure(models: Models, fast: Models, questions: Sequence[str], args: Args) -> Measured:
+    """Returns the pass of median time of each way of decoding, taking turns, and one at temperature 1."""
+    passes = [(decode(models, questions, args), decode(fast, questions, args)) for _ in range(PASSES)]
+    plain, speculative = (sorted(way, key=lambda p: p.seconds)[PASSES // 2] for way in zip(*passes, strict=True))
+    sampled = decode(fast, questions, args, temperature=1.0)
+    requests = make_requests([models.request(prompt(models, q), Settings(args.max_new_tokens)) for q in questions])
+    parted = divergences(models.engine, models.weights, requests, plain.answers, speculative.answers)
+    return Measured(plain, speculative, sampled, parted)
+
+
+def decode(models: Models, questions: Sequence[str], args: Args, *, temperature: float = 0.0) -> TimedAnswers:
+    """Answers the questions one at a time, as a single user would wait; programs are compiled before the clock."""
+    requests = [
+        models.request(prompt(models, question), Settings(args.max_new_tokens, temperature, seed=args.seed + i), i)
+        for i, question in enumerate(questions)
+    ]
+    queue, answered = Queue(requests, batch=1), []
+    for batch in answer_batches(models, queue, max_new_tokens=args.max_new_tokens, warm=True):
+        answered += batch
+    answers = {one.request.key: one.answer for one in answered}
+    return TimedAnswers([answers[i] for i in range(len(requests))], answered[-1].seconds)
 
 
 def prompt(models: Models, question: str) -> np.ndarray:
-    """A question as the target reads it."""
+    """Returns a question as the target reads it."""
     return models.tokenizer.encode_prompt([{"role": "user", "content": question}])
 
 
-def compare(models: Models, questions: Sequence[str], plain: Arm, fast: Arm, args: Args) -> list[Divergence]:
-    """Where the two arms' texts part, if anywhere."""
-    requests = make_requests([prompt(models, q) for q in questions], max_new_tokens=args.max_new_tokens)
-    return divergences(models.engine, models.weights, requests, plain.generation, fast.generation)
-
-
-def show(
-    models: Models, questions: Sequence[str], plain: Arm, fast: Arm, parted: list[Divergence], found: dict
-) -> None:
-    """Both texts of one question, and the table."""
-    longest = int(np.argmax([len(t) for t in plain.generation.tokens]))
+def print_texts(models: Models, questions: Sequence[str], measured: Measured) -> None:
+    """Prints the longest of the answers, decoded both ways."""
+    longest = longest_answer(measured)
     for name, text in (
         ("question", questions[longest]),
-        ("plain", models.tokenizer.decode(plain.generation.tokens[longest])),
-        ("speculative", models.tokenizer.decode(fast.generation.tokens[longest])),
+        ("plain", models.tokenizer.decode(measured.plain.answers[longest].tokens)),
+        ("speculative", models.tokenizer.decode(measured.speculative.answers[longest].tokens)),
     ):
         sys.stdout.write(f"\n[{name}]\n{text.strip()}\n")
     sys.stdout.write("\n")
+
+
+def longest_answer(measured: Measured) -> int:
+    """Returns the number of the question with the longest answer."""
+    return int(np.argmax([len(answer.tokens) for answer in measured.plain.answers]))
+
+
+def print_result(questions: Sequence[str], measured: Measured, found: dict[str, Any]) -> None:
+    """Prints the table, where texts part, and the next command."""
+    plain, fast = measured.plain, measured.speculative
     histogram = ", ".join(f"{n}: {count}" for n, count in enumerate(found["accept_histogram"]))
     tables.print_table(
         f"{len(questions)} held-out questions, one at a time, fp32",
@@ -288,10 +339,11 @@ def show(
         ],
     )
     sys.stdout.write("tau: tokens per target call, bonus token included; prefill and the token it gives not counted\n")
-    for d in parted:
+    for d in measured.parted:
         verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
         sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")
-    sys.stdout.write(f'next: jaxspec generate --drafter {found["drafter_checkpoint"]} "{questions[longest][:60]}"\n')
+    question = questions[longest_answer(measured)][:60]
+    sys.stdout.write(f'next: jaxspec generate --drafter {found["drafter_checkpoint"]} "{question}"\n')
 
 
 if __name__ == "__main__":

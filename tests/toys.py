@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from jaxspec.base import (
     TargetOutput,
     Tree,
 )
+from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.requests import Request, Requests, Settings, make_requests
 from jaxspec.nn import cache as kv
 from jaxspec.trees.children import likeliest
 
@@ -203,3 +206,23 @@ def node_paths(tree: Any, row: int = 0) -> list[tuple[int, ...] | None]:
         above = paths[parent[n]] if valid[n] else None
         paths.append(None if above is None else (*above, int(token[n])))
     return paths
+
+
+def each_request(prompts: Sequence[Any], **settings: Any) -> list[Request]:
+    """Requests from prompts, each setting one value for all or a sequence of one each; `stop_ids` likewise."""
+    stops = settings.pop("stop_ids", ())
+    settings["stop_ids"] = tuple(stops) if all(isinstance(i, int) for i in stops) else list(map(tuple, stops))
+    several = (list, range)
+    columns = {n: v if isinstance(v, several) else [v] * len(prompts) for n, v in settings.items()}
+    rows = [Settings(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    return [Request(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def batch_of(prompts: Sequence[Any], *, width: int = 0, stop_width: int = 1, **settings: Any) -> Requests:
+    """The arrays of `each_request`."""
+    return make_requests(each_request(prompts, **settings), width=width, stop_width=stop_width)
+
+
+def texts_of(answers: Sequence[Answer]) -> list[list[int]]:
+    """The tokens of every answer."""
+    return [answer.tokens.tolist() for answer in answers]

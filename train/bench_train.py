@@ -29,7 +29,7 @@ from jaxspec.distillation.step import init_state, train_step, update
 from jaxspec.distillation.task import Batch, Frozen, StepInputs, Task, read_tables
 from jaxspec.drafters import DRAFTERS
 from jaxspec.evaluation import machine
-from jaxspec.evaluation.machine import Part
+from jaxspec.evaluation.machine import TimedProgram
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
@@ -231,7 +231,7 @@ def score_and_back(task: Task, unrolled: Any, params: Params, frozen: Frozen, *i
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(task.drafter.scoring(params), tuple(unrolled[:2]))
 
 
-def parts_of(arm: DistillStep, arguments: StepArguments, run: Callable[..., Any]) -> dict[str, Part]:
+def parts_of(arm: DistillStep, arguments: StepArguments, run: Callable[..., Any]) -> dict[str, TimedProgram]:
     """Returns the parts of a step as programs; `run(program, *arguments)` computes what one hands to the next.
 
     Together they have the step's matmuls. The drafter's gradient is taken against its own outputs, for want of others.
@@ -242,10 +242,10 @@ def parts_of(arm: DistillStep, arguments: StepArguments, run: Callable[..., Any]
     inputs = (state.params, frozen, batch, out, state.key)
     unrolled = run(functools.partial(draft, task), *inputs)
     return {
-        "target": Part(read, (frozen.params, batch)),
-        "drafter": Part(functools.partial(draft_and_back, task), (unrolled, *inputs)),
-        "head_and_loss": Part(functools.partial(score_and_back, task), (unrolled, *inputs)),
-        "optimizer": Part(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
+        "target": TimedProgram(read, (frozen.params, batch)),
+        "drafter": TimedProgram(functools.partial(draft_and_back, task), (unrolled, *inputs)),
+        "head_and_loss": TimedProgram(functools.partial(score_and_back, task), (unrolled, *inputs)),
+        "optimizer": TimedProgram(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
     }
 
 
@@ -294,7 +294,7 @@ def time_rows(rows: list[dict[str, Any]], arms: dict[str, DistillStep], args: Ar
     for name, arm in arms.items():
         made = jax.jit(functools.partial(make_arguments, arm, args=args))(params)
         arguments = made._replace(frozen=made.frozen._replace(params=params))  # one copy for all arms
-        programs[name] = Part(jax.jit(step_of(arm), donate_argnums=1), tuple(arguments), donated=1)
+        programs[name] = TimedProgram(jax.jit(step_of(arm), donate_argnums=1), tuple(arguments), donated=1)
         parts = parts_of(arm, arguments, lambda program, *given: jax.jit(program)(*given))
         programs |= {f"{name}\n{part}": p._replace(program=jax.jit(p.program)) for part, p in parts.items()}
     with progress.progress("timing", args.repeats + 1, "turns") as bar:

@@ -1,4 +1,4 @@
-"""Train recipes on the same target, data and tokens, and compare what their drafters are worth.
+"""Train recipes on the same target, data and tokens, and compare the acceptance of their drafters.
 
 A recipe is a config: every DistillConfig is trained here, from the same conversations with the same budget, whatever
 steps and files it names itself; a PretrainConfig's export is taken as it is. All drafters are then measured with the
@@ -31,7 +31,8 @@ from jaxspec.console.results import jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
-from jaxspec.evaluation import comparison, figures
+from jaxspec.decoding.requests import Settings
+from jaxspec.evaluation import comparison, figures, statistics
 from jaxspec.evaluation.acceptance import DECODING_SEED, Notes, Setup, measure
 from jaxspec.evaluation.comparison import Decoded
 from jaxspec.interchange import target_folders
@@ -39,14 +40,13 @@ from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
 from jaxspec.serving import loading
-from jaxspec.serving.queue import Settings
 from jaxspec.training.loop import termination_notice
 from jaxspec.training.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
 from jaxspec.trees import parse_tree
 
 NOTES = f"""\
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
-[low, high]: {comparison.CONFIDENCE:.0%} bootstrap interval over prompts; tau by seed shows what seeds of training add
+[low, high]: {statistics.CONFIDENCE:.0%} bootstrap interval over prompts; tau by seed shows what seeds of training add
 ratio: of the two recipes' tau, over the seeds that both have; its interval is over the same prompts in both
 acceptance by depth: of the rounds that kept a drafted token at every depth above, the share that kept one here too
 passes: forward passes of the drafter a round
@@ -115,7 +115,7 @@ class Args:
 
     @property
     def names(self) -> list[str]:
-        """What the recipes are called in the report."""
+        """Names of the recipes in the report."""
         return [Path(recipe).stem for recipe in self.recipes]
 
     @property
@@ -130,11 +130,11 @@ class Args:
 
     @property
     def settings(self) -> list[Settings]:
-        """How the prompts are answered."""
-        return [Settings(self.max_new_tokens, temperature) for temperature in self.temperature]
+        """Settings of the decoding runs, one a temperature."""
+        return [Settings(self.max_new_tokens, t, seed=DECODING_SEED) for t in self.temperature]
 
     def seeds_of(self, recipe: str) -> list[int]:
-        """The seeds that a recipe is trained with."""
+        """Returns the seeds that a recipe is trained with."""
         words = [word.strip() for word in self.seeds.split(",")]
         if not all(w.isdecimal() for w in words) or len(set(words)) < len(words):
             raise ValueError(f"--seeds is {self.seeds!r}; it must be different whole numbers such as 0,1,2")
@@ -145,9 +145,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns 1 if a recipe failed."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec compare", description=__doc__ or "")
-    with processes.joined(
-        Launch(), prog="jaxspec compare"
-    ):  # whoever is told of others hears that they are one too many
+    # Joined first, so that a process that was started beside others learns of them.
+    with processes.joined(Launch(), prog="jaxspec compare"):
         processes.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
     target, arms = plan(args)
     args = dataclasses.replace(args, template=template_of(arms))
@@ -155,26 +154,20 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = ChatTokenizer.load(target_folders.target_folder(target), args.template)
     notes = Notes(args.out, begun_with(args, target))
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
-    setup = Setup(make_jobs(prompts, args, tokenizer), args.trees, args.settings, args.slots, notes)
+    setup = Setup(encode_all(prompts, args, tokenizer), args.trees, args.settings, args.slots, notes)
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:
         stopped = functools.partial(stop_if, noticed)
         for number, arm in enumerate(arms, 1):
             say(f"{number}/{len(arms)} {arm.name}")
+            stopped(f"before {arm.name}")
             try:
-                stopped(f"before {arm.name}")
-                tokens = train_arm(arm, corpora, tokens=int(args.tokens))
-                models = loading.load_models(
-                    target, drafter=arm.drafter, tree="none", template=args.template, dtype=loading.DTYPES[args.dtype]
-                )
-                decoded += measure(setup, arm.recipe, arm.seed, models, tokens, stopped)
+                decoded += train_and_measure(arm, target, args, corpora, setup, stopped)
             except cli.Preempted:
                 raise
-            except Exception as failure:  # whatever is wrong with a recipe is no reason to lose the others
-                if not isinstance(failure, ValueError | OSError) or os.environ.get("JAXSPEC_TRACEBACK") == "1":
-                    traceback.print_exc()
-                failures[arm.name] = cli.sentence(failure) or type(failure).__name__
+            except Exception as failure:  # a recipe that fails must not cost the others
+                failures[arm.name] = sentence_of(failure)
                 say(f"jaxspec compare: {arm.name}: {failures[arm.name]}")
     decoded.sort(key=lambda run: (args.names.index(run.recipe), run.seed))
     result = write_report(args, arms, decoded, [p.source for p in prompts], failures, started)
@@ -185,10 +178,28 @@ def main(argv: Sequence[str]) -> int:
     return cli.EXIT_FAILED if failures else 0
 
 
-def plan(args: Args) -> tuple[str, list[Arm]]:
-    """The target of all, and the arms: every recipe with its first seed, then what further seeds there are.
+def train_and_measure(
+    arm: Arm, target: str, args: Args, corpora: Corpora, setup: Setup, stopped: Callable[[str], None]
+) -> list[Decoded]:
+    """Trains an arm unless it has been trained, and returns its counts with every tree and temperature."""
+    tokens = train_arm(arm, corpora, tokens=int(args.tokens))
+    models = loading.load_models(
+        target, drafter=arm.drafter, tree="none", template=args.template, dtype=loading.DTYPES[args.dtype]
+    )
+    return measure(setup, arm.recipe, arm.seed, models, tokens, stopped)
 
-    ValueError where recipes name different targets.
+
+def sentence_of(failure: Exception) -> str:
+    """Returns a failure as one sentence; prints the traceback of one that is not a user's mistake."""
+    if not isinstance(failure, ValueError | OSError) or os.environ.get("JAXSPEC_TRACEBACK") == "1":
+        traceback.print_exception(failure)
+    return cli.sentence(failure) or type(failure).__name__
+
+
+def plan(args: Args) -> tuple[str, list[Arm]]:
+    """Returns the target of all, and the arms: every recipe with its first seed, then with its further seeds.
+
+    Raises ValueError where recipes name different targets.
     """
     configs = {name: load(given) for name, given in zip(args.names, args.recipes, strict=True)}
     for name, config in configs.items():
@@ -209,7 +220,7 @@ def plan(args: Args) -> tuple[str, list[Arm]]:
 
 
 def template_of(arms: Sequence[Arm]) -> str | None:
-    """The chat template that all train with. ValueError where they name different ones."""
+    """Returns the chat template that all train with. Raises ValueError where they name different ones."""
     named = {arm.name: arm.config.data.template for arm in arms if isinstance(arm.config, DistillConfig)}
     if len(set(named.values())) > 1:
         raise ValueError(f"the recipes name different chat templates ({named}): choose one for all with --template")
@@ -219,7 +230,7 @@ def template_of(arms: Sequence[Arm]) -> str | None:
 def own_config(
     config: DistillConfig | PretrainConfig, target: str, args: Args, folder: Path, seed: int
 ) -> DistillConfig | PretrainConfig:
-    """The config as it is run here: the comparison's target, files, seed and folders; the rest is the recipe."""
+    """Returns the config as it is run here: the comparison's target, files, seed and folders; else the recipe's."""
     if isinstance(config, PretrainConfig):
         return config
     return dataclasses.replace(
@@ -242,14 +253,14 @@ def own_config(
 
 
 def choose_prompts(args: Args) -> list[Prompt]:
-    """The first `--limit` prompts of every source; ValueError for one that cannot be answered."""
+    """Returns the first `--limit` prompts of every source."""
     path = Path(args.prompts or args.eval)
     named = [p if p.source else p._replace(source=path.stem) for p in read_prompts(path)]
     return first_of_each([p.source for p in named], named, args.limit)
 
 
-def make_jobs(prompts: Sequence[Prompt], args: Args, tokenizer: ChatTokenizer) -> list[np.ndarray]:
-    """The prompts as the target reads them; ValueError naming one that it cannot."""
+def encode_all(prompts: Sequence[Prompt], args: Args, tokenizer: ChatTokenizer) -> list[np.ndarray]:
+    """Returns the prompts as the target reads them. Raises ValueError naming one that it cannot read."""
     read = []
     for prompt in prompts:
         try:
@@ -262,7 +273,7 @@ def make_jobs(prompts: Sequence[Prompt], args: Args, tokenizer: ChatTokenizer) -
 
 
 def begun_with(args: Args, target: str) -> dict[str, Any]:
-    """What all that is compared in one folder must share."""
+    """Returns the settings that all comparisons in one folder must share."""
     files = {"train": args.train, "eval": args.eval, "prompts": args.prompts or args.eval}
     return {
         "target": target,
@@ -277,7 +288,7 @@ def begun_with(args: Args, target: str) -> dict[str, Any]:
 
 
 def contents(path: str) -> str:
-    """A file's SHA-256, in short; ValueError if it is not there."""
+    """Returns the head of a file's SHA-256. Raises ValueError if there is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; make it with jaxspec regenerate --prompts CHATS --out {path}")
     with Path(path).open("rb") as file:
@@ -315,8 +326,8 @@ def write_report(
         prompts=args.prompts or args.eval,
         tokens=int(args.tokens),
         max_new_tokens=args.max_new_tokens,
-        confidence=comparison.CONFIDENCE,
-        resamples=comparison.RESAMPLES,
+        confidence=statistics.CONFIDENCE,
+        resamples=statistics.RESAMPLES,
         learning_curves=[{"recipe": a.recipe, "seed": a.seed, "metrics": a.metrics} for a in curves],
         figures=draw(args.out, curves, trained, summaries),
         failures=failures,
@@ -332,23 +343,24 @@ def write_report(
     return jsonable(found)
 
 
+def read_curve(arm: Arm, tokens: int) -> figures.Curve:
+    """Returns the learning curve of an arm that was trained on so many tokens."""
+    steps = json.loads(arm.trained.read_text(encoding="utf-8"))["steps"]
+    late = () if isinstance(arm.config, PretrainConfig) else arm.config.objective.late
+    return figures.read_curve(arm.recipe, arm.metrics, tokens / steps, tuple(share * tokens for _, share in late))
+
+
 def draw(
     folder: Path, curves: Sequence[Arm], trained: dict[tuple[str, int], int], summaries: Sequence[dict[str, Any]]
 ) -> list[Path]:
-    """Draws the figures that there is something for; says so where matplotlib is not installed."""
+    """Draws learning curves and acceptance, where there are any; says so where matplotlib is not installed."""
     lacking = figures.missing()
     if lacking is not None:
         say(f"jaxspec compare: {lacking}")
         return []
     drawn = []
     if curves:
-        read = []
-        for arm in curves:
-            steps = json.loads(arm.trained.read_text(encoding="utf-8"))["steps"]
-            tokens = trained[arm.recipe, arm.seed]
-            late = () if isinstance(arm.config, PretrainConfig) else arm.config.objective.late
-            joined = tuple(share * tokens for _, share in late)
-            read.append(figures.read_curve(arm.recipe, arm.metrics, tokens / steps, joined))
+        read = [read_curve(arm, trained[arm.recipe, arm.seed]) for arm in curves]
         drawn.append(folder / "learning_curves.png")
         figures.draw_learning_curves(drawn[-1], read, [row["recipe"] for row in summaries])
     if summaries:

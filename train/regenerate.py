@@ -23,6 +23,7 @@ import tyro
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation, read_conversations
+from jaxspec.decoding.answers import total_tokens
 from jaxspec.parallel import processes
 from jaxspec.serving import flags, loading
 from jaxspec.serving.flags import Flags
@@ -78,7 +79,7 @@ class Args(Flags):
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which shard of how many."""
+        """Shard, and number of shards."""
         return flags.parse_part(self.shard)
 
     @property
@@ -111,7 +112,7 @@ class Output:
         return {record["id"] for record in [*self.kept, *self.dropped]}
 
     def add(self, finished: Iterable[Rewritten], *, keep_unfinished: bool) -> None:
-        """Append what is finished; on disk when this returns."""
+        """Appends finished conversations; they are on disk when this returns."""
         keep, drop = [], []
         for item in finished:
             kept = item.complete or (keep_unfinished and item.turns > 0)
@@ -125,7 +126,7 @@ class Output:
 
 
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
-    """What the counts need of a line."""
+    """Returns the fields of a line that the counts read."""
     turns = sum(message["role"] == "assistant" for message in record["messages"])
     return {k: record[k] for k in ("id", "source", "finish", "tokens", "temperature")} | {"turns": turns}
 
@@ -139,31 +140,15 @@ def main(argv: list[str]) -> int:
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
     conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
-    models = loading.load_models(args.target, template=args.template, dtype=loading.DTYPES[args.dtype])
+    models = args.load_target()
     if conversations is None:
         conversations = write_conversations(models, args)
     todo = [(i, c) for i, c in select(conversations, args) if c.id not in already]
     if already:
         sys.stderr.write(f"{args.out}: {len(already):,} conversations are done, {len(todo):,} are left\n")
-    seconds, tokens = run(models, todo, output, args)
-    rows, by_temperature = count(output, "source"), count(output, "temperature")
-    print_counts(rows, by_temperature, output, args)
-    result = results.result(
-        "regenerate",
-        dtype=loading.DTYPES[args.dtype],
-        seed=args.seed,
-        started=started,
-        **{name: getattr(args, name) for name in SETTINGS if name not in ("dtype", "seed")},
-        out=args.out,
-        conversations=len(output.kept),
-        resumed_from=len(already),
-        unfinished=sum(row["unfinished"] for row in rows),
-        unfit=sum(row["unfit"] for row in rows),
-        tokens=tokens,
-        tokens_per_second=tokens / seconds if tokens else None,
-        sources=rows,
-        by_temperature=by_temperature,
-    )
+    speed = run(models, todo, output, args)
+    result = make_result(args, output, speed, resumed_from=len(already), started=started)
+    print_counts(result["sources"], result["by_temperature"], args)
     if args.json:
         results.write_json(args.json, result)
     if output.kept:
@@ -172,8 +157,32 @@ def main(argv: list[str]) -> int:
     return cli.EXIT_FAILED
 
 
+def make_result(
+    args: Args, output: Output, speed: tuple[float, int], *, resumed_from: int, started: float
+) -> dict[str, Any]:
+    """Returns the verb's JSON; `speed` holds the seconds and tokens of this run."""
+    seconds, tokens = speed
+    rows = count(output, "source")
+    return results.result(
+        "regenerate",
+        dtype=loading.DTYPES[args.dtype],
+        seed=args.seed,
+        started=started,
+        **{name: getattr(args, name) for name in SETTINGS if name not in ("dtype", "seed")},
+        out=args.out,
+        conversations=len(output.kept),
+        resumed_from=resumed_from,
+        unfinished=sum(row["unfinished"] for row in rows),
+        unfit=sum(row["unfit"] for row in rows),
+        tokens=tokens,
+        tokens_per_second=tokens / seconds if tokens else None,
+        sources=rows,
+        by_temperature=count(output, "temperature"),
+    )
+
+
 def write_conversations(models: Models, args: Args) -> list[Conversation]:
-    """Conversations of one user turn each, written by the target. The same in every shard."""
+    """Returns conversations of one user turn each, written by the target: the same in every shard."""
     turns = []
     with progress.progress("writing user turns", args.from_scratch, "turns") as bar:
         for turn in write_user_turns(models, args.from_scratch, seed=args.seed, batch=args.batch):
@@ -189,7 +198,7 @@ def write_conversations(models: Models, args: Args) -> list[Conversation]:
 
 
 def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int, Conversation]]:
-    """This shard's conversations with their indices; ValueError if two of the file have one id."""
+    """Yields this shard's conversations with their indices. Raises ValueError if two of the file have one id."""
     seen: set[str] = set()
     for conversation in conversations:
         if conversation.id in seen:
@@ -203,17 +212,16 @@ def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, ar
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
     started, tokens = time.perf_counter(), 0
     with progress.progress("regenerating", len(todo), "conversations") as bar:
-        drawn = {"seed": args.seed, "batch": args.batch, "temperatures": args.mixture}
-        for done, finished in rewrite(models, todo, args.settings, **drawn):
+        for answers, finished in rewrite(models, todo, args.settings, batch=args.batch, temperatures=args.mixture):
             output.add(finished, keep_unfinished=args.keep_unfinished)
-            tokens += done.tokens if done else 0
+            tokens += total_tokens(answers)
             speed = tokens / (time.perf_counter() - started)
             bar.advance(len(finished), f"{tables.four_digits(speed)} tokens/s")
     return time.perf_counter() - started, tokens
 
 
 def count(output: Output, key: str) -> list[dict[str, Any]]:
-    """One row a value of `key` over the whole file: what is kept, and what was not finished, kept or not."""
+    """Returns a row a value of `key` over the whole file: counts of kept and of unfinished conversations."""
     rows = []
     for value in sorted({r[key] for r in [*output.kept, *output.dropped]}):
         kept = [r for r in output.kept if r[key] == value]
@@ -231,10 +239,8 @@ def count(output: Output, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def print_counts(
-    sources: list[dict[str, Any]], by_temperature: list[dict[str, Any]], output: Output, args: Args
-) -> None:
-    """Prints the counts, by temperature too where there are several, and what they mean."""
+def print_counts(sources: list[dict[str, Any]], by_temperature: list[dict[str, Any]], args: Args) -> None:
+    """Prints the counts, by temperature too where there are several, and their meaning."""
     counted = ("conversations", "turns", "tokens", "unfinished", "unfit")
     columns = ["kept", "answers", "tokens", "unfinished", "unfit"]
     total = {k: sum(row[k] for row in sources) for k in counted}

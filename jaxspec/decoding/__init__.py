@@ -1,1 +1,1 @@
-"""Decoding as pure functions: requests, the five phases of a round in one loop, whole generations, slots."""
+"""Decoding: requests, rounds of five phases in one loop, whole generations, slots, answers."""

@@ -1,7 +1,8 @@
-"""Prompts of different lengths as one padded batch, each row with its own way of decoding."""
+"""Requests: prompts with their settings, one by one on the host, and as the padded arrays that the programs read."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,28 +14,141 @@ from jaxspec.sampling import Sampling
 
 NO_STOP = -1
 """Padding of a row's stop ids."""
+SEEDS = 2**32
+"""Seeds are below this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a prompt is answered. Raises ValueError naming a field out of range.
+
+    A run has one for all its prompts, whose seeds `for_row` derives from the run's.
+    """
+
+    max_new_tokens: int = 256
+    """Most tokens of the answer, at least 1."""
+    temperature: float = 0.0
+    """0 decodes greedily."""
+    top_k: int = 0
+    """Draws among the `k` likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Draws among the likeliest tokens that hold this share of the probability; 1 keeps all."""
+    draft_temperature: float | None = None
+    """Temperature of the distribution that drawn children come from; None for `temperature`."""
+    seed: int = 0
+    """Seed of the draws."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end the answer and are its last token."""
+
+    def __post_init__(self) -> None:
+        for name, holds, range_ in (
+            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31, "at least 1, and below 2^31"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            ("draft_temperature", 0 <= (self.draft_temperature or 0) < float("inf"), "0 (likeliest) or above"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (keep all) or above, and below 2^31"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed < SEEDS, "from 0 to 2^32 - 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {range_}")
+
+    def for_row(self, index: int) -> Settings:
+        """Returns the settings of prompt `index` of a run, with noise of its own.
+
+        The seed depends on the run's seed and the index alone, so a prompt's text is the same in whatever batch, shard
+        or order it is decoded.
+        """
+        seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
+        return dataclasses.replace(self, seed=seed)
+
+
+class Request(NamedTuple):
+    """One prompt and how it is answered."""
+
+    tokens: Sequence[int] | np.ndarray
+    """The prompt, at least one token."""
+    settings: Settings = Settings()
+    key: Any = 0
+    """The caller's own name for it, such as its place in a file."""
 
 
 class Requests(NamedTuple):
-    """A batch of prompts, padded on the right, and how each row decodes."""
+    """The array form of a batch of requests: prompts padded on the right, and a value a row of every setting."""
 
     tokens_BL: Array
     length_B: Array
     sampling: Sampling
     stop_BR: Array
-    """Ids that end a row (and are its last token), padded with `NO_STOP`."""
+    """Stop ids, padded with `NO_STOP`."""
     budget_B: Array
-    """Most new tokens of each row, at least 1."""
+    """`max_new_tokens`."""
     draft_temperature_B: Array
-    """Of the distribution that children are drawn from; rows at 0 draft their likeliest tokens, as all do in mode
-    `topk`."""
+    """Rows at 0 draft their likeliest tokens, as all rows do in mode `topk`."""
+
+
+def make_requests(requests: Sequence[Request], *, width: int = 0, stop_width: int = 1) -> Requests:
+    """Returns requests of any lengths as the arrays of one batch.
+
+    Prompts are padded to `width` or the `bucket` of the longest, whichever is more; stop ids to `stop_width` or the
+    most that a row has. Raises ValueError naming the row of a prompt without tokens, or with a negative one.
+    """
+    if not requests:
+        raise ValueError("no prompts given: pass at least one")
+    for row, request in enumerate(requests):
+        if len(request.tokens) == 0:
+            raise ValueError(f"prompt {row} is empty: give at least one token")
+        if min(request.tokens) < 0:
+            raise ValueError(f"prompt {row} has a negative token: give ids of the target's vocabulary")
+    settings = [request.settings for request in requests]
+    tokens_BL = _padded([r.tokens for r in requests], max(width, bucket(max(len(r.tokens) for r in requests))), 0)
+    stop_BR = _padded([s.stop_ids for s in settings], max(stop_width, *(len(s.stop_ids) for s in settings)), NO_STOP)
+    drafts_at = [s.temperature if s.draft_temperature is None else s.draft_temperature for s in settings]
+    return Requests(
+        jnp.asarray(tokens_BL),
+        jnp.asarray([len(r.tokens) for r in requests], jnp.int32),
+        Sampling(
+            _column([s.temperature for s in settings], np.float32),
+            _column([s.top_k for s in settings], np.int32),
+            _column([s.top_p for s in settings], np.float32),
+            _column([s.seed for s in settings], np.uint32),
+        ),
+        jnp.asarray(stop_BR),
+        _column([s.max_new_tokens for s in settings], np.int32),
+        _column(drafts_at, np.float32),
+    )
+
+
+def fill_up(requests: Sequence[Request], rows: int) -> list[Request]:
+    """Returns the requests and, up to `rows` of them, copies of the last that end at their first token."""
+    last = requests[-1]
+    copy = last._replace(settings=dataclasses.replace(last.settings, max_new_tokens=1))
+    return [*requests, *[copy] * (rows - len(requests))]
+
+
+def blank_requests(batch: int, stops: int, width: int = 1) -> Requests:
+    """Returns the arrays of `batch` rows without a prompt, `stops` stop ids wide: shapes for programs to be traced."""
+    rows = jnp.zeros(batch, jnp.int32)
+    real = rows.astype(jnp.float32)
+    sampling = Sampling(real, rows, real, rows.astype(jnp.uint32))
+    nothing_BL, stop_BR = jnp.zeros((batch, width), jnp.int32), jnp.zeros((batch, stops), jnp.int32)
+    return Requests(nothing_BL, rows, sampling, stop_BR, rows, real)
+
+
+def _column(values: Sequence[Any], dtype: Any) -> Array:
+    return jnp.asarray(np.asarray(values).astype(dtype))
+
+
+def _padded(rows: Sequence[Any], width: int, fill: int) -> np.ndarray:
+    """`int32 [len(rows), width]`: the rows, with `fill` behind each."""
+    padded = np.full((len(rows), width), fill, np.int32)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    return padded
 
 
 def bucket(length: int, least: int = 16) -> int:
-    """The padded size of a prompt of `length`: powers of two from `least` to `32 * least`, then multiples of that.
-
-    Few sizes, so few programs that read prompts.
-    """
+    """Returns the padded size of a prompt of `length`: a power of two up to `32 * least`, then a multiple of that."""
+    # Few sizes, so few programs that read prompts.
     size = least
     while size < length and size < 32 * least:
         size *= 2
@@ -42,75 +156,5 @@ def bucket(length: int, least: int = 16) -> int:
 
 
 def round_up(length: int, step: int = 64) -> int:
-    """The least multiple of `step` that holds `length`."""
+    """Returns the least multiple of `step` that holds `length`."""
     return -(-length // step) * step
-
-
-def make_requests(
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int | Sequence[int],
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
-    seed: int | Sequence[int] = 0,
-    stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
-    draft_temperature: float | Sequence[float] | None = None,
-    vocab: int | None = None,
-    width: int = 0,
-    stop_width: int = 1,
-) -> Requests:
-    """A batch from prompts of any lengths. A single setting holds for all rows.
-
-    `draft_temperature` is each row's `temperature` where it is not given. Prompts are padded to `width` or the `bucket`
-    of the longest, whichever is more, stop ids likewise to `stop_width`.
-
-    Raises ValueError naming the row and field for an empty prompt, a token outside `vocab`, or a setting out of range.
-    """
-    batch = len(prompts)
-    if not batch:
-        raise ValueError("no prompts given: pass at least one")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty: give at least one token")
-        if min(prompt) < 0 or (vocab is not None and max(prompt) >= vocab):
-            raise ValueError(f"prompt {i} has a token outside the target's vocabulary of {vocab}")
-
-    def one_each(name: str, count: int) -> None:
-        if count not in (1, batch):
-            raise ValueError(f"{name} has {count} values for {batch} prompts: give one for all, or one for each")
-
-    def each(name: str, value: Any, dtype: Any, low: float, high: float) -> np.ndarray:
-        one_each(name, np.size(value))
-        row = np.broadcast_to(np.asarray(value), (batch,))
-        for i, v in enumerate(row):
-            if not low <= v <= high:
-                raise ValueError(f"{name}={v} of row {i} is outside [{low}, {high}]")
-        return row.astype(dtype)
-
-    one_list = all(isinstance(s, (int, np.integer)) for s in stop_ids)
-    stops: list[Any] = [stop_ids] if one_list else list(stop_ids)
-    one_each("stop_ids", len(stops))
-    stops *= batch // len(stops)
-    stop_BR = np.full((batch, max(stop_width, *(len(s) for s in stops))), NO_STOP, np.int32)
-    for row, stop in zip(stop_BR, stops, strict=True):
-        row[: len(stop)] = stop
-    width = max(width, bucket(max(len(p) for p in prompts)))
-    tokens_BL = np.zeros((batch, width), np.int32)
-    for row, prompt in zip(tokens_BL, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    drafts_at = temperature if draft_temperature is None else draft_temperature
-    infinite, most = float("inf"), np.iinfo(np.int32).max
-    return Requests(
-        jnp.asarray(tokens_BL),
-        jnp.asarray([len(p) for p in prompts], jnp.int32),
-        Sampling(
-            jnp.asarray(each("temperature", temperature, np.float32, 0, infinite)),
-            jnp.asarray(each("top_k", top_k, np.int32, 0, most)),
-            jnp.asarray(each("top_p", top_p, np.float32, 1e-9, 1)),
-            jnp.asarray(each("seed", seed, np.uint32, 0, 2**32 - 1)),
-        ),
-        jnp.asarray(stop_BR),
-        jnp.asarray(each("max_new_tokens", max_new_tokens, np.int32, 1, most)),
-        jnp.asarray(each("draft_temperature", drafts_at, np.float32, 0, infinite)),
-    )

@@ -1,4 +1,4 @@
-"""Decoding as pure functions: prefill, then draft -> verify -> accept -> commit rounds in one loop."""
+"""Decoding as pure functions: prefill, then rounds of grow -> score -> accept -> extend -> commit in one loop."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ from jaxspec.decoding.requests import Requests
 from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import constrain_tree
 from jaxspec.parallel.rows import scatter_rows
-from jaxspec.sampling import Sampling, draw, round_noise
+from jaxspec.sampling import draw, round_noise
 from jaxspec.trees.children import drawn
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
-"""Why a row ended: not yet, on a stop id, or at its budget of new tokens."""
+"""Values of `DecodeState.finish_B`: the row goes on, has ended on a stop id, or at its budget of new tokens."""
 CHUNK = 512
-"""Tokens of a prompt that are read at once."""
+"""Tokens of a prompt that are read at once, so that memory does not grow with the square of a prompt."""
 DRAFTING = 2**16
-"""First use of a round's noise for drafting, see `sampling.round_noise`; each expanded node's slot has its own."""
+"""First use of a round's noise for drafting (see `sampling.round_noise`); each expanded node's slot has its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What decodes: static to `jit`, so one engine is one set of compiled programs.
+    """The models, tree and rule that decode: static to `jit`, so one engine is one set of compiled programs.
 
     Without a drafter (and tree) it decodes plainly, `rows` tokens wide: 1 is ordinary decoding; the node count of a
-    tree makes every matmul as wide as verification's, so that fp32 results compare bit for bit.
+    tree makes every matmul as wide as verification's, so that fp32 results compare bit for bit. Raises ValueError where
+    drafter, tree, mode and rule do not go together.
     """
 
     target: Target
@@ -54,6 +55,7 @@ class Engine:
     mode: DraftMode = "topk"
     """How the children of a tree's nodes are chosen; the tree and the rule must be for that."""
     rule: verify.Rule = verify.RULES["target-draw"]
+    """Which drafted tokens are kept."""
 
     def __post_init__(self) -> None:
         if (self.drafter is None) != (self.tree is None):
@@ -80,9 +82,9 @@ class Engine:
 
 
 class DraftVocab(NamedTuple):
-    """The tokens that a drafter scores, where it does not score all: drafting reads the head's rows at every node.
+    """The tokens that a drafter scores, where it does not score all.
 
-    It changes what is drafted and so the speed; what is accepted are the target's own draws from its whole vocabulary.
+    It changes the speed and not the text: the accepted tokens are the target's draws from its whole vocabulary.
     """
 
     token_U: Array
@@ -101,10 +103,10 @@ class Weights(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """Everything a generation carries from round to round."""
+    """The arrays that a generation carries from round to round."""
 
     requests: Requests
-    """Without the prompts: they are read, and rounds do not depend on how wide they were padded."""
+    """Without the prompts: they have been read, and the rounds' program does not depend on their padded width."""
     cache: KVCache
     length_B: Array
     """Tokens committed to the target's cache: all but the root."""
@@ -124,27 +126,28 @@ class DecodeState(NamedTuple):
 
 
 def shared_tables(engine: Engine, weights: Weights) -> SharedTables:
-    """The target's tables as the drafter reads them."""
+    """Returns the target's tables as the drafter reads them: of a draft vocabulary its rows of the LM head."""
     tables = engine.target.shared_tables(weights.target)
     return tables if weights.vocab is None else tables._replace(head_VD=weights.vocab.head_UD)
 
 
 def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
-    """Read the prompts, draw each row's first token, and let the drafter read the same.
+    """Reads the prompts, draws each row's first token, and lets the drafter read the same; returns the rounds' state.
 
-    Prompts wider than `CHUNK` are read a chunk at a time, as many as the longest of them needs: their padded width must
-    be a multiple of it. `capacity` is the cache's slots a row, more than that width, `slots` the output's; see `sizes`.
+    Prompts wider than `CHUNK` are read a chunk at a time, as many as the longest of them needs. `capacity` is the
+    cache's slots a row, more than the padded width, and `slots` the output's; see `generation.sizes`. Raises ValueError
+    for a padded width that is no multiple of `CHUNK`.
     """
     batch, width = requests.tokens_BL.shape
     chunk = min(width, CHUNK)
     if width % chunk:
         raise ValueError(f"prompts are padded to {width:,} tokens, which is not a multiple of {chunk}: use `bucket`")
-    read = functools.partial(_read, engine, weights, requests, chunk)
-    # Behind a barrier, or XLA spends seconds folding the drafter's attention over an empty cache into a constant.
+    read = functools.partial(_read_chunk, engine, weights, requests, chunk)
     draft = None
     if engine.drafter is not None:
-        first_B, lent = requests.tokens_BL[:, 0], shared_tables(engine, weights)
-        draft = engine.drafter.init_state(weights.drafter, lent, first_B, capacity)
+        first_B, shared = requests.tokens_BL[:, 0], shared_tables(engine, weights)
+        draft = engine.drafter.init_state(weights.drafter, shared, first_B, capacity)
+    # Behind a barrier, or XLA spends seconds folding the drafter's attention over an empty cache into a constant.
     empty = jax.lax.optimization_barrier((engine.target.empty_cache(batch, capacity), draft))
     reading = read(0, PrefillState(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
     if width > chunk:
@@ -167,7 +170,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
 
 
 class PrefillState(NamedTuple):
-    """What has been made of the chunks read so far."""
+    """The state behind the chunks of the prompts that are read."""
 
     cache: KVCache
     draft: Any
@@ -176,10 +179,10 @@ class PrefillState(NamedTuple):
     """The first new token of rows whose prompt has been read to its end."""
 
 
-def _read(
+def _read_chunk(
     engine: Engine, weights: Weights, requests: Requests, chunk: int, index: int | Array, reading: PrefillState
 ) -> PrefillState:
-    """The target and the drafter read one chunk of the prompts; the first, index 0 as an int, has nothing before it."""
+    """Returns the state after one chunk more; the first chunk, index 0 as an int, has nothing before it."""
     batch = len(requests.tokens_BL)
     begin = index * chunk
     next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
@@ -207,7 +210,7 @@ def _read(
 
 
 def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
-    """Append each row's first `count` tokens, cut behind a stop id or at the budget; finished rows add nothing."""
+    """Appends each row's first `count` tokens, cut behind a stop id or at the budget; finished rows add nothing."""
     running_B = state.finish_B == RUNNING
     is_stop_BP = jnp.any(token_BP[:, :, None] == state.requests.stop_BR[:, None, :], axis=-1)
     index_P = jnp.arange(token_BP.shape[1])
@@ -224,15 +227,18 @@ def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
 
 
 class Scored(NamedTuple):
-    """What the target makes of a tree: its nodes' keys and values, what the drafter reads of them, and fp32 logits."""
+    """The target's outputs at the nodes of a tree."""
 
     fresh: KVCache
+    """The nodes' own keys and values, not in the cache yet."""
     read_BND: Array
+    """Features, or taps, that the drafter reads."""
     logits_BNV: Array
+    """fp32."""
 
 
 def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
-    """One round: grow the tree, score it, accept a path, extend the drafter, commit the path."""
+    """Runs one round: grow the tree, score it, accept a path, extend the drafter, commit the path."""
     tree = grow(engine, weights, state)
     scored = score(engine, weights, state, tree)
     accepted = accept(engine, state, tree, scored.logits_BNV)
@@ -243,38 +249,49 @@ def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeS
 
 
 def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
-    """The tree of a round; decoding plainly the root, and rows of padding that nothing sees behind it."""
+    """Returns the round's draft tree: `engine.tree` calls the drafter's `expand` once a level."""
     if engine.tree is None or engine.drafter is None:
-        token_BN = jnp.zeros((state.root_B.shape[0], engine.rows), jnp.int32).at[:, 0].set(state.root_B)
-        nothing = jnp.zeros_like(token_BN)
-        alone_BNN = jnp.broadcast_to(jnp.eye(engine.rows, dtype=bool), (*token_BN.shape, engine.rows))
-        root_BN = jnp.broadcast_to(jnp.arange(engine.rows) == 0, token_BN.shape)
-        return Tree(token_BN, nothing - 1, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
-    drafter, lent, vocab = engine.drafter, shared_tables(engine, weights), weights.vocab
-
-    def draft(scratch: Any, frontier: Frontier) -> tuple[Array, Any]:
-        if vocab is not None:
-            frontier = frontier._replace(token_BW=vocab.token_U[frontier.token_BW])
-        return drafter.expand(weights.drafter, lent, state.draft, scratch, frontier)
-
+        return _root_alone(state.root_B, engine.rows)
     assert state.root_logits_BV is not None
-    scratch = drafter.scratch(state.draft, engine.tree.slots)
+    shared, vocab = shared_tables(engine, weights), weights.vocab
+    draft = functools.partial(_draft_level, engine.drafter, weights, shared, state.draft)
+    scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
     tree = engine.tree.grow(draft, children(engine, state), scratch, state.root_logits_BV, state.root_B)
-    return tree if vocab is None else _in_full(tree, vocab, state.root_B, lent.embed_VD.shape[0])
+    # Rules compare tokens and distributions with the target's, which are of the whole vocabulary.
+    return tree if vocab is None else _in_full(tree, vocab, state.root_B, shared.embed_VD.shape[0])
+
+
+def _root_alone(root_B: Array, rows: int) -> Tree:
+    """Returns the tree of plain decoding: the root, and behind it padding up to `rows` that no node sees."""
+    token_BN = jnp.zeros((root_B.shape[0], rows), jnp.int32).at[:, 0].set(root_B)
+    nothing = jnp.zeros_like(token_BN)
+    alone_BNN = jnp.broadcast_to(jnp.eye(rows, dtype=bool), (*token_BN.shape, rows))
+    root_BN = jnp.broadcast_to(jnp.arange(rows) == 0, token_BN.shape)
+    return Tree(token_BN, nothing - 1, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
+
+
+def _draft_level(
+    drafter: Drafter, weights: Weights, shared: SharedTables, draft: Any, scratch: Any, frontier: Frontier
+) -> tuple[Array, Any]:
+    """The `DraftLogits` of one round: logits of a level's children, by the drafter's state `draft`."""
+    if weights.vocab is not None:
+        frontier = frontier._replace(token_BW=weights.vocab.token_U[frontier.token_BW])
+    return drafter.expand(weights.drafter, shared, draft, scratch, frontier)
 
 
 def children(engine: Engine, state: DecodeState) -> ChooseChildren:
-    """How this round's children are chosen: drawn at each row's draft temperature, with noise of this round."""
-
-    def noise(slot: int, shape: tuple[int, ...]) -> Array:
-        make = functools.partial(jax.random.gumbel, shape=shape)
-        return round_noise(state.requests.sampling.seed_B, state.length_B, DRAFTING + 1 + slot, make)
-
+    """Returns how this round's children are chosen: at each row's draft temperature, with noise of this round."""
+    noise = functools.partial(_draft_noise, state.requests.sampling.seed_B, state.length_B)
     return drawn(engine.mode, state.requests.draft_temperature_B, noise)
 
 
+def _draft_noise(seed_B: Array, length_B: Array, slot: int, shape: tuple[int, ...]) -> Array:
+    """The `Noise` of one round: Gumbel draws `[B, *shape]` for the node in scratch slot `slot`."""
+    return round_noise(seed_B, length_B, DRAFTING + 1 + slot, functools.partial(jax.random.gumbel, shape=shape))
+
+
 def _in_full(tree: Tree, vocab: DraftVocab, root_B: Array, size: int) -> Tree:
-    """A tree drafted in a draft vocabulary, its tokens and distributions in the whole one of `size`."""
+    """Returns a tree drafted in a draft vocabulary with its tokens and distributions in the whole one of `size`."""
     distributions = tree.distributions
     if distributions is not None:
         whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
@@ -285,7 +302,10 @@ def _in_full(tree: Tree, vocab: DraftVocab, root_B: Array, size: int) -> Tree:
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:
-    """The target's one call on all nodes of a tree."""
+    """Runs the target once on all nodes of a tree.
+
+    All nodes see the committed prefix, so attention needs the ancestor mask `[B, N, N]` and each row's length only.
+    """
     positions_BN = state.length_B[:, None] + tree.depth_BN
     prefix = (state.cache, state.length_B)
     out = engine.target.forward(weights.target, tree.token_BN, positions_BN, tree.ancestors_BNN, prefix, keep_kv=True)
@@ -293,7 +313,11 @@ def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> S
 
 
 def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) -> verify.Accepted:
-    """The path that the engine's rule keeps; decoding plainly, the target's draw behind the root."""
+    """Returns the path that the engine's rule keeps; decoding plainly, the target's draw behind the root.
+
+    By the rule `target-draw` the target draws its own token at every node, with noise keyed by (seed, position), and
+    the path of nodes that carry the drawn tokens is kept: every kept token is the one of plain decoding.
+    """
     sampling = state.requests.sampling
     if engine.tree is None:
         nothing_B1 = tree.depth_BN[:, :1]
@@ -307,7 +331,7 @@ def accept(engine: Engine, state: DecodeState, tree: Tree, logits_BNV: Array) ->
 def extend(
     engine: Engine, weights: Weights, state: DecodeState, read_BND: Array, accepted: verify.Accepted
 ) -> tuple[Any, Array]:
-    """The drafter takes in the accepted path: its new state, and the logits of the new root's children."""
+    """Lets the drafter read the accepted path; returns its state, and the draft logits of the new root's children."""
     assert engine.drafter is not None
     read_BPD = jnp.take_along_axis(read_BND, accepted.path_BP[:, :, None], axis=1)
     return engine.drafter.extend(
@@ -321,10 +345,12 @@ def extend(
 
 
 def commit(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> DecodeState:
-    """The accepted path written to the cache and its tokens to the output; finished rows stay as they are."""
+    """Writes the accepted path to the cache and its tokens to the output; finished rows stay as they are."""
     running_B = state.finish_B == RUNNING
     token_BP, path = accepted.token_BP, state.accepted_BP.shape[1]
     took_BP = (jnp.arange(path) == accepted.count_B[:, None]) & running_B[:, None]
+    # A fixed number of rows is written; `length_B` says how many count, and the next round overwrites the rest. The
+    # newest token orders the write behind the round's reads, or XLA copies the whole cache (see `cache.commit`).
     state = state._replace(
         cache=kv.commit(state.cache, kv.take_rows(fresh, accepted.path_BP), state.length_B, token_BP[:, -1]),
         length_B=state.length_B + _added(state, accepted),
@@ -336,7 +362,7 @@ def commit(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> Dec
 
 
 def _added(state: DecodeState, accepted: verify.Accepted) -> Array:
-    """Tokens that each row commits this round: its root and what it accepted behind it."""
+    """Returns the tokens that each row commits this round: its root and the drafted ones it accepted."""
     return jnp.where(state.finish_B == RUNNING, accepted.count_B + 1, 0)
 
 
@@ -348,7 +374,7 @@ def _fresh(out: TargetOutput) -> KVCache:
 def decode_rounds(
     engine: Engine, weights: Weights, state: DecodeState, limit: Array, least: Array | int = 0
 ) -> DecodeState:
-    """Rounds until at most `least` rows are running or `limit` rounds are done: one `while_loop`, no host in it."""
+    """Runs rounds until at most `least` rows are running or `limit` are done: one `while_loop`, no host in it."""
 
     def going(carry: tuple[Array, DecodeState]) -> Array:
         return (carry[0] < limit) & (jnp.sum(carry[1].finish_B == RUNNING) > least)
@@ -357,28 +383,3 @@ def decode_rounds(
         return carry[0] + 1, decode_step(engine, weights, carry[1])
 
     return constrain_tree(jax.lax.while_loop(going, round_, (jnp.int32(0), state))[1])
-
-
-def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: int, stops: int) -> DecodeState:
-    """A state of `batch` finished rows, for `admit` to fill; `stops` is the width of the rows' stop ids."""
-    rows = jnp.zeros(batch, jnp.int32)
-    real = rows.astype(jnp.float32)
-    sampling = Sampling(real, rows, real, rows.astype(jnp.uint32))
-    requests = Requests(
-        jnp.zeros((batch, 1), jnp.int32), rows, sampling, jnp.zeros((batch, stops), jnp.int32), rows, real
-    )
-    shapes = jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return constrain_tree(state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32)))
-
-
-def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
-    """The state with its row `row` replaced by `fresh`, a state of one row whose caches may be smaller."""
-
-    def replace_row(into: Any, one: Any) -> Any:
-        if isinstance(into, KVCache):
-            places = [(0, row, *(0,) * (x.ndim - 2)) for x in into]
-            return KVCache(*map(jax.lax.dynamic_update_slice, into, one, places))
-        return jax.lax.dynamic_update_slice(into, one, (row, *(0,) * (into.ndim - 1)))
-
-    return constrain_tree(jax.tree.map(replace_row, state, fresh, is_leaf=lambda x: isinstance(x, KVCache)))

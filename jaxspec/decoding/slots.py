@@ -1,23 +1,51 @@
-"""Rows that are refilled: a batch whose finished rows make room for the next requests."""
+"""Slots: rows of one running batch, each of which takes the next request when its answer is done."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes
-from jaxspec.decoding.requests import Requests, bucket, round_up
-from jaxspec.decoding.rounds import CHUNK, RUNNING, Engine, Weights, admit, vacant
+from jaxspec.base import Array, KVCache
+from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_rounds, sizes
+from jaxspec.decoding.requests import Request, blank_requests, bucket, make_requests, round_up
+from jaxspec.decoding.rounds import CHUNK, RUNNING, STOPPED, DecodeState, Engine, Weights, prefill
+from jaxspec.parallel.mesh import constrain_tree
+
+
+def vacant(engine: Engine, weights: Weights, batch: int, capacity: int, slots: int, stops: int) -> DecodeState:
+    """Returns a state of `batch` finished rows, for `admit` to fill; `stops` is the width of the rows' stop ids."""
+    requests = blank_requests(batch, stops)
+    shapes = jax.eval_shape(lambda w, r: prefill(engine, w, r, capacity, slots), weights, requests)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return constrain_tree(state._replace(finish_B=jnp.full(batch, STOPPED, jnp.int32)))
+
+
+def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
+    """Returns the state with its row `row` replaced by `fresh`, a state of one row whose caches may be smaller."""
+
+    def replace_row(into: Any, one: Any) -> Any:
+        if isinstance(into, KVCache):
+            places = [(0, row, *(0,) * (x.ndim - 2)) for x in into]
+            return KVCache(*map(jax.lax.dynamic_update_slice, into, one, places))
+        return jax.lax.dynamic_update_slice(into, one, (row, *(0,) * (into.ndim - 1)))
+
+    return constrain_tree(jax.tree.map(replace_row, state, fresh, is_leaf=lambda x: isinstance(x, KVCache)))
+
 
 _vacant = jax.jit(vacant, static_argnames=("engine", "batch", "capacity", "slots", "stops"))
 _admit = jax.jit(admit, donate_argnames="state")
 
 
 class Slots:
-    """Rows of one running batch that take a new prompt whenever one of them has finished, without compiling anew.
+    """Rows of one running batch that take a new request whenever one of them has finished, without compiling anew.
 
     `longest` is the longest prompt's tokens, `max_new_tokens` the largest budget and `stops` the most stop ids there
-    will be. Rounds are one program; a prompt is read by one of a few, by its padded width.
+    will be. Rounds are one program; a prompt is read by one of a few, by its padded width. What a row sees does not
+    depend on its neighbours, so its answer is the one it would have alone.
     """
 
     def __init__(
@@ -29,36 +57,37 @@ class Slots:
         capacity, self.output = sizes(engine, self.widest, max_new_tokens)
         self._state = _vacant(engine, weights, count, capacity, self.output, stops)
         self.free = list(range(count))
-        """Rows that can take a prompt."""
+        """Rows that can take a request."""
 
     def width(self, length: int) -> int:
-        """The padded width of a prompt: few values, so few programs."""
+        """Returns the padded width of a prompt: few values, so few programs."""
         return bucket(length) if length <= CHUNK else self.widest
 
-    def admit(self, requests: Requests, row: int) -> None:
-        """Read the one prompt of `requests`, padded to its `width`, into a free row.
+    def admit(self, request: Request, row: int) -> None:
+        """Reads the request's prompt into a free row.
 
-        Raises ValueError, and leaves the slots as they are, for a prompt or budget beyond what they were made for.
+        Raises ValueError, and leaves the slots as they are, for a prompt, budget or number of stop ids beyond those
+        that the slots are made for.
         """
-        length, new = int(requests.length_B[0]), int(requests.budget_B[0])
+        length, new, stops = len(request.tokens), request.settings.max_new_tokens, len(request.settings.stop_ids)
         if length > self.longest or new > self.max_new_tokens:
             raise ValueError(
                 f"{length:,} tokens of prompt and {new:,} new ones do not fit slots made for {self.longest:,} and "
                 f"{self.max_new_tokens:,}: shorten them, or make longer slots"
             )
-        width = self.width(length)
-        if requests.tokens_BL.shape != (1, width) or requests.stop_BR.shape != (1, self.stops):
+        if stops > self.stops:
             raise ValueError(
-                f"a slot takes one prompt padded to {width} tokens with {self.stops} stop ids, "
-                f"not {requests.tokens_BL.shape} and {requests.stop_BR.shape}"
+                f"{stops} stop ids do not fit slots made for {self.stops}: give fewer, or make wider slots"
             )
+        width = self.width(length)
+        requests = make_requests([request], width=width, stop_width=self.stops)
         # More slots than the prompt has: a draft LM reads the first token too, and writes must not be shifted.
         fresh = run_prefill(self.engine, self.weights, requests, round_up(width + 1), self.output)
         self.free.remove(row)
         self._state = _admit(self._state, fresh, np.int32(row))
 
-    def run(self, *, limit: int = int(NO_LIMIT)) -> dict[int, Generation]:
-        """Rounds until a row finishes or `limit` of them are done; the rows that have, each with its generation."""
+    def run(self, *, limit: int = int(NO_LIMIT)) -> dict[int, Answer]:
+        """Runs rounds until a row finishes or `limit` of them are done; returns the answers of rows that have."""
         held = self._state.finish_B.shape[0] - len(self.free)
         if not held:
             return {}
@@ -67,9 +96,6 @@ class Slots:
         done = [row for row in range(len(finish)) if finish[row] != RUNNING and row not in self.free]
         if not done:
             return {}
-        whole = collect(self._state)
+        answers = collect(self._state)
         self.free += done
-        return {
-            row: Generation([whole.tokens[row]], [whole.finish[row]], whole.calls[[row]], whole.accepted[[row]])
-            for row in done
-        }
+        return {row: answers[row] for row in done}

@@ -1,114 +1,18 @@
-"""Recipes compared on one set of prompts: tau with bootstrap intervals, paired ratios, acceptance by depth, tables."""
+"""Recipes compared on one set of prompts: rows a seed and a recipe, tables, and the training budget they share."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-RESAMPLES = 5000
-"""Bootstrap samples of the prompts."""
-CONFIDENCE = 0.95
+from jaxspec.evaluation.statistics import Counts, Interval, acceptance, pool, ratio_interval, tau_interval
+
 EVERY = "all"
-"""What the prompts of all sources together are called."""
+"""The name of the prompts of all sources together."""
 FEWEST_ROUNDS = 20
 """Rounds below which a share of them is not drawn in a figure: it would be noise."""
-
-
-class Interval(NamedTuple):
-    """An estimate with its percentile bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-class Counts(NamedTuple):
-    """What decoding some prompts took, one row a prompt, in one order for all that is compared."""
-
-    tokens_P: np.ndarray
-    """New tokens, the one that prefill gives not counted."""
-    calls_P: np.ndarray
-    """Target calls, prefill not counted."""
-    accepted_PA: np.ndarray
-    """Rounds by how many drafted tokens they accepted: 0, 1 .. T."""
-
-    def of(self, chosen_P: np.ndarray) -> Counts:
-        """Those of the chosen prompts."""
-        return Counts(*(x[chosen_P] for x in self))
-
-
-def pool(counts: Sequence[Counts]) -> Counts:
-    """Several decodings of the same prompts, a prompt's added up."""
-    return Counts(*(np.sum(parts, axis=0) for parts in zip(*counts, strict=True)))
-
-
-@functools.lru_cache(maxsize=8)
-def resamples(prompts: int, draws: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """`[draws, prompts]`: how often each prompt stands in each bootstrap sample; the same for equal arguments."""
-    drawn = np.random.default_rng((seed, prompts)).multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
-    return drawn.astype(np.float64)  # for the matrix product; whole numbers stay exact
-
-
-def tau_interval(counts: Counts, confidence: float = CONFIDENCE) -> Interval:
-    """tau, tokens per target call over all prompts, and its interval over resampled prompts.
-
-    The bootstrap of a ratio of sums: tokens and calls of a prompt stay together. NaN where no call was made.
-    """
-    return _interval(_quotient(*_totals(counts)), confidence)
-
-
-def ratio_interval(counts: Counts, baseline: Counts, confidence: float = CONFIDENCE) -> Interval:
-    """tau over the baseline's tau, and its interval over the same resampled prompts in both (paired).
-
-    What makes one prompt easier than another cancels, so it is far tighter than two intervals side by side.
-    """
-    if len(counts.tokens_P) != len(baseline.tokens_P):
-        raise ValueError(f"{len(counts.tokens_P)} prompts cannot be paired with {len(baseline.tokens_P)}")
-    ours, theirs = _quotient(*_totals(counts)), _quotient(*_totals(baseline))
-    return _interval(_quotient(ours, theirs), confidence)
-
-
-def _totals(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and calls: of the prompts themselves first, then of every bootstrap sample."""
-    weights = resamples(len(counts.tokens_P))
-    sums = (x_P.astype(np.float64) for x_P in (counts.tokens_P, counts.calls_P))
-    tokens, calls = (np.concatenate([[x_P.sum()], weights @ x_P]) for x_P in sums)
-    return tokens, calls
-
-
-def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-
-
-def _interval(values: np.ndarray, confidence: float) -> Interval:
-    """From the estimate and, behind it, those of the samples; samples without a call are left out."""
-    drawn = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]) or not drawn.size:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(values[0]), float(low), float(high))
-
-
-class Acceptance(NamedTuple):
-    """How far rounds get, by depth 1 .. T."""
-
-    rate_T: np.ndarray
-    """Of the rounds that kept a path down to depth t - 1, the share that kept a token at t; NaN where none got there.
-    A path the tree did not continue counts as one that ended."""
-    rounds_T: np.ndarray
-    """Rounds that kept a path down to depth t - 1."""
-
-
-def acceptance(accepted_A: np.ndarray) -> Acceptance:
-    """Conditional acceptance by depth from a histogram of rounds that accepted 0, 1 .. T tokens."""
-    reached = np.cumsum(np.asarray(accepted_A, np.float64)[::-1])[::-1]
-    return Acceptance(_quotient(reached[1:], reached[:-1]), reached[:-1].astype(np.int64))
 
 
 class Decoded(NamedTuple):
@@ -117,9 +21,9 @@ class Decoded(NamedTuple):
     recipe: str
     seed: int
     tree: str
-    """As asked for."""
+    """As named on the command line."""
     drafted_tree: str
-    """What the drafter could draft of it."""
+    """The part of it that the drafter can draft."""
     temperature: float
     counts: Counts
     drafter_passes: int
@@ -128,12 +32,12 @@ class Decoded(NamedTuple):
 
     @property
     def setting(self) -> tuple[str, float]:
-        """What must be equal for two recipes to be compared."""
+        """Tree and temperature, which must be equal for two recipes to be compared."""
         return self.tree, self.temperature
 
 
 def groups(sources: Sequence[str]) -> dict[str, np.ndarray]:
-    """Prompts by source, all of them first; a single source is not told apart."""
+    """Returns the mask of each source's prompts, that of all first; a single source is not told apart."""
     names = np.asarray(sources)
     found = {EVERY: np.ones(len(names), bool)}
     kinds = sorted(set(sources))
@@ -141,75 +45,62 @@ def groups(sources: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def seed_rows(runs: Sequence[Decoded], sources: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for each recipe, seed, source, temperature and tree."""
+    """Yields a row for each recipe, seed, source, temperature and tree."""
     for run in runs:
         for source, chosen in groups(sources).items():
-            counts = run.counts.of(chosen)
-            tau, kept = tau_interval(counts), acceptance(counts.accepted_PA.sum(axis=0))
-            yield {
-                "recipe": run.recipe,
-                "seed": run.seed,
-                "source": source,
-                "temperature": run.temperature,
-                "tree": run.tree,
-                "drafted_tree": run.drafted_tree,
-                "prompts": int(chosen.sum()),
-                "tau": tau.value,
-                "tau_low": tau.low,
-                "tau_high": tau.high,
-                "drafter_passes": run.drafter_passes,
-                "drafter_parameters": run.drafter_parameters,
-                "train_tokens": run.train_tokens,
-                "acceptance_by_depth": kept.rate_T,
-                "rounds_by_depth": kept.rounds_T,
-            }
+            yield {"recipe": run.recipe, "seed": run.seed, "source": source} | _measured(run, run.counts.of(chosen))
+
+
+def _measured(run: Decoded, counts: Counts) -> dict[str, Any]:
+    """Returns the fields that rows of a seed and of a recipe share: how it was decoded, tau, cost, acceptance."""
+    tau, kept = tau_interval(counts), acceptance(counts.accepted_PA.sum(axis=0))
+    return {
+        "temperature": run.temperature,
+        "tree": run.tree,
+        "drafted_tree": run.drafted_tree,
+        "prompts": len(counts.tokens_P),
+        "tau": tau.value,
+        "tau_low": tau.low,
+        "tau_high": tau.high,
+        "drafter_passes": run.drafter_passes,
+        "drafter_parameters": run.drafter_parameters,
+        "train_tokens": run.train_tokens,
+        "acceptance_by_depth": kept.rate_T,
+        "rounds_by_depth": kept.rounds_T,
+    }
 
 
 def summaries(runs: Sequence[Decoded], sources: Sequence[str], baseline: str) -> Iterator[dict[str, Any]]:
-    """A row for each recipe, source, temperature and tree, seeds pooled, with tau's ratio to the recipe `baseline`.
+    """Yields a row for each recipe, source, temperature and tree, with tau's ratio to the recipe `baseline`.
 
-    The ratio is taken over the seeds that both have, or over all of both where they share none. Intervals are over
-    prompts; what seeds add is shown by `tau_by_seed`. Without a baseline run the ratios are None.
+    Seeds are pooled; `tau_by_seed` tells them apart. The ratio is taken over the seeds that both recipes have, or over
+    all of both where they share none; without a baseline run it is None. Intervals are over prompts.
     """
     for setting in dict.fromkeys(run.setting for run in runs):
-        arms: dict[str, dict[int, Decoded]] = {}
+        by_recipe: dict[str, dict[int, Decoded]] = {}
         for run in runs:
             if run.setting == setting:
-                arms.setdefault(run.recipe, {})[run.seed] = run
-        for recipe, by_seed in arms.items():
-            first = next(iter(by_seed.values()))
+                by_recipe.setdefault(run.recipe, {})[run.seed] = run
+        for recipe, by_seed in by_recipe.items():
             for source, chosen in groups(sources).items():
                 own = {seed: run.counts.of(chosen) for seed, run in by_seed.items()}
-                other = {seed: run.counts.of(chosen) for seed, run in arms.get(baseline, {}).items()}
-                whole = pool(list(own.values()))
-                tau, kept = tau_interval(whole), acceptance(whole.accepted_PA.sum(axis=0))
+                other = {seed: run.counts.of(chosen) for seed, run in by_recipe.get(baseline, {}).items()}
                 ratio = _paired(own, other)
                 yield {
                     "recipe": recipe,
                     "seeds": list(by_seed),
                     "source": source,
-                    "temperature": setting[1],
-                    "tree": setting[0],
-                    "drafted_tree": first.drafted_tree,
-                    "prompts": int(chosen.sum()),
-                    "tau": tau.value,
-                    "tau_low": tau.low,
-                    "tau_high": tau.high,
+                    **_measured(next(iter(by_seed.values())), pool(list(own.values()))),
                     "tau_by_seed": [tau_interval(counts).value for counts in own.values()],
                     "baseline": baseline,
                     "ratio": None if ratio is None else ratio.value,
                     "ratio_low": None if ratio is None else ratio.low,
                     "ratio_high": None if ratio is None else ratio.high,
-                    "drafter_passes": first.drafter_passes,
-                    "drafter_parameters": first.drafter_parameters,
-                    "train_tokens": first.train_tokens,
-                    "acceptance_by_depth": kept.rate_T,
-                    "rounds_by_depth": kept.rounds_T,
                 }
 
 
 def _paired(own: dict[int, Counts], other: dict[int, Counts]) -> Interval | None:
-    """The ratio over shared seeds; None without a baseline."""
+    """Returns the ratio over shared seeds, or over all seeds of both where they share none; None without a baseline."""
     if not other:
         return None
     shared = [seed for seed in own if seed in other]
@@ -219,7 +110,7 @@ def _paired(own: dict[int, Counts], other: dict[int, Counts]) -> Interval | None
 
 
 class Table(NamedTuple):
-    """What `tables.print_table` takes."""
+    """The arguments of `tables.print_table`."""
 
     title: str
     columns: list[str]
@@ -227,7 +118,7 @@ class Table(NamedTuple):
 
 
 def tables(found: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """Of each tree and temperature in `summaries`: tau with its ratio, tau by source, acceptance by depth."""
+    """Yields for each tree and temperature in `summaries`: tau with its ratio, tau by source, acceptance by depth."""
     for setting in dict.fromkeys((row["tree"], row["temperature"]) for row in found):
         rows = [row for row in found if (row["tree"], row["temperature"]) == setting]
         title = f"{setting[0]}, {named_temperature(setting[1])}"
@@ -294,5 +185,5 @@ def _shares(rates: np.ndarray, depth: int) -> list[str]:
 
 
 def named_temperature(temperature: float) -> str:
-    """How a reader calls it."""
+    """Returns the temperature as tables and figures name it."""
     return "greedy" if temperature == 0 else f"temperature {temperature:g}"

@@ -1,8 +1,9 @@
-"""Are two decodings of the same requests the same text? Where they part, by how little."""
+"""Equivalence of two decodings of the same requests: where their texts part, and by how little."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import Array, Params, Target
-from jaxspec.decoding.generation import Generation
+from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Requests, bucket
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.nn.attention import causal_mask
@@ -21,13 +22,13 @@ NEAR_TIE = 1e-3
 
 
 class Divergence(NamedTuple):
-    """Where two decodings of one row first differ."""
+    """The place where two decodings of one row first differ."""
 
     row: int
     index: int
-    """New tokens they share."""
+    """Number of new tokens they share."""
     margin: float
-    """How far the two tokens' scores (warped logits plus the position's noise) lie apart at that place."""
+    """Difference of the two tokens' scores (warped logits plus the position's noise) at that place."""
 
     @property
     def near_tie(self) -> bool:
@@ -39,7 +40,7 @@ class Divergence(NamedTuple):
 def next_scores(
     target: Target, params: Params, tokens_BL: Array, length_B: Array, position_B: Array, sampling: Sampling
 ) -> Array:
-    """What `sampling.draw` takes the argmax of for the token behind `length` tokens: `[B, V]`."""
+    """Returns the scores `[B, V]` whose argmax `sampling.draw` takes for the token behind `length` tokens."""
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     features_BLD = target.forward(params, tokens_BL, positions_BL, causal_mask(tokens_BL.shape[1])).features_BLD
     last_BLD = jnp.take_along_axis(features_BLD, length_B[:, None, None] - 1, axis=1)
@@ -49,25 +50,40 @@ def next_scores(
     return (warp_logits(logits_BLV, sampling) + noise_BLV)[:, 0]
 
 
-def divergences(engine: Engine, weights: Weights, requests: Requests, a: Generation, b: Generation) -> list[Divergence]:
-    """One entry for each row whose tokens differ between two decodings of `requests` by the same target."""
+def divergences(
+    engine: Engine, weights: Weights, requests: Requests, a: Sequence[Answer], b: Sequence[Answer]
+) -> list[Divergence]:
+    """Returns an entry for each row whose tokens differ between two decodings of `requests` by the same target.
+
+    Raises ValueError where one answer of a row only begins like the other, which no rounding does.
+    """
     found = []
-    lengths = np.asarray(requests.length_B)
-    for row, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
-        if np.array_equal(x, y):
-            continue
-        shared = min(len(x), len(y))
-        index = int(np.argmin(np.append(x[:shared] == y[:shared], False)))
-        if index == shared:
-            raise ValueError(
-                f"row {row} ends at {len(x)} tokens in one decoding and {len(y)} in the other: not one request"
-            )
-        context = np.concatenate([np.asarray(requests.tokens_BL)[row, : lengths[row]], x[:index]])
-        tokens = np.zeros((1, bucket(len(context))), np.int32)
-        tokens[0, : len(context)] = context
-        size = jnp.asarray([len(context)], jnp.int32)
-        sampling = jax.tree.map(lambda s, row=row: s[row : row + 1], requests.sampling)
-        scores = next_scores(engine.target, weights.target, jnp.asarray(tokens), size, size, sampling)
-        margin = abs(float(scores[0, int(x[index])]) - float(scores[0, int(y[index])]))
-        found.append(Divergence(row, index, margin))
+    for row, (one, other) in enumerate(zip(a, b, strict=True)):
+        if not np.array_equal(one.tokens, other.tokens):
+            index = _parting(row, one.tokens, other.tokens)
+            scores = _scores_behind(engine, weights, requests, row, one.tokens[:index])
+            margin = abs(float(scores[int(one.tokens[index])]) - float(scores[int(other.tokens[index])]))
+            found.append(Divergence(row, index, margin))
     return found
+
+
+def _parting(row: int, x: np.ndarray, y: np.ndarray) -> int:
+    """Returns the first index at which two texts differ. Raises ValueError where one ends before."""
+    shared = min(len(x), len(y))
+    index = int(np.argmin(np.append(x[:shared] == y[:shared], False)))
+    if index == shared:
+        raise ValueError(
+            f"row {row} ends at {len(x)} tokens in one decoding and {len(y)} in the other: not one request"
+        )
+    return index
+
+
+def _scores_behind(engine: Engine, weights: Weights, requests: Requests, row: int, written: np.ndarray) -> Array:
+    """Returns the scores `[V]` of the token behind a row's prompt and its first new tokens."""
+    prompt = np.asarray(requests.tokens_BL)[row, : int(requests.length_B[row])]
+    context = np.concatenate([prompt, written])
+    tokens_BL = np.zeros((1, bucket(len(context))), np.int32)
+    tokens_BL[0, : len(context)] = context
+    size = jnp.asarray([len(context)], jnp.int32)
+    sampling = jax.tree.map(lambda s: s[row : row + 1], requests.sampling)
+    return next_scores(engine.target, weights.target, jnp.asarray(tokens_BL), size, size, sampling)[0]

@@ -37,24 +37,24 @@ class Curve(NamedTuple):
 
 
 def missing() -> str | None:
-    """A sentence on what to install for figures; None where it is there."""
+    """Returns a sentence on what to install for figures; None where it is installed."""
     if importlib.util.find_spec("matplotlib") is not None:
         return None
     return 'no figures are drawn, for matplotlib is not installed: pip install -e ".[plot]", and give the command again'
 
 
 def read_curve(recipe: str, log: str | Path, tokens_per_step: float, joined: tuple[float, ...] = ()) -> Curve:
-    """A run's curve from its `metrics.jsonl`; see `Curve` for `joined`."""
+    """Returns a run's curve from its `metrics.jsonl`; see `Curve` for `joined`."""
     lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line]
     trained = [(x["step"] * tokens_per_step, x["loss"]) for x in lines if "loss" in x]
-    judged = [(x["step"] * tokens_per_step, x["eval"]["simulated_tau"]) for x in lines if "eval" in x]
-    return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(judged, (-1, 2)).T, joined=joined)
+    evals = [(x["step"] * tokens_per_step, x["eval"]["simulated_tau"]) for x in lines if "eval" in x]
+    return Curve(recipe, *np.reshape(trained, (-1, 2)).T, *np.reshape(evals, (-1, 2)).T, joined=joined)
 
 
 def draw_learning_curves(path: Path, curves: Sequence[Curve], recipes: Sequence[str] = ()) -> None:
-    """Loss and simulated tau by trained tokens; a recipe's seeds share their colour.
+    """Draws loss and simulated tau by trained tokens; a recipe's seeds share their colour.
 
-    `recipes`, drawn or not, say which look is whose, so that it is the same in a figure of all of them.
+    `recipes`, drawn or not, fix the looks, so that a recipe looks the same in all figures.
     """
     figure, (left, right) = _canvas(1, 2, width=11.5, height=4.4)
     looks = _looks([curve.recipe for curve in curves], recipes)
@@ -83,7 +83,7 @@ def draw_learning_curves(path: Path, curves: Sequence[Curve], recipes: Sequence[
 
 
 def draw_acceptance(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Conditional acceptance by depth of `comparison.summaries`, a panel for each tree and temperature."""
+    """Draws conditional acceptance by depth of `comparison.summaries`, a panel for each tree and temperature."""
     whole = [row for row in found if row["source"] == EVERY]
     settings = list(dict.fromkeys(map(_setting, whole)))
     columns = min(2, len(settings))
@@ -111,7 +111,7 @@ def _setting(row: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def draw_plan(path: Path, title: str, memory: Mapping[str, float], seconds: Mapping[str, float]) -> None:
-    """Bytes of a chip's HBM by part, beside its `capacity`, and the seconds of a step by what takes them."""
+    """Draws the bytes of a chip's HBM by part, beside its `capacity`, and the seconds of a step by part."""
     figure, (left, right) = _canvas(1, 2, width=10.5, height=3.2)
     begin = 0.0
     for (part, size), colour in zip(((k, v) for k, v in memory.items() if k != "capacity"), COLOURS, strict=False):
@@ -131,7 +131,7 @@ def draw_plan(path: Path, title: str, memory: Mapping[str, float], seconds: Mapp
 
 
 def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure without a window, and its panels."""
+    """Returns a figure without a window, and its panels."""
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height * rows), layout="constrained")
     panels = list(np.ravel(figure.subplots(rows, columns)))
     for axes in panels:
@@ -142,7 +142,7 @@ def _canvas(rows: int, columns: int, *, width: float, height: float) -> tuple[An
 
 
 def _looks(drawn: Sequence[str], recipes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Colour, dashes and marker of each recipe drawn; no two alike for as many as there are colours times dashes."""
+    """Returns colour, dashes and marker of each drawn recipe; all differ up to the number of colours times dashes."""
     return {
         recipe: {
             "color": COLOURS[i % len(COLOURS)],
@@ -155,7 +155,7 @@ def _looks(drawn: Sequence[str], recipes: Sequence[str] = ()) -> dict[str, dict[
 
 
 def _finish(figure: Any, path: Path, looks: dict[str, dict[str, Any]]) -> None:
-    """Put the legend beside the data, and write the file whole or not at all."""
+    """Puts the legend beside the data, and writes the file whole or not at all."""
     line = importlib.import_module("matplotlib.lines").Line2D
     handles = [line([], [], label=recipe, linewidth=1.4, markersize=5, **look) for recipe, look in looks.items()]
     figure.legend(
@@ -165,14 +165,14 @@ def _finish(figure: Any, path: Path, looks: dict[str, dict[str, Any]]) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """The file whole or not at all."""
+    """Writes the file whole or not at all."""
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, dpi=150, format="png")
     draft.replace(path)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Means over a window that ends at each value."""
+    """Returns means over a window that ends at each value."""
     width = max(1, len(values) // SMOOTHED)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
@@ -181,6 +181,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _tokens_unit(most: float) -> tuple[float, str]:
-    """What tokens are counted in, and how a label says so."""
+    """Returns the unit that tokens are counted in, and its name in a label."""
     units = ((1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands"))
     return next(((unit, name) for unit, name in units if most >= unit), (1.0, ""))

@@ -1,4 +1,4 @@
-"""What this machine can do, and medians of calls timed in turns."""
+"""Rates of this machine, and medians of programs timed in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
-    """The median time of `call`, results awaited, after one call that is not timed."""
+    """Returns the median time of `call`, results awaited, after one call that is not timed."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -25,19 +25,21 @@ def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
 Name = TypeVar("Name", bound=Hashable)
 
 
-class Part(NamedTuple):
-    """A program to time, with what it is handed."""
+class TimedProgram(NamedTuple):
+    """A program to time, with its arguments."""
 
     program: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: int | None = None
-    """The argument that is given up, so that a copy of it is handed over."""
+    """The argument that the program donates: it gets a copy of it."""
 
 
-def in_turns(parts: dict[Name, Part], *, repeats: int, advance: Callable[[], None] | None = None) -> dict[Name, float]:
-    """The median seconds of each part; parts take turns, so that a machine that drifts slows all of them alike.
+def in_turns(
+    parts: dict[Name, TimedProgram], *, repeats: int, advance: Callable[[], None] | None = None
+) -> dict[Name, float]:
+    """Returns the median seconds of each part; parts take turns, so that a machine that drifts slows all of them alike.
 
-    A first turn is not counted; `advance` is told after every turn, that one included.
+    A first turn is not counted; `advance` is called after every turn, that one included.
     """
     samples: dict[Name, list[float]] = {name: [] for name in parts}
     for _ in range(repeats + 1):
@@ -53,9 +55,10 @@ def in_turns(parts: dict[Name, Part], *, repeats: int, advance: Callable[[], Non
 
 
 def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second, read and written counted both, of a copy far larger than any cache."""
+    """Returns bytes a second, read and written counted both, of a copy far larger than any cache."""
     held = [jnp.ones(megabytes * 2**18, jnp.float32)]
-    in_place = jax.jit(lambda x: x + 1, donate_argnums=0)  # into new memory, a CPU's time is that of finding its pages
+    # In place, because a copy into new memory is as slow as a CPU finds its pages.
+    in_place = jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def rewrite() -> Any:
         held[0] = in_place(held[0])
@@ -64,13 +67,13 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * held[0].nbytes / median_seconds(rewrite)
 
 
-def square_matmul(dtype: Any = jnp.float32, size: int | None = None) -> tuple[Part, float]:
-    """A square matmul in `dtype`, by default of 1,536 rows on a CPU and of 8,192 elsewhere, and its FLOPs."""
+def square_matmul(dtype: Any = jnp.float32, size: int | None = None) -> tuple[TimedProgram, float]:
+    """Returns a square matmul in `dtype`, by default of 1,536 rows on a CPU and of 8,192 elsewhere, and its FLOPs."""
     size = size or (1536 if jax.devices()[0].platform == "cpu" else 8192)
-    return Part(jax.jit(lambda x: x @ x), (jnp.ones((size, size), dtype),)), 2.0 * size**3
+    return TimedProgram(jax.jit(lambda x: x @ x), (jnp.ones((size, size), dtype),)), 2.0 * size**3
 
 
 def matmul_rate(dtype: Any = jnp.float32, size: int | None = None) -> float:
-    """FLOPs a second of `square_matmul`."""
+    """Returns the FLOPs a second of `square_matmul`."""
     part, flops = square_matmul(dtype, size)
     return flops / median_seconds(lambda: part.program(*part.arguments))

@@ -14,9 +14,9 @@ from jaxspec.serving.loading import Models
 
 
 def load_transformers(target: str, models: Models) -> Callable[[Requests], list[np.ndarray]]:
-    """From a batch to its tokens by the greedy `generate` of transformers: same folder, fp32, a thread a core.
+    """Returns the greedy `generate` of transformers as a function of a batch: same folder, fp32, a thread a core.
 
-    ValueError naming the package that is not installed.
+    Raises ValueError naming a package that is not installed.
     """
     try:
         import torch
@@ -53,6 +53,6 @@ def load_transformers(target: str, models: Models) -> Callable[[Requests], list[
 
 
 def cut(row: np.ndarray, stops: Sequence[int]) -> np.ndarray:
-    """`row` up to its first stop id, which is kept."""
+    """Returns `row` up to its first stop id, which is kept."""
     found = np.flatnonzero(np.isin(row, stops))
     return row[: found[0] + 1] if found.size else row

@@ -1,4 +1,4 @@
-"""Decoding timed: whole passes of several arms in turns, a round phase by phase, and the work that a round asks for."""
+"""Decoding timed: whole passes of several arms in turns, a round phase by phase, and the bytes and FLOPs of a round."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ import numpy as np
 
 from jaxspec.base import Array
 from jaxspec.console import progress, tables
-from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, run_prefill, run_rounds, sizes, tau
+from jaxspec.decoding import rounds as phases
+from jaxspec.decoding.answers import Answer, total_tau, total_tokens
+from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_rounds, sizes
 from jaxspec.decoding.requests import Requests
-from jaxspec.decoding.rounds import DecodeState, Engine, accept, commit, extend, grow, score, shared_tables
-from jaxspec.evaluation.machine import Part, in_turns
+from jaxspec.decoding.rounds import DecodeState, Engine, shared_tables
+from jaxspec.evaluation.machine import TimedProgram, in_turns
 from jaxspec.planning.work import Work, draft_ratio, draft_work, drafter_passes, mbsu, target_work
 from jaxspec.serving.loading import Models
 from jaxspec.verify import simulated
 
 Peer = Callable[[Requests], list[np.ndarray]]
-"""Another library: from a batch to its new tokens."""
+"""Another library, as a function from a batch to its new tokens."""
 
 
 class Load(NamedTuple):
-    """What every arm decodes."""
+    """The batches that every arm decodes."""
 
     batches: list[Requests]
     max_new_tokens: int
     """At least the largest budget."""
     capacity: int = 0
-    """Least slots of the cache; 0: what prompts and answers need."""
+    """Least slots of the cache; 0: as many as prompts and answers need."""
     rounds_only: bool = False
-    """Whether prompts are stand-ins, so that reading them is no part of what is measured."""
+    """Whether prompts are stand-ins, so that reading them is not measured."""
 
     def sizes(self, models: Models, requests: Requests) -> tuple[int, int]:
-        """Slots of the cache a row, and of the output."""
+        """Returns the slots of the cache a row, and of the output."""
         capacity, slots = sizes(models.engine, requests.tokens_BL.shape[1], self.max_new_tokens)
         return max(capacity, self.capacity), slots
 
     def begin(self, models: Models, requests: Requests) -> DecodeState:
-        """The prefilled state of a batch."""
+        """Returns the prefilled state of a batch."""
         return run_prefill(models.engine, models.weights, requests, *self.sizes(models, requests))
 
 
@@ -51,31 +53,31 @@ class Run(NamedTuple):
     """One pass of an arm over all batches."""
 
     prefill_seconds: float
-    """0 where prefill is not what is measured."""
+    """0 where prefill is not measured."""
     round_seconds: float
     rounds: int
     """Rounds of the loop; a batch goes on until its last row ends."""
-    generations: list[Generation]
+    answers: list[list[Answer]]
+    """Of each batch."""
 
     @property
     def tokens(self) -> list[np.ndarray]:
         """New tokens of every prompt."""
-        return [row for generation in self.generations for row in generation.tokens]
+        return [answer.tokens for answers in self.answers for answer in answers]
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens by all the time."""
-        return sum(map(len, self.tokens)) / (self.prefill_seconds + self.round_seconds)
+        return sum(map(total_tokens, self.answers)) / (self.prefill_seconds + self.round_seconds)
 
     @property
     def tau(self) -> float:
         """Tokens per target call; prefill and its token are not counted."""
-        tokens = self.tokens
-        return tau(sum(map(len, tokens)) - len(tokens), sum(int(g.calls.sum()) for g in self.generations))
+        return total_tau(answer for answers in self.answers for answer in answers)
 
 
 class Parts(NamedTuple):
-    """Seconds of one round and of its parts, each a program of its own; the dispatch of a program is left out."""
+    """Seconds of one round and of its parts, each a program of its own; without the dispatch of a program."""
 
     round: float
     draft: float
@@ -85,7 +87,7 @@ class Parts(NamedTuple):
 
     @property
     def overhead(self) -> float:
-        """What is left of the round; below 0 where fusion saves more than the rest costs."""
+        """The round without its parts; below 0 where fusion saves more than the rest costs."""
         return self.round - sum(self[1:])
 
 
@@ -97,7 +99,7 @@ class PeerRun(NamedTuple):
 
 
 def simulate(models: Models, profile: Sequence[float] | None) -> Models:
-    """The models with accept lengths drawn from `profile`, if one is given; as they are where nothing is drafted.
+    """Returns the models with accept lengths drawn from `profile`; unchanged without one, or where nothing is drafted.
 
     One number is the chance of every further token; several are the probabilities of accepting 0, 1, 2 ... tokens.
     """
@@ -114,7 +116,7 @@ def simulate(models: Models, profile: Sequence[float] | None) -> Models:
 def time_arms(
     arms: dict[str, Models], load: Load, *, repeats: int, peer: tuple[str, Peer] | None = None
 ) -> tuple[dict[str, list[Run]], list[PeerRun]]:
-    """Every arm's passes over all batches, arms taking turns; the first pass of each compiles and is not kept."""
+    """Returns every arm's passes over all batches, arms taking turns; their first passes compile and are dropped."""
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     peers: list[PeerRun] = []
     passes = (len(arms) + (peer is not None)) * (repeats + 1)
@@ -132,9 +134,9 @@ def time_arms(
 
 
 def decode_all(models: Models, load: Load) -> Run:
-    """One pass."""
+    """Returns one pass over all batches."""
     prefill = rounds = 0.0
-    states = []
+    answers = []
     for requests in load.batches:
         started = time.perf_counter()
         state = jax.block_until_ready(load.begin(models, requests))
@@ -142,33 +144,38 @@ def decode_all(models: Models, load: Load) -> Run:
         state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, NO_LIMIT))
         prefill += 0.0 if load.rounds_only else between - started
         rounds += time.perf_counter() - between
-        states.append(collect(state))
-    return Run(prefill, rounds, sum(int(g.calls.max()) for g in states), states)
+        answers.append(collect(state))
+    return Run(prefill, rounds, sum(map(most_calls, answers)), answers)
+
+
+def most_calls(answers: Sequence[Answer]) -> int:
+    """Returns the rounds of a batch, which goes on until its last row ends."""
+    return max(answer.calls for answer in answers)
 
 
 def peer_all(peer: Peer, load: Load) -> PeerRun:
-    """The peer's pass."""
+    """Returns the peer's pass."""
     started = time.perf_counter()
     tokens = [row for requests in load.batches for row in peer(requests)]
     return PeerRun(time.perf_counter() - started, tokens)
 
 
 # The phases of `rounds.decode_step`, each a program of its own.
-grow = jax.jit(grow, static_argnames="engine")
-score = jax.jit(score, static_argnames="engine")
-accept = jax.jit(accept, static_argnames="engine")
-extend = jax.jit(extend, static_argnames="engine")
-commit = jax.jit(commit, donate_argnames="state")
+grow = jax.jit(phases.grow, static_argnames="engine")
+score = jax.jit(phases.score, static_argnames="engine")
+accept = jax.jit(phases.accept, static_argnames="engine")
+extend = jax.jit(phases.extend, static_argnames="engine")
+commit = jax.jit(phases.commit, donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="engine")
 def nothing(engine: Engine, *arguments: Any) -> Array:
-    """What handing a program its arguments costs, finding it by its engine included."""
+    """Does nothing: its time is that of handing a program its arguments and finding it by its engine."""
     return jnp.zeros(())
 
 
 def time_parts(arms: dict[str, Models], load: Load, requests: Requests, rounds: dict[str, int]) -> dict[str, Parts]:
-    """A whole round of every arm and each part of it, in the middle of the `rounds` that its `requests` take.
+    """Times a whole round of every arm and each part of it, in the middle of the `rounds` that its `requests` take.
 
     All parts of all arms take turns, so arms compare as well as parts do; every arm holds a cache meanwhile.
     """
@@ -183,8 +190,8 @@ def time_parts(arms: dict[str, Models], load: Load, requests: Requests, rounds: 
     return {name: _without_dispatch({p: taken for (n, p), taken in seconds.items() if n == name}) for name in arms}
 
 
-def _parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[str, Part]:
-    """The programs of one arm's round, of its phases, and one that does nothing with the same arguments."""
+def _parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[str, TimedProgram]:
+    """Returns the programs of one arm's round, of its phases, and one that does nothing with the same arguments."""
     engine, weights = models.engine, models.weights
     state = run_rounds(engine, weights, load.begin(models, requests), np.int32(max(1, rounds // 2)))
     tree = grow(engine, weights, state)
@@ -192,21 +199,21 @@ def _parts(models: Models, load: Load, requests: Requests, rounds: int) -> dict[
     accepted = accept(engine, state, tree, scored.logits_BNV)
     one_round = functools.partial(run_rounds, engine)
     parts = {
-        "nothing": Part(functools.partial(nothing, engine), (weights, state)),
-        "round": Part(one_round, (weights, state, np.int32(1)), donated=1),
-        "target": Part(functools.partial(score, engine), (weights, state, tree)),
-        "verify": Part(functools.partial(accept, engine), (state, tree, scored.logits_BNV)),
-        "commit": Part(commit, (state, scored.fresh, accepted), donated=0),
+        "nothing": TimedProgram(functools.partial(nothing, engine), (weights, state)),
+        "round": TimedProgram(one_round, (weights, state, np.int32(1)), donated=1),
+        "target": TimedProgram(functools.partial(score, engine), (weights, state, tree)),
+        "verify": TimedProgram(functools.partial(accept, engine), (state, tree, scored.logits_BNV)),
+        "commit": TimedProgram(commit, (state, scored.fresh, accepted), donated=0),
     }
     if engine.drafter is not None:
         path = (weights, state, scored.read_BND, accepted)
-        parts["grow"] = Part(functools.partial(grow, engine), (weights, state))
-        parts["extend"] = Part(functools.partial(extend, engine), path)
+        parts["grow"] = TimedProgram(functools.partial(grow, engine), (weights, state))
+        parts["extend"] = TimedProgram(functools.partial(extend, engine), path)
     return parts
 
 
 def _without_dispatch(seconds: dict[str, float]) -> Parts:
-    """What each program takes beyond `nothing`; a round drafts by growing a tree and by extending its own cache."""
+    """Returns the seconds of each program beyond `nothing`; drafting is growing the tree and extending the drafter."""
     dispatch = seconds["nothing"]
     taken = {name: max(0.0, spent - dispatch) for name, spent in seconds.items()}
     drafting = taken.get("grow", 0.0) + taken.get("extend", 0.0)
@@ -214,7 +221,7 @@ def _without_dispatch(seconds: dict[str, float]) -> Parts:
 
 
 def memory_bound_speedup(models: Models, tau: float) -> float:
-    """The arm's `work.mbsu`; that of plain decoding is its tau, 1."""
+    """Returns the arm's `work.mbsu`; that of plain decoding is its tau, 1."""
     engine, weights = models.engine, models.weights
     if engine.tree is None or engine.drafter is None:
         return tau
@@ -224,12 +231,12 @@ def memory_bound_speedup(models: Models, tau: float) -> float:
 
 
 def round_work(models: Models, batch: int, prefix: float) -> Work:
-    """Bytes and FLOPs of one round: the target's call and, with a drafter, the tree's growth."""
+    """Returns bytes and FLOPs of one round: the target's call and, with a drafter, the growth of the tree."""
     engine, weights = models.engine, models.weights
     itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
     nodes = 1 if engine.tree is None else engine.tree.nodes
     work = target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None or engine.drafter is None:
         return work
-    lent = shared_tables(engine, weights)
-    return work + draft_work(engine.drafter, weights.drafter, lent, engine.tree, batch=batch)
+    shared = shared_tables(engine, weights)
+    return work + draft_work(engine.drafter, weights.drafter, shared, engine.tree, batch=batch)

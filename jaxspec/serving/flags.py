@@ -6,7 +6,9 @@ import dataclasses
 from typing import Literal
 
 from jaxspec.base import DraftMode
-from jaxspec.serving.queue import SEEDS, Settings
+from jaxspec.decoding.requests import Settings
+from jaxspec.serving import loading
+from jaxspec.serving.loading import Models
 from jaxspec.verify import rule_named
 
 RuleName = Literal[
@@ -40,18 +42,21 @@ class Flags:
 
     def __post_init__(self) -> None:
         _ = self.settings
-        if not 0 <= self.seed < SEEDS:
-            raise ValueError(f"--seed is {self.seed}; it must be from 0 to 2^32 - 1")
 
     @property
     def settings(self) -> Settings:
-        """How answers are drawn."""
-        return Settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        """The run's settings: every flag that is named as one of them."""
+        names = (field.name for field in dataclasses.fields(Settings))
+        return Settings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+
+    def load_target(self, template: str | None = None) -> Models:
+        """Returns the target that the flags name, with their chat template or another."""
+        return loading.load_models(self.target, template=template or self.template, dtype=loading.DTYPES[self.dtype])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftFlags(Flags):
-    """The flags of verbs that draft, as given; how a drafter is named is the verb's own."""
+    """The flags of verbs that draft; each adds its own for the drafter and its tree."""
 
     draft_mode: DraftMode = "topk"
     """How a node's children are chosen: its likeliest tokens, or draws from the draft's distribution with or without
@@ -73,20 +78,24 @@ class DraftFlags(Flags):
         rule_named(self.rule, self.draft_mode).check_mode(self.draft_mode)
 
     def needs_drafter(self, **flags: object) -> None:
-        """ValueError naming the first of `flags`, or of these, that is given although nothing is drafted."""
+        """Raises ValueError naming the first of `flags`, or of these, that is given although nothing is drafted."""
         given = {**flags, "rule": self.rule, "draft-vocab": self.draft_vocab, "draft-mode": self.draft_mode != "topk"}
         for name, value in given.items():
             if value:
                 raise ValueError(f"--{name} needs a --drafter, for plain decoding drafts nothing")
 
-    @property
-    def settings(self) -> Settings:
-        """How answers are drawn."""
-        return dataclasses.replace(super().settings, draft_temperature=self.draft_temperature)
+    def add_drafter(self, models: Models, drafter: str, tree: str | None) -> Models:
+        """Returns a loaded target with the drafter of a folder, used as the flags say. ValueError names the folder."""
+        dtype = loading.DTYPES[self.dtype]
+        drafted = loading.add_drafter(models, drafter, tree=tree, draft_vocab=self.draft_vocab, dtype=dtype)
+        try:
+            return drafted.with_rule(self.draft_mode, self.rule)
+        except ValueError as error:
+            raise ValueError(f"{drafter}: {error}") from error
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """Which shard of how many `--shard i/n` says. ValueError for any other form."""
+    """Returns shard and number of shards of `--shard i/n`. Raises ValueError for any other form."""
     words = text.split("/")
     if len(words) == 2 and all(w.isdecimal() for w in words) and int(words[0]) < int(words[1]):
         return int(words[0]), int(words[1])

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
 from jaxspec.checkpoints.models import LoadedDrafter, load_drafter
 from jaxspec.data.chat import NO_TEMPLATE, ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
+from jaxspec.decoding.requests import Request, Settings
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.drafters.module import DrafterModule
@@ -26,10 +28,8 @@ from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-
-
 DEFAULT_TREE = "dynamic:60x6x10"
-"""EAGLE-2's own, for a drafter that was saved without a tree."""
+"""EAGLE-2's own tree, for a drafter that was saved without one."""
 
 
 class Models(NamedTuple):
@@ -46,15 +46,37 @@ class Models(NamedTuple):
         """Ids that end an answer, as the model's and the tokenizer's files list them."""
         return tuple(sorted({*self.config.eos_ids, *self.tokenizer.stop_ids}))
 
+    def request(self, tokens: np.ndarray, settings: Settings, key: Any = 0) -> Request:
+        """Returns the request of a prompt whose answer also ends at the model's stop ids and its last position.
+
+        Raises ValueError, a sentence without its subject, for a prompt that the target cannot read or has no position
+        left to answer.
+        """
+        if not len(tokens):
+            raise ValueError("is empty")
+        if np.min(tokens) < 0 or np.max(tokens) >= self.config.vocab:
+            raise ValueError(f"has a token outside the target's vocabulary of {self.config.vocab:,}")
+        room = self.config.max_positions - len(tokens)
+        if room < 1:
+            raise ValueError(
+                f"has {len(tokens):,} tokens, and the target has {self.config.max_positions:,} positions: shorten it"
+            )
+        stops = tuple(dict.fromkeys((*self.stop_ids, *settings.stop_ids)))
+        budget = min(settings.max_new_tokens, room)
+        return Request(tokens, dataclasses.replace(settings, max_new_tokens=budget, stop_ids=stops), key)
+
     def plain(self) -> Models:
-        """The target alone."""
+        """Returns the target alone."""
         target = cast(Decoder, self.engine.target).clone(taps=())
         return self._replace(engine=Engine(target), weights=Weights(self.weights.target))
 
     def with_drafter(
         self, drafter: Drafter, params: Params, tree: TreePolicy, draft_vocab: Sequence[int] | None = None
     ) -> Models:
-        """The same target drafted for by `drafter`, which scores the tokens `draft_vocab` (None: all)."""
+        """Returns the same target with a drafter that scores the tokens `draft_vocab` (None: all).
+
+        Raises ValueError where the drafter's own LM head scores another number of tokens.
+        """
         target, vocab = self.weights.target, None
         scored = self.config.vocab if draft_vocab is None else len(draft_vocab)
         if drafter.vocab is not None and drafter.vocab != scored:
@@ -69,11 +91,11 @@ class Models(NamedTuple):
         return self._replace(engine=Engine(module, drafter, tree), weights=Weights(target, params, vocab))
 
     def with_tree(self, tree: TreePolicy) -> Models:
-        """The same models with another tree."""
+        """Returns the same models with another tree."""
         return self._replace(engine=dataclasses.replace(self.engine, tree=tree))
 
     def with_rule(self, mode: DraftMode, rule: str | None = None) -> Models:
-        """The same models with children chosen by `mode` and kept by `rule` (None: the usual one for the mode).
+        """Returns the same models with children chosen by `mode` and kept by `rule` (None: the usual one of the mode).
 
         Raises ValueError where the rule is not one for that mode or tree.
         """
@@ -81,15 +103,15 @@ class Models(NamedTuple):
 
 
 def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, seed: int = 0) -> Models:
-    """A target of one of `decoder.SHAPES` and an EAGLE-2 head for it, with random weights and no tokenizer."""
+    """Returns a target of one of `decoder.SHAPES` and an EAGLE-2 head for it, of random weights and no tokenizer."""
     config = c = SHAPES[shape]
     target = Decoder(config, stacked=False, dtype=dtype, param_dtype=dtype)
     head = EagleConfig(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, c.rope_scaling, bias=False)
     drafter = Eagle(head, dtype=dtype)
 
     def weights(key: jax.Array) -> Weights:
-        made = Weights(target.init_params(key), drafter.init_params(jax.random.fold_in(key, 1)))
-        return jax.tree.map(lambda a: a.astype(dtype), made)
+        random = Weights(target.init_params(key), drafter.init_params(jax.random.fold_in(key, 1)))
+        return jax.tree.map(lambda a: a.astype(dtype), random)
 
     engine = Engine(target, drafter, tree)
     return Models(engine, jax.jit(weights)(jax.random.key(seed)), cast(Any, None), config)
@@ -102,7 +124,7 @@ def open_drafter(
     tokenizer: ChatTokenizer | None = None,
     target_layers: int | None = None,
 ) -> LoadedDrafter:
-    """The drafter in a folder: one of ours, a published head, or a whole LM in HuggingFace layout.
+    """Returns the drafter in a folder: one of jaxspec's, a published head, or a whole LM in HuggingFace layout.
 
     `target_layers` is for heads that read the default layers of their target. Raises ValueError as `load_drafter` and
     `interchange.published.read_drafter`, and where an LM's tokenizer, compared by vocabulary, is not `tokenizer`.
@@ -114,6 +136,11 @@ def open_drafter(
         module = DRAFTERS[head.name][0](head.config, dtype=dtype)
         params = jax.tree.map(lambda a: jnp.asarray(a, dtype), head.params)
         return LoadedDrafter(head.name, module, params, {}, head.draft_vocab)
+    return _draft_lm(path, dtype=dtype, tokenizer=tokenizer)
+
+
+def _draft_lm(path: str | Path, *, dtype: Any, tokenizer: ChatTokenizer | None) -> LoadedDrafter:
+    """Returns a whole LM as a drafter. Raises ValueError where its options or vocabulary are not those of one."""
     found = load_target(path, dtype=dtype, stacked=False)
     if tokenizer is not None:
         theirs = ChatTokenizer.load(path, NO_TEMPLATE).tokenizer.get_vocab()
@@ -133,7 +160,7 @@ def open_drafter(
 
 
 def check_width(path: str | Path, module: Drafter, target: LlamaConfig) -> None:
-    """ValueError if a drafter reads features of another width than the target's."""
+    """Raises ValueError if a drafter reads features of another width than the target's."""
     width = cast(DrafterModule, module).feature_width
     if width not in (None, target.width):
         raise ValueError(
@@ -147,18 +174,15 @@ def load_models(
     *,
     drafter: str | Path | None = None,
     tree: str | None = None,
-    mode: DraftMode = "topk",
-    rule: str | None = None,
     draft_vocab: str | None = None,
     template: str | None = None,
     dtype: Any = jnp.float32,
 ) -> Models:
-    """The target of a HuggingFace folder (or `tiny`), with the drafter that `save_drafter` wrote and the tree `tree`.
+    """Returns the target of a HuggingFace folder (or `tiny`), with the drafter of a folder where one is given.
 
-    `tree` defaults to the one saved with the drafter, `rule` to the usual one for the draft mode.
-    `draft_vocab` is a file of maps (see `data.draft_vocab`), `none` for all tokens, or None for what was saved with the
-    drafter. `template` names the chat template, by default the folder's own (see `ChatTokenizer.load`). Raises
-    ValueError naming what is missing or does not match.
+    `template` names the chat template, by default the folder's own (see `ChatTokenizer.load`); the rest is as for
+    `add_drafter`. Children are the draft's likeliest tokens; `Models.with_rule` sets another way. Raises ValueError
+    naming what is missing or does not match.
     """
     if drafter is None and tree is not None:
         raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
@@ -166,22 +190,22 @@ def load_models(
     tokenizer = ChatTokenizer.load(folder, template)
     loaded = load_target(folder, dtype=dtype, stacked=False)
     plain = Models(Engine(loaded.module), Weights(loaded.params), tokenizer, loaded.config)
-    if drafter is None:
-        return plain
-    return drafted_by(plain, drafter, tree=tree, mode=mode, rule=rule, draft_vocab=draft_vocab, dtype=dtype)
+    return plain if drafter is None else add_drafter(plain, drafter, tree=tree, draft_vocab=draft_vocab, dtype=dtype)
 
 
-def drafted_by(
+def add_drafter(
     plain: Models,
     drafter: str | Path,
     *,
     tree: str | None = None,
-    mode: DraftMode = "topk",
-    rule: str | None = None,
     draft_vocab: str | None = None,
     dtype: Any = jnp.float32,
 ) -> Models:
-    """A target that is loaded, drafted for by the drafter in a folder; the rest as for `load_models`."""
+    """Returns a loaded target with the drafter of a folder.
+
+    `tree` defaults to the one saved with the drafter. `draft_vocab` is a file of maps (see `data.draft_vocab`), `none`
+    for all tokens, or None for those saved with the drafter. Raises ValueError naming the folder and what does not fit.
+    """
     head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=plain.config.layers)
     check_width(drafter, head.module, plain.config)
     scored = head.draft_vocab
@@ -194,6 +218,6 @@ def drafted_by(
         scored = None if draft_vocab == "none" else load_maps(draft_vocab, plain.config.vocab).tolist()
     policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
     try:
-        return plain.with_drafter(head.module, head.params, policy, scored).with_rule(mode, rule)
+        return plain.with_drafter(head.module, head.params, policy, scored)
     except ValueError as error:
         raise ValueError(f"{drafter}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer, Message
 from jaxspec.data.conversations import Conversation
+from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.requests import Settings
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Answer, Batch, Job, Queue, Settings, answer, check_length, row_seed
+from jaxspec.serving.queue import Queue, answer_batches
 
 STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
 _TEMPERATURE_DRAW = 1
@@ -40,7 +43,7 @@ class Temperatures:
             raise ValueError("temperatures hold one twice; give it once, with a larger weight")
 
     def draw(self, seed: int, index: int) -> float:
-        """The temperature of conversation `index` of a run: the same in whatever batch, shard or order."""
+        """Returns the temperature of conversation `index` of a run: the same in whatever batch, shard or order."""
         bits = np.random.SeedSequence((seed, index, _TEMPERATURE_DRAW)).generate_state(1)[0]
         shares = np.cumsum(self.weights) / math.fsum(self.weights)
         place = int(np.searchsorted(shares, int(bits) / 2**32, side="right"))
@@ -48,7 +51,7 @@ class Temperatures:
 
 
 def parse_temperatures(text: str) -> Temperatures:
-    """The temperatures of `0:1,0.3:2,1`, each with its weight or the weight 1. ValueError for any other form."""
+    """Returns the temperatures of `0:1,0.3:2,1`, each with its weight or 1. Raises ValueError for any other form."""
     pairs = [item.partition(":") for item in text.split(",")]
     try:
         values = tuple(float(value) for value, _, _ in pairs)
@@ -76,11 +79,11 @@ class Rewritten(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """It holds answers, all of them whole."""
+        """Whether it holds answers, all of them whole."""
         return self.turns > 0 and self.finish != LENGTH
 
     def record(self) -> dict[str, Any]:
-        """Its line of JSON: a conversation as `read_conversations` reads it, and how its answers came about."""
+        """Returns its line of JSON: a conversation as `read_conversations` reads it, and facts about its answers."""
         about = {"finish": self.finish, "tokens": self.tokens, "temperature": self.temperature}
         c = self.conversation
         return {"id": c.id, "source": c.source, "messages": c.messages, **about}
@@ -91,21 +94,27 @@ class _Draft:
     """A conversation being rewritten."""
 
     original: Conversation
-    seed: int
     settings: Settings
     messages: list[Message]
     runs: list[tuple[Message, ...]]
-    """What is still to be said to the target, one run a turn."""
+    """Messages that the target has not read yet, one run a turn."""
     tokens: int = 0
     turns: int = 0
 
+    def append(self, models: Models, answer: Answer) -> None:
+        """Adds the target's answer as the next message."""
+        self.messages.append({"role": "assistant", "content": _text(models, answer)})
+        self.turns += 1
+        self.tokens += len(answer.tokens)
+
     def finished(self, finish: str) -> Rewritten:
+        """Returns the conversation as it stands."""
         conversation = self.original._replace(messages=tuple(self.messages), unfinished=finish == LENGTH)
         return Rewritten(conversation, finish, self.turns, self.tokens, self.settings.temperature)
 
 
 def user_runs(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """The messages of others before each assistant turn, and behind the last one; each run holds a user turn."""
+    """Returns the others' messages before each assistant turn and behind the last; each run holds a user turn."""
     runs: list[tuple[Message, ...]] = []
     run: list[Message] = []
     for message in [*messages, {"role": "assistant", "content": ""}]:
@@ -122,74 +131,71 @@ def rewrite(
     numbered: Iterable[tuple[int, Conversation]],
     settings: Settings,
     *,
-    seed: int,
     batch: int,
     temperatures: Temperatures | None = None,
-) -> Iterator[tuple[Batch | None, list[Rewritten]]]:
-    """Let the target write every assistant turn anew, its own earlier answers before it.
+) -> Iterator[tuple[list[Answer], list[Rewritten]]]:
+    """Lets the target write every assistant turn anew, its own earlier answers before it.
 
-    `numbered` pairs each conversation with its index in the whole data set. A row's noise comes from `(seed, index)`,
-    as does its temperature where there are `temperatures` (instead of the one in `settings`), and a batch holds one
-    padded length, so a conversation's answers depend neither on shards nor on the others.
-    Yields after each batch what it finished; first, with None, those that cannot be begun.
+    `numbered` pairs each conversation with its index in the whole data set. `settings` are the run's; a row's noise
+    comes from the run's seed and the index, as does its temperature where there are `temperatures`, and a batch holds
+    one padded length, so a conversation's answers depend neither on shards nor on the others.
+    Yields after each batch its answers and the conversations that they finished; first, without answers, those that
+    cannot be begun.
     """
     drafts: dict[int, _Draft] = {}
     queue, unfit = Queue([], batch=batch), []
     for index, conversation in numbered:
-        own = settings
+        own = settings.for_row(index)
         if temperatures is not None:
-            own = dataclasses.replace(settings, temperature=temperatures.draw(seed, index))
-        drafts[index] = _Draft(conversation, row_seed(seed, index), own, [], user_runs(conversation.messages))
+            own = dataclasses.replace(own, temperature=temperatures.draw(settings.seed, index))
+        drafts[index] = _Draft(conversation, own, [], user_runs(conversation.messages))
         if not _ask(models, queue, index, drafts[index]):
             unfit.append(drafts.pop(index).finished(UNFIT))
-    yield None, unfit
-    for done in answer(models, queue, settings):
+    yield [], unfit
+    for done in answer_batches(models, queue, max_new_tokens=settings.max_new_tokens):
         finished = []
-        for job, written in zip(done.jobs, done.answers, strict=True):
-            draft = drafts[job.key]
-            draft.messages.append({"role": "assistant", "content": _text(models, written)})
-            draft.turns += 1
-            draft.tokens += len(written.tokens)
-            if written.finish != STOPPED:
-                finished.append(drafts.pop(job.key).finished(LENGTH))
+        for request, answer, _ in done:
+            draft, index = drafts[request.key], request.key
+            draft.append(models, answer)
+            if answer.finish != STOPPED:
+                finished.append(drafts.pop(index).finished(LENGTH))
             elif not draft.runs:
-                finished.append(drafts.pop(job.key).finished(STOPPED))
-            elif not _ask(models, queue, job.key, draft):
-                finished.append(drafts.pop(job.key).finished(UNFIT))
-        yield done, finished
+                finished.append(drafts.pop(index).finished(STOPPED))
+            elif not _ask(models, queue, index, draft):
+                finished.append(drafts.pop(index).finished(UNFIT))
+        yield [answered.answer for answered in done], finished
 
 
 def _ask(models: Models, queue: Queue, index: int, draft: _Draft) -> bool:
-    """Queue the draft's next turn; False, the draft unchanged, where the target cannot read it."""
+    """Queues the draft's next turn; returns False, the draft unchanged, where the target cannot read it."""
     if not draft.runs:
         return False
     messages = [*draft.messages, *draft.runs[0]]
     try:
-        tokens = models.tokenizer.encode_prompt(messages)
-        check_length(tokens, models.config)
+        request = models.request(models.tokenizer.encode_prompt(messages), draft.settings, index)
     except ValueError:
         return False
     draft.messages = messages
     draft.runs.pop(0)
-    queue.add(Job(index, tokens, draft.seed, draft.settings))
+    queue.add(request)
     return True
 
 
-def _text(models: Models, written: Answer) -> str:
-    """The answer's text without the stop id, whether or not that is a special token."""
-    return models.tokenizer.decode(written.tokens[:-1] if written.finish == STOPPED else written.tokens)
+def _text(models: Models, answer: Answer) -> str:
+    """Returns the answer's text without the stop id, whether or not that is a special token."""
+    return models.tokenizer.decode(answer.tokens[:-1] if answer.finish == STOPPED else answer.tokens)
 
 
 class UserTurn(NamedTuple):
     """A prompt that the target wrote itself."""
 
     attempt: int
-    """How many were drawn before it, dropped ones included."""
+    """Number of turns drawn before it, dropped ones included."""
     text: str
 
 
 def user_header(tokenizer: ChatTokenizer) -> tuple[str, str]:
-    """What the chat template puts before a first user turn, and between that turn and its answer."""
+    """Returns the chat template's text before a first user turn, and between that turn and its answer."""
     mark = "USERTURN"
     text = tokenizer.render([{"role": "user", "content": mark}], add_generation_prompt=True)
     before, found, after = text.partition(mark)
@@ -198,45 +204,44 @@ def user_header(tokenizer: ChatTokenizer) -> tuple[str, str]:
     return before, after
 
 
-VARIED = Settings(max_new_tokens=96, temperature=1.0)
-"""User turns to learn from: all kinds that the target knows, in its own proportions."""
-SENSIBLE = Settings(max_new_tokens=96, temperature=0.7)
-"""User turns to be measured on: of those drawn at temperature 1 a small target's often make no sense, and their answers
-neither."""
+LONG = Settings(max_new_tokens=192, temperature=1.0)
+"""User turns of all kinds and lengths that the target knows, in its own proportions."""
+VARIED = dataclasses.replace(LONG, max_new_tokens=96)
+"""User turns to learn from: as `LONG`, the short ones."""
+SENSIBLE = dataclasses.replace(VARIED, temperature=0.7)
+"""User turns to measure on: those that a small target draws at temperature 1 often make no sense."""
 
 
 def write_user_turns(
-    models: Models, count: int, *, seed: int, settings: Settings | None = None, batch: int = 16
+    models: Models, count: int, *, seed: int, settings: Settings = LONG, batch: int = 16
 ) -> Iterator[UserTurn]:
-    """User turns that the target samples behind its bare template header; at most `count`, as they come.
+    """Yields user turns that the target samples behind its bare template header, at most `count`.
 
     Dropped are turns that are empty, came before, hold special tokens or did not end. Gives up after `8 * count`
-    attempts. The same `seed` gives the same turns in the same order. By default at temperature 1, up to 192 tokens.
+    attempts. The same `seed`, which takes the place of that of `settings`, gives the same turns in the same order.
     """
-    settings = settings or Settings(max_new_tokens=192, temperature=1.0)
     before, after = user_header(models.tokenizer)
     header = models.tokenizer.encode(before)
-    check_length(header, models.config)
     special = {i for i, token in models.tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
-    ending = [int(i) for i in models.tokenizer.encode(after)[:1] if int(i) in special]
-    models = models._replace(config=dataclasses.replace(models.config, eos_ids=(*models.config.eos_ids, *ending)))
+    ending = tuple(int(i) for i in models.tokenizer.encode(after)[:1] if int(i) in special)
+    settings = dataclasses.replace(settings, seed=seed, stop_ids=ending)
     seen: set[str] = set()
     for first in range(0, 8 * count, batch):
-        jobs = [Job(i, header, row_seed(seed, i)) for i in range(first, first + batch)]
-        for done in answer(models, Queue(jobs, batch=batch), settings):
-            for job, written in zip(done.jobs, done.answers, strict=True):
-                text = _whole_turn(models, written, after.strip(), special)
-                if text and text not in seen:
-                    seen.add(text)
-                    yield UserTurn(job.key, text)
-                if len(seen) == count:
-                    return
+        requests = [models.request(header, settings.for_row(i), i) for i in range(first, first + batch)]
+        done = answer_batches(models, Queue(requests, batch=batch), max_new_tokens=settings.max_new_tokens)
+        for request, answer, _ in itertools.chain.from_iterable(done):
+            text = _whole_turn(models, answer, after.strip(), special)
+            if text and text not in seen:
+                seen.add(text)
+                yield UserTurn(request.key, text)
+            if len(seen) == count:
+                return
 
 
-def _whole_turn(models: Models, written: Answer, closing: str, special: set[int]) -> str:
-    """The text of a turn that ended and holds no special token; empty if it did not, or does."""
-    stopped = written.finish == STOPPED
-    body: np.ndarray = written.tokens[:-1] if stopped else written.tokens
+def _whole_turn(models: Models, answer: Answer, closing: str, special: set[int]) -> str:
+    """Returns the text of a turn that ended and holds no special token; empty if it did not, or does."""
+    stopped = answer.finish == STOPPED
+    body: np.ndarray = answer.tokens[:-1] if stopped else answer.tokens
     text = models.tokenizer.decode(body)
     if closing and closing in text:  # a template whose turns end with plain words
         text, stopped = text[: text.index(closing)], True

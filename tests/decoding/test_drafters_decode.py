@@ -12,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 from random_models import random_weights
+from toys import each_request, texts_of
 
 from jaxspec.base import Array, ChooseChildren, DraftLogits, DraftMode, Tree, TreePolicy
 from jaxspec.decoding import rounds
-from jaxspec.decoding.generation import NO_LIMIT, Generation, collect, generate, generate_plain, run_rounds, sizes
-from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.generation import NO_LIMIT, collect, generate, generate_plain, run_rounds, sizes
+from jaxspec.decoding.requests import Request, Requests, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
 from jaxspec.decoding.slots import Slots
 from jaxspec.distillation.objective import Objective
@@ -120,13 +122,17 @@ def pair(head: str, tree: str) -> tuple[Engine, Weights]:
 
 
 @functools.cache
-def batch(kind: str) -> Requests:
+def asked(kind: str) -> list[Request]:
     """Three rows of different lengths: all greedy, or greedy, sampled and sampled from a truncated distribution."""
     rng = np.random.default_rng(len(kind))
     prompts = [rng.integers(0, VOCAB, n) for n in LENGTHS]
     mixed = {"temperature": [0.0, 0.8, 1.2], "top_k": [0, 0, 6], "top_p": [1, 1, 0.9], "seed": [1, 2, 3]}
     budgets = {"max_new_tokens": [BUDGET, BUDGET, 13]}
-    return make_requests(prompts, width=PADDED, **budgets, **(mixed if kind == "sampled" else {}))
+    return each_request(prompts, **budgets, **(mixed if kind == "sampled" else {}))
+
+
+def batch(kind: str) -> Requests:
+    return make_requests(asked(kind), width=PADDED)
 
 
 def rows_of(requests: Requests, *rows: int) -> Requests:
@@ -134,7 +140,7 @@ def rows_of(requests: Requests, *rows: int) -> Requests:
 
 
 @functools.cache
-def drafted(head: str, tree: str, kind: str) -> Generation:
+def drafted(head: str, tree: str, kind: str) -> list[Answer]:
     return generate(*pair(head, tree), batch(kind))
 
 
@@ -142,7 +148,7 @@ def drafted(head: str, tree: str, kind: str) -> Generation:
 def plain_alone(kind: str, row: int) -> list[int]:
     """What plain decoding writes for one row of a batch, with no row beside it."""
     engine, weights = pair("eagle", "chain")
-    return generate_plain(engine, weights, rows_of(batch(kind), row), rows=ROWS).tokens[0].tolist()
+    return generate_plain(engine, weights, rows_of(batch(kind), row), rows=ROWS)[0].tokens.tolist()
 
 
 def test_every_drafter_of_the_table_is_here():
@@ -153,7 +159,8 @@ def test_the_texts_are_worth_comparing():
     """They go on changing, and some but not all drafts are accepted: of every drafter, and at every depth of some."""
     for kind in ("greedy", "sampled"):
         assert all(len(set(plain_alone(kind, row))) > 4 for row in range(3))
-    accepted = [drafted(*pair, "greedy").accepted.sum(0) + drafted(*pair, "sampled").accepted.sum(0) for pair in PAIRS]
+    both = [[*drafted(*pair, "greedy"), *drafted(*pair, "sampled")] for pair in PAIRS]
+    accepted = [np.sum([answer.accepted for answer in answers], axis=0) for answers in both]
     assert all(counts[0] > 0 and counts[1:].sum() > 0 for counts in accepted)
     assert (np.sum(accepted, axis=0) > 0).all()
 
@@ -162,8 +169,8 @@ def test_the_texts_are_worth_comparing():
 @pytest.mark.parametrize(("head", "tree"), [*PAIRS, *SINGLE])
 def test_text_is_that_of_plain_decoding_alone_token_for_token(head: str, tree: str, kind: str):
     text = drafted(head, tree, kind)
-    assert [t.tolist() for t in text.tokens] == [plain_alone(kind, row) for row in range(3)]
-    assert text.finish == ["length"] * 3 and text.calls.tolist() == text.accepted.sum(1).tolist()
+    assert texts_of(text) == [plain_alone(kind, row) for row in range(3)]
+    assert all(answer.finish == "length" and answer.calls == answer.accepted.sum() for answer in text)
 
 
 @pytest.mark.parametrize(("head", "tree"), [*PAIRS, *SINGLE])
@@ -173,8 +180,9 @@ def test_what_a_row_drafts_does_not_depend_on_its_neighbours(head: str, tree: st
     together = drafted(head, tree, "sampled")
     for rows in ((0, 0, 0), (2, 0, 1)):
         other = generate(engine, weights, rows_of(batch("sampled"), *rows))
-        assert [t.tolist() for t in other.tokens] == [together.tokens[i].tolist() for i in rows]
-        np.testing.assert_array_equal(other.accepted, together.accepted[list(rows)])
+        for answer, expected in zip(other, [together[i] for i in rows], strict=True):
+            assert answer.tokens.tolist() == expected.tokens.tolist()
+            assert answer.accepted.tolist() == expected.accepted.tolist()
 
 
 @every
@@ -196,8 +204,8 @@ def test_prompts_read_in_chunks_are_drafted_for_as_if_read_at_once(head: str, mo
     requests = batch("sampled")
     read = jax.jit(lambda w, r: rounds.prefill(engine, w, r, *sizes(engine, PADDED, BUDGET)))
     pieces = collect(run_rounds(engine, weights, read(weights, requests), NO_LIMIT))
-    assert [t.tolist() for t in pieces.tokens] == [t.tolist() for t in whole.tokens]
-    np.testing.assert_array_equal(pieces.accepted, whole.accepted)
+    assert texts_of(pieces) == texts_of(whole)
+    assert [a.accepted.tolist() for a in pieces] == [a.accepted.tolist() for a in whole]
 
 
 def test_a_draft_lm_in_a_refilled_slot_drafts_as_it_does_alone():
@@ -210,13 +218,12 @@ def test_a_draft_lm_in_a_refilled_slot_drafts_as_it_does_alone():
         while waiting and slots.free:
             place = slots.free[0]
             held[place] = kind, row = waiting.pop()
-            one = rows_of(batch(kind), row)
-            slots.admit(one._replace(tokens_BL=one.tokens_BL[:, : slots.width(LENGTHS[row])]), place)
+            slots.admit(asked(kind)[row], place)
         done |= {held.pop(place): text for place, text in slots.run().items()}
     for (kind, row), text in done.items():
-        together = drafted("draft_lm", "mixed", kind)
-        assert text.tokens[0].tolist() == together.tokens[row].tolist()
-        np.testing.assert_array_equal(text.accepted[0], together.accepted[row])
+        together = drafted("draft_lm", "mixed", kind)[row]
+        assert text.tokens.tolist() == together.tokens.tolist()
+        assert text.accepted.tolist() == together.accepted.tolist()
     assert len(done) == 6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import RememberingDrafter, TableDrafter, TableTarget
+from toys import RememberingDrafter, TableDrafter, TableTarget, batch_of, texts_of
 
 from jaxspec.base import KVCache
+from jaxspec.data.prompts import SETTINGS
+from jaxspec.decoding.answers import Answer, total_tau
 from jaxspec.decoding.generation import (
     NO_LIMIT,
-    Generation,
     collect,
     generate,
     generate_plain,
@@ -25,7 +27,7 @@ from jaxspec.decoding.generation import (
     start,
     stream,
 )
-from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.requests import Request, Requests, Settings, fill_up, make_requests
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn import cache as kv
@@ -89,23 +91,22 @@ def prompts(seed: int = 0, lengths: tuple[int, ...] = (3, 17, 64, 1)) -> list[np
 
 def batches() -> dict[str, Requests]:
     """Four rows each, of one shape: greedy, sampled with and without truncation, and everything mixed with stops."""
-    make = functools.partial(make_requests, vocab=VOCAB)
     no_stop = [(VOCAB + 1, VOCAB + 2)]
     mixed = {"temperature": [0.0, 0.7, 1.0, 1.5], "top_k": [3, 5, 0, 0], "top_p": [0.5, 1.0, 0.9, 1.0]}
     return {
-        "greedy": make(prompts(), max_new_tokens=BUDGET, stop_ids=no_stop * 4),
-        "sampled": make(
+        "greedy": batch_of(prompts(), max_new_tokens=BUDGET, stop_ids=no_stop * 4),
+        "sampled": batch_of(
             prompts(1), max_new_tokens=BUDGET, temperature=[0.3, 0.7, 1.0, 1.5], seed=[1, 2, 3, 3], stop_ids=no_stop * 4
         ),
-        "truncated": make(
+        "truncated": batch_of(
             prompts(2), max_new_tokens=BUDGET, temperature=[0.3, 0.7, 1.0, 1.5], top_k=[5, 0, 2, 7],
             top_p=[1.0, 0.8, 0.95, 0.9], seed=9, stop_ids=no_stop * 4,
         ),
-        "mixed": make(
+        "mixed": batch_of(
             prompts(3), max_new_tokens=[BUDGET, 1, 19, 30], **mixed, seed=range(4), stop_ids=[(5, 9), (1,), (), (2,)]
         ),
-        "budgets": make(prompts(4), max_new_tokens=[BUDGET, 2, 3, 11], seed=5, stop_ids=no_stop * 4),
-        "stops": make(
+        "budgets": batch_of(prompts(4), max_new_tokens=[BUDGET, 2, 3, 11], seed=5, stop_ids=no_stop * 4),
+        "stops": batch_of(
             prompts(5), max_new_tokens=BUDGET, temperature=[0, 0.5, 0.5, 1], seed=6,
             stop_ids=[(3, 11), (4, 12), (7, 0), (8, 21)],
         ),
@@ -113,7 +114,7 @@ def batches() -> dict[str, Requests]:
 
 
 @functools.cache
-def plain(name: str) -> Generation:
+def plain(name: str) -> list[Answer]:
     m = models()
     return generate_plain(Engine(m.target), m.weights, batches()[name], rows=ROWS)
 
@@ -123,10 +124,15 @@ def rows_of(requests: Requests, *rows: int) -> Requests:
     return jax.tree.map(lambda a: a[np.array(rows)], requests)
 
 
-def assert_same_text(a: Generation, b: Generation) -> None:
-    for row, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
-        assert x.tolist() == y.tolist(), row
-    assert a.finish == b.finish
+def assert_same_text(a: list[Answer], b: list[Answer]) -> None:
+    for row, (x, y) in enumerate(zip(texts_of(a), texts_of(b), strict=True)):
+        assert x == y, row
+    assert [answer.finish for answer in a] == [answer.finish for answer in b]
+
+
+def accepted_of(answers: list[Answer]) -> np.ndarray:
+    """Returns `[B, P]` rounds by accept length."""
+    return np.stack([answer.accepted for answer in answers])
 
 
 PAIRS = [*(("table", tree) for tree in TREES), ("eagle", "chain"), ("eagle", "dynamic")]
@@ -139,13 +145,15 @@ def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str,
     engine, weights = pair(drafter, tree)
     text = generate(engine, weights, batches()[batch])
     assert_same_text(text, plain(batch))
-    rounds = text.accepted @ np.arange(1, engine.path + 1)
-    cut = 1 + rounds - [len(t) for t in text.tokens]
-    np.testing.assert_array_equal(text.accepted.sum(1), text.calls)
+    accepted, calls = accepted_of(text), [a.calls for a in text]
+    rounds = accepted @ np.arange(1, engine.path + 1)
+    cut = 1 + rounds - [len(a.tokens) for a in text]
+    assert accepted.sum(1).tolist() == calls
     assert (cut >= 0).all() and (cut <= engine.path - 1).all()
-    assert text.tau == sum(len(t) - 1 for t in text.tokens) / text.calls.sum()
+    assert total_tau(text) == sum(len(a.tokens) - 1 for a in text) / sum(calls)
+    assert all(a.tau == (len(a.tokens) - 1) / a.calls for a in text if a.calls)
     if tree == "none":
-        assert (cut == 0).all() and (text.calls == [len(t) - 1 for t in text.tokens]).all()
+        assert (cut == 0).all() and calls == [len(a.tokens) - 1 for a in text]
 
 
 @pytest.mark.parametrize("batch", ["greedy", "mixed"])
@@ -157,7 +165,7 @@ def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree
     pruned = weights._replace(vocab=DraftVocab(token_U, head_VD[token_U]))
     text = generate(engine, pruned, batches()[batch])
     assert_same_text(text, plain(batch))
-    assert text.accepted[:, 1:].sum() > 0
+    assert accepted_of(text)[:, 1:].sum() > 0
     state = start(engine, pruned, batches()[batch])
     drafted = grow(engine, pruned, state).token_BN
     assert set(np.asarray(drafted[:, 1:]).ravel().tolist()) <= {0, *token_U.tolist()}  # 0 pads
@@ -169,21 +177,21 @@ def test_a_draft_vocabulary_of_all_tokens_is_none():
     whole = weights._replace(vocab=DraftVocab(jnp.arange(VOCAB), engine.target.shared_tables(weights.target).head_VD))
     a, b = (generate(engine, w, batches()["sampled"]) for w in (weights, whole))
     assert_same_text(a, b)
-    np.testing.assert_array_equal(a.accepted, b.accepted)
+    np.testing.assert_array_equal(accepted_of(a), accepted_of(b))
 
 
 def test_the_cases_above_do_accept_and_do_end_inside_paths():
     """Otherwise they show nothing."""
     engine, weights = pair("table", "dynamic")
     text = generate(engine, weights, batches()["greedy"])
-    assert text.tau > 1.7 and (text.accepted.sum(0) > 0).all()
-    assert generate(*pair("eagle", "chain"), batches()["greedy"]).tau > 1.7
+    assert total_tau(text) > 1.7 and (accepted_of(text).sum(0) > 0).all()
+    assert total_tau(generate(*pair("eagle", "chain"), batches()["greedy"])) > 1.7
     for name, why in (("stops", "stop"), ("budgets", "length")):
         text = generate(engine, weights, batches()[name])
-        cut = 1 + text.accepted @ np.arange(1, 5) - [len(t) for t in text.tokens]
-        assert any(c > 0 and f == why for c, f in zip(cut, text.finish, strict=True)), name
+        cut = 1 + accepted_of(text) @ np.arange(1, 5) - [len(a.tokens) for a in text]
+        assert any(c > 0 and a.finish == why for c, a in zip(cut, text, strict=True)), name
     sampled = generate(engine, weights, batches()["sampled"])
-    assert len({t.tobytes() for t in sampled.tokens}) == 4 and sampled.tau > 1.2
+    assert len({a.tokens.tobytes() for a in sampled}) == 4 and total_tau(sampled) > 1.2
 
 
 def test_one_node_is_plain_decoding_one_token_wide():
@@ -191,7 +199,7 @@ def test_one_node_is_plain_decoding_one_token_wide():
     engine = Engine(m.target, TableDrafter(), chain(0))
     one = generate(engine, m.weights._replace(drafter=m.table), requests)
     assert_same_text(one, generate_plain(engine, m.weights, requests))
-    assert one.tau == 1
+    assert total_tau(one) == 1
 
 
 @pytest.mark.parametrize("batch", ["mixed", "truncated"])
@@ -200,10 +208,9 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(batch: str):
     together = generate(engine, weights, batches()[batch])
     for row in range(4):
         alone = generate(engine, weights, rows_of(batches()[batch], row))
-        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
-        assert alone.finish[0] == together.finish[row]
+        assert_same_text(alone, [together[row]])
     turned = generate(engine, weights, rows_of(batches()[batch], 2, 0, 3, 1))
-    assert [t.tolist() for t in turned.tokens] == [together.tokens[i].tolist() for i in (2, 0, 3, 1)]
+    assert_same_text(turned, [together[i] for i in (2, 0, 3, 1)])
 
 
 @pytest.mark.parametrize(("drafter", "tree"), [("eagle", "chain"), ("eagle", "dynamic")])
@@ -226,13 +233,15 @@ def test_finished_rows_stay_as_they_were(drafter: str, tree: str):
 
 
 @pytest.mark.parametrize("rounds", [1, 4])
-def test_streamed_chunks_join_to_the_whole_text(rounds: int):
+def test_streamed_answers_grow_to_the_whole_text(rounds: int):
     engine, weights = pair("table", "dynamic")
-    chunks = list(stream(engine, weights, batches()["mixed"], rounds=rounds))
-    assert_same_text(chunks[-1].generation, plain("mixed"))
-    for row, tokens in enumerate(plain("mixed").tokens):
-        assert np.concatenate([c.added[row] for c in chunks]).tolist() == tokens.tolist()
-    assert [len(a) for a in chunks[0].added] == [1] * 4 and len(chunks) > 2
+    steps = list(stream(engine, weights, batches()["mixed"], rounds=rounds))
+    assert_same_text(steps[-1], plain("mixed"))
+    for answers in steps:
+        for row, answer in enumerate(answers):
+            assert answer.tokens.tolist() == plain("mixed")[row].tokens[: len(answer.tokens)].tolist()
+    assert [len(answer.tokens) for answer in steps[0]] == [1] * 4 and len(steps) > 2
+    assert steps[0][0].finish == "running"
 
 
 def test_a_second_batch_of_the_same_shape_compiles_nothing():
@@ -265,7 +274,7 @@ def test_a_batch_that_fills_its_cache_to_the_last_slot_is_unharmed():
     """A prompt of the whole bucket, and a budget that leaves exactly one path: late rounds run against the edge."""
     engine, weights = pair("eagle", "chain")
     assert sizes(engine, 128, BUDGET) == (192, 64) and sizes(engine, 128, BUDGET + 1) != (192, 64)
-    requests = make_requests(
+    requests = batch_of(
         prompts(8, (128, 128, 5, 128)), max_new_tokens=[BUDGET, BUDGET - 9, BUDGET, BUDGET], stop_ids=[VOCAB, VOCAB + 1]
     )
     text = generate(engine, weights, requests)
@@ -274,11 +283,11 @@ def test_a_batch_that_fills_its_cache_to_the_last_slot_is_unharmed():
 
 def test_bf16_text_diverges_only_at_near_ties():
     m = models("bfloat16")
-    requests = make_requests(prompts(), max_new_tokens=BUDGET, stop_ids=[(VOCAB + 1, VOCAB + 2)] * 4, vocab=VOCAB)
+    requests = batch_of(prompts(), max_new_tokens=BUDGET, stop_ids=[(VOCAB + 1, VOCAB + 2)] * 4)
     engine = Engine(m.target, m.eagle, TREES["chain"])
     a, b = generate(engine, m.weights, requests), generate_plain(engine, m.weights, requests)
     for row, prompt in enumerate(prompts()):
-        x, y = a.tokens[row], b.tokens[row]
+        x, y = a[row].tokens, b[row].tokens
         assert len(x) == len(y) == BUDGET and (x < VOCAB).all() and (x >= 0).all()
         differ = np.flatnonzero(x != y)
         if not differ.size:
@@ -288,7 +297,7 @@ def test_bf16_text_diverges_only_at_near_ties():
         out = m.target.forward(m.weights.target, tokens, positions, jnp.tril(jnp.ones((1, len(text), len(text)), bool)))
         logits = np.asarray(m.target.logits(m.weights.target, out.features_BLD))[0, -1]
         assert abs(logits[x[differ[0]]] - logits[y[differ[0]]]) < 0.03 * np.abs(logits).max()
-    assert a.tau > 1.5
+    assert total_tau(a) > 1.5
 
 
 def cache_copies(program: str, shapes: set[tuple[int, ...]]) -> list[str]:
@@ -327,7 +336,7 @@ def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: 
     m = models()
     engine = Engine(m.target, m.eagle, TREES[tree], mode=mode, rule=RULES[rule]) if tree else Engine(m.target)
     weights = m.weights if tree else Weights(m.weights.target)
-    state = start(engine, weights, make_requests(prompts(0, (3,) * batch), max_new_tokens=BUDGET))
+    state = start(engine, weights, batch_of(prompts(0, (3,) * batch), max_new_tokens=BUDGET))
     caches = [state.cache, *([state.draft.cache] if tree else [])]
     program = run_rounds.lower(engine, weights, state, NO_LIMIT).compile().as_text()
     assert program is not None and "copy(" in program
@@ -336,44 +345,56 @@ def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: 
     assert not re.search(r"callback|infeed|outfeed| send\(| recv\(", program)
 
 
-GOOD: dict[str, Any] = {"prompts": [[1, 2], [3]], "max_new_tokens": 4}
+@pytest.mark.parametrize(
+    ("prompts", "complaint"),
+    [
+        ([], "no prompts"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[-1], [2]], "prompt 0 has a negative token"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused_by_its_row(prompts: list[list[int]], complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        make_requests([Request(prompt) for prompt in prompts])
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"prompts": []}, "no prompts"),
-        ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"prompts": [[1], [VOCAB]], "vocab": VOCAB}, "prompt 1 has a token outside"),
-        ({"prompts": [[-1], [2]]}, "prompt 0 has a token outside"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 of row 0"),
-        ({"max_new_tokens": [3, -2]}, "max_new_tokens=-2 of row 1"),
-        ({"max_new_tokens": [3, 3, 3]}, "max_new_tokens has 3 values for 2 prompts"),
-        ({"max_new_tokens": 2**31}, "max_new_tokens=2147483648 of row 0"),
-        ({"temperature": -0.1}, "temperature=-0.1 of row 0"),
-        ({"temperature": float("nan")}, "temperature=nan of row 0"),
-        ({"temperature": [1.0, 1.0, 1.0]}, "temperature has 3 values"),
-        ({"top_k": -1}, "top_k=-1 of row 0"),
-        ({"top_p": [1.0, 0.0]}, r"top_p=0.0 of row 1"),
-        ({"top_p": 1.5}, "top_p=1.5"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"stop_ids": [[1], [2], [3]]}, "stop_ids has 3 values for 2 prompts"),
+        ({"max_new_tokens": 0}, "max-new-tokens is 0; it must be at least 1"),
+        ({"max_new_tokens": -2}, "max-new-tokens is -2"),
+        ({"max_new_tokens": 2**31}, "max-new-tokens is 2147483648"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"draft_temperature": -1.0}, "draft-temperature is -1.0"),
+        ({"top_k": -1}, "top-k is -1"),
+        ({"top_k": 2**31}, "top-k is 2147483648"),
+        ({"top_p": 0.0}, "top-p is 0.0"),
+        ({"top_p": 1.5}, "top-p is 1.5"),
+        ({"seed": -1}, "seed is -1; it must be from 0 to"),
+        ({"seed": 2**32}, "seed is 4294967296"),
     ],
 )
-def test_a_request_that_cannot_be_is_refused_by_name(change: dict[str, Any], complaint: str):
-    make_requests(**GOOD)
+def test_a_setting_out_of_range_is_refused_by_name(change: dict[str, Any], complaint: str):
     with pytest.raises(ValueError, match=complaint):
-        make_requests(**{**GOOD, **change})
+        Settings(**change)
 
 
-def test_settings_and_stop_ids_hold_for_all_rows_or_one_each():
-    two = [np.array([1, 2]), np.array([3])]
-    requests = make_requests(two, max_new_tokens=[4, 5], temperature=0.5, stop_ids=[7, 8])
-    assert requests.stop_BR.tolist() == [[7, 8], [7, 8]] and requests.budget_B.tolist() == [4, 5]
-    assert requests.sampling.temperature_B.tolist() == [0.5, 0.5]
-    assert make_requests(two, max_new_tokens=4, stop_ids=[[7], [8, 9]]).stop_BR.tolist() == [[7, -1], [8, 9]]
-    assert make_requests(two, max_new_tokens=4, stop_ids=[[], []]).stop_BR.tolist() == [[-1], [-1]]
+def test_every_row_has_its_own_settings_and_stop_ids():
+    settings = [Settings(4, 0.5, stop_ids=(7,)), Settings(5, 0.0, 3, 0.9, 0.25, 11, (8, 9))]
+    requests = make_requests([Request([1, 2], settings[0]), Request([3], settings[1])])
+    assert requests.stop_BR.tolist() == [[7, -1], [8, 9]] and requests.budget_B.tolist() == [4, 5]
+    assert requests.sampling.temperature_B.tolist() == [0.5, 0.0] and requests.sampling.top_k_B.tolist() == [0, 3]
+    assert requests.draft_temperature_B.tolist() == [0.5, 0.25] and requests.sampling.seed_B.tolist() == [0, 11]
+    assert make_requests([Request([1])] * 2).stop_BR.tolist() == [[-1], [-1]]
+    assert make_requests([Request([1])], width=40, stop_width=3).tokens_BL.shape == (1, 40)
+    filled = make_requests(fill_up([Request([1, 2], settings[0])], 3))
+    assert filled.budget_B.tolist() == [4, 1, 1] and filled.length_B.tolist() == [2, 2, 2]
+
+
+def test_a_line_of_a_prompts_file_may_set_every_setting():
+    assert list(SETTINGS) and set(SETTINGS) == {field.name for field in dataclasses.fields(Settings)}
 
 
 def test_a_drafter_without_a_tree_is_refused():
@@ -399,15 +420,15 @@ def test_every_batch_has_the_slot_more_that_a_drafter_needs_which_reads_the_firs
     weights = Weights(*rng.standard_normal((2, vocab, vocab)).astype(np.float32))
     drawn = list(rng.integers(0, vocab, (2 * rows, width)))
     budgets = [budget] * rows + [budget + 1] * rows
-    requests = make_requests(drawn, max_new_tokens=budgets, temperature=1.0, seed=range(2 * rows))
+    requests = batch_of(drawn, max_new_tokens=budgets, temperature=1.0, seed=range(2 * rows))
 
     # What is held when the last path is read whose drafts matter: a round of one token is to come, then one of two.
     def least(budget: int) -> int:
         return 1 + width + max(budget - 4, 0) + engine.path
 
     done = collect(run_rounds(engine, weights, run_prefill(engine, weights, requests, least(budget), 64), NO_LIMIT))
-    texts = [[*prompt, *row] for prompt, row in zip(drawn, done.tokens, strict=True)]
-    right = [remembered(t, width, weights.drafter) == calls for t, calls in zip(texts, done.calls, strict=True)]
+    texts = [[*prompt, *answer.tokens] for prompt, answer in zip(drawn, done, strict=True)]
+    right = [remembered(t, width, weights.drafter) == answer.calls for t, answer in zip(texts, done, strict=True)]
     assert all(right[:rows]) and not all(right[rows:])
     for longest in range(1, 200):
         capacity, slots = sizes(engine, width, longest)

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 from random_models import random_weights
+from toys import batch_of, each_request, texts_of
 
 from jaxspec import drafters
 from jaxspec.base import Drafter, TreePolicy
-from jaxspec.decoding.generation import Generation, generate, start
+from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.generation import generate, start
 from jaxspec.decoding.requests import Requests, make_requests
 from jaxspec.decoding.rounds import DecodeState, Engine, Weights
 from jaxspec.decoding.slots import Slots
@@ -51,11 +53,11 @@ def weights() -> Weights:
 def requests() -> Requests:
     """Returns a greedy row and a sampled one, of different lengths."""
     prompts = [np.arange(5, dtype=np.int32), np.arange(20, 31, dtype=np.int32)]
-    return make_requests(prompts, max_new_tokens=20, temperature=[0.0, 0.8], top_p=[1.0, 0.9], seed=[0, 7])
+    return batch_of(prompts, max_new_tokens=20, temperature=[0.0, 0.8], top_p=[1.0, 0.9], seed=[0, 7])
 
 
 @functools.cache
-def on_one_device() -> Generation:
+def on_one_device() -> list[Answer]:
     return generate(ENGINE, weights(), requests())
 
 
@@ -75,9 +77,8 @@ def test_generation_on_a_mesh_equals_one_device(data: int, tensor: int):
         state = start(ENGINE, placed, rows)
         generation = generate(ENGINE, placed, rows)
     assert_split(state, tensor)
-    for tokens, expected in zip(generation.tokens, on_one_device().tokens, strict=True):
-        np.testing.assert_array_equal(tokens, expected)
-    np.testing.assert_array_equal(generation.calls, on_one_device().calls)
+    assert texts_of(generation) == texts_of(on_one_device())
+    assert [answer.calls for answer in generation] == [answer.calls for answer in on_one_device()]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +93,8 @@ def test_every_other_drafter_on_a_mesh_drafts_as_on_one_device(name: str):
     placed, rows = jax.device_put(held, shardings(mesh, held)), jax.device_put(requests(), batch_sharding(mesh))
     with jax.set_mesh(mesh):
         spread = generate(engine, placed, rows)
-    for tokens, expected in zip(spread.tokens, alone.tokens, strict=True):
-        np.testing.assert_array_equal(tokens, expected)
-    np.testing.assert_array_equal(spread.accepted, alone.accepted)
+    assert texts_of(spread) == texts_of(alone)
+    assert [a.accepted.tolist() for a in spread] == [a.accepted.tolist() for a in alone]
 
 
 ROUNDS = {
@@ -128,10 +128,10 @@ def test_devices_with_parts_of_the_vocabulary_send_their_best_and_not_all_logits
 def test_slots_on_a_mesh_answer_as_one_device_does_and_compile_nothing_once_warm(compilations):
     mesh, rng = make_mesh(2, tensor=4), np.random.default_rng(0)
     queue = [
-        make_requests([rng.integers(0, VOCAB, n)], max_new_tokens=int(new), temperature=t, seed=int(n), width=16)
+        each_request([rng.integers(0, VOCAB, n)], max_new_tokens=int(new), temperature=t, seed=int(n))[0]
         for n, new, t in zip([5, 9, 1, 12, 7, 3, 16, 2], [20, 3, 11, 1, 8, 20, 5, 14], [0.0, 0.8] * 4, strict=True)
     ]
-    expected = [generate(ENGINE, weights(), r).tokens[0] for r in queue]
+    expected = [generate(ENGINE, weights(), make_requests([r], width=16))[0].tokens for r in queue]
     placed, found = jax.device_put(weights(), shardings(mesh, weights())), {}
     with jax.set_mesh(mesh):
         slots = Slots(ENGINE, placed, 4, longest=16, max_new_tokens=20, stops=1)
@@ -141,7 +141,7 @@ def test_slots_on_a_mesh_answer_as_one_device_does_and_compile_nothing_once_warm
             while waiting and slots.free:
                 held[row := slots.free[0]] = waiting[0]
                 slots.admit(queue[waiting.pop(0)], row)
-            found |= {held.pop(row): g.tokens[0] for row, g in slots.run().items()}
+            found |= {held.pop(row): answer.tokens for row, answer in slots.run().items()}
             if len(waiting) == 4:  # the first four are in: everything is warm
                 compilations.clear()
     assert not compilations

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 from test_rounds import VOCAB, assert_same_text, models, pair
+from toys import batch_of
 
 from jaxspec.base import DraftMode
 from jaxspec.decoding import rounds
+from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import generate
-from jaxspec.decoding.requests import Requests, make_requests
+from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.decoding.rounds import CHUNK, Engine, Weights
 from jaxspec.decoding.slots import Slots
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
@@ -37,29 +39,23 @@ ENGINES = {
 }
 
 
-def random_rows(rng: np.random.Generator, count: int, longest: int = 30) -> list[dict[str, Any]]:
-    """Settings of as many rows, greedy ones among them."""
+def random_rows(rng: np.random.Generator, count: int, longest: int = 30) -> list[Request]:
+    """As many requests, greedy ones among them."""
     return [
-        {
-            "prompts": [rng.integers(0, VOCAB, rng.integers(1, longest + 1))],
-            "max_new_tokens": int(rng.integers(1, BUDGET + 1)),
-            "temperature": float(rng.choice([0.0, 0.3, 0.7, 1.0, 1.5])),
-            "draft_temperature": float(rng.choice([0.0, 0.5, 1.0])),
-            "top_k": int(rng.choice([0, 0, 3, 8])),
-            "top_p": float(rng.choice([1.0, 1.0, 0.9, 0.6])),
-            "seed": int(rng.integers(2**32)),
-            "stop_ids": [tuple(rng.integers(0, VOCAB, 2).tolist()) if rng.random() < 0.5 else (VOCAB, VOCAB + 1)],
-        }
+        Request(
+            rng.integers(0, VOCAB, rng.integers(1, longest + 1)),
+            Settings(
+                max_new_tokens=int(rng.integers(1, BUDGET + 1)),
+                temperature=float(rng.choice([0.0, 0.3, 0.7, 1.0, 1.5])),
+                draft_temperature=float(rng.choice([0.0, 0.5, 1.0])),
+                top_k=int(rng.choice([0, 0, 3, 8])),
+                top_p=float(rng.choice([1.0, 1.0, 0.9, 0.6])),
+                seed=int(rng.integers(2**32)),
+                stop_ids=tuple(rng.integers(0, VOCAB, 2).tolist()) if rng.random() < 0.5 else (VOCAB, VOCAB + 1),
+            ),
+        )
         for _ in range(count)
     ]
-
-
-def batch_of(rows: Sequence[dict[str, Any]], **more: Any) -> Requests:
-    return make_requests(**{k: [v for r in rows for v in _listed(r[k])] for k in rows[0]}, **more)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 @pytest.mark.parametrize("rule", ENGINES)
@@ -69,26 +65,24 @@ def test_a_row_among_eight_mixed_ones_writes_what_it_writes_alone(rule: str):
     rng = np.random.default_rng(len(rule))
     for _ in range(12):
         rows = random_rows(rng, 8)
-        together = generate(engine, weights, batch_of(rows, width=32))
+        together = generate(engine, weights, make_requests(rows, width=32))
         chosen = int(rng.integers(8))
-        alone = generate(engine, weights, batch_of([rows[chosen]], width=32))
-        assert alone.tokens[0].tolist() == together.tokens[chosen].tolist()
-        assert alone.finish[0] == together.finish[chosen]
+        alone = generate(engine, weights, make_requests([rows[chosen]], width=32))
+        assert_same_text(alone, [together[chosen]])
         order = rng.permutation(8)
-        turned = generate(engine, weights, batch_of([rows[i] for i in order], width=32))
-        assert [t.tolist() for t in turned.tokens] == [together.tokens[i].tolist() for i in order]
+        turned = generate(engine, weights, make_requests([rows[i] for i in order], width=32))
+        assert_same_text(turned, [together[i] for i in order])
 
 
-def serve(slots: Slots, rows: Sequence[dict[str, Any]]) -> dict[int, Any]:
-    """Every row's generation, each taken in as soon as there is a place."""
+def serve(slots: Slots, rows: Sequence[Request]) -> dict[int, Answer]:
+    """Every request's answer, each taken in as soon as there is a place."""
     waiting, held, done = list(range(len(rows)))[::-1], {}, {}
     while waiting or held:
         while waiting and slots.free:
             place, row = slots.free[0], waiting.pop()
-            width = slots.width(len(rows[row]["prompts"][0]))
-            slots.admit(batch_of([rows[row]], width=width, stop_width=slots.stops), place)
+            slots.admit(rows[row], place)
             held[place] = row
-        done |= {held.pop(place): generation for place, generation in slots.run().items()}
+        done |= {held.pop(place): answer for place, answer in slots.run().items()}
     return done
 
 
@@ -100,7 +94,7 @@ def test_rows_that_take_the_place_of_others_write_what_they_write_alone(rule: st
     done = serve(slots, rows)
     assert sorted(slots.free) == [0, 1, 2, 3] and slots.run() == {}
     for i, row in enumerate(rows):
-        assert_same_text(done[i], generate(engine, weights, batch_of([row])))
+        assert_same_text([done[i]], generate(engine, weights, make_requests([row])))
 
 
 def test_plain_decoding_is_served_in_slots_too():
@@ -109,7 +103,7 @@ def test_plain_decoding_is_served_in_slots_too():
     weights = Weights(models().weights.target)
     done = serve(Slots(engine, weights, 2, longest=30, max_new_tokens=BUDGET, stops=2), rows)
     for i, row in enumerate(rows):
-        assert_same_text(done[i], generate(engine, weights, batch_of([row])))
+        assert_same_text([done[i]], generate(engine, weights, make_requests([row])))
 
 
 def test_prompts_of_random_lengths_compile_nothing_once_every_width_has_been_seen(compilations):
@@ -117,12 +111,13 @@ def test_prompts_of_random_lengths_compile_nothing_once_every_width_has_been_see
     rng = np.random.default_rng(3)
     longest = 2 * CHUNK
     slots = Slots(engine, weights, 8, longest=longest, max_new_tokens=BUDGET, stops=2)
-    warm = [{**row, "prompts": [np.ones(n, int)]} for row, n in zip(
-        random_rows(rng, 7), (16, 32, 64, 128, 256, 512, 513), strict=True)]  # fmt: skip
+    widths = (16, 32, 64, 128, 256, 512, 513)
+    warm = [row._replace(tokens=np.ones(n, int)) for row, n in zip(random_rows(rng, 7), widths, strict=True)]
     serve(slots, warm)
-    rows = random_rows(rng, 60)
-    for row in rows:
-        row["prompts"] = [rng.integers(0, VOCAB, int(np.exp(rng.uniform(0, np.log(longest)))))]
+    rows = [
+        row._replace(tokens=rng.integers(0, VOCAB, int(np.exp(rng.uniform(0, np.log(longest))))))
+        for row in random_rows(rng, 60)
+    ]
     compilations.clear()
     assert len(serve(slots, rows)) == 60 and not compilations
     jax.jit(lambda x: x + 41)(1.0)
@@ -135,7 +130,7 @@ def test_prompts_read_in_chunks_are_read_as_a_whole(drafter: str, monkeypatch: p
     engine, weights = pair(drafter, "chain")
     rng, lengths = np.random.default_rng(5), (64, 33, 32, 17, 5)
     prompts = [rng.integers(0, VOCAB, n) for n in lengths]
-    requests = make_requests(prompts, max_new_tokens=4, temperature=[0, 0.5, 1, 0, 0.7], seed=range(5))
+    requests = batch_of(prompts, max_new_tokens=4, temperature=[0, 0.5, 1, 0, 0.7], seed=range(5))
 
     def read(chunk: int) -> Any:
         monkeypatch.setattr("jaxspec.decoding.rounds.CHUNK", chunk)
@@ -159,11 +154,11 @@ def test_prompts_read_in_chunks_are_read_as_a_whole(drafter: str, monkeypatch: p
 def test_a_slot_refuses_what_does_not_fit_it():
     engine, weights = pair("eagle", "chain")
     slots = Slots(engine, weights, 1, longest=20, max_new_tokens=4, stops=1)
-    with pytest.raises(ValueError, match="a slot takes one prompt padded to 16 tokens with 1 stop ids"):
-        slots.admit(make_requests([np.array([1]), np.array([2])], max_new_tokens=4), 0)
+    with pytest.raises(ValueError, match="2 stop ids do not fit slots made for 1"):
+        slots.admit(Request([1], Settings(4, stop_ids=(2, 3))), 0)
     for length, new in ((21, 4), (20, 5)):
         with pytest.raises(
             ValueError, match=f"{length} tokens of prompt and {new} new ones do not fit slots made for 20"
         ):
-            slots.admit(make_requests([np.ones(length, int)], max_new_tokens=new), 0)
+            slots.admit(Request(np.ones(length, int), Settings(new)), 0)
     assert slots.free == [0]

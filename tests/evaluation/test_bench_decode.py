@@ -18,7 +18,7 @@ from toys import grow, path_tables
 from jaxspec import drafters
 from jaxspec.__main__ import main
 from jaxspec.base import SharedTables, TreePolicy
-from jaxspec.decoding.metrics import block_efficiency
+from jaxspec.decoding.answers import block_efficiency
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.planning.work import (

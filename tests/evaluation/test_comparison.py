@@ -7,19 +7,8 @@ import pytest
 
 from jaxspec.console.results import jsonable
 from jaxspec.console.tables import cell
-from jaxspec.evaluation.comparison import (
-    EVERY,
-    Counts,
-    Decoded,
-    acceptance,
-    pool,
-    ratio_interval,
-    resamples,
-    seed_rows,
-    summaries,
-    tables,
-    tau_interval,
-)
+from jaxspec.evaluation.comparison import EVERY, Decoded, seed_rows, summaries, tables
+from jaxspec.evaluation.statistics import Counts, acceptance, pool, ratio_interval, resamples, tau_interval
 from jaxspec.training.recipes import steps_for
 from jaxspec.trees import cut_tree, parse_tree
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxspec.evaluation import figures
-from jaxspec.evaluation.comparison import Counts, Decoded, summaries
+from jaxspec.evaluation.comparison import Decoded, summaries
+from jaxspec.evaluation.statistics import Counts
 
 
 def test_a_curve_is_read_by_trained_tokens(tmp_path: Path):

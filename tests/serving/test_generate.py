@@ -1,5 +1,6 @@
 """Tests of `jaxspec generate` on a random tiny target: what it prints, what it writes, and how it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from random_models import POSITIONS, write_drafter, write_target
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
+from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading, queue
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -136,7 +138,7 @@ def test_an_answer_ends_at_the_last_position(tmp_path, target):
         (["x", "--draft-mode", "swor"], "--draft-mode needs a --drafter"),
         (["x", "--draft-temperature", "1"], "--draft-temperature is for drawn children"),
         (["x", "--draft-mode", "swor", "--draft-temperature", "-1", "--drafter", "d"], "draft-temperature is -1.0"),
-        (["x", "--seed", "-1"], "--seed is -1"),
+        (["x", "--seed", "-1"], "seed is -1; it must be from 0 to 2^32 - 1"),
         (["x", "--dtype", "fp8"], "fp8"),
     ],
 )
@@ -176,7 +178,7 @@ def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompt
         for done in real(*args, **kwargs):
             if len(served) == 2:
                 raise KeyboardInterrupt
-            served.append(done.job.key)
+            served.append(done.request.key)
             yield done
 
     monkeypatch.setattr(queue, "serve", stopping)
@@ -238,7 +240,7 @@ def test_a_line_may_say_how_it_is_to_be_answered(tmp_path, target, drafter, caps
     shown = capsys.readouterr().err
     for sentence in (
         "'o4' temperature is -1; it must be 0", "'o5' is malformed: top_p is '0.9'", "'o6' is malformed: stop_ids",
-        "'o7' has seed -1", "'o8' is malformed: max_new_tokens is True",
+        "'o7' seed is -1; it must be from 0 to 2^32 - 1", "'o8' is malformed: max_new_tokens is True",
     ):  # fmt: skip
         assert sentence in shown, shown
     assert [bool(r["error"]) for r in rows] == [False] * 4 + [True] * 5 and rows[1]["tokens"] <= 3
@@ -247,3 +249,27 @@ def test_a_line_may_say_how_it_is_to_be_answered(tmp_path, target, drafter, caps
     path.write_text(json.dumps({"prompt": "1 and 2", "stop_ids": [rows[3]["token_ids"][2]]}))
     stopped = generate(tmp_path, *flags)["rows"][0]
     assert stopped["token_ids"] == rows[3]["token_ids"][: first + 1] and stopped["finish_reason"] == "stop"
+
+
+def test_a_request_is_cut_at_the_last_position_and_ends_at_the_models_stop_ids(target):
+    models = loading.load_models(str(target))
+    prompt = np.arange(POSITIONS - 5)
+    request = models.request(prompt, Settings(24, 0.5, seed=3, stop_ids=(7, *models.stop_ids)), "mine")
+    assert request.settings == Settings(5, 0.5, seed=3, stop_ids=(*models.stop_ids, 7)) and request.key == "mine"
+    assert models.request(prompt[:9], Settings(24)).settings.max_new_tokens == 24
+    for tokens, complaint in (
+        (prompt[:0], "is empty"),
+        (np.array([1, 300]), "has a token outside the target's vocabulary of 300"),
+        (np.array([1, -1]), "has a token outside the target's vocabulary of 300"),
+        (np.ones(POSITIONS, int), f"has {POSITIONS} tokens, and the target has {POSITIONS} positions"),
+    ):
+        with pytest.raises(ValueError, match=f"^{complaint}"):
+            models.request(tokens, Settings())
+
+
+def test_a_row_of_a_run_has_a_seed_of_its_own_and_all_else_of_the_run():
+    run = Settings(9, 0.5, top_k=3, seed=5)
+    rows = [run.for_row(i) for i in range(50)]
+    assert len({row.seed for row in rows}) == 50 and run.for_row(3) == rows[3]
+    assert {dataclasses.replace(row, seed=5) for row in rows} == {run}
+    assert dataclasses.replace(run, seed=6).for_row(3).seed != rows[3].seed

@@ -9,8 +9,9 @@ from random_models import write_target
 
 from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
+from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading
-from jaxspec.serving.queue import Job, Queue, Settings, answer
+from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -81,9 +82,9 @@ def test_a_second_answer_reads_the_first(whole, target):
     models = loading.load_models(str(target))
     two = next(c for c in read_conversations(whole) if sum(m["role"] == "assistant" for m in c.messages) == 2)
     tokens = models.tokenizer.encode_prompt(two.messages[:-1])
-    queue = Queue([Job(0, tokens)], batch=4)
-    (done,) = answer(models, queue, Settings(max_new_tokens=40))
-    assert models.tokenizer.decode(done.answers[0].tokens) == two.messages[-1]["content"]
+    queue = Queue([models.request(tokens, Settings(max_new_tokens=40))], batch=4)
+    (((_, answer, _),),) = answer_batches(models, queue, max_new_tokens=40)
+    assert models.tokenizer.decode(answer.tokens) == two.messages[-1]["content"]
 
 
 def test_the_batch_leaves_no_trace(tmp_path, target, prompts, whole):

@@ -1,0 +1,108 @@
+"""Statistics over prompts: tau with bootstrap intervals, paired ratios, acceptance by depth."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 5000
+"""Bootstrap samples of the prompts."""
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """An estimate with its percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Counts(NamedTuple):
+    """Tokens and target calls of some decoded prompts, one row a prompt, in one order for all that is compared."""
+
+    tokens_P: np.ndarray
+    """New tokens, the one that prefill gives not counted."""
+    calls_P: np.ndarray
+    """Target calls, prefill not counted."""
+    accepted_PA: np.ndarray
+    """Rounds by how many drafted tokens they accepted: 0, 1 .. T."""
+
+    def of(self, chosen_P: np.ndarray) -> Counts:
+        """Returns the counts of the chosen prompts, a mask or indices."""
+        return Counts(*(x[chosen_P] for x in self))
+
+
+def pool(counts: Sequence[Counts]) -> Counts:
+    """Returns the sum, prompt by prompt, of several decodings of the same prompts."""
+    return Counts(*(np.sum(parts, axis=0) for parts in zip(*counts, strict=True)))
+
+
+@functools.lru_cache(maxsize=8)
+def resamples(prompts: int, draws: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Returns `[draws, prompts]`: how often each prompt stands in each bootstrap sample; equal for equal arguments."""
+    drawn = np.random.default_rng((seed, prompts)).multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
+    return drawn.astype(np.float64)  # for the matrix product; whole numbers stay exact
+
+
+def tau_interval(counts: Counts, confidence: float = CONFIDENCE) -> Interval:
+    """Returns tau, tokens per target call over all prompts, and its interval over resampled prompts.
+
+    The bootstrap of a ratio of sums: tokens and calls of a prompt stay together. NaN where no call was made.
+    """
+    return _interval(_quotient(*_totals(counts)), confidence)
+
+
+def ratio_interval(counts: Counts, baseline: Counts, confidence: float = CONFIDENCE) -> Interval:
+    """Returns tau over the baseline's tau, and its interval over the same resampled prompts in both (paired).
+
+    Differences between prompts cancel, so it is far tighter than two intervals side by side. Raises ValueError for
+    different numbers of prompts.
+    """
+    if len(counts.tokens_P) != len(baseline.tokens_P):
+        raise ValueError(f"{len(counts.tokens_P)} prompts cannot be paired with {len(baseline.tokens_P)}")
+    ours, theirs = _quotient(*_totals(counts)), _quotient(*_totals(baseline))
+    return _interval(_quotient(ours, theirs), confidence)
+
+
+def _totals(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and calls: of the prompts themselves first, then of every bootstrap sample."""
+    weights = resamples(len(counts.tokens_P))
+    sums = (x_P.astype(np.float64) for x_P in (counts.tokens_P, counts.calls_P))
+    tokens, calls = (np.concatenate([[x_P.sum()], weights @ x_P]) for x_P in sums)
+    return tokens, calls
+
+
+def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def _interval(values: np.ndarray, confidence: float) -> Interval:
+    """Returns the interval of an estimate and, behind it, those of the samples; samples without a call are left out."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(values[0]) or not drawn.size:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values[0]), float(low), float(high))
+
+
+class Acceptance(NamedTuple):
+    """How far rounds get, by depth 1 .. T."""
+
+    rate_T: np.ndarray
+    """Of the rounds that kept a path down to depth t - 1, the share that kept a token at t; NaN where none got there.
+    A path the tree did not continue counts as one that ended."""
+    rounds_T: np.ndarray
+    """Rounds that kept a path down to depth t - 1."""
+
+
+def acceptance(accepted_A: np.ndarray) -> Acceptance:
+    """Returns conditional acceptance by depth from a histogram of rounds that accepted 0, 1 .. T tokens."""
+    reached = np.cumsum(np.asarray(accepted_A, np.float64)[::-1])[::-1]
+    return Acceptance(_quotient(reached[1:], reached[:-1]), reached[:-1].astype(np.int64))
