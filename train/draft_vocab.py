@@ -14,8 +14,8 @@ from tyro.conf import Positional
 from jaxspec.console import cli, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
+from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
-from jaxspec.data.packing import tokenize_conversations
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf_config import read_config
 
