@@ -65,9 +65,10 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "interchange": (
         {"pickled", "target_folders", "tensors"},
         {"exported", "layout"},
-        {"eagle", "eagle3", "fspad", "hf_config", "medusa"},
+        {"eagle", "eagle3", "fspad", "hf_config", "hf_layout", "medusa"},
         {"hf", "peagle"},
-        {"published", "servers"},
+        {"forms", "published"},
+        {"servers"},
         {"export"},
         {"import_target"},
     ),

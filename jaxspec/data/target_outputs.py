@@ -117,7 +117,7 @@ def _likeliest_of_chunk(target: Target, params: Params, count: int, features_BCD
 
 
 def outside(logits: Array, token: Array) -> Array:
-    """Returns the logsumexp of the logits of all other tokens, about `LEAST` for none: `[..., V], [..., R] -> [..., 1]`."""
+    """Returns `[..., V], [..., R] -> [..., 1]`: logsumexp of the logits of all other tokens, about `LEAST` for none."""
     others = jnp.put_along_axis(logits, token, LEAST, axis=-1, inplace=False)
     return jax.nn.logsumexp(others, axis=-1, keepdims=True)
 

@@ -28,7 +28,7 @@ _TOGETHER = 1024  # conversations tokenized together
 _ENTRY = np.dtype(
     [("length", "<i4"), ("assistant", "<i4"), ("said", "<i4"), ("source", "<i4"), ("truncated", "?"), ("key", "<u8")]
 )
-"""A document in the index: its number of tokens, of the assistant's tokens, of these after its first token, and so on."""
+"""A document in the index: numbers of tokens, of the assistant's, and of these after the first token; and so on."""
 
 
 def token_fields(vocab: int) -> tuple[Field, ...]:

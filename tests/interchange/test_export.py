@@ -31,8 +31,9 @@ from jaxspec.checkpoints.tracking import session
 from jaxspec.distillation.step import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
-from jaxspec.interchange.hf import read_llama, stored_dtype, tensor_shapes, write_llama
+from jaxspec.interchange.hf import read_llama, stored_dtype, write_llama
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_layout import tensor_shapes
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
 from jaxspec.targets.decoder import DecoderConfig

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.interchange import hf
 from jaxspec.interchange import tensors as files
-from jaxspec.interchange.hf import load_target, read_llama, tensor_shapes, weight_shapes, write_llama
+from jaxspec.interchange.hf import load_target, read_llama, write_llama
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_layout import tensor_shapes, weight_shapes
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh, shardings
 from jaxspec.targets.decoder import LlamaConfig, unstack
@@ -290,7 +290,7 @@ def copied_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         start = (16 - raw.ctypes.data) % 64
         return raw[start : start + size].view(dtype).reshape(shape)
 
-    monkeypatch.setattr(hf, "np", SimpleNamespace(empty=empty, ndarray=np.ndarray))
+    monkeypatch.setattr(hf_layout, "np", SimpleNamespace(empty=empty, ndarray=np.ndarray))
     monkeypatch.setattr(files, "CHUNK_BYTES", 2**17)
 
 

@@ -28,8 +28,9 @@ from jaxspec.checkpoints.models import load_model
 from jaxspec.interchange import export, import_target
 from jaxspec.interchange.export import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
-from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes
+from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_layout import tensor_shapes
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh
