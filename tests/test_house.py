@@ -79,7 +79,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"decoder_layer"},
     ),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
-    "planning": ({"chips", "flops", "hlo"}, {"decode_program", "work"}, {"plan"}),
+    "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "serving": ({"loading"}, {"queue"}, {"flags", "regeneration"}),
     "targets": (
         {"decoder", "fields"},

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -240,10 +241,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any
 def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path: Path):
     write("sglang", tmp_path / "a", head("eagle3"), target)
 
-    def plain(tensors: Any, config: Any) -> None:
-        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
-
-    rewrite(tmp_path / "a", plain)
+    ids = {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
+    rewrite(tmp_path / "a", lambda tensors, config: config.update(eagle_config=ids))
     with pytest.raises(ValueError, match="say which with --layer-ids"):
         read_drafter(tmp_path / "a", target_layers=LAYERS)
     assert read_drafter(tmp_path / "a", layer_ids="input").config.taps == (2, 3, 4)
@@ -254,20 +253,20 @@ def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path
         read_drafter(tmp_path / "a")
 
 
+def rename_as_vllm(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    """Uses vLLM's other names, and SafeAILab's of the first layer, and removes the number of tokens."""
+    config["pard_token"] = config.pop("mask_token_id")
+    del config["ptd_token_id"], config["num_lookahead_tokens"]
+    tensors["mask_hidden"] = tensors["mask_hidden"][0]
+    for name in [name for name in tensors if name.startswith("layers.0.")]:
+        tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
+
+
 def test_what_the_layouts_of_peagle_heads_leave_open_is_read_or_asked_for(target: str, tmp_path: Path):
     folder, model = tmp_path / "a", head("peagle")
     write("vllm", folder, model, target)
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
-
-    def otherwise(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-        """vLLM's other names, the first layer as SafeAILab calls it, and no number of tokens."""
-        config["pard_token"] = config.pop("mask_token_id")
-        del config["ptd_token_id"], config["num_lookahead_tokens"]
-        tensors["mask_hidden"] = tensors["mask_hidden"][0]
-        for name in [name for name in tensors if name.startswith("layers.0.")]:
-            tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
-
-    rewrite(folder, otherwise)
+    rewrite(folder, rename_as_vllm)
     with pytest.raises(ValueError, match="does not say how many tokens the head drafts in a pass"):
         read_drafter(folder)
     assert main(["import", "drafter", str(folder), str(tmp_path / "b"), "--tokens", "5"]) == 0
@@ -297,14 +296,15 @@ def test_a_head_of_another_width_needs_its_target_and_its_own_embedding(target: 
         read_drafter(tmp_path / "a")
 
 
+def reverse_rows(tensors: dict[str, np.ndarray], config: Any) -> None:
+    tensors["d2t"] = np.array(SOME)[::-1] - np.arange(len(SOME))
+    tensors["lm_head.weight"] = np.ascontiguousarray(tensors["lm_head.weight"][::-1])
+
+
 def test_rows_out_of_order_are_sorted_and_tokens_for_offsets_refused(target: str, tmp_path: Path):
     write("vllm", tmp_path / "a", head("eagle3"), target)
 
-    def backward(tensors: dict[str, np.ndarray], config: Any) -> None:
-        tensors["d2t"] = np.array(SOME)[::-1] - np.arange(len(SOME))
-        tensors["lm_head.weight"] = np.ascontiguousarray(tensors["lm_head.weight"][::-1])
-
-    found = read_drafter(rewrite(tmp_path / "a", backward))
+    found = read_drafter(rewrite(tmp_path / "a", reverse_rows))
     assert found.draft_vocab == SOME
     assert_same(found.params, head("eagle3").params)
     rewrite(tmp_path / "a", lambda tensors, config: tensors.update(d2t=np.array(SOME)))
@@ -353,10 +353,7 @@ def test_import_inspect_and_export_tell_the_same(target: str, tmp_path: Path):
 
 
 def test_an_export_that_is_interrupted_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "write_manifest", interrupt)
+    monkeypatch.setattr(export, "write_manifest", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write("sglang", tmp_path / "out", head("eagle"), target)
     assert not list(tmp_path.iterdir())
