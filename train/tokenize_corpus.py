@@ -33,11 +33,11 @@ class Args:
     out: str
     """Folder for the corpus."""
     target: str = "tiny"
-    """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the target that comes with jaxspec."""
+    """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the bundled target."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     length: int = 2048
-    """Tokens of a conversation that are kept; training's data.length may not be less."""
+    """Number of tokens of a conversation that are kept; data.length in training may not be less."""
     limit: int | None = None
     """Take at most this many conversations of each file or folder that is named."""
     shard_documents: int = 65536
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         rows = [[name, value] for name, value in result.items() if name not in ("out", "complete", "sources")]
         tables.print_table(args.out, ["measure", "value"], rows)
     else:
-        sys.stderr.write(f"{args.out}: this part is done, and files of other parts are missing\n")
+        sys.stderr.write(f"{args.out}: this part is finished, and files of other parts are missing\n")
     if args.json:
         results.write_json(args.json, results.result("tokenize", dtype="int32", seed=None, started=started, **result))
     return 0

@@ -38,6 +38,13 @@ def refuse_to_replace(path: str | Path) -> None:
         )
 
 
+def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    """Raises ValueError as `refuse_to_replace`, and if `path` holds a model that is not to be overwritten."""
+    refuse_to_replace(path)
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"{path}: is there already; give another folder, or --overwrite to replace it")
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | Path, *, resumable: bool = False) -> Iterator[Path]:
     """Yields a draft folder, which replaces `path` when the block ends, and is removed if the block fails.
