@@ -128,6 +128,7 @@ class RunCheckpoints:
         manifest = {"kind": "run", "step": step, "data": data_state, "config": config, "metrics": metrics or {}}
         try:
             with self._explained(step):
+                # Orbax's own sequence of steps would delete old steps before the checksums are written.
                 path = str(self._temporary(step))
                 response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=format_mark("run"))
             self._pending = self._writer.submit(self._complete, step, response, manifest)
@@ -267,7 +268,7 @@ class RunCheckpoints:
             break
         found = _agree(found)
         if found is None:
-            raise ValueError(f"{self.folder}: none of its checkpoints is intact; to begin anew, move it away")
+            raise ValueError(f"{self.folder}: none of its checkpoints is intact; move the folder away to begin again")
         self._metrics = {step: metrics for step, metrics in self._metrics.items() if step <= found}
         return found
 

@@ -55,7 +55,7 @@ class JsonLines:
         append_whole(self.path, (json.dumps({"step": step, **metrics}) + "\n").encode())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, since no file is open."""
 
 
 class TensorBoard:
@@ -69,7 +69,7 @@ class TensorBoard:
         self.file.write(step, flat(metrics))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, since no file is open."""
 
 
 class WeightsAndBiases:

@@ -65,5 +65,5 @@ def load_maps(path: str | Path, vocab: int) -> np.ndarray:
             f"{path}: t2d is for {mask.size:,} tokens, and the target has {vocab:,}: it is another target's"
         )
     if not np.array_equal(np.flatnonzero(mask), tokens) or not len(tokens):
-        raise ValueError(f"{path}: d2t and t2d do not name the same tokens; make the file anew")
+        raise ValueError(f"{path}: d2t and t2d do not name the same tokens; make the file again")
     return tokens.astype(np.int32)

@@ -189,7 +189,7 @@ class FeatureStore:
             if self.about[name] != mine:
                 raise ValueError(
                     f"{self.folder}: was made with {name} {self.about[name]!r}, and this run has {mine!r}; make the "
-                    "features anew with jaxspec features, for the same config"
+                    "features again with jaxspec features, for the same config"
                 )
 
     def find(self, corpus: Documents) -> np.ndarray:

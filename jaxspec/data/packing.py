@@ -77,6 +77,7 @@ class Mix:
     share: float
     """Share of all trained tokens, those of other mixes included."""
     loss_on: LossOn = "all"
+    """Tokens of the mix that are trained on; all of them, as in pretraining, unless told otherwise."""
     name: str = "mix"
 
     def __post_init__(self) -> None:
@@ -126,12 +127,16 @@ class PackedBatches:
 
     corpus: Documents
     length: int
-    batch: int  # rows of the global batch
+    """Tokens of a row."""
+    batch: int
+    """Rows of the global batch."""
     seed: int = 0
-    epochs: int | None = 1  # None: without end
+    epochs: int | None = 1
+    """Number of epochs; None for no end."""
     loss_on: LossOn = "all"
     shuffle: bool = True
-    rows: tuple[int, ...] | None = None  # of the global batch, ascending; None: all
+    rows: tuple[int, ...] | None = None
+    """Rows of the global batch that are built, ascending; None for all."""
     mixes: tuple[Mix, ...] = ()
 
     def __post_init__(self) -> None:

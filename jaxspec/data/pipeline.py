@@ -87,7 +87,7 @@ class _Numbered:
 
 
 def _parse_flags() -> None:
-    """Grain 0.2.18 reads absl flags when it starts workers, and fails where nobody has parsed them."""
+    """Marks absl's flags as parsed: Grain 0.2.18 reads them when it starts workers, and fails if nobody has."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

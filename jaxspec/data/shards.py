@@ -103,6 +103,7 @@ class ShardWriter:
 
     def seal(self, **note: Any) -> None:
         """Finishes the file and notes its checksum and `note` (JSON); both are on disk when this returns."""
+        # Synced, hashed, renamed and only then noted: after a kill the shard is either whole or does not count.
         self._writer.close()
         with self._draft.open("rb+") as file:
             os.fsync(file.fileno())

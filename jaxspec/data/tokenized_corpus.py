@@ -60,7 +60,7 @@ def write_corpus(
     """Tokenizes the conversations of `names` (joined by commas) into `folder`.
 
     A call continues where an earlier one stopped. With `part` `(i, n)` it makes every n-th shard from the i-th on; the
-    call that finds all shards finished completes the corpus. With `verify` it makes shards anew whose checksum has
+    call that finds all shards finished completes the corpus. With `verify` it makes shards again whose checksum has
     changed. Yields how many conversations each step has tokenized or skipped. Raises ValueError if the folder was begun
     with other settings, and naming the conversation that is malformed or that the chat template refuses.
     """
@@ -145,13 +145,13 @@ def _complete(folder: Path, count: int) -> None:
 
 
 def is_corpus(name: str | Path) -> bool:
-    """Whether `name` is a folder that `write_corpus` began."""
+    """Returns whether `name` is a folder that `write_corpus` began."""
     about = Path(name) / shards.ABOUT
     return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("format") == FORMAT
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the corpus in a folder is complete."""
+    """Returns whether the corpus in a folder is complete."""
     return (folder / CONTENTS).is_file()
 
 

@@ -50,7 +50,7 @@ def config_fields(config: LlamaConfig) -> dict[str, Any]:
         if heard.get(name) != value:
             raise ValueError(
                 f"a {family.model_type} cannot say in its config.json that {name}={value!r}, which would be read as "
-                f"{heard.get(name)!r}; if an older version imported this target, import it anew"
+                f"{heard.get(name)!r}; if an older version imported this target, import it again"
             )
     return fields
 

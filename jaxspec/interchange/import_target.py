@@ -61,7 +61,7 @@ def find_source(name: str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{name}: could not be downloaded ({reason}); the same command goes on where it stopped"
+            f"{name}: could not be downloaded ({reason}); the same command continues where it stopped"
         ) from error
 
 

@@ -177,7 +177,7 @@ def test_where_no_step_is_intact_nothing_is_loaded(tmp_path: Path):
     for step in ("1", "2"):
         flip_a_bit(largest_file(tmp_path / step))
     with RunCheckpoints(tmp_path) as run, pytest.warns(UserWarning, match="is skipped"):
-        with pytest.raises(ValueError, match="none of its checkpoints is intact; to begin anew, move it away"):
+        with pytest.raises(ValueError, match="none of its checkpoints is intact; move the folder away to begin again"):
             read(run)
 
 

@@ -303,7 +303,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(folder
 def test_what_was_stored_for_something_else_is_refused(folder: Path, tmp_path: Path):
     stored = ("data.features=store", *MIX)
     with pytest.raises(
-        ValueError, match=r"was made with taps \[0, 1\], and this run has \[1\]; make the features anew"
+        ValueError, match=r"was made with taps \[0, 1\], and this run has \[1\]; make the features again"
     ):
         reading(*stored, taps=(1,))
     with pytest.raises(ValueError, match="was made with dtype 'float32', and this run has 'bfloat16'"):

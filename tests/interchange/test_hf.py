@@ -61,7 +61,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 def config_of(folder: Path, generation: dict[str, Any] | None = None, **fields: Any) -> LlamaConfig:
-    """What `read_config` makes of a minimal config.json with these fields; None removes one."""
+    """Returns the shape that `read_config` reads from a minimal config.json with these fields; None removes one."""
     raw = {name: value for name, value in {**MINIMAL, **fields}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(raw))
     if generation is not None:
