@@ -110,7 +110,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Returns int32 [L]: the ids of `text`. Special tokens in the text are recognised, and none is added."""
-        # Control tokens in a user's text are control tokens too: transformers also tokenizes the rendered text as a whole.
+        # Control tokens in a user's text count as such: transformers tokenizes the rendered text as a whole, too.
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -279,7 +279,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     path, pieces = (folder / name for name in TOKENIZERS)
-    # tokenizer.json is used as it is; transformers 5 rebuilds its rules for spaces if tokenizer_class is LlamaTokenizer.
+    # tokenizer.json is used as it is; transformers 5 rebuilds its rules for spaces for the class LlamaTokenizer.
     if path.is_file():
         try:
             return Tokenizer.from_file(str(path))
