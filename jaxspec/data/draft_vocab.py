@@ -47,7 +47,7 @@ def save_maps(path: str | Path, tokens: np.ndarray, vocab: int) -> None:
 def load_maps(path: str | Path, vocab: int) -> np.ndarray:
     """Returns the ascending ids of a file with `d2t` and `t2d`, for a target of `vocab` tokens.
 
-    Raises ValueError if there is no such file, the maps contradict each other, or they are another target's.
+    Raises ValueError if there is no such file, the maps contradict each other, or they were made for another target.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,7 +62,7 @@ def load_maps(path: str | Path, vocab: int) -> np.ndarray:
     tokens, mask = maps["d2t"] + np.arange(len(maps["d2t"])), maps["t2d"].astype(bool)
     if mask.shape != (vocab,):
         raise ValueError(
-            f"{path}: t2d is for {mask.size:,} tokens, and the target has {vocab:,}: it is another target's"
+            f"{path}: t2d is for {mask.size:,} tokens, and the target has {vocab:,}: it is for another target"
         )
     if not np.array_equal(np.flatnonzero(mask), tokens) or not len(tokens):
         raise ValueError(f"{path}: d2t and t2d do not name the same tokens; make the file again")

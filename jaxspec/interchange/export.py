@@ -296,7 +296,7 @@ def _draft(model: Exportable, to: str, target: str | None) -> Draft:
     config, read = read_config(folder), DRAFTERS[model.family][0](shape).feature_width
     if config.width != read:
         raise ValueError(
-            f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is another target's"
+            f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is for another target"
         )
     tables = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))[1]
     embed_VD = np.asarray(tables["embed"])
@@ -364,7 +364,9 @@ def published_drafter(
     module = DRAFTERS[found.name][0](found.config)
     read = module.feature_width
     if of is not None and read != of.width:
-        raise ValueError(f"{name}: reads features {read} wide, and {target} is {of.width} wide: it is another target's")
+        raise ValueError(
+            f"{name}: reads features {read} wide, and {target} is {of.width} wide: it is for another target"
+        )
     config = drafter_config(found.name, module, draft_vocab=found.draft_vocab)
     return Exportable(
         "drafter", found.params, config, {"provenance": {"from": name, "git_sha": git_sha()}}, (), "published"

@@ -264,7 +264,7 @@ def default_ids(draft: Draft) -> ConfigFields:
     if tuple(draft.config.taps) != expected:
         raise ValueError(
             f"the program would read the inputs of layers {expected} of this target, and the head was trained on "
-            f"{draft.config.taps}: it is another's"
+            f"{draft.config.taps}: it is for another target"
         )
     return ids_by_output(draft)
 

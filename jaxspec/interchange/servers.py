@@ -251,7 +251,9 @@ def _check_tokens(draft: Draft) -> None:
     embeds = c.embed_vocab if isinstance(c, Eagle3Config) else 0
     for verb, tokens in (("scores", scores), ("embeds", embeds)):
         if tokens not in (0, vocab):
-            raise ValueError(f"the head {verb} {tokens:,} tokens and the target has {vocab:,}: it is another's")
+            raise ValueError(
+                f"the head {verb} {tokens:,} tokens and the target has {vocab:,}: it is for another target"
+            )
 
 
 def write_rendered(folder: Path, tensors: Tensors, fields: ConfigFields) -> None:
