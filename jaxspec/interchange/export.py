@@ -389,7 +389,7 @@ def _of_model(folder: Path) -> Exportable:
     about = {key: manifest[key] for key in ("tokenizer", "metrics", "provenance") if key in manifest}
     stored = (lambda: stored_weights(folder)[1]) if manifest["kind"] == "target" else None
     return Exportable(
-        manifest["kind"], model_shapes(folder), manifest["config"], about, files_of(folder), 
+        manifest["kind"], model_shapes(folder), manifest["config"], about, files_of(folder),
         load=lambda: load_model(folder)[0],
         stored=stored,
     )  # fmt: skip
