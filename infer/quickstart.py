@@ -19,8 +19,9 @@ from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation
+from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens
-from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.distillation.objective import Objective

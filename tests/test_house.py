@@ -44,8 +44,9 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "tokenizer_training",
         },
         {"chat"},
-        {"packing", "prompts"},
-        {"draft_vocab", "feature_store", "pipeline", "tokenized_corpus"},
+        {"corpus", "prompts"},
+        {"draft_vocab", "packing", "pipeline", "tokenized_corpus"},
+        {"feature_store"},
     ),
     "decoding": ({"answers", "requests"}, {"rounds"}, {"generation"}, {"slots"}),
     "distillation": (
@@ -72,9 +73,10 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "interchange": (
         {"pickled", "target_folders", "tensors"},
         {"exported", "layout"},
-        {"eagle", "eagle3", "fspad", "hf_config", "medusa"},
+        {"eagle", "eagle3", "fspad", "hf_config", "hf_layout", "medusa"},
         {"hf", "peagle"},
-        {"published", "servers"},
+        {"forms", "published"},
+        {"servers"},
         {"export"},
         {"import_target"},
     ),
@@ -85,7 +87,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"decoder_layer"},
     ),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
-    "planning": ({"chips", "flops", "hlo"}, {"decode_program", "work"}, {"plan"}),
+    "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "serving": ({"loading"}, {"flags", "queue"}, {"regeneration"}),
     "targets": (
         {"decoder", "fields"},

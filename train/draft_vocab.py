@@ -1,7 +1,7 @@
 """Rank a target's tokens by how often its answers use them, and keep the commonest as a draft vocabulary.
 
-A drafter that scores fewer tokens is faster; the text stays the same, for the target still scores them all. Take data
-that the target wrote (`jaxspec regenerate`), for what it says is what must be drafted.
+A drafter that scores fewer tokens is faster. The text stays the same, because the target still scores all tokens. Use
+answers of the target itself (`jaxspec regenerate`), because its tokens are the ones to be drafted.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from tyro.conf import Positional
 from jaxspec.console import cli, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
+from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
-from jaxspec.data.packing import tokenize_conversations
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf_config import read_config
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
-"""Shown beside the one that is asked for."""
+"""Sizes that the table shows beside the requested one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Args:
     out: str
     """File (safetensors) for the maps d2t and t2d; `jaxspec generate --draft-vocab` reads it."""
     size: int = 1024
-    """Tokens kept."""
+    """Number of tokens to keep."""
     target: str = "tiny"
-    """HuggingFace folder of the target; `tiny` is the one that comes with jaxspec."""
+    """HuggingFace folder of the target; `tiny` is the bundled target."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     length: int = 2048
-    """Tokens of a conversation that are counted; the rest is cut off."""
+    """Number of tokens of a conversation that are counted; the rest is cut off."""
     json: str | None = None
     """File for the result."""
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     tables.print_table(
         f"{int(counts.times_V.sum()):,} tokens of answers use {used:,} of {vocab:,}",
-        ["commonest tokens", "share of what is said"],
+        ["commonest tokens", "share of the answers' tokens"],
         [[row["size"], f"{row['coverage']:.2%}"] for row in rows],
     )
     if len(tokens) < args.size:

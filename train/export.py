@@ -1,8 +1,8 @@
-"""Write a model as others read it: an Orbax checkpoint with a manifest, a HuggingFace folder, or what a server loads.
+"""Write a model for other programs: an Orbax checkpoint with a manifest, a HuggingFace folder, or a server's layout.
 
-RUN is the folder of a run (its checkpoints), a drafter's folder, jaxspec's or published, or a target's in HuggingFace
-layout. Servers' folders need `--target`, the folder of the model that the drafter was made for. Their
-manifest says which version's behaviour is assumed.
+RUN is the folder of a run, of a drafter (jaxspec's or a published one), or of a target in HuggingFace layout. Folders
+for servers need `--target`, the folder of the model that the drafter was made for. Their manifest names the version of
+the server whose behaviour is assumed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec.checkpoints.folders import refuse_to_replace
+from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import export
 from jaxspec.serving import loading
@@ -30,13 +30,13 @@ class Args:
     out: Positional[Path]
     """Folder to write."""
     to: Literal["orbax", "hf", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"] = "orbax"
-    """Format: `hf` is a HuggingFace folder of a target or a draft LM, `eagle` that of the papers' own code."""
+    """Format: `hf` is a HuggingFace folder of a target or a draft LM, `eagle` is the layout of the papers' code."""
     target: str | None = None
-    """Folder of a drafter's target, which says its vocabulary, depth and tables; `tiny` is the bundled one."""
+    """Folder of a drafter's target, for its vocabulary, depth and tables; `tiny` is the bundled target."""
     step: str = "best"
-    """Which checkpoint of a run: best by its evaluations, last, or a step's number."""
+    """Checkpoint of a run: best (by its evaluations), last, or the number of a step."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Of the weights. Default: as they are stored."""
+    """Dtype of the weights. Default: as they are stored."""
     overwrite: bool = False
     """Replace a model that was exported to the folder before."""
     json: Path | None = None
@@ -47,9 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec export", description=__doc__ or "")
-    refuse_to_replace(args.out)
-    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
-        raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
+    refuse_to_overwrite(args.out, args.overwrite)
     model = export.find_model(
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )

@@ -30,7 +30,7 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.feature_store import Piece, Plan, begin_store, feature_fields, new_records, plan_features
+from jaxspec.data.feature_store import BatchPiece, FeaturePlan, begin_store, feature_fields, new_records, plan_features
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Shard, ShardWriter
 from jaxspec.data.target_outputs import Kind, store, to_arrays
@@ -137,7 +137,7 @@ class Work:
     taps: tuple[int, ...]
     fields: Sequence[Field]
     parts: Sequence[PackedBatches]
-    plan: Plan
+    plan: FeaturePlan
 
     @property
     def folder(self) -> Path:
@@ -269,10 +269,10 @@ def open_target(work: Work) -> Run:
 
 
 def run_pieces(
-    target: Run, pieces: Sequence[Piece], parts: Sequence[PackedBatches]
-) -> Iterator[tuple[Piece, HostBatch, dict[str, np.ndarray]]]:
+    target: Run, pieces: Sequence[BatchPiece], parts: Sequence[PackedBatches]
+) -> Iterator[tuple[BatchPiece, HostBatch, dict[str, np.ndarray]]]:
     """Yields each piece with its batch and the target's output; the next is begun before one is handed out."""
-    running: tuple[Piece, HostBatch, Any] | None = None
+    running: tuple[BatchPiece, HostBatch, Any] | None = None
     for piece in pieces:
         data = parts[piece.part]
         batch = data[piece.index]

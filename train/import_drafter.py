@@ -1,7 +1,7 @@
-"""Make a drafter that a paper or a server's project published a drafter of jaxspec.
+"""Import a drafter that the authors of a paper or the project of a server published.
 
-FOLDER holds its config.json and weights (safetensors, or PyTorch's .bin, which is read without running it). Its kind
-is told by its tensors. Whole LMs need no import: give their folder as drafter.
+FOLDER holds its config.json and weights (safetensors, or PyTorch's .bin, which is read without running code in it). The
+tensors tell what kind of drafter it is. Whole LMs need no import: give their folder as drafter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from jaxspec.checkpoints.folders import refuse_to_replace
+from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import export
 from jaxspec.serving import loading
@@ -31,8 +31,8 @@ class Args:
     target: str | None = None
     """Folder of its target; EAGLE-3 heads that do not say which layers they read need it."""
     layer_ids: Literal["input", "output"] | None = None
-    """Whether an EAGLE-3 head's config.json names the target's layers by their inputs or their outputs. Default: as the
-    layout has it."""
+    """Whether an EAGLE-3 head's config.json names the target's layers by their inputs or by their outputs. Default: the
+    convention of its layout."""
     tokens: int | None = None
     """How many tokens a P-EAGLE head drafts in a pass. Default: as many as its config.json says."""
     overwrite: bool = False
@@ -45,16 +45,14 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec import drafter", description=__doc__ or "")
-    refuse_to_replace(args.out)
-    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
-        raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
+    refuse_to_overwrite(args.out, args.overwrite)
     model = export.published_drafter(
         args.folder, str(args.folder), target=args.target, layer_ids=args.layer_ids, tokens=args.tokens
     )
     export.write("orbax", args.out, model)
     facts = export.facts(model) | {"format": "orbax", "path": args.out}
     tables.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))
-    loading.open_drafter(args.out)  # what was written can be used
+    loading.open_drafter(args.out)  # checks that the written drafter can be used
     if args.json:
         results.write_json(args.json, results.result("import", seed=None, started=started, **facts))
     return 0

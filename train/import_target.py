@@ -1,8 +1,8 @@
-"""Make a target in HuggingFace layout an exported one of jaxspec: sharded Orbax, checksums, a manifest, its tokenizer.
+"""Import a target in HuggingFace layout as sharded Orbax with checksums, a manifest and its tokenizer.
 
-A few pieces are in memory at a time, whatever the model's size. Files are held to the index and their headers, and to
-their SHA-256 where the hub or a file beside them gives it. What a repository's name stands for is downloaded with
-huggingface_hub. Interrupted, the same command goes on where it stopped. OUT can be given wherever a target is.
+Only a few pieces are in memory at a time, for any size of the model. Files are checked against the index, their headers
+and, if the hub or a file beside them gives it, their SHA-256. A repository is downloaded with huggingface_hub. After an
+interruption the same command continues where it stopped. All verbs take OUT as a target.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxspec.checkpoints.folders import refuse_to_replace
+from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import export, import_target
 
@@ -39,9 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec import target", description=__doc__ or "")
-    refuse_to_replace(args.out)
-    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
-        raise ValueError(f"{args.out}: is there already; give another folder, or --overwrite to replace it")
+    refuse_to_overwrite(args.out, args.overwrite)
     done = import_target.import_target(
         import_target.find_source(args.source, args.revision), args.out, name=args.source
     )

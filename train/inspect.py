@@ -1,4 +1,4 @@
-"""Say what a folder holds: family or kind of drafter, shapes, dtype, conventions, and what it can be exported to."""
+"""Show the contents of a folder: family or kind of drafter, shapes, dtype, conventions, and formats to export to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Args:
     """Command line of `jaxspec inspect`."""
 
     path: Positional[str]
-    """Folder of a run, a drafter of jaxspec's or a published one, or a target; `tiny` is the bundled target."""
+    """Folder of a run, of a drafter (jaxspec's or a published one), or of a target; `tiny` is the bundled target."""
     target: str | None = None
     """Folder of a drafter's target; EAGLE-3 heads that do not say which layers they read need it."""
     json: Path | None = None

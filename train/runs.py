@@ -1,4 +1,4 @@
-"""List the runs below a folder: how far each is, how it ended, and the best tau it reached."""
+"""List the runs below a folder, with their progress, how they ended, and their best tau."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = {
 }
 NOTES = """\
 simulated tau: the best of the run's evaluations on held-out text; measured: the best that jaxspec compare decoded with
-state: killed where a run ended without a word, or goes on where its lock cannot be seen from here
+state: killed if a run ended without a record, or runs on a machine whose locks are not visible here
 """
 
 
@@ -41,7 +41,7 @@ class Args:
     """Command line of `jaxspec runs`."""
 
     folder: Positional[Path] = Path("runs")
-    """Where to look, at any depth."""
+    """Folder to search, at any depth."""
     json: Path | None = None
     """Write the result here."""
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """The folders of runs below `folder`, itself included; none lies within another."""
+    """Yields the folders of runs below `folder` and itself; a run's own folder is not searched further."""
     for path, inner, files in os.walk(folder):
         if tracking.RECORD in files:
             inner.clear()
@@ -74,7 +74,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """What the list shows of one run; a record that cannot be read is its state."""
+    """Returns the row of one run in the list; `state` says if its record cannot be read."""
     row: dict[str, Any] = dict.fromkeys(("name", "kind", "step", "steps", "loss", "simulated_tau", "tau"))
     row |= {"name": folder.name, "state": "unknown", "date": "", "folder": folder}
     try:
@@ -99,7 +99,7 @@ def summarize(folder: Path) -> dict[str, Any]:
 
 
 def measured_tau(folder: Path) -> float | None:
-    """The best tau that `jaxspec compare` measured with the drafter of `OUT/RECIPE/seed-N/run`; None if it did not."""
+    """Returns the best tau that `jaxspec compare` measured with the drafter of `OUT/RECIPE/seed-N/run`, or None."""
     seed = folder.absolute().parent
     recipe, out = seed.parent, seed.parent.parent
     if not (out / MEASURED).is_file():

@@ -1,8 +1,8 @@
-"""Tokenize conversations into sharded files on disk, for data sets that are too large to be held in memory.
+"""Tokenize conversations into sharded files on disk, for data sets that do not fit in memory.
 
-`jaxspec train` takes the folder where it takes a JSONL file, and has the same batches; a process then holds some 50
-bytes a conversation, half of them shared with the other processes of its machine. A run that was stopped goes on where
-it was: give the same command. Many machines can fill one folder, each with its own --shard i/n; the one that finishes
+`jaxspec train` takes the folder in place of a JSONL file, and makes the same batches of it. A process then holds some
+50 bytes a conversation, half of them shared with the other processes of its machine. To continue a run that was
+stopped, give the same command. Many machines can fill one folder, each with its own --shard i/n; the one that finishes
 last completes it.
 """
 
@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.tokenized_corpus import StoredCorpus, is_complete, write_corpus
+from jaxspec.data.tokenized_corpus import CorpusSettings, StoredCorpus, is_complete, write_corpus
 from jaxspec.interchange import target_folders
 from jaxspec.serving import flags
 
@@ -33,19 +33,19 @@ class Args:
     out: str
     """Folder for the corpus."""
     target: str = "tiny"
-    """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the target that comes with jaxspec."""
+    """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the bundled target."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     length: int = 2048
-    """Tokens of a conversation that are kept; training's data.length may not be less."""
+    """Number of tokens of a conversation that are kept; data.length in training may not be less."""
     limit: int | None = None
-    """Take only so many conversations of each that is named."""
+    """Take at most this many conversations of each file or folder that is named."""
     shard_documents: int = 65536
-    """Conversations of a file."""
+    """Conversations in a file."""
     shard: str = "0/1"
     """Make only every n-th file, beginning with the i-th: 0/4, 1/4, 2/4 or 3/4."""
     verify: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Check the SHA-256 of finished files first, and make damaged ones anew."""
+    """Check the SHA-256 of finished files first, and make damaged ones again."""
     json: str | None = None
     """File for the result."""
 
@@ -55,7 +55,7 @@ class Args:
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which shard of how many."""
+        """Number of the shard, and number of shards."""
         return flags.parse_part(self.shard)
 
 
@@ -65,16 +65,8 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec tokenize", description=__doc__ or "")
     folder = Path(args.out)
     tokenizer = ChatTokenizer.load(target_folders.target_folder(args.target), args.template)
-    work = write_corpus(
-        folder,
-        args.data,
-        tokenizer,
-        length=args.length,
-        limit=args.limit,
-        shard_documents=args.shard_documents,
-        part=args.part,
-        verify=args.verify,
-    )
+    settings = CorpusSettings(args.length, args.limit, args.shard_documents)
+    work = write_corpus(folder, args.data, tokenizer, settings, part=args.part, verify=args.verify)
     with progress.progress("tokenizing", None, "conversations") as bar:
         for done in work:
             bar.advance(done)
@@ -87,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         rows = [[name, value] for name, value in result.items() if name not in ("out", "complete", "sources")]
         tables.print_table(args.out, ["measure", "value"], rows)
     else:
-        sys.stderr.write(f"{args.out}: this part is done, and files of other parts are missing\n")
+        sys.stderr.write(f"{args.out}: this part is finished, and files of other parts are missing\n")
     if args.json:
         results.write_json(args.json, results.result("tokenize", dtype="int32", seed=None, started=started, **result))
     return 0

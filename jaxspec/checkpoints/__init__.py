@@ -1,1 +1,1 @@
-"""What runs and models are on disk: Orbax folders with a manifest, records, metrics."""
+"""Runs and models on disk: Orbax folders with a manifest, records and metrics."""

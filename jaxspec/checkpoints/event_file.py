@@ -1,7 +1,7 @@
 """TensorBoard's event files: scalars by step, in records of protocol buffers.
 
-Written here because the usual writer (tensorboardX) imports torch where there is one, and hands its records to a queue,
-which a killed run takes with it. The format is TensorBoard's `event.proto` (version 2) in TFRecord framing.
+The usual writer (tensorboardX) is not used, because it imports torch if that is installed, and loses its queue of
+records when a run is killed. The format is TensorBoard's `event.proto` (version 2) in TFRecord framing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
 class EventFile:
     """One event file in `folder`; TensorBoard reads all files of a folder as one run.
 
-    `resumed_from` makes it drop what earlier files say of later steps, for these will come again.
+    With `resumed_from`, TensorBoard drops the later steps of earlier files, because the run repeats them.
     """
 
     def __init__(self, folder: Path, resumed_from: int = 0):
@@ -29,7 +29,7 @@ class EventFile:
             self._append(_number(2, resumed_from + 1) + _text(7, _number(1, 1)))  # session_log: START
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append the scalars of one step; they are with the system when this returns."""
+        """Appends the scalars of one step; the operating system has them when this returns."""
         values = (_text(1, name.encode()) + _fixed(2, "f", value) for name, value in scalars.items())
         self._append(_number(2, step) + _text(5, b"".join(_text(1, value) for value in values)))
 
@@ -40,7 +40,7 @@ class EventFile:
 
 
 def append_whole(path: Path, data: bytes) -> None:
-    """Append all of `data` or, where that fails, nothing."""
+    """Appends all of `data` or, if that fails, nothing."""
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -52,7 +52,7 @@ def append_whole(path: Path, data: bytes) -> None:
 
 
 def masked_crc(data: bytes) -> bytes:
-    """TFRecord's checksum: CRC-32C, rotated by 15 bits and shifted by a constant."""
+    """Returns TFRecord's checksum: CRC-32C, rotated by 15 bits and shifted by a constant."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
@@ -70,22 +70,22 @@ _TABLE = [_crc_of(byte) for byte in range(256)]
 
 
 def _number(field: int, value: int) -> bytes:
-    """A varint field."""
+    """Returns a varint field."""
     return _varint(field << 3) + _varint(value)
 
 
 def _fixed(field: int, kind: str, value: float) -> bytes:
-    """A double (`d`) or float (`f`) field."""
+    """Returns a double (`d`) or float (`f`) field."""
     return _varint(field << 3 | (1 if kind == "d" else 5)) + struct.pack(f"<{kind}", value)
 
 
 def _text(field: int, value: bytes) -> bytes:
-    """A string, bytes or message field."""
+    """Returns a string, bytes or message field."""
     return _varint(field << 3 | 2) + _varint(len(value)) + value
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all bytes but the last have the highest bit set."""
+    """Returns a varint: seven bits a byte, the lowest first; all bytes but the last have the highest bit set."""
     parts = []
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)

@@ -20,11 +20,11 @@ from jaxspec.checkpoints.manifest import (
 )
 
 PATIENCE = 3
-"""Saves in a row that may fail in the background before the run is stopped."""
+"""Number of saves in a row that fail in the background before the run is stopped."""
 
 
 def refuse_to_replace(path: str | Path) -> None:
-    """ValueError if `path` holds anything but a model that `save_model` wrote."""
+    """Raises ValueError if `path` holds anything but a model that jaxspec wrote."""
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -38,41 +38,48 @@ def refuse_to_replace(path: str | Path) -> None:
         )
 
 
+def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    """Raises ValueError as `refuse_to_replace`, and if `path` holds a model that is not to be overwritten."""
+    refuse_to_replace(path)
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"{path}: is there already; give another folder, or --overwrite to replace it")
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | Path, *, resumable: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `path` when the block ends, and vanishes if it fails.
+    """Yields a draft folder, which replaces `path` when the block ends, and is removed if the block fails.
 
-    A `resumable` one stays, under its other name, and is there again the next time. What is in `path` must be something
-    that jaxspec exported; its manifest is to be written last. Raises ValueError where it is not, and OSError, in one
-    sentence, where it cannot be written.
+    A `resumable` draft is kept if the block fails, and yielded again the next time. The block writes the manifest last.
+    Raises ValueError if `path` holds something that jaxspec did not export, and OSError, in one sentence, if the folder
+    cannot be written.
     """
     path = Path(path).absolute()
     refuse_to_replace(path)
     draft = path.with_name(f".{path.name}.{'partial' if resumable else 'tmp'}")
     try:
         if not resumable:
-            _remove(draft)
+            remove_draft(draft)
         draft.mkdir(parents=True, exist_ok=resumable)
         yield draft
-        _replace(draft, path)
+        replace_folder(draft, path)
     except OSError as error:
-        raise OSError(f"{path}: could not be written ({_reason(error)})") from error
+        raise OSError(f"{path}: could not be written ({reason_of(error)})") from error
     finally:
         if not resumable:
-            _remove(draft)
+            remove_draft(draft)
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
-    """`ShapeDtypeStruct`s of `tree` (arrays or structs) with the tree `shardings`: what `restore` takes."""
+    """Returns `ShapeDtypeStruct`s of `tree` (arrays or structs) with the tree `shardings`, as `restore` takes them."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
 
 
-def _load_arrays(path: Path, name: str, part: str | None, sharding: jax.sharding.Sharding | None) -> Any:
-    """What Orbax stored as `name`, or a part of it alone; ValueError where something is missing."""
+def load_arrays(path: Path, name: str, part: str | None, sharding: jax.sharding.Sharding | None) -> Any:
+    """Loads the tree that Orbax stored as `name`, or one `part` of it. Raises ValueError if something is missing."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     context = ocp.Context()
     context.pytree.loading.partial_load = part is not None
-    shapes = _stored_shapes(path, name, part)
+    shapes = stored_shapes(path, name, part)
     abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), shapes)
     abstract = abstract if part is None else {part: abstract}
     try:
@@ -83,8 +90,8 @@ def _load_arrays(path: Path, name: str, part: str | None, sharding: jax.sharding
     return found if part is None else found[part]
 
 
-def _stored_shapes(path: Path, name: str, part: str | None = None) -> Any:
-    """Shapes and dtypes of what Orbax stored as `name`, or of a part of it; ValueError where something is missing."""
+def stored_shapes(path: Path, name: str, part: str | None = None) -> Any:
+    """Returns shapes and dtypes of the tree that Orbax stored as `name`, or of one `part` of it; raises ValueError."""
     try:
         stored: Any = ocp.metadata(str(path), checkpointable_name=name).metadata
         wanted = stored if part is None else stored[part]
@@ -93,8 +100,8 @@ def _stored_shapes(path: Path, name: str, part: str | None = None) -> Any:
     return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
 
 
-def _replace(draft: Path, path: Path) -> None:
-    """Put `draft` in the place of `path`, which vanishes only when the other is whole."""
+def replace_folder(draft: Path, path: Path) -> None:
+    """Puts the finished `draft` in the place of `path`."""
     before = path.with_name(f".{path.name}.old")
     shutil.rmtree(before, ignore_errors=True)
     if path.exists():
@@ -104,28 +111,30 @@ def _replace(draft: Path, path: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _remove(draft: Path) -> None:
-    """Remove a draft, and what Orbax had not finished of it."""
+def remove_draft(draft: Path) -> None:
+    """Removes a draft and Orbax's unfinished files of it."""
     for path in draft.parent.glob(f"{glob.escape(draft.name)}*"):
         shutil.rmtree(path)
 
 
-def _mark(kind: str) -> Any:
+def format_mark(kind: str) -> Any:
+    """Returns the custom metadata of Orbax's that marks a folder as jaxspec's."""
     return {"format": FORMAT, "kind": kind}
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Returns whether this is process 0."""
     return jax.process_index() == 0
 
 
-def _reason(error: Exception) -> str:
-    """What the system says is wrong, else what the exception says."""
+def reason_of(error: Exception) -> str:
+    """Returns the operating system's reason for a failure, or else the exception's message."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def _told_otherwise(record: logging.LogRecord) -> bool:
-    """Leaves out the tracebacks that Orbax logs from its threads: their errors are raised where the save is awaited."""
+def keep_log_record(record: logging.LogRecord) -> bool:
+    """Returns False for tracebacks that Orbax logs from its threads: waiting for the save raises their errors."""
     return "_SignalingThread.run() raised" not in record.getMessage()

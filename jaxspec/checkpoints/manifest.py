@@ -1,8 +1,7 @@
-"""The manifest of a checkpoint: one JSON file that says what the folder holds, in which format, with every file's
-checksum.
+"""The manifest of a checkpoint: a JSON file with the kind and format of the folder and the checksum of every file.
 
-It is written last, so a folder without one is half-written. Orbax loads damaged data without complaint; the checksums
-are what tells. Older formats are brought up to date when they are read.
+It is written last, so a folder without one is incomplete. Orbax loads damaged data without an error; the checksums show
+the damage. A manifest of an older format is converted when it is read.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ CONVENTIONS = {
 """How the arrays are to be read, for those who do so without this library."""
 
 Manifest = dict[str, Any]
-"""`format`, `kind`, `checksums` by file, `sha256` of the manifest itself, and what the kind calls for."""
+"""`format`, `kind`, `checksums` by file, `sha256` of the manifest itself, and fields of the kind."""
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
-    """Complete `folder`: its manifest, with the checksums of all its files, is on disk when this returns.
+    """Completes `folder` with its manifest, which holds the checksums of all its files.
 
-    Files whose checksums are `known` are not read.
+    The manifest is on disk when this returns. Files whose checksums are `known` are not read.
     """
     known = known or {}
     files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
@@ -59,7 +58,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], *, known: Mapping[
 
 
 def amend_manifest(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Change what the manifest of a complete checkpoint says; its files stay as they are."""
+    """Changes fields of the manifest of a complete checkpoint; the other files stay as they are."""
     _write(folder, read_manifest(folder) | dict(changes))
 
 
@@ -76,9 +75,9 @@ def _write(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete checkpoint, in the present format.
+    """Returns the manifest of a complete checkpoint, in the present format.
 
-    Raises ValueError where there is no such folder, no manifest or a damaged one, or one of a format that is not known.
+    Raises ValueError if the folder or its manifest is missing, or the manifest is damaged or of an unknown format.
     """
     manifest = _stored(folder)
     while manifest.get("format") != FORMAT:
@@ -92,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """ValueError naming the first file that changed or vanished since the manifest was written."""
+    """Raises ValueError naming the first file that changed or vanished since the manifest was written."""
     for name in manifest["checksums"]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing; the checkpoint is incomplete")
@@ -103,14 +102,15 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def checksums(folder: Path, files: list[str]) -> dict[str, str]:
-    """The SHA-256 of each file, several read at once."""
-
-    def one(name: str) -> str:
-        with (folder / name).open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
+    """Returns the SHA-256 of each file; several files are read at once."""
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip(files, pool.map(one, files), strict=True))
+        return dict(zip(files, pool.map(file_sha256, [folder / name for name in files]), strict=True))
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def describe(params: Params) -> dict[str, dict[str, Any]]:
@@ -125,7 +125,7 @@ def describe(params: Params) -> dict[str, dict[str, Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Waits until the names in a folder are on disk."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -145,8 +145,10 @@ def _stored(folder: Path) -> Manifest:
 
 
 def _stored_1(folder: Path) -> Manifest:
-    """Format 1 kept what is now the manifest in Orbax's metadata, and the checksums, which came last, in a second
-    file."""
+    """Returns the manifest of a folder of format 1.
+
+    That format kept its fields in Orbax's metadata and the checksums, which were written last, in a second file.
+    """
     half = f"{folder}: not a checkpoint of jaxspec, or half of one"
     if not (folder / _ORBAX).is_file():
         raise ValueError(f"{half} ({MANIFEST} is missing)")
@@ -159,12 +161,12 @@ def _stored_1(folder: Path) -> Manifest:
 
 
 def _from_1(manifest: Manifest) -> Manifest:
-    """Format 2 adds what is now known of a model besides its config."""
+    """Returns a manifest of format 1 in format 2, which adds `metrics` and `provenance`."""
     return {**manifest, "format": "jaxspec/2", "metrics": manifest.get("metrics", {}), "provenance": {}}
 
 
 MIGRATIONS: dict[str, Callable[[Manifest], Manifest]] = {"jaxspec/1": _from_1}
-"""Format -> what makes a manifest of it one of the next format."""
+"""Format -> converts a manifest of it to the next format."""
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -12,14 +12,14 @@ from orbax.checkpoint import v1 as ocp
 from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.checkpoints.folders import (
-    _is_first,
-    _load_arrays,
-    _mark,
-    _reason,
-    _remove,
-    _replace,
-    _stored_shapes,
+    format_mark,
+    is_first,
+    load_arrays,
+    reason_of,
     refuse_to_replace,
+    remove_draft,
+    replace_folder,
+    stored_shapes,
 )
 from jaxspec.checkpoints.manifest import CONVENTIONS, describe, read_manifest, verify, write_manifest
 from jaxspec.drafters import DRAFTERS
@@ -35,39 +35,39 @@ def save_model(
     about: Mapping[str, Any] | None = None,
     files: Sequence[Path] = (),
 ) -> None:
-    """Write `params` (a nested dict of arrays) and `config` (JSON) as one folder, replacing a model that is there.
+    """Writes `params` (a nested dict of arrays) and `config` (JSON) as one folder; replaces an earlier model there.
 
-    `kind` says what it is, such as "drafter"; `load_model` checks it. `about` (JSON) joins its manifest, `files` are
-    copied beside it. The folder appears whole or not at all. Raises ValueError if `path` holds something else, and
-    OSError, in one sentence, where it cannot be written.
+    `kind` is such as "drafter"; `load_model` checks it. `about` (JSON) is merged into the manifest, and `files` are
+    copied into the folder. The folder appears whole or not at all. Raises ValueError if `path` holds something else,
+    and OSError, in one sentence, if it cannot be written.
     """
     path = Path(path).absolute()
     draft = path.with_name(f".{path.name}.tmp")
     manifest = model_manifest(params, config, kind=kind, about=about)
-    if _is_first():
+    if is_first():
         refuse_to_replace(path)
-        _remove(draft)
+        remove_draft(draft)
     context = ocp.Context()
-    # Else each process looks for itself whether something is there already, and they part where one looks too late.
+    # Otherwise each process checks by itself whether the folder exists, and one that checks late finds the others'.
     context.file.skip_sync_file_validations = True
     context.array.saving.scoped_storage_options_creator = lambda key, value: _stored_by_layer(key)
     try:
         with context:
-            ocp.save_checkpointables(str(draft), {"params": params}, custom_metadata=_mark(kind))
-        if _is_first():
+            ocp.save_checkpointables(str(draft), {"params": params}, custom_metadata=format_mark(kind))
+        if is_first():
             for file in files:
                 shutil.copyfile(file, draft / file.name)
             write_manifest(draft, manifest)
-            _replace(draft, path)
+            replace_folder(draft, path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise OSError(f"{path}: could not be written ({_reason(error)})") from error
+        raise OSError(f"{path}: could not be written ({reason_of(error)})") from error
     finally:
-        if _is_first():
-            _remove(draft)
+        if is_first():
+            remove_draft(draft)
 
 
 def _stored_by_layer(path: Any) -> Any:
-    """How an array is stored: stacked layers one by one, so that a reader of one needs no other."""
+    """Returns how Orbax stores an array: stacked layers one by one, so that a reader of one layer reads no other."""
     names = [getattr(key, "key", None) for key in path]
     stacked = len(names) > 1 and names[0] == "layers" and isinstance(names[1], str)
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,)) if stacked else None
@@ -76,7 +76,7 @@ def _stored_by_layer(path: Any) -> Any:
 def model_manifest(
     params: Params, config: Mapping[str, Any], *, kind: str, about: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The manifest of a model whose `params` are arrays or their shapes; see `save_model`."""
+    """Returns the manifest of a model whose `params` are arrays or their shapes; see `save_model`."""
     manifest = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
     manifest["provenance"] = {"jaxspec": __version__, **manifest["provenance"]}
     return manifest | {"conventions": CONVENTIONS, "arrays": describe(params)}
@@ -85,7 +85,7 @@ def model_manifest(
 def load_model(
     path: str | Path, *, kind: str | None = None, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Params, dict[str, Any]]:
-    """`(params, config)` of a folder that `save_model` wrote, every array on `sharding` (default: the first device).
+    """Returns `(params, config)` of a folder that `save_model` wrote, all arrays on `sharding` (default: one device).
 
     Raises ValueError if the folder is missing, incomplete, damaged, written by something else, or not of `kind`.
     """
@@ -94,16 +94,16 @@ def load_model(
     if kind is not None and manifest["kind"] != kind:
         raise ValueError(f"{path}: holds a {manifest['kind']}, not a {kind}")
     verify(path, manifest)
-    return _load_arrays(path, "params", None, sharding), manifest["config"]
+    return load_arrays(path, "params", None, sharding), manifest["config"]
 
 
 def model_shapes(path: str | Path) -> Params:
-    """Shapes and dtypes of the weights that `load_model` would read; ValueError if the folder is not complete."""
-    return _stored_shapes(Path(path).absolute(), "params")
+    """Returns shapes and dtypes of the weights that `load_model` reads; ValueError if the folder is incomplete."""
+    return stored_shapes(Path(path).absolute(), "params")
 
 
 def model_kind(path: str | Path) -> str:
-    """What `save_model` wrote at `path`; ValueError if it wrote nothing there."""
+    """Returns the kind of the model at `path`; raises ValueError if `save_model` wrote none there."""
     return str(read_manifest(Path(path).absolute())["kind"])
 
 

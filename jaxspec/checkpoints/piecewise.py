@@ -1,8 +1,9 @@
 """An Orbax checkpoint of a tree of arrays larger than memory: written in pieces, and resumed where it stopped.
 
-Orbax's layout without OCDBT is a folder an array, a file a chunk (Zarr 2). A chunk that is not compressed is its
-numbers in row-major order, so it is written as they are made, by several threads, and hashed on the way. What else the
-layout has, Orbax writes itself: for the same tree with one number an array, whose descriptions then get the true shape.
+Orbax's layout without OCDBT is one folder for each array and one file for each chunk (Zarr 2). A chunk that is not
+compressed holds its numbers in row-major order, so threads write and hash it as the numbers are read. The rest of the
+layout comes from Orbax itself: it saves the same tree with one number an array, whose descriptions then get the true
+shapes.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxspec.checkpoints.manifest import FORMAT
+from jaxspec.checkpoints.manifest import FORMAT, file_sha256
 
 PIECE_BYTES = 64 * 2**20
-"""Of a chunk, at most where its array can be cut so finely: little for a thread to hold, or for one device to read."""
+"""Greatest size of a chunk, if its array can be cut so finely: small enough for a thread to hold."""
 THREADS = 4
 JOURNAL = "pieces.jsonl"
-"""What is there already, while not all is."""
+"""File that lists the finished pieces of an unfinished checkpoint."""
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -38,31 +39,31 @@ class Pieces(NamedTuple):
     """An array to write."""
 
     path: tuple[str, ...]
-    """In the tree."""
+    """Its path in the tree."""
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk: tuple[int, ...]
-    """The shape of a piece; the last along an axis may reach past its end."""
+    """Shape of a piece; the last one along an axis may reach past the end of the array."""
     read: Callable[[Bounds], np.ndarray]
-    """A block of the array, in its dtype; called from several threads."""
+    """Returns a block of the array, in its dtype; called from several threads."""
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"params/{'.'.join(self.path)}"
 
 
 class Piece(NamedTuple):
-    """One file."""
+    """One chunk of an array, which is one file."""
 
     file: str
     of: Pieces
     number: tuple[int, ...]
-    """Along every axis."""
+    """Number of the chunk along every axis."""
 
     @property
     def nbytes(self) -> int:
-        """Of the file."""
+        """Bytes of the file."""
         return math.prod(self.of.chunk) * self.of.dtype.itemsize
 
 
@@ -72,11 +73,11 @@ class Written(NamedTuple):
     piece: Piece
     sha256: str
     kept: bool
-    """Whether an earlier run wrote it."""
+    """Whether an earlier call wrote it."""
 
 
 def chunk_of(shape: tuple[int, ...], itemsize: int, axis: int, *, stacked: bool) -> tuple[int, ...]:
-    """The chunk of an array: one of the layers that are `stacked` on its first axis, and of `axis` as much as fits."""
+    """Returns the chunk of an array: one layer if it is `stacked` on its first axis, and as much of `axis` as fits."""
     chunk = [1, *shape[1:]] if stacked else list(shape)
     parts = -(-math.prod(chunk) * itemsize // PIECE_BYTES)
     chunk[axis] = -(-chunk[axis] // min(parts, chunk[axis]))
@@ -84,7 +85,7 @@ def chunk_of(shape: tuple[int, ...], itemsize: int, axis: int, *, stacked: bool)
 
 
 def pieces_of(arrays: Sequence[Pieces]) -> list[Piece]:
-    """Every piece of the arrays, in the order of their files."""
+    """Returns every piece of the arrays, in the order of their files."""
     found = []
     for a in arrays:
         counts = [-(-size // step) for size, step in zip(a.shape, a.chunk, strict=True)]
@@ -95,10 +96,10 @@ def pieces_of(arrays: Sequence[Pieces]) -> list[Piece]:
 
 @contextlib.contextmanager
 def written(folder: Path, arrays: Sequence[Pieces], source: str) -> Iterator[Iterator[Written]]:
-    """Write the arrays into `folder`; yields an iterator over the pieces, which writes as it is consumed.
+    """Writes the arrays into `folder`; yields an iterator over the pieces, which writes as it is consumed.
 
-    Pieces that an earlier call wrote of the same `source` and whose checksums still hold are kept; of another one
-    everything is written anew. Threads stop when the block ends.
+    Pieces that an earlier call wrote of the same `source` are kept if their checksums still match. If the source
+    differs, all pieces are written again. The threads stop when the block ends.
     """
     journal = folder / JOURNAL
     if _first_line(journal) != source:
@@ -109,20 +110,22 @@ def written(folder: Path, arrays: Sequence[Pieces], source: str) -> Iterator[Ite
         (folder / a.name).mkdir(parents=True, exist_ok=True)
     known = _journaled(journal)
     with ThreadPoolExecutor(THREADS) as pool, journal.open("a", encoding="utf-8") as notes:
+        done = pool.map(lambda piece: _write(folder, piece, known.get(piece.file)), pieces_of(arrays))
+        with contextlib.closing(_noted(done, notes)) as pieces:
+            yield pieces
 
-        def run() -> Generator[Written, None, None]:
-            for done in pool.map(lambda piece: _write(folder, piece, known.get(piece.file)), pieces_of(arrays)):
-                if not done.kept:
-                    notes.write(json.dumps({"file": done.piece.file, "sha256": done.sha256}) + "\n")
-                    notes.flush()
-                yield done
 
-        with contextlib.closing(run()) as going:
-            yield going
+def _noted(done: Iterator[Written], notes: IO[str]) -> Generator[Written, None, None]:
+    """Yields the pieces, each after it is noted in the journal."""
+    for written_piece in done:
+        if not written_piece.kept:
+            notes.write(json.dumps({"file": written_piece.piece.file, "sha256": written_piece.sha256}) + "\n")
+            notes.flush()
+        yield written_piece
 
 
 def describe(folder: Path, arrays: Sequence[Pieces], mark: Mapping[str, Any]) -> None:
-    """Make `folder`, where all pieces are, an Orbax checkpoint of the tree `params`; `mark` is its custom metadata."""
+    """Makes `folder`, which holds all pieces, an Orbax checkpoint of the tree `params` with this custom metadata."""
     tree: dict[str, Any] = {}
     for a in arrays:
         *parents, leaf = a.path
@@ -147,11 +150,11 @@ def describe(folder: Path, arrays: Sequence[Pieces], mark: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def _as_files() -> Iterator[None]:
-    """Orbax writes plain Zarr files, and does not wonder at it."""
+    """Lets Orbax write plain Zarr files, and filters out its warning about that."""
     context, log = ocp.Context(), logging.getLogger("absl")
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
-    # These would hold shapes a second time; without them Orbax takes those of the arrays.
+    # These would store the shapes a second time; without them Orbax reads the shapes of the arrays.
     saving.array_metadata_store, saving.enable_write_sharding_file = None, False
     log.addFilter(_wanted)
     try:
@@ -168,14 +171,13 @@ def _wanted(record: logging.LogRecord) -> bool:
 def _write(folder: Path, piece: Piece, known: str | None) -> Written:
     path = folder / piece.file
     if known is not None and path.is_file() and path.stat().st_size == piece.nbytes:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == known:
-                return Written(piece, known, True)
+        if file_sha256(path) == known:
+            return Written(piece, known, True)
     of = piece.of
     starts = [i * step for i, step in zip(piece.number, of.chunk, strict=True)]
     stops = [min(at + step, n) for at, step, n in zip(starts, of.chunk, of.shape, strict=True)]
     block = of.read(tuple(zip(starts, stops, strict=True)))
-    if block.shape != of.chunk:  # the last along an axis is as long as the others
+    if block.shape != of.chunk:  # the last chunk along an axis is padded to the size of the others
         block = np.pad(block, [(0, step - n) for step, n in zip(of.chunk, block.shape, strict=True)])
     numbers = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
     draft = path.with_name(f".{path.name}.draft")
@@ -185,18 +187,18 @@ def _write(folder: Path, piece: Piece, known: str | None) -> Written:
 
 
 def _first_line(journal: Path) -> str | None:
-    """The source that a journal is of."""
+    """Returns the source that a journal was begun with; None if there is no journal."""
     if not journal.is_file():
         return None
     with journal.open(encoding="utf-8") as lines:
         try:
             return json.loads(lines.readline())
-        except ValueError:  # killed while it was begun
+        except ValueError:  # a kill cut the line short
             return None
 
 
 def _journaled(journal: Path) -> dict[str, str]:
-    """The checksums by file; a line that was cut short by a kill is passed over."""
+    """Returns the checksums by file; a line that a kill cut short is skipped."""
     found = {}
     for line in journal.read_text(encoding="utf-8").splitlines()[1:]:
         with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs, which resume exactly, on any mesh."""
+"""Checkpoints of training runs, which resume exactly and on any mesh."""
 
 import contextlib
 import logging
@@ -18,12 +18,12 @@ from orbax.checkpoint import v1 as ocp
 from jaxspec.base import Params
 from jaxspec.checkpoints.folders import (
     PATIENCE,
-    _is_first,
-    _load_arrays,
-    _mark,
-    _reason,
-    _stored_shapes,
-    _told_otherwise,
+    format_mark,
+    is_first,
+    keep_log_record,
+    load_arrays,
+    reason_of,
+    stored_shapes,
 )
 from jaxspec.checkpoints.manifest import (
     Manifest,
@@ -38,14 +38,14 @@ _TEMPORARY = "[0-9]*tmp*"
 
 
 class BestMetric(NamedTuple):
-    """The figure of an evaluation that says which step is best."""
+    """The figure of an evaluation that decides which step is best."""
 
     figure: str
     rising: bool
-    """Whether more is better."""
+    """Whether a greater figure is better."""
 
     def of(self, metrics: Mapping[str, Any]) -> float | None:
-        """Greater for a better step; None for one that was not evaluated, or whose figure is not finite."""
+        """Returns a number that is greater for a better step; None without an evaluation or a finite figure."""
         value = metrics.get(self.figure)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return None
@@ -53,7 +53,7 @@ class BestMetric(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """One step of a run."""
+    """One step of a run, restored."""
 
     step: int
     state: Any
@@ -65,11 +65,11 @@ class Restored(NamedTuple):
 class RunCheckpoints:
     """The checkpoints of one training run: `folder/<step>`, the last `keep` of them and the `keep_best` best.
 
-    A step is there whole or not at all: it is written under another name, with the checksums of its files, and then
-    renamed; only then are older ones removed. What an interrupted save left is removed when the run is opened again.
-    Steps that are half-written or damaged are told of and passed over, and make way for the next save.
+    A step exists whole or not at all: it is written under another name, with the checksums of its files, and then
+    renamed; older steps are removed after that. The remains of an interrupted save are removed when the run is opened
+    again. Steps that are incomplete or damaged are reported and skipped, and the next save of that step replaces them.
 
-    Saves go on in the background. One that fails is told of with `tell`, and the run goes on to its next save; the
+    Saves run in the background. A failed save is reported with `tell`, and the run continues to its next save; the
     last complete step stays. `PATIENCE` failures in a row are raised, as is the failure of a save that is waited for.
     All processes of a distributed run call the same methods in the same order; process 0 decides which step is read.
     """
@@ -89,8 +89,8 @@ class RunCheckpoints:
         self._pending: Future[None] | None = None
         self._failure: OSError | None = None
         self._failures = 0
-        logging.getLogger("absl").addFilter(_told_otherwise)
-        if _is_first():
+        logging.getLogger("absl").addFilter(keep_log_record)
+        if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(_TEMPORARY):
                 shutil.rmtree(leftover)
@@ -114,11 +114,11 @@ class RunCheckpoints:
         metrics: dict[str, Any] | None = None,
         wait: bool = True,
     ) -> None:
-        """Write one step; a step that is there already stays as it is.
+        """Writes one step; a complete step of the same number stays as it is.
 
         `state` is any pytree of arrays, typed PRNG keys included; it may be donated as soon as this returns.
         `data_state`, `config` and `metrics` are JSON; the metrics are those of its evaluation, for `best_step`. Raises
-        OSError, in one sentence, where the save is waited for and fails, or too many before it have failed.
+        OSError, in one sentence, if the save fails and `wait` is set, or if `PATIENCE` saves before it have failed.
         """
         self._settle()
         if self._failure is not None and self._failures >= PATIENCE and not wait:
@@ -128,8 +128,9 @@ class RunCheckpoints:
         manifest = {"kind": "run", "step": step, "data": data_state, "config": config, "metrics": metrics or {}}
         try:
             with self._explained(step):
+                # Orbax's own sequence of steps would delete old steps before the checksums are written.
                 path = str(self._temporary(step))
-                response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=_mark("run"))
+                response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=format_mark("run"))
             self._pending = self._writer.submit(self._complete, step, response, manifest)
         except OSError as failure:
             self._failure, self._failures = failure, self._failures + 1
@@ -137,33 +138,33 @@ class RunCheckpoints:
             self.wait()
 
     def add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Note the evaluation of a step that was saved before it was evaluated; nothing if its save failed."""
+        """Adds the evaluation of a step that was saved before it was evaluated; does nothing if its save failed."""
         self._settle()
         if step in self._metrics:
-            if _is_first():
+            if is_first():
                 amend_manifest(self.folder / str(step), {"metrics": metrics})
             self._metrics[step] = metrics
             self._prune()
 
     def wait(self) -> None:
-        """Wait until the last save is on disk; OSError, in one sentence, if it failed."""
+        """Waits until the last save is on disk; raises OSError, in one sentence, if it failed."""
         self._settle()
         if self._failure is not None:
             raise self._failure
 
     def latest_step(self) -> int | None:
-        """The last complete step; None before the first."""
+        """Returns the last complete step; None before the first."""
         self._settle()
         return max(self._metrics, default=None)
 
     def best_step(self) -> int | None:
-        """The complete step that is best by its evaluation; None where none was evaluated."""
+        """Returns the complete step that is best by its evaluation; None if none was evaluated."""
         self._settle()
         ranked = self._ranked()
         return ranked[-1] if ranked else None
 
     def improves(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether a step with these metrics would be the best so far, and best ones are kept."""
+        """Returns whether a step with these metrics would be the best so far; False if best steps are not kept."""
         value = self._best_metric.of(metrics) if self._best_metric and self._keep_best else None
         if self._best_metric is None or value is None:
             return False
@@ -172,14 +173,14 @@ class RunCheckpoints:
         return before is None or value > before
 
     def settings(self, step: int) -> dict[str, Any]:
-        """The config that a step was saved with."""
+        """Returns the config that a step was saved with."""
         return read_manifest(self.folder / str(step))["config"]
 
     def restore(self, step: int | None, abstract_state: Any) -> Restored:
-        """The state of `step` (None: the last that is intact), laid out as `abstract_state`'s `ShapeDtypeStruct`s say.
+        """Returns the state of `step` (None: the last intact one), with the shardings of `abstract_state`.
 
-        Their shardings may belong to another mesh, device count and process count than those that saved. Raises
-        ValueError if the step is missing or damaged, if none is intact, or if a shape differs.
+        `abstract_state` is a tree of `ShapeDtypeStruct`s. Its mesh, device count and process count may differ from
+        those that saved. Raises ValueError if the step is missing or damaged, if none is intact, or if a shape differs.
         """
         self._settle()
         step = self._last_intact() if step is None else self._intact(step)
@@ -192,13 +193,13 @@ class RunCheckpoints:
         return Restored(step, state, manifest["data"], manifest["config"], manifest["metrics"])
 
     def close(self) -> None:
-        """Wait for the save in progress; one that fails has been told of."""
+        """Waits for the save in progress; a failure has been reported."""
         self._settle()
         self._writer.shutdown()
-        logging.getLogger("absl").removeFilter(_told_otherwise)
+        logging.getLogger("absl").removeFilter(keep_log_record)
 
     def _settle(self) -> None:
-        """Wait for the save in progress, and note how it went."""
+        """Waits for the save in progress, and notes whether it failed."""
         if self._pending is None:
             return
         failure, self._pending = self._pending.exception(), None
@@ -207,13 +208,13 @@ class RunCheckpoints:
         self._failure, self._failures = failure, 0 if failure is None else self._failures + 1
 
     def _complete(self, step: int, response: Any, manifest: Manifest) -> None:
-        """In the background: turn what Orbax writes into a complete step."""
+        """Runs in the background: turns the folder that Orbax writes into a complete step."""
         with self._explained(step):
             response.result()
-            if _is_first():
+            if is_first():
                 temporary, final = self._temporary(step), self.folder / str(step)
                 write_manifest(temporary, manifest)
-                if final.exists():  # half-written or damaged, or it would not be saved again
+                if final.exists():  # incomplete or damaged, since a complete step is not saved again
                     shutil.rmtree(final)
                 temporary.rename(final)
                 sync_folder(self.folder)
@@ -222,33 +223,33 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Turns whatever went wrong with a save into one sentence, told at once, and makes room."""
+        """Turns the failure of a save into one sentence, reports it, and removes the draft."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             last = max(self._metrics, default=None)
             left = "no step is saved" if last is None else f"the last complete step is {last:,}"
-            failure = OSError(f"{self.folder}: step {step:,} could not be saved ({_reason(error)}); {left}")
+            failure = OSError(f"{self.folder}: step {step:,} could not be saved ({reason_of(error)}); {left}")
             self._tell(str(failure))
-            if _is_first():
+            if is_first():
                 for leftover in self.folder.glob(f"{step}.tmp*"):
                     shutil.rmtree(leftover, ignore_errors=True)
             raise failure from error
 
     def _prune(self) -> None:
-        """Remove all steps but those to keep; each vanishes at once."""
+        """Removes all steps but those to keep; each is renamed first, so that it vanishes at once."""
         ranked = self._ranked()
         kept = {*sorted(self._metrics)[-self._keep :], *ranked[len(ranked) - min(self._keep_best, len(ranked)) :]}
         self._metrics = {step: metrics for step, metrics in self._metrics.items() if step in kept}
-        for path in _numbered(self.folder) if _is_first() else ():
+        for path in _numbered(self.folder) if is_first() else ():
             if int(path.name) not in kept:
                 try:
                     shutil.rmtree(path.rename(self._temporary(int(path.name))))
                 except OSError as error:
-                    self._tell(f"{path}: could not be removed ({_reason(error)})")
+                    self._tell(f"{path}: could not be removed ({reason_of(error)})")
 
     def _ranked(self) -> list[int]:
-        """The steps that were evaluated, the best last."""
+        """Returns the steps that were evaluated, the best last."""
         metric = self._best_metric
         values = {step: metric.of(metrics) if metric else None for step, metrics in self._metrics.items()}
         return [step for _, step in sorted((value, step) for step, value in values.items() if value is not None)]
@@ -257,7 +258,7 @@ class RunCheckpoints:
         if not self._metrics:
             raise ValueError(f"{self.folder}: holds no complete checkpoint")
         found = None
-        for step in sorted(self._metrics, reverse=True) if _is_first() else ():
+        for step in sorted(self._metrics, reverse=True) if is_first() else ():
             try:
                 self._check(step)
             except ValueError as damage:
@@ -267,7 +268,7 @@ class RunCheckpoints:
             break
         found = _agree(found)
         if found is None:
-            raise ValueError(f"{self.folder}: none of its checkpoints is intact; to begin anew, move it away")
+            raise ValueError(f"{self.folder}: none of its checkpoints is intact; move the folder away to begin again")
         self._metrics = {step: metrics for step, metrics in self._metrics.items() if step <= found}
         return found
 
@@ -286,7 +287,7 @@ class RunCheckpoints:
 
 
 def complete_steps(folder: Path, *, tell: Callable[[str], None] = warnings.warn) -> dict[int, dict[str, Any]]:
-    """The metrics of every complete step in a run's folder; what is half-written is told of and left out.
+    """Returns the metrics of every complete step in a run's folder; incomplete ones are reported and left out.
 
     Files are not compared with their checksums here.
     """
@@ -305,19 +306,19 @@ def complete_steps(folder: Path, *, tell: Callable[[str], None] = warnings.warn)
 def load_run_params(
     folder: Path, step: int, *, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Params, Manifest]:
-    """`(params, manifest)` of one step of a run whose state has `params`, every array on `sharding`; no other is read.
+    """Returns `(params, manifest)` of one step of a run, arrays on `sharding`; the rest of its state is not read.
 
     Raises ValueError if the step is missing or damaged.
     """
     path = folder / str(step)
     manifest = read_manifest(path)
     verify(path, manifest)
-    return _load_arrays(path, "state", "params", sharding), manifest
+    return load_arrays(path, "state", "params", sharding), manifest
 
 
 def run_shapes(folder: Path, step: int) -> Params:
-    """The same of what `load_run_params` would read."""
-    return _stored_shapes(folder.absolute() / str(step), "state", "params")
+    """Returns shapes and dtypes of the `params` that `load_run_params` reads."""
+    return stored_shapes(folder.absolute() / str(step), "state", "params")
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -325,7 +326,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _agree(step: int | None) -> int | None:
-    """What process 0 says."""
+    """Returns the value of process 0."""
     if jax.process_count() > 1:
         told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
         return None if told < 0 else told

@@ -1,4 +1,4 @@
-"""What a run leaves about itself: its metrics in files and services that show them, and `run.json`."""
+"""Tracking of runs: metrics in files and services that show them, and the record `run.json`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 class Sink(Protocol):
-    """A place that metrics go to. One opened for a run that goes on from a step forgets what it knew of later ones."""
+    """A destination of metrics. When a run resumes from a step, its sinks drop the metrics of later steps."""
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add the metrics of a step: numbers, or mappings of such."""
+        """Adds the metrics of a step: numbers, or mappings of numbers."""
         ...
 
     def close(self) -> None:
-        """No more will come."""
+        """Ends the metrics."""
         ...
 
 
 class JsonLines:
-    """A file of one JSON object a line, `step` among its keys."""
+    """A file of one JSON object a line; `step` is one of its keys."""
 
     def __init__(self, path: Path, resumed_from: int = 0):
         self.path = path
@@ -51,11 +51,11 @@ class JsonLines:
         draft.replace(path)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Appends a line."""
         append_whole(self.path, (json.dumps({"step": step, **metrics}) + "\n").encode())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, since no file is open."""
 
 
 class TensorBoard:
@@ -65,15 +65,15 @@ class TensorBoard:
         self.file = EventFile(folder, resumed_from)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append the finite numbers."""
+        """Appends the finite numbers."""
         self.file.write(step, flat(metrics))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, since no file is open."""
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run. It keeps the first that it hears of a step, which a resumed run only repeats."""
+    """A Weights & Biases run. It keeps the first metrics of a step, and a resumed run repeats the same ones."""
 
     def __init__(self, project: str, record: Mapping[str, Any], folder: Path):
         try:
@@ -86,23 +86,23 @@ class WeightsAndBiases:
         self.run = wandb.init(project=project, resume="allow", dir=str(folder), **about)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Log the finite numbers."""
+        """Logs the finite numbers."""
         self.run.log(flat(metrics), step=step)
 
     def close(self) -> None:
-        """Wait for the upload."""
+        """Waits for the upload."""
         self.run.finish()
 
 
 class Tracker:
-    """All sinks of a run as one. A full disk stops none of them for good, and not the run: it is told of once."""
+    """All sinks of a run as one. A full disk stops neither the run nor later metrics, and is reported once."""
 
     def __init__(self, sinks: Sequence[Sink] = (), tell: Callable[[str], None] = warnings.warn):
         self.sinks, self.tell = sinks, tell
         self.failing = False
 
     def write(self, step: int, **metrics: Any) -> None:
-        """Add the metrics of a step to every sink."""
+        """Adds the metrics of a step to every sink."""
         plain, failure = jsonable(metrics), None
         for sink in self.sinks:
             try:
@@ -123,10 +123,10 @@ def track(
     record: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = warnings.warn,
 ) -> Iterator[Tracker]:
-    """Yields a tracker: JSON lines and TensorBoard in the run's folder, Weights & Biases in a project of that name.
+    """Yields a tracker: JSON lines and TensorBoard in the run's folder, and Weights & Biases in the project `wandb`.
 
-    `record` is what `session` yields, for the service. Only process 0 of a distributed run tells anything. Raises
-    ValueError where `wandb` is asked for and not installed.
+    `record` is the one that `session` yields, for Weights & Biases. Only process 0 of a distributed run writes metrics.
+    Raises ValueError if `wandb` is given but not installed.
     """
     if jax.process_index() != 0:
         yield Tracker()
@@ -143,9 +143,9 @@ def track(
 
 @contextlib.contextmanager
 def sole(folder: Path) -> Iterator[None]:
-    """Holds a run's folder, so that nobody else trains there; ValueError where somebody does.
+    """Locks a run's folder, so that no other process trains there; raises ValueError if one does.
 
-    The lock goes with the process, however that ends. A file system without locks is trusted.
+    The lock ends with the process. On a file system without locks nothing is locked.
     """
     if jax.process_index() != 0:
         yield
@@ -158,7 +158,7 @@ def sole(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process trains in a run's folder, as far as this machine can see."""
+    """Returns whether a process trains in a run's folder, as far as this machine can see."""
     path = folder / LOCK
     if not path.is_file():
         return False
@@ -167,22 +167,22 @@ def is_held(folder: Path) -> bool:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock an open file until it is closed; False where another process has."""
+    """Locks an open file until it is closed; returns False if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # there are no locks here
+    except OSError:  # this file system has no locks
         pass
     return True
 
 
 @contextlib.contextmanager
 def session(folder: Path, facts: Mapping[str, Any], resumed_from: int = 0) -> Iterator[dict[str, Any]]:
-    """Keeps `run.json` of a run's folder, and yields what is in it: `facts`, and who ran what, when and where.
+    """Keeps `run.json` of a run's folder, and yields its contents: `facts`, and code, versions, machine and times.
 
-    Each start or resumption is one of its `sessions`, with the code, versions and machine; `end` is "finished",
-    "stopped" by a failure or notice, or missing while it goes on and after a kill.
+    Each start or resumption is one of its `sessions`. Their `end` is "finished", "stopped" (by a failure or a notice),
+    or missing while the session runs and after a kill.
     """
     if jax.process_index() != 0:
         yield {**facts, "sessions": [{"git_sha": git_sha()}]}
@@ -190,23 +190,20 @@ def session(folder: Path, facts: Mapping[str, Any], resumed_from: int = 0) -> It
     begun: dict[str, Any] = {"started": _now(), "resumed_from": resumed_from or None, **circumstances()}
     record = read_record(folder) or {"id": secrets.token_hex(4)}
     record |= {**facts, "sessions": [*record.get("sessions", []), begun]}
-
-    def note(**ending: str) -> None:
-        begun.update(ending)
-        write_json(folder / RECORD, record)
-
-    note()
+    write_json(folder / RECORD, record)
     try:
         yield record
     except BaseException:
-        with contextlib.suppress(OSError):  # what is on its way says more
-            note(ended=_now(), end="stopped")
+        begun.update(ended=_now(), end="stopped")
+        with contextlib.suppress(OSError):  # the exception that is being raised says more
+            write_json(folder / RECORD, record)
         raise
-    note(ended=_now(), end="finished")
+    begun.update(ended=_now(), end="finished")
+    write_json(folder / RECORD, record)
 
 
 def circumstances() -> dict[str, Any]:
-    """The code, the versions of what it stands on, and the machine."""
+    """Returns the version of the code and of its dependencies, and the machine."""
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {
         "jaxspec": __version__,
@@ -217,7 +214,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` of a folder says; None where there is none. ValueError if it cannot be read."""
+    """Returns the contents of a folder's `run.json`; None if there is none. Raises ValueError if it cannot be read."""
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -228,7 +225,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def provenance(record: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What the manifest of a model says of the run it is a step of."""
+    """Returns the description of a run, and of one of its steps, for the manifest of a model."""
     return {
         "run": record["name"],
         "step": step,
@@ -239,14 +236,14 @@ def provenance(record: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without one that is being written."""
+    """Returns the lines of a run's metrics, without a line that is being written."""
     path = folder / METRICS
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers among nested metrics: `{"eval": {"loss": 1}}` has `eval/loss`."""
+    """Returns the finite numbers among nested metrics by path: `{"eval": {"loss": 1}}` gives `eval/loss`."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):

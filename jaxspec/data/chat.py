@@ -1,4 +1,4 @@
-"""Chat tokenizers: a HuggingFace tokenizer with its Jinja template, loss masks from token spans, streamed decoding."""
+"""Chat tokenizers: a HuggingFace tokenizer with its Jinja template, loss masks of turns, and streamed decoding."""
 
 import functools
 import hashlib
@@ -20,12 +20,12 @@ from jaxspec.data.templates import TEMPLATES
 
 Message = dict[str, str]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files of a folder that hold its tokenizer; the first that is there is read."""
+"""Files of a folder that may hold its tokenizer; the first that exists is read."""
 NO_TEMPLATE = "none"
-"""Stands for a template where no conversation is rendered."""
+"""Name that stands for no template, when no conversation is rendered."""
 _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_PROBE = "The 3 quick foxes' d\u00e9j\u00e0 vu:\n\tx  = 1234.5;\u4e2d\u6587 \U0001f98a"  # is split in many ways
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
+_PROBE = "The 3 quick foxes' d\u00e9j\u00e0 vu:\n\tx  = 1234.5;\u4e2d\u6587 \U0001f98a"  # split in many ways
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # the decoding of an unfinished UTF-8 sequence
 
 
 class EncodedConversation(NamedTuple):
@@ -49,12 +49,13 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, template: str | None = None) -> "ChatTokenizer":
-        """The tokenizer of a HuggingFace folder, with the chat template that `template` names.
+        """Returns the tokenizer of a HuggingFace folder, with the chat template that `template` names.
 
-        The tokenizer is `tokenizer.json` or, where there is none, SentencePiece's `tokenizer.model`, with
-        `tokenizer_config.json`; further stop ids come from `generation_config.json`. The template is the folder's own
-        (`chat_template.jinja`, or the config's `chat_template`) where `template` is None; otherwise one of `TEMPLATES`,
-        a file of Jinja, or NO_TEMPLATE. Raises ValueError naming the file or field that is missing or wrong.
+        The tokenizer is `tokenizer.json` or, if there is none, SentencePiece's `tokenizer.model`, with
+        `tokenizer_config.json`; further stop ids come from `generation_config.json`. If `template` is None, the
+        template is the folder's own (`chat_template.jinja`, or the config's `chat_template`); otherwise it is one of
+        `TEMPLATES`, a file of Jinja, or NO_TEMPLATE. Raises ValueError naming the file or field that is missing or
+        wrong.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -86,20 +87,20 @@ class ChatTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below this number."""
+        """Number of ids."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Short hashes of all that decides the tokens of a conversation: of the `tokenizer`, and of its `template`."""
+        """Short hashes of the `tokenizer` and of the `template`, which decide the tokens of a conversation."""
         vocab = sorted(self.tokenizer.get_vocab(with_added_tokens=True).items())
         known = json.dumps([vocab, self.special_tokens, self.encode(_PROBE).tolist()])
         return {"tokenizer": _digest(known), "template": _digest(self.template or NO_TEMPLATE)}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, special tokens included. ValueError where the template refuses it."""
+        """Returns the conversation as text with special tokens. Raises ValueError if the template refuses it."""
         if self.template is None:
-            raise ValueError(f"the chat template was left out (template {NO_TEMPLATE!r}), so there is only raw text")
+            raise ValueError(f"there is no chat template (template {NO_TEMPLATE!r}), so only raw text can be encoded")
         try:
             return _compile_template(self.template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **dict(self.special_tokens)
@@ -108,38 +109,38 @@ class ChatTokenizer:
             raise ValueError(f"the chat template refused the messages: {error}") from error
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [L]: the ids of `text`; special tokens written in it are recognised, none is added."""
+        """Returns int32 [L]: the ids of `text`. Special tokens in the text are recognised, and none is added."""
+        # Control tokens in a user's text count as such: transformers tokenizes the rendered text as a whole, too.
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`."""
+        """Returns the text of `ids`."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def encode_text(self, text: str) -> EncodedConversation:
-        """A text that nobody says, as a model is pretrained on it: behind the first token, if there is one, and before
-        the last."""
+        """Returns a plain text as a model is pretrained on it: between `bos_id`, if there is one, and `eos_id`."""
         first = [] if self.bos_id is None else [self.bos_id]
         tokens = np.concatenate([first, self.encode(text), [self.eos_id]]).astype(np.int32)
         return EncodedConversation(tokens, np.zeros(len(tokens), bool))
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32 [L]: the conversation followed by the generation prompt, as the model sees it before it answers."""
+        """Returns int32 [L]: the conversation followed by the generation prompt, which the model answers."""
         return self.encode(self.render(messages, add_generation_prompt=True))
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedConversation:
-        """The conversation's tokens and which of them the assistant wrote; see `encode_conversations`."""
+        """Returns the conversation's tokens and assistant mask; see `encode_conversations`."""
         return self.encode_conversations([messages])[0]
 
     def encode_conversations(
         self, conversations: Sequence[Sequence[Message]], *, unfinished: Sequence[bool] | None = None
     ) -> list[EncodedConversation]:
-        """Each conversation's tokens and assistant mask.
+        """Returns each conversation's tokens and assistant mask.
 
         An assistant turn is the text between the prompt before it (generation prompt included) and the end of the
-        turn, its end-of-turn token included; white space behind that token is not the assistant's. A token is masked
-        when its characters lie inside a turn, so each of several tokens that share one character is.
-        Where a conversation is `unfinished`, it ends with the words of its last answer, no end-of-turn token behind.
-        Raises ValueError if the template rewrites earlier turns, for then a turn has no span.
+        turn, including its end-of-turn token but not the white space after that. A token is masked if its characters
+        lie inside a turn, so several tokens that share one character are masked alike.
+        A conversation that is `unfinished` ends with the words of its last answer, without an end-of-turn token.
+        Raises ValueError if the template rewrites earlier turns, because then a turn has no span.
         """
         cut = unfinished or [False] * len(conversations)
         rendered = [self._render_with_turns(messages, c) for messages, c in zip(conversations, cut, strict=True)]
@@ -150,7 +151,7 @@ class ChatTokenizer:
         ]
 
     def _render_with_turns(self, messages: Sequence[Message], cut: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the character span of each assistant turn."""
+        """Returns the rendered conversation and the character span of each assistant turn."""
         whole, turns = self.render(messages), []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -173,7 +174,7 @@ class ChatTokenizer:
         return whole, turns
 
     def _trim_turn(self, text: str) -> int:
-        """The length of `text` without white space that stands behind a final special token."""
+        """Returns the length of `text` without the white space after a final special token."""
         trimmed = text.rstrip()
         return len(trimmed) if trimmed.endswith(self._special_contents) else len(text)
 
@@ -183,21 +184,21 @@ class ChatTokenizer:
 
 
 class IncrementalDecoder:
-    """Decodes ids as they arrive; the pieces joined are the text, and none ends inside a UTF-8 sequence."""
+    """Decodes ids as they arrive. The pieces together are the text, and none ends inside a UTF-8 sequence."""
 
     def __init__(self, tokenizer: ChatTokenizer, *, skip_special: bool = True):
         self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
-        self._ids: list[int] = []  # the last emitted piece, kept as context, and what is not yet emitted
-        self._emitted = 0  # how many of `_ids` are already text
+        self._ids: list[int] = []  # the last emitted piece, kept as context, and the ids not yet emitted
+        self._emitted = 0  # how many of `_ids` are already emitted
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, perhaps none."""
+        """Returns the text that `ids` complete, which may be empty."""
         self._ids.extend(int(i) for i in ids)
         text = self._pending()
         return "" if text.endswith(_REPLACEMENT) else self._emit(text)
 
     def flush(self) -> str:
-        """What is left at the end, an unfinished sequence as the replacement character."""
+        """Returns the rest of the text; an unfinished sequence becomes the replacement character."""
         return self._emit(self._pending())
 
     def _pending(self) -> str:
@@ -215,7 +216,7 @@ def _digest(text: str) -> str:
 
 
 def _mask_turns(encoding: Encoding, turns: Sequence[tuple[int, int]]) -> np.ndarray:
-    """bool [L]: True where a token's characters lie inside one of `turns`."""
+    """Returns bool [L]: True where a token's characters lie inside one of `turns`."""
     offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
     mask = np.zeros(len(offsets), bool)
     for start, end in turns:
@@ -243,7 +244,7 @@ def _to_json(value: Any, **options: Any) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _compile_template(template: str) -> jinja2.Template:
-    """`template` in the environment that transformers gives it."""
+    """Returns `template` in the environment that transformers compiles it in."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
     )
@@ -266,8 +267,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, its special tokens those of `special_tokens_map.json` in folders of the older kind, and
-    Llama's where a `tokenizer.model` stands alone."""
+    """Returns `tokenizer_config.json`, completed by `special_tokens_map.json` in older folders.
+
+    A folder with only a `tokenizer.model` has Llama's special tokens by default.
+    """
     config, path = _read_json(folder / "tokenizer_config.json"), folder / "special_tokens_map.json"
     if "added_tokens_decoder" not in config and path.is_file():
         config |= _read_json(path)
@@ -276,6 +279,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     path, pieces = (folder / name for name in TOKENIZERS)
+    # tokenizer.json is used as it is; transformers 5 rebuilds its rules for spaces for the class LlamaTokenizer.
     if path.is_file():
         try:
             return Tokenizer.from_file(str(path))
@@ -287,8 +291,9 @@ def _read_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
 
 def _of_pieces(path: Path, config: dict[str, Any]) -> Tokenizer:
-    """The SentencePiece tokenizer at `path`, as `config` and `added_tokens.json` complete it."""
+    """Returns the SentencePiece tokenizer at `path`, completed by `config` and `added_tokens.json`."""
     model, prefix = read_piece_model(path), config.get("add_prefix_space")
+    # As in transformers 5, text after a special token gets a space only with an explicit `"legacy": true`.
     tokenizer = build_tokenizer(
         model, prefix=model.dummy_prefix if prefix is None else prefix, legacy=bool(config.get("legacy"))
     )
@@ -303,7 +308,7 @@ def _of_pieces(path: Path, config: dict[str, Any]) -> Tokenizer:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    """By id, the tokens that the config, or `added_tokens.json` in older folders, puts beside those of the file."""
+    """Returns by id the tokens that the config, or `added_tokens.json` in older folders, adds to those of the file."""
     listed, path = config.get("added_tokens_decoder"), folder / "added_tokens.json"
     added = _read_json(path) if listed is None and path.is_file() else {}
     fields = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -323,8 +328,10 @@ def _token_text(token: str | dict[str, Any]) -> str:
 
 
 def _token_id(tokenizer: Tokenizer, text: str, lacking: str) -> int:
-    """The id of a control token, which from now on is recognised in rendered text. ValueError, `lacking` it, if it has
-    none."""
+    """Returns the id of a control token, and makes the tokenizer recognise it in rendered text.
+
+    Raises ValueError with the message `lacking` if the tokenizer does not contain it.
+    """
     index = tokenizer.token_to_id(text)
     if index is None:
         raise ValueError(lacking)
@@ -335,7 +342,7 @@ def _token_id(tokenizer: Tokenizer, text: str, lacking: str) -> int:
 def _choose_template(
     folder: Path, config: dict[str, Any], tokenizer: Tokenizer, name: str | None
 ) -> tuple[str | None, tuple[int, ...]]:
-    """The template that `name` stands for (see `ChatTokenizer.load`), and ids that end an answer because of it."""
+    """Returns the template that `name` stands for (see `ChatTokenizer.load`), and the ids that end its answers."""
     if name == NO_TEMPLATE:
         return None, ()
     if name in TEMPLATES:

@@ -1,7 +1,7 @@
 """Conversations and plain text on disk, in files or folders.
 
-A conversation is a JSON object a line or record, in our, OpenAI's or ShareGPT's form; a plain text is such an object
-too, or stands in a text file.
+A conversation is one JSON object in a line or record, in jaxspec's, OpenAI's or ShareGPT's form. A plain text is such
+an object too, or stands in a text file.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ _TEXT_ENDS = "\f"  # between the texts of one file
 
 
 class Conversation(NamedTuple):
-    """One conversation, its `messages` being dicts with `role` and `content`; or one plain `text`, without messages."""
+    """One conversation, whose `messages` are dicts with `role` and `content`; or one plain `text` without messages."""
 
     id: str
     source: str
     messages: tuple[dict[str, str], ...]
     unfinished: bool = False
-    """Its last answer was cut, so nothing says that it ends there."""
+    """Whether its last answer was cut off, so that it does not end there."""
     text: str | None = None
-    """Plain text, which nobody says to anybody: for pretraining, and to be mixed into training."""
+    """Plain text, for pretraining and for mixing into training; None for a conversation."""
 
 
 class Record(NamedTuple):
-    """A conversation as it is written, and where."""
+    """A conversation as it is written, and its place."""
 
     path: Path
     place: str
     """`line 3`, `record 3` or `text 3`, from 1."""
     text: str | bytes
     source: str
-    """Stands in where the conversation names none."""
+    """The source, unless the conversation names one."""
     plain: bool = False
-    """It is the text itself, not JSON."""
+    """Whether `text` is plain text instead of JSON."""
 
     def parse(self) -> Conversation:
-        """The conversation; ValueError naming file and place where it is none."""
+        """Returns the conversation; raises ValueError naming file and place if it is malformed."""
         id = self.place.split()[1]
         try:
             if self.plain:
@@ -66,12 +66,14 @@ class Named(NamedTuple):
 
     name: str
     weight: float | None
-    """How much it is to count beside the others; None where nothing is said."""
+    """Its weight beside the other sets; None if the setting gives none."""
 
 
 def split_names(names: str) -> list[Named]:
-    """`"a.jsonl, shards/:0.3"` as names with their weights. ValueError for an empty name, a weight that is not above 0,
-    or weights for some of them only."""
+    """Returns the names in a setting such as `"a.jsonl:0.7, shards/:0.3"` with their weights.
+
+    Raises ValueError for an empty name, a weight that is not above 0, or weights for some names only.
+    """
     found = []
     for item in names.split(","):
         name, colon, weight = item.strip().rpartition(":")
@@ -88,14 +90,14 @@ def split_names(names: str) -> list[Named]:
 
 
 def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Conversation]:
-    """The conversations that `path` names (see `find_files`) in their order, at most `limit` of them.
+    """Returns the conversations that `path` names (see `find_files`) in their order, at most `limit` of them.
 
     A line, or a record of an ArrayRecord file, is `{"id", "source", "messages": [{"role", "content"}]}`, where
-    `content` is text or OpenAI's list of parts of type `text`, or ShareGPT's `{"conversations": [{"from", "value"}]}`;
-    `id` defaults to the line's number, `source` to the name of the file, or of the folder where that is what is named.
+    `content` is text or OpenAI's list of parts of type `text`, or ShareGPT's `{"conversations": [{"from", "value"}]}`.
+    `id` defaults to the line's number, `source` to the name of the file, or of the folder if `path` is one.
     With `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished. A plain text is a line
-    or record `{"id", "source", "text"}`, or what stands between two form feeds of a `.txt` (`.txt.gz`) file.
-    Raises ValueError naming the file and line of the first bad line.
+    or record `{"id", "source", "text"}`, or the text between two form feeds of a `.txt` (`.txt.gz`) file.
+    Raises ValueError naming the file and line of the first malformed line.
     """
     conversations = [record.parse() for record in read_records(path, limit=limit)]
     if not conversations:
@@ -104,13 +106,12 @@ def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Co
 
 
 def read_all(names: str, *, limit: int | None = None) -> list[Conversation]:
-    """The conversations of several names joined by commas, one after another, whatever their weights; `limit` is of
-    each."""
+    """Returns the conversations of several names joined by commas, at most `limit` of each; weights are ignored."""
     return [c for named in split_names(names) for c in read_conversations(named.name, limit=limit)]
 
 
 def read_records(name: str | Path, *, limit: int | None = None) -> Iterator[Record]:
-    """What `read_conversations` reads, one at a time and not yet parsed."""
+    """Yields the conversations of `read_conversations` one at a time, not yet parsed."""
     files, left = find_files(name), math.inf if limit is None else limit
     alone = len(files) == 1 and Path(name) == files[0]
     for path in files:
@@ -124,10 +125,10 @@ def read_records(name: str | Path, *, limit: int | None = None) -> Iterator[Reco
 
 
 def find_files(name: str | Path) -> list[Path]:
-    """The files behind a name, sorted: itself, those of a folder, or those that fit a pattern such as `shards/*.jsonl`.
+    """Returns the files that a name stands for, sorted: a file, those of a folder, or those that match a pattern.
 
-    Of a folder those are taken that end in `.jsonl`, `.jsonl.gz` or `.array_record`, no `.txt`: text is named by itself
-    or by a pattern. ValueError if there is none.
+    A folder stands for its files that end in `.jsonl`, `.jsonl.gz` or `.array_record`. Its `.txt` files have to be
+    named by a pattern. Raises ValueError if there is no file.
     """
     path = Path(name)
     if path.is_file():
@@ -149,7 +150,10 @@ def find_files(name: str | Path) -> list[Path]:
 
 
 def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
-    """`record` in one form; `id` and `source` stand in where it names none. ValueError if it is malformed."""
+    """Returns the conversation of a JSON value; `id` and `source` are used if it names none.
+
+    Raises ValueError if it is malformed.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     if "messages" in record:
@@ -188,7 +192,7 @@ def _stem(path: Path) -> str:
 
 
 def _is_array_record(path: Path) -> bool:
-    """Also of names such as `train.array_record-00000-of-00008`."""
+    """Returns whether a file is an ArrayRecord file, such as `train.array_record-00000-of-00008`."""
     return ".array_record" in path.name or ".arrayrecord" in path.name
 
 
@@ -197,7 +201,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, packed or not, by number from 1."""
+    """Yields the lines of a text file, gzipped or not, with their numbers from 1."""
     opened = gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
     with opened as file:
         try:
@@ -251,7 +255,7 @@ def _text(message: object, field: str, index: int) -> str:
 
 
 def _content(message: object, index: int) -> str:
-    """The text of a message: as it is, or in OpenAI's parts."""
+    """Returns the text of a message, from `content` or OpenAI's list of parts."""
     parts = message.get("content") if isinstance(message, dict) else None
     if not isinstance(parts, list):
         return _text(message, "content", index)

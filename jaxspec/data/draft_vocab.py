@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.data.packing import Corpus
+from jaxspec.data.corpus import Corpus
 
 
 class Frequencies(NamedTuple):
@@ -18,23 +18,23 @@ class Frequencies(NamedTuple):
     times_V: np.ndarray
 
     def commonest(self, count: int) -> np.ndarray:
-        """The `count` ids used most, ascending; ties to the lower id. Fewer, if fewer are used."""
+        """Returns the `count` ids used most, ascending, or all used ids if they are fewer. The lower id wins a tie."""
         used = int(np.sum(self.times_V > 0))
         ranked = np.argsort(-self.times_V, kind="stable")
         return np.sort(ranked[: min(count, used)]).astype(np.int32)
 
     def coverage(self, tokens: np.ndarray) -> float:
-        """Share of all uses that these tokens make up."""
+        """Returns the share of all uses that these tokens make up."""
         return float(self.times_V[tokens].sum() / max(1, self.times_V.sum()))
 
 
 def count_tokens(corpus: Corpus, vocab: int) -> Frequencies:
-    """Over the assistant's tokens of a corpus."""
+    """Returns the frequencies of the assistant's tokens in a corpus."""
     return Frequencies(np.bincount(corpus.tokens[corpus.assistant_mask], minlength=vocab))
 
 
 def save_maps(path: str | Path, tokens: np.ndarray, vocab: int) -> None:
-    """Write ascending ids as EAGLE-3 checkpoints hold them: `d2t`, offsets (id minus index), and `t2d`, a mask."""
+    """Writes ascending ids as EAGLE-3 checkpoints hold them: `d2t`, offsets (id minus index), and `t2d`, a mask."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mask = np.zeros(vocab, bool)
@@ -45,9 +45,9 @@ def save_maps(path: str | Path, tokens: np.ndarray, vocab: int) -> None:
 
 
 def load_maps(path: str | Path, vocab: int) -> np.ndarray:
-    """The ascending ids of a file with `d2t` and `t2d`, for a target of `vocab` tokens.
+    """Returns the ascending ids of a file with `d2t` and `t2d`, for a target of `vocab` tokens.
 
-    Raises ValueError where there is no such file, the maps contradict each other, or they are another target's.
+    Raises ValueError if there is no such file, the maps contradict each other, or they were made for another target.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,8 +62,8 @@ def load_maps(path: str | Path, vocab: int) -> np.ndarray:
     tokens, mask = maps["d2t"] + np.arange(len(maps["d2t"])), maps["t2d"].astype(bool)
     if mask.shape != (vocab,):
         raise ValueError(
-            f"{path}: t2d is for {mask.size:,} tokens, and the target has {vocab:,}: it is another target's"
+            f"{path}: t2d is for {mask.size:,} tokens, and the target has {vocab:,}: it is for another target"
         )
     if not np.array_equal(np.flatnonzero(mask), tokens) or not len(tokens):
-        raise ValueError(f"{path}: d2t and t2d do not name the same tokens; make the file anew")
+        raise ValueError(f"{path}: d2t and t2d do not name the same tokens; make the file again")
     return tokens.astype(np.int32)

@@ -1,8 +1,7 @@
-"""A target's features on disk: planned in the order training reads them first, and read for any packing of the same
-documents.
+"""A target's features on disk: stored in the order of the first epoch, and read for any packing of the same documents.
 
-What a target makes of a document depends on its tokens alone, so a store is looked up by `packing.key`: it serves every
-part, mix and order of the documents it holds.
+The features of a document depend on its tokens alone, so a store is looked up by `corpus.key`. It serves every part,
+mix and order of the documents that it holds.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.data import shards
-from jaxspec.data.packing import Documents, PackedBatches
+from jaxspec.data.corpus import Documents
+from jaxspec.data.packing import PackedBatches
 from jaxspec.data.shards import Field, Records, Shard
 from jaxspec.data.target_outputs import ARRAYS, KINDS, Kind
 
@@ -26,7 +26,7 @@ _ENTRY = np.dtype([("key", "<u8"), ("length", "<i4")])
 
 
 def feature_fields(width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: int = 0) -> tuple[Field, ...]:
-    """What a record holds: features of `width` numbers, as many for each of `taps` layers, and `top_k` tokens."""
+    """Returns the arrays of a record: features `width` wide, the same for each of `taps` layers, and `top_k` tokens."""
     fields = []
     for name, parts in (("features", 1), ("taps", taps)):
         if parts:
@@ -38,38 +38,39 @@ def feature_fields(width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: 
     return tuple(fields)
 
 
-class Piece(NamedTuple):
-    """A batch to be run, for those of its documents that none before it holds."""
+class BatchPiece(NamedTuple):
+    """A batch that the target runs for the sake of its new documents, those that no earlier batch holds."""
 
     part: int
     index: int
     first: int
     """Number of its first new document among all that are stored."""
     count: int
+    """Number of its new documents."""
 
 
-class Plan(NamedTuple):
-    """Which documents a store holds, in what order, and how they come about."""
+class FeaturePlan(NamedTuple):
+    """The documents of a store, their order, and the batches that they are computed in."""
 
     index: np.ndarray
     """`key` and `length` of every document."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[BatchPiece, ...]
     shards: tuple[tuple[int, int], ...]
-    """The pieces of each file, from the first to before the last."""
+    """The pieces of each file, as (first, last + 1)."""
     bytes_per_token: int
 
     @property
     def tokens(self) -> int:
-        """Of all documents."""
+        """Number of tokens of all documents."""
         return int(self.index["length"].sum(dtype=np.int64))
 
     def of(self, shard: int) -> np.ndarray:
-        """The part of the index that one file holds."""
+        """Returns the part of the index that one file holds."""
         first, last = (self.pieces[i] for i in (self.shards[shard][0], self.shards[shard][1] - 1))
         return self.index[first.first : last.first + last.count]
 
     def size(self, shard: int) -> int:
-        """Bytes of a file, about."""
+        """Returns the approximate size of a file in bytes."""
         index = self.of(shard)
         own = int(index["length"].sum(dtype=np.int64)) * self.bytes_per_token
         return own + len(index) * shards.RECORD_OVERHEAD + shards.FILE_OVERHEAD
@@ -80,13 +81,16 @@ class Plan(NamedTuple):
         return hashlib.sha256(self.index.tobytes() + repr((self.pieces, self.shards)).encode()).hexdigest()[:16]
 
 
-def plan_features(parts: Sequence[PackedBatches], fields: Sequence[Field], *, shard_bytes: int) -> Plan:
-    """Every document of `parts` once, where it is first met; a file ends with the batch that fills `shard_bytes`."""
+def plan_features(parts: Sequence[PackedBatches], fields: Sequence[Field], *, shard_bytes: int) -> FeaturePlan:
+    """Returns a plan of every document of `parts`, in the order in which each first occurs.
+
+    A file ends with the batch that fills `shard_bytes`.
+    """
     keys = [part.corpus.keys for part in parts]
     bytes_per_token = sum(field.size for field in fields)
     seen: set[int] = set()
     entries: list[tuple[int, int]] = []
-    pieces: list[Piece] = []
+    pieces: list[BatchPiece] = []
     ranges: list[tuple[int, int]] = []
     filled, begin = 0, 0
     for number, part in enumerate(parts):
@@ -94,7 +98,7 @@ def plan_features(parts: Sequence[PackedBatches], fields: Sequence[Field], *, sh
             new = [d for row in part.documents_of(index) for d in row if not _met(int(keys[number][d]), seen)]
             if not new:
                 continue
-            pieces.append(Piece(number, index, len(entries), len(new)))
+            pieces.append(BatchPiece(number, index, len(entries), len(new)))
             entries += [(int(keys[number][d]), int(part.corpus.lengths[d])) for d in new]
             filled += sum(length for _, length in entries[-len(new) :]) * bytes_per_token
             if filled >= shard_bytes:
@@ -102,32 +106,32 @@ def plan_features(parts: Sequence[PackedBatches], fields: Sequence[Field], *, sh
                 filled, begin = 0, len(pieces)
     if begin < len(pieces):
         ranges.append((begin, len(pieces)))
-    return Plan(np.asarray(entries, _ENTRY), tuple(pieces), tuple(ranges), bytes_per_token)
+    return FeaturePlan(np.asarray(entries, _ENTRY), tuple(pieces), tuple(ranges), bytes_per_token)
 
 
 def _met(key: int, seen: set[int]) -> bool:
-    """Whether `key` was met before; from now on it was."""
+    """Returns whether `key` was seen before, and notes it as seen."""
     known = key in seen
     seen.add(key)
     return known
 
 
 def spans(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int, int, int]]:
-    """`(document, row, begin, end)` of every document of a batch, row by row."""
+    """Yields `(document, row, begin, end)` of every document of a batch, row by row."""
     for row, begin in np.argwhere((batch["segments"] > 0) & (batch["positions"] == 0)):
         length = int(np.sum(batch["segments"][row] == batch["segments"][row, begin]))
         yield int(batch["documents"][row, begin]), int(row), int(begin), int(begin) + length
 
 
 def new_records(
-    plan: Plan,
-    piece: Piece,
+    plan: FeaturePlan,
+    piece: BatchPiece,
     fields: Sequence[Field],
     keys: np.ndarray,
     batch: Mapping[str, np.ndarray],
     arrays: Mapping[str, np.ndarray],
 ) -> Iterator[bytes]:
-    """The records of a piece, cut out of what the target made of its batch, `[B, L, width]`."""
+    """Yields the records of a piece, cut out of the target's `arrays` of its batch, `[B, L, width]`."""
     wanted = iter(plan.index["key"][piece.first : piece.first + piece.count].tolist())
     expected = next(wanted, None)
     for document, row, begin, end in spans(batch):
@@ -136,8 +140,11 @@ def new_records(
             expected = next(wanted, None)
 
 
-def begin_store(folder: Path, settings: dict[str, Any], plan: Plan) -> None:
-    """Make the folder for a plan, or go on in one. ValueError where it was begun with other settings or documents."""
+def begin_store(folder: Path, settings: dict[str, Any], plan: FeaturePlan) -> None:
+    """Makes the folder for a plan, or checks one that was begun before.
+
+    Raises ValueError if it was begun with other settings or documents.
+    """
     shards.begin(folder, {"format": FORMAT, **settings, "contents": plan.digest})
     if not (folder / INDEX).is_file():
         shards.write_array(folder / INDEX, plan.index)
@@ -147,7 +154,7 @@ def begin_store(folder: Path, settings: dict[str, Any], plan: Plan) -> None:
 class FeatureStore:
     """The features in a folder that `jaxspec features` finished.
 
-    Raises ValueError where it is not finished, or a file is missing or damaged.
+    Raises ValueError if it is not finished, or a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -173,20 +180,20 @@ class FeatureStore:
 
     @property
     def top_k(self) -> int:
-        """Tokens whose log-probabilities are stored; 0 for none."""
+        """Number of likeliest tokens whose log-probabilities are stored; 0 for none."""
         return self.about["top_k"]
 
     def check(self, **facts: Any) -> None:
-        """ValueError naming the first of these facts, as `about.json` names them, that the store was not made with."""
+        """Raises ValueError naming the first of these facts (fields of `about.json`) that differs from the store's."""
         for name, mine in facts.items():
             if self.about[name] != mine:
                 raise ValueError(
                     f"{self.folder}: was made with {name} {self.about[name]!r}, and this run has {mine!r}; make the "
-                    "features anew with jaxspec features, for the same config"
+                    "features again with jaxspec features, for the same config"
                 )
 
     def find(self, corpus: Documents) -> np.ndarray:
-        """int64 [documents]: the number of every document's record. ValueError where documents are not stored."""
+        """Returns int64 [documents]: the number of each document's record. Raises ValueError if some are not stored."""
         keys = corpus.keys
         place = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
         missing = int(np.sum(self._sorted[place] != keys))
@@ -198,7 +205,7 @@ class FeatureStore:
         return self._order[place]
 
     def read(self, numbers: Sequence[int], names: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """Some records' arrays `[L, width]` of these names. ValueError naming the file that is damaged."""
+        """Returns the arrays `[L, width]` of these names of some records. Raises ValueError naming a damaged file."""
         found = []
         for number, record in zip(numbers, self._records.read(numbers), strict=True):
             arrays, _ = shards.unpack_record(self._fields, record, int(self._lengths[number]))
@@ -206,15 +213,15 @@ class FeatureStore:
         return found
 
     def empty(self, rows: int, length: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Zeros for a batch, `[B, L, width]`."""
+        """Returns arrays of zeros for a batch, `[B, L, width]`."""
         return {f.name: np.zeros((rows, length, f.width), f.kind) for f in self._fields if f.name in names}
 
 
 class FeatureBatches:
-    """Packed batches with what the target makes of them, read from a store: arrays of `ARRAYS`, zero on padding.
+    """Packed batches with the target's outputs, read from a store: arrays of `ARRAYS`, zero on padding.
 
-    With `taps` those are among them, and with `top_k` so many of the likeliest tokens. Raises ValueError where a
-    document is not stored, or `top_k` are not.
+    With `taps` the tapped layers are among them, and with `top_k` that many of the likeliest tokens. Raises ValueError
+    if a document is not stored, or fewer than `top_k` tokens are.
     """
 
     def __init__(self, packed: PackedBatches, store: FeatureStore, *, taps: bool = False, top_k: int = 0) -> None:
@@ -247,7 +254,7 @@ class FeatureBatches:
 
 
 def shorten(arrays: dict[str, np.ndarray], top_k: int) -> dict[str, np.ndarray]:
-    """The first `top_k` of the likeliest tokens; the mass of those left out goes to the rest."""
+    """Returns the arrays with the first `top_k` of the likeliest tokens; `rest` gains the mass of the others."""
     logp, rest = arrays["top_logp"], arrays["rest"]
     for place in range(logp.shape[-1] - 1, top_k - 1, -1):
         rest = np.logaddexp(rest, logp[..., place : place + 1])

@@ -1,4 +1,4 @@
-"""JSON Lines that grow while a program runs: lines are whole on disk or absent, so that a killed run can go on."""
+"""JSON Lines files that grow while a program runs, from which a killed run can continue."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts off what stands behind the last line break."""
+    """Removes the text after the last line break, which a killed run may have left."""
     if path.exists():
         whole = path.read_bytes().rfind(b"\n") + 1
         os.truncate(path, whole)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; none if it does not exist."""
+    """Returns the records of a JSON Lines file; none if it does not exist."""
     if not path.exists():
         return []
     try:
@@ -27,7 +27,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Appends one line a record, and waits until they are on disk."""
+    """Appends one line for each record, and waits until they are on disk."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
@@ -36,10 +36,10 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def journal(path: Path, settings: dict[str, Any], *, of: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The records noted at `path` so far, which have these fields, beneath a first line of what they were made with.
+    """Returns the records noted at `path` so far; the first line of the file holds the settings they were made with.
 
-    Begins the file where there is none. Raises ValueError, about the output `of` that is being made, where it was begun
-    with other settings, and naming the first line that is no such record.
+    Begins the file if there is none. Raises ValueError if the file was begun with other settings, in a sentence about
+    the output `of` that is being made, and naming the first line that lacks one of `fields`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     drop_torn_line(path)

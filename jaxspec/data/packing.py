@@ -1,260 +1,22 @@
-"""Tokenized conversations and their packing into rows of fixed length, as pure functions of (seed, step)."""
+"""Packing of tokenized documents into rows of fixed length, as pure functions of (seed, step)."""
 
 import functools
-import hashlib
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxspec.data.chat import ChatTokenizer, EncodedConversation
-from jaxspec.data.conversations import Conversation
+from jaxspec.data.corpus import Documents
 
 _OPEN_ROWS = 64  # rows that may still take a document while packing
 _ENDLESS = 1 << 40  # the length of a stream that repeats without end
 _MIX_ORDER = 1  # keeps the order of the first mix, and this plus one that of the second, apart from the epochs'
 
 LossOn = Literal["all", "assistant"]
-
-
-class Summary(NamedTuple):
-    """What happened to a set of conversations on their way to tokens."""
-
-    documents: int
-    tokens: int
-    truncated: int  # documents longer than a row
-    without_assistant: int  # documents where no token kept is the assistant's
-    only_assistant: int  # documents where every token is the assistant's
-
-    def __str__(self) -> str:
-        parts = [f"{self.documents:,} documents", f"{self.tokens:,} tokens"]
-        named = ("truncated", "without_assistant", "only_assistant")
-        return ", ".join(parts + [f"{getattr(self, n):,} {n.replace('_', ' ')}" for n in named if getattr(self, n)])
-
-
-class Document(NamedTuple):
-    """One of them."""
-
-    tokens: np.ndarray  # int32 [L]
-    assistant_mask: np.ndarray  # bool [L]
-
-
-class Documents(Protocol):
-    """Tokenized documents, in memory (`Corpus`) or on disk (`data.stored_corpus`): what packing must know of them all,
-    and their tokens when they are asked for."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Integers [documents]: tokens in each."""
-        ...
-
-    @property
-    def said(self) -> np.ndarray:
-        """Integers [documents]: those that are the assistant's, a document's first token apart."""
-        ...
-
-    @property
-    def keys(self) -> np.ndarray:
-        """uint64 [documents]: `key` of each."""
-        ...
-
-    @property
-    def source(self) -> np.ndarray:
-        """Integers [documents]: index into `sources`."""
-        ...
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Where they come from."""
-        ...
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """The conversations' own ids."""
-        ...
-
-    @property
-    def summary(self) -> Summary:
-        """What happened to them on the way."""
-        ...
-
-    def read(self, documents: Sequence[int]) -> list[Document]:
-        """Some of them, in the order asked for."""
-        ...
-
-
-def fingerprint(documents: Documents) -> str:
-    """Of all that training sees of them, in hex."""
-    digest = hashlib.sha256(repr(documents.sources).encode())
-    for part in (documents.keys, documents.said, documents.source):
-        digest.update(np.asarray(part, np.uint64).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def key(tokens: np.ndarray) -> int:
-    """A document's name by its tokens: 64 bits of their BLAKE2b."""
-    digest = hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
-
-
-class Corpus(NamedTuple):
-    """Tokenized documents, one after another; document `d` is `tokens[offsets[d]:offsets[d+1]]`."""
-
-    tokens: np.ndarray  # int32 [total]
-    assistant_mask: np.ndarray  # bool [total]
-    offsets: np.ndarray  # int64 [documents + 1]
-    source: np.ndarray  # int32 [documents], index into `sources`
-    sources: tuple[str, ...]
-    ids: Sequence[str]  # the conversations' own ids
-    truncated: np.ndarray  # bool [documents], it was longer
-
-    @property
-    def summary(self) -> Summary:
-        """See `Documents`."""
-        spoken = self._spoken(self.offsets[:-1])
-        return Summary(
-            documents=len(spoken),
-            tokens=len(self.tokens),
-            truncated=int(self.truncated.sum()),
-            without_assistant=int((spoken == 0).sum()),
-            only_assistant=int((spoken == self.lengths).sum()),
-        )
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """See `Documents`."""
-        return np.diff(self.offsets)
-
-    @property
-    def said(self) -> np.ndarray:
-        """See `Documents`."""
-        return self._spoken(np.minimum(self.offsets[:-1] + 1, self.offsets[1:]))
-
-    def _spoken(self, starts: np.ndarray) -> np.ndarray:
-        """int64 [documents]: the assistant's tokens of each from its place in `starts` on."""
-        seen = np.concatenate([[0], np.cumsum(self.assistant_mask, dtype=np.int64)])
-        return seen[self.offsets[1:]] - seen[starts]
-
-    @property
-    def keys(self) -> np.ndarray:
-        """See `Documents`; made anew at every call."""
-        pieces = (self.tokens[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
-        return np.fromiter(map(key, pieces), np.uint64, len(self.offsets) - 1)
-
-    def read(self, documents: Sequence[int]) -> list[Document]:
-        """See `Documents`."""
-        bounds = [slice(self.offsets[d], self.offsets[d + 1]) for d in documents]
-        return [Document(self.tokens[here], self.assistant_mask[here]) for here in bounds]
-
-
-@dataclass(frozen=True)
-class Ids(Sequence[str]):
-    """Ids that are looked up one at a time."""
-
-    size: int
-    find: Callable[[int], str]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        return self.find(int(index))
-
-
-class Joined:
-    """The documents of several corpora, one after another; see `Documents`."""
-
-    def __init__(self, parts: Sequence[Documents]) -> None:
-        self.parts = tuple(parts)
-        self._starts = np.cumsum([0, *(len(part.lengths) for part in parts)])
-        self.lengths = np.concatenate([part.lengths for part in parts])
-        self.said = np.concatenate([part.said for part in parts])
-        self.sources: tuple[str, ...] = tuple(sorted({source for part in parts for source in part.sources}))
-        named = [np.asarray([self.sources.index(s) for s in part.sources], np.int32) for part in parts]
-        self.source = np.concatenate([names[part.source] for names, part in zip(named, parts, strict=True)])
-        self.summary = Summary(*(sum(counts) for counts in zip(*(part.summary for part in parts), strict=True)))
-
-    @property
-    def keys(self) -> np.ndarray:
-        """See `Documents`."""
-        return np.concatenate([part.keys for part in self.parts])
-
-    def _place(self, document: int) -> tuple[int, int]:
-        part = int(np.searchsorted(self._starts, document, side="right")) - 1
-        return part, int(document - self._starts[part])
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """See `Documents`."""
-
-        def find(document: int) -> str:
-            part, place = self._place(document)
-            return self.parts[part].ids[place]
-
-        return Ids(len(self.lengths), find)
-
-    def read(self, documents: Sequence[int]) -> list[Document]:
-        """See `Documents`."""
-        places = [self._place(document) for document in documents]
-        found: dict[tuple[int, int], Document] = {}
-        for number, part in enumerate(self.parts):
-            wanted = [place for which, place in places if which == number]
-            found |= {(number, at): document for at, document in zip(wanted, part.read(wanted), strict=True)}
-        return [found[place] for place in places]
-
-
-def join(*corpora: Documents) -> Documents:
-    """The documents of each, one after another."""
-    return corpora[0] if len(corpora) == 1 else Joined(corpora)
-
-
-def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, length: int) -> Corpus:
-    """All conversations as one corpus, each cut to `length` tokens; what was cut or odd is counted in `summary`.
-
-    A plain text is not cut but divided: it becomes as many documents of `length` tokens as it fills, the last one
-    shorter. None of it is the assistant's. Raises ValueError naming the conversation that the chat template refuses.
-    """
-    if not conversations:
-        raise ValueError("conversations is empty")
-    sources = tuple(sorted({c.source for c in conversations}))
-    made = [
-        (conversation, slice(at, at + length), encoded)
-        for conversation, encoded in zip(conversations, _encode(conversations, tokenizer), strict=True)
-        for at in range(0, 1 if conversation.text is None else len(encoded.tokens), length)
-    ]
-    tokens = [encoded.tokens[here] for _, here, encoded in made]
-    return Corpus(
-        tokens=np.concatenate(tokens),
-        assistant_mask=np.concatenate([encoded.assistant_mask[here] for _, here, encoded in made]),
-        offsets=np.cumsum([0, *map(len, tokens)]),
-        source=np.asarray([sources.index(c.source) for c, *_ in made], np.int32),
-        sources=sources,
-        ids=tuple(c.id for c, *_ in made),
-        truncated=np.asarray([c.text is None and len(encoded.tokens) > length for c, _, encoded in made]),
-    )
-
-
-def _encode(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[EncodedConversation]:
-    def encode(some: Sequence[Conversation]) -> list[EncodedConversation]:
-        return tokenizer.encode_conversations([c.messages for c in some], unfinished=[c.unfinished for c in some])
-
-    talks = [c for c in conversations if c.text is None]
-    try:
-        talked = iter(encode(talks))
-        return [next(talked) if c.text is None else tokenizer.encode_text(c.text) for c in conversations]
-    except ValueError:
-        for conversation in talks:  # which one was it?
-            try:
-                encode([conversation])
-            except ValueError as error:
-                raise ValueError(f"conversation {conversation.id!r} of {conversation.source}: {error}") from error
-        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +36,10 @@ class Rows(Sequence[list[int]]):
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, length: int) -> Rows:
-    """Rows of documents that sum to at most `length` tokens: online best fit over `order`, nothing split or lost."""
+    """Returns rows of documents of at most `length` tokens in all, by online best fit over `order`.
+
+    Every document is in one row, whole. Raises ValueError for a document longer than a row.
+    """
     needs = np.asarray(lengths)[order]
     if len(needs) and needs.max() > length:
         worst = int(needs.argmax())
@@ -299,19 +64,20 @@ def pack(lengths: np.ndarray, order: np.ndarray, length: int) -> Rows:
 
 @dataclass(frozen=True)
 class Mix:
-    """Documents behind the others of a corpus that stand beside them in a fixed proportion.
+    """Documents at the end of a corpus that are mixed into every epoch in a fixed proportion.
 
-    Every epoch holds all documents before the first mix once, and of these as many as make `share` of its trained
-    tokens. They come in one shuffled order after another, and an epoch goes on where the one before it stopped: so the
-    share of all epochs together is met to within a document, and no document is taken a second time before all were
+    Every epoch holds all documents before the first mix once, and as many of the mix as make `share` of its trained
+    tokens. The mix comes in one shuffled order after another, and an epoch continues where the one before it stopped.
+    So the share over all epochs is exact to within a document, and no document is taken a second time before all were
     taken once.
     """
 
     first: int
-    """Index of the first of them; the next mix, or the corpus's end, ends them."""
+    """Index of the mix's first document; the next mix, or the end of the corpus, ends it."""
     share: float
-    """Of all trained tokens, those of other mixes included."""
+    """Share of all trained tokens, those of other mixes included."""
     loss_on: LossOn = "all"
+    """Tokens of the mix that are trained on; all of them, as in pretraining, unless told otherwise."""
     name: str = "mix"
 
     def __post_init__(self) -> None:
@@ -321,14 +87,14 @@ class Mix:
 
 
 class Mixed(NamedTuple):
-    """What a mix comes to in the first epoch."""
+    """The part of a mix in the first epoch."""
 
     documents: int
-    """Of the mix, repeated ones included."""
+    """Documents taken from the mix, repeated ones included."""
     held: int
-    """Different ones that there are."""
+    """Documents in the mix."""
     share: float
-    """Of the trained tokens."""
+    """Share of the trained tokens."""
     name: str = "mix"
 
     def __str__(self) -> str:
@@ -349,24 +115,28 @@ class PackedBatches:
     * `tokens` int32;
     * `segments` int32: 1, 2 ... for the documents of a row, 0 on padding;
     * `positions` int32: from 0 in each document;
-    * `loss_mask` bool: the token may be a training target (never a document's first token, never padding);
+    * `loss_mask` bool: whether the token may be a training target (never a document's first token or padding);
     * `documents` int32: index into `corpus.ids`, -1 on padding;
     * `sources` int32: index into `corpus.sources`, -1 on padding.
 
     With `shuffle`, every epoch has its own order and its own packing; without, documents keep the order of the file.
     Epochs follow each other without a gap, and rows that are missing at the very end are padding.
-    A process that needs only some `rows` of the global batch builds these.
-    With `mixes`, the documents behind the first one's are taken in their proportions, and trained on as each says.
+    A process that needs only some `rows` of the global batch builds only those.
+    With `mixes`, the documents of each mix are taken in its proportion and trained on as its `loss_on` says.
     """
 
     corpus: Documents
     length: int
-    batch: int  # rows of the global batch
+    """Tokens of a row."""
+    batch: int
+    """Rows of the global batch."""
     seed: int = 0
-    epochs: int | None = 1  # None: without end
+    epochs: int | None = 1
+    """Number of epochs; None for no end."""
     loss_on: LossOn = "all"
     shuffle: bool = True
-    rows: tuple[int, ...] | None = None  # of the global batch, ascending; None: all
+    rows: tuple[int, ...] | None = None
+    """Rows of the global batch that are built, ascending; None for all."""
     mixes: tuple[Mix, ...] = ()
 
     def __post_init__(self) -> None:
@@ -380,7 +150,7 @@ class PackedBatches:
             raise ValueError("the shares of the mixes leave nothing for the corpus; lower them to a sum below 1")
         for part, name in [(self._own, "corpus"), *zip(self._mixed_in, (mix.name for mix in self.mixes), strict=True)]:
             if self.mixes and not self._trained[part].sum():
-                raise ValueError(f"the {name} holds no token to train on; look at what its loss is on")
+                raise ValueError(f"the {name} holds no token to train on; check which tokens its loss is on")
 
     def __len__(self) -> int:
         if self.epochs is None:
@@ -391,18 +161,18 @@ class PackedBatches:
         return self._build(self.documents_of(index))
 
     def documents_of(self, index: int) -> list[list[int]]:
-        """The documents of every one of the wanted rows of batch `index`."""
+        """Returns the documents of each of the `rows` of batch `index`."""
         rows = range(self.batch) if self.rows is None else self.rows
         return [self._row(index * self.batch + i) for i in rows]
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches the first epoch touches; later ones differ by the luck of their packing, well below 1 %."""
+        """Number of batches that the first epoch touches; later epochs pack differently, by well below 1 %."""
         return -(-len(self._plan(0)) // self.batch)
 
     @property
     def mixed(self) -> tuple[Mixed, ...]:
-        """What each mix comes to."""
+        """The part of each mix in the first epoch."""
         taken = [self._mix_documents(i, 0) for i in range(len(self.mixes))]
         tokens = [int(self._trained[documents].sum()) for documents in taken]
         total = int(self._trained[self._own].sum()) + sum(tokens)
@@ -424,14 +194,14 @@ class PackedBatches:
 
     @functools.cached_property
     def _trained(self) -> np.ndarray:
-        """int64 [documents]: tokens of each that may be training targets."""
+        """int64 [documents]: the number of tokens of each that may be training targets."""
         whole, said = np.maximum(self.corpus.lengths - 1, 0), self.corpus.said
         trained = [np.where(loss_on == "all", whole[part], said[part]) for part, loss_on in self._parts]
         return np.concatenate(trained).astype(np.int64)
 
     @property
     def _parts(self) -> list[tuple[slice, LossOn]]:
-        """Every document once, with what its loss is on."""
+        """The ranges of documents, which cover the corpus, and the tokens that the loss of each is on."""
         parts: list[tuple[slice, LossOn]] = [(self._own, self.loss_on)]
         return parts + [(part, mix.loss_on) for part, mix in zip(self._mixed_in, self.mixes, strict=True)]
 
@@ -439,7 +209,7 @@ class PackedBatches:
         return next(loss_on for part, loss_on in self._parts if document < part.stop)
 
     def _mix_documents(self, number: int, epoch: int) -> np.ndarray:
-        """The documents of a mix in an epoch: a stretch of their endless order, repeated ones included."""
+        """Returns the documents of a mix in an epoch: a stretch of their endless order, repeated ones included."""
         begin, end = self._mix_place(number, epoch), self._mix_place(number, epoch + 1)
         count = self._mixed_in[number].stop - self._mixed_in[number].start
         passes = range(begin // count, end // count + 1)
@@ -447,8 +217,10 @@ class PackedBatches:
         return whole[begin - passes[0] * count : end - passes[0] * count]
 
     def _mix_place(self, number: int, epoch: int) -> int:
-        """How many documents of a mix are taken before an epoch: the fewest that make the share so far."""
+        """Returns how many documents of a mix are taken before an epoch: the fewest that make the share so far."""
         share, total = self.mixes[number].share, sum(mix.share for mix in self.mixes)
+        # The mix makes `share` of all tokens and the corpus 1 - `total`, so per token of the corpus the mix owes
+        # share / (1 - total). Tokens are counted, not documents or rows, because the loss is a mean over tokens.
         owed = epoch * share / (1 - total) * int(self._trained[self._own].sum())
         whole = int(self._trained[self._mixed_in[number]].sum())
         passes = int(owed // whole)
@@ -457,22 +229,22 @@ class PackedBatches:
         return passes * len(order) + int(np.searchsorted(within, owed - passes * whole))
 
     def _mix_pass(self, number: int, round: int) -> np.ndarray:
-        """All documents of a mix in the order of one of their rounds."""
+        """Returns all documents of a mix in the order of one of their rounds."""
         part = self._mixed_in[number]
         rng = np.random.default_rng((self.seed, round, _MIX_ORDER + number))
         return rng.permutation(np.arange(part.start, part.stop))
 
     def token_counts(self) -> Iterator[int]:
-        """Real tokens, padding apart, of batches 0, 1, 2 ... of all processes together; without end as the batches."""
+        """Yields the number of tokens, without padding, of batches 0, 1, 2 ... of all processes together."""
         yield from map(self.token_count, range(len(self)))
 
     def token_count(self, index: int) -> int:
-        """Real tokens, padding apart, of batch `index` of all processes together."""
+        """Returns the number of tokens, without padding, of batch `index` of all processes together."""
         rows = (self._row(index * self.batch + i) for i in range(self.batch))
         return sum(int(np.sum(self.corpus.lengths[row], dtype=np.int64)) for row in rows if row)
 
     def _row(self, index: int) -> list[int]:
-        """The documents of row `index` of the sequence of all epochs; none past the last epoch."""
+        """Returns the documents of row `index` of all epochs in sequence; none past the last epoch."""
         for epoch in count() if self.epochs is None else range(self.epochs):
             rows = self._row_count(epoch)
             if index < rows:
@@ -494,7 +266,7 @@ class PackedBatches:
         return {}
 
     def _plan(self, epoch: int) -> Rows:
-        """The rows of an epoch; the two plans used last are kept."""
+        """Returns the rows of an epoch; the plans of two epochs are kept."""
         plans = self._plans
         plan = plans.get(epoch)
         if plan is None:

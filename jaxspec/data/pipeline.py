@@ -1,27 +1,25 @@
-"""Grain pipelines over packed conversations, with exact resume."""
+"""Grain pipelines over packed batches, with exact resume."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import Documents, PackedBatches, tokenize_conversations
+from jaxspec.data.corpus import Documents
 
 
 class Batches(Protocol):
-    """Batches by number, such as `PackedBatches`: what is at a number depends on nothing that was read before."""
+    """Batches by number, such as `PackedBatches`; a batch does not depend on what was read before it."""
 
     @property
     def corpus(self) -> Documents:
-        """What their `documents` are indices into."""
+        """The corpus that the `documents` of a batch index."""
         ...
 
     def token_count(self, index: int) -> int:
-        """Real tokens of a batch, over all processes."""
+        """Returns the number of tokens of a batch, without padding, over all processes."""
         ...
 
     def __len__(self) -> int: ...
@@ -29,7 +27,7 @@ class Batches(Protocol):
 
 
 class BatchIterator(Protocol):
-    """An iterator whose place can be written down."""
+    """An iterator over batches whose place can be saved and restored."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
     def __next__(self) -> dict[str, np.ndarray]: ...
@@ -39,16 +37,18 @@ class BatchIterator(Protocol):
 
 
 def iterate(batches: Batches, *, threads: int = 1, prefetch: int = 4, workers: int = 0) -> BatchIterator:
-    """An iterator over `batches`, assembled ahead of need by a thread or by `workers` processes of Grain's.
+    """Returns an iterator over `batches`, which `threads` or `workers` processes of Grain's prepare in advance.
 
     Its state is the number of the next batch. A global batch does not depend on the number of processes that train or
-    prepare it, so neither does the state: resume is exact, whatever these are. A worker holds its own copy of a corpus
-    that is in memory, and takes seconds to start.
+    prepare it, so neither does the state, and resume is exact for any number of either. A worker holds its own copy of
+    a corpus that is in memory, and takes seconds to start.
     """
     return _Numbered(batches, threads, prefetch, workers)
 
 
 class _Numbered:
+    """The `BatchIterator` of `iterate`."""
+
     def __init__(self, batches: Batches, threads: int, prefetch: int, workers: int) -> None:
         self._batches, self._threads, self._prefetch, self._workers = batches, threads, prefetch, workers
         self._next, self._ahead = 0, None
@@ -87,34 +87,8 @@ class _Numbered:
 
 
 def _parse_flags() -> None:
-    """Grain 0.2.18 reads absl flags when it starts workers, and fails where nobody has parsed them."""
+    """Marks absl's flags as parsed: Grain 0.2.18 reads them when it starts workers, and fails if nobody has."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def packed_batches(
-    conversations: Sequence[Conversation],
-    tokenizer: ChatTokenizer,
-    *,
-    length: int,
-    batch: int,
-    seed: int = 0,
-    epochs: int | None = None,
-    loss_on: Literal["all", "assistant"] = "all",
-    rows: tuple[int, ...] | None = None,
-) -> BatchIterator:
-    """Shuffled packed batches of `conversations`, as `PackedBatches` describes them, through Grain."""
-    corpus = tokenize_conversations(conversations, tokenizer, length=length)
-    return iterate(
-        PackedBatches(
-            corpus,
-            length,
-            batch,
-            seed=seed,
-            epochs=epochs,
-            loss_on=loss_on,
-            rows=rows,
-        )
-    )

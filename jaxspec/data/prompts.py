@@ -13,17 +13,17 @@ from jaxspec.data.conversations import parse_conversation
 
 
 class Prompt(NamedTuple):
-    """What a target is to answer."""
+    """A prompt that a target is to answer."""
 
     id: str
     messages: tuple[Message, ...]
-    """The conversation up to the turn to be written."""
+    """The conversation before the turn to be written."""
     problem: str = ""
-    """Why it cannot be answered; empty where it can."""
+    """Why it cannot be answered; empty if it can."""
     settings: Mapping[str, Any] = types.MappingProxyType({})
-    """How it is to be answered, where that differs from the others: some of `SETTINGS`."""
+    """Settings of its own, some of `SETTINGS`."""
     source: str = ""
-    """Where it comes from, if its line says so."""
+    """The source that its line names."""
 
 
 SETTINGS = {
@@ -35,22 +35,22 @@ SETTINGS = {
     "seed": int,
     "stop_ids": list,
 }
-"""What a line may set for itself, and as what kind of value."""
+"""Settings that a line may hold -> the types of their values."""
 
 
 def text_prompt(id: str, text: str) -> Prompt:
-    """A conversation of one user turn."""
+    """Returns a prompt of one user turn."""
     problem = "" if text.strip() else "is empty"
     return Prompt(id, ({"role": "user", "content": text},), problem)
 
 
 def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a file in file order, at most `limit` of them.
+    """Returns the prompts of a file in file order, at most `limit` of them.
 
-    Lines of JSON are `{"id"?, "prompt"}` or `{"id"?, "messages"}` (or ShareGPT's `conversations`), of which assistant
-    turns at the end are left off, so that a data set's own answers are never shown; they may hold `SETTINGS` too. Any
+    Lines of JSON are `{"id"?, "prompt"}` or `{"id"?, "messages"}` (or ShareGPT's `conversations`), and may hold
+    `SETTINGS` too. Assistant turns at the end are dropped, so that the target never sees a data set's answers. Any
     other file holds one prompt a line. `id` defaults to the line number; blank lines are skipped. A line that cannot be
-    used becomes a prompt with a `problem`. ValueError if there is no such file, or nothing in it.
+    used becomes a prompt with a `problem`. Raises ValueError if there is no such file, or nothing in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
 
 
 def parse_prompt(line: str, id: str) -> Prompt:
-    """The prompt of one line of JSON; `id` stands in where the line names none."""
+    """Returns the prompt of one line of JSON; `id` is used if the line names none."""
     try:
         record = json.loads(line)
         fields = record if isinstance(record, dict) else {}
@@ -85,7 +85,7 @@ def parse_prompt(line: str, id: str) -> Prompt:
 
 
 def own_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a line; ValueError for a value of the wrong kind."""
+    """Returns the settings of a line; raises ValueError for a value of the wrong type."""
     found = {name: record[name] for name in SETTINGS if name in record}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, SETTINGS[name]):
@@ -97,7 +97,7 @@ def own_settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def drop_answers(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """`messages` without the assistant turns at their end."""
+    """Returns `messages` without the assistant turns at their end."""
     end = len(messages)
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
@@ -105,7 +105,7 @@ def drop_answers(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: ChatTokenizer, *, raw: bool = False) -> np.ndarray:
-    """int32 [L]: the prompt as the target reads it, in the chat template or, `raw`, as text behind the first token.
+    """Returns int32 [L]: the prompt in the chat template or, if `raw`, its plain text after the first token.
 
     Raises ValueError, a sentence without its subject, if the prompt has a problem.
     """

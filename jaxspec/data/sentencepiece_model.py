@@ -1,7 +1,7 @@
-"""Llama's SentencePiece file, `tokenizer.model`, as a `tokenizers.Tokenizer` that gives the tokens of transformers'.
+"""Llama's SentencePiece file, `tokenizer.model`, as a `tokenizers.Tokenizer` with the same tokens as transformers'.
 
-The file is a protocol buffer (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto), of
-which the few fields that matter are read here, so that no package is needed for it.
+The file is a protocol buffer (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto). The
+few fields that are needed are read here, so that no further package has to be installed.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in pieces
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # kinds of pieces; 1 is a normal one
-_BPE = 2  # of the kinds of models; 1, Unigram, is what stands for nothing said
+_BPE = 2  # the kind of model; 1, the default, is Unigram
 _CONVERT = (
     "load the folder with transformers' AutoTokenizer and save it with save_pretrained, which writes a tokenizer.json"
 )
 
 
 class PieceModel(NamedTuple):
-    """What a `tokenizer.model` holds of a BPE tokenizer."""
+    """The BPE tokenizer in a `tokenizer.model`."""
 
     pieces: tuple[str, ...]
     """By id."""
     kinds: tuple[int, ...]
     """By id, as the format numbers them."""
     dummy_prefix: bool
-    """Text gets a space in front, unless the tokenizer's config says otherwise."""
+    """Whether text gets a space in front, unless the tokenizer's config says otherwise."""
 
 
 def read_piece_model(path: str | Path) -> PieceModel:
-    """The pieces of the file at `path`.
+    """Returns the pieces of the file at `path`.
 
-    Raises ValueError where it is no SentencePiece model, or one that needs more than Llama's: Unigram, characters
+    Raises ValueError if it is not a SentencePiece model, or one that needs more than Llama's: Unigram, characters
     without byte fallback, or normalization.
     """
     try:
@@ -52,10 +52,10 @@ def read_piece_model(path: str | Path) -> PieceModel:
 
 
 def build_tokenizer(model: PieceModel, *, prefix: bool, legacy: bool) -> Tokenizer:
-    """The tokenizer of `model`, with which control pieces are special tokens.
+    """Returns the tokenizer of `model`; its control pieces are special tokens.
 
-    A pair of pieces is merged if it makes a piece, that of the lowest id first. With `prefix` text gets a space in
-    front, and with `legacy` also what follows a special token, unless it begins with one.
+    Two pieces are merged if they make a piece, the one of the lowest id first. With `prefix` text gets a space in
+    front, and with `legacy` so does text after a special token, unless it begins with one.
     """
     mergeable = {
         piece: i
@@ -85,7 +85,7 @@ def build_tokenizer(model: PieceModel, *, prefix: bool, legacy: bool) -> Tokeniz
 
 
 def _beyond_llama(trainer: dict[int, list], normalizer: dict[int, list], kinds: tuple[int, ...]) -> str | None:
-    """What a model needs that Llama's does not; None where that is nothing."""
+    """Returns a feature of the model that Llama's do not have, as a verb phrase; None if there is none."""
     if trainer.get(3, [1])[-1] != _BPE:
         return "holds a model that is not BPE"
     if kinds.count(_BYTE) != 256:
@@ -100,7 +100,7 @@ def _beyond_llama(trainer: dict[int, list], normalizer: dict[int, list], kinds: 
 
 
 def _group(data: bytes) -> dict[int, list]:
-    """The fields of a message by number: whole numbers, and bytes for texts, messages and numbers of fixed width."""
+    """Returns the fields of a message by number: integers, and bytes for texts, messages and fixed-width numbers."""
     found: dict[int, list] = {}
     for number, value in _fields(data):
         found.setdefault(number, []).append(value)
@@ -108,7 +108,10 @@ def _group(data: bytes) -> dict[int, list]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message in their order, https://protobuf.dev/programming-guides/encoding. ValueError if torn."""
+    """Yields the fields of a message (https://protobuf.dev/programming-guides/encoding).
+
+    Raises ValueError if it is cut off.
+    """
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -126,10 +129,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, 7 bits a byte, and where it ends."""
+    """Returns the varint at `at` and the place after it."""
     value = 0
     for shift in range(0, 70, 7):
-        byte = data[at]  # IndexError: torn
+        byte = data[at]  # IndexError if the message is cut off
         value, at = value | (byte & 127) << shift, at + 1
         if byte < 128:
             return value, at

@@ -1,8 +1,8 @@
 """Folders of ArrayRecord files that are whole or absent, carry their SHA-256, and are read record by record.
 
-A folder holds `about.json`, the settings that it was begun with, and files `00000.array_record`, each with a note
-`00000.json` of its checksum, written last: a file without one was not finished. ArrayRecord hashes every record, so
-damage also shows where a single one is read.
+A folder holds `about.json`, the settings that it was begun with, and files `00000.array_record`. Each file has a note
+`00000.json` with its checksum, which is written last: a file without a note is not finished. ArrayRecord hashes every
+record, so reading a single damaged record also fails.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import numpy as np
 
 ABOUT = "about.json"
 RECORD_OVERHEAD = 96
-"""Bytes that a record takes beside its own, about; every file has 128 KiB more."""
+"""Approximate bytes that ArrayRecord adds to a record."""
 FILE_OVERHEAD = 1 << 17
+"""Approximate bytes that ArrayRecord adds to a file."""
 
 
 class Field(NamedTuple):
-    """One array of a record: so many numbers a token, `[L, width]`."""
+    """One array of a record, `[L, width]`: `width` numbers a token."""
 
     name: str
     dtype: str
@@ -35,7 +36,7 @@ class Field(NamedTuple):
 
     @property
     def kind(self) -> np.dtype:
-        """`dtype` as numpy's."""
+        """`dtype` as a numpy dtype."""
         return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
     @property
@@ -45,12 +46,12 @@ class Field(NamedTuple):
 
 
 def pack_record(fields: Sequence[Field], arrays: dict[str, np.ndarray], tail: bytes = b"") -> bytes:
-    """The arrays of one document, one after another in the order of `fields`, and `tail` behind them."""
+    """Returns the arrays of one document, one after another in the order of `fields`, and then `tail`."""
     return b"".join([*(np.ascontiguousarray(arrays[f.name], f.kind).tobytes() for f in fields), tail])
 
 
 def unpack_record(fields: Sequence[Field], record: bytes, length: int) -> tuple[dict[str, np.ndarray], bytes]:
-    """What `pack_record` was given, for a document of `length` tokens: arrays `[L, width]`, and the tail."""
+    """Returns the arrays `[L, width]` and the tail that `pack_record` packed, for a document of `length` tokens."""
     arrays, at = {}, 0
     for field in fields:
         count = length * field.width
@@ -67,25 +68,25 @@ class Shard:
         self.note_path = self.path.with_suffix(".json")
 
     def note(self) -> dict[str, Any] | None:
-        """What was noted of the whole file; None if it is not, or no longer, whole by its size."""
+        """Returns the note of the file; None if there is none, or the file's size is not the one noted."""
         if not self.note_path.is_file() or not self.path.is_file():
             return None
         note = json.loads(self.note_path.read_text(encoding="utf-8"))
         return note if self.path.stat().st_size == note["bytes"] else None
 
     def is_damaged(self) -> bool:
-        """Whether its SHA-256 is not the one noted; reads all of it."""
+        """Returns whether its SHA-256 is not the one noted; reads the whole file."""
         note = self.note()
         return note is None or _sha256(self.path) != note["sha256"]
 
     def remove(self) -> None:
-        """Let it be made again."""
+        """Removes the file and its note, so that it can be made again."""
         self.note_path.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
 class ShardWriter:
-    """Writes one shard: `write` records, then `seal`. Left unsealed, as by a kill, nothing of it counts."""
+    """Writes one shard: `write` records, then `seal`. A shard that is not sealed does not count."""
 
     def __init__(self, shard: Shard, options: str) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -96,12 +97,13 @@ class ShardWriter:
         self._writer = ArrayRecordWriter(str(self._draft), options)
 
     def write(self, record: bytes) -> None:
-        """Append one record."""
+        """Appends one record."""
         self._writer.write(record)
         self._records += 1
 
     def seal(self, **note: Any) -> None:
-        """Finish the file and note its checksum, and `note` (JSON) with it; on disk when this returns."""
+        """Finishes the file and notes its checksum and `note` (JSON); both are on disk when this returns."""
+        # Synced, hashed, renamed and only then noted: after a kill the shard is either whole or does not count.
         self._writer.close()
         with self._draft.open("rb+") as file:
             os.fsync(file.fileno())
@@ -111,12 +113,12 @@ class ShardWriter:
 
 
 class Records:
-    """The records of several shards, one shard after another, by number. Picklable; files are opened when needed."""
+    """The records of several shards by number, one shard after another. Picklable; files are opened when needed."""
 
     def __init__(self, folder: Path, counts: Sequence[int], verb: str) -> None:
-        """`counts` are the records of each shard, `verb` what made them and makes a damaged one anew.
+        """`counts` are the numbers of records of each shard; `verb` is the verb that makes them, for error messages.
 
-        Raises ValueError naming the first file that is missing or has another size than it was finished with.
+        Raises ValueError naming the first file that is missing or whose size is not the one noted.
         """
         self._folder, self._counts, self._verb = folder, list(counts), verb
         for shard in self._shards:
@@ -138,7 +140,7 @@ class Records:
         raise ValueError(f"{path}: is damaged ({why}); delete it and give the same jaxspec {self._verb} command again")
 
     def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """Some records, in the order asked for. Raises ValueError naming the file of one that cannot be read."""
+        """Returns some records, in the order asked for. Raises ValueError naming the file of a damaged record."""
         if not len(numbers):
             return []
         try:
@@ -147,7 +149,7 @@ class Records:
             self._refuse(self._blame(numbers), error)
 
     def _blame(self, numbers: Sequence[int]) -> Path:
-        """The file of the first of these records that cannot be read."""
+        """Returns the file of the first of these records that cannot be read."""
         ends = np.cumsum(self._counts)
         for number in numbers:
             try:
@@ -158,7 +160,7 @@ class Records:
 
 
 class _Extent(NamedTuple):
-    """A file whose number of records is known, so that it is not opened to count them; a `FileInstruction`."""
+    """A file with its number of records, so that Grain does not open it to count them; a `FileInstruction`."""
 
     filename: str
     skip: int
@@ -167,9 +169,9 @@ class _Extent(NamedTuple):
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder and note the `settings` of what it is to hold, or go on in one.
+    """Makes the folder and notes the `settings` of its contents, or checks those of a folder that was begun before.
 
-    Raises ValueError where something else is there, or it was begun with other settings.
+    Raises ValueError if the folder holds something else, or was begun with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ABOUT
@@ -185,7 +187,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_about(folder: Path, format: str) -> dict[str, Any]:
-    """What a folder says of itself; ValueError if it is not of this `format`."""
+    """Returns the settings that a folder was begun with; raises ValueError if it is not of this `format`."""
     path = folder / ABOUT
     if not path.is_file():
         raise ValueError(f"{folder}: holds no {ABOUT}, so nothing of format {format} was begun in it")
@@ -199,17 +201,17 @@ def read_about(folder: Path, format: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file all at once."""
+    """Writes a JSON file atomically."""
     _write(path, lambda file: file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()))
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file all at once."""
+    """Writes a `.npy` file atomically."""
     _write(path, lambda file: np.save(file, array))
 
 
 def read_array(path: Path) -> np.ndarray:
-    """A `.npy` file, mapped into memory. ValueError where it is missing or not whole."""
+    """Returns a `.npy` file mapped into memory. Raises ValueError if it is missing or not whole."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -217,13 +219,13 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk under a folder, which need not be there yet, can still take."""
+    """Returns the free bytes of the disk that a folder is on; the folder need not exist yet."""
     folder = folder.absolute()
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")  # machines may share a folder
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")  # unique, since machines may share a folder
     with draft.open("wb") as file:
         write(file)
         file.flush()

@@ -1,7 +1,8 @@
-"""What of a frozen target's output is stored for training without its layers: how it is made small, and whole again."""
+"""The parts of a target's output that are stored, for training without its layers: how to shrink and restore them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -13,9 +14,9 @@ from jaxspec.sampling import sharded_top_k
 
 Kind = Literal["fp32", "bf16", "int8"]
 KINDS: dict[Kind, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-"""How features are stored -> the dtype of the numbers; int8 has one scale a row beside them."""
+"""How features are stored -> the dtype of the numbers; int8 has one scale a row besides."""
 LEAST = -1e30
-"""Stands for the log of no mass at all, and is finite."""
+"""A finite stand-in for the log of no mass at all."""
 
 
 ARRAYS = ("features", "features_scale", "taps", "taps_scale", "top_tokens", "top_logp", "rest")
@@ -32,24 +33,24 @@ class Likely(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What is kept of a `TargetOutput`; see `store`. Scales are fp32, and None where the numbers are no int8."""
+    """The stored part of a `TargetOutput`; see `store`. Scales are fp32, and None unless the numbers are int8."""
 
     features_BLD: Array
     features_scale_BL1: Array | None = None
     taps_BLD: Array | None = None
     taps_scale_BLY: Array | None = None
-    """One a tapped layer: their sizes differ."""
+    """One scale a tapped layer, since the sizes of their numbers differ."""
     likely: Likely | None = None
 
 
 def to_arrays(stored: Stored) -> dict[str, Array]:
-    """Those of `ARRAYS` that there are."""
+    """Returns the arrays that are not None, by their names in `ARRAYS`."""
     likely = (None,) * 3 if stored.likely is None else stored.likely
     return {n: x for n, x in zip(ARRAYS, (*stored[:4], *likely), strict=True) if x is not None}
 
 
 def from_arrays(arrays: Mapping[str, Array]) -> Stored | None:
-    """The way back; None where there are no features."""
+    """Returns the inverse of `to_arrays`; None if there are no features."""
     if "features" not in arrays:
         return None
     found = [arrays.get(name) for name in ARRAYS]
@@ -57,8 +58,11 @@ def from_arrays(arrays: Mapping[str, Array]) -> Stored | None:
 
 
 def shrink(x_BLD: Array, kind: Kind, parts: int = 1) -> tuple[Array, Array | None]:
-    """`x` as `kind` has it. int8 is `round(x / s)` with `s = max |x| / 127` of a row, or of each of its equal `parts`,
-    so that what `grow` makes of it is at most `s / 2` away."""
+    """Returns `x` as `kind` stores it, and its scales.
+
+    int8 is `round(x / s)` with `s = max |x| / 127` of a row, or of each of its equal `parts`. So `grow` returns `x` to
+    within `s / 2`.
+    """
     if kind != "int8":
         return x_BLD.astype(KINDS[kind]), None
     x_BLYD = x_BLD.astype(jnp.float32).reshape(*x_BLD.shape[:-1], parts, -1)
@@ -68,7 +72,7 @@ def shrink(x_BLD: Array, kind: Kind, parts: int = 1) -> tuple[Array, Array | Non
 
 
 def grow(x_BLD: Array, scale_BLY: Array | None, dtype: jnp.dtype) -> Array:
-    """The way back, in `dtype`."""
+    """Returns the inverse of `shrink`, in `dtype`."""
     if scale_BLY is None:
         return x_BLD.astype(dtype)
     x_BLYD = x_BLD.astype(jnp.float32).reshape(*scale_BLY.shape, -1)
@@ -76,47 +80,50 @@ def grow(x_BLD: Array, scale_BLY: Array | None, dtype: jnp.dtype) -> Array:
 
 
 def store(target: Target, params: Params, out: TargetOutput, *, kind: Kind, taps: int, top_k: int) -> Stored:
-    """`out` without what can be made again: features and, where `taps` layers are tapped, these as `kind` has them,
-    and the `top_k` likeliest next tokens (0: none)."""
+    """Returns the parts of `out` that cannot be computed from others.
+
+    These are the features and the inputs of `taps` layers, as `kind` stores them, and the `top_k` likeliest next tokens
+    (0: none).
+    """
     tapped = (None, None) if out.taps_BLD is None else shrink(out.taps_BLD, kind, taps)
     likely = likeliest(target, params, out.features_BLD, top_k) if top_k else None
     return Stored(*shrink(out.features_BLD, kind), *tapped, likely)
 
 
 def restore(stored: Stored, dtype: jnp.dtype) -> TargetOutput:
-    """The target's output, features and taps in `dtype`, the dtype of its activations."""
+    """Returns the target's output: features and taps in `dtype`, the dtype of its activations."""
     taps = None if stored.taps_BLD is None else grow(stored.taps_BLD, stored.taps_scale_BLY, dtype)
     return TargetOutput(grow(stored.features_BLD, stored.features_scale_BL1, dtype), None, taps)
 
 
 def likeliest(target: Target, params: Params, features_BLD: Array, count: int, *, chunk: int = 128) -> Likely:
-    """The `count` likeliest tokens behind every feature, made from fp32 logits of `chunk` positions at a time."""
+    """Returns the `count` likeliest next tokens of every feature, from fp32 logits of `chunk` positions at a time."""
     length = features_BLD.shape[1]
     size = min(chunk, length)
     padded = jnp.pad(features_BLD, [(0, 0), (0, -length % size), (0, 0)])
     pieces = jnp.moveaxis(padded.reshape(len(padded), -1, size, padded.shape[-1]), 1, 0)
 
-    def one(features_BCD: Array) -> Likely:
-        logits_BCV = target.logits(params, features_BCD)
-        whole_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
-        token_BCR, top_BCR = sharded_top_k(logits_BCV, count)
-        rest_BC1 = outside(logits_BCV, token_BCR) - whole_BC1
-        return Likely(token_BCR, top_BCR - whole_BC1, jnp.maximum(rest_BC1, LEAST))
+    found = jax.lax.map(functools.partial(_likeliest_of_chunk, target, params, count), pieces)
+    # [X, B, C, R] -> [B, L, R]: the chunks of a row one after another, without the padding.
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(len(padded), -1, x.shape[-1])[:, :length], found)
 
-    def lay(x_XBCR: Array) -> Array:
-        return jnp.moveaxis(x_XBCR, 0, 1).reshape(len(padded), -1, x_XBCR.shape[-1])[:, :length]
 
-    return jax.tree.map(lay, jax.lax.map(one, pieces))
+def _likeliest_of_chunk(target: Target, params: Params, count: int, features_BCD: Array) -> Likely:
+    logits_BCV = target.logits(params, features_BCD)
+    whole_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
+    token_BCR, top_BCR = sharded_top_k(logits_BCV, count)
+    rest_BC1 = outside(logits_BCV, token_BCR) - whole_BC1
+    return Likely(token_BCR, top_BCR - whole_BC1, jnp.maximum(rest_BC1, LEAST))
 
 
 def outside(logits: Array, token: Array) -> Array:
-    """`[..., V], [..., R] -> [..., 1]`: logsumexp of the logits of all tokens but these; about `LEAST` without any."""
+    """Returns `[..., V], [..., R] -> [..., 1]`: logsumexp of the logits of all other tokens, about `LEAST` for none."""
     others = jnp.put_along_axis(logits, token, LEAST, axis=-1, inplace=False)
     return jax.nn.logsumexp(others, axis=-1, keepdims=True)
 
 
 def lump(logits: Array, token: Array) -> Array:
-    """`[..., V], [..., R] -> [..., R + 1]`: log-probabilities of these tokens, and of all others as one."""
+    """Returns log-probabilities of the tokens and of all others together: `[..., V], [..., R] -> [..., R + 1]`."""
     logits = logits.astype(jnp.float32)
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     named = jnp.take_along_axis(logits, token, axis=-1)

@@ -1,4 +1,4 @@
-"""Chat templates by name, in Jinja, for models that ship none."""
+"""Chat templates by name, in Jinja, for models that come without one."""
 
 from __future__ import annotations
 

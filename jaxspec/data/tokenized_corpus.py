@@ -1,12 +1,13 @@
-"""Tokenized corpora on disk: a record a document, read as packing asks for it, and an index mapped into memory.
+"""Tokenized corpora on disk: one record a document, read when its batch is built, and an index mapped into memory.
 
-What a process holds of a corpus is then its index, and that is shared between processes of one machine.
+A process holds only the index of a corpus in memory, and shares that with the other processes of its machine.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -16,68 +17,78 @@ import numpy as np
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Record, find_files, read_records, split_names
-from jaxspec.data.packing import Document, Ids, Summary, key, tokenize_conversations
+from jaxspec.data.corpus import Document, Ids, Summary, key, tokenize_conversations
 from jaxspec.data.shards import Field, Records, Shard, ShardWriter
 
 FORMAT = "jaxspec-corpus/1"
 INDEX = "index.npy"
 CONTENTS = "contents.json"
-"""Written last: the corpus is complete."""
+"""The file that is written last: a folder with it holds a complete corpus."""
 _TOGETHER = 1024  # conversations tokenized together
 _ENTRY = np.dtype(
     [("length", "<i4"), ("assistant", "<i4"), ("said", "<i4"), ("source", "<i4"), ("truncated", "?"), ("key", "<u8")]
 )
-"""A document's tokens, the assistant's of them, those but for its first token, and the rest of what `Documents` ask."""
+"""A document in the index: numbers of tokens, of the assistant's, and of these after the first token; and so on."""
 
 
 def token_fields(vocab: int) -> tuple[Field, ...]:
-    """What a record holds, the conversation's id behind it."""
+    """Returns the arrays of a record; the conversation's id follows them."""
     return Field("tokens", "uint16" if vocab <= 1 << 16 else "int32", 1), Field("assistant", "uint8", 1)
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Settings that decide the contents of a corpus's files."""
+
+    length: int
+    """Tokens that a conversation is cut to."""
+    limit: int | None = None
+    """Conversations taken of each name; None for all."""
+    shard_documents: int = 1 << 16
+    """Conversations of a shard."""
 
 
 def write_corpus(
     folder: Path,
     names: str,
     tokenizer: ChatTokenizer,
+    settings: CorpusSettings,
     *,
-    length: int,
-    limit: int | None = None,
-    shard_documents: int = 1 << 16,
     part: tuple[int, int] = (0, 1),
     verify: bool = False,
 ) -> Generator[int, None, None]:
-    """Tokenize the conversations that `names` names (joined by commas), each cut to `length` tokens, into `folder`.
+    """Tokenizes the conversations of `names` (joined by commas) into `folder`.
 
-    Goes on where it was stopped. Of `part` `(i, n)` every n-th shard is made, from the i-th; whoever finds all shards
-    finished completes the corpus. With `verify`, shards whose checksum has changed are made anew. Yields how many
-    conversations were done or passed over. Raises ValueError where the folder was begun with something else, or a
-    conversation is malformed or refused, naming it.
+    A call continues where an earlier one stopped. With `part` `(i, n)` it makes every n-th shard from the i-th on; the
+    call that finds all shards finished completes the corpus. With `verify` it makes shards again whose checksum has
+    changed. Yields how many conversations each step has tokenized or skipped. Raises ValueError if the folder was begun
+    with other settings, and naming the conversation that is malformed or that the chat template refuses.
     """
     fields = token_fields(tokenizer.vocab_size)
     chosen = [named.name for named in split_names(names)]
     if split_names(names)[0].weight is not None:
         raise ValueError(f"{names!r}: weights are for data.train; tokenize each apart, and weigh the folders there")
-    settings = {
+    about = {
         "format": FORMAT,
         **tokenizer.fingerprint,
         "files": [[str(path), path.stat().st_size] for name in chosen for path in find_files(name)],
-        "length": length,
-        "limit": limit,
-        "shard_documents": shard_documents,
+        "length": settings.length,
+        "limit": settings.limit,
+        "shard_documents": settings.shard_documents,
         "fields": [list(field) for field in fields],
     }
-    shards.begin(folder, settings)
-    records = (record for name in chosen for record in read_records(name, limit=limit))
+    shards.begin(folder, about)
+    records = (record for name in chosen for record in read_records(name, limit=settings.limit))
     whole = True
     for number in count():
         first = next(records, None)
         if first is None:
             break
-        shard, block = Shard(folder, number), chain([first], islice(records, shard_documents - 1))
+        shard, block = Shard(folder, number), chain([first], islice(records, settings.shard_documents - 1))
         if shard.note() and not (verify and shard.is_damaged()):
             yield sum(1 for _ in block)
         elif number % part[1] == part[0]:
-            yield from _write_shard(shard, block, tokenizer, fields, length)
+            yield from _write_shard(shard, block, tokenizer, fields, settings.length)
         else:
             whole = False
             yield sum(1 for _ in block)
@@ -119,7 +130,7 @@ def _index_of(shard: Shard) -> Path:
 
 
 def _complete(folder: Path, count: int) -> None:
-    """Joins the parts of the index, and notes that all is there."""
+    """Joins the parts of the index, and writes `CONTENTS`, which marks the corpus as complete."""
     made = [Shard(folder, number) for number in range(count)]
     notes = [shard.note() or {} for shard in made]
     sources = sorted({source for note in notes for source in note["sources"]})
@@ -134,20 +145,20 @@ def _complete(folder: Path, count: int) -> None:
 
 
 def is_corpus(name: str | Path) -> bool:
-    """Whether `name` is a folder that `write_corpus` began."""
+    """Returns whether `name` is a folder that `write_corpus` began."""
     about = Path(name) / shards.ABOUT
     return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("format") == FORMAT
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all of its shards are made."""
+    """Returns whether the corpus in a folder is complete."""
     return (folder / CONTENTS).is_file()
 
 
 class StoredCorpus:
-    """A corpus that `write_corpus` completed, or its first `limit` documents; see `packing.Documents`.
+    """A corpus that `write_corpus` completed, or its first `limit` documents; see `corpus.Documents`.
 
-    Raises ValueError where it is not complete.
+    Raises ValueError if it is not complete.
     """
 
     def __init__(self, folder: str | Path, limit: int | None = None) -> None:
@@ -197,11 +208,11 @@ class StoredCorpus:
         return Ids(len(self._index), lambda document: self._unpack([document])[0][1])
 
     def read(self, documents: Sequence[int]) -> list[Document]:
-        """See `Documents`. Raises ValueError naming the file that is damaged."""
+        """See `Documents`. Raises ValueError naming a file that is damaged."""
         return [document for document, _ in self._unpack(documents)]
 
     def check(self, tokenizer: ChatTokenizer) -> None:
-        """ValueError if it was made with another tokenizer or template."""
+        """Raises ValueError if it was made with another tokenizer or template."""
         for name, mine in tokenizer.fingerprint.items():
             if self.about[name] != mine:
                 raise ValueError(

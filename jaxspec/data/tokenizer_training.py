@@ -1,4 +1,4 @@
-"""Train a small byte-level tokenizer and write it as a HuggingFace folder; give one model the tokenizer of another."""
+"""Training of small byte-level tokenizers, and writing and copying of tokenizers in HuggingFace folders."""
 
 import json
 from collections.abc import Iterable
@@ -22,11 +22,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""All that a HuggingFace folder says of its tokenizer, stop ids apart."""
+"""The files of a HuggingFace folder that describe its tokenizer, apart from its stop ids."""
 
 
 def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
-    """Write the tokenizer of the folder `source` into `folder`, byte for byte."""
+    """Copies the tokenizer of the folder `source` into `folder`, byte for byte."""
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -35,9 +35,9 @@ def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
 
 
 def train_bpe(texts: Iterable[str], *, size: int = 4096, special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> Tokenizer:
-    """A byte-level BPE tokenizer of exactly `size` ids, special tokens first; digits stand alone.
+    """Returns a byte-level BPE tokenizer of exactly `size` ids, special tokens first; each digit is a token.
 
-    The same texts give the same tokenizer. ValueError if `size` cannot hold the bytes, or `texts` are too few.
+    The same texts give the same tokenizer. Raises ValueError if `size` cannot hold the bytes, or `texts` are too few.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(alphabet) + len(special_tokens):
@@ -65,7 +65,7 @@ def train_bpe(texts: Iterable[str], *, size: int = 4096, special_tokens: tuple[s
 def write_tokenizer_folder(
     folder: str | Path, tokenizer: Tokenizer, *, template: str = CHAT_TEMPLATE, max_length: int = 1024
 ) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` as transformers loads them.
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, which transformers loads.
 
     `max_length` is the number of positions the model was trained for.
     """

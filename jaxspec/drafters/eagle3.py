@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params, SharedTables
-from jaxspec.drafters.eagle import EagleConfig, layer_shapes
+from jaxspec.drafters.eagle import EagleConfig, layer_weights
 from jaxspec.drafters.one_layer import OneLayer
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.lm_head import score_tokens
@@ -83,7 +83,7 @@ class Eagle3Config(EagleConfig):
             "fc": (len(self.taps) * self.feature_width, self.width),
             "embedding_norm": (self.width,),
             "feature_norm": (self.width,),
-            **layer_shapes(self),
+            **layer_weights(self),
             "qkv": (2 * self.width, self.kv_heads, self.group + 2, self.head_dim),
             "norm": (self.width,),
             "head": (self.vocab, self.width),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
+from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_weights
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.mlp import WIDE, constrain_rows, gated_mlp
 from jaxspec.nn.norm import rms_norm
@@ -46,7 +46,7 @@ class FspadConfig(EagleConfig):
                 "sampling_up": (self.width, self.mlp),
                 "sampling_down": (self.mlp, self.width),
             }
-        shapes |= layer_shapes(self)
+        shapes |= layer_weights(self)
         if self.partial_alignment:
             shapes["down"] = (self.mlp, 2 * self.width)
         return shapes

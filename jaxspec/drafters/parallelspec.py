@@ -15,7 +15,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxspec.base import Array, SharedTables
-from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_shapes
+from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_weights
 from jaxspec.drafters.mask_tokens import MaskTokens, SlotOptions
 from jaxspec.nn.norm import rms_norm
 
@@ -62,7 +62,7 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
             shapes["mask_features"] = (1 if self.mask_feature == "shared" else masks, self.width)
         if self.attention_norm:
             shapes["attention_norm"] = (self.width,)
-        return shapes | layer_shapes(self)
+        return shapes | layer_weights(self)
 
 
 class ParallelSpec(MaskTokens):

@@ -1,4 +1,4 @@
-"""EAGLE-1, EAGLE-2 and HASS heads as their authors publish them: one layout, for they share the network."""
+"""EAGLE-1, EAGLE-2 and HASS heads as their authors publish them, in one layout, since they share the network."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.interchange.layout import Folder, Shapes, Table, head_shape, layer_table, matrix, vector
 
 IGNORED = ("embed_tokens.weight",)
-"""A copy of the target's embedding, which our drafters borrow from the target."""
+"""A copy of the target's embedding, which drafters here read from the target."""
 NORMS = {"embed_layernorm.weight": "embedding_norm", "lm_head_layernorm.weight": "head_norm"}
-"""Of some HASS heads (speculators' converter knows them by these names)."""
+"""Tensors of some HASS heads, by the names in speculators' converter -> the options of the drafter."""
 
 
 def is_eagle(shapes: Shapes) -> bool:
-    """Whether tensors of these shapes are an EAGLE-1/2 head's: an `fc` of pairs, and a layer that keeps the width."""
+    """Returns whether tensors are an EAGLE-1/2 head's: `fc` reads pairs, and the layer keeps the width."""
     rows, columns = shapes.get("fc.weight", (0, 0))
     down = shapes.get("layers.0.mlp.down_proj.weight", (0, 0))
     return columns == 2 * rows > 0 and down[0] == rows and "layers.0.hidden_norm.weight" not in shapes
 
 
 def eagle_config(folder: Folder) -> EagleConfig:
-    """The shape of the head: `fc`'s bias and the norms by the tensors that are there, for config.json often errs."""
+    """Returns the shape of the head; the tensors tell of bias and norms, since config.json is often wrong."""
     fields: dict[str, Any] = {weight: name in folder.tensors for name, weight in NORMS.items()}
     fields["bias"] = "fc.bias" in folder.tensors and not adds_bias(folder)
     return EagleConfig(**head_shape(folder), **fields)
 
 
 def adds_bias(folder: Folder) -> bool:
-    """Whether our own writer added the bias, of zeros, for a server that wants one."""
+    """Returns whether jaxspec's own writer added a bias of zeros, for a server that needs one."""
     stamp = folder.config.get("jaxspec")
     added = isinstance(stamp, dict) and stamp.get("fc_bias") is False and "fc.bias" in folder.tensors
     return added and not np.any(folder.tensors["fc.bias"][:])
 
 
 def eagle_table(c: EagleConfig) -> Table:
-    """Its tensors."""
+    """Returns the tensors of a head."""
     shapes = c.shapes()
     table = {"fc.weight": matrix("fc", shapes)}
     if c.bias:

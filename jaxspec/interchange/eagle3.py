@@ -1,8 +1,8 @@
 """EAGLE-3 heads as SafeAILab, SpecForge, AngelSlim and speculators publish them.
 
-They differ in what the layer is called and in how the target's layers are counted. Ids inside `eagle_config` name
-layers by their output (SpecForge and those who follow it), ids beside it (speculators) by their input, as
-`Eagle3Config.taps` does; a field `layer_id_convention` beside the ids, which our writers add, overrides both.
+They differ in the name of the layer and in how the target's layers are counted. Ids inside `eagle_config` name layers
+by their outputs (SpecForge and those who follow it), and ids beside it (speculators) by their inputs, as
+`Eagle3Config.taps` does. A field `layer_id_convention` beside the ids, which jaxspec writes, overrides both.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
-from jaxspec.interchange.layout import Entry, Folder, Shapes, Table, head_shape, layer_table, matrix, vector
+from jaxspec.interchange.layout import Folder, Shapes, Table, TensorEntry, head_shape, layer_table, matrix, vector
 
 EMBEDDING = "embed_tokens.weight"
 IGNORED = (EMBEDDING, "d2t", "t2d")
 IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
 LayerIds = Literal["input", "output"]
 NORMS = {"norm_before_fc": "input_norm", "fc_norm": "tap_norms", "norm_output": "normed_feature"}
-"""Fields of config.json -> of our configuration: speculators' option, and EAGLE-3.1's two."""
+"""Fields of config.json (speculators' option, and EAGLE-3.1's two) -> options of the drafter."""
 
 
 def is_eagle3(shapes: Shapes) -> bool:
-    """Whether there is a norm on the fused feature, which only EAGLE-3's first layer has, and no mask slot."""
+    """Returns whether tensors are an EAGLE-3 head's: the first layer norms the fused feature; there is no mask."""
     return fuses_taps(shapes) and "mask_hidden" not in shapes
 
 
 def fuses_taps(shapes: Shapes) -> bool:
-    """Whether the first layer is an EAGLE-3 or P-EAGLE head's."""
+    """Returns whether the first layer is an EAGLE-3 or P-EAGLE head's."""
     return "midlayer.hidden_norm.weight" in shapes or "layers.0.hidden_norm.weight" in shapes
 
 
 def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Eagle3Config:
-    """The shape of the head; its taps by `read_taps`. Raises ValueError as `head_fields`."""
+    """Returns the shape of the head; raises ValueError as `head_fields`."""
     if folder.config.get("speculators_model_type") == "peagle":
         raise ValueError(f"{folder.path} is a P-EAGLE head by its config.json, and has no tensor mask_hidden")
     return Eagle3Config(**head_fields(folder, target_layers, layer_ids, embeds=False))
@@ -42,10 +42,10 @@ def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: L
 def head_fields(
     folder: Folder, target_layers: int | None, layer_ids: LayerIds | None, *, embeds: bool
 ) -> dict[str, Any]:
-    """What the shapes of EAGLE-3 and P-EAGLE heads share.
+    """Returns the fields that the shapes of EAGLE-3 and P-EAGLE heads share.
 
-    An embedding in the file is the head's own where its width is not the target's, or where config.json says by
-    `embed_requires_grad` (absent: `embeds`) that it was trained. Raises ValueError where tensors and fields do not fit.
+    An embedding in the file is the head's own if the head is not as wide as its target, or if config.json says by
+    `embed_requires_grad` (absent: `embeds`) that it was trained. Raises ValueError if tensors and fields disagree.
     """
     path, raw, shapes = folder.path, folder.config, folder.shapes
     fields = head_shape(folder)
@@ -59,7 +59,7 @@ def head_fields(
             f"{path}: an EAGLE-3 head of width {width} for a target of width {of} needs lm_head.weight and an "
             f"fc.weight of {width} rows and a multiple of {of} columns, and fc.weight is {(rows, columns)}"
         )
-    before = raw.get("norm_before_residual", "speculators_model_type" in raw)  # what each reader takes for absent
+    before = raw.get("norm_before_residual", "speculators_model_type" in raw)  # the defaults of the readers
     return {
         **fields,
         **{ours: bool(raw.get(theirs)) for theirs, ours in NORMS.items()},
@@ -72,7 +72,7 @@ def head_fields(
 
 
 def _own_embedding(folder: Folder, needed: bool, embeds: bool) -> int:
-    """Tokens of the head's own embedding; 0 where it reads the target's."""
+    """Returns the number of tokens of the head's own embedding; 0 if it reads the target's."""
     if EMBEDDING not in folder.tensors:
         if needed:
             raise ValueError(f"{folder.path} is not as wide as its target, and has no tensor {EMBEDDING} of its own")
@@ -86,10 +86,10 @@ def _own_embedding(folder: Folder, needed: bool, embeds: bool) -> int:
 
 
 def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: LayerIds | None) -> tuple[int, ...]:
-    """Layers of the target whose inputs the head reads.
+    """Returns the layers of the target whose inputs the head reads.
 
-    Raises ValueError where config.json names none and the target's depth is not known, where it names another number
-    than `fc` reads, or where the ids are the default ones of the other way of counting.
+    Raises ValueError if config.json names none and the target's depth is not known, if it names another number than
+    `fc` reads, or if the ids are the default ones of the other way of counting.
     """
     raw, path = folder.config, folder.path / "config.json"
     inner = raw.get("eagle_config") if isinstance(raw.get("eagle_config"), dict) else {}
@@ -116,12 +116,12 @@ def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: 
 
 
 def eagle3_table(c: Eagle3Config, prefix: str = "midlayer.") -> Table:
-    """Its tensors, the layer under `prefix`; the maps of its vocabulary are `vocabulary_maps`."""
+    """Returns the tensors of a head, except `vocabulary_maps`; the names of the layer's begin with `prefix`."""
     shapes = c.shapes()
     before = {"input_norm.weight": vector("input_norm", shapes)} if c.input_norm else {}
     before |= {EMBEDDING: vector("embed", shapes)} if c.embed_vocab else {}
     for i in range(len(c.taps)) if c.tap_norms else ():
-        before[f"fc_norm.{i}.weight"] = Entry("taps_norm", lambda w_XD, i=i: w_XD[i], (c.feature_width,))
+        before[f"fc_norm.{i}.weight"] = TensorEntry("taps_norm", lambda w_XD, i=i: w_XD[i], (c.feature_width,))
     return {
         **before,
         "fc.weight": matrix("fc", shapes),
@@ -134,14 +134,14 @@ def eagle3_table(c: Eagle3Config, prefix: str = "midlayer.") -> Table:
 
 
 def prefix_of(shapes: Shapes) -> str:
-    """What its layer is called."""
+    """Returns the prefix of the tensors of the first layer."""
     return "midlayer." if "midlayer.hidden_norm.weight" in shapes else "layers.0."
 
 
 def read_vocabulary(folder: Folder, scored: int) -> tuple[int, ...] | None:
-    """Ids of the tokens that the LM head's rows score, in their order; None where there are no maps: then all.
+    """Returns the ids of the tokens that the LM head's rows score, in their order; None if they score all.
 
-    Raises ValueError where the maps contradict each other, or config.json.
+    Raises ValueError if the maps contradict each other or config.json.
     """
     vocab = folder.config.get("vocab_size")
     if not isinstance(vocab, int):
@@ -171,7 +171,7 @@ def read_vocabulary(folder: Folder, scored: int) -> tuple[int, ...] | None:
 
 
 def vocabulary_maps(tokens: tuple[int, ...] | None, vocab: int) -> dict[str, np.ndarray]:
-    """`d2t`, offsets, and `t2d`, a mask; nothing where all tokens are scored."""
+    """Returns `d2t`, offsets, and `t2d`, a mask; nothing if all tokens are scored."""
     if tokens is None:
         return {}
     ids, mask = np.asarray(tokens, np.int64), np.zeros(vocab, bool)
@@ -180,7 +180,7 @@ def vocabulary_maps(tokens: tuple[int, ...] | None, vocab: int) -> dict[str, np.
 
 
 def ascending(params: dict[str, Any], tokens: tuple[int, ...] | None) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-    """The same head with its LM head's rows in the order of their tokens, as our decoder takes them."""
+    """Returns the same head with its LM head's rows in the order of their tokens, as decoding needs them."""
     if tokens is None or list(tokens) == sorted(tokens):
         return params, tokens
     order = np.argsort(tokens)

@@ -1,4 +1,4 @@
-"""Models as products: found in a run, a drafter's folder or a target's, and written in formats that others read."""
+"""Export of models: found in the folder of a run, a drafter or a target, and written in formats that others read."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import LayerIds
 from jaxspec.interchange.exported import target_config
+from jaxspec.interchange.forms import Draft
 from jaxspec.interchange.hf import (
     held_weights,
     load_tables,
@@ -44,7 +45,7 @@ from jaxspec.interchange.hf import (
 )
 from jaxspec.interchange.hf_config import config_fields, read_config
 from jaxspec.interchange.published import published_family, read_drafter
-from jaxspec.interchange.servers import LM_SERVERS, SERVERS, Draft, render, unserved, write_rendered
+from jaxspec.interchange.servers import LM_SERVERS, SERVERS, render, unserved, write_rendered
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.interchange.tensors import StoredWeight
 from jaxspec.targets.decoder import LlamaConfig
@@ -55,40 +56,40 @@ GENERATION = "generation_config.json"
 
 
 class Exportable(NamedTuple):
-    """A model, wherever it was found."""
+    """A model that was found in a folder."""
 
     kind: Literal["target", "drafter"]
     params: Params
-    """Its weights, or their shapes and dtypes where they are to be loaded."""
+    """Its weights, or their shapes and dtypes if `load` reads them."""
     config: Mapping[str, Any]
-    """Its shape, as its manifest says it."""
+    """Its shape, as in its manifest."""
     manifest: Mapping[str, Any]
-    """What else its manifest says: `tokenizer`, `metrics`, `provenance`."""
+    """More fields of its manifest: `tokenizer`, `metrics`, `provenance`."""
     files: Sequence[Path] = ()
-    """Those of its tokenizer, and what it says of generation, if it is a target."""
+    """Files of a target's tokenizer and generation settings."""
     layout: str = "orbax"
-    """In which it was found: `orbax`, `hf`, or `published` for another project's drafter."""
+    """Layout of its folder: `orbax`, `hf`, or `published` for another project's drafter."""
     load: Callable[[], Params] | None = None
-    """Reads the weights; ValueError and OSError, in one sentence, where they are damaged."""
+    """Reads the weights; raises ValueError or OSError, in one sentence, if they are damaged."""
     stored: Callable[[], Sequence[StoredWeight]] | None = None
-    """The weights of a target in a folder, to be read in part; raises as `load`."""
+    """Returns the weights of a target in a folder, which can be read in part; raises as `load`."""
 
     @property
     def family(self) -> str:
-        """The drafter's name in the `DRAFTERS` table; a target's `model_type`."""
+        """A drafter's name in the `DRAFTERS` table; a target's `model_type`."""
         return self.config["drafter"] if self.kind == "drafter" else self.config.get("family", "llama")
 
     def weights(self) -> Params:
-        """The weights, loaded if they are not there yet; raises as `load`."""
+        """Returns the weights, and reads them if needed; raises as `load`."""
         return self.params if self.load is None else self.load()
 
 
 def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str | None = None) -> Exportable:
-    """The model that `name` stands for, weights in `dtype` (None: as they are stored); they are not read yet.
+    """Returns the model that `name` stands for, weights in `dtype` (None: as they are stored); they are not read yet.
 
-    `name` is a run's folder, of which `step` says which ("best", "last" or a number), a folder that `save_model` wrote,
-    a HuggingFace folder of a target, a published drafter's (made for `target`), or "tiny" for the bundled one.
-    Raises ValueError where it is none of these.
+    `name` is the folder of a run, of which `step` is exported ("best", "last" or a number), a folder that `save_model`
+    wrote, a HuggingFace folder of a target, the folder of a published drafter (made for `target`), or "tiny" for the
+    bundled target. Raises ValueError if it is none of these.
     """
     folder = target_folder(name)
     if (folder / RECORD).is_file():
@@ -112,7 +113,7 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
 
 
 def refusal(model: Exportable, to: str) -> str | None:
-    """Why a model cannot be written in a format, one of `FORMATS`; None where it can, for a target that it fits."""
+    """Returns why a model cannot be written in one of `FORMATS`; None if it can, for a target that it fits."""
     if to == "orbax":
         return None
     if to == "hf" and (model.kind == "target" or model.family == "draft_lm"):
@@ -131,12 +132,12 @@ def refusal(model: Exportable, to: str) -> str | None:
 
 
 def formats_for(model: Exportable) -> list[str]:
-    """Names of the formats that a model can be written in."""
+    """Returns the names of the formats that a model can be written in."""
     return [name for name in FORMATS if refusal(model, name) is None]
 
 
 def facts(model: Exportable) -> dict[str, Any]:
-    """What `jaxspec inspect`, `import` and `export` all tell of a model."""
+    """Returns the facts of a model that `jaxspec inspect`, `import` and `export` all report."""
     leaves = jax.tree.leaves(model.params)
     return {
         "kind": model.kind,
@@ -149,7 +150,7 @@ def facts(model: Exportable) -> dict[str, Any]:
 
 
 def shapes(model: Exportable) -> dict[str, list[int]]:
-    """Of every weight, layers numbered."""
+    """Returns the shape of every weight by its path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
@@ -157,7 +158,7 @@ def shapes(model: Exportable) -> dict[str, list[int]]:
 
 
 def conventions(model: Exportable) -> dict[str, Any]:
-    """How its numbers are to be read: rotary base, and of an EAGLE-3 head its layers and vocabulary."""
+    """Returns the conventions of a model's numbers: rotary base, and of a head its taps and vocabulary."""
     shape = model.config if model.kind == "target" else model.config["shape"]
     told = {name: shape[name] for name in ("rope_theta", "rope_scaling", "bias", "head_dim") if name in shape}
     told |= {name: shape[name] for name in ("target_width", "mask_token") if shape.get(name) is not None}
@@ -170,10 +171,10 @@ def conventions(model: Exportable) -> dict[str, Any]:
 
 
 def write(to: str, out: Path, model: Exportable, target: str | None = None) -> None:
-    """Write a model in a format; `target` names the folder of the one that a drafter was made for.
+    """Writes a model in a format; `target` names the folder of the target that a drafter was made for.
 
-    Servers' folders carry a manifest beside what the server reads. The folder appears whole or not at all, and nothing
-    is written where the model does not fit the format. Raises ValueError and OSError, in one sentence.
+    Folders for servers get a manifest too. The folder appears whole or not at all, and nothing is written if the model
+    does not fit the format. Raises ValueError or OSError, in one sentence.
     """
     if reason := refusal(model, to):
         raise ValueError(f"it cannot be written to {to}: {reason}")
@@ -197,7 +198,7 @@ def write(to: str, out: Path, model: Exportable, target: str | None = None) -> N
 
 
 def _write_lm(out: Path, model: Exportable, target: str | None, manifest: Mapping[str, Any]) -> None:
-    """A whole LM in HuggingFace layout, with its tokenizer's files: a draft LM's are its target's."""
+    """Writes a whole LM in HuggingFace layout with its tokenizer's files; those of a draft LM are its target's."""
     if model.kind == "drafter" and target is None:
         raise ValueError("a draft LM's folder needs its tokenizer, which is the target's: name it with --target")
     config = _lm_config(model)
@@ -224,10 +225,10 @@ def save_target(
     label: str,
     source: str | None = None,
 ) -> int:
-    """Write a target as `save_model` would, a piece of a weight at a time.
+    """Writes a target as `save_model` would, a piece of a weight at a time; returns the bytes kept of an earlier call.
 
-    With `source`, what the weights are read from, a call that is interrupted leaves its pieces, and the next of the
-    same source keeps them; returns their bytes. Raises ValueError and OSError as `whole_folder`, and as reading does.
+    `source` identifies the files that the weights are read from. With it a call that is interrupted leaves its pieces,
+    and the next call with the same `source` keeps them. Raises ValueError or OSError as `whole_folder` and as reading.
     """
     arrays = [_pieces(weight) for weight in weights]
     checksums, kept = {}, 0
@@ -247,7 +248,7 @@ def save_target(
 
 
 def check_room(out: Path, weights: Sequence[StoredWeight]) -> None:
-    """ValueError where the disk has no room for the weights beside what an interrupted call left."""
+    """Raises ValueError if the disk has no room for the weights, less the pieces that an interrupted call left."""
     needed = sum(piece.nbytes for piece in pieces_of([_pieces(weight) for weight in weights]))
     parent = next(path for path in out.absolute().parents if path.is_dir())
     left = out.absolute().with_name(f".{out.name}.partial") / "params"
@@ -265,19 +266,16 @@ def _pieces(weight: StoredWeight) -> Pieces:
 
 
 def _cast(weights: Sequence[StoredWeight], params: Params) -> list[StoredWeight]:
-    """Weights in the dtypes of `params`."""
-    dtype_of = {
-        tuple(getattr(key, "key", None) for key in path): leaf.dtype
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    """Returns the weights in the dtypes of `params`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    dtype_of = {tuple(getattr(key, "key", None) for key in path): leaf.dtype for path, leaf in leaves}
+    return [_cast_weight(weight, np.dtype(dtype_of[weight.path])) for weight in weights]
 
-    def cast(weight: StoredWeight) -> StoredWeight:
-        dtype = np.dtype(dtype_of[weight.path])
-        if dtype == weight.dtype:
-            return weight
-        return weight._replace(dtype=dtype, read=lambda block: weight.read(block).astype(dtype))
 
-    return [cast(weight) for weight in weights]
+def _cast_weight(weight: StoredWeight, dtype: np.dtype) -> StoredWeight:
+    if dtype == weight.dtype:
+        return weight
+    return weight._replace(dtype=dtype, read=lambda block: weight.read(block).astype(dtype))
 
 
 def _lm_config(model: Exportable) -> LlamaConfig:
@@ -293,12 +291,12 @@ def _shape(model: Exportable) -> Any:
 
 def _draft(model: Exportable, to: str, target: str | None) -> Draft:
     if target is None:
-        raise ValueError(f"{to} needs to know of the target's vocabulary and depth: name its folder with --target")
+        raise ValueError(f"{to} needs the target's vocabulary and depth: name its folder with --target")
     folder, shape = target_folder(target), _shape(model)
     config, read = read_config(folder), DRAFTERS[model.family][0](shape).feature_width
     if config.width != read:
         raise ValueError(
-            f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is another target's"
+            f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is for another target"
         )
     tables = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))[1]
     embed_VD = np.asarray(tables["embed"])
@@ -307,7 +305,7 @@ def _draft(model: Exportable, to: str, target: str | None) -> Draft:
 
 
 def _scored(model: Exportable) -> tuple[int, ...] | None:
-    """Ids of the tokens that a drafter scores; None for all."""
+    """Returns the ids of the tokens that a drafter scores; None for all."""
     scored = model.config.get("draft_vocab")
     return None if scored is None else tuple(scored)
 
@@ -331,7 +329,7 @@ def _of_run(folder: Path, step: str) -> Exportable:
 
 
 def choose_step(folder: Path, best_metric: BestMetric, step: str) -> int:
-    """The number of the step that is called "best" (the last where none was evaluated), "last" or a number.
+    """Returns the number of the step called "best" (the last one if none was evaluated), "last" or a number.
 
     Raises ValueError if it is not a complete step of the run in `folder`.
     """
@@ -355,10 +353,10 @@ def published_drafter(
     layer_ids: LayerIds | None = None,
     tokens: int | None = None,
 ) -> Exportable:
-    """The head in a published folder, called `name`; see `interchange.published.read_drafter`.
+    """Returns the head in a published folder, called `name`; see `interchange.published.read_drafter`.
 
-    With the folder of its target, its width and vocabulary are held to the target's. Raises ValueError and OSError as
-    that function, and where it was made for another target.
+    With the folder of its target, the width of its features is compared with the target's. Raises ValueError or OSError
+    as that function, and if the head was made for another target.
     """
     of = None if target is None else read_config(target_folder(target))
     layers = None if of is None else of.layers
@@ -366,7 +364,9 @@ def published_drafter(
     module = DRAFTERS[found.name][0](found.config)
     read = module.feature_width
     if of is not None and read != of.width:
-        raise ValueError(f"{name}: reads features {read} wide, and {target} is {of.width} wide: it is another target's")
+        raise ValueError(
+            f"{name}: reads features {read} wide, and {target} is {of.width} wide: it is for another target"
+        )
     config = drafter_config(found.name, module, draft_vocab=found.draft_vocab)
     return Exportable(
         "drafter", found.params, config, {"provenance": {"from": name, "git_sha": git_sha()}}, (), "published"
@@ -389,12 +389,12 @@ def _of_model(folder: Path) -> Exportable:
     about = {key: manifest[key] for key in ("tokenizer", "metrics", "provenance") if key in manifest}
     stored = (lambda: stored_weights(folder)[1]) if manifest["kind"] == "target" else None
     return Exportable(
-        manifest["kind"], model_shapes(folder), manifest["config"], about, files_of(folder), 
+        manifest["kind"], model_shapes(folder), manifest["config"], about, files_of(folder),
         load=lambda: load_model(folder)[0],
         stored=stored,
     )  # fmt: skip
 
 
 def files_of(folder: Path) -> list[Path]:
-    """What goes with a target wherever it goes."""
+    """Returns the files that are copied with a target: its tokenizer's and its generation settings."""
     return [folder / name for name in (*TOKENIZER_FILES, GENERATION) if (folder / name).is_file()]

@@ -1,7 +1,8 @@
-"""Targets that jaxspec wrote as Orbax checkpoints, read weight by weight wherever a HuggingFace folder is."""
+"""Targets that jaxspec wrote as Orbax checkpoints, read weight by weight like HuggingFace folders."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -21,18 +22,18 @@ from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 
-Made = Callable[[tuple[Any, ...], jax.Array], Any]
-"""What becomes of the weight at a path of the tree."""
+Finish = Callable[[tuple[Any, ...], jax.Array], Any]
+"""Turns the weight at a path of the tree, as it was read, into the one that is kept."""
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder holds a model of jaxspec's rather than one in HuggingFace layout, which may have a manifest
-    too."""
+    """Returns whether a folder holds a model that jaxspec exported, instead of one in HuggingFace layout."""
+    # jaxspec also writes a manifest into folders in HuggingFace layout, so the manifest alone does not tell.
     return (folder / MANIFEST).is_file() and not (folder / "config.json").is_file()
 
 
 def read_config(folder: Path) -> LlamaConfig:
-    """The shape of the target in a folder; ValueError where it holds something else, or of another version."""
+    """Returns the shape of the target in a folder; raises ValueError if it holds no target of this version."""
     try:
         return target_config(_target_manifest(folder)["config"])
     except TypeError as error:
@@ -40,26 +41,27 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 def target_config(values: Mapping[str, Any]) -> LlamaConfig:
-    """The configuration of a target from the JSON that a manifest holds; TypeError where it has other fields."""
-
-    def arguments(of: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in of.items()}
-
-    fields = arguments(values)
+    """Returns the configuration of a target from the JSON of a manifest; raises TypeError for unknown fields."""
+    fields = _with_tuples(values)
     if isinstance(fields.get("rope_scaling"), Mapping):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     if "options" not in fields:
         return LlamaConfig(**fields)
-    return DecoderConfig(**{**fields, "options": Options(**arguments(fields["options"]))})
+    return DecoderConfig(**{**fields, "options": Options(**_with_tuples(fields["options"]))})
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values with JSON's lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of the embedding."""
+    """Returns the dtype of the embedding."""
     return _target_manifest(folder)["arrays"]["embed"]["dtype"]
 
 
 def fingerprint(folder: Path) -> str:
-    """That of the folder it was imported from, else a hash of its checksums."""
+    """Returns the fingerprint of the folder that the target was imported from, or else a hash of its checksums."""
     manifest = _target_manifest(folder)
     if "fingerprint" in manifest:
         return manifest["fingerprint"]
@@ -68,12 +70,12 @@ def fingerprint(folder: Path) -> str:
     ]
 
 
-def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, made: Made) -> Params:
-    """The weights of `plan`, a part of the tree `stored` (layers stacked) or of that with a list of layers.
+def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, finish: Finish) -> Params:
+    """Returns the weights of `plan`, a part of the tree `stored` (layers stacked), or of that with a list of layers.
 
-    Each array lies as `homes` (a tree like `plan`; None: on the first device) says, in `dtype`, and becomes what
-    `made` makes of it. One stored array is read at a time, so beside the weights no more than that is held. Raises
-    ValueError where a file is missing or damaged, or an array is.
+    Each array is read in `dtype` onto its sharding in `homes` (a tree like `plan`; None: the first device), and
+    replaced by what `finish` returns. One stored array is read at a time, so no more than that is held beside the
+    weights. Raises ValueError if a file or an array is missing or damaged.
     """
     manifest, unstacked = _target_manifest(folder), isinstance(plan.get("layers"), list)
     flat, tree = jax.tree_util.tree_flatten_with_path(plan)
@@ -93,33 +95,34 @@ def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, mad
         whole = _load(folder, name, shapes[name], home, dtype)
         for i, path in enumerate(paths):
             part = jax.device_put(whole[i], wanted[path]) if split else whole
-            found[path] = jax.block_until_ready(made(path, part))
+            found[path] = jax.block_until_ready(finish(path, part))
         del whole
     return tree.unflatten([found[path] for path, _ in flat])
 
 
 def stored_weights(folder: Path, stored: Params) -> list[StoredWeight]:
-    """The weights of the tree `stored` (layers stacked), all files checked and no array read yet; raises as `read`."""
+    """Returns the weights of the tree `stored` (layers stacked): files checked, no array read yet; raises as `read`."""
     manifest = _target_manifest(folder)
     verify(folder, manifest)
     flat = jax.tree_util.tree_leaves_with_path(stored)
     _check_shapes(folder, manifest, {_name(path, False): weight.shape for path, weight in flat})
-
-    def one(path: tuple[Any, ...], shape: tuple[int, ...]) -> StoredWeight:
+    found = []
+    for path, weight in flat:
         name = _name(path, False)
         array = _open(folder, name)
-
-        def read(block: Bounds) -> np.ndarray:
-            return array[tuple(slice(*bounds) for bounds in block)].read().result()
-
         together = array.chunk_layout.read_chunk.shape[0] or 1
-        return StoredWeight(tuple(name.split("/")), shape, array.dtype.numpy_dtype, 0, read, together)
+        read, dtype = functools.partial(_read_block, array), array.dtype.numpy_dtype
+        found.append(StoredWeight(tuple(name.split("/")), weight.shape, dtype, 0, read, together))
+    return found
 
-    return [one(path, weight.shape) for path, weight in flat]
+
+def _read_block(array: Any, block: Bounds) -> np.ndarray:
+    return array[tuple(slice(*bounds) for bounds in block)].read().result()
 
 
 def _open(folder: Path, name: str) -> Any:
-    """One stored array, to be read in part, which Orbax has no call for: it lies as Zarr, in files or in OCDBT."""
+    """Opens one stored array, so that parts of it can be read."""
+    # Orbax restores only whole arrays. It stores them as Zarr, in files or in OCDBT, which TensorStore reads in part.
     files: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute() / 'params'}/"}
     inside = f"{name.replace('/', '.')}/"
     if (folder / "params" / "manifest.ocdbt").is_file():
@@ -139,19 +142,19 @@ def _check_shapes(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[i
 
 
 def _name(path: tuple[Any, ...], unstacked: bool) -> str:
-    """Of the stored array behind a path, as the manifest has it."""
+    """Returns the name that the manifest gives to the stored array of a path."""
     keys = [str(getattr(key, "key", getattr(key, "idx", None))) for key in path]
     return "/".join([keys[0], *keys[2:]] if unstacked and keys[0] == "layers" else keys)
 
 
 def _needed(manifest: Manifest, names: set[str]) -> dict[str, str]:
-    """The checksums of all files but those of other arrays, where arrays have folders of their own."""
+    """Returns the checksums of all files except those in the folders of other arrays."""
     others = {f"params/{name.replace('/', '.')}" for name in manifest["arrays"] if name not in names}
     return {file: digest for file, digest in manifest["checksums"].items() if file.rpartition("/")[0] not in others}
 
 
 def _load(folder: Path, name: str, shape: tuple[int, ...], home: Any, dtype: Any) -> jax.Array:
-    """One stored array."""
+    """Reads one stored array."""
     home = home or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     keys, like = name.split("/"), jax.ShapeDtypeStruct(shape, dtype, sharding=home)
     for key in reversed(keys):

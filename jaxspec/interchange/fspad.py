@@ -1,4 +1,4 @@
-"""FSPAD heads as their authors publish them, and the layouts of its two ablations."""
+"""FSPAD heads as their authors publish them, and the layouts of their two ablations."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ IGNORED = ("embed_tokens.weight",)
 
 
 def is_fspad(shapes: Shapes) -> bool:
-    """Whether `fc` is a module (feature sampling), or the layer's output twice `fc`'s (partial alignment)."""
+    """Returns whether `fc` is a module (feature sampling), or the layer is twice as wide (partial alignment)."""
     rows = shapes.get("fc.weight", (0,))[0]
     doubled = rows > 0 and shapes.get("layers.0.mlp.down_proj.weight", (0,))[0] == 2 * rows
     return "fc.fc.weight" in shapes or doubled
 
 
 def fspad_config(folder: Folder) -> FspadConfig:
-    """The shape of the head, its parts and the bias by the tensors that are there."""
+    """Returns the shape of the head; the tensors tell of its parts and the bias."""
     fields, shapes = head_shape(folder), folder.shapes
     sampling = "fc.fc.weight" in shapes
     return FspadConfig(
@@ -28,7 +28,7 @@ def fspad_config(folder: Folder) -> FspadConfig:
 
 
 def fspad_table(c: FspadConfig) -> Table:
-    """Its tensors."""
+    """Returns the tensors of a head."""
     shapes = c.shapes()
     fc = "fc.fc" if c.feature_sampling else "fc"
     table = {f"{fc}.weight": matrix("fc", shapes)}

@@ -1,6 +1,6 @@
-"""HuggingFace folders: weights read straight into (sharded) arrays one at a time, and written back.
+"""HuggingFace folders: weights read one at a time into (sharded) arrays, and written back.
 
-Whatever reads such a folder also takes a target that jaxspec wrote as an Orbax checkpoint (`interchange.exported`).
+All readers also take a target that jaxspec wrote as an Orbax checkpoint (`interchange.exported`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,15 @@ from jax.sharding import Mesh
 from jaxspec.base import Params
 from jaxspec.interchange import exported
 from jaxspec.interchange.hf_config import config_fields, read_config, write_config
+from jaxspec.interchange.hf_layout import (
+    Source,
+    assemble,
+    path_keys,
+    refuse_extra,
+    sources_of,
+    tensor_shapes,
+    weight_shapes,
+)
 from jaxspec.interchange.tensors import (
     CHUNK_BYTES,
     DTYPE_CODES,
@@ -27,18 +37,14 @@ from jaxspec.interchange.tensors import (
     Fill,
     StoredWeight,
     check_tensors,
-    copy_region,
     file_tensors,
     filled_folder,
     open_tensors,
     place,
 )
-from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig
-from jaxspec.targets.families import family_of
-from jaxspec.targets.stored import TensorPart, Tensors, top_tensors
 from jaxspec.targets.tables import Tables
 
 
@@ -58,25 +64,27 @@ def load_target(
     stacked: bool = False,
     weights: Literal["same", "int8"] = "same",
 ) -> LoadedTarget:
-    """The model in a HuggingFace folder, weights and activations in `dtype`; see `read_llama`.
+    """Returns the model in a HuggingFace folder, weights and activations in `dtype`; see `read_llama`.
 
-    With `weights="int8"` the matrices of its layers are quantized as they are read, one after another.
+    With `weights="int8"` each matrix of its layers is quantized before the next is read.
     """
     module, params = read_llama(folder, dtype=dtype, mesh=mesh, stacked=stacked, quantized=weights == "int8")
     return LoadedTarget(module, params, module.config)
 
 
 def load_tables(folder: str | Path, *, dtype: Any) -> tuple[Tables, Params]:
-    """Embedding and LM head alone of the model in a HuggingFace folder, in `dtype`; errors as `read_llama`."""
+    """Returns embedding and LM head alone of the model in a folder, in `dtype`; raises as `read_llama`."""
     folder, config = Path(folder), read_config(folder)
     plan = {name: shape for name, shape in weight_shapes(config, False).items() if name in ("embed", "head")}
     return Tables(config), _read(folder, config, plan, None, jnp.dtype(dtype))
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A short hash of the model in a HuggingFace folder: of its shape, and of the first and middle row of every
-    tensor, so that a model trained further has another, and one of 140 GB takes a second. An imported target has that
-    of the folder it was made from, one exported otherwise a hash of its checksums."""
+    """Returns a short hash of the model in a folder, which differs for a model that was trained further.
+
+    It is of the model's shape and of the first and middle row of every tensor, so 140 GB take a second. An imported
+    target has the hash of the folder it was made from, and another exported one a hash of its checksums.
+    """
     folder, config = Path(folder), read_config(folder)
     if exported.is_exported(folder):
         return exported.fingerprint(folder)
@@ -106,14 +114,13 @@ def read_llama(
     stacked: bool = False,
     quantized: bool = False,
 ) -> tuple[Decoder, Params]:
-    """The module and weights in a HuggingFace folder: `model.safetensors`, or the shards its index lists.
+    """Returns the module and weights in a HuggingFace folder (`model.safetensors`, or the shards of its index).
 
-    Weights are cast to `param_dtype` (by default `dtype`). The host holds about one weight beside those already
-    placed: it is assembled in one buffer from pieces of 16 MiB and moved before the next is begun; with
-    `stacked=True` one weight spans all layers. With a mesh a buffer holds one device's block, and only that block is
-    read; with `quantized` a layer's matrix becomes int8 where it lies before the next is read. Raises ValueError or
-    OSError, one sentence naming the file or tensor, where one is missing, unexpected, of a wrong shape, of a dtype that
-    is not supported, or corrupt.
+    Weights are cast to `param_dtype` (by default `dtype`). The host holds about one weight at a time: it is assembled
+    in one buffer from pieces of 16 MiB and moved to its devices before the next one is read. With `stacked=True` one
+    weight spans all layers. With a mesh a buffer holds one device's block, and only that block is read. With
+    `quantized` a layer's matrix becomes int8 on its devices before the next is read. Raises ValueError or OSError, one
+    sentence naming the file or tensor that is missing, unexpected, corrupt, or of a wrong shape or dtype.
     """
     folder, config = Path(folder), read_config(folder)
     if quantized and config.options.experts:
@@ -126,37 +133,34 @@ def read_llama(
 def _read(
     folder: Path, config: LlamaConfig, plan: Params, mesh: Mesh | None, dtype: Any, quantized: bool = False
 ) -> Params:
-    """The weights of `plan`, a part of `weight_shapes`."""
+    """Returns the weights of `plan`, a part of `weight_shapes`."""
     homes = jax.tree.map(lambda _: None, plan) if mesh is None else shardings(mesh, plan)
-
-    def made(path: tuple[Any, ...], placed: jax.Array) -> Any:
-        name = leaf_name(path)
-        return _quantizer(name, mesh, placed.shape, dtype)(placed) if quantized and name in CONTRACTED else placed
-
+    finish = functools.partial(_quantized, mesh, dtype) if quantized else lambda path, placed: placed
     if exported.is_exported(folder):
         stored = weight_shapes(config, True)
-        return _settled(
-            exported.read(folder, stored, plan, homes if mesh is not None else None, jnp.dtype(dtype), made)
-        )
+        wanted = homes if mesh is not None else None
+        return _flattened(exported.read(folder, stored, plan, wanted, jnp.dtype(dtype), finish))
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
-        _refuse_extra(tensors, config, folder)
-        top, layer = top_tensors(config), family_of(config).layer(config)
-
-        def read(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct, home: Any) -> Any:
-            sources, shape = _sources(_keys(path), top, layer, config.layers), weight.shape
-            return made(path, place(shape, home, lambda block: _assemble(tensors, sources, shape, block, dtype)))
-
+        refuse_extra(tensors, config, folder)
         flat, tree = jax.tree_util.tree_flatten_with_path(plan)
-        arrays = [
-            read(path, weight, home) for (path, weight), home in zip(flat, tree.flatten_up_to(homes), strict=True)
-        ]
-    return _settled(tree.unflatten(arrays))
+        arrays = []
+        for (path, weight), home in zip(flat, tree.flatten_up_to(homes), strict=True):
+            sources = sources_of(config, path_keys(path))
+            read = functools.partial(assemble, tensors, sources, weight.shape, dtype=dtype)
+            arrays.append(finish(path, place(weight.shape, home, read)))
+    return _flattened(tree.unflatten(arrays))
 
 
-def _settled(params: Params) -> Params:
-    """Weights whose layers hold what `quantize` made beside the others."""
+def _quantized(mesh: Mesh | None, dtype: Any, path: tuple[Any, ...], placed: jax.Array) -> Any:
+    """Returns a weight as `quantize` makes it, if it is one of the matrices that are quantized."""
+    name = leaf_name(path)
+    return _quantizer(name, mesh, placed.shape, dtype)(placed) if name in CONTRACTED else placed
+
+
+def _flattened(params: Params) -> Params:
+    """Returns weights in which the dicts that `quantize` returned are merged into those of their layers."""
     layers = params.get("layers")
     if isinstance(layers, list):
         return {**params, "layers": [_flat(layer) for layer in layers]}
@@ -164,7 +168,6 @@ def _settled(params: Params) -> Params:
 
 
 def _flat(layer: Params) -> Params:
-    """A layer whose matrices may be what `quantize` made of them."""
     each = (made if isinstance(made, dict) else {name: made} for name, made in layer.items())
     return {name: array for made in each for name, array in made.items()}
 
@@ -173,14 +176,14 @@ def _flat(layer: Params) -> Params:
 def _quantizer(
     name: str, mesh: Mesh | None, shape: tuple[int, ...], dtype: Any
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """`quantize` of one matrix, of every layer alike; what it makes lies on the mesh by its names."""
+    """Returns the compiled `quantize` of a layer's matrix of this name; its results lie on the mesh by their names."""
     made = functools.partial(quantize, name)
     homes = None if mesh is None else shardings(mesh, jax.eval_shape(made, jax.ShapeDtypeStruct(shape, dtype)))
     return jax.jit(made, out_shardings=homes)
 
 
 def stored_dtype(folder: str | Path) -> str:
-    """The dtype of the embedding in a HuggingFace folder, such as "bfloat16"; raises as `read_llama` does."""
+    """Returns the dtype of the embedding in a HuggingFace folder, such as "bfloat16"; raises as `read_llama`."""
     if exported.is_exported(Path(folder)):
         return exported.stored_dtype(Path(folder))
     with contextlib.ExitStack() as stack:
@@ -192,85 +195,89 @@ def stored_dtype(folder: str | Path) -> str:
 
 
 def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]:
-    """The shape of the model in a HuggingFace folder and its weights, of which nothing is read yet.
+    """Returns the shape of the model in a HuggingFace folder and its weights, which are not read yet.
 
-    Of an exported target all files are held to their checksums first. Raises ValueError or OSError as `read_llama`, and
-    where an index is wrong about a file.
+    The files of an exported target are compared with their checksums first. Raises ValueError or OSError as
+    `read_llama`, and if an index is wrong about a file.
     """
     folder, config = Path(folder), read_config(folder)
     if exported.is_exported(folder):
         return config, exported.stored_weights(folder, weight_shapes(config, True))
     tensors = file_tensors(folder)
     check_tensors(tensors, tensor_shapes(config), folder)
-    _refuse_extra(tensors, config, folder)
-    top, layer = top_tensors(config), family_of(config).layer(config)
-
-    def one(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct) -> StoredWeight:
-        keys = _keys(path)
-        sources = _sources(keys, top, layer, config.layers)
-        codes = {tensors[source.tensor].get_dtype() for source in sources}
-        dtype = functools.reduce(jnp.promote_types, (name for name, code in DTYPE_CODES.items() if code in codes))
-        part, inner = sources[0].part, sources[0].layer is not None
-        rows = inner + (part.axes[0] if part.expert is None else 0)
-
-        def read(block: Bounds) -> np.ndarray:
-            (first, last), some, shape = block[0], sources, weight.shape
-            if inner:
-                some = [
-                    s._replace(layer=s.layer - first)
-                    for s in sources
-                    if s.layer is not None and first <= s.layer < last
-                ]
-                shape = (last - first, *shape[1:])
-            return _assemble(tensors, some, shape, block, dtype)
-
-        return StoredWeight(keys, weight.shape, jnp.dtype(dtype), rows, read)
-
+    refuse_extra(tensors, config, folder)
     flat, _ = jax.tree_util.tree_flatten_with_path(weight_shapes(config, True))
-    return config, [one(path, weight) for path, weight in flat]
+    return config, [_stored_weight(config, tensors, path_keys(path), weight.shape) for path, weight in flat]
+
+
+def _stored_weight(
+    config: LlamaConfig, tensors: Mapping[str, Any], keys: tuple[Any, ...], shape: tuple[int, ...]
+) -> StoredWeight:
+    sources = sources_of(config, keys)
+    codes = {tensors[source.tensor].get_dtype() for source in sources}
+    dtype = functools.reduce(jnp.promote_types, (name for name, code in DTYPE_CODES.items() if code in codes))
+    part, inner = sources[0].part, sources[0].layer is not None
+    rows = inner + (part.axes[0] if part.expert is None else 0)
+    return StoredWeight(keys, shape, jnp.dtype(dtype), rows, _Stacked(tensors, sources, shape, dtype).read)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stacked:
+    """A weight in the tensors of a folder, its layers stacked."""
+
+    tensors: Mapping[str, Any]
+    sources: Sequence[Source]
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def read(self, block: Bounds) -> np.ndarray:
+        """Returns a block of the weight; only the tensors of the block's layers are read."""
+        (first, last), some, shape = block[0], self.sources, self.shape
+        if some[0].layer is not None:
+            some = [s._replace(layer=s.layer - first) for s in some if s.layer is not None and first <= s.layer < last]
+            shape = (last - first, *shape[1:])
+        return assemble(self.tensors, some, shape, block, dtype=self.dtype)
 
 
 def held_weights(params: Params, config: LlamaConfig) -> list[StoredWeight]:
-    """Weights in memory, stacked or a list of layers, as those of a folder are read; ValueError as `write_llama`."""
+    """Returns weights in memory, stacked or a list of layers, as those of a folder; raises as `write_llama`."""
     _check_params(params, config)
-    layers = params["layers"]
+    layers, found = params["layers"], []
+    for path, weight in jax.tree_util.tree_flatten_with_path(weight_shapes(config, True))[0]:
+        keys = path_keys(path)
+        of = params if keys[0] != "layers" else layers[0] if isinstance(layers, list) else layers
+        read = functools.partial(_read_held, params, keys)
+        found.append(StoredWeight(keys, weight.shape, jnp.dtype(of[keys[-1]].dtype), 0, read))
+    return found
 
-    def one(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct) -> StoredWeight:
-        keys = _keys(path)
-        name, inside = keys[-1], keys[0] == "layers"
-        of = params if not inside else layers[0] if isinstance(layers, list) else layers
 
-        def read(block: Bounds) -> np.ndarray:
-            inner = tuple(slice(*bounds) for bounds in block[1:])
-            if not inside:
-                return np.asarray(params[name])[(slice(*block[0]), *inner)]
-            some = [layers[i][name] if isinstance(layers, list) else layers[name][i] for i in range(*block[0])]
-            held = [np.asarray(array)[inner] for array in some]
-            return held[0][None] if len(held) == 1 else np.stack(held)
-
-        return StoredWeight(keys, weight.shape, jnp.dtype(of[name].dtype), 0, read)
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(weight_shapes(config, True))
-    return [one(path, weight) for path, weight in flat]
+def _read_held(params: Params, keys: tuple[Any, ...], block: Bounds) -> np.ndarray:
+    """Returns a block of a weight in memory, as if its layers were stacked."""
+    name, layers, inner = keys[-1], params["layers"], tuple(slice(*bounds) for bounds in block[1:])
+    if keys[0] != "layers":
+        return np.asarray(params[name])[(slice(*block[0]), *inner)]
+    some = [layers[i][name] if isinstance(layers, list) else layers[name][i] for i in range(*block[0])]
+    held = [np.asarray(array)[inner] for array in some]
+    return held[0][None] if len(held) == 1 else np.stack(held)
 
 
 def tree_of(weights: Sequence[StoredWeight]) -> Params:
-    """Shapes and dtypes of weights, in the tree that they stand in."""
+    """Returns the shapes and dtypes of weights as a tree."""
     shapes = {weight.path: jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights}
     top = {path[0]: shape for path, shape in shapes.items() if len(path) == 1}
     return {**top, "layers": {path[1]: shape for path, shape in shapes.items() if len(path) == 2}}
 
 
 def read_weights(weights: Sequence[StoredWeight]) -> Params:
-    """The weights themselves, one after another brought to the first device, in their dtypes."""
+    """Reads weights onto the first device one after another, in their dtypes, and returns them as a tree."""
     read = {w.path: jnp.asarray(w.read(tuple((0, n) for n in w.shape)), w.dtype) for w in weights}
-    return jax.tree_util.tree_map_with_path(lambda path, _: read[_keys(path)], tree_of(weights))
+    return jax.tree_util.tree_map_with_path(lambda path, _: read[path_keys(path)], tree_of(weights))
 
 
 def write_llama(folder: str | Path, params: Params, config: LlamaConfig, *, dtype: str | None = "bfloat16") -> None:
-    """Write a folder that transformers and `read_llama` load, as `write_weights` does.
+    """Writes a folder that transformers and `read_llama` load, as `write_weights` does.
 
-    `params` are stacked or a list of layers, jax or numpy; one weight of one layer at a time is brought to the host and
+    `params` are stacked or a list of layers, jax or numpy. One weight of one layer at a time is brought to the host and
     cast to `dtype` (float32, bfloat16, float16; None: as it is). Raises ValueError naming the weight whose shape is not
     the config's.
     """
@@ -284,10 +291,10 @@ def write_weights(
     config: LlamaConfig,
     advance: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Write a target of any family as a HuggingFace folder: weights, `generation_config.json`, last `config.json`.
+    """Writes a target of any family as a HuggingFace folder: weights, `generation_config.json`, last `config.json`.
 
-    Each weight is cast to the dtype that it is said to have; about one weight of one layer is held at a time.
-    `advance` is told of the bytes written. Each file appears whole or not at all. Raises ValueError as
+    Each weight is cast to the dtype of its `StoredWeight`; about one weight of one layer is held at a time. `advance`
+    is called with the number of bytes written. Each file appears whole or not at all. Raises ValueError as
     `hf_config.config_fields`, before anything is written.
     """
     config_fields(config)
@@ -295,8 +302,7 @@ def write_weights(
         raise ValueError(f"dtype={wrong!r} cannot be written: choose one of {', '.join(DTYPE_CODES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    top, layer = top_tensors(config), family_of(config).layer(config)
-    places = {w.path: _sources(w.path, top, layer, config.layers) for w in weights}
+    places = {w.path: sources_of(config, w.path) for w in weights}
     dtypes: dict[str, Any] = {}
     for w in weights:
         for source in places[w.path]:
@@ -316,7 +322,7 @@ def write_weights(
 
 
 def _fill(fill: Fill, source: Source, shape: tuple[int, ...], weight: np.ndarray) -> None:
-    """Write what a tensor of this shape stores of a weight, or of one layer of it, in pieces of `CHUNK_BYTES`."""
+    """Writes the part of a weight (or of one layer of it) that one tensor stores, in pieces of `CHUNK_BYTES`."""
     part = source.part
     view = part.view(weight if part.expert is None else weight[part.expert])
     first, last = part.rows or (0, shape[0])
@@ -326,93 +332,17 @@ def _fill(fill: Fill, source: Source, shape: tuple[int, ...], weight: np.ndarray
         fill(source.tensor, first + i * per, view[i : i + step])
 
 
-def weight_shapes(config: LlamaConfig, stacked: bool) -> Params:
-    """The tree of weights that `Decoder(config, stacked)` takes, as shapes."""
-
-    def one(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    shapes = layer_shapes(config, config.options)
-    layers: Any = [{name: one(*shape) for name, shape in shapes.items()} for _ in range(config.layers)]
-    if stacked:
-        layers = {name: one(config.layers, *shape) for name, shape in shapes.items()}
-    plan = {"embed": one(config.vocab, config.width), "layers": layers, "norm": one(config.width)}
-    return plan if config.tied else {**plan, "head": one(config.vocab, config.width)}
-
-
-def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a HuggingFace folder stores."""
-    layer = family_of(config).layer(config)
-    shapes = {name: stored.shape for name, stored in top_tensors(config).items()}
-    for i in range(config.layers):
-        shapes |= {f"model.layers.{i}.{name}": stored.shape for name, stored in layer.items()}
-    return shapes
-
-
-def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
-
-
-class Source(NamedTuple):
-    tensor: str
-    layer: int | None  # its row of a stacked weight
-    part: TensorPart
-
-
-def _sources(keys: Sequence[Any], top: Tensors, layer: Tensors, layers: int) -> list[Source]:
-    """The stored tensors that the weight at a path of the tree is made of; `layer` are those of one layer."""
-    inside = keys[0] == "layers"
-    found = layer if inside else top
-    parts = [(name, part) for name, stored in found.items() for part in stored.parts if part.weight == keys[-1]]
-    if not inside:
-        return [Source(name, None, part) for name, part in parts]
-    if len(keys) == 3:
-        return [Source(f"model.layers.{keys[1]}.{name}", None, part) for name, part in parts]
-    return [Source(f"model.layers.{i}.{name}", i, part) for i in range(layers) for name, part in parts]
-
-
-def _assemble(
-    tensors: dict[str, Any], sources: list[Source], shape: tuple[int, ...], block: Bounds, dtype: Any
-) -> np.ndarray:
-    """One block of a weight of this shape; layers are never split."""
-    buffer = np.empty([stop - start for start, stop in block], dtype)
-    for name, layer, part in sources:
-        view, inner = (buffer if layer is None else buffer[layer]), slice(layer is not None, None)
-        sizes, bounds = shape[inner], block[inner]
-        if part.expert is not None:
-            (start, stop), sizes, bounds = bounds[0], sizes[1:], bounds[1:]
-            if not start <= part.expert < stop:
-                continue
-            view = view[part.expert - start]
-        region, stored_shape = [], tensors[name].get_shape()
-        taken = (part.rows or (0, stored_shape[0]), *((0, n) for n in stored_shape[1:]))
-        for (first, last), axis in zip(taken, part.axes, strict=True):
-            start, stop = bounds[axis]
-            per = (last - first) // sizes[axis]  # stored rows (or columns) of one step along the weight's axis
-            region.append((first + start * per, first + stop * per))
-        copy_region(part.view(view), tensors[name], tuple(region))
-    return buffer
-
-
-def _refuse_extra(tensors: dict[str, Any], config: LlamaConfig, folder: Path) -> None:
-    """Old folders store rotary buffers, and some a tied head a second time: both are ignored."""
-    known = tensor_shapes(config).keys() | ({"lm_head.weight"} if config.tied else set())
-    extra = sorted(name for name in tensors if name not in known and "rotary_emb." not in name)
-    if extra:
-        raise ValueError(
-            f"{folder} has the tensor {extra[0]}, which its config.json does not call for ({len(extra)} such)"
-        )
-
-
 def _check_params(params: Params, config: LlamaConfig) -> None:
-    def named(tree: Params) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-    found, expected = named(params), named(weight_shapes(config, isinstance(params.get("layers"), dict)))
+    expected = _named_shapes(weight_shapes(config, isinstance(params.get("layers"), dict)))
+    found = _named_shapes(params)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"weight {name} has shape {found.get(name, 'absent')}, but the config calls for "
                 f"{expected.get(name, 'none')}: write the weights with the config they were made with"
             )
+
+
+def _named_shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

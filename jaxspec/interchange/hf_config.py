@@ -15,11 +15,11 @@ from jaxspec.targets.fields import rope_fields as rope_fields  # of heads too
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the model in a HuggingFace folder of one of `targets.families.FAMILIES`, or of an exported target.
+    """Returns the shape of the model in a HuggingFace folder of a known family, or of an exported target.
 
-    Absent optional fields mean what they mean to transformers. Stop ids come from `generation_config.json` where it
-    lists them, else from `config.json`. Raises ValueError, naming file, field and value, for whatever would change the
-    computation and is not supported: other families and activations, quantized weights, other rotary scalings.
+    Optional fields that are absent have transformers' defaults. Stop ids come from `generation_config.json`, or from
+    `config.json` if the former lists none. Raises ValueError, naming file, field and value, for everything that changes
+    the computation and is not supported: other families, activations and rotary scalings, and quantized weights.
     """
     if exported.is_exported(Path(folder)):
         return exported.read_config(Path(folder))
@@ -33,10 +33,10 @@ def read_config(folder: str | Path) -> LlamaConfig:
 
 
 def config_fields(config: LlamaConfig) -> dict[str, Any]:
-    """What `config.json` says of a model, for transformers 5 and for readers of older files.
+    """Returns the fields of a model's `config.json`, for transformers 5 and for readers of older files.
 
-    It is read back before it is given out. Raises ValueError, naming the first field that would come back as something
-    else, where the model's family has no way to say what it is.
+    The fields are read back before they are returned. Raises ValueError naming the first field that would be read as
+    something else, because the model's family cannot express it.
     """
     family = family_of(config)
     fields = family.fields(config)
@@ -50,14 +50,14 @@ def config_fields(config: LlamaConfig) -> dict[str, Any]:
         if heard.get(name) != value:
             raise ValueError(
                 f"a {family.model_type} cannot say in its config.json that {name}={value!r}, which would be read as "
-                f"{heard.get(name)!r}; if an older version imported this target, import it anew"
+                f"{heard.get(name)!r}; if an older version imported this target, import it again"
             )
     return fields
 
 
 def write_config(folder: str | Path, config: LlamaConfig, dtype: str) -> None:
-    """Write `generation_config.json` and, last, `config.json`; raises as `config_fields`."""
-    # transformers 5 reads dtype; version 4, and most others, the older name.
+    """Writes `generation_config.json` and, last, `config.json`; raises as `config_fields`."""
+    # transformers 5 reads dtype; version 4 and most other readers use the older name.
     fields = config_fields(config) | {"dtype": dtype, "torch_dtype": dtype}
     special = {
         "bos_token_id": config.bos_id,

@@ -1,14 +1,14 @@
-"""Targets of other projects made exported ones of jaxspec, whatever their size: fetched, checked, written in pieces."""
+"""Import of HuggingFace targets of any size as exported ones of jaxspec: downloaded, checked, written in pieces."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxspec.checkpoints.manifest import file_sha256
 from jaxspec.checkpoints.models import load_model
 from jaxspec.console import progress, results
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
@@ -19,28 +19,28 @@ from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.interchange.tensors import INDEX, shards
 
 FETCHED = ("config.json", GENERATION, *TOKENIZER_FILES, "model.safetensors", INDEX, "model-*.safetensors")
-"""Of a repository: nothing else, such as the same weights in other formats."""
+"""Files of a repository that are downloaded; the same weights in other formats are not."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Imported(NamedTuple):
-    """What `import_target` wrote."""
+    """The result of `import_target`."""
 
     model: Exportable
     bytes: int
-    """Of the weights."""
+    """Bytes of the weights."""
     kept_bytes: int
-    """Of these, what an interrupted import had written."""
+    """Bytes of these that an interrupted import had written."""
     checked_files: int
-    """Files of weights whose SHA-256 was given and is right."""
+    """Number of files of weights whose SHA-256 was given, and is right."""
 
 
 def find_source(name: str, revision: str | None = None) -> Path:
-    """The HuggingFace folder that `name` stands for: a path, `tiny`, or a repository, downloaded to the hub's cache.
+    """Returns the HuggingFace folder of `name`: a path, `tiny`, or a repository, downloaded to the hub's cache.
 
-    A download that stopped goes on where it was. Raises ValueError where it is none of these, and OSError, in one
-    sentence, where a repository cannot be had.
+    A download that was stopped continues. Raises ValueError if the name is none of these, and OSError, in one sentence,
+    if a repository cannot be downloaded.
     """
     folder = target_folder(name)
     if folder.is_dir():
@@ -61,16 +61,16 @@ def find_source(name: str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{name}: could not be downloaded ({reason}); the same command goes on where it stopped"
+            f"{name}: could not be downloaded ({reason}); the same command continues where it stopped"
         ) from error
 
 
 def import_target(folder: Path, out: Path, *, name: str) -> Imported:
-    """Write the target in a HuggingFace folder, called `name`, as `save_model` would, without holding its weights.
+    """Writes the target in a HuggingFace folder, called `name`, as `save_model` would, a piece of a weight at a time.
 
-    Weights keep the dtype they are stored in, layers are stacked. A call that is interrupted leaves `out` as it was,
-    and the next goes on where it stopped. Raises ValueError or OSError, in one sentence, where the source is incomplete
-    or damaged or not supported, or does not fit on the disk.
+    Weights keep their stored dtype, and layers are stacked. A call that is interrupted leaves `out` as it was, and the
+    next one continues where it stopped. Raises ValueError or OSError, in one sentence, if the source is incomplete,
+    damaged or not supported, or does not fit on the disk.
     """
     if is_exported(folder):
         raise ValueError(f"{name}: is a model of jaxspec's already; copy its folder")
@@ -91,25 +91,24 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
 
 
 def check_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of weights for which it is given, each found to be right; ValueError where one is not.
+    """Checks every file of weights whose SHA-256 is given, and returns these; raises ValueError if a file differs.
 
     It is given by the hub's cache, which names files by it, by the hub's notes on a local download, by `FILE.sha256`
-    and by `SHA256SUMS`.
+    or by `SHA256SUMS`.
     """
     given = {path: digest for path in shards(folder) if (digest := given_digest(path))}
     if not given:
         return {}
     with progress.progress("checking SHA-256", sum(path.stat().st_size for path in given), "bytes") as bar:
         for path, digest in given.items():
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise ValueError(f"{path}: its SHA-256 is not the one it was published with: download it again")
+            if file_sha256(path) != digest:
+                raise ValueError(f"{path}: its SHA-256 is not the one it was published with: download it again")
             bar.advance(path.stat().st_size)
     return {path.name: digest for path, digest in given.items()}
 
 
 def given_digest(path: Path) -> str | None:
-    """The SHA-256 that a file should have by what lies beside it; None where nothing says."""
+    """Returns the SHA-256 that the files beside a file give for it; None if none does."""
     blob = path.resolve().name if path.is_symlink() else ""
     if _SHA256.fullmatch(blob):
         return blob
@@ -127,11 +126,11 @@ def given_digest(path: Path) -> str | None:
 
 
 def _identity(folder: Path, mark: str) -> str:
-    """What the pieces of an interrupted import must have been made of to be kept."""
+    """Returns the `source` of `save_target`: pieces of an interrupted import are kept if it is the same."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards(folder)]
     return json.dumps([mark, files])
 
 
 def _revision(folder: Path) -> str | None:
-    """The commit that a folder of the hub's cache is of."""
+    """Returns the commit of a folder in the hub's cache; None for other folders."""
     return folder.name if folder.absolute().parent.name == "snapshots" else None

@@ -1,4 +1,4 @@
-"""Tables that say which stored tensor is which piece of a weight of ours; one table serves reading and writing."""
+"""Tables of stored tensors and the pieces of weights that they hold; one table serves reading and writing."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from jaxspec.targets.stored import (
 )
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048}
-"""What a head's config.json means by leaving a field out."""
+"""Values of fields that a head's config.json leaves out."""
 PICKLES = (".bin", ".pt", ".pth")
 _NUMPY = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """One stored tensor."""
 
     weight: str
     view: Callable[[Any], Any]
-    """The piece of the weight that it fills, axes in stored order; stored ones may merge several."""
+    """Returns the piece of the weight that it holds, axes in stored order; a stored axis may merge several."""
     shape: tuple[int, ...]
-    """As it is stored."""
+    """Its shape as it is stored."""
 
 
-Table = dict[str, Entry]
+Table = dict[str, TensorEntry]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -56,27 +56,29 @@ class Folder(NamedTuple):
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, Any]
-    """Handles by name (`get_shape`, `get_dtype`, slicing), as stored but for the prefixes that wrappers add."""
+    """Handles by name (`get_shape`, `get_dtype`, slicing), without the prefixes that wrappers add to the names."""
 
     @property
     def shapes(self) -> Shapes:
-        """Of every tensor."""
+        """Shapes of the tensors by name."""
         return {name: tuple(tensor.get_shape()) for name, tensor in self.tensors.items()}
 
 
-def matrix(weight: str, shapes: Shapes) -> Entry:
-    """A linear layer's weight."""
-    return Entry(weight, turned, shapes[weight][::-1])
+def matrix(weight: str, shapes: Shapes) -> TensorEntry:
+    """Returns the entry of a linear layer's weight."""
+    return TensorEntry(weight, turned, shapes[weight][::-1])
 
 
-def vector(weight: str, shapes: Shapes) -> Entry:
-    """A norm's weight, a bias, or a table that both sides store alike."""
-    return Entry(weight, whole, shapes[weight])
+def vector(weight: str, shapes: Shapes) -> TensorEntry:
+    """Returns the entry of a norm's weight, a bias, or a table, which both sides store alike."""
+    return TensorEntry(weight, whole, shapes[weight])
 
 
 def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
-    """The tensors of a decoder layer of a head of shape `c`, its one or that of these shapes, without norms before its
-    attention."""
+    """Returns the tensors of a decoder layer of a head of shape `c`, without norms before its attention.
+
+    `shapes` are those of the layer's weights, by default those of the head's only layer.
+    """
     weights: Shapes = shapes or c.shapes()
     inputs, down = weights["qkv"][0], weights["down"][1]
     stored = {
@@ -88,14 +90,16 @@ def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
         "mlp.up_proj": (UP, (c.mlp, c.width)),
         "mlp.down_proj": (DOWN, (down, c.mlp)),
     }
-    table = {f"{prefix}{name}.weight": Entry(part.weight, part.view, shape) for name, (part, shape) in stored.items()}
+    table = {
+        f"{prefix}{name}.weight": TensorEntry(part.weight, part.view, shape) for name, (part, shape) in stored.items()
+    }
     if c.qkv_bias:
         for name, part, heads in (
             ("q", QUERY_BIAS, c.heads),
             ("k", KEY_BIAS, c.kv_heads),
             ("v", VALUE_BIAS, c.kv_heads),
         ):
-            table[f"{prefix}self_attn.{name}_proj.bias"] = Entry(part.weight, part.view, (heads * c.head_dim,))
+            table[f"{prefix}self_attn.{name}_proj.bias"] = TensorEntry(part.weight, part.view, (heads * c.head_dim,))
     if c.out_bias:
         table[f"{prefix}self_attn.o_proj.bias"] = vector("out_bias", weights)
     if c.qk_norm:
@@ -104,7 +108,7 @@ def layer_table(prefix: str, c: Any, shapes: Shapes | None = None) -> Table:
 
 
 def read_weights(folder: Folder, table: Table, shapes: Shapes) -> Params:
-    """The weights of these shapes, put together from the tensors of a table, in the dtype that they are stored in.
+    """Returns the weights of these shapes, assembled from the tensors of a table, in their stored dtype.
 
     Raises ValueError naming the first tensor that is missing, or of another shape or dtype than the table says.
     """
@@ -132,7 +136,7 @@ def read_weights(folder: Folder, table: Table, shapes: Shapes) -> Params:
 
 
 def stored_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
-    """The tensors of a table, made of weights; the inverse of `read_weights`."""
+    """Returns the tensors of a table, made of weights; the inverse of `read_weights`."""
     return {
         name: np.ascontiguousarray(entry.view(np.asarray(params[entry.weight]))).reshape(entry.shape)
         for name, entry in table.items()
@@ -140,7 +144,7 @@ def stored_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
 
 
 def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> None:
-    """ValueError naming the first tensor that is neither in the table nor known to be of no consequence."""
+    """Raises ValueError naming the first tensor that is neither in the table nor ignored."""
     extra = sorted(n for n in folder.tensors if n not in table and n not in ignored and "rotary_emb." not in n)
     if extra:
         raise ValueError(
@@ -150,9 +154,9 @@ def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> No
 
 
 def head_shape(folder: Folder) -> dict[str, Any]:
-    """The fields that all heads of one layer share, from config.json: what it leaves out is as transformers has it.
+    """Returns the fields that all heads share, from config.json; fields that it leaves out have transformers' defaults.
 
-    Biases of the attention and norms of queries and keys are told by the tensors that are there.
+    The tensors of the folder tell whether the head has biases of the attention and norms of queries and keys.
     """
     fields = Fields(folder.path / "config.json", folder.config, {}, DEFAULTS)
     if fields.find("hidden_act") != "silu":
@@ -176,9 +180,9 @@ def head_shape(folder: Folder) -> dict[str, Any]:
 
 
 def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Name -> handle of every tensor in a folder, whatever its one file of weights is called; prefixes removed.
+    """Returns a handle of every tensor in a folder by name without prefixes; its one file of weights may have any name.
 
-    Safetensors are preferred where both are there. Raises ValueError or OSError where there is none, or more than one.
+    A safetensors file is preferred to a pickled one. Raises ValueError or OSError unless there is exactly one file.
     """
     if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
         return _unwrapped(path, open_tensors(path, stack))

@@ -1,23 +1,23 @@
-"""Medusa-1 heads: as the paper's code publishes them, and as vLLM takes them."""
+"""Medusa-1 heads in the layout of the paper's code and in vLLM's."""
 
 from __future__ import annotations
 
 import re
 
 from jaxspec.drafters.medusa import MedusaConfig
-from jaxspec.interchange.layout import Entry, Folder, Shapes, Table
+from jaxspec.interchange.layout import Folder, Shapes, Table, TensorEntry
 
 _AUTHORS = re.compile(r"(medusa_heads?\.)?(\d+)\.(\d+)\.linear\.weight")
 _VLLM = re.compile(r"(medusa_heads?\.)?blocks\.(\d+)\.layers\.(\d+)\.weight")
 
 
 def is_medusa(shapes: Shapes) -> bool:
-    """Whether there are numbered residual blocks."""
+    """Returns whether there are numbered residual blocks."""
     return any(_AUTHORS.fullmatch(name) or _VLLM.fullmatch(name) for name in shapes)
 
 
 def read_medusa(folder: Folder) -> tuple[MedusaConfig, list[Table]]:
-    """The heads' shape, and one table for each time that a block is stored: they must hold the same weights.
+    """Returns the heads' shape, and one table for each copy of their block; the copies must hold the same weights.
 
     Raises ValueError where the numbers of heads and blocks leave gaps.
     """
@@ -37,13 +37,13 @@ def read_medusa(folder: Folder) -> tuple[MedusaConfig, list[Table]]:
 
 
 def medusa_table(c: MedusaConfig, block: int = 0, *, vllm: bool = False, prefix: str = "") -> Table:
-    """Its tensors, with the copy number `block` of each head's residual block."""
+    """Returns the tensors of Medusa heads, with the copy number `block` of each head's residual block."""
     table: Table = {}
     for i in range(c.tokens):
         stem = f"{prefix}blocks.{i}.layers.{block}" if vllm else f"{prefix}{i}.{block}.linear"
-        table[f"{stem}.weight"] = Entry("block", lambda w, i=i: w[i].transpose(1, 0), (c.width, c.width))
-        table[f"{stem}.bias"] = Entry("block_bias", lambda w, i=i: w[i], (c.width,))
+        table[f"{stem}.weight"] = TensorEntry("block", lambda w, i=i: w[i].transpose(1, 0), (c.width, c.width))
+        table[f"{stem}.bias"] = TensorEntry("block_bias", lambda w, i=i: w[i], (c.width,))
         if c.vocab:
             name = f"{prefix}lm_heads.{i}.weight" if vllm else f"{prefix}{i}.{c.layers}.weight"
-            table[name] = Entry("heads", lambda w, i=i: w[i], (c.vocab, c.width))
+            table[name] = TensorEntry("heads", lambda w, i=i: w[i], (c.vocab, c.width))
     return table

@@ -1,33 +1,33 @@
 """P-EAGLE heads as speculators and SpecForge publish them and vLLM loads them.
 
-Names are EAGLE-3's, layers numbered, and `mask_hidden` is what mask slots hold in place of the target's taps. The id of
-their token is called `mask_token_id` (speculators), `ptd_token_id` or `pard_token` (vLLM).
+Tensors are named as EAGLE-3's, with numbered layers. Mask tokens read `mask_hidden` in place of the target's taps. The
+id of their token is called `mask_token_id` (speculators), `ptd_token_id` or `pard_token` (vLLM).
 """
 
 from __future__ import annotations
 
 from jaxspec.drafters.peagle import PEagleConfig
 from jaxspec.interchange.eagle3 import LayerIds, eagle3_table, fuses_taps, head_fields
-from jaxspec.interchange.layout import Entry, Folder, Shapes, Table, layer_table, vector
+from jaxspec.interchange.layout import Folder, Shapes, Table, TensorEntry, layer_table, vector
 from jaxspec.targets.stored import whole
 
 MASK_IDS = ("mask_token_id", "pard_token", "ptd_token_id")
 TOKENS = "num_lookahead_tokens"
-"""vLLM's name for the tokens of a pass, in a config.json that is not speculators'."""
+"""vLLM's name for the number of tokens drafted in a pass, in a config.json that is not speculators'."""
 
 
 def is_peagle(shapes: Shapes) -> bool:
-    """Whether an EAGLE-3 head has what mask slots hold."""
+    """Returns whether a head of EAGLE-3's layout has the feature of mask tokens."""
     return fuses_taps(shapes) and "mask_hidden" in shapes
 
 
 def peagle_config(
     folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None, tokens: int | None = None
 ) -> PEagleConfig:
-    """The shape of the head, which drafts `tokens` in a pass; by default as many as config.json says.
+    """Returns the shape of the head, which drafts `tokens` in a pass; the default is in its config.json.
 
-    Raises ValueError as `eagle3.head_fields`, where layers are missing, and where nothing says how many tokens or which
-    one mask slots hold.
+    Raises ValueError as `eagle3.head_fields`, if layers are missing, and if config.json lacks the number of tokens or
+    the id of the mask token.
     """
     raw, path = folder.config, folder.path / "config.json"
     said = tokens or _speculative_tokens(raw) or raw.get(TOKENS)
@@ -39,8 +39,7 @@ def peagle_config(
     mask, vocab = next((raw[name] for name in MASK_IDS if raw.get(name) is not None), None), raw.get("vocab_size")
     if type(mask) is not int or type(vocab) is not int or not 0 <= mask < vocab:
         raise ValueError(
-            f"{path}: {MASK_IDS[0]}={mask!r} must be the id, below vocab_size={vocab!r}, of the token that mask slots "
-            "hold"
+            f"{path}: {MASK_IDS[0]}={mask!r} must be the id, below vocab_size={vocab!r}, of the mask token"
         )
     layers = 1 + sum(f"layers.{i}.mlp.down_proj.weight" in folder.tensors for i in range(1, len(folder.tensors)))
     if raw.get("num_hidden_layers", layers) != layers:
@@ -48,12 +47,12 @@ def peagle_config(
             f"{path}: num_hidden_layers={raw['num_hidden_layers']!r}, and the weights are of {layers} layers"
         )
     fields = head_fields(folder, target_layers, layer_ids, embeds=True)
-    fields["normed_feature"] = False  # it reads none
+    fields["normed_feature"] = False  # it drafts in one pass, and never reads a feature of its own
     return PEagleConfig(**fields, tokens=said, layers=layers, mask_token=mask)
 
 
 def _speculative_tokens(raw: dict) -> object:
-    """What speculators' config says the head proposes."""
+    """Returns the number of tokens that the head proposes by speculators' config; None if it does not say."""
     try:
         return raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     except (KeyError, IndexError, TypeError):
@@ -63,12 +62,12 @@ def _speculative_tokens(raw: dict) -> object:
 def peagle_tables(
     c: PEagleConfig, prefix: str = "layers.0.", mask_shape: tuple[int, ...] | None = None
 ) -> tuple[Table, list[Table]]:
-    """Its tensors but those of the layers above the first, and those of each of them.
+    """Returns the tensors of the head without its upper layers, and those of each upper layer.
 
-    `mask_hidden` is stored as `[1, 1, E]`, by some as `[1, E]`.
+    `mask_hidden` is stored as `[1, 1, E]`, and by some writers as `[1, E]`.
     """
     size = c.shapes()["mask_feature"][0]
-    mask = Entry("mask_feature", whole, mask_shape if mask_shape in ((1, size), (size,)) else (1, 1, size))
+    mask = TensorEntry("mask_feature", whole, mask_shape if mask_shape in ((1, size), (size,)) else (1, 1, size))
     return {**eagle3_table(c, prefix), "mask_hidden": mask}, [_upper_table(c, i) for i in range(1, c.layers)]
 
 

@@ -1,7 +1,7 @@
-"""PyTorch's `.bin` and `.pt` files read without PyTorch and without running what is in them.
+"""PyTorch's `.bin` and `.pt` files, read without PyTorch and without running the code in them.
 
-A pickle is a program, and Python's unpickler runs it. Here its opcodes are interpreted one by one, and only those that
-build tensors and plain containers are known: whatever else a file asks for is named and refused.
+A pickle is a program, and Python's unpickler runs it. This module interprets its opcodes one by one; it knows only
+those that build tensors and plain containers, and refuses others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STORAGES = {
     "ByteStorage": ("U8", np.uint8),
     "BoolStorage": ("BOOL", np.bool_),
 }
-"""PyTorch's name -> safetensors' and numpy's."""
+"""PyTorch's name of a dtype -> safetensors' and numpy's."""
 _TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
 _CONTAINER = "collections OrderedDict"
 _NAMES = {_TENSOR, _PARAMETER, _CONTAINER, *(f"torch {name}" for name in STORAGES)}
@@ -35,11 +35,11 @@ _PICKLE_LIMIT = 64 * 2**20
 
 
 class _Global(str):
-    """A name that a pickle refers to; it stands for nothing."""
+    """A name that a pickle refers to; nothing is looked up by it."""
 
 
 class _Mark:
-    """The beginning of a run of items on the stack."""
+    """Marks the beginning of a run of items on the stack."""
 
 
 class _Storage(NamedTuple):
@@ -49,17 +49,17 @@ class _Storage(NamedTuple):
 
 
 class PickledTensor:
-    """One tensor of a file, read when it is asked for; the same questions as to a safetensors handle."""
+    """A handle of one tensor of a file, which is read when it is sliced; it has the methods of a safetensors handle."""
 
     def __init__(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, code: str, dtype: Any, where: _Where):
         self._archive, self._entry, self._code, self._dtype, self._where = archive, entry, code, dtype, where
 
     def get_shape(self) -> list[int]:
-        """Its shape."""
+        """Returns its shape."""
         return list(self._where.shape)
 
     def get_dtype(self) -> str:
-        """Its dtype, as safetensors calls it."""
+        """Returns safetensors' name of its dtype."""
         return self._code
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -78,10 +78,11 @@ class _Where(NamedTuple):
 
 
 def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTensor]:
-    """Name -> handle of every tensor in a PyTorch file in zip format; nothing but the names is read yet.
+    """Returns a handle of every tensor in a PyTorch file in zip format by name; no data is read yet.
 
-    Wrapping dicts such as `{"state_dict": ...}` are looked into. Raises ValueError, one sentence naming the file, where
-    it is of PyTorch's format before 1.6, corrupt, compressed, or holds anything but tensors and plain containers.
+    The tensors may be inside a wrapping dict such as `{"state_dict": ...}`. Raises ValueError, one sentence naming the
+    file, if it is of PyTorch's format before 1.6, corrupt, compressed, or holds other things than tensors and plain
+    containers.
     """
     file = stack.enter_context(path.open("rb"))
     if file.read(4) != b"PK\x03\x04":
@@ -109,7 +110,7 @@ def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTe
 
 
 def _check_entries(entries: dict[str, zipfile.ZipInfo], size: int) -> None:
-    """PyTorch stores what it saves as it is: nothing in the archive can be larger than the archive."""
+    """Raises ValueError for a compressed or encrypted part, or one that claims to be larger than the archive."""
     for name, info in entries.items():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError(f"its part {name} is compressed or encrypted, which torch.save never does")
@@ -141,7 +142,7 @@ def _tensors(
 
 
 def _check_place(name: str, where: _Where, count: int) -> None:
-    """ValueError where a tensor reaches beyond its storage, or counts an element of it twice."""
+    """Raises ValueError if a tensor reaches beyond its storage, or counts an element of it twice."""
     numbers = (where.offset, *where.shape, *where.strides)
     if len(where.shape) != len(where.strides) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
         raise ValueError(f"the shape of tensor {name} makes no sense")
@@ -153,67 +154,54 @@ def _check_place(name: str, where: _Where, count: int) -> None:
         raise ValueError(f"tensor {name} of shape {where.shape} is larger than its data ({count:,} elements)")
 
 
+_NEW = {
+    "MARK": _Mark,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+}
+"""Opcode -> makes the constant or empty container that it pushes."""
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+"""Opcodes that push their argument."""
+
+
 def _interpret(file: BinaryIO | Any) -> Any:
-    """What a pickle builds, of dicts, lists, tuples, numbers, strings and `(_Storage, _Where)` for tensors."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-
-    def to_mark() -> list[Any]:
-        at = max(i for i, item in enumerate(stack) if isinstance(item, _Mark))
-        items = stack[at + 1 :]
-        del stack[at:]
-        return items
-
+    """Returns the value of a pickle: dicts, lists, tuples, numbers, strings, and `(_Storage, _Where)` for tensors."""
+    machine = _Machine()
     for opcode, argument, _ in pickletools.genops(file):
-        match opcode.name:
+        if opcode.name == "STOP":
+            return machine.stack.pop()
+        machine.step(opcode.name, argument)
+    raise ValueError("its pickle does not end")
+
+
+class _Machine:
+    """The stack machine that a pickle is a program of, with the opcodes that files of tensors need."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self._memo: dict[Any, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Executes one opcode; raises ValueError for one that files of tensors do not need."""
+        stack, memo = self.stack, self._memo
+        match name:
             case "PROTO" | "FRAME":
                 pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                stack.append(_Mark())
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
             case "GLOBAL":
                 stack.append(_known(str(argument)))
             case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_known(f"{module} {name}"))
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_known(f"{module} {attribute}"))
             case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]  # pyright: ignore[reportArgumentType]
+                memo[argument] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])  # pyright: ignore[reportArgumentType]
-            case "TUPLE":
-                stack.append(tuple(to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                items = tuple(stack[-count:])
-                del stack[-count:]
-                stack.append(items)
-            case "APPEND":
-                item = stack.pop()
-                _expect(stack[-1], list).append(item)
-            case "APPENDS":
-                items = to_mark()
-                _expect(stack[-1], list).extend(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _expect(stack[-1], dict)[key] = value
-            case "SETITEMS":
-                items = to_mark()
-                _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+                stack.append(memo[argument])
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
@@ -221,9 +209,45 @@ def _interpret(file: BinaryIO | Any) -> Any:
                 stack.append(_build(called, arguments))
             case "BUILD":  # the version numbers that a module's state_dict carries as an attribute
                 stack.pop()
-            case other:
-                raise ValueError(f"its pickle uses {other}, which no file of tensors needs")
-    raise ValueError("its pickle does not end")
+            case _ if name in _NEW:
+                stack.append(_NEW[name]())
+            case _ if name in _LITERALS:
+                stack.append(argument)
+            case _:
+                self._collect(name)
+
+    def _collect(self, name: str) -> None:
+        """Executes an opcode that makes a tuple of items of the stack, or adds them to a container."""
+        stack = self.stack
+        match name:
+            case "TUPLE":
+                stack.append(tuple(self._pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                items = tuple(stack[-count:])
+                del stack[-count:]
+                stack.append(items)
+            case "APPEND":
+                item = stack.pop()
+                _expect(stack[-1], list).append(item)
+            case "APPENDS":
+                items = self._pop_to_mark()
+                _expect(stack[-1], list).extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _expect(stack[-1], dict)[key] = value
+            case "SETITEMS":
+                items = self._pop_to_mark()
+                _expect(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+            case _:
+                raise ValueError(f"its pickle uses {name}, which no file of tensors needs")
+
+    def _pop_to_mark(self) -> list[Any]:
+        """Removes and returns the items above the last mark, and removes the mark."""
+        at = max(i for i, item in enumerate(self.stack) if isinstance(item, _Mark))
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
 
 
 def _known(name: str) -> _Global:
@@ -249,7 +273,7 @@ def _storage(told: Any) -> _Storage:
 
 
 def _build(called: Any, arguments: Any) -> Any:
-    """What the three known calls return."""
+    """Returns the result of one of the three known calls."""
     match called, arguments:
         case _Global(), () if called == _CONTAINER:
             return {}

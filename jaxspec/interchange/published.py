@@ -1,4 +1,4 @@
-"""Drafters in the layouts that papers and servers publish, told apart by the names and shapes of their tensors."""
+"""Drafters in the layouts of papers and servers, recognised by the names and shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from jaxspec.interchange.tensors import read_json
 
 
 class Published(NamedTuple):
-    """A drafter read from a folder of another project's."""
+    """A drafter read from a folder of another project."""
 
     name: str
-    """In the `DRAFTERS` table."""
+    """Its name in the `DRAFTERS` table."""
     config: Any
     """Its shape."""
     params: Params
-    """numpy, in the dtype of the files."""
+    """Its weights as numpy arrays, in the dtype of the files."""
     draft_vocab: tuple[int, ...] | None
     """Ids of the tokens it scores, ascending; None for all."""
 
 
 def is_lm(shapes: Shapes) -> bool:
-    """Whether the tensors are those of a whole causal LM."""
+    """Returns whether the tensors are those of a whole causal LM."""
     return "model.embed_tokens.weight" in shapes and "model.norm.weight" in shapes and "fc.weight" not in shapes
 
 
@@ -42,11 +42,11 @@ SIGNS: dict[str, Callable[[Shapes], bool]] = {
     "medusa": medusa.is_medusa,
     "lm": is_lm,
 }
-"""Family -> whether tensors of these shapes are one's; `lm` is a whole model, which may draft too."""
+"""Family -> tells whether tensors of these shapes are of it; `lm` is a whole model, which may draft too."""
 
 
 def family_of(folder: Folder) -> str:
-    """The one family whose signs a folder bears; ValueError listing what was seen where it is none or several."""
+    """Returns the family of a folder by `SIGNS`; raises ValueError listing its tensors if it is of none or several."""
     shapes = folder.shapes
     found = [name for name, bears in SIGNS.items() if bears(shapes)]
     if len(found) == 1:
@@ -60,7 +60,7 @@ def family_of(folder: Folder) -> str:
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Folder]:
-    """A folder with its config.json and the headers of its tensors; raises ValueError or OSError as `open_weights`."""
+    """Yields a folder with its config.json and the headers of its tensors; raises as `open_weights`."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
@@ -73,7 +73,7 @@ def opened(path: str | Path) -> Iterator[Folder]:
 
 
 def published_family(path: str | Path) -> str:
-    """`family_of` the folder at `path`."""
+    """Returns the family of the folder at `path`; raises as `opened` and `family_of`."""
     with opened(path) as folder:
         return family_of(folder)
 
@@ -85,12 +85,12 @@ def read_drafter(
     layer_ids: LayerIds | None = None,
     tokens: int | None = None,
 ) -> Published:
-    """The drafter in a folder, of whatever layout.
+    """Returns the drafter in a folder of any of these layouts.
 
-    `target_layers` is needed by EAGLE-3 heads that do not say which layers they read, `layer_ids` ("input", "output")
-    overrides how theirs are counted, `tokens` how many a P-EAGLE head drafts in a pass. Raises ValueError or OSError,
-    one sentence naming the file, tensor or field, where something is missing, extra, contradictory or not supported,
-    and where the folder holds a whole LM.
+    EAGLE-3 heads that do not say which layers they read need `target_layers`. `layer_ids` ("input", "output") overrides
+    how their layers are counted, and `tokens` how many tokens a P-EAGLE head drafts in a pass. Raises ValueError or
+    OSError, one sentence naming the file, tensor or field, if something is missing, extra, contradictory or not
+    supported, and if the folder holds a whole LM.
     """
     with opened(path) as folder:
         config: Any

@@ -1,4 +1,4 @@
-"""Folders of targets by name, and what a manifest says of their tokenizer."""
+"""Folders of targets by name, and the description of their tokenizers in manifests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
 
 
 def target_folder(name: str) -> Path:
-    """The folder that `name` stands for: `tiny` is the bundled target, anything else a path.
+    """Returns the folder that `name` stands for: `tiny` is the bundled target, and any other name a path.
 
     It holds a target in HuggingFace layout, or one that jaxspec exported or imported.
     """
@@ -19,12 +19,12 @@ def target_folder(name: str) -> Path:
         return Path(name)
     folder = bundled.tiny_path()
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: the bundled tiny target is not there; reinstall, or give --target a folder")
+        raise ValueError(f"{folder}: the bundled tiny target is missing; reinstall, or give --target a folder")
     return folder
 
 
 def tokenizer_manifest(folder: Path) -> dict[str, Any] | None:
-    """What the manifest of a model says of the tokenizer in a HuggingFace folder; None where there is none."""
+    """Returns the description of a folder's tokenizer for the manifest of a model; None if there is no tokenizer."""
     path = next((p for name in TOKENIZERS if (p := folder / name).is_file()), None)
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: opened by tensor name, placed on devices slice by slice, written all at once."""
+"""Folders of safetensors files: opened by tensor name, placed on devices slice by slice, written atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,19 @@ from safetensors import SafetensorError, safe_open
 INDEX = "model.safetensors.index.json"
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CHUNK_BYTES = 16 * 2**20
-"""A stored tensor is copied in pieces of about this size, so that it never stands whole beside its destination."""
+"""A stored tensor is copied in pieces of about this size, so that the whole tensor is never held beside its copy."""
 
 SHARD_BYTES = 5 * 10**9
-"""Of a file, at most where its tensors are not larger."""
+"""Greatest size of a file, unless one of its tensors is larger."""
 NARROW = 16
-"""A transposed piece is copied so many steps of its densest axis at a time: five times as fast as numpy's own order."""
+"""Steps of its densest axis in which a transposed piece is copied; this is five times as fast as numpy's own order."""
 
 Bounds = tuple[tuple[int, int], ...]
 """`(start, stop)` of every axis of a block of an array."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; one sentence naming the file where there is none."""
+    """Returns the object in a JSON file; raises ValueError or FileNotFoundError, one sentence naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name a folder in HuggingFace layout that holds {path.name}")
     try:
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, chunks: Iterable[Any]) -> None:
-    """Write the byte chunks to `path` under another name, then rename: a reader sees the old file or the new one."""
+    """Writes the byte chunks to a draft, and then renames it to `path`: a reader sees the old file or the new one."""
     draft = path.with_name(f".{path.name}.partial")
     try:
         with draft.open("wb") as file:
@@ -56,10 +56,10 @@ def write_atomically(path: Path, chunks: Iterable[Any]) -> None:
 
 
 def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Name -> handle (`get_shape`, `get_dtype`, slicing) of every tensor in a folder; files close with `stack`.
+    """Returns a handle (`get_shape`, `get_dtype`, slicing) of every tensor in a folder, by name.
 
-    Reads `model.safetensors`, else the shards that `model.safetensors.index.json` lists. Nothing but the headers is
-    read yet. Raises ValueError or FileNotFoundError naming the file that is missing or corrupt.
+    The files are `model.safetensors`, or else the shards that `model.safetensors.index.json` lists. Only their headers
+    are read; `stack` closes them. Raises ValueError or FileNotFoundError naming the file that is missing or corrupt.
     """
     found: dict[str, Any] = {}
     for shard in shards(folder):
@@ -68,7 +68,7 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, all there; raises as `open_tensors`."""
+    """Returns the safetensors files of a folder, which all exist; raises as `open_tensors`."""
     whole = folder / "model.safetensors"
     if whole.is_file():
         return [whole]
@@ -80,7 +80,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor, by the index of a folder."""
+    """Returns the file of each tensor by the index of a folder."""
     index = folder / INDEX
     if not index.is_file():
         if any(folder.glob("*.bin")):
@@ -98,7 +98,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Name -> handle of every tensor in one safetensors file."""
+    """Returns a handle of every tensor in one safetensors file, by name."""
     try:
         file = stack.enter_context(safe_open(path, framework="numpy"))
         return {name: file.get_slice(name) for name in file.keys()}
@@ -107,24 +107,24 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 class FileTensor(NamedTuple):
-    """A tensor of a safetensors file that is read, not mapped: a process's memory does not count what it has read."""
+    """A tensor of a safetensors file that is read, not mapped: mapped pages would count as the process's memory."""
 
     path: Path
     code: str
     shape: tuple[int, ...]
     start: int
-    """Of its first byte in the file."""
+    """Offset of its first byte in the file."""
 
     def get_shape(self) -> tuple[int, ...]:
-        """As it is stored."""
+        """Returns its shape as it is stored."""
         return self.shape
 
     def get_dtype(self) -> str:
-        """One of safetensors' names."""
+        """Returns safetensors' name of its dtype."""
         return self.code
 
     def __getitem__(self, region: slice | tuple[slice, ...]) -> np.ndarray:
-        """A region of a tensor of one of `DTYPE_CODES`; whole rows are read, several threads may."""
+        """Reads a region of a tensor of one of `DTYPE_CODES`, by whole rows; several threads may read at once."""
         dtype = jnp.dtype(next(name for name, code in DTYPE_CODES.items() if code == self.code))
         rows, *columns = region if isinstance(region, tuple) else (region,)
         first, last, _ = rows.indices(self.shape[0])
@@ -134,14 +134,14 @@ class FileTensor(NamedTuple):
 
 
 def file_tensors(folder: Path) -> dict[str, FileTensor]:
-    """Name -> handle of every tensor in a folder, for reading more than memory holds.
+    """Returns a handle of every tensor in a folder by name, for reading more than fits in memory.
 
-    Raises as `open_tensors`, and ValueError where a tensor is not in the file that the index names.
+    Raises as `open_tensors`, and ValueError if a tensor is not in the file that the index names.
     """
     found: dict[str, FileTensor] = {}
     for path in shards(folder):
         with contextlib.ExitStack() as stack:
-            open_file(path, stack)  # whose header and length safetensors holds to each other
+            open_file(path, stack)  # safetensors checks the file's length against its header
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -159,7 +159,7 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
 
 
 def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Raise ValueError naming the first tensor that is missing, or of another shape, or of a dtype not read."""
+    """Raises ValueError naming the first tensor that is missing, or has another shape or an unsupported dtype."""
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder} has no tensor {name}, which its config.json calls for")
@@ -172,7 +172,7 @@ def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, 
 
 
 def copy_region(view: np.ndarray, tensor: Any, region: Bounds) -> None:
-    """Fill `view` with the region of a stored tensor; the view's axes only split the stored ones, in order."""
+    """Fills `view` with a region of a stored tensor; the view's axes are the stored ones in order, some split."""
     (start, stop), columns = region[0], tuple(slice(*bounds) for bounds in region[1:])
     rows = (stop - start) // view.shape[0]
     width = math.prod(bounds[1] - bounds[0] for bounds in region[1:])
@@ -184,10 +184,10 @@ def copy_region(view: np.ndarray, tensor: Any, region: Bounds) -> None:
 
 
 def _copy(into: np.ndarray, piece: np.ndarray) -> None:
-    """`into[...] = piece` for a transposed view of a buffer, in an order that caches like."""
+    """Does `into[...] = piece` for a transposed view of a buffer, in an order that suits the caches."""
     densest = int(np.argmin(into.strides))
     if into.dtype == piece.dtype and into.dtype.itemsize == 2:
-        into, piece = into.view(np.uint16), piece.view(np.uint16)  # numpy holds its lock for dtypes not its own
+        into, piece = into.view(np.uint16), piece.view(np.uint16)  # numpy keeps the GIL for dtypes that are not its own
     step = NARROW if densest < into.ndim - 1 else into.shape[densest]
     for i in range(0, into.shape[densest], step):
         some = (slice(None),) * densest + (slice(i, i + step),)
@@ -195,10 +195,10 @@ def _copy(into: np.ndarray, piece: np.ndarray) -> None:
 
 
 def place(shape: tuple[int, ...], home: Sharding | None, assemble: Callable[[Bounds], np.ndarray]) -> jax.Array:
-    """The array whose blocks `assemble(bounds)` returns, one block on the host at a time.
+    """Returns the array whose blocks `assemble(bounds)` returns; one block at a time is on the host.
 
-    Without `home` it goes whole to the default device. Replicas are assembled once, and a process asks only for blocks
-    of its own devices. On a CPU device a block may itself become the array's memory.
+    Without `home` the whole array goes to the default device. Replicas are assembled once, and a process asks only for
+    blocks of its own devices. On a CPU device a block may itself become the array's memory.
     """
     if home is None:
         return _move(assemble(tuple((0, n) for n in shape)), [None])[0]
@@ -211,30 +211,30 @@ def place(shape: tuple[int, ...], home: Sharding | None, assemble: Callable[[Bou
 
 
 def _move(block: np.ndarray, devices: list[Any]) -> list[jax.Array]:
-    """Copies of the block on these devices, the block itself freed."""
+    """Returns copies of the block on these devices, and frees the block."""
     copies = jax.block_until_ready([jax.device_put(block, device) for device in devices])
     del block
-    gc.collect(0)  # JAX drops its reference to the block only at its next call or, as here, collection
+    gc.collect(0)  # JAX drops its reference to the block only at its next call or at a garbage collection
     return copies
 
 
 class StoredWeight(NamedTuple):
-    """A weight of a target, layers stacked, that can be read block by block wherever it lies."""
+    """A weight of a target, layers stacked, that can be read block by block from wherever it is stored."""
 
     path: tuple[str, ...]
     """In the tree of weights."""
     shape: tuple[int, ...]
     dtype: np.dtype
     rows: int
-    """The axis that is cheapest to cut: behind its tensors' rows, or the layer's experts."""
+    """The axis that is cheapest to cut: that of its tensors' rows, or of the layer's experts."""
     read: Callable[[Bounds], np.ndarray]
-    """A block of it, layers as (i, i + 1), or more of them; several threads may."""
+    """Reads a block of it, of one or more layers; several threads may read at once."""
     together: int = 1
-    """So many layers are stored as one piece, so reading fewer takes as long."""
+    """Number of layers that are stored as one piece; reading fewer takes as long."""
 
     @property
     def nbytes(self) -> int:
-        """Of the whole weight."""
+        """Bytes of the whole weight."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -244,46 +244,58 @@ class StoredWeight(NamedTuple):
 
 
 Fill = Callable[[str, int, np.ndarray], None]
-"""Writes whole rows of the tensor of a name, from a row on, cast to its dtype."""
+"""Writes whole rows of the named tensor, from the given row on, cast to its dtype."""
 
 
 @contextlib.contextmanager
 def filled_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[Fill]:
-    """A safetensors file of tensors of these shapes and dtypes, filled in any order, at `path` when the block ends.
+    """Yields the `Fill` of a safetensors file of tensors of these shapes and dtypes, which may be filled in any order.
 
-    Nothing of it is there if the block fails. Layout: 8 bytes of header length, JSON header padded to 8 bytes,
-    row-major data.
+    The file is at `path` when the block ends, and nothing of it is left if the block fails.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (shape, dtype) in tensors.items():
-        start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
-        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    draft, left = path.with_name(f".{path.name}.partial"), [end]
+    draft = path.with_name(f".{path.name}.partial")
     try:
         with draft.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-
-            def fill(name: str, row: int, array: np.ndarray) -> None:
-                shape, dtype = tensors[name]
-                width = math.prod(shape[1:]) * jnp.dtype(dtype).itemsize
-                data = np.array(array, jnp.dtype(dtype), order="C").reshape(-1).view(np.uint8)
-                file.seek(8 + len(text) + header[name]["data_offsets"][0] + row * width)
-                file.write(data.data)
-                left[0] -= data.size
-
-            yield fill
-        assert not left[0], f"{left[0]} bytes of {path} were not filled"
+            writer = _TensorWriter(file, tensors)
+            yield writer.fill
+        assert not writer.left, f"{writer.left} bytes of {path} were not filled"
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
+class _TensorWriter:
+    """Writes a safetensors file: 8 bytes of header length, JSON header padded to 8 bytes, row-major data."""
+
+    def __init__(self, file: IO[bytes], tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        self._file, self._tensors = file, tensors
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+            header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._starts[name] = start
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._data_start = 8 + len(text)
+        self.left = end
+        """Bytes that are not filled yet."""
+
+    def fill(self, name: str, row: int, array: np.ndarray) -> None:
+        """See `Fill`."""
+        shape, dtype = self._tensors[name]
+        width = math.prod(shape[1:]) * jnp.dtype(dtype).itemsize
+        data = np.array(array, jnp.dtype(dtype), order="C").reshape(-1).view(np.uint8)
+        self._file.seek(self._data_start + self._starts[name] + row * width)
+        self._file.write(data.data)
+        self.left -= data.size
+
+
 @contextlib.contextmanager
 def filled_folder(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[Fill]:
-    """`filled_tensors` of a folder: one file, or shards of `SHARD_BYTES` and their index; older weights vanish."""
+    """Yields the `Fill` of a folder: one file, or shards of `SHARD_BYTES` and their index; removes older weights."""
     sizes = {name: math.prod(shape) * jnp.dtype(dtype).itemsize for name, (shape, dtype) in tensors.items()}
     file_of = _shared_out(sizes)
     files = dict.fromkeys(file_of.values())
@@ -302,7 +314,7 @@ def filled_folder(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], str
 
 
 def _shared_out(sizes: Mapping[str, int]) -> dict[str, str]:
-    """The file of each tensor, in their order."""
+    """Returns the file of each tensor, in their order."""
     shard_of, shard, room = {}, 1, SHARD_BYTES
     for name, size in sizes.items():
         if size > room and room < SHARD_BYTES:

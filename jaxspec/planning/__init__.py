@@ -1,1 +1,1 @@
-"""What a program needs, from its compiled form and on paper, for devices that need not be here."""
+"""Plans for devices that need not be here: the needs of programs, from their compiled form and by formula."""

@@ -1,8 +1,8 @@
-"""What TPU chips can do, by their makers' figures, and how fast a mesh axis is on their network.
+"""Rates and memory of TPU chips by Google's figures, and the speed of a mesh axis on their network.
 
-Peak rates, memory and links are those of Google Cloud's documentation (docs.cloud.google.com/tpu, 2026); where it gives
-the bandwidth of a chip's links together and both ways, a link has its part of that, one way: there are two for every
-axis of the torus. Not in that documentation, and so estimates: v4's network between slices, and tpu7x's rate of int8.
+Peak rates, memory and links are those of Google Cloud's documentation (docs.cloud.google.com/tpu, 2026). It gives the
+bandwidth of all links of a chip in both directions; here a link has its share of that in one direction, with two links
+for every axis of the torus. v4's network between slices and tpu7x's int8 rate are not documented, and are estimates.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy as np
 
 
 class Chip(NamedTuple):
-    """One chip; rates are a second's."""
+    """One chip; rates are per second."""
 
     flops: float
-    """Peak of bf16 matmuls."""
+    """Peak FLOPs of bf16 matmuls."""
     int8_ops: float
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
-    """Bytes of one link, one way."""
+    """Bytes over one link in one direction."""
     slice_bandwidth: float
-    """Bytes of a chip's share of the data-centre network, one way."""
+    """Bytes over a chip's share of the data-centre network in one direction."""
     whole_ring: int
-    """Chips along an axis of a slice from which on its ends are joined, in multiples of this."""
+    """An axis of a slice is a ring if its number of chips is a multiple of this."""
     cores: int = 1
-    """Devices that JAX sees in a chip, which share all of the above."""
+    """Number of devices that JAX sees in a chip, which share all of the above."""
 
 
 CHIPS = {
@@ -39,11 +39,11 @@ CHIPS = {
     "v6e": Chip(918e12, 1836e12, 32 * 2**30, 1638e9, 100e9, 12.5e9, 16),
     "tpu7x": Chip(2307e12, 2307e12, 192 * 2**30, 7380e9, 100e9, 12.5e9, 4, cores=2),
 }
-"""By the name that stands before the colon of a topology, such as `v6e:8x8`."""
+"""Name before the colon of a topology such as `v6e:8x8` -> its chip."""
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as `v5p:4x4x8`. ValueError where there is no such chip, or no shape behind it."""
+    """Returns the chip of a topology such as `v5p:4x4x8`; raises ValueError for an unknown chip or a missing shape."""
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
         raise ValueError(f"topology {topology!r}: there is no chip {name!r}; choose from {', '.join(CHIPS)}")
@@ -53,7 +53,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def device_part(chip: Chip) -> Chip:
-    """A device's share of its chip."""
+    """Returns a device's share of its chip."""
     n = chip.cores
     return chip._replace(
         flops=chip.flops / n,
@@ -66,10 +66,10 @@ def device_part(chip: Chip) -> Chip:
 
 
 def network_bandwidth(chip: Chip, devices: Sequence[Any], shape: Sequence[int]) -> float:
-    """Bytes a second, one way, that each of some devices of a slice of this shape can pass on among themselves.
+    """Returns the bytes a second that each of these devices of a slice of this shape can send to the next one.
 
-    Where they stand along several axes of the torus, all of these work together; an axis works both ways around where
-    the slice holds the whole ring and they do too, else one way. Devices of several slices share the slower network.
+    If the devices extend along several axes of the torus, all these axes carry data. An axis carries data in both
+    directions if they cover a whole ring, and otherwise in one. Devices of several slices use the slower network.
     """
     if len({getattr(device, "slice_index", 0) or 0 for device in devices}) > 1:
         return chip.slice_bandwidth
@@ -81,4 +81,4 @@ def network_bandwidth(chip: Chip, devices: Sequence[Any], shape: Sequence[int]) 
             continue
         whole = along == shape[axis] and along % chip.whole_ring == 0 and along > 2
         total += chip.link_bandwidth * (2 if whole else 1)
-    return total or math.inf  # within one chip
+    return total or math.inf  # devices of one chip do not use the network

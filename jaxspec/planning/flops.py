@@ -1,7 +1,7 @@
-"""FLOPs of a program, counted exactly over its jaxpr: loops by their trips, conditionals by their dearest branch.
+"""FLOPs of a program, counted over its jaxpr: loops by their trips, conditionals by their most expensive branch.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, which makes it useless for models that
-scan their layers and losses that map over chunks.
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, so it cannot be used for models
+that scan their layers and losses that map over chunks.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from jax.interpreters import partial_eval
 
 
 class Flops(NamedTuple):
-    """Arithmetic of matmuls and convolutions, a multiplication and an addition being two; all else is left out."""
+    """FLOPs of matmuls and convolutions; a multiplication and an addition are two, and other operations none."""
 
     total: int
-    """What the program does."""
+    """FLOPs of the program."""
     recomputed: int
-    """Of these, what `jax.checkpoint` does a second time on the way back."""
+    """FLOPs of these that `jax.checkpoint` repeats in the backward pass."""
 
     @property
     def model(self) -> int:
-        """What the mathematics asks for, recomputation apart: the FLOPs of MFU."""
+        """FLOPs without recomputation, which MFU counts."""
         return self.total - self.recomputed
 
 
 def count_flops(program: Callable[..., Any], *arguments: Any) -> Flops:
-    """What `program(*arguments)` takes at the most; arguments may be abstract, and nothing is compiled or allocated.
+    """Returns the most FLOPs that `program(*arguments)` takes. Arguments may be abstract; nothing is compiled.
 
-    What no result depends on is left out, as XLA does. Of a conditional the branch with the most FLOPs counts, so
-    chunks that a program skips at run time are counted. ValueError: FLOPs in a loop whose trips are not known.
+    Operations that no result depends on are left out, as XLA does. The branch of a conditional with the most FLOPs
+    counts, so chunks that a program skips at run time are counted. Raises ValueError for FLOPs in a loop whose trips
+    are not known.
     """
     closed = jax.make_jaxpr(program)(*arguments)
     needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -65,9 +66,9 @@ def _of_equation(equation: Any, *, recomputes: bool) -> Flops:
 
 
 def _jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
-    """The programs inside an equation: bodies, branches, called functions."""
+    """Yields the programs inside an equation: bodies, branches, called functions."""
     if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-        values = [equation.params["call_jaxpr"]]  # of its derivative's rules only what was used is elsewhere
+        values = [equation.params["call_jaxpr"]]  # the parts of its derivative rules that are used stand elsewhere
     else:
         values = equation.params.values()
     for value in values:
@@ -79,14 +80,14 @@ def _jaxprs(equation: Any) -> Iterator[core.Jaxpr]:
 
 
 def _dot(equation: Any) -> int:
-    """Two for every element of the result and of the axes summed over."""
+    """Returns two FLOPs for every element of the result times the axes that are summed over."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
 
 
 def _convolution(equation: Any) -> int:
-    """Two for every element of the result and of the window over one group's input channels; padding counts."""
+    """Returns two FLOPs for every element of the result times the window over one group's channels; padding counts."""
     kernel = equation.invars[1].aval
     channels_out = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
     return 2 * equation.outvars[0].aval.size * (kernel.size // channels_out)

@@ -25,6 +25,7 @@ from jaxspec.nn.quantization import quantize_layers
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding
 from jaxspec.planning import decode_program, hlo
 from jaxspec.planning.chips import Chip, chip_of, device_part, network_bandwidth
+from jaxspec.planning.cost import cost_of
 from jaxspec.planning.flops import count_flops
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.training.resolve import DistillStep
@@ -290,7 +291,7 @@ def abstract_arguments(step: DistillStep, scored: int | None) -> tuple[Frozen, T
 def read_costs(program: hlo.Program, mesh: Mesh, topology: str, model_flops: float) -> Costs:
     """Returns the costs of a compiled program on each device of a mesh over slices of this topology."""
     chip = device_part(chip_of(topology))
-    cost = hlo.cost_of(program, flops_per_second=functools.partial(_rate, chip), bytes_per_second=chip.hbm_bandwidth)
+    cost = cost_of(program, flops_per_second=functools.partial(_rate, chip), bytes_per_second=chip.hbm_bandwidth)
     shape = [int(n) for n in topology.partition(":")[2].split("x")]
     seconds: dict[str, float] = {}
     sent: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What a round of decoding costs on paper: FLOPs and bytes of target and drafter."""
+"""Work of a round of decoding, by formula: FLOPs and bytes of target and drafter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxspec.trees.children import likeliest
 
 
 class Work(NamedTuple):
-    """Memory traffic and arithmetic that a computation cannot do without."""
+    """The least memory traffic and arithmetic of a computation."""
 
     bytes: float
     flops: float
@@ -28,21 +28,21 @@ class Work(NamedTuple):
 
 
 def matmul_weights(params: Any) -> tuple[int, int]:
-    """Elements and bytes of all weights but the embedding, of which a call reads only some rows."""
+    """Returns elements and bytes of all weights except the embedding, of which a call reads only some rows."""
     leaves = jax.tree.leaves({name: p for name, p in params.items() if name != "embed"})
     return sum(leaf.size for leaf in leaves), sum(map(_nbytes, leaves))
 
 
 def _nbytes(array: Any) -> int:
-    """Of an array, or of one that is described only."""
+    """Returns the bytes of an array or of a `ShapeDtypeStruct`."""
     return array.size * array.dtype.itemsize
 
 
 def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, prefix: float, itemsize: int) -> Work:
-    """One call of the target: every weight read once; 2 FLOPs a weight and token; attention over `prefix` and `tokens`.
+    """Returns the work of one call of the target: weights, 2 FLOPs a weight and token, and attention.
 
-    A tied head counts as the matmul it is. The cache is read up to `prefix`, not to its capacity. Of experts all are
-    read, and a token is multiplied by those chosen for it.
+    A tied head counts as a matmul. The cache is read up to `prefix`, not to its capacity. All experts are read, and a
+    token is multiplied by those chosen for it.
     """
     count, size = matmul_weights(params)
     if config.tied:
@@ -57,11 +57,11 @@ def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, pr
 
 
 def draft_work(drafter: Drafter, params: Any, shared: SharedTables, tree: TreePolicy, *, batch: int) -> Work:
-    """One round of a drafter: `extend` of a path, then the calls of `expand` that a tree takes to grow.
+    """Returns the work of one round of a drafter: `extend` of a path, and the calls of `expand` of a tree.
 
-    Its head is its own or the target's, whichever it scores with. Each call reads all weights; a drafter of one pass,
-    which has drafted in `extend`, reads the head once more for all other depths, or once a depth where each has a head
-    of its own. The attention to the prefix is left out.
+    Its LM head is its own or the target's. Each call reads all weights. A drafter of one pass drafts in `extend` and
+    then only reads the head: once more for all other depths, or once a depth if each has its own head. The attention to
+    the prefix is left out.
     """
     calls = 1 + len(frontier_widths(tree, shared.head_VD.shape[0], batch))
     others, head, one_head = _weight_bytes(drafter, params, shared)
@@ -71,7 +71,7 @@ def draft_work(drafter: Drafter, params: Any, shared: SharedTables, tree: TreePo
 
 
 def _weight_bytes(drafter: Drafter, params: Any, shared: SharedTables) -> tuple[int, int, bool]:
-    """Of all weights that multiply but the LM head, of the head a depth is scored with, and whether all share it."""
+    """Returns bytes of the layers' weights, bytes of one LM head, and whether all depths share that head."""
     _, whole = matmul_weights(params)
     if drafter.vocab is None:
         return whole, _nbytes(shared.head_VD), True
@@ -84,68 +84,70 @@ def _weight_bytes(drafter: Drafter, params: Any, shared: SharedTables) -> tuple[
 def _drafting(
     drafter: Drafter, params: Any, shared: SharedTables, tree: TreePolicy, batch: int
 ) -> tuple[Callable[..., Any], Any, Any, Any]:
-    """A round's drafting as a program of the weights, the target's tables, and what is behind the root."""
-    path = tree.depth + 1
-    read = shared.embed_VD.shape[1] * max(1, len(drafter.taps))
+    """Returns the drafting of a round as a program, and its arguments: weights, tables, and the accepted path."""
+    path = jax.eval_shape(functools.partial(_start, drafter, tree, batch), params, shared)
+    return functools.partial(_draft_round, drafter, tree), params, shared, path
 
-    def start(params: Any, shared: SharedTables) -> Any:
-        tokens_BP, features_BPD = jnp.zeros((batch, path), jnp.int32), jnp.zeros((batch, path, read))
-        state = drafter.init_state(params, shared, tokens_BP[:, 0], path + 1)
-        return state, tokens_BP, features_BPD.astype(shared.embed_VD.dtype)
 
-    def round_(params: Any, shared: SharedTables, behind: Any) -> Any:
-        state, tokens_BP, features_BPD = behind
-        whole_B = jnp.full(batch, path)
-        state, root_logits_BV = drafter.extend(params, shared, state, tokens_BP, features_BPD, whole_B)
-        draft = functools.partial(drafter.expand, params, shared, state)
-        scratch = drafter.scratch(state, tree.slots)
-        return state, tree.grow(draft, lambda x, n, _: likeliest(x, n), scratch, root_logits_BV, tokens_BP[:, -1])
+def _start(drafter: Drafter, tree: TreePolicy, batch: int, params: Any, shared: SharedTables) -> Any:
+    path, read = tree.depth + 1, shared.embed_VD.shape[1] * max(1, len(drafter.taps))
+    tokens_BP, features_BPD = jnp.zeros((batch, path), jnp.int32), jnp.zeros((batch, path, read))
+    state = drafter.init_state(params, shared, tokens_BP[:, 0], path + 1)
+    return state, tokens_BP, features_BPD.astype(shared.embed_VD.dtype)
 
-    return round_, params, shared, jax.eval_shape(start, params, shared)
+
+def _draft_round(drafter: Drafter, tree: TreePolicy, params: Any, shared: SharedTables, path: Any) -> Any:
+    state, tokens_BP, features_BPD = path
+    whole_B = jnp.full(len(tokens_BP), tokens_BP.shape[1])
+    state, root_logits_BV = drafter.extend(params, shared, state, tokens_BP, features_BPD, whole_B)
+    draft = functools.partial(drafter.expand, params, shared, state)
+    scratch = drafter.scratch(state, tree.slots)
+    return state, tree.grow(draft, lambda x, n, _: likeliest(x, n), scratch, root_logits_BV, tokens_BP[:, -1])
 
 
 def mbsu(tau: float, *, ratio: float, passes: int) -> float:
-    """Memory-bound speed-up `tau / (1 + c gamma)`: what drafting would gain if time were the weights read alone.
+    """Returns the memory-bound speed-up `tau / (1 + c gamma)`: the speed-up if reading weights took all the time.
 
-    `ratio` is c, drafter parameters by target parameters, and `passes` gamma, the drafter's passes a round. Named by
-    the direct-alignment paper (arXiv 2403.00858); the form is the standard cost model (Leviathan et al., theorem 3.8,
-    with c as the cost of a draft pass) and unconfirmed as that paper's own.
+    `ratio` is c, the drafter's parameters by the target's, and `passes` is gamma, the drafter's passes a round. The
+    name is from the direct-alignment paper (arXiv 2403.00858). The form is the standard cost model (Leviathan et al.,
+    theorem 3.8, with c as the cost of a draft pass); whether that paper uses it is not confirmed.
     """
     return tau / (1 + ratio * passes)
 
 
 def draft_ratio(drafter: Any, target: Any, head: Any | None) -> float:
-    """`c` of `mbsu`: the drafter's parameters by the target's.
+    """Returns `c` of `mbsu`: the drafter's parameters divided by the target's.
 
-    The LM `head [V, D]` that a drafter borrows counts as its own, for every pass reads it; None for one that has its
-    own.
+    `head` `[V, D]` is the target's LM head if the drafter reads it, and counts as the drafter's, because every pass
+    reads it. It is None for a drafter with its own head.
     """
     own, whole = (sum(leaf.size for leaf in jax.tree.leaves(params)) for params in (drafter, target))
     return (own + (0 if head is None else head.size)) / whole
 
 
 def drafter_passes(drafter: Drafter, depth: int) -> int:
-    """`gamma` of `mbsu`, the drafter's forward passes a round of a tree of `depth`.
+    """Returns `gamma` of `mbsu`, the drafter's forward passes in a round of a tree of `depth`.
 
-    One, or one a level: `extend` drafts the first, each call of `expand` the next.
+    That is one, or one a level: `extend` drafts the first level, and each call of `expand` the next.
     """
     return 1 if drafter.one_pass else max(1, depth)
 
 
 def frontier_widths(tree: TreePolicy, vocab: int, batch: int = 1) -> list[int]:
-    """Nodes that each call of `expand` drafts from while the tree grows."""
-    widths = []
-
-    def draft(scratch: Any, frontier: Frontier) -> tuple[Any, Any]:
-        widths.append(frontier.token_BW.shape[1])
-        return jnp.zeros((*frontier.token_BW.shape, vocab)), scratch
-
-    def likely(logits_BWV: Any, count: int, slot: int) -> Children:
-        token_BWR = jnp.zeros((*logits_BWV.shape[:2], count), jnp.int32)
-        return Children(token_BWR, jnp.zeros(token_BWR.shape), jnp.zeros(token_BWR.shape))
-
-    def grow() -> Any:
-        return tree.grow(draft, likely, (), jnp.zeros((batch, vocab)), jnp.zeros(batch, jnp.int32))
-
-    jax.eval_shape(grow)
+    """Returns how many nodes each call of `expand` drafts from while the tree grows."""
+    widths: list[int] = []
+    grow = functools.partial(tree.grow, functools.partial(_note_width, widths, vocab), _no_children, ())
+    jax.eval_shape(grow, jnp.zeros((batch, vocab)), jnp.zeros(batch, jnp.int32))
     return widths
+
+
+def _note_width(widths: list[int], vocab: int, scratch: Any, frontier: Frontier) -> tuple[Any, Any]:
+    """Stands for a drafter: appends the width of the frontier and returns logits of zeros."""
+    widths.append(frontier.token_BW.shape[1])
+    return jnp.zeros((*frontier.token_BW.shape, vocab)), scratch
+
+
+def _no_children(logits_BWV: Any, count: int, slot: int) -> Children:
+    """Stands for the choice of children: their shapes, filled with zeros."""
+    token_BWR = jnp.zeros((*logits_BWV.shape[:2], count), jnp.int32)
+    return Children(token_BWR, jnp.zeros(token_BWR.shape), jnp.zeros(token_BWR.shape))

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxspec.config import DistillConfig, PretrainConfig
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations, split_names
-from jaxspec.data.packing import Documents, Mix, PackedBatches, fingerprint, join, tokenize_conversations
+from jaxspec.data.corpus import Documents, fingerprint, join, tokenize_conversations
+from jaxspec.data.packing import Mix, PackedBatches
 from jaxspec.data.target_outputs import ARRAYS, from_arrays
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.distillation.task import Batch

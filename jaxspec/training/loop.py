@@ -29,7 +29,7 @@ from jaxspec.config import (
 from jaxspec.console.cli import Preempted
 from jaxspec.console.progress import progress
 from jaxspec.console.results import differences, jsonable
-from jaxspec.data.packing import Documents
+from jaxspec.data.corpus import Documents
 from jaxspec.data.pipeline import Batches, BatchIterator, iterate
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say

@@ -13,8 +13,8 @@ from jaxspec.console import results
 from jaxspec.console.results import differences
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
+from jaxspec.data.corpus import Documents, tokenize_conversations
 from jaxspec.data.feature_store import FeatureStore
-from jaxspec.data.packing import Documents, tokenize_conversations
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say

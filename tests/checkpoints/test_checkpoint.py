@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,11 @@ def one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def assert_same(a: Any, b: Any) -> None:
-    def raw(x: Any) -> np.ndarray:
-        return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+def raw(x: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
+
+def assert_same(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert all(
         np.array_equal(raw(x), raw(y)) and x.dtype == y.dtype
@@ -175,7 +177,7 @@ def test_where_no_step_is_intact_nothing_is_loaded(tmp_path: Path):
     for step in ("1", "2"):
         flip_a_bit(largest_file(tmp_path / step))
     with RunCheckpoints(tmp_path) as run, pytest.warns(UserWarning, match="is skipped"):
-        with pytest.raises(ValueError, match="none of its checkpoints is intact; to begin anew, move it away"):
+        with pytest.raises(ValueError, match="none of its checkpoints is intact; move the folder away to begin again"):
             read(run)
 
 
@@ -196,12 +198,8 @@ def test_a_step_saved_in_the_background_is_the_state_of_its_moment(tmp_path: Pat
 
 def test_a_run_goes_on_while_a_step_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_manifest, finish = runs.write_manifest, threading.Event()
-
-    def wait(*arguments: Any) -> None:
-        assert finish.wait(20)
-        write_manifest(*arguments)
-
-    monkeypatch.setattr(runs, "write_manifest", wait)
+    # `wait` returns whether the event was set within 20 s.
+    monkeypatch.setattr(runs, "write_manifest", lambda *arguments: finish.wait(20) and write_manifest(*arguments))
     with RunCheckpoints(tmp_path, keep_best=1, best_metric=BestMetric("tau", rising=True)) as run:
         run.save(1, {"a": jnp.zeros(2)}, DATA, CONFIG, wait=False)
         assert not run.improves({}) and not (tmp_path / "1").exists()
@@ -235,9 +233,7 @@ def test_a_full_disk_is_told_of_and_leaves_the_step_before(tmp_path: Path):
 
 
 def test_failed_saves_in_a_row_stop_a_run_that_does_not_wait_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    fail = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     state, told = {"a": jnp.zeros(2)}, []
     with RunCheckpoints(tmp_path, tell=told.append) as run:
         with monkeypatch.context() as patched:

@@ -29,7 +29,7 @@ def write_format_1(folder: Path, items: dict[str, Any], **about: Any) -> None:
     (folder / "jaxspec.sha256.json").write_text(json.dumps(sums))
 
 
-def test_a_card_says_what_the_folder_holds(tmp_path: Path):
+def test_a_manifest_says_what_the_folder_holds(tmp_path: Path):
     about = {"metrics": {"loss": 2.5}, "provenance": {"run": "x"}, "tokenizer": {"vocab": 4}}
     save_model(tmp_path / "m", PARAMS, {"sizes": (1, 2)}, kind="target", about=about)
     manifest = json.loads((tmp_path / "m" / MANIFEST).read_text())
@@ -48,7 +48,7 @@ def test_a_card_says_what_the_folder_holds(tmp_path: Path):
     verify(tmp_path / "m", manifest)
 
 
-def test_a_changed_card_is_noticed(tmp_path: Path):
+def test_a_changed_manifest_is_noticed(tmp_path: Path):
     save_model(tmp_path / "m", PARAMS, {"rope_theta": 10000.0}, kind="target")
     path = tmp_path / "m" / MANIFEST
     path.write_text(path.read_text().replace("10000.0", "10001.0"))

@@ -1,4 +1,4 @@
-"""What a run leaves about itself: metrics that other tools read, and the record of who ran what."""
+"""Tracking of runs: metrics that other tools read, and the record of sessions."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def test_every_sink_gets_the_same_numbers(tmp_path: Path):
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard reads in a folder."""
+    """Returns the scalars that TensorBoard reads in a folder."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder)).Reload()
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}

@@ -8,8 +8,8 @@ from random_models import write_target
 from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
+from jaxspec.data.corpus import Corpus
 from jaxspec.data.draft_vocab import Frequencies, count_tokens, load_maps, save_maps
-from jaxspec.data.packing import Corpus
 
 
 def corpus(tokens: list[int], spoken: list[bool]) -> Corpus:

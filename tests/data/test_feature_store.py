@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import DEFAULT, Mock
 
 import jax
 import jax.numpy as jnp
@@ -178,13 +179,9 @@ def test_the_likeliest_tokens_and_the_rest_are_the_whole_distribution():
     logits_BLV = 4 * np.random.default_rng(0).normal(size=(2, 5, 11)).astype(np.float32)
     wanted = logits_BLV - np.log(np.sum(np.exp(logits_BLV), axis=-1, keepdims=True))
     target: Any = Straight()
-
-    @jax.jit
-    def find(logits_BLV):
-        found = likeliest(target, None, logits_BLV, 3, chunk=2)
-        return found, lump(logits_BLV, found.token_BLR), likeliest(target, None, logits_BLV, 11).rest_BL1
-
-    found, lumped, nothing = jax.device_get(find(logits_BLV))
+    found = jax.device_get(jax.jit(lambda x: likeliest(target, None, x, 3, chunk=2))(logits_BLV))
+    lumped = jax.device_get(jax.jit(lump)(logits_BLV, found.token_BLR))
+    nothing = jax.device_get(jax.jit(lambda x: likeliest(target, None, x, 11).rest_BL1)(logits_BLV))
     np.testing.assert_allclose(found.logp_BLR, np.sort(wanted, axis=-1)[..., ::-1][..., :3], rtol=1e-5, atol=1e-6)
     both = np.concatenate([found.logp_BLR, found.rest_BL1], axis=-1)
     np.testing.assert_allclose(np.sum(np.exp(both), axis=-1), 1, rtol=1e-5)
@@ -277,15 +274,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(folder
     monkeypatch.chdir(folder)
     monkeypatch.setattr(features, "mesh_of", lambda _: ONE)
 
-    sealed = iter("yn")
-
-    def seal(writer, **note):
-        if next(sealed) == "n":
-            raise KeyboardInterrupt
-        return whole(writer, **note)
-
     whole = shards.ShardWriter.seal
-    monkeypatch.setattr(shards.ShardWriter, "seal", seal)
+    interrupted = Mock(wraps=whole, side_effect=[DEFAULT, KeyboardInterrupt])
+    monkeypatch.setattr(shards.ShardWriter, "seal", lambda writer, **note: interrupted(writer, **note))
     assert main(words) == 130
     assert [shards.Shard(Path("torn"), i).note() is not None for i in range(3)] == [True, False, False]
     with pytest.raises(ValueError, match="torn: 1 of 3 files are finished; give the jaxspec features command"):
@@ -312,7 +303,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(folder
 def test_what_was_stored_for_something_else_is_refused(folder: Path, tmp_path: Path):
     stored = ("data.features=store", *MIX)
     with pytest.raises(
-        ValueError, match=r"was made with taps \[0, 1\], and this run has \[1\]; make the features anew"
+        ValueError, match=r"was made with taps \[0, 1\], and this run has \[1\]; make the features again"
     ):
         reading(*stored, taps=(1,))
     with pytest.raises(ValueError, match="was made with dtype 'float32', and this run has 'bfloat16'"):
@@ -352,11 +343,10 @@ def test_what_the_likeliest_tokens_cannot_teach_is_refused(folder: Path, changes
 
 
 def test_a_comparison_uses_a_store_where_it_holds_what_a_recipe_reads(folder: Path):
-    def usable(*changes: str) -> str | None:
-        return usable_features(config(*changes), "target", "store")
-
-    assert usable() == usable("drafter=eagle3", "head.taps=0,1") == "store"
-    assert usable(*MIX) is usable("drafter=eagle3", "head.taps=1") is None
+    for changes in ((), ("drafter=eagle3", "head.taps=0,1")):
+        assert usable_features(config(*changes), "target", "store") == "store"
+    for changes in (MIX, ("drafter=eagle3", "head.taps=1")):
+        assert usable_features(config(*changes), "target", "store") is None
     assert usable_features(config(), "target", None) is None
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import Corpus, Mix, PackedBatches, fingerprint, join, pack, tokenize_conversations
-from jaxspec.data.pipeline import iterate, packed_batches
+from jaxspec.data.corpus import Corpus, fingerprint, join, tokenize_conversations
+from jaxspec.data.packing import Mix, PackedBatches, pack
+from jaxspec.data.pipeline import iterate
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 
 LENGTH, BATCH = 32, 4
@@ -275,7 +276,8 @@ def test_conversations_without_any_other_turn_are_counted_and_those_a_template_r
 
 def test_conversations_go_through_grain_whole(chat: ChatTokenizer):
     talks = [talk(f"{i} ?", f"it is {i}", source="ab"[i % 2]) for i in range(20)]
-    iterator = packed_batches(talks, chat, length=64, batch=2, epochs=1, loss_on="assistant")
+    corpus = tokenize_conversations(talks, chat, length=64)
+    iterator = iterate(PackedBatches(corpus, 64, batch=2, loss_on="assistant"))
     batches = list(iterator)
     iterator.close()
     said = [

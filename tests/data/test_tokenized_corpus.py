@@ -12,10 +12,11 @@ from jaxspec.__main__ import main
 from jaxspec.config import load
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all, read_conversations
-from jaxspec.data.packing import Mix, PackedBatches, join, tokenize_conversations
+from jaxspec.data.corpus import join, tokenize_conversations
+from jaxspec.data.packing import Mix, PackedBatches
 from jaxspec.data.pipeline import iterate
 from jaxspec.data.shards import Field, Shard, pack_record, unpack_record
-from jaxspec.data.tokenized_corpus import StoredCorpus, is_complete, write_corpus
+from jaxspec.data.tokenized_corpus import CorpusSettings, StoredCorpus, is_complete, write_corpus
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.training.batches import read_data
@@ -48,17 +49,10 @@ def tokenizer(folder: Path) -> ChatTokenizer:
     return ChatTokenizer.load(folder / "tokenizer")
 
 
-def make(folder: Path, name: str, **settings) -> Path:
+def make(folder: Path, name: str, *, shard_documents: int = 30, **how) -> Path:
     tokenizer = ChatTokenizer.load(folder / "tokenizer")
-    list(
-        write_corpus(
-            folder / name,
-            str(folder / "talks.jsonl"),
-            tokenizer,
-            length=LENGTH,
-            **{"shard_documents": 30, **settings},
-        )
-    )
+    settings = CorpusSettings(LENGTH, shard_documents=shard_documents)
+    list(write_corpus(folder / name, str(folder / "talks.jsonl"), tokenizer, settings, **how))
     return folder / name
 
 
@@ -66,7 +60,7 @@ def test_plain_text_on_disk_is_that_of_memory(folder: Path, tokenizer: ChatToken
     texts = ["one text " * 40, "another", "", "the last of them " * 9]
     (tmp_path / "texts.txt").write_text("\f".join(texts))
     names = f"{tmp_path / 'texts.txt'},{folder / 'talks.jsonl'}"
-    list(write_corpus(tmp_path / "corpus", names, tokenizer, length=LENGTH, shard_documents=2))
+    list(write_corpus(tmp_path / "corpus", names, tokenizer, CorpusSettings(LENGTH, shard_documents=2)))
     stored = StoredCorpus(tmp_path / "corpus")
     held = tokenize_conversations(read_all(names), tokenizer, length=LENGTH)
     assert stored.summary == held.summary and list(stored.ids) == list(held.ids)
@@ -101,7 +95,7 @@ def test_batches_from_disk_are_those_from_memory(folder: Path, tokenizer: ChatTo
 @pytest.mark.parametrize("done", [1, 3])
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(folder: Path, tokenizer: ChatTokenizer, done: int):
     out = folder / f"stopped-{done}"
-    work = write_corpus(out, str(folder / "talks.jsonl"), tokenizer, length=LENGTH, shard_documents=30)
+    work = write_corpus(out, str(folder / "talks.jsonl"), tokenizer, CorpusSettings(LENGTH, shard_documents=30))
     for _ in range(done):
         next(work)
     work.close()
@@ -144,9 +138,9 @@ def test_a_run_is_not_gone_on_with_by_other_settings(folder: Path, tokenizer: Ch
         make(folder, "corpus", shard_documents=20)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files of something else"):
-        list(write_corpus(tmp_path, str(folder / "talks.jsonl"), tokenizer, length=9))
+        list(write_corpus(tmp_path, str(folder / "talks.jsonl"), tokenizer, CorpusSettings(9)))
     with pytest.raises(ValueError, match=r"weights are for data\.train"):
-        list(write_corpus(tmp_path, f"{folder / 'talks.jsonl'}:2", tokenizer, length=9))
+        list(write_corpus(tmp_path, f"{folder / 'talks.jsonl'}:2", tokenizer, CorpusSettings(9)))
     with pytest.raises(ValueError, match="holds tokens or features, where conversations are needed"):
         read_conversations(folder / "corpus")
 

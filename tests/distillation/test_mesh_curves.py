@@ -32,7 +32,7 @@ from jaxspec.drafters import (
     PEagleConfig,
 )
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
-from jaxspec.planning import decode_program, hlo
+from jaxspec.planning import cost, decode_program, hlo
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 STEPS, VOCAB, LENGTH, ROWS, CHUNK = 20, 64, 24, 8, 7
@@ -119,7 +119,7 @@ def test_devices_send_weights_and_sums_and_no_activations(name: str, compile_qui
     mesh = make_mesh(1, 8, 1)
     models, arguments = placed(name, mesh)
     program = hlo.parse(lower_step("jit", mesh, *models, *arguments).compile().as_text() or "")
-    found = (hlo.message_of(i, 8) for lines in program.computations.values() for i in lines)
+    found = (cost.message_of(i, 8) for lines in program.computations.values() for i in lines)
     # What no weight has: a row's positions, those that mask slots keep, those of a chunk; of one row, of all together.
     kept = {math.ceil(LENGTH * 0.7**depth) for depth in range(3)} | {CHUNK}
     lengths = {n * rows for n in kept for rows in (1, ROWS)}

@@ -14,7 +14,8 @@ import pytest
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.conversations import Conversation
-from jaxspec.data.packing import PackedBatches, tokenize_conversations
+from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import total_tau
 from jaxspec.decoding.generation import generate, generate_plain
 from jaxspec.decoding.requests import Requests, Settings, make_requests

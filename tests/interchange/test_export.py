@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,9 @@ from jaxspec.checkpoints.tracking import session
 from jaxspec.distillation.step import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
-from jaxspec.interchange.hf import read_llama, stored_dtype, tensor_shapes, write_llama
+from jaxspec.interchange.hf import read_llama, stored_dtype, write_llama
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_layout import tensor_shapes
 from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
 from jaxspec.targets.decoder import DecoderConfig
@@ -84,7 +86,7 @@ def test_the_lines_of_the_readme_load_it_on_one_device_without_jaxspec(drafter: 
     assert_same(found, jax.device_get(expected))
 
 
-def test_the_axes_of_the_card_split_it_over_a_mesh(drafter: Path):
+def test_the_axes_of_the_manifest_split_it_over_a_mesh(drafter: Path):
     mesh = make_mesh(2, 2, 2)
     manifest = json.loads((drafter / MANIFEST).read_text())
 
@@ -104,7 +106,7 @@ def test_the_older_interface_of_orbax_loads_it_too(drafter: Path):
     assert_same(found, expected)
 
 
-def test_its_card_says_what_a_drafter_is(drafter: Path):
+def test_its_manifest_says_what_a_drafter_is(drafter: Path):
     manifest = json.loads((drafter / MANIFEST).read_text())
     assert (manifest["kind"], manifest["family"], manifest["config"]["drafter"]) == ("drafter", "eagle", "eagle")
     assert manifest["arrays"]["fc"] == {"shape": [64, 32], "dtype": "float32", "axes": [None, "width"]}
@@ -181,12 +183,19 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole arrays cannot be restored any more."""
+    """Makes restoring a whole array fail."""
+    monkeypatch.setattr(ocp, "load", Mock(side_effect=AssertionError("a whole array is restored")))
 
-    def load(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a whole array is restored")
 
-    monkeypatch.setattr(ocp, "load", load)
+class CountedArray:
+    """A stored array that appends the size of every block that is read to `blocks`."""
+
+    def __init__(self, array: Any, blocks: list[int]):
+        self.array, self.blocks, self.chunk_layout, self.dtype = array, blocks, array.chunk_layout, array.dtype
+
+    def __getitem__(self, block: Any) -> Any:
+        self.blocks.append(self.array[block].size)
+        return self.array[block]
 
 
 @pytest.mark.parametrize("how", ["import target", "export"])
@@ -198,17 +207,7 @@ def test_a_target_that_came_in_goes_out_as_it_was_a_layer_at_a_time(
     assert main([*how.split(), str(folder), str(tmp_path / "in")]) == 0
     refuse_to_load(monkeypatch)
     opened, blocks = exported._open, []
-
-    class Counted:
-        def __init__(self, *where: Any):
-            self.array, self.chunk_layout = opened(*where), opened(*where).chunk_layout
-            self.dtype = self.array.dtype
-
-        def __getitem__(self, block: Any) -> Any:
-            blocks.append(self.array[block].size)
-            return self.array[block]
-
-    monkeypatch.setattr(exported, "_open", Counted)
+    monkeypatch.setattr(exported, "_open", lambda *where: CountedArray(opened(*where), blocks))
     assert main(["export", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "hf"]) == 0
     assert_same(written(tmp_path / "out"), written(folder))
     assert read_config(tmp_path / "out") == read_config(folder)
@@ -226,15 +225,8 @@ def layer_blocks(folder: Path) -> list[tuple[int, ...]]:
 
 def test_an_export_of_a_target_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = random_folder(tmp_path / "hf", "phi3")
-    before, left = sorted(tmp_path.iterdir()), iter(range(3))
-    fill = hf._fill
-
-    def some(*args: Any) -> None:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        fill(*args)
-
-    monkeypatch.setattr(hf, "_fill", some)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(hf, "_fill", Mock(wraps=hf._fill, side_effect=[DEFAULT, DEFAULT, DEFAULT, KeyboardInterrupt]))
     assert main(["export", str(folder), str(tmp_path / "out"), "--to", "hf"]) == 130
     assert sorted(tmp_path.iterdir()) == before
 
@@ -251,24 +243,25 @@ def test_what_a_family_cannot_say_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def inspected(folder: Path, result: Path) -> dict[str, Any]:
+    assert main(["inspect", str(folder), "--json", str(result)]) == 0
+    return json.loads(result.read_text())
+
+
 def test_inspecting_a_target_restores_no_weight(
     target: Path, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def told(folder: Path) -> dict[str, Any]:
-        assert main(["inspect", str(folder), "--json", str(tmp_path / "x.json")]) == 0
-        return json.loads((tmp_path / "x.json").read_text())
-
     assert main(["export", str(target), str(tmp_path / "out")]) == 0
     expected = load_model(tmp_path / "out")[0]
     refuse_to_load(monkeypatch)
     monkeypatch.setattr(exported, "_open", None)
     monkeypatch.setattr(tensors.FileTensor, "__getitem__", None)
-    of_folder, of_export = told(target), told(tmp_path / "out")
+    of_folder, of_export = (inspected(folder, tmp_path / "x.json") for folder in (target, tmp_path / "out"))
     assert of_export["shapes"] == of_folder["shapes"]
     assert of_export["parameters"] == sum(a.size for a in jax.tree.leaves(expected))
     assert (of_export["dtype"], of_export["exportable_to"]) == ("float32", ["orbax", "hf"])
     monkeypatch.undo()  # of a drafter, whether vLLM serves it depends on a bias
-    assert told(drafter)["shapes"]["fc"] == [64, 32]
+    assert inspected(drafter, tmp_path / "x.json")["shapes"]["fc"] == [64, 32]
 
 
 @pytest.fixture
@@ -330,10 +323,6 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_if_it_is_an_export(
 
 def test_an_export_that_is_interrupted_leaves_nothing_half(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = sorted(tmp_path.iterdir())
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(models, "write_manifest", interrupt)
+    monkeypatch.setattr(models, "write_manifest", Mock(side_effect=KeyboardInterrupt))
     assert main(["export", str(run), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before

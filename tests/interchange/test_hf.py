@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.interchange import hf
+from jaxspec.interchange import hf_layout
 from jaxspec.interchange import tensors as files
-from jaxspec.interchange.hf import load_target, read_llama, tensor_shapes, weight_shapes, write_llama
+from jaxspec.interchange.hf import load_target, read_llama, write_llama
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_layout import tensor_shapes, weight_shapes
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh, shardings
 from jaxspec.targets.decoder import LlamaConfig, unstack
@@ -59,7 +61,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 def config_of(folder: Path, generation: dict[str, Any] | None = None, **fields: Any) -> LlamaConfig:
-    """What `read_config` makes of a minimal config.json with these fields; None removes one."""
+    """Returns the shape that `read_config` reads from a minimal config.json with these fields; None removes one."""
     raw = {name: value for name, value in {**MINIMAL, **fields}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(raw))
     if generation is not None:
@@ -280,17 +282,18 @@ def large(tmp_path_factory: Any) -> Path:
     return folder
 
 
+def empty_unaligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """Returns an empty array at an address that is no multiple of 64."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = (16 - raw.ctypes.data) % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 @pytest.fixture
 def copied_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers at addresses that a CPU device cannot take over, so that it copies them as any other device would."""
-
-    def empty(shape: list[int], dtype: Any) -> np.ndarray:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        raw = np.empty(size + 64, np.uint8)
-        start = (16 - raw.ctypes.data) % 64
-        return raw[start : start + size].view(dtype).reshape(shape)
-
-    monkeypatch.setattr(hf, "np", SimpleNamespace(empty=empty, ndarray=np.ndarray))
+    """Uses buffers that a CPU device cannot take over, so that it copies them as any other device does."""
+    monkeypatch.setattr(hf_layout, "np", SimpleNamespace(empty=empty_unaligned, ndarray=np.ndarray))
     monkeypatch.setattr(files, "CHUNK_BYTES", 2**17)
 
 
@@ -390,16 +393,16 @@ def test_weights_that_do_not_fit_the_config_are_not_written(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
+def chunks_of_a_full_disk() -> Iterator[bytes]:
+    yield b"half"
+    raise OSError("disk full")
+
+
 def test_a_write_that_fails_leaves_the_old_file(folder: Path):
     path = folder / "model.safetensors"
     before = path.read_bytes()
-
-    def broken() -> Any:
-        yield b"half"
-        raise OSError("disk full")
-
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, broken())
+        files.write_atomically(path, chunks_of_a_full_disk())
     assert path.read_bytes() == before and not list(folder.glob(".*"))
 
 

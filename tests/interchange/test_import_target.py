@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
 from jaxspec.checkpoints import piecewise
+from jaxspec.checkpoints.folders import abstract_like
 from jaxspec.checkpoints.manifest import MANIFEST
 from jaxspec.checkpoints.models import load_model
 from jaxspec.interchange import export, import_target
 from jaxspec.interchange.export import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
-from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, tensor_shapes
+from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype
 from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_layout import tensor_shapes
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.parallel.mesh import make_mesh
@@ -94,11 +97,10 @@ def assert_same(a: Any, b: Any) -> None:
 def test_plain_orbax_loads_it_on_any_mesh(source: Path, imported: Path, axes: Any):
     mesh = jax.make_mesh((2,), ("layers",))
 
-    def home(path: Any, a: Any) -> jax.ShapeDtypeStruct:
-        spec = jax.P(*axes) if path[0].key == "layers" else jax.P()
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
-
-    like = jax.tree_util.tree_map_with_path(home, ocp.metadata(str(imported), "params").metadata)
+    like = ocp.metadata(str(imported), "params").metadata
+    specs = {name: jax.P(*axes) if name == "layers" else jax.P() for name in like}
+    homes = {name: jax.tree.map(lambda _, s=specs[name]: NamedSharding(mesh, s), part) for name, part in like.items()}
+    like = abstract_like(like, homes)
     found = ocp.load(str(imported), like, checkpointable_name="params")
     assert_same(found, read_llama(source, dtype=jnp.float32, stacked=True)[1])
 
@@ -109,7 +111,7 @@ def test_the_older_interface_of_orbax_loads_it_too(source: Path, imported: Path)
     assert_same(orbax.checkpoint.StandardCheckpointer().restore(imported / "params", like), expected)
 
 
-def test_it_has_the_card_and_the_files_of_an_export(source: Path, imported: Path, tmp_path: Path):
+def test_it_has_the_manifest_and_the_files_of_an_export(source: Path, imported: Path, tmp_path: Path):
     assert main(["export", str(source), str(tmp_path / "export")]) == 0
     ours, theirs = (json.loads((folder / MANIFEST).read_text()) for folder in (imported, tmp_path / "export"))
     for key in ("kind", "family", "config", "conventions", "tokenizer", "arrays", "format"):
@@ -180,15 +182,17 @@ def test_it_is_read_as_its_source_is(source: Path, imported: Path, tmp_path: Pat
     assert jax.tree.map(lambda a: a.sharding, found) == jax.tree.map(lambda a: a.sharding, expected)
 
 
+def texts(result: Path, target: Path, *flags: str) -> list[Any]:
+    head = ("--target", str(target), "--max-new-tokens", "16", "--json", str(result))
+    assert main(["generate", "how much is 2 and 3?", *head, *flags]) == 0
+    return [row["token_ids"] for row in json.loads(result.read_text())["rows"]]
+
+
 @pytest.mark.usefixtures("compile_quickly")
 def test_its_texts_are_those_of_its_source(source: Path, imported: Path, tmp_path: Path):
-    def texts(target: Path, *flags: str) -> list[Any]:
-        head = ("--target", str(target), "--max-new-tokens", "16", "--json", str(tmp_path / "x.json"))
-        assert main(["generate", "how much is 2 and 3?", *head, *flags]) == 0
-        return [row["token_ids"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]]
-
-    drafter = str(write_drafter(tmp_path / "head"))
-    assert texts(imported) == texts(source) == texts(imported, "--drafter", drafter, "--tree", "chain:2")
+    drafter, result = str(write_drafter(tmp_path / "head")), tmp_path / "x.json"
+    plain = texts(result, source)
+    assert texts(result, imported) == plain == texts(result, imported, "--drafter", drafter, "--tree", "chain:2")
 
 
 def test_tables_dtype_and_fingerprint_are_those_of_its_source(source: Path, imported: Path):
@@ -234,7 +238,7 @@ def test_no_more_than_a_few_pieces_are_held(tmp_path: Path, monkeypatch: pytest.
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Make the disk full after so many pieces."""
+    """Makes the disk full after so many pieces."""
     write, left = Path.write_bytes, [count]
 
     def full(self: Path, data: Any) -> int:
@@ -347,24 +351,19 @@ def test_an_import_is_not_imported_again(imported: Path, tmp_path: Path, capsys:
 def test_a_repository_is_downloaded_without_what_is_not_needed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    asked: dict[str, Any] = {}
-
-    def download(name: str, **how: Any) -> str:
-        asked.update(name=name, **how)
-        return str(shutil.copytree(source, tmp_path / "snapshots" / ("c" * 40)))
-
+    copy = tmp_path / "snapshots" / ("c" * 40)
+    download = Mock(side_effect=lambda name, **how: str(shutil.copytree(source, copy)))
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
     run("someone/model", tmp_path / "out", 0, "--revision", "v1")
-    assert (asked["name"], asked["revision"]) == ("someone/model", "v1")
-    assert {"config.json", "tokenizer.json", "model-*.safetensors"} < set(asked["allow_patterns"])
+    (name,), how = download.call_args
+    assert (name, how["revision"]) == ("someone/model", "v1")
+    assert {"config.json", "tokenizer.json", "model-*.safetensors"} < set(how["allow_patterns"])
     provenance = json.loads((tmp_path / "out" / MANIFEST).read_text())["provenance"]
     assert (provenance["from"], provenance["revision"]) == ("someone/model", "c" * 40)
 
 
 def test_what_is_no_folder_and_no_repository_is_said(tmp_path: Path, monkeypatch: Any, capsys: Any):
-    def fail(*_: Any, **__: Any) -> str:
-        raise FileNotFoundError("404 Client Error.\n\nRepository Not Found")
-
+    fail = Mock(side_effect=FileNotFoundError("404 Client Error.\n\nRepository Not Found"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fail))
     assert "(404 Client Error.)" in refused(capsys, "someone/model", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from random_models import write_target
 from safetensors.numpy import load_file, save_file
-from test_published import LAYERS, Hostile, head, torch_file
+from test_pickled import Hostile, torch_file
+from test_published import LAYERS, head
 
 from jaxspec.__main__ import main
 from jaxspec.interchange.export import write

@@ -1,11 +1,10 @@
 """Drafters in and out: every kind through every layout that holds it, and what is refused before a byte is written."""
 
 import json
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -240,10 +239,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any
 def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path: Path):
     write("sglang", tmp_path / "a", head("eagle3"), target)
 
-    def plain(tensors: Any, config: Any) -> None:
-        config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
-
-    rewrite(tmp_path / "a", plain)
+    ids = {"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}
+    rewrite(tmp_path / "a", lambda tensors, config: config.update(eagle_config=ids))
     with pytest.raises(ValueError, match="say which with --layer-ids"):
         read_drafter(tmp_path / "a", target_layers=LAYERS)
     assert read_drafter(tmp_path / "a", layer_ids="input").config.taps == (2, 3, 4)
@@ -254,20 +251,20 @@ def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path
         read_drafter(tmp_path / "a")
 
 
+def rename_as_vllm(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    """Uses vLLM's other names, and SafeAILab's of the first layer, and removes the number of tokens."""
+    config["pard_token"] = config.pop("mask_token_id")
+    del config["ptd_token_id"], config["num_lookahead_tokens"]
+    tensors["mask_hidden"] = tensors["mask_hidden"][0]
+    for name in [name for name in tensors if name.startswith("layers.0.")]:
+        tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
+
+
 def test_what_the_layouts_of_peagle_heads_leave_open_is_read_or_asked_for(target: str, tmp_path: Path):
     folder, model = tmp_path / "a", head("peagle")
     write("vllm", folder, model, target)
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
-
-    def otherwise(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-        """vLLM's other names, the first layer as SafeAILab calls it, and no number of tokens."""
-        config["pard_token"] = config.pop("mask_token_id")
-        del config["ptd_token_id"], config["num_lookahead_tokens"]
-        tensors["mask_hidden"] = tensors["mask_hidden"][0]
-        for name in [name for name in tensors if name.startswith("layers.0.")]:
-            tensors[name.replace("layers.0.", "midlayer.")] = tensors.pop(name)
-
-    rewrite(folder, otherwise)
+    rewrite(folder, rename_as_vllm)
     with pytest.raises(ValueError, match="does not say how many tokens the head drafts in a pass"):
         read_drafter(folder)
     assert main(["import", "drafter", str(folder), str(tmp_path / "b"), "--tokens", "5"]) == 0
@@ -278,9 +275,7 @@ def test_what_the_layouts_of_peagle_heads_leave_open_is_read_or_asked_for(target
     with pytest.raises(ValueError, match="num_hidden_layers=4, and the weights are of 3 layers"):
         read_drafter(folder, tokens=5)
     rewrite(folder, lambda tensors, config: [config.pop("pard_token"), config.update(num_hidden_layers=3)])
-    with pytest.raises(
-        ValueError, match="mask_token_id=None must be the id, below vocab_size=300, of the token that mask slots hold"
-    ):
+    with pytest.raises(ValueError, match="mask_token_id=None must be the id, below vocab_size=300, of the mask token"):
         read_drafter(folder, tokens=5)
     write("speculators", tmp_path / "c", model, target)
     rewrite(tmp_path / "c", lambda tensors, config: tensors.pop("mask_hidden"))
@@ -299,14 +294,15 @@ def test_a_head_of_another_width_needs_its_target_and_its_own_embedding(target: 
         read_drafter(tmp_path / "a")
 
 
+def reverse_rows(tensors: dict[str, np.ndarray], config: Any) -> None:
+    tensors["d2t"] = np.array(SOME)[::-1] - np.arange(len(SOME))
+    tensors["lm_head.weight"] = np.ascontiguousarray(tensors["lm_head.weight"][::-1])
+
+
 def test_rows_out_of_order_are_sorted_and_tokens_for_offsets_refused(target: str, tmp_path: Path):
     write("vllm", tmp_path / "a", head("eagle3"), target)
 
-    def backward(tensors: dict[str, np.ndarray], config: Any) -> None:
-        tensors["d2t"] = np.array(SOME)[::-1] - np.arange(len(SOME))
-        tensors["lm_head.weight"] = np.ascontiguousarray(tensors["lm_head.weight"][::-1])
-
-    found = read_drafter(rewrite(tmp_path / "a", backward))
+    found = read_drafter(rewrite(tmp_path / "a", reverse_rows))
     assert found.draft_vocab == SOME
     assert_same(found.params, head("eagle3").params)
     rewrite(tmp_path / "a", lambda tensors, config: tensors.update(d2t=np.array(SOME)))
@@ -355,24 +351,10 @@ def test_import_inspect_and_export_tell_the_same(target: str, tmp_path: Path):
 
 
 def test_an_export_that_is_interrupted_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "write_manifest", interrupt)
+    monkeypatch.setattr(export, "write_manifest", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write("sglang", tmp_path / "out", head("eagle"), target)
     assert not list(tmp_path.iterdir())
-
-
-# PyTorch's files.
-
-
-def torch_file(path: Path, program: bytes, parts: dict[str, bytes] | None = None, **how: Any) -> Path:
-    with zipfile.ZipFile(path, "w", **how) as archive:
-        archive.writestr("archive/data.pkl", program)
-        for name, data in (parts or {}).items():
-            archive.writestr(f"archive/data/{name}", data)
-    return path
 
 
 def test_a_bin_is_read_as_safetensors_are(target: str, tmp_path: Path):
@@ -389,57 +371,3 @@ def test_a_bin_is_read_as_safetensors_are(target: str, tmp_path: Path):
     torch.save(tensors, tmp_path / "a" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"is no zip archive: a PyTorch file of before version 1.6"):
         read_drafter(tmp_path / "a")
-
-
-class Hostile:
-    """Whose unpickling runs a command."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path):
-    folder = tmp_path / "a"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    for protocol in (2, 3, 4, 5):
-        program = pickle.dumps({"fc.weight": Hostile(tmp_path / "ran")}, protocol=protocol)
-        torch_file(folder / "pytorch_model.bin", program)
-        with pytest.raises(ValueError, match=r"only tensors and plain containers are admitted|pickle uses"):
-            read_drafter(folder)
-        (folder / "pytorch_model.bin").write_bytes(program)
-        with pytest.raises(ValueError, match="is no zip archive"):
-            read_drafter(folder)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("program", "sentence"),
-    [
-        (b"\x80\x02}", "exhausted"),
-        (b"\x80\x02}q\x00h\x07.", "is not read"),
-        (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", "builtins.eval"),
-        (b"\x80\x02cos\nsystem\n.", "os.system"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),
-        (b"\x80\x02]q\x00h\x00a.", "no table of named tensors"),
-        (b"\x80\x02}X\x01\x00\x00\x00ah\x00s.", "is not read"),
-        (b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "is not read"),
-        (b"garbage", "is not read"),
-    ],
-)
-def test_broken_pickles_are_refused_in_a_sentence(program: bytes, sentence: str, tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
-    torch_file(tmp_path / "pytorch_model.bin", program)
-    with pytest.raises(ValueError, match=sentence):
-        read_drafter(tmp_path)
-
-
-def test_a_compressed_archive_is_refused(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
-    parts = {"0": bytes(10**7)}
-    torch_file(tmp_path / "pytorch_model.bin", b"\x80\x02}.", parts, compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="is compressed or encrypted"):
-        read_drafter(tmp_path)

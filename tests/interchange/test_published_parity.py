@@ -41,15 +41,20 @@ def turn(x: Any, theta: float) -> Any:
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
+def split_heads(w: dict[str, Any], name: str, x: Any, count: int) -> Any:
+    """Queries, keys or values of each head, normed if there is a norm."""
+    bias, scale = w.get(f"{name}_proj.bias", 0.0), w.get(f"{name}_norm.weight")
+    out = (x @ w[f"{name}_proj.weight"].T + bias).view(len(x), count, CHANNELS).transpose(0, 1)
+    return out if scale is None else norm(scale, out)
+
+
 def attention(w: dict[str, Any], prefix: str, x: Any, theta: float) -> Any:
     """Causal grouped attention over `[length, width]`."""
-
-    def heads(name: str, count: int) -> Any:
-        bias, scale = w.get(f"{prefix}self_attn.{name}_proj.bias", 0.0), w.get(f"{prefix}self_attn.{name}_norm.weight")
-        out = (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T + bias).view(len(x), count, CHANNELS).transpose(0, 1)
-        return out if scale is None else norm(scale, out)
-
-    q, k, v = turn(heads("q", QUERIES), theta), turn(heads("k", KEYS), theta), heads("v", KEYS)
+    q, k, v = (
+        split_heads(w, f"{prefix}self_attn.{n}", x, count)
+        for n, count in zip("qkv", (QUERIES, KEYS, KEYS), strict=True)
+    )
+    q, k = turn(q, theta), turn(k, theta)
     k, v = (a.repeat_interleave(QUERIES // KEYS, 0) for a in (k, v))
     scores = (q @ k.transpose(1, 2)) / CHANNELS**0.5
     scores = scores.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
@@ -63,7 +68,7 @@ def mlp(w: dict[str, Any], prefix: str, x: Any) -> Any:
 
 
 def eagle(w: dict[str, Any], embedding: Any, feature: Any, theta: float) -> tuple[Any, Any]:
-    """What is scored, and what is handed on: EAGLE-1/2 and HASS, and FSPAD where its tensors are there."""
+    """The feature that is scored and the one that is passed on, of EAGLE-1/2, HASS and FSPAD heads."""
     fc = "fc.fc" if "fc.fc.weight" in w else "fc"
     s = torch.cat([embedding, feature], -1) @ w[f"{fc}.weight"].T + w.get(f"{fc}.bias", torch.zeros(WIDTH))
     if fc == "fc.fc":
@@ -78,7 +83,7 @@ def eagle(w: dict[str, Any], embedding: Any, feature: Any, theta: float) -> tupl
 
 
 def taken_in(w: dict[str, Any], taps: Any) -> Any:
-    """What an EAGLE-3 head makes of three features of the target, with 3.1's norms where their tensors are there."""
+    """The features of an EAGLE-3 head for three features of the target, with 3.1's norms if their tensors exist."""
     if "input_norm.weight" in w:
         taps = norm(w["input_norm.weight"], taps)
     if "fc_norm.0.weight" in w:
@@ -92,7 +97,7 @@ def layer(w: dict[str, Any], prefix: str, stream: Any, seen: Any, theta: float) 
 
 
 def fused(w: dict[str, Any], prefix: str, embedding: Any, feature: Any) -> Any:
-    """What the first layer's attention reads."""
+    """The input of the first layer's attention."""
     normed = norm(w[f"{prefix}hidden_norm.weight"], feature)
     return torch.cat([norm(w[f"{prefix}input_layernorm.weight"], embedding), normed], -1)
 

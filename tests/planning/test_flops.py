@@ -40,59 +40,61 @@ def test_a_convolution_is_two_flops_for_every_product():
     assert count_flops(program, image, kernel).total == 2 * (2 * 4 * 8 * 8) * (3 * 3 * 3)
 
 
-def test_a_loop_counts_its_body_once_a_trip():
-    def scanned(x, w):
-        return jax.lax.scan(lambda x, _: (jax.lax.map(lambda row: row @ w, x), None), x, None, length=7)[0]
+def scan_of_map(x, w):
+    return jax.lax.scan(lambda x, _: (jax.lax.map(lambda row: row @ w, x), None), x, None, length=7)[0]
 
-    assert count_flops(jax.jit(scanned), X, W).total == 7 * ONE
+
+def until_large(x, step):
+    return jax.lax.while_loop(lambda x: jnp.sum(x) < 9, step, x)
+
+
+def one_or_three_matmuls(x, w):
+    return jax.lax.cond(jnp.sum(x) > 0, lambda x: x @ w @ w @ w, lambda x: x @ w, x)
+
+
+def unused_matmuls(x, w):
+    return jax.lax.scan(lambda x, _: (x, x @ w), x, None, length=4)[0] + 0 * jnp.sum(w)
+
+
+def loss_of_blocks(w, x, wrap):
+    block = wrap(lambda x: jnp.tanh(x @ w) @ w)
+    return jnp.sum(jax.lax.scan(lambda x, _: (block(x), None), x, None, length=3)[0])
+
+
+def loss_of_rows(w, x):
+    matmul = jax.checkpoint(lambda row: jax.lax.cond(row[0] > 0, lambda r: jnp.sum(jnp.tanh(r @ w)), jnp.sum, row))
+    return jnp.sum(jax.lax.map(matmul, x))
+
+
+def test_a_loop_counts_its_body_once_a_trip():
+    assert count_flops(jax.jit(scan_of_map), X, W).total == 7 * ONE
     assert count_flops(lambda x, w: jax.lax.fori_loop(0, 6, lambda _, x: x @ w, x), X, W).total == 6 * ONE
 
 
 def test_a_loop_without_a_known_end_is_refused_only_if_it_multiplies():
-    def until_large(x, step):
-        return jax.lax.while_loop(lambda x: jnp.sum(x) < 9, step, x)
-
     assert count_flops(lambda x: until_large(x, lambda x: x + 1), X).total == 0
     with pytest.raises(ValueError, match="trips are not known"):
         count_flops(lambda x, w: until_large(x, lambda x: x @ w), X, W)
 
 
-def test_a_conditional_counts_its_dearest_branch():
-    def chosen(x, w):
-        return jax.lax.cond(jnp.sum(x) > 0, lambda x: x @ w @ w @ w, lambda x: x @ w, x)
-
-    assert count_flops(chosen, X, W).total == 3 * ONE
+def test_a_conditional_counts_its_most_expensive_branch():
+    assert count_flops(one_or_three_matmuls, X, W).total == 3 * ONE
 
 
 def test_what_no_result_needs_is_not_counted():
-    def wasteful(x, w):
-        return jax.lax.scan(lambda x, _: (x, x @ w), x, None, length=4)[0] + 0 * jnp.sum(w)
-
-    assert count_flops(wasteful, X, W).total == 0
+    assert count_flops(unused_matmuls, X, W).total == 0
 
 
 def test_a_checkpointed_block_is_computed_again_on_the_way_back():
     """`tanh(x w) w`, thrice: forward 2 matmuls, again 1 (the second one's result is not needed), back 4."""
-
-    def loss(w, x, wrap):
-        block = wrap(lambda x: jnp.tanh(x @ w) @ w)
-        return jnp.sum(jax.lax.scan(lambda x, _: (block(x), None), x, None, length=3)[0])
-
-    kept = count_flops(jax.value_and_grad(functools.partial(loss, wrap=lambda f: f)), W, X)
-    again = count_flops(jax.value_and_grad(functools.partial(loss, wrap=jax.checkpoint)), W, X)
+    kept = count_flops(jax.value_and_grad(functools.partial(loss_of_blocks, wrap=lambda f: f)), W, X)
+    again = count_flops(jax.value_and_grad(functools.partial(loss_of_blocks, wrap=jax.checkpoint)), W, X)
     assert kept == Flops(3 * 6 * ONE, 0) and again == Flops(3 * 7 * ONE, 3 * ONE)
     assert again.model == kept.total
 
 
 def test_a_checkpointed_conditional_in_a_loop_is_told_apart_too():
-    def loss(w, x):
-        @jax.checkpoint
-        def one(row):
-            return jax.lax.cond(row[0] > 0, lambda r: jnp.sum(jnp.tanh(r @ w)), jnp.sum, row)
-
-        return jnp.sum(jax.lax.map(one, x))
-
-    assert count_flops(jax.value_and_grad(loss), W, X) == Flops(3 * ONE, ONE)  # forward, again, gradient by `w`
+    assert count_flops(jax.value_and_grad(loss_of_rows), W, X) == Flops(3 * ONE, ONE)  # forward, again, gradient by `w`
 
 
 def test_xla_counts_the_same_where_there_is_no_loop():

@@ -1,5 +1,6 @@
 """Reading compiled programs: shapes, loops, FLOPs of matmuls however XLA writes them, traffic, and messages."""
 
+import functools
 import math
 from collections import Counter
 
@@ -10,13 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning import hlo
-from jaxspec.planning.hlo import Cost, Instruction, Message, Shape
+from jaxspec.planning.cost import Cost, Message, cost_of, message_of
+from jaxspec.planning.hlo import ArrayShape, Instruction
 
 WIDTH, ROWS, TRIPS = 16, 8, 5
 
 
 def cost(program: hlo.Program) -> Cost:
-    return hlo.cost_of(program, flops_per_second=lambda _: 1e9, bytes_per_second=1e9)
+    return cost_of(program, flops_per_second=lambda _: 1e9, bytes_per_second=1e9)
 
 
 def compiled(function, *shapes: tuple[int, ...]) -> hlo.Program:
@@ -24,27 +26,35 @@ def compiled(function, *shapes: tuple[int, ...]) -> hlo.Program:
     return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text() or "")
 
 
-def test_a_loops_matmuls_count_by_its_trips():
-    def loop(x, w):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+def scan_layers(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    program = compiled(loop, (ROWS, WIDTH), (TRIPS, WIDTH, WIDTH))
+
+def multiply_once_or_twice(flag, x, w):
+    return jax.lax.cond(flag[0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+
+def double_until_large(x):
+    return jax.lax.while_loop(lambda x: jnp.sum(x) < jnp.max(x) * 3, lambda x: x * 2, x)
+
+
+def scale_by_each(x, w):
+    return jax.lax.scan(lambda x, w: (x * w, x), x, w)
+
+
+def test_a_loops_matmuls_count_by_its_trips():
+    program = compiled(scan_layers, (ROWS, WIDTH), (TRIPS, WIDTH, WIDTH))
     assert cost(program).flops == TRIPS * 2 * ROWS * WIDTH * WIDTH
 
 
-def test_a_conditional_counts_by_its_dearest_branch():
-    def either(flag, x, w):
-        return jax.lax.cond(flag[0] > 0, lambda: x @ w @ w, lambda: x @ w)
-
-    assert cost(compiled(either, (1,), (ROWS, WIDTH), (WIDTH, WIDTH))).flops == 2 * 2 * ROWS * WIDTH * WIDTH
+def test_a_conditional_counts_by_its_most_expensive_branch():
+    program = compiled(multiply_once_or_twice, (1,), (ROWS, WIDTH), (WIDTH, WIDTH))
+    assert cost(program).flops == 2 * 2 * ROWS * WIDTH * WIDTH
 
 
 def test_a_loop_of_unknown_trips_is_refused():
-    def until(x):
-        return jax.lax.while_loop(lambda x: jnp.sum(x) < jnp.max(x) * 3, lambda x: x * 2, x)
-
     with pytest.raises(ValueError, match="its trips are not known before it runs"):
-        cost(compiled(until, (ROWS,)))
+        cost(compiled(double_until_large, (ROWS,)))
 
 
 @pytest.mark.parametrize(
@@ -64,12 +74,9 @@ def test_a_loop_of_unknown_trips_is_refused():
     ],
 )  # fmt: skip
 def test_convolutions_count_what_they_multiply(attributes: str, left, right, out, pairs: int):
-    def line(name: str, opcode: str, dims: tuple[int, ...], *operands: str, more: str = "") -> Instruction:
-        return Instruction(name, opcode, (Shape("bf16", dims, 0),), operands, more)
-
-    whole = (line("a", "parameter", left), line("b", "parameter", right))
-    program = hlo.Program({"main": (*whole, line("c", "convolution", out, "a", "b", more=attributes))}, "main")
-    assert cost(program).flops == 2 * pairs
+    x, w = (Instruction(n, "parameter", (ArrayShape("bf16", s, 0),), (), "") for n, s in (("x", left), ("w", right)))
+    y = Instruction("y", "convolution", (ArrayShape("bf16", out, 0),), ("x", "w"), attributes)
+    assert cost(hlo.Program({"main": (x, w, y)}, "main")).flops == 2 * pairs
 
 
 @pytest.mark.parametrize("rows", [(), (2,)])
@@ -78,17 +85,14 @@ def test_convolutions_count_what_they_multiply(attributes: str, left, right, out
 def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(
     name: str, matmuls: int, parts: int, rows: tuple[int, ...]
 ):
-    """And of keys of the queries' own, as many as there are queries for each part, the blocks on the diagonal."""
+    """Of per-query keys, as many as there are queries for each part, it counts the blocks on the diagonal."""
     heads, kv_heads, length, channels, block = 8, 4, 64, 16, 32
-
-    def of(heads: int, length: int) -> tuple[Shape]:
-        return (Shape("bf16", (*rows, heads, length, channels), 0),)
-
-    keys = of(kv_heads, (1 + parts) * length)
-    shapes = {"next": (Shape("s8", (1, 4, 9), 0),), "q": of(heads, length), "k": keys, "v": keys}
-    shapes["mask"] = (Shape("s32", (1, block, block), 0),)
+    queries = (ArrayShape("bf16", (*rows, heads, length, channels), 0),)
+    keys = (ArrayShape("bf16", (*rows, kv_heads, (1 + parts) * length, channels), 0),)
+    shapes = {"next": (ArrayShape("s8", (1, 4, 9), 0),), "q": queries, "k": keys, "v": keys}
+    shapes["mask"] = (ArrayShape("s32", (1, block, block), 0),)
     given = [Instruction(n, "parameter", shape, (), "") for n, shape in shapes.items()]
-    result = (Shape("bf16", (2, *shapes["q"][0].dims), 0), *keys, *keys) if "fused" in name else keys
+    result = (ArrayShape("bf16", (2, *shapes["q"][0].dims), 0), *keys, *keys) if "fused" in name else keys
     call = (f"splash_mha_{name.split()[0]}_segmented.7", "custom-call", result, tuple(shapes), '"tpu_custom_call"')
     assert cost(hlo.Program({"main": (*given, Instruction(*call))}, "main")).flops == (
         matmuls * 2 * math.prod(rows) * heads * channels * length * (length / 2 + parts * block)
@@ -96,19 +100,17 @@ def test_an_opaque_splash_kernel_counts_half_the_scores_of_its_matmuls(
 
 
 def test_a_collective_whose_groups_cannot_be_read_is_refused():
-    i = Instruction("r", "all-reduce", (Shape("f32", (10,), 0),), ("x",), "replica_groups=<new way>, to_apply=%add")
+    i = Instruction(
+        "r", "all-reduce", (ArrayShape("f32", (10,), 0),), ("x",), "replica_groups=<new way>, to_apply=%add"
+    )
     with pytest.raises(ValueError, match="written in a way that is not known: replica_groups=<new way>"):
-        hlo.message_of(i, 4)
+        message_of(i, 4)
 
 
 def test_a_slice_of_stacked_weights_reads_that_slice_alone():
     """So a scan over layers reads every weight once, and writes an array of results once."""
-
-    def loop(x, w):
-        return jax.lax.scan(lambda x, w: (x * w, x), x, w)
-
     size = 4 * 4096
-    moved = cost(compiled(loop, (4096,), (100, 4096))).bytes
+    moved = cost(compiled(scale_by_each, (4096,), (100, 4096))).bytes
     assert 100 * 4 * size <= moved <= 1.01 * 100 * 8 * size
 
 
@@ -124,20 +126,25 @@ def test_a_slice_of_stacked_weights_reads_that_slice_alone():
     ],
 )
 def test_groups_are_read_however_they_are_written(groups: str, found: tuple[int, ...]):
-    i = Instruction("r", "all-reduce", (Shape("f32", (10,), 0),), ("x",), f"channel_id=1, {groups}, to_apply=%add")
+    i = Instruction("r", "all-reduce", (ArrayShape("f32", (10,), 0),), ("x",), f"channel_id=1, {groups}, to_apply=%add")
     share = (len(found) - 1) / len(found)
-    assert hlo.message_of(i, 4) == Message("all-reduce", found, round(2 * 40 * share), i.result[0])
+    assert message_of(i, 4) == Message("all-reduce", found, round(2 * 40 * share), i.result[0])
 
 
 def test_a_gather_sends_all_but_its_own_part_and_a_scatter_too():
-    whole, part = Shape("bf16", (8, 100), 0), Shape("bf16", (2, 100), 0)
+    whole, part = ArrayShape("bf16", (8, 100), 0), ArrayShape("bf16", (2, 100), 0)
     gather = Instruction("g", "all-gather-start", (part, whole), ("x",), "replica_groups=[1,4]<=[4], dimensions={0}")
     scatter = Instruction("s", "reduce-scatter", (part,), ("x",), "replica_groups=[1,4]<=[4], dimensions={0}")
     for i in (gather, scatter):
-        message = hlo.message_of(i, 4)
+        message = message_of(i, 4)
         assert message is not None and message.bytes == 1600 * 3 / 4
     alone = Instruction("r", "all-reduce", (part,), ("x",), "replica_groups=[4,1]<=[4]")
-    assert hlo.message_of(alone, 4) is None
+    assert message_of(alone, 4) is None
+
+
+def gathered_layer(mesh, x, w):
+    w = jax.lax.with_sharding_constraint(w, jax.NamedSharding(mesh, P()))
+    return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), jax.NamedSharding(mesh, P("fsdp"))), None
 
 
 def test_messages_of_a_compiled_loop_count_by_its_trips():
@@ -146,15 +153,9 @@ def test_messages_of_a_compiled_loop_count_by_its_trips():
     weights = jax.ShapeDtypeStruct(
         (TRIPS, WIDTH, WIDTH), jnp.float32, sharding=jax.NamedSharding(mesh, P(None, "fsdp"))
     )
-
-    def loop(x, w):
-        def layer(x, w):
-            w = jax.lax.with_sharding_constraint(w, jax.NamedSharding(mesh, P()))
-            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), jax.NamedSharding(mesh, P("fsdp"))), None
-
-        return jax.lax.scan(layer, x, w)[0]
-
-    found = cost(hlo.parse(jax.jit(loop).lower(rows, weights).compile().as_text() or ""))
+    layer = functools.partial(gathered_layer, mesh)
+    loop = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0])
+    found = cost(hlo.parse(loop.lower(rows, weights).compile().as_text() or ""))
     gathered = Counter({m.group: m.bytes * n for m, n in found.sent.items() if m.kind == "all-gather"})
     assert gathered == {(0, 2, 4, 6): TRIPS * 4 * WIDTH * WIDTH * 3 / 4}
     assert found.flops == TRIPS * 2 * (ROWS / 4) * WIDTH * WIDTH

@@ -16,7 +16,7 @@ from jaxspec import config
 from jaxspec.__main__ import main
 from jaxspec.data.draft_vocab import save_maps
 from jaxspec.distillation.compilers import lower_step
-from jaxspec.planning import decode_program, hlo
+from jaxspec.planning import cost, decode_program, hlo
 from jaxspec.planning.chips import CHIPS, chip_of, device_part, network_bandwidth
 from jaxspec.planning.plan import PARTS, Costs, Memory, StepPlan, abstract_arguments, scored_tokens, target_shape
 from jaxspec.targets.decoder import SHAPES
@@ -164,7 +164,7 @@ def test_no_logits_are_sent_and_no_fp32_logits_of_all_tokens_exist():
     step = plan.build_abstract(job, shape, mesh, None)
     compiled = lower_step("jit", mesh, step.task, step.optimizer, *abstract_arguments(step, None)).compile()
     program = hlo.parse(compiled.as_text() or "")
-    sent = {m.largest for m in hlo.cost_of(program, flops_per_second=lambda _: 1, bytes_per_second=1).sent}
+    sent = {m.largest for m in cost.cost_of(program, flops_per_second=lambda _: 1, bytes_per_second=1).sent}
     assert {s.dims for s in sent if shape.vocab in s.dims} <= {(shape.vocab, shape.width)}  # the head's own weights
     made = {s for lines in program.computations.values() for i in lines for s in i.result if s.kind == "f32"}
     of_all_tokens = job.data.length * shape.vocab  # one row a chip

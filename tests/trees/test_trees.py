@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +34,13 @@ def grow_jitted(policy: TreePolicy, tables: Tables, root: int = 7) -> Tree:
 
 
 def quantised(tables: Tables, values: tuple[float, ...], seed: int = 0) -> Tables:
-    """Every logit one of a few values: almost everything ties."""
+    """Returns tables in which every logit is one of a few values, so that most scores tie."""
     rng = np.random.default_rng(seed)
     return [rng.choice(np.asarray(values, np.float32), size=x.shape) for x in tables]
 
 
 def log_probabilities(tables: Tables) -> Tables:
-    """By the library's own log-softmax, so that equal scores tie in both implementations."""
+    """Returns log-probabilities by the library's log-softmax, so that equal scores tie in both implementations."""
     return jax.device_get(log_softmax_each(tables))
 
 
@@ -45,18 +48,19 @@ log_softmax_each = jax.jit(lambda tables: [jax.nn.log_softmax(x) for x in tables
 
 
 def best(scores: list[np.float32], count: int) -> list[int]:
-    """Indices of the greatest, the earlier first among equals."""
+    """Returns the indices of the greatest scores; of equal ones the earlier comes first."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
 
 
+def best_children(logp: Tables, row: int, count: int, path: tuple[int, ...], score: np.float32):
+    """Returns `(path, score)` of the likeliest children of a path."""
+    step = logp[len(path)][row, code_of(path, logp[0].shape[-1])]
+    return [((*path, int(t)), np.float32(score + step[t])) for t in best(list(step), count)]
+
+
 def eagle2(logp: Tables, row: int, nodes: int, depth: int, beam: int):
-    """Section 5.3 of the reference: `(path, score)` of each kept node, in the order the pool was drafted."""
-    vocab = logp[0].shape[-1]
-
-    def children(path, score):
-        step = logp[len(path)][row, code_of(path, vocab)]
-        return [((*path, int(t)), np.float32(score + step[t])) for t in best(list(step), beam)]
-
+    """Returns `(path, score)` of each kept node, in the order of drafting (EAGLE-2, expansion and rerank)."""
+    children = functools.partial(best_children, logp, row, beam)
     level = children((), np.float32(0))
     pool, frontier = list(level), level
     for _ in range(1, depth):
@@ -231,25 +235,35 @@ def test_the_attention_mask_is_the_nodes_and_their_ancestors(policy: TreePolicy)
         assert tree.ancestors_BNN[b, tree.valid_BN[b], 0].all()
 
 
+class WatchedDrafter(NamedTuple):
+    """A drafter that notes the frontiers it drafts from."""
+
+    draft: Callable[..., Any]
+    seen: list[tuple]
+    """Tokens, parents and visible slots of each frontier."""
+    places: list[tuple]
+    """Depth and first slot of each frontier."""
+
+    def __call__(self, scratch: Any, frontier: Frontier) -> Any:
+        self.seen.append((frontier.token_BW, frontier.parent_BW, frontier.visible_BWM))
+        self.places.append((frontier.depth, frontier.slot))
+        return self.draft(scratch, frontier)
+
+
+def frontiers(policy: TreePolicy, places: list[tuple], tables: Tables) -> list[tuple]:
+    """Returns the frontiers of a tree, and appends their places to `places`."""
+    watched = WatchedDrafter(draft_from(tables), [], places)
+    scratch = jnp.full((2, policy.slots), -1)
+    policy.grow(watched, likely, scratch, jnp.asarray(tables[0])[:, 0], jnp.zeros(2, jnp.int32))
+    return watched.seen
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_every_level_sees_its_drafted_ancestors_and_itself(policy: TreePolicy):
     """Slots are filled in order, and a node's visible slots hold exactly the prefixes of its path."""
-    depths_and_slots = []
-
-    @jax.jit
-    def frontiers(tables: Tables) -> list[tuple]:
-        draft, seen = draft_from(tables), []
-
-        def watch(scratch, frontier: Frontier):
-            seen.append((frontier.token_BW, frontier.parent_BW, frontier.visible_BWM))
-            depths_and_slots.append((frontier.depth, frontier.slot))
-            return draft(scratch, frontier)
-
-        scratch = jnp.full((2, policy.slots), -1)
-        policy.grow(watch, likely, scratch, jnp.asarray(tables[0])[:, 0], jnp.zeros(2, jnp.int32))
-        return seen
-
-    found = jax.device_get(frontiers(path_tables(2, 5, policy.depth, 2)))
+    depths_and_slots: list[tuple] = []
+    grown = jax.jit(functools.partial(frontiers, policy, depths_and_slots))
+    found = jax.device_get(grown(path_tables(2, 5, policy.depth, 2)))
     paths: list[list[tuple[int, ...]]] = [[], []]
     for level, (token_BW, parent_BW, visible_BWM) in enumerate(found, start=1):
         begin = len(paths[0])
@@ -312,9 +326,7 @@ def test_a_chain_is_a_beam_of_one():
 
 
 def test_a_tree_without_drafts_calls_no_drafter():
-    def refuse(scratch, frontier):
-        raise AssertionError("drafted")
-
+    refuse = Mock(side_effect=AssertionError("drafted"))
     for policy in (chain(0), chain(1), DynamicTree(1, 1, 2), DynamicTree(3, 1, 2), BestFirstTree(3, 1, 2)):
         tree = jax.jit(lambda root, p=policy: p.grow(refuse, likely, None, jnp.ones((2, 4)), root))(jnp.array([3, 1]))
         assert tree.token_BN[:, 0].tolist() == [3, 1] and tree.token_BN.shape == (2, policy.nodes)

@@ -1,0 +1,252 @@
+"""Tokenized documents: from conversations in memory, from several corpora as one, and by hash."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxspec.data.chat import ChatTokenizer, EncodedConversation
+from jaxspec.data.conversations import Conversation
+
+
+class Summary(NamedTuple):
+    """Counts of what became of a set of conversations when they were tokenized."""
+
+    documents: int
+    tokens: int
+    truncated: int  # documents longer than a row
+    without_assistant: int  # documents where no token kept is the assistant's
+    only_assistant: int  # documents where every token is the assistant's
+
+    def __str__(self) -> str:
+        parts = [f"{self.documents:,} documents", f"{self.tokens:,} tokens"]
+        named = ("truncated", "without_assistant", "only_assistant")
+        return ", ".join(parts + [f"{getattr(self, n):,} {n.replace('_', ' ')}" for n in named if getattr(self, n)])
+
+
+class Document(NamedTuple):
+    """One tokenized document."""
+
+    tokens: np.ndarray  # int32 [L]
+    assistant_mask: np.ndarray  # bool [L]
+
+
+class Documents(Protocol):
+    """Tokenized documents, in memory (`Corpus`) or on disk (`tokenized_corpus.StoredCorpus`).
+
+    The arrays describe all documents and are enough to pack them; `read` returns the tokens of some.
+    """
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Integers [documents]: the number of tokens of each."""
+        ...
+
+    @property
+    def said(self) -> np.ndarray:
+        """Integers [documents]: the number of the assistant's tokens, not counting a document's first token."""
+        ...
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint64 [documents]: `key` of each."""
+        ...
+
+    @property
+    def source(self) -> np.ndarray:
+        """Integers [documents]: index into `sources`."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The id of each document's conversation."""
+        ...
+
+    @property
+    def summary(self) -> Summary:
+        """Counts of what became of them when they were tokenized."""
+        ...
+
+    def read(self, documents: Sequence[int]) -> list[Document]:
+        """Returns some documents, in the order asked for."""
+        ...
+
+
+def fingerprint(documents: Documents) -> str:
+    """Returns a hash, in hex, of everything that training reads of the documents."""
+    digest = hashlib.sha256(repr(documents.sources).encode())
+    for part in (documents.keys, documents.said, documents.source):
+        digest.update(np.asarray(part, np.uint64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def key(tokens: np.ndarray) -> int:
+    """Returns the 64-bit name of a document: the BLAKE2b hash of its tokens."""
+    digest = hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+class Corpus(NamedTuple):
+    """Tokenized documents in memory, one after another; document `d` is `tokens[offsets[d]:offsets[d+1]]`."""
+
+    tokens: np.ndarray  # int32 [total]
+    assistant_mask: np.ndarray  # bool [total]
+    offsets: np.ndarray  # int64 [documents + 1]
+    source: np.ndarray  # int32 [documents], index into `sources`
+    sources: tuple[str, ...]
+    ids: Sequence[str]  # of the conversations
+    truncated: np.ndarray  # bool [documents], whether it was longer
+
+    @property
+    def summary(self) -> Summary:
+        """See `Documents`."""
+        spoken = self._spoken(self.offsets[:-1])
+        return Summary(
+            documents=len(spoken),
+            tokens=len(self.tokens),
+            truncated=int(self.truncated.sum()),
+            without_assistant=int((spoken == 0).sum()),
+            only_assistant=int((spoken == self.lengths).sum()),
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """See `Documents`."""
+        return np.diff(self.offsets)
+
+    @property
+    def said(self) -> np.ndarray:
+        """See `Documents`."""
+        return self._spoken(np.minimum(self.offsets[:-1] + 1, self.offsets[1:]))
+
+    def _spoken(self, starts: np.ndarray) -> np.ndarray:
+        """Returns int64 [documents]: the number of the assistant's tokens of each from its place in `starts` on."""
+        seen = np.concatenate([[0], np.cumsum(self.assistant_mask, dtype=np.int64)])
+        return seen[self.offsets[1:]] - seen[starts]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """See `Documents`; computed at every call."""
+        pieces = (self.tokens[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
+        return np.fromiter(map(key, pieces), np.uint64, len(self.offsets) - 1)
+
+    def read(self, documents: Sequence[int]) -> list[Document]:
+        """See `Documents`."""
+        bounds = [slice(self.offsets[d], self.offsets[d + 1]) for d in documents]
+        return [Document(self.tokens[here], self.assistant_mask[here]) for here in bounds]
+
+
+@dataclass(frozen=True)
+class Ids(Sequence[str]):
+    """A sequence of ids that are looked up one at a time."""
+
+    size: int
+    find: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.find(int(index))
+
+
+class Joined:
+    """The documents of several corpora, one after another; see `Documents`."""
+
+    def __init__(self, parts: Sequence[Documents]) -> None:
+        self.parts = tuple(parts)
+        self._starts = np.cumsum([0, *(len(part.lengths) for part in parts)])
+        self.lengths = np.concatenate([part.lengths for part in parts])
+        self.said = np.concatenate([part.said for part in parts])
+        self.sources: tuple[str, ...] = tuple(sorted({source for part in parts for source in part.sources}))
+        named = [np.asarray([self.sources.index(s) for s in part.sources], np.int32) for part in parts]
+        self.source = np.concatenate([names[part.source] for names, part in zip(named, parts, strict=True)])
+        self.summary = Summary(*(sum(counts) for counts in zip(*(part.summary for part in parts), strict=True)))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """See `Documents`."""
+        return np.concatenate([part.keys for part in self.parts])
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """Returns the number of the part that holds a document, and the document's place in it."""
+        part = int(np.searchsorted(self._starts, document, side="right")) - 1
+        return part, int(document - self._starts[part])
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """See `Documents`."""
+        return Ids(len(self.lengths), self._id)
+
+    def _id(self, document: int) -> str:
+        part, place = self._place(document)
+        return self.parts[part].ids[place]
+
+    def read(self, documents: Sequence[int]) -> list[Document]:
+        """See `Documents`."""
+        places = [self._place(document) for document in documents]
+        found: dict[tuple[int, int], Document] = {}
+        for number, part in enumerate(self.parts):
+            wanted = [place for which, place in places if which == number]
+            found |= {(number, at): document for at, document in zip(wanted, part.read(wanted), strict=True)}
+        return [found[place] for place in places]
+
+
+def join(*corpora: Documents) -> Documents:
+    """Returns the documents of each corpus, one after another."""
+    return corpora[0] if len(corpora) == 1 else Joined(corpora)
+
+
+def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, length: int) -> Corpus:
+    """Returns all conversations as one corpus, each cut to `length` tokens; its `summary` counts what was cut.
+
+    A plain text is divided instead of cut: it becomes as many documents of `length` tokens as it fills, and the last
+    one is shorter. None of its tokens is the assistant's. Raises ValueError naming the conversation that the chat
+    template refuses.
+    """
+    if not conversations:
+        raise ValueError("conversations is empty")
+    sources = tuple(sorted({c.source for c in conversations}))
+    made = [
+        (conversation, slice(at, at + length), encoded)
+        for conversation, encoded in zip(conversations, _encode(conversations, tokenizer), strict=True)
+        for at in range(0, 1 if conversation.text is None else len(encoded.tokens), length)
+    ]
+    tokens = [encoded.tokens[here] for _, here, encoded in made]
+    return Corpus(
+        tokens=np.concatenate(tokens),
+        assistant_mask=np.concatenate([encoded.assistant_mask[here] for _, here, encoded in made]),
+        offsets=np.cumsum([0, *map(len, tokens)]),
+        source=np.asarray([sources.index(c.source) for c, *_ in made], np.int32),
+        sources=sources,
+        ids=tuple(c.id for c, *_ in made),
+        truncated=np.asarray([c.text is None and len(encoded.tokens) > length for c, _, encoded in made]),
+    )
+
+
+def _encode(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[EncodedConversation]:
+    talks = [c for c in conversations if c.text is None]
+    try:
+        talked = iter(_encode_talks(talks, tokenizer))
+        return [next(talked) if c.text is None else tokenizer.encode_text(c.text) for c in conversations]
+    except ValueError:
+        # They are encoded together because that is faster; one by one they show which of them is refused.
+        for conversation in talks:
+            try:
+                _encode_talks([conversation], tokenizer)
+            except ValueError as error:
+                raise ValueError(f"conversation {conversation.id!r} of {conversation.source}: {error}") from error
+        raise
+
+
+def _encode_talks(talks: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[EncodedConversation]:
+    return tokenizer.encode_conversations([c.messages for c in talks], unfinished=[c.unfinished for c in talks])
