@@ -383,6 +383,6 @@ def is_quick(command: Command) -> bool:
     return command.verb in CHEAP or (command.verb == "export" and "hf" in command.arguments)
 
 
-@pytest.mark.parametrize("command", filter(is_quick, COMMANDS), ids=str)
+@pytest.mark.parametrize("command", [*filter(is_quick, COMMANDS)], ids=str)
 def test_a_quick_command_line_runs_as_printed(command: Command, reader: Path):
     assert main([*command.verb.split(), *command.arguments]) == 0
