@@ -372,7 +372,7 @@ def test_the_python_of_a_document_runs_as_printed(document: Path, reader: Path, 
             ]
             pytest.fail(f"{name_of(document)}:{at[-1] if at else line}: {type(failure).__name__}: {failure}")
     if document == README:
-        assert names["done"].tau >= 1 and capsys.readouterr().out.strip()
+        assert float(capsys.readouterr().out.split()[-1]) >= 1  # it prints the text, then tau
 
 
 CHEAP = {"configs", "runs", "inspect", "draft-vocab", "tokenize", "import target"} & VERBS.keys()
