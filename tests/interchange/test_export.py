@@ -39,14 +39,14 @@ from jaxspec.nn.decoder_layer import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
 from jaxspec.targets.decoder import DecoderConfig
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+FORMATS = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text(encoding="utf-8")
 HEAD = Eagle(EagleConfig(width=32, heads=4, kv_heads=2, head_dim=8, mlp=64))
 
 
-def lines_of_readme(out: Path) -> list[str]:
-    """The README's two pieces of code about Orbax, for the folder `out`."""
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ocp." in b]
-    assert len(blocks) == 2 and len([line for line in blocks[0].splitlines() if line]) == 5
+def printed_lines(out: Path) -> list[str]:
+    """The two pieces of code about Orbax in docs/formats.md, for the folder `out`."""
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", FORMATS, re.DOTALL) if "ocp." in b]
+    assert len(blocks) == 2 and len([line for line in blocks[0].splitlines() if line]) == 7
     return [block.replace('"OUT"', repr(str(out))) for block in blocks]
 
 
@@ -64,10 +64,10 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_the_lines_of_the_readme_load_it_on_eight_devices(drafter: Path):
+def test_the_printed_lines_load_it_on_eight_devices(drafter: Path):
     assert jax.device_count() == 8
     names: dict[str, Any] = {}
-    for block in lines_of_readme(drafter):
+    for block in printed_lines(drafter):
         exec(block, names)
     expected = load_drafter(drafter).params
     assert_same(names["params"], expected)
@@ -75,9 +75,9 @@ def test_the_lines_of_the_readme_load_it_on_eight_devices(drafter: Path):
     np.testing.assert_array_equal(names["fc"], expected["fc"])
 
 
-def test_the_lines_of_the_readme_load_it_on_one_device_without_jaxspec(drafter: Path, tmp_path: Path):
+def test_the_printed_lines_load_it_on_one_device_without_jaxspec(drafter: Path, tmp_path: Path):
     write = "import sys, numpy; numpy.savez(sys.argv[1], fc_alone=fc, **params); assert 'jaxspec' not in sys.modules"
-    code = "\n".join([*lines_of_readme(drafter), write])
+    code = "\n".join([*printed_lines(drafter), write])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "a.npz"], env=environment, check=True, cwd=tmp_path)
     found = dict(np.load(tmp_path / "a.npz"))
