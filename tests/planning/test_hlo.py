@@ -12,6 +12,8 @@ from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning import hlo
 from jaxspec.planning.hlo import Cost, Instruction, Message, Shape
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 WIDTH, ROWS, TRIPS = 16, 8, 5
 
 
