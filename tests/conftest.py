@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Nearly all time is the compiler's: toys need no fast program. Modules that do use `compile_fully`.
+# Nearly all time is the compiler's: toys need no fast program.
 jax.config.update("jax_disable_most_optimizations", True)
 
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
@@ -18,16 +19,21 @@ MOST_WORKERS = 4
 FEW_FILES = 20
 
 
-def test_files(config: pytest.Config) -> int:
+def count_files(config: pytest.Config) -> int:
     """Returns how many test files the command line names, by themselves or by a folder."""
     places = [Path(argument.split("::")[0]) for argument in config.args]
     return sum(place.is_file() or len(list(place.rglob("test_*.py"))) for place in places)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker a core for the whole suite, and none for a package: they take longer to start than it takes to run."""
+    """Returns a worker a core for the whole suite, and none for a package or for slow tests.
+
+    A package runs in less time than workers start in, and slow tests measure: they want the machine for themselves.
+    """
+    if config.option.markexpr != "not slow" or count_files(config) <= FEW_FILES:
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS) if test_files(config) > FEW_FILES else 0
+    return min(cores, MOST_WORKERS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,12 +60,19 @@ def forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+def compile_as(*, fully: bool) -> None:
+    """Sets how later programs are compiled: as users' are and afresh, or quickly and read back where they can be."""
+    jax.config.update("jax_disable_most_optimizations", not fully)
+    jax.config.update("jax_enable_compilation_cache", not fully)  # a program for absent chips cannot be read back
+    reset_cache()  # JAX asks only once whether to read
+
+
 @pytest.fixture(scope="module")
 def compile_fully() -> Iterator[None]:
-    """For modules whose claims are about what the compiler makes of a program."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    """For modules whose claims are about what the compiler makes of a program, or that compile for absent chips."""
+    compile_as(fully=True)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_as(fully=False)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def make_loss(found: DistillConfig, objective: Objective, target, frozen) -> tup
         sums = judged_batch(target, drafter, frozen, params, rows, key, objective, learning=False)[1]
         return sums.mean_loss(objective)
 
-    return loss, drafter.init_params(jax.random.key(0), target.shared_tables(frozen))
+    return loss, jax.jit(drafter.init_params)(jax.random.key(0), target.shared_tables(frozen))
 
 
 def make_step(*arguments: Any) -> Callable[..., Any]:
