@@ -1,12 +1,56 @@
-"""Before any JAX operation: CPU only, with eight virtual devices."""
+"""Before any JAX operation: CPU only, eight virtual devices, programs compiled quickly and kept for the next run."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Nearly all time is the compiler's: toys need no fast program.
+jax.config.update("jax_disable_most_optimizations", True)
+
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+MOST_PROGRAM_BYTES = 2**30
+MOST_WORKERS = 4
+FEW_FILES = 20
+
+
+def count_files(config: pytest.Config) -> int:
+    """Returns how many test files the command line names, by themselves or by a folder."""
+    places = [Path(argument.split("::")[0]) for argument in config.args]
+    return sum(place.is_file() or len(list(place.rglob("test_*.py"))) for place in places)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Returns a worker a core for the whole suite, and none for a package or for slow tests.
+
+    A package runs in less time than workers start in, and slow tests measure: they want the machine for themselves.
+    """
+    if config.option.markexpr != "not slow" or count_files(config) <= FEW_FILES:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers, modules and processes that tests start share compiled programs by a folder, and so do later runs."""
+    cache = getattr(config, "cache", None)
+    if PROGRAMS not in os.environ and cache is not None:
+        folder = cache.mkdir("programs")
+        files = [file for file in folder.iterdir() if file.is_file()]
+        # Programs of former code are never asked for again: once they are many, all go.
+        if sum(file.stat().st_size for file in files) > MOST_PROGRAM_BYTES:
+            for file in files:
+                file.unlink(missing_ok=True)
+        os.environ[PROGRAMS] = str(folder)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if PROGRAMS in os.environ:  # JAX has read the environment already
+        jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,17 +60,29 @@ def forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+def compile_as(*, fully: bool) -> None:
+    """Sets how later programs are compiled: as users' are and afresh, or quickly and read back where they can be."""
+    jax.config.update("jax_disable_most_optimizations", not fully)
+    jax.config.update("jax_enable_compilation_cache", not fully)  # a program for absent chips cannot be read back
+    reset_cache()  # JAX asks only once whether to read
+
+
 @pytest.fixture(scope="module")
-def compile_quickly() -> Iterator[None]:
-    """For modules whose time is the compiler's and whose claims are not about speed or the last bit."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def compile_fully() -> Iterator[None]:
+    """For modules whose claims are about what the compiler makes of a program, or that compile for absent chips."""
+    compile_as(fully=True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_as(fully=False)
+
+
+@pytest.fixture(scope="module")
+def compile_quickly() -> None:
+    """All modules compile quickly now."""
 
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """Grows by an entry whenever something is compiled; `clear` it once everything is warm."""
+    """Grows by an entry whenever something is compiled or fetched; `clear` it once everything is warm."""
     counted: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+ONE_OF_SEVERAL = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+"""Variables of processes that compute together: each compiles its own programs."""
+
 
 def start(folder: Path, *words: str, devices: int = 1, **variables: str) -> subprocess.Popen[str]:
     """`jaxspec WORDS` in `folder`, on so many CPU devices, compiled quickly."""
@@ -29,7 +32,9 @@ def start_several(folders: Iterable[Path], *words: str, devices: int) -> list[su
     """`jaxspec WORDS` as one process in every folder, joined by flags."""
     folders = list(folders)
     place = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(len(folders)), "--process")
-    return [start(folder, *words, *place, str(i), devices=devices) for i, folder in enumerate(folders)]
+    return [
+        start(folder, *words, *place, str(i), devices=devices, **ONE_OF_SEVERAL) for i, folder in enumerate(folders)
+    ]
 
 
 def ends(runs: Iterable[subprocess.Popen[str]]) -> list[tuple[int, str]]:

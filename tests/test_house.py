@@ -1,6 +1,8 @@
 """The rules of the house: imports point one way, every package is shipped, the library stays a library."""
 
 import ast
+import functools
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +121,7 @@ DEEPEST_NESTING = 1
 def sources() -> dict[str, Path]:
     """Returns every module of the distribution: dotted name (packages as `name.__init__`) -> file."""
     found = {}
-    for top in ("jaxspec", *PROGRAMS):
+    for top in ("jaxspec", *sorted(PROGRAMS)):
         prefix = () if top == "jaxspec" else ("jaxspec",)
         for path in sorted((ROOT / top).rglob("*.py")):
             found[".".join((*prefix, *path.relative_to(ROOT).with_suffix("").parts))] = path
@@ -137,7 +139,9 @@ def package(module: str) -> str:
     return "jaxspec" if len(words) == 1 or words[1] == "__init__" else words[1]
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
+    """Returns the syntax of a file, parsed once."""
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
@@ -276,7 +280,8 @@ def test_the_measures_of_the_house(capsys: pytest.CaptureFixture[str]):
             f"\n{len(loose)} loose modules, {len(LAYERS)} layers, {len(SOURCES)} modules, longest file "
             f"{max(LINES.values())} lines, longest function {max(f.lines for f in FUNCTIONS)} lines, most arguments "
             f"{max(f.arguments for f in FUNCTIONS)}, {len(nested)} nested functions of {len(FUNCTIONS)}, deepest "
-            f"{max(f.depth for f in FUNCTIONS)}"
+            f"{max(f.depth for f in FUNCTIONS)}",
+            file=sys.stderr,  # the output of a worker of pytest-xdist goes nowhere
         )
     assert len(loose) <= MOST_LOOSE_MODULES
     assert not {place: lines for place, lines in LINES.items() if lines > MOST_LINES}

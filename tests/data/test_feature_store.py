@@ -107,7 +107,7 @@ def make_loss(found: DistillConfig, objective: Objective, target, frozen) -> tup
         sums = batch_loss(task, Frozen(frozen), params, rows, jax.random.key(1), learning=False)[1]
         return sums.mean_loss(objective)
 
-    return loss, drafter.init_params(jax.random.key(0), target.shared_tables(frozen))
+    return loss, jax.jit(drafter.init_params)(jax.random.key(0), target.shared_tables(frozen))
 
 
 def make_step(*arguments: Any) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ def batch() -> Batch:
 
 @functools.cache
 def begun():
-    frozen = jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0)))
+    frozen = jax.tree.map(lambda a: a * 4, jax.jit(TARGET.init_params)(jax.random.key(0)))
     return frozen, init_state(DRAFTER, OPTIMIZER, jax.random.key(2))
 
 

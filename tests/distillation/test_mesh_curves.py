@@ -84,7 +84,7 @@ def placed(name: str, mesh: jax.sharding.Mesh) -> tuple[tuple[Any, ...], tuple[A
     drafter, objective = PAIRS[name]
     rate = make_schedule(peak_lr=1e-3, steps=STEPS, warmup_steps=2, schedule="linear")
     optimizer = make_optimizer(rate, clip_value=0.5)
-    frozen = Frozen(jax.tree.map(lambda a: a * 4, TARGET.init_params(jax.random.key(0))))
+    frozen = Frozen(jax.tree.map(lambda a: a * 4, jax.jit(TARGET.init_params)(jax.random.key(0))))
     state = init_state(drafter, optimizer, jax.random.key(1), TARGET.shared_tables(frozen.params))
     frozen, state = (jax.device_put(x, shardings(mesh, x)) for x in (frozen, state))
     task = Task(TARGET.clone(taps=drafter.taps), drafter, objective)

@@ -26,7 +26,7 @@ def first_step(params: Any, **how: Any) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def head():
-    return HEAD.init_params(jax.random.key(0))
+    return jax.jit(HEAD.init_params)(jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_matrix_moves_by_an_orthogonal_matrix_of_adamws_size(head, name: str, 
 
 
 def test_stacked_matrices_move_as_each_alone():
-    heads = Medusa(MedusaConfig(8, 3)).init_params(jax.random.key(0))
+    heads = jax.jit(Medusa(MedusaConfig(8, 3)).init_params)(jax.random.key(0))
     update, gradient = first_step(heads, kind="muon")
     optimizer = make_optimizer(lambda count: jnp.asarray(RATE), kind="muon")
     for i in range(3):

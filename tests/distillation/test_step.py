@@ -305,7 +305,7 @@ def test_unknown_losses_are_named():
     ],
 )
 def test_the_gradient_is_that_of_the_sums(frozen, batch: Batch, objective: Objective, vocab):
-    params, ids = DRAFTER.init_params(jax.random.key(1)), None if vocab is None else jnp.asarray(vocab)
+    params, ids = jax.jit(DRAFTER.init_params)(jax.random.key(1)), None if vocab is None else jnp.asarray(vocab)
 
     task, key = Task(TARGET, DRAFTER, objective), jax.random.key(3)
 

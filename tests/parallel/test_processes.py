@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pretrain_toy
 import pytest
-from processes import ends, finish, free_port, start, start_several, wait_for
+from processes import ONE_OF_SEVERAL, ends, finish, free_port, start, start_several, wait_for
 from random_models import write_target
 
 from jaxspec.__main__ import main
@@ -156,6 +156,7 @@ def test_two_processes_found_by_jax_train_as_one_does(tmp_path: Path, monkeypatc
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_NTASKS": "2",
         "JAX_COORDINATOR_PORT": str(free_port()),
+        **ONE_OF_SEVERAL,
     }
     ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     runs = [start(folder, *words, devices=2, **variables, **rank) for rank in ranks]

@@ -17,6 +17,8 @@ from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import DynamicTree, chain
 from jaxspec.verify import RULES
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 HBM = 32e9
 VOCAB = 128256
 LAYERS = 32

@@ -14,6 +14,8 @@ from jaxspec.planning import hlo
 from jaxspec.planning.cost import Cost, Message, cost_of, message_of
 from jaxspec.planning.hlo import ArrayShape, Instruction
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 WIDTH, ROWS, TRIPS = 16, 8, 5
 
 

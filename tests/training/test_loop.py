@@ -193,7 +193,7 @@ def test_a_figure_that_is_not_evaluated_is_named():
 def test_a_draft_lm_of_another_vocabulary_is_refused_before_it_is_trained(tmp_path):
     target = LlamaConfig(32, 16, 1, 2, 1, 8, 16)
     drafter = DraftLM(DraftLMConfig(24, 8, 1, 2, 1, 4, 16))
-    save_drafter(tmp_path / "drafter", "draft_lm", drafter, drafter.init_params(jax.random.key(0)))
+    save_drafter(tmp_path / "drafter", "draft_lm", drafter, jax.jit(drafter.init_params)(jax.random.key(0)))
     config = load("draft_lm_kld", [f"init_from={tmp_path / 'drafter'}"])
     with pytest.raises(ValueError, match="scores 24 tokens, and it is to score 32; it was made for another tokenizer"):
         drafter_for(config, target)

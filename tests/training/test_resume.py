@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import toy_run
 from orbax.checkpoint import v1 as ocp
+from processes import ONE_OF_SEVERAL
 
 from jaxspec.checkpoints.tracking import read_metrics
 from jaxspec.parallel.mesh import make_mesh
@@ -62,7 +63,7 @@ def test_the_next_losses_are_the_same_on_another_mesh(
 
 def in_processes(folder: Path, steps: int, count: int, port: int) -> list[str]:
     """The run in `count` processes of one device; returns what each told."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | ONE_OF_SEVERAL
     command = [sys.executable, toy_run.__file__, str(folder), str(steps), "-1", str(count), "1"]
     started = [
         subprocess.Popen(
