@@ -23,7 +23,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "PASSES", 1)
     monkeypatch.setattr(quickstart, "TUNING", 2)
     monkeypatch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
-    monkeypatch.setattr("jaxspec.training.loop.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.mark.usefixtures("little")

@@ -29,7 +29,7 @@ from jaxspec.checkpoints.manifest import CONVENTIONS, MANIFEST
 from jaxspec.checkpoints.models import drafter_config, load_drafter, load_model
 from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.checkpoints.tracking import session
-from jaxspec.distillation.step import TrainState
+from jaxspec.distillation.task import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
 from jaxspec.interchange.hf import read_llama, stored_dtype, write_llama
