@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,8 @@ def score_batch(
     if passing:
         rates, outputs = loss_rates(objective, masks, axes), Outputs(chunks.hidden_TBCD, chunks.features_TBCD)
         constant = chunks._replace(hidden_TBCD=None, features_TBCD=None)
-        loss, metrics = additive_loss(task, scoring, outputs, heads, rates, constant)
+        scored: Any = additive_loss(task, scoring, outputs, heads, rates, constant)
+        loss, metrics = scored
     else:
         metrics = score_chunks(task, scoring, heads, chunks)
     metrics = jax.tree.map(lambda x: by_pair(layout.join(x)), metrics)

@@ -204,7 +204,8 @@ def plan_step(step: DistillStep, topology: str, scored: int | None = None) -> St
     memory = _memory(chip, parts, peak_bytes(compiled))
     program = hlo.parse(compiled.as_text() or "")
     # FLOPs within an attention kernel cannot be counted: they are counted of the plain attention.
-    countable = Task(*(module.clone(kernel="xla") for module in _modules(step.task)), step.task.objective)
+    target, drafter = (module.clone(kernel="xla") for module in _modules(step.task))
+    countable = Task(target, drafter, step.task.objective)
     model = count_flops(functools.partial(train_step, countable, step.optimizer), *arguments).model / mesh.size
     return StepPlan(**common, memory=memory, costs=read_costs(program, mesh, topology, model))
 

@@ -66,7 +66,7 @@ def distill(
     data = read_features(config, Data(train_data, eval_data), drafter.taps)
     steps = config.optimizer.steps or len(data.train)
     built = build_step(config, mesh, target, drafter, steps)
-    arrays = Frozen(frozen, vocab_U)
+    arrays = Frozen(frozen, vocab_U)  # type: ignore[arg-type]
     arrays = jax.device_put(arrays, shardings(mesh, arrays))
     recipe = Recipe(
         "train",

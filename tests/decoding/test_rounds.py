@@ -167,7 +167,7 @@ def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree
     assert_same_text(text, plain(batch))
     assert accepted_of(text)[:, 1:].sum() > 0
     state = start(engine, pruned, batches()[batch])
-    drafted = grow(engine, pruned, state).token_BN
+    drafted = jax.jit(grow, static_argnums=0)(engine, pruned, state).token_BN
     assert set(np.asarray(drafted[:, 1:]).ravel().tolist()) <= {0, *token_U.tolist()}  # 0 pads
     np.testing.assert_array_equal(drafted[:, 0], state.root_B)
 

@@ -32,7 +32,7 @@ from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.targets.tables import Tables
 
 VOCAB, SHAPE = 11, (8, 2, 1, 4, 16)
-ONE_PASS = {"tokens": 2, "layers": 2, "mask_token": 3, "embed_vocab": VOCAB}
+ONE_PASS: dict[str, Any] = {"tokens": 2, "layers": 2, "mask_token": 3, "embed_vocab": VOCAB}
 DRAFTER: dict[str, Any] = {
     "eagle": Eagle(EagleConfig(*SHAPE)),
     "eagle with a norm": Eagle(EagleConfig(*SHAPE, head_norm=True)),
