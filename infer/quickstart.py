@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.checkpoints.models import save_drafter
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.draft_vocab import count_tokens
@@ -24,6 +24,7 @@ from jaxspec.data.packing import PackedBatches, tokenize_conversations
 from jaxspec.decoding.generation import Generation
 from jaxspec.decoding.requests import make_requests
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import EagleOptions
 from jaxspec.evaluation.equivalence import Divergence, divergences
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading, queue
@@ -180,7 +181,7 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
         name="quickstart",
         target=args.target,
         data=DataConfig(train="", eval="", length=256, batch=8, loss_on="assistant"),
-        head=HeadConfig(embedding_norm=True),
+        head=EagleOptions(embedding_norm=True),
         optimizer=OptimizerConfig(
             peak_lr=5e-3,
             kind="muon",

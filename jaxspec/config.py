@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import OptimizerKind
+from jaxspec.drafters import DRAFTERS, DrafterOptions, options_of, refuse_unknown
 from jaxspec.nn.remat import Remat
 from jaxspec.targets.decoder import LlamaConfig
 
@@ -144,50 +145,6 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
-    """Where a drafter's shape differs from one layer of the target's; what is none here follows the target.
-
-    Which fields a drafter has is its own affair; one that it does not have is an error.
-    """
-
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp: int | None = None
-    rope_theta: float | None = None
-    bias: bool | None = None  # of the fusion layer
-    embedding_norm: bool | None = None
-    head_norm: bool | None = None
-    zero_logits: bool | None = None  # HASS's released attention
-    feature_sampling: bool | None = None  # FSPAD
-    partial_alignment: bool | None = None  # FSPAD
-    qk_norm: bool | None = None  # as Qwen3's layers have it
-    taps: tuple[int, ...] | None = None  # EAGLE-3, P-EAGLE, as are the next four
-    norm_before_residual: bool | None = None
-    input_norm: bool | None = None  # speculators' norm_before_fc
-    tap_norms: bool | None = None  # EAGLE-3.1's fc_norm
-    normed_feature: bool | None = None  # EAGLE-3.1's norm_output, of EAGLE-3 alone
-    tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec, P-EAGLE
-    host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next six
-    attention_norm: bool | None = None
-    mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] | None = None
-    shared_mask: bool | None = None
-    bidirectional: bool | None = None
-    keep: float | None = None  # P-EAGLE too, as is the next
-    keep_least: float | None = None
-    mask_token: int | None = None  # P-EAGLE: id of a token that no text holds, whose embedding stands in mask slots
-    vocab: int | None = None  # of the drafter's own LM head: Medusa (0: share the target's), EAGLE-3, draft_lm
-    width: int | None = None  # draft_lm, EAGLE-3, P-EAGLE
-    layers: int | None = None  # draft_lm, P-EAGLE
-    tied: bool | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The fields that are set."""
-        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
-
-
-@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """Training of a drafter on a frozen target."""
 
@@ -198,7 +155,7 @@ class DistillConfig:
     checkpoint: CheckpointConfig
     export_folder: str  # Orbax folder of the finished drafter, for `jaxspec generate --drafter`
     drafter: str = "eagle"  # a name of jaxspec.drafters.DRAFTERS
-    head: HeadConfig = HeadConfig()  # its shape
+    head: DrafterOptions | None = None  # its shape, in its own options; what is none there follows the target
     init_from: str | None = None  # folder of a drafter to go on from; of draft_lm also a HuggingFace folder
     draft_vocab: str | None = None  # file of the tokens to score, as `jaxspec draft-vocab` writes it; None: all
     objective: Objective = dataclasses.field(default_factory=Objective)
@@ -214,6 +171,10 @@ class DistillConfig:
     query_block: int | None = 128  # queries that XLA attends together; see jaxspec.nn.attention.attend_causal
     eval_every: int = 500
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.drafter in DRAFTERS:  # else whoever makes the drafter says so
+            object.__setattr__(self, "head", options_of(self.drafter, self.head))
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Any:
@@ -242,6 +203,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
             if not isinstance(node, dict):
                 raise ValueError(f"override {item!r} follows one that sets {parent!r} as a whole")
         node[leaf] = value
+    if isinstance(config, DistillConfig) and isinstance(tree.get("head"), dict):
+        name = tree.get("drafter", config.drafter)
+        refuse_unknown(name, tree["head"])
+        # The fields of the drafter that the overrides name, and not of the one that the config names.
+        config = dataclasses.replace(config, drafter=name)
     return _replace(config, tree, "")
 
 
@@ -261,8 +227,11 @@ def to_dict(config: Any) -> Any:
 def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
     """`saved`, what `to_dict` gave of a config of this class, with the fields it lacks at their defaults.
 
-    Files of an earlier version lack the settings that came after it; a field without a default stays away.
+    Files of an earlier version lack the settings that came after it; a field without a default stays away. Of a
+    drafter's options they may hold those of all drafters, none for what this drafter has not.
     """
+    if isinstance(config, DrafterOptions):
+        saved = {name: value for name, value in saved.items() if value is not None}
     result = dict(saved)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxspec.base import Array, Learner, Packed, Params, SharedTables, Target, TargetOutput, Unrolled
+from jaxspec.base import Array, Learner, Packed, Params, SharedTables, Target, TargetOutput, Unrolled, UnrollInputs
 from jaxspec.data.target_outputs import Stored, restore
 from jaxspec.distillation.chunks import (
     Chunk,
@@ -199,8 +199,9 @@ def unroll_batch(
     if noise_key is not None:
         read_BLD = add_noise(read_BLD, batch.segments_BL, row_keys(noise_key, rows, axes), objective.noise)
     slot_keys_B = None if slot_key is None else row_keys(slot_key, rows, axes)
-    given = (batch.tokens_BL, read_BLD, batch.positions_BL, Packed(batch.segments_BL))
-    return drafter.unroll(params, shared, *given, objective.steps, slot_keys_B)
+    seen = Packed(batch.segments_BL)
+    inputs = UnrollInputs(batch.tokens_BL, read_BLD, batch.positions_BL, seen, slot_keys_B)
+    return drafter.unroll(params, shared, inputs, objective.steps)
 
 
 def judge_batch(

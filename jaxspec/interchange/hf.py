@@ -33,7 +33,7 @@ from jaxspec.interchange.tensors import (
     open_tensors,
     place,
 )
-from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig

@@ -22,7 +22,7 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.data.pipeline import Batches
 from jaxspec.distillation.compilers import compile_step, under
 from jaxspec.distillation.step import TrainState, eval_step, init_state
-from jaxspec.drafters import DRAFTERS, shape_of
+from jaxspec.drafters import TargetShape, config_of, kind_named, options_of
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
@@ -67,12 +67,10 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
 
     Raises ValueError where that does not fit together.
     """
-    dtype = jnp.dtype(config.dtype)
-    if config.drafter not in DRAFTERS:
-        raise ValueError(f"drafter {config.drafter!r} is not one of {', '.join(DRAFTERS)}")
+    dtype, kind, head = jnp.dtype(config.dtype), kind_named(config.drafter), options_of(config.drafter, config.head)
     if config.init_from is not None:
-        if config.head.given:
-            raise ValueError(f"head.{next(iter(config.head.given))} is that of {config.init_from}: leave it out")
+        if head.given:
+            raise ValueError(f"head.{next(iter(head.given))} is that of {config.init_from}: leave it out")
         found = open_drafter(config.init_from, dtype=jnp.float32)
         if found.name != config.drafter:
             raise ValueError(
@@ -85,20 +83,25 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
                 f"{scored or target.vocab:,}; it was made for another tokenizer or draft vocabulary"
             )
         return InitialDrafter(found.module.clone(dtype=dtype), found.params)
-    like = {
-        "width": target.width,
-        "heads": target.heads,
-        "kv_heads": target.kv_heads,
-        "head_dim": target.head_dim,
-        "mlp": target.mlp,
-        "rope_theta": target.rope_theta,
-        "rope_scaling": target.drafter_rope,
-        "norm_eps": target.norm_eps,
-        "vocab": scored or target.vocab,
-        "embed_vocab": target.vocab,
-    }
-    shape = shape_of(config.drafter, like, target.layers, config.head.given)
-    return InitialDrafter(DRAFTERS[config.drafter][0](shape, dtype=dtype), None)
+    shape = config_of(config.drafter, shape_to_follow(target, scored), head)
+    return InitialDrafter(kind.module(shape, dtype=dtype), None)
+
+
+def shape_to_follow(target: LlamaConfig, scored: int | None) -> TargetShape:
+    """What a drafter's shape follows of its target's; `scored` is the size of its draft vocabulary."""
+    return TargetShape(
+        width=target.width,
+        heads=target.heads,
+        kv_heads=target.kv_heads,
+        head_dim=target.head_dim,
+        mlp=target.mlp,
+        rope_theta=target.rope_theta,
+        rope_scaling=target.drafter_rope,
+        norm_eps=target.norm_eps,
+        layers=target.layers,
+        vocab=target.vocab,
+        scored=scored or target.vocab,
+    )
 
 
 def distill(
