@@ -1,8 +1,8 @@
-"""What drafters share that predict all draft steps in one pass by mask slots (ParallelSpec, P-EAGLE, PARD).
+"""What drafters share that predict all draft steps in one pass by mask tokens (ParallelSpec, P-EAGLE, PARD).
 
-Slot `(i, 0)` is real: it holds what was read at position `i`. Slot `(i, d)` is a mask that stands `d` further, sees the
-real slots up to `i` and its own group `(i, 1) .. (i, d)`, and predicts the token `d` later than slot `(i, 0)` does. No
-real slot ever sees a mask, so masks are never cached, and what is cached stays right for ever.
+Slot `(i, 0)` is real: it holds what was read at position `i`. Slot `(i, d)`, a mask slot, holds a mask token: it stands
+`d` further, sees the real slots up to `i` and its own group `(i, 1) .. (i, d)`, and predicts the token `d` later than
+slot `(i, 0)` does. No real slot ever sees a mask, so masks are never cached, and what is cached stays right for ever.
 """
 
 from __future__ import annotations
