@@ -112,8 +112,8 @@ class Recurrent(OneLayer):
         return self.score(hidden, shared.head_VD), scratch
 
     def _unroll(self, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
-        """Harmonized context alignment: at step `j` row `i` sees step 0's keys up to its own document's row `i`, and of
-        each later step its own row's alone."""
+        """Harmonized context alignment: a row sees step 0's keys by the mask, and those of later steps at its own index
+        alone, which are what drafting from that row would have put there."""
         length = inputs.tokens_BL.shape[1]
 
         def draft(step: int, token_BL: Array, feature_BLD: Array, before: list[tuple[Array, Array]]) -> Any:
