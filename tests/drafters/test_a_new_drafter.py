@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,8 +31,6 @@ from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.weights import BIAS, NORM, Shape, Weight, declare, uniform
 from jaxspec.parallel.mesh import make_mesh, shardings
 from jaxspec.planning.plan import abstract_step, target_shape
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # What stands from here to `NAME` is the drafter's one file.
 
@@ -133,7 +132,7 @@ config = DistillConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(compile_quickly: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory: a target, its conversations, a config, and a run with its drafter in `whole`."""
     path = tmp_path_factory.mktemp("leap")
     with pytest.MonkeyPatch.context() as patch:
