@@ -204,7 +204,7 @@ def test_it_decodes_the_targets_own_text(folder: Path):
     assert told(*words, "--drafter", "whole_drafter", "--tree", "chain:2")["rows"][0]["token_ids"] == plain
 
 
-def test_it_is_exported_and_described_with_what_it_declares(folder: Path):
+def test_it_is_exported_and_described_with_what_it_declares(folder: Path, capfd: pytest.CaptureFixture[str]):
     assert main(["export", "whole", "exported", "--to", "orbax"]) == 0
     ours, theirs = (load_drafter(name) for name in ("whole_drafter", "exported"))
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
@@ -213,6 +213,8 @@ def test_it_is_exported_and_described_with_what_it_declares(folder: Path):
     assert manifest["conventions"] == conventions() and "LM head" in manifest["conventions"]["leap"]
     facts = told("inspect", "exported")
     assert facts["shapes"]["leap"] == [32, 32]
+    assert main(["export", "whole", "served", "--to", "vllm", "--target", "target"]) == 1
+    assert "vllm cannot serve leap: it has no layout for such a drafter" in capfd.readouterr().err
 
 
 def test_its_options_are_those_of_the_command_line(folder: Path):
