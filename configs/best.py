@@ -4,14 +4,15 @@ The norm makes a token's embedding weigh as much as the feature it is fused with
 have. The top-10 loss joins in the last fifth of the run, see `hass`.
 """
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import FspadOptions
 
 config = DistillConfig(
     name="best",
     target="tiny",
     drafter="fspad",
-    head=HeadConfig(embedding_norm=True),
+    head=FspadOptions(embedding_norm=True),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),

@@ -1,13 +1,14 @@
 """FSPAD's ablation without partial alignment: feature sampling alone."""
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import FspadOptions
 
 config = DistillConfig(
     name="fspad_no_alignment",
     target="tiny",
     drafter="fspad",
-    head=HeadConfig(partial_alignment=False),
+    head=FspadOptions(partial_alignment=False),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),

@@ -4,14 +4,15 @@ Cross-entropy on the text (which the target wrote), head `k` counting `0.8^k`. I
 bundled target: the vocabulary times the width, five times.
 """
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import MedusaOptions
 
 config = DistillConfig(
     name="medusa",
     target="tiny",
     drafter="medusa",
-    head=HeadConfig(tokens=5),
+    head=MedusaOptions(tokens=5),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),

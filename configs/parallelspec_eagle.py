@@ -4,14 +4,15 @@ Features are regressed where the slot is real. See the drafter's docstring for w
 so is the optimizer, of which nothing is known.
 """
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import ParallelSpecOptions
 
 config = DistillConfig(
     name="parallelspec_eagle",
     target="tiny",
     drafter="parallelspec",
-    head=HeadConfig(tokens=6, embedding_norm=True),
+    head=ParallelSpecOptions(tokens=6, embedding_norm=True),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),

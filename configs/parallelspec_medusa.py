@@ -5,14 +5,17 @@ reads, as the target's own layers do, and a mask slot starts from its anchor's f
 what is reconstruction; so is the optimizer, of which nothing is known.
 """
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import ParallelSpecOptions
 
 config = DistillConfig(
     name="parallelspec_medusa",
     target="tiny",
     drafter="parallelspec",
-    head=HeadConfig(tokens=5, host="medusa", embedding_norm=True, attention_norm=True, mask_feature="anchor_copy"),
+    head=ParallelSpecOptions(
+        tokens=5, host="medusa", embedding_norm=True, attention_norm=True, mask_feature="anchor_copy"
+    ),
     data=DataConfig(
         train="runs/answers.jsonl", eval="runs/answers_eval.jsonl", length=512, batch=2, loss_on="assistant"
     ),

@@ -5,14 +5,15 @@ temperatures 0, 0.3, 0.7 and 1 to one of pretraining text. Optimizer, batch and 
 Pretrain it first: `jaxspec pretrain draft_lm_pretrained` shows how, with this shape and the target's tokenizer.
 """
 
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, MeshConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, MeshConfig, OptimizerConfig
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import DraftLMOptions
 
 config = DistillConfig(
     name="tvdpp_llama2_7b",
     target="models/llama2-7b",
     drafter="draft_lm",
-    head=HeadConfig(width=1024, layers=4, heads=8, kv_heads=8, head_dim=128, mlp=2816, tied=False),
+    head=DraftLMOptions(width=1024, layers=4, heads=8, kv_heads=8, head_dim=128, mlp=2816, tied=False),
     data=DataConfig(
         train="data/answers",
         eval="data/answers_eval.jsonl",
