@@ -6,12 +6,13 @@ Hardware: two CPU cores.
 Expected: tau 6.00 greedy and 3.43 at temperature 1 after two million tokens (docs/results.md, "Recipes compared").
 """
 
-from jaxspec.config import HeadConfig, derive
+from jaxspec.config import derive
+from jaxspec.drafters import FspadOptions
 
 config = derive(
     "hass",
     name="best",
     drafter="fspad",
-    head=HeadConfig(embedding_norm=True),
+    head=FspadOptions(embedding_norm=True),
     optimizer={"kind": "muon"},
 )

@@ -5,6 +5,7 @@ Hardware: two CPU cores.
 Expected: tau 5.32 greedy and 3.10 at temperature 1 after two million tokens (docs/results.md, "Recipes compared").
 """
 
-from jaxspec.config import HeadConfig, derive
+from jaxspec.config import derive
+from jaxspec.drafters import FspadOptions
 
-config = derive("fspad", name="fspad_no_sampling", head=HeadConfig(feature_sampling=False))
+config = derive("fspad", name="fspad_no_sampling", head=FspadOptions(feature_sampling=False))

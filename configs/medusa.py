@@ -6,14 +6,15 @@ Expected: tau 2.93 greedy and 2.20 at temperature 1 after two million tokens (do
 five LM heads are nearly as large as the bundled target.
 """
 
-from jaxspec.config import HeadConfig, derive
+from jaxspec.config import derive
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import MedusaOptions
 
 config = derive(
     "eagle2",
     name="medusa",
     drafter="medusa",
-    head=HeadConfig(tokens=5),
+    head=MedusaOptions(tokens=5),
     optimizer={"peak_lr": 3e-3},  # not searched
     objective=Objective(steps=5, weights=(("cross_entropy", 1.0),), step_decay=0.8, noise=0.0),
 )

@@ -6,14 +6,15 @@ Hardware: two CPU cores.
 Expected: tau 3.80 greedy and 2.70 at temperature 1 after two million tokens (docs/results.md, "Recipes compared").
 """
 
-from jaxspec.config import HeadConfig, derive
+from jaxspec.config import derive
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import ParallelSpecOptions
 
 config = derive(
     "eagle2",
     name="parallelspec_eagle",
     drafter="parallelspec",
-    head=HeadConfig(tokens=6, embedding_norm=True),
+    head=ParallelSpecOptions(tokens=6, embedding_norm=True),
     optimizer={"kind": "muon"},
     objective=Objective(steps=6, weights=(("smooth_l1", 1.0), ("kl", 1.0)), feature_steps=1),
 )

@@ -6,12 +6,13 @@ Expected: tau is not measured. The compiled step takes 8.9 GB a chip of v5e and 
 (docs/results.md, "Training planned for TPUs that were not there").
 """
 
-from jaxspec.config import HeadConfig, derive, load
+from jaxspec.config import derive, load
+from jaxspec.drafters import ParallelSpecOptions
 
 config = derive(
     "eagle2_llama3_8b",
     name="parallelspec_llama3_8b",
     drafter="parallelspec",
-    head=HeadConfig(tokens=6, keep=0.7),
+    head=ParallelSpecOptions(tokens=6, keep=0.7),
     objective=load("parallelspec_eagle").objective,
 )

@@ -7,15 +7,18 @@ Expected: tau 3.88 greedy and 2.56 at temperature 1, where `medusa` has 3.20 and
 compared", the item on ParallelSpec).
 """
 
-from jaxspec.config import HeadConfig, derive
+from jaxspec.config import derive
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import ParallelSpecOptions
 
 config = derive(
     "eagle2",
     name="parallelspec_medusa",
     drafter="parallelspec",
     # The layer norms what its attention reads, as the target's layers do. A mask slot starts from its anchor's feature.
-    head=HeadConfig(tokens=5, host="medusa", embedding_norm=True, attention_norm=True, mask_feature="anchor_copy"),
+    head=ParallelSpecOptions(
+        tokens=5, host="medusa", embedding_norm=True, attention_norm=True, mask_feature="anchor_copy"
+    ),
     optimizer={"kind": "muon"},
     objective=Objective(steps=5, weights=(("kl", 1.0),), step_decay=0.8, noise=0.0),
 )

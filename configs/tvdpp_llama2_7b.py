@@ -9,14 +9,15 @@ Expected: tau is not measured. The compiled step takes 2.2 GB a chip of v5e and 
 (docs/results.md, "Training planned for TPUs that were not there").
 """
 
-from jaxspec.config import HeadConfig, derive, load
+from jaxspec.config import derive, load
+from jaxspec.drafters import DraftLMOptions
 
 config = derive(
     "eagle2_llama3_8b",
     name="tvdpp_llama2_7b",
     target="models/llama2-7b",
     drafter="draft_lm",
-    head=HeadConfig(width=1024, layers=4, heads=8, kv_heads=8, head_dim=128, mlp=2816, tied=False),
+    head=DraftLMOptions(width=1024, layers=4, heads=8, kv_heads=8, head_dim=128, mlp=2816, tied=False),
     data={"mix": "data/pretraining", "mix_share": 0.1},
     optimizer={"peak_lr": 1e-4, "steps": 10_000, "clip_norm": 1.0, "clip_value": None},
     objective=load("draft_lm_tvdpp").objective,

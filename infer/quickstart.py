@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.checkpoints.models import save_drafter
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.corpus import tokenize_conversations
@@ -25,6 +25,7 @@ from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import EagleOptions
 from jaxspec.evaluation.equivalence import Divergence, divergences
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
@@ -239,7 +240,7 @@ def recipe(args: Args) -> DistillConfig:
         name="quickstart",
         target=args.target,
         data=DataConfig(train="", eval="", length=256, batch=8, loss_on="assistant"),
-        head=HeadConfig(embedding_norm=True),
+        head=EagleOptions(embedding_norm=True),
         optimizer=OptimizerConfig(
             peak_lr=5e-3,
             kind="muon",

@@ -226,6 +226,20 @@ class Target(Protocol):
         ...
 
 
+class UnrollInputs(NamedTuple):
+    """Packed documents as a drafter is trained on them."""
+
+    tokens_BL: Array
+    features_BLD: Array
+    """What the drafter reads of the target at each token: `TargetOutput.read_BLD`."""
+    positions_BL: Array
+    """From 0 in each document."""
+    mask_BLM: Mask
+    """Which tokens see each other."""
+    keys_B: Array | None = None
+    """A key a row, for drafters that train on a random part of the positions; None computes all."""
+
+
 class Unrolled(NamedTuple):
     """Outputs of `T` draft steps from every position. Row `i` at step `j` has read the tokens up to `x_{i+j+1}`."""
 
@@ -296,21 +310,12 @@ class Learner(Drafter, Protocol):
         """Returns fresh weights; some begin as copies of the target's tables, where `shared` is given."""
         ...
 
-    def unroll(
-        self,
-        params: Params,
-        shared: SharedTables,
-        tokens_BL: Array,
-        features_BLD: Array,
-        positions_BL: Array,
-        mask_BLM: Mask,
-        steps: int,
-        keys_B: Array | None = None,
-    ) -> Unrolled:
-        """`steps` draft steps from every position of packed documents, whose tokens see each other by `mask`.
+    def unroll(self, params: Params, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
+        """`steps` draft steps from every position at once: HASS's harmonized context alignment, row layout.
 
-        `keys`, one a row, are for drafters that train on a random part of the positions; None computes all. Rows whose
-        tokens run past their document are garbage for the loss mask to drop.
+        Row `i` at step `j` is what drafting from `f_i` puts out after reading `x_{i+1} .. x_{i+j+1}`; it predicts
+        `f_{i+j+1}` and the token after. Rows whose tokens run past their document are garbage for the loss mask to
+        drop.
         """
         ...
 

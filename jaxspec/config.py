@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxspec.console.overrides import override, replace_fields, suggest
+from jaxspec.console.overrides import override as override_fields
+from jaxspec.console.overrides import replace_fields, suggest
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import OptimizerKind
+from jaxspec.drafters import DRAFTERS, DrafterOptions, options_of, refuse_unknown
 from jaxspec.nn.remat import Remat
 from jaxspec.targets.decoder import LlamaConfig
 
@@ -194,50 +196,6 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
-    """Where a drafter's shape differs from one layer of the target's; what is none here follows the target.
-
-    Which fields a drafter has is its own affair; one that it does not have is an error.
-    """
-
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp: int | None = None
-    rope_theta: float | None = None
-    bias: bool | None = None  # of the fusion layer
-    embedding_norm: bool | None = None
-    head_norm: bool | None = None
-    zero_logits: bool | None = None  # HASS's released attention
-    feature_sampling: bool | None = None  # FSPAD
-    partial_alignment: bool | None = None  # FSPAD
-    qk_norm: bool | None = None  # as Qwen3's layers have it
-    taps: tuple[int, ...] | None = None  # EAGLE-3, P-EAGLE, as are the next four
-    norm_before_residual: bool | None = None
-    input_norm: bool | None = None  # speculators' norm_before_fc
-    tap_norms: bool | None = None  # EAGLE-3.1's fc_norm
-    normed_feature: bool | None = None  # EAGLE-3.1's norm_output, of EAGLE-3 alone
-    tokens: int | None = None  # drafted in a pass: Medusa, ParallelSpec, P-EAGLE
-    host: Literal["eagle", "medusa"] | None = None  # ParallelSpec, as are the next six
-    attention_norm: bool | None = None
-    mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] | None = None
-    shared_mask: bool | None = None
-    bidirectional: bool | None = None
-    keep: float | None = None  # P-EAGLE too, as is the next
-    keep_least: float | None = None
-    mask_token: int | None = None  # P-EAGLE: id of a token that no text holds, whose embedding stands in mask slots
-    vocab: int | None = None  # of the drafter's own LM head: Medusa (0: share the target's), EAGLE-3, draft_lm
-    width: int | None = None  # draft_lm, EAGLE-3, P-EAGLE
-    layers: int | None = None  # draft_lm, P-EAGLE
-    tied: bool | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The fields that are set."""
-        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
-
-
-@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """Training of a drafter on a frozen target."""
 
@@ -251,7 +209,8 @@ class DistillConfig:
     export_folder: str = "runs/{name}/drafter"
     """Orbax folder of the finished drafter, for `jaxspec generate --drafter`."""
     drafter: str = "eagle"  # a name of jaxspec.drafters.DRAFTERS
-    head: HeadConfig = HeadConfig()  # its shape
+    head: DrafterOptions | None = None
+    """The drafter's shape, in its own options. None there follows the target."""
     init_from: str | None = None
     """Folder of a drafter whose training goes on; for `draft_lm` also a HuggingFace folder."""
     draft_vocab: str | None = None
@@ -278,6 +237,10 @@ class DistillConfig:
     """Steps between two evaluations."""
     log_every: int = 10
     """Steps between two lines of `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        if self.drafter in DRAFTERS:  # else whoever makes the drafter says so
+            object.__setattr__(self, "head", options_of(self.drafter, self.head))
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Any:
@@ -309,6 +272,22 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, checkpoint=checkpoint, export_folder=export)
 
 
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Returns `config` with each `a.b=value` applied in order, each value read by its field's type.
+
+    `head.x=value` sets an option of the drafter that the overrides name, or else of the config's own drafter. Raises
+    ValueError naming the override, field or value that is wrong.
+    """
+    if isinstance(config, DistillConfig):
+        given = {path: value for path, _, value in (item.partition("=") for item in overrides)}
+        options = [path.removeprefix("head.") for path in given if path.startswith("head.")]
+        if options:
+            name = given.get("drafter", config.drafter)
+            refuse_unknown(name, options)
+            config = dataclasses.replace(config, drafter=name)
+    return override_fields(config, overrides)
+
+
 def to_dict(config: Any) -> Any:
     """Returns `config` in JSON's types: dataclasses become dicts by field name, tuples become lists."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -326,7 +305,10 @@ def completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
     """Returns `saved`, the `to_dict` of a config of this class, with the fields that it lacks at their defaults.
 
     A file of an earlier version lacks the settings that came later. A missing field without a default stays missing.
+    A drafter's options in such a file may hold those of all drafters, null where this drafter has no such option.
     """
+    if isinstance(config, DrafterOptions):
+        saved = {name: value for name, value in saved.items() if value is not None}
     result = dict(saved)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

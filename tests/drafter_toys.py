@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Array, Frontier, SharedTables
+from jaxspec.base import Array, Frontier, SharedTables, UnrollInputs
 from jaxspec.drafters import (
     DraftLM,
     DraftLMConfig,
@@ -98,11 +98,17 @@ class Toy:
         self.empty = start(self.params, self.shared_tables, self.tokens[:, 0])
         self.extend = jax.jit(lambda *a: self.drafter.extend(self.params, self.shared_tables, *a))
         self.expand = jax.jit(self._expand, static_argnames=("depth", "slot"))
-        self.unroll = jax.jit(lambda *a: self.drafter.unroll(self.params, self.shared_tables, *a), static_argnums=4)
+        self.unroll = jax.jit(functools.partial(self.drafter.unroll, self.params, self.shared_tables), static_argnums=1)
 
     def _expand(self, state, scratch, token, parent, visible, depth, slot):
         frontier = Frontier(token, parent, visible, depth, slot)
         return self.drafter.expand(self.params, self.shared_tables, state, scratch, frontier)
+
+    @property
+    def rows(self) -> UnrollInputs:
+        """The rows `0 .. L`, each one document."""
+        at = jnp.broadcast_to(jnp.arange(LENGTH + 1), (BATCH, LENGTH + 1))
+        return UnrollInputs(self.tokens[:, : LENGTH + 1], self.features, at, jnp.asarray(causal(LENGTH + 1)))
 
     def read(self, state: Any, begin: int, end: int) -> tuple[Any, Array]:
         """The state after the pairs `begin .. end - 1`; what stands behind them in the call is garbage."""
@@ -125,11 +131,7 @@ class Toy:
 
     def unrolled_logits(self, steps: int = STEPS, **other: Any) -> Array:
         """Logits `[T, B, L, V]` of the unrolled pass over the rows `0 .. L`."""
-        rows = LENGTH + 1
-        at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
-        given = {"tokens": self.tokens[:, :rows], "features": self.features, "positions": at, "mask": causal(rows)}
-        given |= other
-        out = self.unroll(*given.values(), steps)
+        out = self.unroll(self.rows._replace(**other), steps)
         return self.score(out.hidden_TBLD)
 
     def score(self, hidden_TBLD: Array) -> Array:

@@ -25,6 +25,8 @@ from jaxspec.config import (
 )
 from jaxspec.console.overrides import dotted_fields
 from jaxspec.console.results import differences
+from jaxspec.drafters import EagleOptions, MedusaOptions
+from jaxspec.training.loop import refuse_other_settings
 
 MINE = """'''My own head.
 
@@ -190,3 +192,34 @@ def test_the_verb_names_an_experiment_that_is_not_there(capsys: pytest.CaptureFi
 def test_a_training_verb_refuses_experiments_of_the_other(verb: str, name: str, kind: str, capsys):
     assert main([verb, name]) == 1
     assert f"not a {kind}Config" in capsys.readouterr().err
+
+
+EARLY_HEAD = dict.fromkeys(
+    ("heads", "mlp", "bias", "head_norm", "feature_sampling", "taps", "tokens", "host", "mask_token", "vocab", "tied")
+)
+"""Options as runs before had them: those of all drafters, null where nothing was said."""
+
+
+def test_a_run_whose_options_were_those_of_all_drafters_goes_on():
+    for name, said in (("medusa", {"tokens": 5}), ("eagle2", {}), ("fspad_no_sampling", {"feature_sampling": False})):
+        config = load(name)
+        early = to_dict(config) | {"head": EARLY_HEAD | said}
+        refuse_other_settings(early, config, ("head",), Path("run"))
+        with pytest.raises(ValueError, match=r"run: belongs to a run with other settings \(head\.mlp was 7, is None"):
+            refuse_other_settings(early | {"head": EARLY_HEAD | said | {"mlp": 7}}, config, ("head",), Path("run"))
+    with pytest.raises(ValueError, match=r"head\.vocab was 9"):
+        refuse_other_settings(to_dict(load("eagle2")) | {"head": {"vocab": 9}}, load("eagle2"), ("head",), Path("run"))
+
+
+def test_options_are_those_of_the_drafter_that_the_overrides_name():
+    assert load("eagle2").head == EagleOptions()
+    assert load("eagle2", ["head.tokens=5", "drafter=medusa"]).head == MedusaOptions(tokens=5)
+    assert load("medusa", ["head.tokens=none", "head.layers=2"]).head == MedusaOptions(layers=2)
+    assert load("best", ["drafter=eagle"]).head == EagleOptions(embedding_norm=True)  # which both have
+    for name, words in (("eagle2", ["head.tokens=5"]), ("medusa", ["drafter=eagle"])):
+        with pytest.raises(
+            ValueError, match=r"head\.tokens is nothing that drafter 'eagle' has; it has heads, kv_heads"
+        ):
+            load(name, words)
+    with pytest.raises(ValueError, match="drafter 'eagel' is not one of eagle, fspad"):
+        load("eagle2", ["drafter=eagel", "head.bias=true"])

@@ -62,8 +62,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "drafters": (
         {"module"},
         {"draft_lm", "one_layer", "one_pass"},
-        {"recurrent"},
-        {"eagle", "mask_tokens", "medusa"},
+        {"mask_tokens", "medusa", "recurrent"},
+        {"eagle"},
         {"eagle3", "fspad", "parallelspec"},
         {"peagle"},
     ),
@@ -84,8 +84,10 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (
-        {"cache", "kernels", "lm_head", "norm", "options", "quantization", "remat", "rope"},
-        {"attention", "mlp"},
+        {"cache", "kernels", "lm_head", "norm", "options", "remat", "rope", "weights"},
+        {"attention", "layer_weights"},
+        {"quantization"},
+        {"mlp"},
         {"decoder_layer"},
     ),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
@@ -101,7 +103,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "training": (
         {"batches", "next_token", "resolve"},
-        {"loop", "program"},
+        {"loop", "verb"},
         {"distill", "pretrain"},
         {"recipes"},
     ),
@@ -203,7 +205,7 @@ def test_imports_point_to_lower_layers_and_shelves(module: str):
     [
         ("jaxspec.base", "import jaxspec.decoding.rounds"),
         ("jaxspec.nn.mlp", "from jaxspec.data import target_outputs"),
-        ("jaxspec.nn.mlp", "from jaxspec.nn.decoder_layer import layer_shapes"),
+        ("jaxspec.nn.mlp", "from jaxspec.nn.decoder_layer import decoder_layer"),
         ("jaxspec.drafters.eagle", "from jaxspec.targets.decoder import Llama"),
         ("jaxspec.drafters.eagle", "from ..targets import decoder"),
         ("jaxspec.drafters.one_layer", "from jaxspec.drafters.eagle import Eagle"),

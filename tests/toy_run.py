@@ -47,6 +47,11 @@ class Draws:
         return {"x": x, "segments": np.ones((share, 1), np.int32), "documents": np.full((share, 1), -1)}
 
 
+def loss(p: Any, x: jax.Array) -> jax.Array:
+    """Returns the mean square of the regression's errors."""
+    return jnp.mean((jax.nn.relu(x @ p["up"]) @ p["down"] * p["norm"] - jnp.sin(x)) ** 2)
+
+
 def train(folder: Path, steps: int, mesh: jax.sharding.Mesh, **checkpoint: Any) -> RunResult:
     """Train in `folder` up to `steps`, from where it stands; every step's loss is in `metrics.jsonl`."""
     optimizer = optax.adamw(1e-2)
@@ -59,10 +64,7 @@ def train(folder: Path, steps: int, mesh: jax.sharding.Mesh, **checkpoint: Any) 
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, x: jax.Array) -> tuple[State, jax.Array]:
-        def loss(p: Any) -> jax.Array:
-            return jnp.mean((jax.nn.relu(x @ p["up"]) @ p["down"] * p["norm"] - jnp.sin(x)) ** 2)
-
-        value, gradient = jax.value_and_grad(loss)(state.params)
+        value, gradient = jax.value_and_grad(loss)(state.params, x)
         change, moments = optimizer.update(gradient, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, change), moments), value
 

@@ -27,7 +27,7 @@ from jaxspec.distillation.loss import read_target, score_batch, split_key, unrol
 from jaxspec.distillation.scoring import read_heads
 from jaxspec.distillation.step import init_state, train_step, update
 from jaxspec.distillation.task import Batch, Frozen, StepInputs, Task, read_tables
-from jaxspec.drafters import DRAFTERS
+from jaxspec.drafters import DRAFTERS, DraftLMOptions
 from jaxspec.evaluation import machine
 from jaxspec.evaluation.machine import TimedProgram
 from jaxspec.parallel.mesh import make_mesh
@@ -163,19 +163,19 @@ def read_recipe(spec: str, args: Args) -> DistillConfig:
     found = config.load(SHORT.get(name, name))
     if not isinstance(found, DistillConfig):
         raise ValueError(f"--recipe {name} trains no drafter: it is a {type(found).__name__}")
-    if steps is not None and "tokens" in {f.name for f in dataclasses.fields(DRAFTERS[found.drafter][1])}:
+    if steps is not None and "tokens" in {f.name for f in dataclasses.fields(DRAFTERS[found.drafter].options)}:
         overrides.append(f"head.tokens={steps}")
     found = config.override(found, [*overrides, *words[1:]])
     head = found.head
-    if found.drafter == "draft_lm" and not head.given:
+    if found.drafter == "draft_lm" and not (head and head.given):
         head = small_llama(args.target)
     return dataclasses.replace(found, head=head, init_from=None, draft_vocab=None, dtype=DTYPES[args.dtype])
 
 
-def small_llama(c: LlamaConfig) -> config.HeadConfig:
+def small_llama(c: LlamaConfig) -> DraftLMOptions:
     """A draft LM a quarter as wide as the target and an eighth as deep."""
     kv_heads = max(1, c.kv_heads // 4)
-    return config.HeadConfig(
+    return DraftLMOptions(
         width=c.width // 4,
         layers=max(1, c.layers // 8),
         heads=kv_heads * c.group if c.heads % 4 == 0 and c.kv_heads % 4 == 0 else kv_heads,

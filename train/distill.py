@@ -11,19 +11,19 @@ from typing import Any
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli
 from jaxspec.training.distill import run_distillation
-from jaxspec.training.program import Program, Table, run_program
+from jaxspec.training.verb import ResultTable, TrainingVerb, run_verb
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
-    program = Program("train", DistillConfig, run_distillation, held_out_table)
-    return run_program(program, argv, description=__doc__ or "")
+    program = TrainingVerb("train", DistillConfig, run_distillation, held_out_table)
+    return run_verb(program, argv, description=__doc__ or "")
 
 
-def held_out_table(config: DistillConfig, result: dict[str, Any]) -> Table:
+def held_out_table(config: DistillConfig, result: dict[str, Any]) -> ResultTable:
     """Returns the figures of the last evaluation."""
     title = f"{config.name}: held out, after {result['steps']:,} steps (drafter in {config.export_folder})"
-    return Table(title, ("measure", "value"), list(result["eval"].items()))
+    return ResultTable(title, ("measure", "value"), list(result["eval"].items()))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     about, fields = describe(config, args)
     parts = choose_parts(config)
     plan = plan_features(parts, fields, shard_bytes=int(args.shard_gb * 1e9))
-    work = Work(config, args, tuple(about["taps"]), fields, parts, plan)
+    work = FeatureWork(config, args, tuple(about["taps"]), fields, parts, plan)
     announce(work)
     tokens, seconds = 0, 0.0
     if not args.count_only:
@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class FeatureWork:
     """The features to make, and their files."""
 
     config: DistillConfig
@@ -204,7 +204,7 @@ def choose_parts(config: DistillConfig) -> list[PackedBatches]:
     return [*parts, data.eval]
 
 
-def announce(work: Work) -> None:
+def announce(work: FeatureWork) -> None:
     """Says how large the features are; ValueError if the disk cannot hold those left to make."""
     plan, free = work.plan, shards.free_bytes(work.folder)
     each = ", ".join(f"{field.name} {field.width} x {field.dtype}" for field in work.fields)
@@ -227,7 +227,7 @@ def gigabytes(size: int) -> str:
     return f"{tables.four_digits(size / 1e9)} GB"
 
 
-def run(work: Work) -> tuple[int, float]:
+def run(work: FeatureWork) -> tuple[int, float]:
     """Makes the files; returns tokens and seconds, compilation included. SIGTERM raises Preempted."""
     plan, tokens, began = work.plan, 0, time.monotonic()
     if not work.todo:
@@ -249,7 +249,7 @@ def run(work: Work) -> tuple[int, float]:
     return tokens, time.monotonic() - began
 
 
-def open_target(work: Work) -> Run:
+def open_target(work: FeatureWork) -> Run:
     """Returns the target as one program on the config's mesh."""
     config, args = work.config, work.args
     mesh = mesh_of(config.mesh)

@@ -11,19 +11,21 @@ from typing import Any
 from jaxspec.config import PretrainConfig
 from jaxspec.console import cli
 from jaxspec.training.pretrain import run_pretraining
-from jaxspec.training.program import Program, Table, run_program
+from jaxspec.training.verb import ResultTable, TrainingVerb, run_verb
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
-    program = Program("pretrain", PretrainConfig, run_pretraining, held_out_table)
-    return run_program(program, argv, description=__doc__ or "")
+    program = TrainingVerb("pretrain", PretrainConfig, run_pretraining, held_out_table)
+    return run_verb(program, argv, description=__doc__ or "")
 
 
-def held_out_table(config: PretrainConfig, result: dict[str, Any]) -> Table:
+def held_out_table(config: PretrainConfig, result: dict[str, Any]) -> ResultTable:
     """Returns the held-out loss by source."""
     rows = [*result["eval"]["by_source"].items(), ("all", result["eval"]["loss"])]
-    return Table(f"{config.name}: held-out loss after {result['steps']:,} steps", ("source", "nats a token"), rows)
+    return ResultTable(
+        f"{config.name}: held-out loss after {result['steps']:,} steps", ("source", "nats a token"), rows
+    )
 
 
 if __name__ == "__main__":

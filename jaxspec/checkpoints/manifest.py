@@ -17,30 +17,20 @@ from typing import Any
 import jax
 
 from jaxspec.base import Params
-from jaxspec.parallel.mesh import PARAMETER_AXES
+from jaxspec.nn import weights
+from jaxspec.parallel.mesh import axes_of
 
 FORMAT = "jaxspec/2"
 MANIFEST = "jaxspec.json"
 _ORBAX, _CHECKSUMS_1 = "_CHECKPOINT_METADATA", "jaxspec.sha256.json"
 
-CONVENTIONS = {
+GENERAL = {
     "axes": "arrays/*/axes names each axis to shard by (vocab, width, kv_heads, mlp, experts); null is an axis "
     "that stays whole",
     "layers": "arrays below layers have one more axis in front, over the layers, unless each layer has its own number",
     "weights": "a weight reads its first axis, y = x @ w; embed and head are [vocab, width], logits = x @ head.T",
-    "qkv": "[width, kv_heads, group + 2, head_dim]: of each key-value head its group's queries, its key, its value; "
-    "query head h is number h % group of key-value head h // group, where group = heads / kv_heads",
-    "out": "[kv_heads, group, head_dim, width]",
-    "mlp": "down(silu(x @ gate) * (x @ up))",
-    "experts": "expert_gate and expert_up are [experts, width, inner], expert_down [experts, inner, width]; a token "
-    "takes those likeliest by softmax(x @ router)",
-    "norm": "weight * x / sqrt(mean(x^2) + norm_eps), statistics in float32",
-    "rope": "channel i turns with channel i + head_dim / 2 by position * rope_theta^(-2 i / head_dim), before the "
-    "config's rope_scaling",
-    "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 and peagle what enters "
-    "the taps",
 }
-"""How the arrays are to be read, for those who do so without this library."""
+"""How all arrays are to be read, for those who do so without this library; `conventions` adds what weights declare."""
 
 Manifest = dict[str, Any]
 """`format`, `kind`, `checksums` by file, `sha256` of the manifest itself, and fields of the kind."""
@@ -113,14 +103,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def conventions() -> dict[str, str]:
+    """Returns how the arrays of a checkpoint are to be read: key -> sentence, for all weights that are declared."""
+    return {**GENERAL, **weights.conventions()}
+
+
 def describe(params: Params) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and logical axes (`mesh.PARAMETER_AXES`, None for one that is never split) of every array."""
+    """Returns shape, dtype and logical axes (as declared; None for one that is never split) of every array."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = PARAMETER_AXES.get(name.rpartition("/")[2], ())
-        axes = [None] * (leaf.ndim - len(axes)) + list(axes)
-        found[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "axes": axes}
+        axes = axes_of(name.rpartition("/")[2], leaf.ndim)
+        found[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "axes": list(axes)}
     return found
 
 

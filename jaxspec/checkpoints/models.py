@@ -21,7 +21,7 @@ from jaxspec.checkpoints.folders import (
     replace_folder,
     stored_shapes,
 )
-from jaxspec.checkpoints.manifest import CONVENTIONS, describe, read_manifest, verify, write_manifest
+from jaxspec.checkpoints.manifest import conventions, describe, read_manifest, verify, write_manifest
 from jaxspec.drafters import DRAFTERS
 from jaxspec.nn.rope import RopeScaling
 
@@ -79,7 +79,7 @@ def model_manifest(
     """Returns the manifest of a model whose `params` are arrays or their shapes; see `save_model`."""
     manifest = {"kind": kind, "config": config, "metrics": {}, "provenance": {}, **(about or {})}
     manifest["provenance"] = {"jaxspec": __version__, **manifest["provenance"]}
-    return manifest | {"conventions": CONVENTIONS, "arrays": describe(params)}
+    return manifest | {"conventions": conventions(), "arrays": describe(params)}
 
 
 def load_model(
@@ -154,7 +154,7 @@ def drafter_shape(name: str, values: Mapping[str, Any]) -> Any:
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if fields.get("rope_scaling"):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    return DRAFTERS[name][1](**fields)
+    return DRAFTERS[name].config(**fields)
 
 
 def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedDrafter:
@@ -167,7 +167,7 @@ def load_drafter(path: str | Path, *, dtype: Any = jax.numpy.float32) -> LoadedD
     if name not in DRAFTERS:
         raise ValueError(f"{path}: drafter {name!r} is not one of {', '.join(DRAFTERS)}")
     try:
-        module = DRAFTERS[name][0](drafter_shape(name, config["shape"]), dtype=dtype)
+        module = DRAFTERS[name].module(drafter_shape(name, config["shape"]), dtype=dtype)
     except TypeError as error:
         raise ValueError(f"{path}: the shape of drafter {name!r} is not this version's ({error})") from error
     expected = jax.eval_shape(module.init_params, jax.random.key(0))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Packed, Params, SharedTables, Target, TargetOutput, Unrolled
+from jaxspec.base import Array, Packed, Params, SharedTables, Target, TargetOutput, Unrolled, UnrollInputs
 from jaxspec.data.target_outputs import restore
 from jaxspec.distillation.chunks import Chunk, Layout, by_pair, by_position, shift
 from jaxspec.distillation.metrics import StepMasks, Sums, sum_devices, sum_metrics
@@ -79,8 +79,9 @@ def unroll_batch(
     if keys is not None:
         read_BLD = add_noise(read_BLD, batch.segments_BL, row_keys(keys.noise, rows, axes), task.objective.noise)
         slot_keys_B = row_keys(keys.slots, rows, axes)
-    arrays = (batch.tokens_BL, read_BLD, batch.positions_BL, Packed(batch.segments_BL))
-    return task.drafter.unroll(params, shared, *arrays, steps, slot_keys_B)
+    mask = Packed(batch.segments_BL)
+    unroll_inputs = UnrollInputs(batch.tokens_BL, read_BLD, batch.positions_BL, mask, slot_keys_B)
+    return task.drafter.unroll(params, shared, unroll_inputs, steps)
 
 
 def add_noise(features_BLD: Array, segments_BL: Array, keys_B: Array, noise: float) -> Array:

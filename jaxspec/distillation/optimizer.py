@@ -9,11 +9,10 @@ import optax
 from optax import contrib
 
 from jaxspec.base import Array, Params
-from jaxspec.nn.quantization import CONTRACTED
+from jaxspec.nn.weights import declared
+from jaxspec.parallel.mesh import leaf_name
 
 OptimizerKind = Literal["adamw", "muon"]
-MATRICES = CONTRACTED | dict.fromkeys(("fc", "sampling_gate", "sampling_up", "sampling_down", "block"), (-2,))
-"""Weights that Muon takes as matrices -> the axes, the first of theirs, that a matmul sums over."""
 Schedule = Callable[[Any], Array]
 
 
@@ -72,10 +71,13 @@ def make_optimizer(
 
 
 def _matrices(params: Params) -> Any:
-    """How Muon reads each weight: as one matrix, or as one for each stacked layer or head; None leaves it to Adam."""
+    """Returns how Muon reads each weight: as its declared matrix, or as many as stacked layers or heads there are.
+
+    None for a weight that Adam takes.
+    """
 
     def read(path: Any, weight: Array) -> contrib.MuonDimensionNumbers | None:
-        axes = MATRICES.get(str(getattr(path[-1], "key", "")))
+        axes = declared(leaf_name(path[-1:])).matrix
         if axes is None:
             return None
         summed = tuple(weight.ndim + axis for axis in axes)
@@ -85,7 +87,5 @@ def _matrices(params: Params) -> Any:
 
 
 def _decays(params: Params) -> Any:
-    """True on every weight but norms and biases, told by name: stacked layers give a norm two axes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not str(getattr(path[-1], "key", "")).endswith(("norm", "bias")), params
-    )
+    """Returns for each weight whether it is declared to decay: norms and biases are not."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: declared(leaf_name(path[-1:])).decays, params)

@@ -1,4 +1,5 @@
-"""An independent small language model as drafter: the target's tokenizer, its own weights and cache (Goel et al. 2024).
+"""An independent small language model as drafter: the target's tokenizer, its own weights and cache (Goel et al. 2024,
+arXiv 2403.00858).
 
 It reads tokens alone. As every drafter it is handed (feature, next token) pairs, so the first token of a context, which
 is no token's next, comes with the empty state.
@@ -8,20 +9,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Frontier, KVCache, Mask, Params, SharedTables, Unrolled
-from jaxspec.drafters.module import DrafterModule
+from jaxspec.base import Array, Frontier, KVCache, Mask, Params, SharedTables, Unrolled, UnrollInputs
+from jaxspec.drafters.module import DrafterModule, DrafterOptions, TargetShape, at_newest
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import Prefix, as_mask, attend, causal_mask
-from jaxspec.nn.decoder_layer import decoder_layer, init_weight, layer_shapes
+from jaxspec.nn.decoder_layer import decoder_layer
+from jaxspec.nn.layer_weights import layer_shapes, layer_weights
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.remat import recompute
 from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
+from jaxspec.nn.weights import NORM, TABLE, Shape, declare
+
+WEIGHTS = declare({"embed": TABLE, "norm": NORM, "head": TABLE})
+"""A draft model's weights besides those of its layers, which are `layer_weights`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftLMOptions(DrafterOptions):
+    """What an experiment says of a draft model's shape; see `DraftLMConfig`. All sizes have to be given."""
+
+    vocab: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp: int | None = None
+    rope_theta: float | None = None
+    tied: bool | None = None
+
+    def follow(self, target: TargetShape) -> dict[str, Any]:
+        """Rotary positions, norm and tokens."""
+        return {"vocab": target.scored, **target.pick("rope_theta", "rope_scaling", "norm_eps")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +150,11 @@ class DraftLM(DrafterModule):
         """Random weights: norms one, all else normal(0.02), residual outputs scaled by depth (GPT-2's rule)."""
         c = self.config
 
-        def weight(at: int, name: str, shape: tuple[int, ...]) -> Array:
-            return init_weight(jax.random.fold_in(key, at), name, shape, c.layers, jnp.float32)
+        weights, shapes = WEIGHTS | layer_weights(c.layers), layer_shapes(c)
 
-        shapes = layer_shapes(c)
+        def weight(at: int, name: str, shape: Shape) -> Array:
+            return weights[name].init(jax.random.fold_in(key, at), shape)
+
         layers = [
             {name: weight(100 * (i + 1) + j, name, shape) for j, (name, shape) in enumerate(shapes.items())}
             for i in range(c.layers)
@@ -150,9 +176,7 @@ class DraftLM(DrafterModule):
         positions_BL = state.length_B[:, None] + jnp.arange(length)
         past = (state.cache, state.length_B)
         hidden, fresh = self.run(params, tokens_BL, positions_BL, causal_mask(length), past)
-        last = jnp.maximum(count_B - 1, 0)[:, None, None]
-        hidden_BD = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-        hidden_BD = jnp.where((count_B > 0)[:, None], hidden_BD, state.hidden_BD)
+        hidden_BD = at_newest(hidden, count_B, state.hidden_BD)
         cache = kv.commit(state.cache, fresh, state.length_B, jnp.argmax(hidden_BD, axis=-1))
         return DraftLMState(cache, state.length_B + count_B, hidden_BD)
 
@@ -192,19 +216,9 @@ class DraftLM(DrafterModule):
         )
         return self.logits(params, shared, hidden), DraftLMScratch(*written)
 
-    def unroll(
-        self,
-        params: Params,
-        shared: SharedTables,
-        tokens_BL: Array,
-        features_BLD: Array,
-        positions_BL: Array,
-        mask_BLM: Mask,
-        steps: int,
-        keys_B: Array | None = None,
-    ) -> Unrolled:
-        """What it puts out on the text: as it reads tokens alone, step `j` at row `i` is step 0 at row `i + j`."""
-        hidden, _ = self.run(params, tokens_BL, positions_BL, mask_BLM)
+    def unroll(self, params: Params, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
+        """Its outputs on the text: as it reads tokens alone, step `j` at row `i` is step 0 at row `i + j`."""
+        hidden, _ = self.run(params, inputs.tokens_BL, inputs.positions_BL, inputs.mask_BLM)
         ahead = [jnp.pad(hidden[:, 1 + j :], ((0, 0), (0, 1 + j), (0, 0))) for j in range(steps)]
         return Unrolled(jnp.stack(ahead))
 

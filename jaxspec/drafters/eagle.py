@@ -1,24 +1,53 @@
 """The EAGLE-1/2 head: one decoder layer over (next token's embedding, target feature) below the target's LM head.
 
-EAGLE (Li et al. 2024, section 4) and EAGLE-2 share this network; EAGLE-2 differs in the tree. Unrolled for several
-steps with `unroll` it is the network HASS trains.
+EAGLE (Li et al. 2024, arXiv 2401.15077, section 4) and EAGLE-2 (arXiv 2406.16858) share this network; EAGLE-2 differs
+in the tree, `trees.dynamic`. Unrolled for several steps with `unroll` it is the network that HASS trains (Zhang et al.
+2024, arXiv 2408.15766): section 3.2's harmonized context alignment is `Recurrent`'s unrolling, section 3.1's harmonized
+objective distillation the top-k loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params
+from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions, OneLayer
 from jaxspec.drafters.recurrent import Recurrent
-from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.nn.lm_head import score_tokens
-from jaxspec.nn.mlp import constrain_rows, gated_mlp
+from jaxspec.nn.mlp import constrain_rows
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
+from jaxspec.nn.weights import BIAS, NORM, Shape, Weight, declare, uniform
+
+FUSION = declare(
+    {
+        "fc": Weight(uniform(), (None, "width"), (-2,)),
+        "fc_bias": dataclasses.replace(BIAS, init=uniform(lambda shape: 2 * shape[0])),
+        "embedding_norm": NORM,
+    },
+    {
+        "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 and peagle what "
+        "enters the taps"
+    },
+)
+"""The fusion layer, which makes one vector of embedding and feature, or of EAGLE-3's features."""
+WEIGHTS = FUSION | HEAD_LAYER | declare({"head_norm": NORM})
+"""What an EAGLE head may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleOptions(LayerOptions):
+    """What an experiment may say of an EAGLE head; see `EagleConfig`."""
+
+    bias: bool | None = None
+    embedding_norm: bool | None = None
+    head_norm: bool | None = None
+    zero_logits: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +87,58 @@ class EagleConfig:
         """Query heads per key-value head, `G`."""
         return self.heads // self.kv_heads
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight. There is no attention norm: the head reads post-norm features (EAGLE issue 91)."""
-        shapes: dict[str, tuple[int, ...]] = {"fc": (2 * self.width, self.width)}
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight; their order numbers the keys of initial values."""
+        return self.fusion_shapes() | self.layer_shapes() | ({"head_norm": (self.width,)} if self.head_norm else {})
+
+    def fusion_shapes(self) -> dict[str, Shape]:
+        """Returns the shapes of what makes one vector of embedding and feature."""
+        shapes: dict[str, Shape] = {"fc": (2 * self.width, self.width)}
         if self.bias:
             shapes["fc_bias"] = (self.width,)
         if self.embedding_norm:
             shapes["embedding_norm"] = (self.width,)
-        shapes |= layer_weights(self)
-        if self.head_norm:
-            shapes["head_norm"] = (self.width,)
         return shapes
 
+    def layer_shapes(self) -> dict[str, Shape]:
+        """Returns the shapes of the decoder layer.
 
-def layer_weights(c: EagleConfig) -> dict[str, tuple[int, ...]]:
-    """Weights of the decoder layer, without a norm before its attention."""
-    shapes = layer_shapes(c, layer_options(c))
-    return {name: shape for name, shape in shapes.items() if name != "attention_norm"}
+        It has no norm before its attention, for it reads features behind the target's last norm (EAGLE issue 91).
+        """
+        shapes = layer_shapes(self, self.layer_options)
+        del shapes["attention_norm"]
+        return shapes
+
+    @property
+    def layer_options(self) -> Options:
+        """What its decoder layers have beyond Llama's."""
+        return Options(qkv_bias=self.qkv_bias, out_bias=self.out_bias, qk_norm=self.qk_norm)
 
 
-def layer_options(c: EagleConfig) -> Options:
-    """What its decoder layers have beyond Llama's."""
-    return Options(qkv_bias=c.qkv_bias, out_bias=c.out_bias, qk_norm=c.qk_norm)
+class PairReader(OneLayer):
+    """A head whose slots hold (next token's embedding, feature): the pair that EAGLE shifts by one token. Abstract."""
+
+    def normed(self, embedding_BLD: Array) -> Array:
+        """The embedding, by its norm where the head has one."""
+        if not self.config.embedding_norm:
+            return embedding_BLD
+        return rms_norm(embedding_BLD, self.weights["embedding_norm"], self.config.norm_eps)
+
+    def fuse_pair(self, embedding_BLD: Array, feature_BLD: Array) -> Array:
+        """`fc([embedding; feature])`, the embedding first, with the bias where there is one."""
+        w = self.weights
+        pair = jnp.concatenate([embedding_BLD.astype(self.dtype), feature_BLD.astype(self.dtype)], axis=-1)
+        fused = constrain_rows(jnp.einsum("BLE,ED->BLD", constrain_rows(pair), w["fc"].astype(self.dtype)))
+        return fused + w["fc_bias"].astype(self.dtype) if "fc_bias" in w else fused
 
 
-class Eagle(Recurrent):
+class Eagle(PairReader, Recurrent):
     """The EAGLE-1/2 head as pure functions of its weights."""
+
+    config: Any
+    """An `EagleConfig`."""
+
+    declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     @property
     def zero_logits(self) -> bool:  # type: ignore[override]
@@ -91,16 +146,13 @@ class Eagle(Recurrent):
         return self.config.zero_logits
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
-        """`fc([embedding; feature])`, the embedding first."""
-        w = self.weights
-        if self.config.embedding_norm:
-            embedding_BLD = rms_norm(embedding_BLD, w["embedding_norm"], self.config.norm_eps)
-        fused = concatenate_and_project(w, embedding_BLD, feature_BLD, self.dtype)
+        """The fused pair is the stream, and what the attention reads."""
+        fused = self.fuse_pair(self.normed(embedding_BLD), feature_BLD)
         return fused, fused
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
         """The layer's output is both what is scored and the predicted feature."""
-        out = stream_BLD + gated_mlp(self.weights, rms_norm(stream_BLD, self.weights["mlp_norm"], self.config.norm_eps))
+        out = stream_BLD + self.feed_forward(stream_BLD)
         return out, out
 
     def scoring(self, params: Params) -> Params:
@@ -112,10 +164,3 @@ class Eagle(Recurrent):
         if self.config.head_norm:
             hidden_BLD = rms_norm(hidden_BLD, self.weights["head_norm"], self.config.norm_eps)
         return score_tokens(hidden_BLD, head_VD)
-
-
-def concatenate_and_project(weights: dict[str, Array], embedding: Array, feature: Array, dtype: Any) -> Array:
-    """`fc([embedding; feature])`, with the bias where there is one."""
-    pair = jnp.concatenate([embedding.astype(dtype), feature.astype(dtype)], axis=-1)
-    fused = constrain_rows(jnp.einsum("BLE,ED->BLD", constrain_rows(pair), weights["fc"].astype(dtype)))
-    return fused + weights["fc_bias"].astype(dtype) if "fc_bias" in weights else fused

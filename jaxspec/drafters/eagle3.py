@@ -1,22 +1,46 @@
-"""The EAGLE-3 head (Li et al. 2025): three fused layers of the target, trained over its own steps, its own LM head."""
+"""The EAGLE-3 head (Li et al. 2025, arXiv 2503.01840): three fused layers of the target, trained over its own steps
+("training-time test"), its own LM head.
+
+What it reads are the target's hidden states at a low, a middle and a high layer, its *auxiliary hidden states* in the
+words of vLLM, SGLang and speculators; here they are taps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params, SharedTables
-from jaxspec.drafters.eagle import EagleConfig, layer_weights
-from jaxspec.drafters.one_layer import OneLayer
+from jaxspec.drafters.eagle import FUSION, EagleConfig
+from jaxspec.drafters.module import TargetShape
+from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions, OneLayer
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.lm_head import score_tokens
-from jaxspec.nn.mlp import gated_mlp
 from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.weights import NORM, TABLE, Shape, Weight, declare, last_axis, uniform
+
+WEIGHTS = (
+    FUSION
+    | HEAD_LAYER
+    | declare(
+        {
+            "embed": TABLE,
+            "input_norm": NORM,
+            "taps_norm": NORM,
+            "feature_norm": NORM,
+            "norm": NORM,
+            "head": dataclasses.replace(TABLE, init=uniform(last_axis)),
+        }
+    )
+)
+"""What an EAGLE-3 head may have."""
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
-    """The reference's: inputs of layers 2, `L // 2` and `L - 3`, which are the outputs of those before them.
+    """The reference's auxiliary hidden states: inputs of layers 2, `L // 2` and `L - 3`, which are the outputs of those
+    before them.
 
     Raises ValueError for targets too shallow for three of them.
     """
@@ -30,6 +54,36 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
+class TapOptions(LayerOptions):
+    """What an experiment may say of a head that reads the target's auxiliary hidden states; see `Eagle3Config`."""
+
+    width: int | None = None
+    vocab: int | None = None
+    taps: tuple[int, ...] | None = None
+    norm_before_residual: bool | None = None
+    input_norm: bool | None = None  # speculators' norm_before_fc
+    tap_norms: bool | None = None  # EAGLE-3.1's fc_norm
+
+    def follow(self, target: TargetShape) -> dict[str, Any]:
+        """Its layer's shape, the target's taps, and an embedding of its own where it is of another width."""
+        narrow = self.width not in (None, target.width)
+        return {
+            **super().follow(target),
+            "vocab": target.scored,
+            "taps": () if self.taps is not None else default_taps(target.layers),
+            "target_width": target.width if narrow else None,
+            "embed_vocab": target.vocab if narrow else 0,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Options(TapOptions):
+    """What an experiment may say of an EAGLE-3 head; see `Eagle3Config`."""
+
+    normed_feature: bool | None = None  # EAGLE-3.1's norm_output
+
+
+@dataclasses.dataclass(frozen=True)
 class Eagle3Config(EagleConfig):
     """The shape of an EAGLE-3 head, which may be narrower or wider than its target: then embeddings are its own."""
 
@@ -37,7 +91,7 @@ class Eagle3Config(EagleConfig):
     vocab: int = 0
     """Tokens that its own LM head scores: the target's, or those of a draft vocabulary."""
     taps: tuple[int, ...] = ()
-    """Layers of the target whose inputs it reads, ascending."""
+    """Layers of the target whose inputs it reads (EAGLE-3's auxiliary hidden states), ascending."""
     norm_before_residual: bool = False
     """Whether the stream itself is the normed feature, as in heads that speculators trains by default."""
     input_norm: bool = False
@@ -70,9 +124,9 @@ class Eagle3Config(EagleConfig):
         """Width of the target's features."""
         return self.target_width or self.width
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight."""
-        norms: dict[str, tuple[int, ...]] = {}
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight."""
+        norms: dict[str, Shape] = {}
         if self.input_norm:
             norms["input_norm"] = (len(self.taps) * self.feature_width,)
         if self.tap_norms:
@@ -83,7 +137,7 @@ class Eagle3Config(EagleConfig):
             "fc": (len(self.taps) * self.feature_width, self.width),
             "embedding_norm": (self.width,),
             "feature_norm": (self.width,),
-            **layer_weights(self),
+            **self.layer_shapes(),
             "qkv": (2 * self.width, self.kv_heads, self.group + 2, self.head_dim),
             "norm": (self.width,),
             "head": (self.vocab, self.width),
@@ -91,7 +145,10 @@ class Eagle3Config(EagleConfig):
 
 
 class TapReader(OneLayer):
-    """What EAGLE-3 and P-EAGLE heads share: how they read the target's layers, and their own LM head. Abstract."""
+    """What EAGLE-3 and P-EAGLE heads share: how they read the target's auxiliary hidden states, and their own LM head.
+    Abstract."""
+
+    declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -153,9 +210,8 @@ class Eagle3(TapReader, Recurrent):
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
         """The layer's output before its norm, which is also the feature unless the head hands on the normed one."""
-        w, eps = self.weights, self.config.norm_eps
-        out = stream_BLD + gated_mlp(w, rms_norm(stream_BLD, w["mlp_norm"], eps))
-        return out, rms_norm(out, w["norm"], eps) if self.config.normed_feature else out
+        out = stream_BLD + self.feed_forward(stream_BLD)
+        return out, rms_norm(out, self.weights["norm"], self.config.norm_eps) if self.config.normed_feature else out
 
     def regressed(self, features_TBLD: Array) -> Array | None:
         """No feature is held to the target's."""

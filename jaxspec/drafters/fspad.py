@@ -1,23 +1,48 @@
-"""FSPAD (Gui et al. 2024): EAGLE's head with feature sampling and partial alignment distillation.
+"""FSPAD (Gui et al. 2024, arXiv 2408.15562): EAGLE's head with feature sampling and partial alignment distillation.
 
-Feature sampling lets the token's embedding gate the fused pair in a wide space, so that the feature says which token
-was drawn. Partial alignment splits the layer's output: one half is scored, only the other is held to the target's
-feature and handed on, so that the logits' loss and the features' do not pull at the same numbers.
+Feature sampling (`Fspad.fuse`) lets the token's embedding gate the fused pair in a wide space, so that the feature says
+which token was drawn. Partial alignment distillation (`Fspad.finish`) splits the layer's output: one half is scored,
+only the other is held to the target's feature and handed on, so that the logits' loss and the features' do not pull at
+the same numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_weights
-from jaxspec.drafters.recurrent import Recurrent
-from jaxspec.nn.mlp import WIDE, constrain_rows, gated_mlp
+from jaxspec.drafters import eagle
+from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.drafters.one_layer import LayerOptions
+from jaxspec.nn.mlp import WIDE, constrain_rows
 from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.weights import NORM, Shape, Weight, declare, uniform
 from jaxspec.parallel.mesh import constrain
+
+WEIGHTS = eagle.WEIGHTS | declare(
+    {
+        "sampling_norm": NORM,
+        "sampling_gate": Weight(uniform(), ("width", "mlp"), (-2,)),
+        "sampling_up": Weight(uniform(), ("width", "mlp"), (-2,)),
+        "sampling_down": Weight(uniform(), ("mlp", "width"), (-2,)),
+    }
+)
+"""What an FSPAD head may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FspadOptions(LayerOptions):
+    """What an experiment may say of an FSPAD head; see `FspadConfig`."""
+
+    bias: bool | None = None
+    embedding_norm: bool | None = None
+    zero_logits: bool | None = None
+    feature_sampling: bool | None = None
+    partial_alignment: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +50,18 @@ class FspadConfig(EagleConfig):
     """The shape of an FSPAD head. Without both of its parts it is an EAGLE head."""
 
     feature_sampling: bool = True
+    """Whether the embedding gates the fused pair."""
     partial_alignment: bool = True
+    """Whether the output has two halves, of which one is scored and the other aligned with the target's feature."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_norm:
             raise ValueError("an FSPAD head has no head_norm: leave it off")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight."""
-        shapes: dict[str, tuple[int, ...]] = {"fc": (2 * self.width, self.width)}
-        if self.bias:
-            shapes["fc_bias"] = (self.width,)
-        if self.embedding_norm:
-            shapes["embedding_norm"] = (self.width,)
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight."""
+        shapes = self.fusion_shapes()
         if self.feature_sampling:
             shapes |= {
                 "sampling_norm": (self.width,),
@@ -46,29 +69,24 @@ class FspadConfig(EagleConfig):
                 "sampling_up": (self.width, self.mlp),
                 "sampling_down": (self.mlp, self.width),
             }
-        shapes |= layer_weights(self)
+        shapes |= self.layer_shapes()
         if self.partial_alignment:
             shapes["down"] = (self.mlp, 2 * self.width)
         return shapes
 
 
-class Fspad(Recurrent):
+class Fspad(Eagle):
     """The FSPAD head as pure functions of its weights."""
 
-    @property
-    def zero_logits(self) -> bool:  # type: ignore[override]
-        """See `EagleConfig`."""
-        return self.config.zero_logits
+    declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
         """`h = fc([e; f])`; with feature sampling `h + down(silu(gate(e)) * up(norm(h)))`.
 
         The paper's code takes the embedding `e` as it is; with `embedding_norm` it is normalised, which is ours.
         """
-        w = self.weights
-        if self.config.embedding_norm:
-            embedding_BLD = rms_norm(embedding_BLD, w["embedding_norm"], self.config.norm_eps)
-        h = concatenate_and_project(w, embedding_BLD, feature_BLD, self.dtype)
+        w, embedding_BLD = self.weights, self.normed(embedding_BLD)
+        h = self.fuse_pair(embedding_BLD, feature_BLD)
         if not self.config.feature_sampling:
             return h, h
         gate, up, down = (w[f"sampling_{name}"].astype(self.dtype) for name in ("gate", "up", "down"))
@@ -81,8 +99,7 @@ class Fspad(Recurrent):
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
         """`[a; a] + mlp(norm(a))`: the first half is scored, the second aligned with the target and handed on."""
-        out = gated_mlp(self.weights, rms_norm(stream_BLD, self.weights["mlp_norm"], self.config.norm_eps))
         if not self.config.partial_alignment:
-            return stream_BLD + out, stream_BLD + out
-        scored, aligned = jnp.split(out, 2, axis=-1)
+            return super().finish(stream_BLD)
+        scored, aligned = jnp.split(self.feed_forward(stream_BLD), 2, axis=-1)
         return stream_BLD + scored, stream_BLD + aligned

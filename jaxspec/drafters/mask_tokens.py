@@ -1,8 +1,8 @@
-"""What drafters share that predict all draft steps in one pass by mask slots (ParallelSpec, P-EAGLE, PARD).
+"""What drafters share that predict all draft steps in one pass by mask tokens (ParallelSpec, P-EAGLE, PARD).
 
-Slot `(i, 0)` is real: it holds what was read at position `i`. Slot `(i, d)` is a mask that stands `d` further, sees the
-real slots up to `i` and its own group `(i, 1) .. (i, d)`, and predicts the token `d` later than slot `(i, 0)` does. No
-real slot ever sees a mask, so masks are never cached, and what is cached stays right for ever.
+Slot `(i, 0)` is real: it holds what was read at position `i`. Slot `(i, d)`, a mask slot, holds a mask token: it stands
+`d` further, sees the real slots up to `i` and its own group `(i, 1) .. (i, d)`, and predicts the token `d` later than
+slot `(i, 0)` does. No real slot ever sees a mask, so masks are never cached, and what is cached stays right for ever.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, KVCache, Mask, Params, SharedTables, Unrolled
+from jaxspec.base import Array, KVCache, Mask, Params, SharedTables, Unrolled, UnrollInputs
 from jaxspec.drafters.one_layer import OneLayer
 from jaxspec.drafters.one_pass import OnePass, ParallelState
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import PerQueryKeys, Prefix, as_mask, attend
-from jaxspec.nn.decoder_layer import merge_heads
-from jaxspec.nn.mlp import gated_mlp
-from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.remat import recompute
 from jaxspec.parallel.rows import gather_rows, scatter_rows
 
@@ -104,8 +101,8 @@ class MaskTokens(OnePass, OneLayer):
     def finish(self, layer: int, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
         """A layer's output."""
         w = self.layer_weights[layer]
-        x = stream_BLD + merge_heads(w, mixed_BLKGC)
-        return x + gated_mlp(w, rms_norm(x, w["mlp_norm"], self.config.norm_eps))
+        x = self.mix(stream_BLD, mixed_BLKGC, w)
+        return x + self.feed_forward(x, w)
 
     def _extend(
         self, shared: SharedTables, state: ParallelState, tokens_BL: Array, features_BLD: Array, count_B: Array
@@ -156,20 +153,12 @@ class MaskTokens(OnePass, OneLayer):
         sees_real = (row >= length) & (column < count_B[:, None, None])
         return real | group | sees_real
 
-    def _unroll(
-        self,
-        shared: SharedTables,
-        tokens_BL: Array,
-        features_BLD: Array,
-        positions_BL: Array,
-        mask_BLM: Mask,
-        steps: int,
-        keys_B: Array | None,
-    ) -> Unrolled:
+    def _unroll(self, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
         """A group a position: slot `(i, j)` sees the real slots up to `i` and its own group.
 
         That is the row layout of HASS: causal over the real slots, and one more key a depth at the row's own index.
         """
+        tokens_BL, features_BLD, positions_BL, mask_BLM, keys_B = inputs
         c, (batch, length) = self.config, tokens_BL.shape
         token = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
         order_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))

@@ -1,18 +1,44 @@
-"""Medusa heads (Cai et al. 2024, Medusa-1): each predicts a later token from the target's feature alone."""
+"""Medusa heads (Cai et al. 2024, arXiv 2401.10774): each predicts a later token from the target's feature alone.
+
+The target is frozen: the paper's Medusa-1.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Mask, Params, SharedTables, Unrolled
-from jaxspec.drafters.one_layer import init_weight
+from jaxspec.base import Array, Params, SharedTables, Unrolled, UnrollInputs
+from jaxspec.drafters.module import DrafterOptions, TargetShape
 from jaxspec.drafters.one_pass import OnePass, ParallelState
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.remat import recompute
+from jaxspec.nn.weights import BIAS, TABLE, Shape, Weight, declare, uniform, zeros
+
+WEIGHTS = declare(
+    {
+        "block": Weight(zeros, (None, "width"), (-2,)),
+        "block_bias": BIAS,
+        "heads": dataclasses.replace(TABLE, init=uniform()),
+    }
+)
+"""What Medusa heads may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaOptions(DrafterOptions):
+    """What an experiment may say of Medusa heads; see `MedusaConfig`."""
+
+    tokens: int | None = None
+    layers: int | None = None
+    vocab: int | None = None  # 0: share the target's LM head
+
+    def follow(self, target: TargetShape) -> dict[str, Any]:
+        """The features' width, and an LM head each for the tokens that are scored."""
+        return {"width": target.width, "vocab": target.scored}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +59,9 @@ class MedusaConfig:
                 f"tokens={self.tokens} and layers={self.layers} must be at least 1, and vocab={self.vocab} at least 0"
             )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight."""
-        shapes: dict[str, tuple[int, ...]] = {
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight."""
+        shapes: dict[str, Shape] = {
             "block": (self.tokens, self.width, self.width),
             "block_bias": (self.tokens, self.width),
         }
@@ -47,12 +73,7 @@ class Medusa(OnePass):
 
     config: MedusaConfig
 
-    def setup(self) -> None:
-        self.weights = {
-            name: self.param(name, init_weight, name, shape)
-            for name, shape in self.config.shapes().items()
-            if self.is_given(name)
-        }
+    declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     @property
     def vocab(self) -> int | None:
@@ -80,10 +101,7 @@ class Medusa(OnePass):
 
     def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Blocks that begin near the identity (weights 0, biases random), LM heads as the target's if it is given."""
-        params = {}
-        for i, (name, shape) in enumerate(self.config.shapes().items()):
-            params[name] = init_weight(jax.random.fold_in(key, i), name, shape)
-        params["block"] = jnp.zeros_like(params["block"])
+        params = super().init_params(key)
         bound = self.config.width**-0.5
         params["block_bias"] = jax.random.uniform(key, params["block_bias"].shape, jnp.float32, -bound, bound)
         if self.config.vocab and shared is not None:
@@ -113,20 +131,9 @@ class Medusa(OnePass):
         state = ParallelState(None, state.length_B + count_B, hidden_BTD)
         return state, self.logits(params, shared, hidden_BTD[:, :1])[:, 0]
 
-    def unroll(
-        self,
-        params: Params,
-        shared: SharedTables,
-        tokens_BL: Array,
-        features_BLD: Array,
-        positions_BL: Array,
-        mask_BLM: Mask,
-        steps: int,
-        keys_B: Array | None = None,
-    ) -> Unrolled:
+    def _unroll(self, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
         """The first `steps` heads' outputs at every position."""
-        hidden: Any = self.apply({"params": params}, features_BLD, method="predict")
-        return Unrolled(hidden[:steps])
+        return Unrolled(self.predict(inputs.features_BLD)[:steps])
 
     def scoring(self, params: Params) -> Params:
         """The heads' own LM heads, where there are any."""

@@ -1,23 +1,65 @@
-"""What every drafter of this package is: a frozen Flax module that says what it can do, unless it says otherwise."""
+"""What every drafter of this package is: a frozen Flax module with its weights apart, and the options it is made by."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Mask, Params, SharedTables
+from jaxspec.base import Array, Mask, Params, SharedTables, Unrolled, UnrollInputs
 from jaxspec.nn.attention import NO_KEYS, AttentionOptions, PerQueryKeys, attend_text
 from jaxspec.nn.kernels import Kernel
 from jaxspec.nn.remat import Remat
+from jaxspec.nn.rope import RopeScaling
+from jaxspec.nn.weights import Weight, init_of, init_weights
+
+
+class TargetShape(NamedTuple):
+    """What a drafter's shape may follow of its target's."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
+    layers: int
+    vocab: int
+    """Tokens of the target."""
+    scored: int
+    """Tokens that the drafter scores: all, or those of its draft vocabulary."""
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """The fields called so."""
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterOptions:
+    """What an experiment may say of a drafter's shape, fields named as those of the drafter's config.
+
+    Every field is None by default, and what is None follows the target or the default of the drafter's config.
+    """
+
+    def follow(self, target: TargetShape) -> dict[str, Any]:
+        """The fields of the drafter's config that follow the target, unless they are given."""
+        return {}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 class DrafterModule(nn.Module):
     """The description of a drafter, its weights apart. Abstract: what drafts is said by those below it.
 
-    By default a node may be of any depth, each depth takes a pass, and logits are those of the target's LM head over
-    its features.
+    By default a node may be of any depth, each depth takes a pass, logits are those of the target's LM head over its
+    features, and the weights are those of `config.shapes()`, as `declarations` says.
     """
 
     config: Any
@@ -32,6 +74,16 @@ class DrafterModule(nn.Module):
     """Training only: what attends over packed rows, see `attend_text`."""
     remat: Remat = "none"
     """Training only: what the backward pass of each step or layer computes again, see `recompute`."""
+
+    declarations: ClassVar[dict[str, Weight]] = {}
+    """The weights it may have, as its file declares them (`jaxspec.nn.weights`)."""
+
+    def setup(self) -> None:
+        self.weights = {
+            name: self.param(name, init_of(self.declarations, name), shape)
+            for name, shape in self.config.shapes().items()
+            if self.is_given(name)
+        }
 
     def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, per_query: PerQueryKeys = NO_KEYS) -> Array:
         """Causal attention of whole training rows, in the way that the fields above say."""
@@ -60,7 +112,7 @@ class DrafterModule(nn.Module):
 
     @property
     def vocab(self) -> int | None:
-        """Tokens that its own LM head scores; None where it borrows the target's."""
+        """Tokens that its own LM head scores; None where it shares the target's."""
         return None
 
     def is_given(self, name: str) -> bool:
@@ -71,6 +123,23 @@ class DrafterModule(nn.Module):
         """Returns the weights that `logits` reads: none, for a drafter that scores by the target's LM head."""
         return {}
 
+    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
+        """Fresh weights with their declared initial values; the key of each is folded with its number in `shapes()`."""
+        return init_weights(self.declarations, self.config.shapes(), key)
+
+    def unroll(self, params: Params, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
+        """`steps` draft steps from every position, see `base.Learner`."""
+        return self.apply({"params": params}, shared, inputs, steps, method="_unroll")  # type: ignore[return-value]
+
+    def _unroll(self, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
+        raise NotImplementedError
+
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of its outputs `[B, L, D]` for draft step `step`."""
         raise NotImplementedError
+
+
+def at_newest(x_BLX: Array, count_B: Array, before_BX: Array) -> Array:
+    """Each row of `x` at the last of its `count` real positions; `before` where there is none."""
+    last = jnp.maximum(count_B - 1, 0)[:, None, None]
+    return jnp.where((count_B > 0)[:, None], jnp.take_along_axis(x_BLX, last, axis=1)[:, 0], before_BX)

@@ -1,25 +1,29 @@
-"""A head of one decoder layer: its weights, its projections, and the parts of the contract that all such heads
+"""A head of one decoder layer: its shape, weights, projections, and the parts of the contract that all such heads
 share."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import jax
-import jax.numpy as jnp
-
-from jaxspec.base import Array, Frontier, Mask, Params, SharedTables, Unrolled
-from jaxspec.drafters.module import DrafterModule
+from jaxspec.base import Array, Frontier, Params, SharedTables
+from jaxspec.drafters.module import DrafterModule, DrafterOptions, TargetShape
 from jaxspec.nn.decoder_layer import merge_heads, project_qkv
+from jaxspec.nn.layer_weights import LAYER
 from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.mlp import gated_mlp
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
+from jaxspec.nn.weights import Shape, Weight, all_but_last, uniform, with_init
 from jaxspec.parallel.rows import look_up
 
+HEAD_LAYER = with_init(LAYER, {"out": uniform(all_but_last), **dict.fromkeys(("qkv", "gate", "up", "down"), uniform())})
+"""The weights of a head's decoder layer with EAGLE's initial values: matrices as PyTorch's linear layers begin, norms
+one. Biases of the attention, which EAGLE's head has not, begin at zero."""
 
-class HeadConfig(Protocol):
+
+class HeadShape(Protocol):
     """The shape of a head of one layer."""
 
     @property
@@ -36,36 +40,35 @@ class HeadConfig(Protocol):
     def norm_eps(self) -> float: ...
     @property
     def qk_norm(self) -> bool: ...
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Shape]:
         """The shape of every weight."""
         ...
 
 
-def init_weight(key: Array, name: str, shape: tuple[int, ...]) -> Array:
-    """EAGLE's initialisation: norms one, all else U(-1/sqrt(fan_in), 1/sqrt(fan_in)); mask slots and embeddings are
-    normal(0.02), and biases of the attention, which are ours to choose, zero."""
-    if name.endswith("norm"):
-        return jnp.ones(shape, jnp.float32)
-    if name in ("qkv_bias", "out_bias"):
-        return jnp.zeros(shape, jnp.float32)
-    if name.startswith("mask") or name == "embed":
-        return 0.02 * jax.random.normal(key, shape, jnp.float32)
-    fan_in = {"out": math.prod(shape[:-1]), "fc_bias": 2 * shape[0], "head": shape[-1]}.get(name, shape[0])
-    return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+@dataclasses.dataclass(frozen=True)
+class LayerOptions(DrafterOptions):
+    """Where a head's decoder layer is not the target's."""
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp: int | None = None
+    rope_theta: float | None = None
+    qk_norm: bool | None = None  # as Qwen3's layers have it
+
+    def follow(self, target: TargetShape) -> dict[str, Any]:
+        """The layer's sizes, rotary positions and norm."""
+        sizes = ("width", "heads", "kv_heads", "head_dim", "mlp")
+        return target.pick(*sizes, "rope_theta", "rope_scaling", "norm_eps")
 
 
 class OneLayer(DrafterModule):
     """A head of one decoder layer, as pure functions of its weights. Abstract: see `Recurrent` and `MaskTokens`."""
 
     config: Any
-    """A `HeadConfig`."""
+    """A `HeadShape`."""
 
-    def setup(self) -> None:
-        self.weights = {
-            name: self.param(name, init_weight, name, shape)
-            for name, shape in self.config.shapes().items()
-            if self.is_given(name)
-        }
+    declarations: ClassVar[dict[str, Weight]] = HEAD_LAYER
 
     def embedding(self, shared: SharedTables, tokens_BL: Array) -> Array:
         """Embeddings `[B, L, D]` of tokens: the target's."""
@@ -82,18 +85,16 @@ class OneLayer(DrafterModule):
         norm = functools.partial(rms_norm, eps=c.norm_eps) if c.qk_norm else None
         return project_qkv(weights or self.weights, x_BLD, *self.turn(positions_BL), norm)
 
-    def mix(self, stream_BLD: Array, mixed_BLKGC: Array) -> Array:
+    def mix(self, stream_BLD: Array, mixed_BLKGC: Array, weights: Params | None = None) -> Array:
         """The residual stream behind the attention."""
-        return stream_BLD + merge_heads(self.weights, mixed_BLKGC)
+        return stream_BLD + merge_heads(weights or self.weights, mixed_BLKGC)
+
+    def feed_forward(self, stream_BLD: Array, weights: Params | None = None) -> Array:
+        """`mlp(norm(x))`, which a layer adds to its residual stream."""
+        w = weights or self.weights
+        return gated_mlp(w, rms_norm(stream_BLD, w["mlp_norm"], self.config.norm_eps))
 
     # The parts of the contract that all of them share.
-
-    def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
-        """Random weights as the reference initialises them."""
-        return {
-            name: init_weight(jax.random.fold_in(key, i), name, shape)
-            for i, (name, shape) in enumerate(self.config.shapes().items())
-        }
 
     def extend(
         self, params: Params, shared: SharedTables, state: Any, tokens_BL: Array, features_BLD: Array, count_B: Array
@@ -109,25 +110,6 @@ class OneLayer(DrafterModule):
     ) -> tuple[Array, Any]:
         """Logits `[B, W, V]` of the children of one level's nodes."""
         return self.apply({"params": params}, shared, state, scratch, frontier, method="_expand")  # type: ignore[return-value]
-
-    def unroll(
-        self,
-        params: Params,
-        shared: SharedTables,
-        tokens_BL: Array,
-        features_BLD: Array,
-        positions_BL: Array,
-        mask_BLM: Mask,
-        steps: int,
-        keys_B: Array | None = None,
-    ) -> Unrolled:
-        """`steps` draft steps from every position at once (HASS's context alignment, row layout).
-
-        Row `i` at step `j` is what drafting from `f_i` puts out after reading `x_{i+1} .. x_{i+j+1}`; it predicts
-        `f_{i+j+1}` and the token after. Rows whose tokens run past the document are garbage for the loss mask to drop.
-        """
-        arguments = (shared, tokens_BL, features_BLD, positions_BL, mask_BLM, steps, keys_B)
-        return self.apply({"params": params}, *arguments, method="_unroll")  # type: ignore[return-value]
 
     def logits(self, params: Params, shared: SharedTables, hidden_BLD: Array, step: int = 0) -> Array:
         """fp32 logits `[B, L, V]` of outputs `[B, L, D]`."""

@@ -1,4 +1,4 @@
-"""ParallelSpec (Xiao et al. 2024): one decoder layer that predicts all draft steps in one pass, by mask tokens.
+"""ParallelSpec (Xiao et al. 2024, arXiv 2410.05589): one decoder layer drafts all steps in one pass, by mask tokens.
 
 The paper's text and code are not to be had: what is known is one target-shaped layer, distinct trainable mask tokens
 appended to the real ones, knowledge distillation, group-wise training under a mask that keeps groups apart, and the
@@ -10,25 +10,49 @@ attention, and what the Medusa host's real slots read.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
 from jaxspec.base import Array, SharedTables
-from jaxspec.drafters.eagle import EagleConfig, concatenate_and_project, layer_weights
+from jaxspec.drafters.eagle import FUSION, EagleConfig, PairReader
 from jaxspec.drafters.mask_tokens import MaskTokens, SlotOptions
+from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions
 from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.weights import Shape, Weight, declare
+
+Host = Literal["eagle", "medusa"]
+MaskFeature = Literal["shared", "per_depth", "anchor_copy", "zeros"]
+# Looked up by depth and never multiplied, so Adam's.
+WEIGHTS = FUSION | HEAD_LAYER | declare({"mask_tokens": Weight(), "mask_features": Weight()})
+"""What a ParallelSpec drafter may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelSpecOptions(LayerOptions):
+    """What an experiment may say of a ParallelSpec drafter; see `ParallelSpecConfig`."""
+
+    bias: bool | None = None
+    embedding_norm: bool | None = None
+    tokens: int | None = None
+    keep: float | None = None
+    keep_least: float | None = None
+    host: Host | None = None
+    attention_norm: bool | None = None
+    mask_feature: MaskFeature | None = None
+    shared_mask: bool | None = None
+    bidirectional: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelSpecConfig(SlotOptions, EagleConfig):
     """The shape of a ParallelSpec drafter."""
 
-    host: Literal["eagle", "medusa"] = "eagle"
+    host: Host = "eagle"
     """What a real slot is made of. `eagle`: `fc([embedding; feature])` and EAGLE's losses. `medusa`: the embedding plus
     the feature, no `fc`, so that the drafter is one target-shaped layer, and losses on tokens alone. (The sum is
     reconstruction: the source does not say what it reads there.)"""
-    mask_feature: Literal["shared", "per_depth", "anchor_copy", "zeros"] = "shared"
+    mask_feature: MaskFeature = "shared"
     """What stands in a mask slot where a real one has the target's feature (reconstruction): one trained vector, one a
     depth, the feature of the last real slot, or nothing. P-EAGLE found `shared` best."""
     shared_mask: bool = False
@@ -47,26 +71,24 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
         if self.bidirectional and self.keep < 1:
             raise ValueError("bidirectional groups need all their slots: set keep to 1, or bidirectional to false")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.host == "eagle":
-            shapes["fc"] = (2 * self.width, self.width)
-            if self.bias:
-                shapes["fc_bias"] = (self.width,)
-        if self.embedding_norm:
-            shapes["embedding_norm"] = (self.width,)
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight."""
+        shapes = self.fusion_shapes()
+        if self.host == "medusa":
+            shapes = {name: shape for name, shape in shapes.items() if name == "embedding_norm"}
         masks = self.tokens - 1
         shapes["mask_tokens"] = (1 if self.shared_mask else masks, self.width)
         if self.mask_feature in ("shared", "per_depth"):
             shapes["mask_features"] = (1 if self.mask_feature == "shared" else masks, self.width)
         if self.attention_norm:
             shapes["attention_norm"] = (self.width,)
-        return shapes | layer_weights(self)
+        return shapes | self.layer_shapes()
 
 
-class ParallelSpec(MaskTokens):
+class ParallelSpec(PairReader, MaskTokens):
     """The ParallelSpec drafter as pure functions of its weights."""
+
+    declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     @property
     def bidirectional(self) -> bool:  # type: ignore[override]
@@ -75,11 +97,10 @@ class ParallelSpec(MaskTokens):
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> Array:
         """The layer's input at a slot; with `embedding_norm` (reconstruction) embeddings weigh as much as features."""
-        if self.config.embedding_norm:
-            embedding_BLD = rms_norm(embedding_BLD, self.weights["embedding_norm"], self.config.norm_eps)
+        embedding_BLD = self.normed(embedding_BLD)
         if self.config.host == "medusa":
             return embedding_BLD.astype(self.dtype) + feature_BLD.astype(self.dtype)
-        return concatenate_and_project(self.weights, embedding_BLD, feature_BLD, self.dtype)
+        return self.fuse_pair(embedding_BLD, feature_BLD)
 
     def real_slots(self, shared: SharedTables, tokens_BL: Array, features_BLD: Array) -> Array:
         """The next token's embedding and the feature."""

@@ -10,18 +10,37 @@ may go without an embedding of its own, and that the positions which a depth is 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params, SharedTables
-from jaxspec.drafters.eagle import layer_options
-from jaxspec.drafters.eagle3 import Eagle3Config, TapReader
+from jaxspec.drafters import eagle3
+from jaxspec.drafters.eagle3 import Eagle3Config, TapOptions, TapReader
 from jaxspec.drafters.mask_tokens import MaskTokens, SlotOptions
-from jaxspec.drafters.one_layer import init_weight
-from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.drafters.module import TargetShape
+from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.nn.norm import rms_norm
+from jaxspec.nn.weights import Shape, Weight, declare, normal
+
+WEIGHTS = eagle3.WEIGHTS | declare({"mask_feature": Weight(normal(1.0))})
+"""What a P-EAGLE head may have, of the layers above the first too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PEagleOptions(TapOptions):
+    """What an experiment may say of a P-EAGLE head; see `PEagleConfig`."""
+
+    tokens: int | None = None
+    keep: float | None = None
+    keep_least: float | None = None
+    layers: int | None = None
+    mask_token: int | None = None
+
+    def follow(self, target: TargetShape) -> dict[str, Any]:
+        """As for EAGLE-3, and always an embedding of its own, which the mask's token needs."""
+        return {**super().follow(target), "embed_vocab": target.vocab}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +66,21 @@ class PEagleConfig(SlotOptions, Eagle3Config):
         if self.normed_feature:
             raise ValueError("a P-EAGLE head reads no feature of its own: leave normed_feature off")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight but those of the layers above the first."""
+    def shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight but those of the layers above the first."""
         return {**super().shapes(), "mask_feature": (len(self.taps) * self.feature_width,)}
 
-    def upper_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight of a layer above the first."""
-        return layer_shapes(self, layer_options(self))
+    def upper_shapes(self) -> dict[str, Shape]:
+        """Returns the shape of every weight of a layer above the first."""
+        return layer_shapes(self, self.layer_options)
 
 
 class PEagle(TapReader, MaskTokens):
     """The P-EAGLE head as pure functions of its weights: its first layer's, and `layers`, a list of those above."""
 
     config: PEagleConfig
+
+    declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     def setup(self) -> None:
         super().setup()
@@ -96,14 +117,14 @@ class PEagle(TapReader, MaskTokens):
     def init_params(self, key: Array, shared: SharedTables | None = None) -> Params:
         """Random weights; its own embedding as the target's, if that is given and as wide."""
         params = super().init_params(key, shared)
-        params["mask_feature"] = jax.random.normal(key, params["mask_feature"].shape, jnp.float32)
+        params["mask_feature"] = WEIGHTS["mask_feature"].init(key, params["mask_feature"].shape)
         return params | ({"layers": self._init_upper(key)} if self.config.layers > 1 else {})
 
     def _init_upper(self, key: Array) -> list[dict[str, Any]]:
         shapes = self.config.upper_shapes()
         return [
             {
-                name: init_weight(jax.random.fold_in(key, 100 * i + j), name, shape)
+                name: WEIGHTS[name].init(jax.random.fold_in(key, 100 * i + j), shape)
                 for j, (name, shape) in enumerate(shapes.items())
             }
             for i in range(1, self.config.layers)

@@ -1,4 +1,8 @@
-"""Drafting step by step, each step from the feature that the step before put out (EAGLE section 4)."""
+"""Drafting step by step, each step from the feature that the step before put out (EAGLE section 4).
+
+In training the steps are unrolled, so that each sees what the steps before it would have left when decoding: HASS's
+harmonized context alignment (section 3.2), EAGLE-3's training-time test.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import ROOT, Array, Frontier, KVCache, Mask, Params, SharedTables, Unrolled
+from jaxspec.base import ROOT, Array, Frontier, KVCache, Params, SharedTables, Unrolled, UnrollInputs
+from jaxspec.drafters.module import at_newest
 from jaxspec.drafters.one_layer import OneLayer
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import PerQueryKeys, Prefix, attend, causal_mask
@@ -83,12 +88,9 @@ class Recurrent(OneLayer):
         self, hidden_BLD: Array, feature_BLD: Array, state: RecurrentState, count_B: Array
     ) -> tuple[Array, Array]:
         """Both at each row's last real pair; what the state has where there is none."""
-        last = jnp.maximum(count_B - 1, 0)[:, None, None]
-        any_B1 = (count_B > 0)[:, None]
-        hidden_BD = jnp.where(any_B1, jnp.take_along_axis(hidden_BLD, last, axis=1)[:, 0], state.hidden_BD)
-        if feature_BLD is hidden_BLD:
-            return hidden_BD, hidden_BD
-        return hidden_BD, jnp.where(any_B1, jnp.take_along_axis(feature_BLD, last, axis=1)[:, 0], state.feature_BD)
+        hidden_BD = at_newest(hidden_BLD, count_B, state.hidden_BD)
+        same = feature_BLD is hidden_BLD
+        return hidden_BD, hidden_BD if same else at_newest(feature_BLD, count_B, state.feature_BD)
 
     def _expand(
         self, shared: SharedTables, state: RecurrentState, scratch: RecurrentScratch, frontier: Frontier
@@ -109,28 +111,21 @@ class Recurrent(OneLayer):
         scratch = RecurrentScratch(keys, values, scratch.feature_BMD.at[:, begin:end].set(feature))
         return self.score(hidden, shared.head_VD), scratch
 
-    def _unroll(
-        self,
-        shared: SharedTables,
-        tokens_BL: Array,
-        features_BLD: Array,
-        positions_BL: Array,
-        mask_BLM: Mask,
-        steps: int,
-        keys_B: Array | None,
-    ) -> Unrolled:
-        length = tokens_BL.shape[1]
+    def _unroll(self, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
+        """Harmonized context alignment: a row sees step 0's keys by the mask, and those of later steps at its own index
+        alone, which are what drafting from that row would have put there."""
+        length = inputs.tokens_BL.shape[1]
 
         def draft(step: int, token_BL: Array, feature_BLD: Array, before: list[tuple[Array, Array]]) -> Any:
             stream, seen = self.fuse(self.embedding(shared, token_BL), feature_BLD)
-            q, k, v = self.project(seen, positions_BL + step)
+            q, k, v = self.project(seen, inputs.positions_BL + step)
             (first_k, first_v), *own = [*before, (k, v)]
             hidden_keys = jnp.maximum(length - 1 - step - jnp.arange(length), 0)[None] if self.zero_logits else None
-            mixed = self.attend_text(q, first_k, first_v, mask_BLM, PerQueryKeys(tuple(own), hidden_keys))
+            mixed = self.attend_text(q, first_k, first_v, inputs.mask_BLM, PerQueryKeys(tuple(own), hidden_keys))
             return *self.finish(self.mix(stream, mixed)), (k, v)
 
         outputs, features, pairs = [], [], []
-        feature, token = self.read(features_BLD), tokens_BL
+        feature, token = self.read(inputs.features_BLD), inputs.tokens_BL
         for step in range(steps):
             token = jnp.pad(token[:, 1:], ((0, 0), (0, 1)))
             hidden, feature, pair = recompute(self.remat, functools.partial(draft, step))(token, feature, pairs)

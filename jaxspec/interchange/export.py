@@ -293,7 +293,7 @@ def _draft(model: Exportable, to: str, target: str | None) -> Draft:
     if target is None:
         raise ValueError(f"{to} needs the target's vocabulary and depth: name its folder with --target")
     folder, shape = target_folder(target), _shape(model)
-    config, read = read_config(folder), DRAFTERS[model.family][0](shape).feature_width
+    config, read = read_config(folder), DRAFTERS[model.family].module(shape).feature_width
     if config.width != read:
         raise ValueError(
             f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is for another target"
@@ -361,7 +361,7 @@ def published_drafter(
     of = None if target is None else read_config(target_folder(target))
     layers = None if of is None else of.layers
     found = read_drafter(folder, target_layers=layers, layer_ids=layer_ids, tokens=tokens)
-    module = DRAFTERS[found.name][0](found.config)
+    module = DRAFTERS[found.name].module(found.config)
     read = module.feature_width
     if of is not None and read != of.width:
         raise ValueError(

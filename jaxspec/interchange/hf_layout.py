@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxspec.base import Params
 from jaxspec.interchange.tensors import Bounds, copy_region
-from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.families import family_of
 from jaxspec.targets.stored import TensorPart, Tensors, top_tensors

@@ -159,7 +159,7 @@ def unserved(
     """
     about, family = SERVERS[server], served_as(family, config)
     if family not in about.forms:
-        return f"{server} cannot serve {family}: {about.refusals[family]}"
+        return f"{server} cannot serve {family}: {about.refusals.get(family, 'it has no layout for such a drafter')}"
     if family != "medusa" and not _reads_biases(server, family, config):
         return f"{server} is not known to read biases of the attention such as this head has"
     if family != "medusa" and config.qk_norm and server not in NORMED_QUERIES:

@@ -1,13 +1,11 @@
-"""One decoder layer: projections, attention in between, MLP or experts; and the shapes of its weights."""
+"""One decoder layer: projections, attention in between, MLP or experts. `layer_weights` declares its weights."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params
@@ -54,63 +52,6 @@ def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
     out_BLD = rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
     return constrain_rows(add_bias(layer, "out", out_BLD))
-
-
-class LayerShape(Protocol):
-    """What shapes a decoder layer."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def mlp(self) -> int: ...
-
-
-def layer_shapes(c: LayerShape, options: Options = PLAIN) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of one decoder layer."""
-    group = c.heads // c.kv_heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention_norm": (c.width,),
-        "qkv": (c.width, c.kv_heads, group + 2, c.head_dim),
-        "out": (c.kv_heads, group, c.head_dim, c.width),
-        "mlp_norm": (c.width,),
-        "gate": (c.width, c.mlp),
-        "up": (c.width, c.mlp),
-        "down": (c.mlp, c.width),
-    }
-    if options.qkv_bias:
-        shapes["qkv_bias"] = shapes["qkv"][1:]
-    if options.out_bias:
-        shapes["out_bias"] = (c.width,)
-    if options.qk_norm:
-        shapes |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
-    if options.norms_behind:
-        shapes |= {"attention_out_norm": (c.width,), "mlp_out_norm": (c.width,)}
-    if options.experts:
-        for name in ("gate", "up", "down"):
-            del shapes[name]
-        into = (options.experts, c.width, options.expert_mlp)
-        shapes |= {"router": (c.width, options.experts), "expert_gate": into, "expert_up": into}
-        shapes["expert_down"] = (options.experts, options.expert_mlp, c.width)
-    return shapes
-
-
-def init_weight(
-    key: Array, name: str, shape: tuple[int, ...], layers: int, dtype: Any, *, centred: bool = False
-) -> Array:
-    """Ones for norms (zeros where `centred`), zeros for biases, else normal(0.02), residual outputs scaled by
-    `1 / sqrt(2 * layers)` (GPT-2's rule)."""
-    if name.endswith("bias") or (centred and name.endswith("norm")):
-        return jnp.zeros(shape, dtype)
-    if name.endswith("norm"):
-        return jnp.ones(shape, dtype)
-    scale = 0.02 / math.sqrt(2 * layers) if name in ("out", "down", "expert_down") else 0.02
-    return scale * jax.random.normal(key, shape, dtype)
 
 
 Kept = TypeVar("Kept")

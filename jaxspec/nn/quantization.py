@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params
+from jaxspec.nn.layer_weights import LAYER
+from jaxspec.nn.weights import Weight, declare, ones
 
-CONTRACTED = {"qkv": (-4,), "out": (-4, -3, -2), "gate": (-2,), "up": (-2,), "down": (-2,)}
+CONTRACTED = {name: weight.matrix for name, weight in LAYER.items() if weight.matrix is not None}
 """The matrices of a layer -> their axes that a matmul sums over; the others are its output channels."""
 LEVELS = 127
 """Greatest int8 that a weight becomes."""
@@ -17,6 +19,16 @@ LEVELS = 127
 def scale_name(name: str) -> str:
     """Returns the name of a matrix's scales."""
     return f"{name}_scale"
+
+
+def _scale_axes(name: str) -> tuple[str | None, ...]:
+    """Logical axes of a matrix's scales: those of its output channels; `width` alone splits none."""
+    axes = LAYER[name].axes
+    left = tuple(axis for i, axis in enumerate(axes) if i - len(axes) not in CONTRACTED[name])
+    return left if set(left) - {None, "width"} else ()
+
+
+declare({scale_name(name): Weight(ones, _scale_axes(name)) for name in CONTRACTED})
 
 
 def quantize(name: str, weight: Array) -> dict[str, Array]:

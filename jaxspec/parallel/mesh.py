@@ -29,37 +29,39 @@ AXIS_RULES: dict[str | None, Any] = {
 """Logical axis -> mesh axis or axes that split it; None: whole on every device."""
 
 
-PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embed": ("vocab", "width"),
-    "head": ("vocab", "width"),
-    "qkv": ("width", "kv_heads", None, None),
-    "out": ("kv_heads", None, None, "width"),
-    "gate": ("width", "mlp"),
-    "up": ("width", "mlp"),
-    "down": ("mlp", "width"),
-    "qkv_bias": ("kv_heads", None, None),
-    "expert_gate": ("experts", "width", None),
-    "expert_up": ("experts", "width", None),
-    "expert_down": ("experts", None, "width"),
-    "fc": (None, "width"),
-    "sampling_gate": ("width", "mlp"),
-    "sampling_up": ("width", "mlp"),
-    "sampling_down": ("mlp", "width"),
-    "block": (None, "width"),
-    "heads": ("vocab", "width"),
-    "qkv_scale": ("kv_heads", None, None),
-    "gate_scale": ("mlp",),
-    "up_scale": ("mlp",),
-}
-"""Leaf name -> its logical axes, trailing axes first matched; stacked layers add one unsharded axis in front."""
+Axes = tuple[str | None, ...]
+"""Logical axes of an array's last dimensions; None is one that is never split."""
 
 
-STATE_AXES: dict[str, tuple[str | None, ...]] = {
+WEIGHT_AXES: dict[str, Axes] = {}
+"""Leaf name -> logical axes of the weight called so. Filled by `jaxspec.nn.weights.declare`, when the module that has
+the weight is imported."""
+
+
+STATE_AXES: dict[str, Axes] = {
     "k_YBKCS": (None, "batch", "kv_heads", None, None),
     "v_YBKSC": (None, "batch", "kv_heads", None, None),
     "root_logits_BV": ("batch", "vocab"),
 }
 """Leaf name -> logical axes of the large arrays of a decoding state."""
+
+
+def declare_axes(name: str, axes: Axes) -> None:
+    """Says by which logical axes (`AXIS_RULES`) the weight called `name` is split.
+
+    Raises ValueError for an axis without a rule.
+    """
+    for axis in axes:
+        if axis not in AXIS_RULES:
+            known = ", ".join(str(a) for a in AXIS_RULES)
+            raise ValueError(f"weight {name!r} has a logical axis {axis!r}, and the axis rules know {known}")
+    WEIGHT_AXES[name] = axes
+
+
+def axes_of(name: str, ndim: int) -> Axes:
+    """Logical axes of every dimension of the weight called `name`; None for all of one that is not declared."""
+    axes = WEIGHT_AXES.get(name, ())
+    return (None,) * (ndim - len(axes)) + axes
 
 
 def make_mesh(
@@ -98,8 +100,8 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 def spec(name: str, ndim: int) -> P:
     """The partition of an array called `name`: its rule, or replicated when it has none."""
-    axes = STATE_AXES.get(name) or PARAMETER_AXES.get(name)
-    if axes is None:
+    axes = STATE_AXES.get(name) or WEIGHT_AXES.get(name)
+    if not axes:
         return P()
     axes = (None,) * (ndim - len(axes)) + axes
     return P(*(AXIS_RULES[a] for a in axes))

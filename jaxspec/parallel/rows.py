@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from jaxspec.parallel.mesh import AXIS_RULES, PARAMETER_AXES, constrain, leaf_name, splits
+from jaxspec.parallel.mesh import AXIS_RULES, axes_of, constrain, leaf_name, splits
 
 
 def shard_map_rows(
@@ -64,10 +64,9 @@ def gather_width(tree: Any) -> Any:
         return tree
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        axes = PARAMETER_AXES.get(leaf_name(path), ())
+        axes = axes_of(leaf_name(path), x.ndim)
         if "width" not in axes:
             return x
-        axes = (None,) * (x.ndim - len(axes)) + axes
         if over in mesh.manual_axes:
             return jax.lax.all_gather(x, over, axis=axes.index("width"), tiled=True)
         return constrain(x, *(None if axis == "width" else axis for axis in axes))
@@ -89,7 +88,7 @@ def sum_gradients(tree: Any, axes: tuple[str, ...]) -> Any:
     """Returns gradients summed over the mesh axes `axes` in a `shard_map`, except where `gather_width` has summed."""
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        done = AXIS_RULES["width"] if "width" in PARAMETER_AXES.get(leaf_name(path), ()) else None
+        done = AXIS_RULES["width"] if "width" in axes_of(leaf_name(path), x.ndim) else None
         left = tuple(axis for axis in axes if axis != done)
         return jax.lax.psum(x, left) if left else x
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Children, Drafter, Frontier, SharedTables, TreePolicy
+from jaxspec.nn.weights import declared
 from jaxspec.planning.flops import count_flops
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.trees.children import likeliest
@@ -75,7 +76,8 @@ def _weight_bytes(drafter: Drafter, params: Any, shared: SharedTables) -> tuple[
     _, whole = matmul_weights(params)
     if drafter.vocab is None:
         return whole, _nbytes(shared.head_VD), True
-    name = next(n for n in ("head", "heads", "embed") if n in params)
+    tables = [n for n in params if "vocab" in declared(n).axes]
+    name = next((n for n in tables if n != "embed"), "embed")
     heads = params[name]
     others = whole - (0 if name == "embed" else _nbytes(heads))
     return others, _nbytes(heads) // math.prod(heads.shape[:-2]), heads.ndim == 2

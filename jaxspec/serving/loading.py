@@ -133,7 +133,7 @@ def open_drafter(
         return load_drafter(path, dtype=dtype)
     if published_family(path) != "lm":
         head = read_drafter(path, target_layers=target_layers)
-        module = DRAFTERS[head.name][0](head.config, dtype=dtype)
+        module = DRAFTERS[head.name].module(head.config, dtype=dtype)
         params = jax.tree.map(lambda a: jnp.asarray(a, dtype), head.params)
         return LoadedDrafter(head.name, module, params, {}, head.draft_vocab)
     return _draft_lm(path, dtype=dtype, tokenizer=tokenizer)

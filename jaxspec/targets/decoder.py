@@ -15,14 +15,16 @@ import jax.numpy as jnp
 from jaxspec.base import Array, KVCache, Mask, Params, SharedTables, TargetOutput
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import AttentionOptions, Prefix, as_mask, attend, attend_text, cap
-from jaxspec.nn.decoder_layer import decoder_layer, init_weight, layer_shapes
+from jaxspec.nn.decoder_layer import decoder_layer
 from jaxspec.nn.kernels import Kernel
+from jaxspec.nn.layer_weights import layer_shapes, layer_weights
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.mlp import constrain_rows
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import PLAIN, Options
 from jaxspec.nn.remat import Remat, recompute
 from jaxspec.nn.rope import RopeScaling, rope, rope_frequencies
+from jaxspec.nn.weights import NORM, TABLE, declare
 from jaxspec.parallel.rows import gather_width, look_up
 
 DRAFTER_ROPES = ("linear", "llama3")
@@ -118,7 +120,7 @@ def stack_views(views: list[View]) -> View:
 
 def _whole_view(v: View, like: View) -> View:
     """Returns `v` with the mask and first slots as arrays of the shapes that `like`, which has a window, has."""
-    first_BL = jnp.zeros_like(like.first_BL) if v.first_BL is None else v.first_BL
+    first_BL = jnp.zeros_like(jnp.asarray(like.first_BL)) if v.first_BL is None else v.first_BL
     return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), as_mask(like.mask_BLM).shape), first_BL)
 
 
@@ -221,14 +223,16 @@ SHAPES = {
 """Shapes to measure with random weights: the bundled target, GPT-2 small, Llama 2, Vicuna, Llama 3.2 and 3.1."""
 
 
+WEIGHTS = declare({"embed": TABLE, "norm": NORM, "head": TABLE})
+"""A decoder's weights besides those of its layers."""
+
+
 def init_layer(key: Array, config: LlamaConfig, dtype: Any) -> dict[str, Array]:
-    """Fresh weights of one layer."""
-    shapes, centred = layer_shapes(config, config.options), config.options.centred_norms
+    """Returns fresh weights of one layer."""
+    shapes = layer_shapes(config, config.options)
+    weights = layer_weights(config.layers, centred=config.options.centred_norms)
     keys = jax.random.split(key, len(shapes))
-    return {
-        name: init_weight(k, name, shape, config.layers, dtype, centred=centred)
-        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    return {name: weights[name].init(k, shapes[name], dtype) for name, k in zip(shapes, keys, strict=True)}
 
 
 class Decoder(nn.Module):
@@ -272,7 +276,7 @@ class Decoder(nn.Module):
         return self.param(name, init) if self.is_initializing() else self.get_variable("params", name)
 
     def _init_table(self, key: Array) -> Array:
-        return 0.02 * jax.random.normal(key, (self.config.vocab, self.config.width), self.param_dtype)
+        return TABLE.init(key, (self.config.vocab, self.config.width), self.param_dtype)
 
     def _init_layers(self, key: Array) -> Any:
         """Returns fresh layers, stacked or as a list of one dict a layer."""

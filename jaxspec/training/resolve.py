@@ -13,7 +13,7 @@ from jaxspec.config import DistillConfig, MeshConfig, OptimizerConfig, PretrainC
 from jaxspec.distillation.compilers import Compiler
 from jaxspec.distillation.optimizer import make_optimizer, make_schedule
 from jaxspec.distillation.task import Task
-from jaxspec.drafters import DRAFTERS, shape_of
+from jaxspec.drafters import TargetShape, config_of, kind_named, options_of
 from jaxspec.nn.kernels import choose_kernel
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving.loading import check_width, open_drafter
@@ -67,30 +67,35 @@ def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None =
 
     Raises ValueError where that does not fit together.
     """
-    if config.drafter not in DRAFTERS:
-        raise ValueError(f"drafter {config.drafter!r} is not one of {', '.join(DRAFTERS)}")
+    kind, head = kind_named(config.drafter), options_of(config.drafter, config.head)
     if config.init_from is not None:
         return _continued_drafter(config, config.init_from, target, scored or target.vocab)
-    like = {
-        "width": target.width,
-        "heads": target.heads,
-        "kv_heads": target.kv_heads,
-        "head_dim": target.head_dim,
-        "mlp": target.mlp,
-        "rope_theta": target.rope_theta,
-        "rope_scaling": target.drafter_rope,
-        "norm_eps": target.norm_eps,
-        "vocab": scored or target.vocab,
-        "embed_vocab": target.vocab,
-    }
-    shape = shape_of(config.drafter, like, target.layers, config.head.given)
-    return InitialDrafter(DRAFTERS[config.drafter][0](shape, dtype=jnp.dtype(config.dtype)), None)
+    shape = config_of(config.drafter, shape_to_follow(target, scored), head)
+    return InitialDrafter(kind.module(shape, dtype=jnp.dtype(config.dtype)), None)
+
+
+def shape_to_follow(target: LlamaConfig, scored: int | None) -> TargetShape:
+    """Returns the shape of the target that a drafter's own follows; `scored` is the size of its draft vocabulary."""
+    return TargetShape(
+        width=target.width,
+        heads=target.heads,
+        kv_heads=target.kv_heads,
+        head_dim=target.head_dim,
+        mlp=target.mlp,
+        rope_theta=target.rope_theta,
+        rope_scaling=target.drafter_rope,
+        norm_eps=target.norm_eps,
+        layers=target.layers,
+        vocab=target.vocab,
+        scored=scored or target.vocab,
+    )
 
 
 def _continued_drafter(config: DistillConfig, folder: str, target: LlamaConfig, scored: int) -> InitialDrafter:
     """The drafter of a folder, to be trained further."""
-    if config.head.given:
-        raise ValueError(f"head.{next(iter(config.head.given))} is that of {folder}: leave it out")
+    head = options_of(config.drafter, config.head)
+    if head.given:
+        raise ValueError(f"head.{next(iter(head.given))} is that of {folder}: leave it out")
     found = open_drafter(folder, dtype=jnp.float32)
     if found.name != config.drafter:
         raise ValueError(f"{folder}: holds a drafter {found.name!r}, and the config says {config.drafter!r}")

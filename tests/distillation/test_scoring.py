@@ -50,7 +50,7 @@ every = pytest.mark.parametrize("name", DRAFTER)
 
 
 def test_every_drafter_is_here():
-    assert {type(drafter) for drafter in DRAFTER.values()} == {module for module, _ in DRAFTERS.values()}
+    assert {type(drafter) for drafter in DRAFTER.values()} == {kind.module for kind in DRAFTERS.values()}
 
 
 @every

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxspec.base import UnrollInputs
 from jaxspec.distillation.chunks import shift
 from jaxspec.distillation.loss import add_noise, batch_loss, step_masks
 from jaxspec.distillation.objective import Objective
@@ -98,7 +99,7 @@ def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batc
         """Of one document: both losses, the acceptance and the steps by pair, the pairs that run past its end too."""
         at, mask = jnp.arange(tokens.shape[1])[None], causal_mask(tokens.shape[1])
         features = TARGET.forward(frozen, tokens, at, mask).features_BLD
-        hidden = DRAFTER.unroll(params, shared, tokens, features, at, mask, 2).hidden_TBLD
+        hidden = DRAFTER.unroll(params, shared, UnrollInputs(tokens, features, at, mask), 2).hidden_TBLD
         wanted = jnp.stack([shift(features, j + 1) for j in range(2)])
         draft, teacher = DRAFTER.logits(params, shared, hidden[:, 0]), TARGET.logits(frozen, wanted[:, 0])
         return smooth_l1(hidden, wanted)[:, 0], soft_cross_entropy(draft, teacher), expected_acceptance(draft, teacher)
@@ -128,8 +129,8 @@ def test_the_gradient_is_that_of_the_whole_row_at_once(frozen, batch: Batch):
     mask_BL = step_masks(batch, objective)[0]
 
     def whole(params) -> jax.Array:
-        rows = (batch.tokens_BL, features, batch.positions_BL, mask_BLM)
-        hidden = DRAFTER.unroll(params, shared, *rows, 1).hidden_TBLD[0]
+        rows = UnrollInputs(batch.tokens_BL, features, batch.positions_BL, mask_BLM)
+        hidden = DRAFTER.unroll(params, shared, rows, 1).hidden_TBLD[0]
         draft, teacher = DRAFTER.logits(params, shared, hidden), TARGET.logits(frozen, shift(features, 1))
         loss = smooth_l1(hidden, shift(features, 1)) + 0.1 * soft_cross_entropy(draft, teacher)
         return jnp.sum(loss * mask_BL) / jnp.sum(mask_BL)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from drafter_toys import BATCH, KINDS, LENGTH, STEPS, VOCAB, Toy, causal, same
 
-from jaxspec.base import ROOT
+from jaxspec.base import ROOT, UnrollInputs
 from jaxspec.checkpoints.models import load_drafter, save_drafter
 from jaxspec.drafters import DRAFTERS
 
@@ -26,8 +26,8 @@ one_of_each = pytest.mark.parametrize(
 
 
 def test_the_table_names_no_drafter_that_is_not_tested():
-    assert {type(d) for d in KINDS.values()} == {kind for kind, _ in DRAFTERS.values()}
-    assert {type(KINDS[kind]) for kind in one_of_each.args[1]} == {kind for kind, _ in DRAFTERS.values()}
+    assert {type(d) for d in KINDS.values()} == {kind.module for kind in DRAFTERS.values()}
+    assert {type(KINDS[kind]) for kind in one_of_each.args[1]} == {kind.module for kind in DRAFTERS.values()}
 
 
 @every
@@ -110,8 +110,11 @@ def test_packed_documents_do_not_see_each_other(kind: str):
     segments = np.array([[1] * 5 + [2] * (rows - 5)] * BATCH)
     mask = causal(rows) & (segments[:, :, None] == segments[:, None, :])
     positions = np.array([[*range(5), *range(rows - 5)]] * BATCH)
-    packed = t.unrolled_logits(3, positions=positions, mask=mask)
-    alone = t.score(t.unroll(t.tokens[:, 5:rows], t.features[:, 5:], positions[:, 5:], mask[:, 5:, 5:], 3).hidden_TBLD)
+    packed = t.unrolled_logits(3, positions_BL=positions, mask_BLM=mask)
+    second = UnrollInputs(
+        t.tokens[:, 5:rows], t.features[:, 5:], *map(jnp.asarray, (positions[:, 5:], mask[:, 5:, 5:]))
+    )
+    alone = t.score(t.unroll(second, 3).hidden_TBLD)
     # The last rows of a document run into what stands behind it, which the loss mask drops.
     same(packed[:, :, 5 : rows - 3], alone[:, :, : rows - 8])
 
@@ -119,24 +122,18 @@ def test_packed_documents_do_not_see_each_other(kind: str):
 @one_of_each
 def test_blocks_of_queries_change_nothing(kind: str):
     t = toy(kind)
-    rows = LENGTH + 1
-    at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
     for by_row in (False, True):
         blocked = dataclasses.replace(t.drafter, query_block=4, row_by_row=by_row)
-        run = jax.jit(lambda *a, head=blocked: head.unroll(t.params, t.shared_tables, *a, STEPS))
-        same(t.score(run(t.tokens[:, :rows], t.features, at, causal(rows)).hidden_TBLD), t.unrolled_logits())
+        run = jax.jit(lambda rows, head=blocked: head.unroll(t.params, t.shared_tables, rows, STEPS))
+        same(t.score(run(t.rows).hidden_TBLD), t.unrolled_logits())
 
 
 @every
 def test_every_weight_learns(kind: str):
     t = toy(kind)
-    rows = LENGTH + 1
-    at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
 
     def loss(params):
-        out = t.drafter.unroll(
-            params, t.shared_tables, t.tokens[:, :rows], t.features, at, jnp.asarray(causal(rows)), STEPS
-        )
+        out = t.drafter.unroll(params, t.shared_tables, t.rows, STEPS)
         logits = [t.drafter.logits(params, t.shared_tables, h, j) for j, h in enumerate(out.hidden_TBLD)]
         total = sum(jnp.sum(x[:, : LENGTH - STEPS] ** 2) for x in logits)
         return total if out.features_TBLD is None else total + jnp.sum(out.features_TBLD**2)
@@ -147,14 +144,11 @@ def test_every_weight_learns(kind: str):
 
 @pytest.mark.parametrize("kind", [k for k, d in KINDS.items() if getattr(d.config, "embedding_norm", False)])
 def test_the_scale_of_normed_embeddings_is_nothing_to_the_head(kind: str):
-    rows = LENGTH + 1
-    at = jnp.broadcast_to(jnp.arange(rows), (BATCH, rows))
-    given = (toy(kind).tokens[:, :rows], toy(kind).features, at, causal(rows), 1)
-    unroll = jax.jit(toy(kind).drafter.unroll, static_argnums=6)
+    unroll = jax.jit(toy(kind).drafter.unroll, static_argnums=3)
 
     def hidden(scale: float) -> jax.Array:
         shared = toy(kind).shared_tables._replace(embed_VD=scale * toy(kind).shared_tables.embed_VD)
-        return unroll(toy(kind).params, shared, *given).hidden_TBLD
+        return unroll(toy(kind).params, shared, toy(kind).rows, 1).hidden_TBLD
 
     same(hidden(50.0), hidden(1.0), 1e-4)
 
@@ -171,7 +165,7 @@ def test_an_own_embedding_begins_as_a_copy_of_the_targets():
 @every
 def test_a_checkpoint_brings_back_the_same_drafter(kind: str, tmp_path):
     t = toy(kind)
-    name = next(name for name, (module, _) in DRAFTERS.items() if module is type(t.drafter))
+    name = next(name for name, found in DRAFTERS.items() if found.module is type(t.drafter))
     save_drafter(tmp_path / "drafter", name, t.drafter, t.params)
     found = load_drafter(tmp_path / "drafter")
     assert (found.name, found.module) == (name, t.drafter)

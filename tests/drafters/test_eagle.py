@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from drafter_toys import BATCH, KINDS, LENGTH, SHAPE, STEPS, VOCAB, WIDTH, Toy, causal, same
 
-from jaxspec.base import Array, SharedTables
+from jaxspec.base import Array, SharedTables, UnrollInputs
 from jaxspec.drafters import Eagle, EagleConfig, Fspad, FspadConfig
 from jaxspec.nn.attention import PerQueryKeys
 
@@ -49,9 +49,7 @@ def test_a_pair_has_the_position_of_its_feature_and_drafts_follow_on():
 
 def last_step(t: Toy, features: Array, steps: int) -> Array:
     """A number that hangs on the last of `steps` outputs alone."""
-    out = t.drafter.unroll(
-        t.params, t.shared_tables, t.tokens[:, :ROWS], features, AT, jnp.asarray(causal(ROWS)), steps
-    )
+    out = t.drafter.unroll(t.params, t.shared_tables, given(t)._replace(features_BLD=features), steps)
     return jnp.sum(out.hidden_TBLD[-1] ** 2)
 
 
@@ -72,7 +70,7 @@ def second_step_by_hand(t: Toy, features: Array, handed: Array) -> Array:
 def test_gradients_cross_from_step_to_step_in_eagle3_alone(kind: str):
     """With the handed features held constant the whole gradient is the one at fixed inputs."""
     t = toy(kind)
-    out = t.unroll(t.tokens[:, :ROWS], t.features, AT, causal(ROWS), 1)
+    out = t.unroll(given(t), 1)
     # FSPAD hands on the half that is aligned.
     handed = out.hidden_TBLD[0] if out.features_TBLD is None else out.features_TBLD[0]
     by_hand = functools.partial(second_step_by_hand, t)
@@ -88,9 +86,8 @@ def test_fspad_without_its_parts_is_eagle_bit_for_bit():
     t = toy("eagle grouped")
     bare = Fspad(FspadConfig(*SHAPE, rope_theta=100.0, feature_sampling=False, partial_alignment=False))
     assert bare.config.shapes() == t.drafter.config.shapes()
-    run: Any = jax.jit(lambda *a: bare.unroll(t.params, t.shared_tables, *a, steps=STEPS))
-    rows = given(t)
-    jax.tree.map(np.testing.assert_array_equal, run(*rows), t.unroll(*rows, STEPS))
+    run: Any = jax.jit(lambda rows: bare.unroll(t.params, t.shared_tables, rows, STEPS))
+    jax.tree.map(np.testing.assert_array_equal, run(given(t)), t.unroll(given(t), STEPS))
 
 
 def test_fspads_halves_are_as_the_equations_say():
@@ -113,7 +110,7 @@ def test_fspads_halves_are_as_the_equations_say():
     a = s + np.einsum("blkgc,kgcd->bld", heads, w["out"])
     n = norm(a, w["mlp_norm"])
     y = np.concatenate([a, a], axis=-1) + (silu(n @ w["gate"]) * (n @ w["up"])) @ w["down"]
-    out = t.unroll(t.tokens[:, :2], t.features[:, :2], AT[:, :2], causal(2), 1)
+    out = t.unroll(UnrollInputs(t.tokens[:, :2], t.features[:, :2], AT[:, :2], jnp.asarray(causal(2))), 1)
     same(out.hidden_TBLD[0][:, :1], y[..., :WIDTH], 1e-5)
     assert out.features_TBLD is not None
     same(out.features_TBLD[0][:, :1], y[..., WIDTH:], 1e-5)
@@ -132,13 +129,13 @@ def test_zero_logits_are_keys_of_score_zero_that_carry_nothing():
     weight = np.asarray(jax.nn.softmax(scores, axis=-1)) * mask
     mixed = np.einsum("BKGLM,BKMC->BLKGC", weight, v)
     wanted = run("finish", run("mix", stream, jnp.asarray(mixed)))[0]
-    out = head.unroll(t.params, t.shared_tables, t.tokens[:, :ROWS], t.features, AT, jnp.asarray(causal(ROWS)), 2)
+    out = head.unroll(t.params, t.shared_tables, given(t), 2)
     same(out.hidden_TBLD[0], wanted)
-    assert float(jnp.abs(out.hidden_TBLD[0] - t.unroll(*given(t), 1).hidden_TBLD[0]).max()) > 1e-3
+    assert float(jnp.abs(out.hidden_TBLD[0] - t.unroll(given(t), 1).hidden_TBLD[0]).max()) > 1e-3
 
 
-def given(t: Toy) -> tuple[Any, ...]:
-    return t.tokens[:, :ROWS], t.features, AT, causal(ROWS)
+def given(t: Toy) -> UnrollInputs:
+    return UnrollInputs(t.tokens[:, :ROWS], t.features, AT, jnp.asarray(causal(ROWS)))
 
 
 def test_every_weight_learns_at_every_step():
@@ -146,7 +143,7 @@ def test_every_weight_learns_at_every_step():
     probe = jax.random.normal(jax.random.key(0), (VOCAB,))
 
     def loss(params, step: int) -> Array:
-        out = t.drafter.unroll(params, t.shared_tables, *map(jnp.asarray, given(t)), STEPS).hidden_TBLD
+        out = t.drafter.unroll(params, t.shared_tables, given(t), STEPS).hidden_TBLD
         return jnp.sum(t.drafter.logits(params, t.shared_tables, out[step])[:, : LENGTH - STEPS] @ probe)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
 from jaxspec.checkpoints import models, runs
-from jaxspec.checkpoints.manifest import CONVENTIONS, MANIFEST
+from jaxspec.checkpoints.manifest import MANIFEST, conventions
 from jaxspec.checkpoints.models import drafter_config, load_drafter, load_model
 from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.checkpoints.tracking import session
@@ -35,7 +35,7 @@ from jaxspec.interchange import exported, hf, tensors
 from jaxspec.interchange.hf import read_llama, stored_dtype, write_llama
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.hf_layout import tensor_shapes
-from jaxspec.nn.decoder_layer import layer_shapes
+from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.parallel.mesh import AXIS_RULES, make_mesh
 from jaxspec.targets.decoder import DecoderConfig
 
@@ -110,7 +110,7 @@ def test_its_manifest_says_what_a_drafter_is(drafter: Path):
     manifest = json.loads((drafter / MANIFEST).read_text())
     assert (manifest["kind"], manifest["family"], manifest["config"]["drafter"]) == ("drafter", "eagle", "eagle")
     assert manifest["arrays"]["fc"] == {"shape": [64, 32], "dtype": "float32", "axes": [None, "width"]}
-    assert manifest["conventions"] == CONVENTIONS and manifest["checksums"]
+    assert manifest["conventions"] == conventions() and manifest["checksums"]
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ SERVED = {
 def head(kind: str, dtype: Any = np.float32) -> Exportable:
     """A head with random weights, norms included."""
     name, config, tokens = HEADS[kind]
-    module = DRAFTERS[name][0](config)
+    module = DRAFTERS[name].module(config)
     draw = np.random.default_rng(5)
     params = jax.tree.map(lambda a: (a + 0.1 * draw.normal(size=a.shape)).astype(dtype), random_weights(module, 0.2, 3))
     return Exportable("drafter", params, drafter_config(name, module, draft_vocab=tokens), {})
@@ -324,7 +324,7 @@ def test_the_kind_is_told_by_tensors_and_doubt_is_an_error(target: str, tmp_path
 @pytest.mark.parametrize("layers", [1, 2])
 def test_medusa_heads_in_the_authors_layout_are_read(layers: int, tmp_path: Path):
     config = MedusaConfig(WIDTH, 3, layers, SIZE)
-    params = random_weights(DRAFTERS["medusa"][0](config), 0.2, 3)
+    params = random_weights(DRAFTERS["medusa"].module(config), 0.2, 3)
     tensors = {}
     for block in range(layers):
         tensors |= stored_tensors(medusa.medusa_table(config, block), params)

@@ -11,7 +11,7 @@ from random_models import SIZE, write_target
 from safetensors.numpy import load_file, save_file
 from test_published import HEADS, LAYERS, SERVED, SHAPE, SOME, WIDTH, head
 
-from jaxspec.base import SharedTables
+from jaxspec.base import SharedTables, UnrollInputs
 from jaxspec.checkpoints.models import drafter_shape
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.eagle3 import eagle3_table, vocabulary_maps
@@ -117,7 +117,7 @@ def files_of(kind: str, target: str, out: Path) -> tuple[dict[str, Any], Any, An
         write(server, out, head(kind), target)
     found = read_drafter(out)
     tensors = {name: torch.from_numpy(a) for name, a in load_file(out / "model.safetensors").items()}
-    return tensors, DRAFTERS[found.name][0](found.config), found.params
+    return tensors, DRAFTERS[found.name].module(found.config), found.params
 
 
 def write_newer(out: Path) -> None:
@@ -138,7 +138,8 @@ def write_newer(out: Path) -> None:
 
 def unrolled(module: Any, params: Any, shared: SharedTables, tokens: np.ndarray, features: np.ndarray) -> np.ndarray:
     at, mask = jnp.arange(ROWS)[None], jnp.tril(jnp.ones((1, ROWS, ROWS), bool))
-    out = module.unroll(params, shared, tokens[None], features[None], at, mask, STEPS)
+    rows = UnrollInputs(jnp.asarray(tokens[None]), jnp.asarray(features[None]), at, mask)
+    out = module.unroll(params, shared, rows, STEPS)
     return np.stack([module.logits(params, shared, out.hidden_TBLD[j], j)[0] for j in range(STEPS)])
 
 

@@ -15,7 +15,7 @@ from random_models import SIZE, write_target
 from safetensors.numpy import load_file
 from test_published import HEADS, LAYERS, SERVED, WIDTH, head
 
-from jaxspec.base import SharedTables
+from jaxspec.base import SharedTables, UnrollInputs
 from jaxspec.drafters import DRAFTERS
 from jaxspec.interchange.export import write
 
@@ -53,12 +53,13 @@ def test_an_exported_head_drafts_in_speculators_as_here(kind: str, drafted: Path
     given, theirs = np.load(drafted / kind / "inputs.npz"), np.load(drafted / kind / "logits.npz")
     name, config, _ = HEADS[kind]
     embed = jnp.asarray(load_file(drafted / kind / "model.safetensors")["embed_tokens.weight"])
-    module, shared, params = DRAFTERS[name][0](config), SharedTables(embed, embed), head(kind).params
+    module, shared, params = DRAFTERS[name].module(config), SharedTables(embed, embed), head(kind).params
     # Ours is given a token and the feature of the one before in one row, theirs each token with what it is paired with.
     tokens, at = np.append(0, given["input_ids"]), jnp.arange(ROWS + 1)[None]
     features = np.append(given["hidden_states"], np.zeros((1, 3 * WIDTH), np.float32), axis=0)
     mask = jnp.tril(jnp.ones((1, ROWS + 1, ROWS + 1), bool))
-    out = module.unroll(params, shared, tokens[None], features[None], at, mask, STEPS)
+    rows = UnrollInputs(jnp.asarray(tokens[None]), jnp.asarray(features[None]), at, mask)
+    out = module.unroll(params, shared, rows, STEPS)
     ours = np.stack([module.logits(params, shared, out.hidden_TBLD[j], j)[0] for j in range(STEPS)])
     if name == "peagle":
         real = theirs["anchor"] >= 0  # at depth 1 they may draw a group in front of the text

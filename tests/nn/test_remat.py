@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from drafter_toys import KINDS, VOCAB, WIDTH
 
-from jaxspec.base import Packed, SharedTables
+from jaxspec.base import Packed, SharedTables, UnrollInputs
 from jaxspec.nn.remat import Remat
 from jaxspec.targets.decoder import Decoder, LlamaConfig, unstack
 
@@ -31,7 +31,7 @@ class DrafterLoss:
         tokens, *seen = text(rows, length)
         table = jnp.cos(jnp.arange(CONFIG.vocab * WIDTH, dtype=jnp.float32)).reshape(CONFIG.vocab, WIDTH)
         read = table[tokens] if not self.drafter.taps else jnp.tile(table[tokens], len(self.drafter.taps))
-        self.given = (SharedTables(table, table), tokens % VOCAB, read, *seen, 3)
+        self.given = (SharedTables(table, table), UnrollInputs(tokens % VOCAB, read, *seen), 3)
 
     def loss(self, remat: Remat, params: Any) -> jax.Array:
         return jnp.mean(self.drafter.clone(remat=remat).unroll(params, *self.given).hidden_TBLD ** 2)

@@ -26,9 +26,10 @@ ADDRESS = "10.0.0.2:8476"
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": ADDRESS, "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 CONFIG = """
 import os
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, HeadConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.data.packing import PackedBatches
 from jaxspec.distillation.objective import Objective
+from jaxspec.drafters import MedusaOptions
 
 config = DistillConfig(
     name="toy",
@@ -38,7 +39,7 @@ config = DistillConfig(
     checkpoint=CheckpointConfig("run", save_every=4),
     export_folder="drafter",
     drafter="medusa",
-    head=HeadConfig(tokens=1, vocab=300),
+    head=MedusaOptions(tokens=1, vocab=300),
     objective=Objective(weights=(("soft_cross_entropy", 1.0),)),
     log_every=1,
 )

@@ -30,7 +30,7 @@ class Args:
     launch: Inline[Launch] = dataclasses.field(default_factory=Launch)
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """A table for `tables.print_table`."""
 
     title: str
@@ -38,36 +38,36 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Any]]
 
 
-class Program(NamedTuple):
+class TrainingVerb(NamedTuple):
     """A verb that runs experiments of one kind."""
 
-    verb: str
+    name: str
     kind: type
     """Class of the configs that it takes."""
     run: Callable[[Any], dict[str, Any]]
     """From a config to the verb's own JSON keys, in every process."""
-    table: Callable[[Any, dict[str, Any]], Table]
+    table: Callable[[Any, dict[str, Any]], ResultTable]
     """From the config and the result to the table that is printed."""
 
 
-def run_program(program: Program, argv: Sequence[str], *, description: str) -> int:
+def run_verb(verb: TrainingVerb, argv: Sequence[str], *, description: str) -> int:
     """Runs the experiment that `argv` names; prints its result and writes it where `--json` says. Returns 0.
 
     Raises ValueError if the experiment is of another kind. Of several processes the first prints and writes.
     """
     started = time.monotonic()
-    prog = f"jaxspec {program.verb}"
+    prog = f"jaxspec {verb.name}"
     args = cli.parse(argv, Args, prog=prog, description=description)
     config = load(args.config, args.overrides)
-    if not isinstance(config, program.kind):
-        kind = program.kind.__name__
+    if not isinstance(config, verb.kind):
+        kind = verb.kind.__name__
         raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a {kind}; see `jaxspec configs`")
     with joined(args.launch, prog=prog):
-        found = program.run(config)
+        found = verb.run(config)
         if jax.process_index() == 0:
             common = {"dtype": config.dtype, "seed": config.seed, "started": started}
-            result = results.result(program.verb, **common, **found)
-            tables.print_table(*program.table(config, result))
+            result = results.result(verb.name, **common, **found)
+            tables.print_table(*verb.table(config, result))
             if args.json:
                 results.write_json(args.json, result)
     return 0
