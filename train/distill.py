@@ -16,8 +16,8 @@ from jaxspec.training.verb import ResultTable, TrainingVerb, run_verb
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
-    program = TrainingVerb("train", DistillConfig, run_distillation, held_out_table)
-    return run_verb(program, argv, description=__doc__ or "")
+    verb = TrainingVerb("train", DistillConfig, run_distillation, held_out_table)
+    return run_verb(verb, argv, description=__doc__ or "")
 
 
 def held_out_table(config: DistillConfig, result: dict[str, Any]) -> ResultTable:
