@@ -15,7 +15,7 @@ config = derive(
     "eagle2",
     name="parallelspec_medusa",
     drafter="parallelspec",
-    # The layer norms what its attention reads, as the target's layers do. A mask slot starts from its anchor's feature.
+    # The layer norms its attention's input, as the target's layers do. A mask token starts from its anchor's feature.
     head=ParallelSpecOptions(
         tokens=5, host="medusa", embedding_norm=True, attention_norm=True, mask_feature="anchor_copy"
     ),

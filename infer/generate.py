@@ -40,14 +40,14 @@ TAU = "tau: tokens per target call, bonus token included; the prefill call and t
 @dataclass(frozen=True, kw_only=True)
 class Args(DraftFlags):
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What to answer; several prompts are answered in batches."""
+    """Text to answer; several prompts are answered in batches."""
     prompts: str | None = None
     """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line. A
     line of JSON may set temperature, top_k, top_p, seed, max_new_tokens, draft_temperature and stop_ids for itself."""
     drafter: str = "none"
     """Folder of a drafter; `none` decodes plainly, one token a target call."""
     tree: str | None = None
-    """What is drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM or, for
+    """Tree drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM or, for
     Medusa and ParallelSpec, best_first:NODESxDEPTHxWIDTH. Default: the tree saved with the drafter, else EAGLE-2's
     dynamic:60x6x10."""
     slots: int = 8

@@ -16,7 +16,7 @@ class Verb(NamedTuple):
     module: str
     """Offers `main(argv) -> exit code`. It is imported only when the verb is called, so that help is instant."""
     help: str
-    """What the verb does, in one line of `jaxspec --help`."""
+    """The verb's line in `jaxspec --help`."""
 
 
 VERBS = {

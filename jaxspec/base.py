@@ -63,7 +63,7 @@ class TargetOutput(NamedTuple):
     """A target's output for `L` tokens: the input of its LM head, and the keys and values it computed."""
 
     features_BLD: Array
-    """Hidden states after the final norm, `logits = features @ head.T`: the features of EAGLE, section 3.1."""
+    """Hidden states after the final norm, `logits = features @ head.T`: the features of EAGLE."""
     fresh: KVCache | None
     """The call's own keys and values, `S = L`, of which the caller commits what it accepts; None if not asked for."""
     taps_BLD: Array | None = None
@@ -71,7 +71,7 @@ class TargetOutput(NamedTuple):
 
     @property
     def read_BLD(self) -> Array:
-        """Hidden states that the drafter reads: the taps where there are any, else the features."""
+        """Hidden states that the drafter reads: the auxiliary ones where there are any, else the features."""
         return self.features_BLD if self.taps_BLD is None else self.taps_BLD
 
 
@@ -231,7 +231,7 @@ class UnrollInputs(NamedTuple):
 
     tokens_BL: Array
     features_BLD: Array
-    """What the drafter reads of the target at each token: `TargetOutput.read_BLD`."""
+    """Hidden states of the target that the drafter reads at each token: `TargetOutput.read_BLD`."""
     positions_BL: Array
     """From 0 in each document."""
     mask_BLM: Mask

@@ -219,7 +219,7 @@ class DistillConfig:
     """Losses, their weights and the draft steps."""
     mesh: MeshConfig = MeshConfig()
     compiler: Literal["jit", "shard_map", "pmap"] = "jit"
-    """What divides the step over the mesh; see `jaxspec.distillation.compilers`."""
+    """The transformation that divides the step over the mesh; see `jaxspec.distillation.compilers`."""
     tracking: TrackingConfig = TrackingConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -340,3 +340,21 @@ def test_no_except_is_bare(path: Path):
 @pytest.mark.parametrize("module", SOURCES)
 def test_every_module_says_what_it_is(module: str):
     assert ast.get_docstring(tree_of(SOURCES[module]))
+
+
+def docstrings(tree: ast.Module) -> Iterator[str]:
+    """Yields the docstrings of a module, its classes and functions, and the strings below fields and constants."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value.strip()
+
+
+def test_the_first_words_of_every_docstring_are_read():
+    tree = ast.parse('"""A."""\nX = 1\n"""B."""\nclass C:\n    """D."""\n    x: int\n    """E."""\ndef f(): "F."')
+    assert sorted(docstrings(tree)) == ["A.", "B.", "D.", "E.", "F."]
+
+
+def test_no_docstring_begins_with_what():
+    """A docstring begins with its subject."""
+    begun = [(module, text) for module, path in SOURCES.items() for text in docstrings(tree_of(path))]
+    assert not [(module, text) for module, text in begun if text.startswith("What ")]

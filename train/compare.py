@@ -65,7 +65,7 @@ class Args:
     """The same, held out: for the learning curves."""
     features: str | None = None
     """Folder that jaxspec features wrote for these conversations: recipes whose needs it meets learn from it and do not
-    run the target, which is quicker; those with a mix, or with tapped layers that are not stored, train as ever."""
+    run the target, which is quicker; those with a mix, or auxiliary hidden states that it lacks, train as ever."""
     prompts: str | None = None
     """File of prompts to measure tau on. Default: those of --eval."""
     limit: int = 100

@@ -1,8 +1,9 @@
 """Run a target over a data set once and store its features, for `jaxspec train CONFIG data.features=FOLDER`.
 
-Give the config and overrides that the drafter is to be trained with: they say which target, data, rows and tapped
-layers. Every document of the training, mixed and held-out data is stored once, whatever it is packed with later.
-Training online, without a store, is the default: it needs no disk, and pays where the data is seen a few times only.
+Give the config and overrides that the drafter is to be trained with: they say which target, data, rows and
+auxiliary hidden states. Every document of the training, mixed and held-out data is stored once, whatever it is packed
+with later. Training online, without a store, is the default: it needs no disk, and pays where the data is seen a few
+times only.
 
 Sizes are shown before anything is made. A run that was stopped goes on where it was: give the same command. Many
 machines can fill one folder, each with its own --shard i/n.
@@ -66,7 +67,7 @@ class Args:
     out: str
     """Folder for the features."""
     store: Kind = "bf16"
-    """How features are stored; int8 with one scale a row (and tapped layer)."""
+    """How features are stored; int8 with one scale a row (and layer of auxiliary hidden states)."""
     top_k: int = 0
     """Store so many of the likeliest next tokens too, with the mass of all others; for data.top_k."""
     shard_gb: float = 1.0

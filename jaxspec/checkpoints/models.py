@@ -115,7 +115,7 @@ class LoadedDrafter(NamedTuple):
     module: Any
     params: Params
     about: dict[str, Any]
-    """What was noted when it was saved, such as the `tree` it is fastest with."""
+    """Notes of the time it was saved, such as the `tree` it is fastest with."""
     draft_vocab: tuple[int, ...] | None
     """Ids of the tokens it scores, ascending; None for all."""
 
@@ -142,7 +142,7 @@ def save_drafter(
 def drafter_config(
     name: str, module: Any, about: dict[str, Any] | None = None, draft_vocab: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What `load_drafter` needs to know of a drafter besides its weights: the config in its folder's manifest."""
+    """Returns the config in the manifest of a drafter's folder: all that `load_drafter` needs besides the weights."""
     config = {"drafter": name, "shape": dataclasses.asdict(module.config), "about": about or {}}
     if draft_vocab is not None:
         config["draft_vocab"] = [int(i) for i in draft_vocab]

@@ -1,4 +1,4 @@
-"""Draft vocabularies: the tokens that a drafter scores, ranked by how often a target's answers use them."""
+"""The draft vocabulary: the tokens that a drafter scores, ranked by how often a target's answers use them."""
 
 from __future__ import annotations
 

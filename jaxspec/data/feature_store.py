@@ -220,8 +220,8 @@ class FeatureStore:
 class FeatureBatches:
     """Packed batches with the target's outputs, read from a store: arrays of `ARRAYS`, zero on padding.
 
-    With `taps` the tapped layers are among them, and with `top_k` that many of the likeliest tokens. Raises ValueError
-    if a document is not stored, or fewer than `top_k` tokens are.
+    With `taps` the auxiliary hidden states are among them, and with `top_k` that many of the likeliest tokens. Raises
+    ValueError if a document is not stored, or fewer than `top_k` tokens are.
     """
 
     def __init__(self, packed: PackedBatches, store: FeatureStore, *, taps: bool = False, top_k: int = 0) -> None:

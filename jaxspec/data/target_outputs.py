@@ -39,7 +39,7 @@ class Stored(NamedTuple):
     features_scale_BL1: Array | None = None
     taps_BLD: Array | None = None
     taps_scale_BLY: Array | None = None
-    """One scale a tapped layer, since the sizes of their numbers differ."""
+    """One scale a layer of auxiliary hidden states, since the sizes of their numbers differ."""
     likely: Likely | None = None
 
 
@@ -91,7 +91,7 @@ def store(target: Target, params: Params, out: TargetOutput, *, kind: Kind, taps
 
 
 def restore(stored: Stored, dtype: jnp.dtype) -> TargetOutput:
-    """Returns the target's output: features and taps in `dtype`, the dtype of its activations."""
+    """Returns the target's output: features and auxiliary hidden states in `dtype`, the dtype of its activations."""
     taps = None if stored.taps_BLD is None else grow(stored.taps_BLD, stored.taps_scale_BLY, dtype)
     return TargetOutput(grow(stored.features_BLD, stored.features_scale_BL1, dtype), None, taps)
 

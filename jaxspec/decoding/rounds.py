@@ -232,7 +232,7 @@ class Scored(NamedTuple):
     fresh: KVCache
     """The nodes' own keys and values, not in the cache yet."""
     read_BND: Array
-    """Features, or taps, that the drafter reads."""
+    """Features, or auxiliary hidden states, that the drafter reads."""
     logits_BNV: Array
     """fp32."""
 

@@ -85,7 +85,7 @@ def unroll_batch(
 
 
 def add_noise(features_BLD: Array, segments_BL: Array, keys_B: Array, noise: float) -> Array:
-    """Returns features with EAGLE's input noise: `U(-1/2, 1/2) * noise * 512 / length` of the token's own document."""
+    """Adds EAGLE's feature noise: `U(-1/2, 1/2) * noise * 512 / length` of the token's own document."""
     if not noise:
         return features_BLD
     same = segments_BL[:, :, None] == segments_BL[:, None, :]

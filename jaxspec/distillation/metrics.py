@@ -22,7 +22,7 @@ class ChunkMetrics(NamedTuple):
     accept_TBC: Array
     """Expected acceptance `sum_v min(p, q)`."""
     draft_gold_TBC: Array
-    """The draft's probability of the text's own token."""
+    """The draft's probability of the label, the next token of the text."""
     target_gold_TBC: Array
     """The target's."""
 

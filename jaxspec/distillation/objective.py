@@ -14,7 +14,7 @@ from jaxspec.losses.loss import mean
 class Objective:
     """The number that is minimised: `sum_step c_step sum_name weight * mean over trained tokens of loss_name`.
 
-    EAGLE (section 4.2): one step, SmoothL1 on features with weight 1, soft cross-entropy on tokens with weight 0.1.
+    EAGLE: one step, SmoothL1 on features with weight 1, soft cross-entropy on tokens with weight 0.1.
     HASS adds steps and the top-k loss.
     """
 
@@ -32,7 +32,7 @@ class Objective:
     feature_steps: int | None = None
     """Steps whose features are held to the target's; None for all."""
     position_weights: str = "none"
-    """Weights by the probabilities of the text's own tokens, see `losses.position_weights`."""
+    """Weights by the probabilities of the labels, see `losses.position_weights`."""
     noise: float = 0.2
     """Width of the uniform noise on the input features: `U(-1/2, 1/2) * noise * 512 / document length`."""
     reference_mask: bool = False

@@ -54,7 +54,7 @@ class TargetScores(NamedTuple):
     logits_BCV: Array
     """Of the tokens that the drafter scores, or of the likeliest and all others as one."""
     token_BC: Array
-    """Place of the text's own token among these; -1 where it is not."""
+    """Place of the label, the next token of the text, among these; -1 where it is not."""
     gold_BC: Array
     """Its probability."""
     rest_BC: Array | None
@@ -152,7 +152,7 @@ def find_learnable(target: Target, heads: Heads, features_BLD: Array, chunk: int
 
 
 def _gold(logits: Array, token: Array) -> Array:
-    """The probability of the text's own token, 0 where it is -1."""
+    """The probability of the label, 0 where that is -1."""
     return jnp.where(token < 0, 0.0, jnp.exp(of_token(log_probs(logits), token)))
 
 

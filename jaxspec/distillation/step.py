@@ -1,4 +1,4 @@
-"""The distillation step: frozen target, drafter and optimizer in one pure function, which all compilers wrap."""
+"""The training step: frozen target, drafter and optimizer in one pure function, which all compilers wrap."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class DrafterKind(NamedTuple):
     config: type
     """The whole shape of it, which a checkpoint keeps."""
     options: type[DrafterOptions]
-    """What an experiment's `head` may say of that shape; the rest follows the target."""
+    """Options of that shape, an experiment's `head`; what is None there follows the target."""
 
 
 DRAFTERS: dict[str, DrafterKind] = {
@@ -36,7 +36,7 @@ DRAFTERS: dict[str, DrafterKind] = {
     "peagle": DrafterKind(PEagle, PEagleConfig, PEagleOptions),
     "draft_lm": DrafterKind(DraftLM, DraftLMConfig, DraftLMOptions),
 }
-"""Name -> its classes. A new drafter is one file and one line here."""
+"""Table of drafters: name -> classes. A new drafter is one file and one line here."""
 
 
 def kind_named(name: Any) -> DrafterKind:

@@ -32,7 +32,7 @@ WEIGHTS = declare({"embed": TABLE, "norm": NORM, "head": TABLE})
 
 @dataclasses.dataclass(frozen=True)
 class DraftLMOptions(DrafterOptions):
-    """What an experiment says of a draft model's shape; see `DraftLMConfig`. All sizes have to be given."""
+    """Options of a draft model, see `DraftLMConfig`. All sizes have to be given."""
 
     vocab: int | None = None
     width: int | None = None
@@ -71,7 +71,7 @@ class DraftLMConfig:
 
 
 class DraftLMState(NamedTuple):
-    """What a row has read."""
+    """The tokens that a row has read, as keys and values."""
 
     cache: KVCache
     length_B: Array

@@ -1,9 +1,8 @@
 """The EAGLE-1/2 head: one decoder layer over (next token's embedding, target feature) below the target's LM head.
 
-EAGLE (Li et al. 2024, arXiv 2401.15077, section 4) and EAGLE-2 (arXiv 2406.16858) share this network; EAGLE-2 differs
-in the tree, `trees.dynamic`. Unrolled for several steps with `unroll` it is the network that HASS trains (Zhang et al.
-2024, arXiv 2408.15766): section 3.2's harmonized context alignment is `Recurrent`'s unrolling, section 3.1's harmonized
-objective distillation the top-k loss.
+EAGLE (Li et al. 2024, arXiv 2401.15077) and EAGLE-2 (arXiv 2406.16858) share this network; EAGLE-2 differs in the tree,
+`trees.dynamic`. HASS (Zhang et al. 2024, arXiv 2408.15766) trains the same network by harmonized context alignment,
+which is `Recurrent`'s unrolling, and harmonized objective distillation, which is the loss `top_k`.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ FUSION = declare(
         "embedding_norm": NORM,
     },
     {
-        "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 and peagle what "
-        "enters the taps"
+        "fc": "reads the next token's embedding and the target's feature, in this order; in eagle3 and peagle the "
+        "target's auxiliary hidden states"
     },
 )
 """The fusion layer, which makes one vector of embedding and feature, or of EAGLE-3's features."""
 WEIGHTS = FUSION | HEAD_LAYER | declare({"head_norm": NORM})
-"""What an EAGLE head may have."""
+"""Weights that an EAGLE head may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EagleOptions(LayerOptions):
-    """What an experiment may say of an EAGLE head; see `EagleConfig`."""
+    """Options of an EAGLE head, see `EagleConfig`; None follows the target or the default there."""
 
     bias: bool | None = None
     embedding_norm: bool | None = None
@@ -111,7 +110,7 @@ class EagleConfig:
 
     @property
     def layer_options(self) -> Options:
-        """What its decoder layers have beyond Llama's."""
+        """Departures of its decoder layers from Llama's."""
         return Options(qkv_bias=self.qkv_bias, out_bias=self.out_bias, qk_norm=self.qk_norm)
 
 

@@ -1,8 +1,8 @@
 """The EAGLE-3 head (Li et al. 2025, arXiv 2503.01840): three fused layers of the target, trained over its own steps
 ("training-time test"), its own LM head.
 
-What it reads are the target's hidden states at a low, a middle and a high layer, its *auxiliary hidden states* in the
-words of vLLM, SGLang and speculators; here they are taps.
+It reads the target's hidden states at a low, a middle and a high layer: its *auxiliary hidden states* in the words of
+vLLM, SGLang and speculators. The layers whose inputs they are, and for short the states, are called taps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WEIGHTS = (
         }
     )
 )
-"""What an EAGLE-3 head may have."""
+"""Weights that an EAGLE-3 head may have."""
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
@@ -55,7 +55,7 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class TapOptions(LayerOptions):
-    """What an experiment may say of a head that reads the target's auxiliary hidden states; see `Eagle3Config`."""
+    """Options of a head that reads the target's auxiliary hidden states; see `Eagle3Config`."""
 
     width: int | None = None
     vocab: int | None = None
@@ -78,7 +78,7 @@ class TapOptions(LayerOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Eagle3Options(TapOptions):
-    """What an experiment may say of an EAGLE-3 head; see `Eagle3Config`."""
+    """Options of an EAGLE-3 head, see `Eagle3Config`; None follows the target or the default there."""
 
     normed_feature: bool | None = None  # EAGLE-3.1's norm_output
 
@@ -145,8 +145,7 @@ class Eagle3Config(EagleConfig):
 
 
 class TapReader(OneLayer):
-    """What EAGLE-3 and P-EAGLE heads share: how they read the target's auxiliary hidden states, and their own LM head.
-    Abstract."""
+    """A head over the target's auxiliary hidden states, with an LM head of its own (EAGLE-3, P-EAGLE). Abstract."""
 
     declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 

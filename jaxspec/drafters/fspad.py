@@ -31,12 +31,12 @@ WEIGHTS = eagle.WEIGHTS | declare(
         "sampling_down": Weight(uniform(), ("mlp", "width"), (-2,)),
     }
 )
-"""What an FSPAD head may have."""
+"""Weights that an FSPAD head may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FspadOptions(LayerOptions):
-    """What an experiment may say of an FSPAD head; see `FspadConfig`."""
+    """Options of an FSPAD head, see `FspadConfig`; None follows the target or the default there."""
 
     bias: bool | None = None
     embedding_norm: bool | None = None
@@ -98,7 +98,7 @@ class Fspad(Eagle):
         return h, h
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:
-        """`[a; a] + mlp(norm(a))`: the first half is scored, the second aligned with the target and handed on."""
+        """Partial alignment, `[a; a] + mlp(norm(a))`: the first half is scored, the second aligned and handed on."""
         if not self.config.partial_alignment:
             return super().finish(stream_BLD)
         scored, aligned = jnp.split(self.feed_forward(stream_BLD), 2, axis=-1)

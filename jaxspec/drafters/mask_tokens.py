@@ -1,8 +1,8 @@
-"""What drafters share that predict all draft steps in one pass by mask tokens (ParallelSpec, P-EAGLE, PARD).
+"""Drafting of all steps in one pass by mask tokens (ParallelSpec, P-EAGLE, PARD), and their group-wise training.
 
-Slot `(i, 0)` is real: it holds what was read at position `i`. Slot `(i, d)`, a mask slot, holds a mask token: it stands
-`d` further, sees the real slots up to `i` and its own group `(i, 1) .. (i, d)`, and predicts the token `d` later than
-slot `(i, 0)` does. No real slot ever sees a mask, so masks are never cached, and what is cached stays right for ever.
+Slot `(i, 0)` is real: it holds what was read at position `i`. Slot `(i, d)` holds a mask token: it stands `d` further,
+sees the real slots up to `i` and its own group `(i, 1) .. (i, d)`, and predicts the token `d` later than slot `(i, 0)`
+does. No real slot ever sees a mask token, so mask tokens are never cached, and what is cached stays right for ever.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jaxspec.parallel.rows import gather_rows, scatter_rows
 
 @dataclasses.dataclass(frozen=True)
 class SlotOptions:
-    """How many mask slots there are, and which of them are trained."""
+    """Number of mask tokens, and which of them are trained."""
 
     tokens: int = 4
-    """Tokens drafted in a pass, `k`: the last real slot predicts one, `k - 1` mask slots the others."""
+    """Tokens drafted in a pass, `k`: the last real slot predicts one, `k - 1` mask tokens the others."""
     keep: float = 1.0
     """Training: share of the positions that are kept from one depth to the next, at random and nested (PARD's
     conditional drop, 0.7 there), so that memory and time grow linearly in `tokens` no more."""
@@ -52,21 +52,21 @@ class Group(NamedTuple):
 
     at_BA: Array
     x_BAE: Array
-    """What enters the next layer."""
+    """Inputs of the next layer."""
     positions_BA: Array
     mask: Mask
     """Which real slots they see."""
 
 
 class MaskTokens(OnePass, OneLayer):
-    """Drafting by mask slots as pure functions of the weights.
+    """Drafting by mask tokens as pure functions of the weights.
 
     Abstract: a drafter says what its slots hold (`real_slots`, `mask_tokens`), how that enters a layer (`enter`), of
     which there may be several (`layer_weights`), and how logits are made (`score`). Its config has `SlotOptions`.
     """
 
     bidirectional = False
-    """Whether the mask slots of a group see each other both ways."""
+    """Whether the mask tokens of a group see each other both ways."""
 
     @property
     def layer_count(self) -> int:
@@ -79,11 +79,11 @@ class MaskTokens(OnePass, OneLayer):
         return [self.weights]
 
     def real_slots(self, shared: SharedTables, tokens_BL: Array, features_BLD: Array) -> Array:
-        """What slots of pairs (feature, next token) hold, `[B, L, E]`."""
+        """Contents of the slots of pairs (feature, next token), `[B, L, E]`."""
         raise NotImplementedError
 
     def mask_tokens(self, shared: SharedTables, anchor_BLD: Array, depth: int) -> Array:
-        """What the mask slots of a depth hold, for groups whose real slots read these features: `[B, L, E]`."""
+        """Mask tokens of a depth, for groups whose real slots read these features: `[B, L, E]`."""
         raise NotImplementedError
 
     def enter(self, layer: int, x_BLE: Array) -> tuple[Array, Array]:
@@ -143,7 +143,7 @@ class MaskTokens(OnePass, OneLayer):
         return x, KVCache(jnp.stack(keys), jnp.stack(values))
 
     def _one_pass_mask(self, length: int, count_B: Array) -> Array:
-        """`[B, L + k - 1, L + k - 1]`: real slots causally; mask slots the real ones of their row and their group."""
+        """`[B, L + k - 1, L + k - 1]`: real slots causally; mask tokens the real slots of their row and their group."""
         total = length + self.config.tokens - 1
         row, column = jnp.arange(total)[:, None], jnp.arange(total)[None]
         real = (row < length) & (column <= row)
@@ -154,7 +154,7 @@ class MaskTokens(OnePass, OneLayer):
         return real | group | sees_real
 
     def _unroll(self, shared: SharedTables, inputs: UnrollInputs, steps: int) -> Unrolled:
-        """A group a position: slot `(i, j)` sees the real slots up to `i` and its own group.
+        """Group-wise training, a group a position: slot `(i, j)` sees the real slots up to `i` and its own group.
 
         That is the row layout of HASS: causal over the real slots, and one more key a depth at the row's own index.
         """

@@ -25,12 +25,12 @@ WEIGHTS = declare(
         "heads": dataclasses.replace(TABLE, init=uniform()),
     }
 )
-"""What Medusa heads may have."""
+"""Weights that Medusa heads may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MedusaOptions(DrafterOptions):
-    """What an experiment may say of Medusa heads; see `MedusaConfig`."""
+    """Options of Medusa heads, see `MedusaConfig`; None follows the target or the default there."""
 
     tokens: int | None = None
     layers: int | None = None

@@ -1,4 +1,4 @@
-"""What every drafter of this package is: a frozen Flax module with its weights apart, and the options it is made by."""
+"""The base of this package's drafters: a frozen Flax module with its weights apart, and the options of its shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxspec.nn.weights import Weight, init_of, init_weights
 
 
 class TargetShape(NamedTuple):
-    """What a drafter's shape may follow of its target's."""
+    """Sizes of a target that a drafter's shape may follow."""
 
     width: int
     heads: int
@@ -40,7 +40,7 @@ class TargetShape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DrafterOptions:
-    """What an experiment may say of a drafter's shape, fields named as those of the drafter's config.
+    """Options of a drafter's shape in an experiment, named as the fields of the drafter's config.
 
     Every field is None by default, and what is None follows the target or the default of the drafter's config.
     """

@@ -11,7 +11,7 @@ from jaxspec.drafters.module import DrafterModule
 
 
 class ParallelState(NamedTuple):
-    """What a row's next tokens are predicted by, all depths of them."""
+    """The outputs that a row's next tokens are predicted by, of all depths."""
 
     cache: KVCache | None
     """Keys and values of the committed pairs; None for heads without attention."""
@@ -22,7 +22,7 @@ class ParallelState(NamedTuple):
 
 
 class ParallelScratch(NamedTuple):
-    """What one tree's nodes below the root are drafted by."""
+    """The outputs that one tree's nodes below the root are drafted by."""
 
     hidden_BTD: Array
     """The outputs for depths 1, 2 ..."""

@@ -1,10 +1,10 @@
 """ParallelSpec (Xiao et al. 2024, arXiv 2410.05589): one decoder layer drafts all steps in one pass, by mask tokens.
 
-The paper's text and code are not to be had: what is known is one target-shaped layer, distinct trainable mask tokens
-appended to the real ones, knowledge distillation, group-wise training under a mask that keeps groups apart, and the
-frameworks Medusa and EAGLE as hosts. The rest is a reconstruction, from three published successors that make the same
-construction (PARD, P-EAGLE, BiTA): what mask slots read in place of a feature, which slots are trained, in-group
-attention, and what the Medusa host's real slots read.
+The paper's text and code were not found. Known are one target-shaped layer, distinct trainable mask tokens appended to
+the real ones, knowledge distillation, group-wise training under a mask that keeps groups apart, and the frameworks
+Medusa and EAGLE as hosts. The rest is a reconstruction, from three published successors that make the same construction
+(PARD, P-EAGLE, BiTA): what mask tokens have in place of a feature, which of them are trained, in-group attention, and
+what the Medusa host's real slots read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Host = Literal["eagle", "medusa"]
 MaskFeature = Literal["shared", "per_depth", "anchor_copy", "zeros"]
 # Looked up by depth and never multiplied, so Adam's.
 WEIGHTS = FUSION | HEAD_LAYER | declare({"mask_tokens": Weight(), "mask_features": Weight()})
-"""What a ParallelSpec drafter may have."""
+"""Weights that a ParallelSpec drafter may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelSpecOptions(LayerOptions):
-    """What an experiment may say of a ParallelSpec drafter; see `ParallelSpecConfig`."""
+    """Options of a ParallelSpec drafter, see `ParallelSpecConfig`; None follows the target or the default there."""
 
     bias: bool | None = None
     embedding_norm: bool | None = None
@@ -49,19 +49,19 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
     """The shape of a ParallelSpec drafter."""
 
     host: Host = "eagle"
-    """What a real slot is made of. `eagle`: `fc([embedding; feature])` and EAGLE's losses. `medusa`: the embedding plus
+    """Content of a real slot. `eagle`: `fc([embedding; feature])` and EAGLE's losses. `medusa`: the embedding plus
     the feature, no `fc`, so that the drafter is one target-shaped layer, and losses on tokens alone. (The sum is
     reconstruction: the source does not say what it reads there.)"""
     mask_feature: MaskFeature = "shared"
-    """What stands in a mask slot where a real one has the target's feature (reconstruction): one trained vector, one a
-    depth, the feature of the last real slot, or nothing. P-EAGLE found `shared` best."""
+    """A mask token's stand-in for the target's feature (reconstruction): one trained vector, one a depth, the feature
+    of the last real slot, or nothing. P-EAGLE found `shared` best."""
     shared_mask: bool = False
     """One mask embedding for all depths (PARD, P-EAGLE) instead of one a depth."""
     attention_norm: bool = False
     """An RMSNorm before the layer's attention, as the target's own layers have and EAGLE's head does not
     (reconstruction: known is that the layer is of the target's shape)."""
     bidirectional: bool = False
-    """Mask slots of a group see each other both ways instead of causally (reconstruction; DFlash does)."""
+    """Mask tokens of a group see each other both ways instead of causally (reconstruction; DFlash does)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,11 @@
-"""P-EAGLE (arXiv 2602.01469): an EAGLE-3 head of several layers that drafts all tokens in one pass, by mask slots.
+"""P-EAGLE (arXiv 2602.01469): an EAGLE-3 head of several layers that drafts all tokens in one pass, by mask tokens.
 
-A mask slot holds the embedding of one token set aside for that, and one trained vector in place of the target's taps,
-which passes `fc` as they do; the first layer reads both as an EAGLE-3 head's does, and those above it are a Llama's. So
-speculators and SpecForge train such heads and vLLM serves them; the paper's text was not to be had. Reconstruction are
-the weights that training begins from (speculators' vector of N(0, 1), EAGLE's uniform ones for the rest), that a head
-may go without an embedding of its own, and that the positions which a depth is trained at are drawn by row.
+A mask token is the embedding of one token set aside for that, and one trained vector in place of the target's auxiliary
+hidden states, which passes `fc` as they do. The first layer reads both as an EAGLE-3 head's does, and those above it
+are a Llama's. So speculators and SpecForge train such heads and vLLM serves them; the paper's text was not found.
+Reconstruction are the weights that training begins from (speculators' vector of N(0, 1), EAGLE's uniform ones for the
+rest), that a head may go without an embedding of its own, and that the positions which a depth is trained at are drawn
+by row.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.weights import Shape, Weight, declare, normal
 
 WEIGHTS = eagle3.WEIGHTS | declare({"mask_feature": Weight(normal(1.0))})
-"""What a P-EAGLE head may have, of the layers above the first too."""
+"""Weights that a P-EAGLE head may have, those of the layers above the first too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PEagleOptions(TapOptions):
-    """What an experiment may say of a P-EAGLE head; see `PEagleConfig`."""
+    """Options of a P-EAGLE head, see `PEagleConfig`; None follows the target or the default there."""
 
     tokens: int | None = None
     keep: float | None = None
@@ -51,7 +52,7 @@ class PEagleConfig(SlotOptions, Eagle3Config):
     keep: float = 0.7
     layers: int = 4
     mask_token: int = -1
-    """Id of the token whose embedding mask slots hold. No text should hold it."""
+    """Id of the token whose embedding mask tokens have. No text should hold it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +62,7 @@ class PEagleConfig(SlotOptions, Eagle3Config):
         if not 0 <= self.mask_token < (self.embed_vocab or self.mask_token + 1):
             raise ValueError(
                 f"a P-EAGLE head needs in mask_token the id of a token that no text holds, not {self.mask_token}: its "
-                "embedding stands in mask slots"
+                "embedding is that of mask tokens"
             )
         if self.normed_feature:
             raise ValueError("a P-EAGLE head reads no feature of its own: leave normed_feature off")

@@ -1,7 +1,7 @@
-"""Drafting step by step, each step from the feature that the step before put out (EAGLE section 4).
+"""Drafting step by step, each step from the feature that the step before put out (EAGLE).
 
 In training the steps are unrolled, so that each sees what the steps before it would have left when decoding: HASS's
-harmonized context alignment (section 3.2), EAGLE-3's training-time test.
+harmonized context alignment, EAGLE-3's training-time test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxspec.nn.remat import recompute
 
 
 class RecurrentState(NamedTuple):
-    """What a row has drafted from so far."""
+    """The committed pairs of a row, from which it drafts."""
 
     cache: KVCache
     """One layer's keys and values of the committed (feature, next token) pairs."""
@@ -42,7 +42,7 @@ class RecurrentScratch(NamedTuple):
 
 
 class Recurrent(OneLayer):
-    """A head that drafts step by step, each from the feature the step before put out (EAGLE section 4).
+    """A head that drafts step by step, each from the feature the step before put out (EAGLE).
 
     Abstract: a head says how a pair becomes the layer's input (`fuse`), what comes out of it (`finish`) and, if need
     be, how logits are made (`score`) and what it makes of the target's features first (`read`).

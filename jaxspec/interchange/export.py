@@ -1,4 +1,4 @@
-"""Export of models: found in the folder of a run, a drafter or a target, and written in formats that others read."""
+"""Orbax export of a run's, a drafter's or a target's folder, and export in the formats that other programs read."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def shapes(model: Exportable) -> dict[str, list[int]]:
 
 
 def conventions(model: Exportable) -> dict[str, Any]:
-    """Returns the conventions of a model's numbers: rotary base, and of a head its taps and vocabulary."""
+    """Returns a model's conventions: rotary base, and of a head the auxiliary hidden states and the vocabulary."""
     shape = model.config if model.kind == "target" else model.config["shape"]
     told = {name: shape[name] for name in ("rope_theta", "rope_scaling", "bias", "head_dim") if name in shape}
     told |= {name: shape[name] for name in ("target_width", "mask_token") if shape.get(name) is not None}

@@ -1,7 +1,7 @@
 """P-EAGLE heads as speculators and SpecForge publish them and vLLM loads them.
 
-Tensors are named as EAGLE-3's, with numbered layers. Mask tokens read `mask_hidden` in place of the target's taps. The
-id of their token is called `mask_token_id` (speculators), `ptd_token_id` or `pard_token` (vLLM).
+Tensors are named as EAGLE-3's, with numbered layers. Mask tokens read `mask_hidden` in place of the target's auxiliary
+hidden states. The id of their token is called `mask_token_id` (speculators), `ptd_token_id` or `pard_token` (vLLM).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ LOGIT_LOSSES: dict[str, NamedLoss] = {
     "tvdpp_sampled": NamedLoss(lambda s, n: tvdpp_sampled(s.draft, s.target, s.key, n, s.rest), _DRAWS, standardised),
     "tvdpp_uniform_vocab": NamedLoss(lambda s: tvdpp_uniform_vocab(s.draft, s.target, s.rest), None, standardised),
 }
-"""Name -> loss of the draft's distribution; `logit_loss` reads a name with its number."""
+"""Table of losses: name -> loss of the draft's distribution; `logit_loss` reads a name with its number."""
 
 LUMPED = ("soft_cross_entropy", "kl", "top_k")
 """Losses that can be computed from the target's likeliest tokens and the mass of all others, taken as one token.

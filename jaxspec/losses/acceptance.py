@@ -31,7 +31,7 @@ def log_target(target_logits: Array, rest: Array | None) -> Array:
 
 
 def expected_acceptance(draft_logits: Array, target_logits: Array, rest: Array | None = None) -> Array:
-    """Returns `alpha = sum_v min(p_v, q_v) = 1 - TV(p, q)`: the acceptance rate at temperature 1 (Leviathan 2023)."""
+    """Returns `alpha = sum_v min(p_v, q_v) = 1 - TV(p, q)`: expected acceptance at temperature 1 (Leviathan 2023)."""
     logp, logq = log_target(target_logits, rest), log_probs(draft_logits)
     return jnp.sum(jnp.exp(jnp.minimum(logp, logq)), axis=-1)
 
@@ -71,6 +71,6 @@ def lk(draft_logits: Array, target_logits: Array, eta: float = 3.0, rest: Array 
 def l1_ce(draft_logits: Array, target_logits: Array, token: Array, rest: Array | None = None) -> Array:
     """Returns `0.9 sum_v |p_v - q_v| - 0.1 log q_token` (DSpark, arXiv 2607.05147, without its confidence head).
 
-    As in DSpark's code, L1 is the full distance, twice `tvd`, and CE is `cross_entropy` of the text's own token.
+    As in DSpark's code, L1 is the full distance, twice `tvd`, and CE is `cross_entropy` of the label.
     """
     return 1.8 * tvd(draft_logits, target_logits, rest) + 0.1 * cross_entropy(draft_logits, token)

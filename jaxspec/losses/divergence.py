@@ -16,12 +16,12 @@ from jaxspec.sampling import sharded_top_k
 
 
 def soft_cross_entropy(draft_logits: Array, target_logits: Array) -> Array:
-    """Returns `-sum_v p_v log q_v` (EAGLE section 4.2), which is `kl` plus the entropy of `p`."""
+    """Returns `-sum_v p_v log q_v` (EAGLE), which is `kl` plus the entropy of `p`."""
     return -jnp.sum(jnp.exp(log_probs(target_logits)) * log_probs(draft_logits), axis=-1)
 
 
 def cross_entropy(draft_logits: Array, token: Array) -> Array:
-    """Returns `-log q_token`, 0 where the token is -1: the text's own token as a hard label (Medusa, PARD).
+    """Returns `-log q_token`, 0 where the token is -1: the text's next token as a hard label (Medusa, PARD).
 
     `[..., U], [...] -> [...]`.
     """
@@ -50,7 +50,7 @@ def jsd(draft_logits: Array, target_logits: Array, beta: float = 0.5) -> Array:
 
 
 def top_k_cross_entropy(draft_logits: Array, target_logits: Array, k: int = 10, lumped: bool = False) -> Array:
-    """Returns `-sum_{v in top k of p} p_v log q_v`: top-k distillation (HASS, arXiv 2408.15766).
+    """Returns `-sum_{v in top k of p} p_v log q_v`: top-k distillation (HASS's objective, arXiv 2408.15766).
 
     Neither `p` nor `q` is renormalised on the `k` tokens. For `U <= k` tokens it is `soft_cross_entropy`. With `lumped`
     the last of the `U` stands for many tokens, and is never among the `k`.

@@ -9,7 +9,7 @@ from jaxspec.losses.loss import wide
 
 
 def smooth_l1(draft: Array, target: Array) -> Array:
-    """Returns `mean_d h(draft - target)`, `h(x) = x^2 / 2` where `|x| < 1`, else `|x| - 1/2` (EAGLE section 4.2).
+    """Returns `mean_d h(draft - target)`, `h(x) = x^2 / 2` where `|x| < 1`, else `|x| - 1/2` (EAGLE).
 
     `[..., D], [..., D] -> [...]`, fp32.
     """

@@ -13,14 +13,14 @@ from jaxspec.base import Array
 
 
 class Scores(NamedTuple):
-    """Inputs of a loss at positions `[...]`: draft and target logits of `U` tokens, and the text's own token."""
+    """Inputs of a loss at positions `[...]`: draft and target logits of `U` tokens, and the label."""
 
     draft: Array
     """Draft logits `[..., U]`."""
     target: Array
     """Target logits of the same `U` tokens `[..., U]`."""
     token: Array
-    """The text's own next token `[...]` as an index among the `U`; -1 where it is not among them."""
+    """The label, the next token of the text, `[...]` as an index among the `U`; -1 where it is not among them."""
     key: Array
     """PRNG key for losses that sample; every chunk of a batch has its own."""
     rest: Array | None = None

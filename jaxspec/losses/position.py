@@ -22,7 +22,7 @@ POSITION_WEIGHTS: dict[str, LossParameter | None] = {
 def position_weights(spec: str, draft_gold_TX: Array, target_gold_TX: Array, mask_TX: Array | None = None) -> Array:
     """Returns fp32 weights `[T, ...]` by `spec`: `none`, `exp:gamma`, `power:beta`, `cat` or `d_pace:a`.
 
-    `draft_gold_TX` and `target_gold_TX` are the *probabilities* that draft and target give the text's own token at each
+    `draft_gold_TX` and `target_gold_TX` are the *probabilities* that draft and target give the label at each
     of `T` steps, 0 where the draft's vocabulary lacks it. The weights have no gradient. A step outside `mask_TX`
     weighs 0, adds no length and stops no chain. Raises ValueError for another spec.
     """

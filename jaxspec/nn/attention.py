@@ -1,4 +1,4 @@
-"""Softmax attention over parts of keys, merged exactly: a cached prefix, a tree, packed rows, per-query keys."""
+"""Softmax attention over parts of keys, merged exactly: cached prefix, tree attention, packed rows, per-query keys."""
 
 from __future__ import annotations
 

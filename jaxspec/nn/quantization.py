@@ -1,4 +1,4 @@
-"""int8 weights of decoder layers, with one scale per output channel: half of bf16's memory and traffic."""
+"""The int8 target: int8 weights of its layers, one scale per output channel, half of bf16's memory and traffic."""
 
 from __future__ import annotations
 

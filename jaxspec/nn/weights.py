@@ -73,7 +73,7 @@ GPT2 = normal()
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """What is known of a weight besides its shape, which depends on a config."""
+    """Properties of a weight besides its shape, which depends on a config."""
 
     init: Init = GPT2
     """Its initial values."""
@@ -119,7 +119,7 @@ def declare(weights: Mapping[str, Weight], conventions: Mapping[str, str] | None
 
 
 def _placing(weight: Weight) -> tuple[Any, ...]:
-    """What all modules that use a name have to agree on."""
+    """Returns the properties that all modules which use a name have to agree on."""
     return weight.axes, weight.matrix, weight.decays
 
 

@@ -1,4 +1,4 @@
-"""Meshes, and the rules by which the logical axes of arrays are spread over them."""
+"""Meshes, and the mesh rules by which the logical axes of arrays are spread over them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AXIS_RULES: dict[str | None, Any] = {
     "experts": "tensor",
     None: None,
 }
-"""Logical axis -> mesh axis or axes that split it; None: whole on every device."""
+"""Mesh rules: logical axis -> mesh axis or axes that split it; None: whole on every device."""
 
 
 Axes = tuple[str | None, ...]

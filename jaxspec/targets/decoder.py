@@ -178,7 +178,7 @@ class LayerStack(NamedTuple):
 
         def step(carry: tuple[Array, list[Array]], row: tuple[Params, Array]) -> tuple[tuple[Array, list[Array]], Any]:
             (x, tapped), (layer, at) = carry, row
-            # The layer's number is traced, so every step writes or keeps every tap.
+            # The layer's number is traced, so every step writes or keeps every auxiliary hidden state.
             tapped = [jnp.where(at == tap, x, t) for tap, t in zip(taps, tapped, strict=True)]
             past, block = self.past(at), only
             if several is not None:

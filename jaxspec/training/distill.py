@@ -168,8 +168,8 @@ def refuse_top_k(config: DistillConfig, top_k: int) -> None:
             refuse_lumped(name, top_k)
     if config.objective.position_weights.partition(":")[0] in ("cat", "d_pace"):
         raise ValueError(
-            f"objective.position_weights={config.objective.position_weights} needs what the text's own "
-            "token got, which data.top_k may not hold: leave one of them out"
+            f"objective.position_weights={config.objective.position_weights} needs the probability of the "
+            "label, which data.top_k may not hold: leave one of them out"
         )
     if config.draft_vocab is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What `jaxspec train` and `jaxspec pretrain` share: their flags, and the way from a config to a printed result.
+"""The flags of `jaxspec train` and `jaxspec pretrain`, and their way from a config to a printed result.
 
 It is part of the library because programs do not import each other.
 """

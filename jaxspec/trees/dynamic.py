@@ -40,7 +40,7 @@ class Front(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2's tree (section 4): the best `beam` of `beam^2` continuations are expanded at each level.
+    """EAGLE-2's tree: the best `beam` of `beam^2` continuations are expanded at each level.
 
     All drafted nodes enter a pool. Reranking keeps the root and the best `nodes - 1` of the pool by cumulative
     log-probability. Ties go to the shallower node and then to the earlier one, so a node is never kept without its
@@ -84,7 +84,7 @@ class DynamicTree:
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
-        """Expands `depth` levels, then reranks all candidates and keeps the best `nodes - 1` (EAGLE-2, section 4)."""
+        """Expands `depth` levels, then reranks all candidates and keeps the best `nodes - 1` (EAGLE-2)."""
         beam, batch = self.beam, root_token_B.shape[0]
         found = choose(root_logits_BV[:, None], beam, ROOT)
         token, score, bound = (x[:, 0] for x in found[:3])

@@ -66,7 +66,7 @@ class Rule:
 
 
 def target_draw(inputs: VerifyInputs) -> Accepted:
-    """Follows the target's own draws, made with the noise of their positions: this project's own rule.
+    """Follows the target's draws, made with the noise of their positions: `target-draw`, this project's own rule.
 
     Every accepted token is the target's draw, so the text is that of plain decoding, token for token.
     """
@@ -94,7 +94,7 @@ _TRAVERSAL = functools.partial(
 
 
 def typical_acceptance(inputs: VerifyInputs) -> Accepted:
-    """Keeps tokens that are likely enough: Medusa's typical acceptance (arXiv 2401.10774, section 3.3.1). NOT lossless.
+    """Keeps tokens that are likely enough: Medusa's typical acceptance (arXiv 2401.10774). NOT lossless.
 
     A token is kept where `p(x) > min(epsilon, delta exp(-H(p)))` under the target's warped distribution. The longest
     kept path is accepted, among equals the one that the target finds likeliest. The bonus token is drawn from the

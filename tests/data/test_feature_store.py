@@ -330,7 +330,7 @@ def test_what_was_stored_for_something_else_is_refused(folder: Path, tmp_path: P
         ({"weights": (("top_k:5", 1.0),)}, "loss 'top_k:5' needs more of the target's tokens than 4"),
         (
             {"weights": (("kl", 1.0),), "position_weights": "cat"},
-            "position_weights=cat needs what the text's own token",
+            "position_weights=cat needs the probability of the label",
         ),
     ],
 )

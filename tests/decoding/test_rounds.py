@@ -70,7 +70,7 @@ def models(dtype: str = "float32") -> Models:
     believed = jnp.where(jnp.arange(VOCAB) % 10 < 7, following, wrong)
     table = jax.random.normal(keys[4], (VOCAB, VOCAB)).at[jnp.arange(VOCAB), believed].add(4.0)
 
-    # The head passes the embedding on: its residual stream is the token, which the borrowed LM head maps to the next.
+    # The head passes the embedding on: its residual stream is the token, which the shared LM head maps to the next.
     eagle = Eagle(EagleConfig(WIDTH, 4, 2, 6, 24), dtype=jnp.dtype(dtype))
     drafter = dict(eagle.init_params(keys[5]))
     drafter["fc"] = 0.1 * drafter["fc"] + jnp.concatenate([jnp.eye(WIDTH), jnp.zeros((WIDTH, WIDTH))])

@@ -120,7 +120,7 @@ def test_devices_send_weights_and_sums_and_no_activations(name: str, compile_qui
     models, arguments = placed(name, mesh)
     program = hlo.parse(lower_step("jit", mesh, *models, *arguments).compile().as_text() or "")
     found = (cost.message_of(i, 8) for lines in program.computations.values() for i in lines)
-    # What no weight has: a row's positions, those that mask slots keep, those of a chunk; of one row, of all together.
+    # What no weight has: a row's positions, those that mask tokens keep, those of a chunk; of one row, of all together.
     kept = {math.ceil(LENGTH * 0.7**depth) for depth in range(3)} | {CHUNK}
     lengths = {n * rows for n in kept for rows in (1, ROWS)}
     sent = {message.largest for message in found if message is not None}

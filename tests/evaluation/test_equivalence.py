@@ -49,7 +49,7 @@ def questions_from(models: Models, count: int, *, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """Trained on one device, and judged by one step, to compile less."""
+    """Trained on one device, and evaluated by one step, to compile less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
         patch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)

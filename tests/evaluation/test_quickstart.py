@@ -19,7 +19,7 @@ LITTLE = ["--conversations", "30", "--held-out", "3", "--steps", "3", "--max-new
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything measured once, on few questions; training on one device and judged by one step, to compile less."""
+    """Everything measured once, on few questions; training on one device and evaluated by one step, to compile less."""
     monkeypatch.setattr(quickstart, "PASSES", 1)
     monkeypatch.setattr(quickstart, "TUNING", 2)
     monkeypatch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
