@@ -90,7 +90,7 @@ class DraftLM(DrafterModule):
     """A small Llama as a drafter, as pure functions of its weights.
 
     Weights: `embed [V, D]`, `norm [D]`, `head [V, D]` unless tied, and `layers`, a list of one dict a layer: those of a
-    `decoder.Llama` that is not stacked.
+    `decoder.Decoder` that is not stacked.
     """
 
     config: DraftLMConfig

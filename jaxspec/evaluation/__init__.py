@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Drafters measured and compared: acceptance, timing, equality of texts, statistics, figures."""
