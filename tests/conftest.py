@@ -1,4 +1,4 @@
-"""Before any JAX operation: CPU only, eight virtual devices, programs compiled quickly and kept for the next run."""
+"""Before any JAX operation: CPU only, eight virtual devices, compiled programs kept for the next run."""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +10,6 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Nearly all time is the compiler's: toys need no fast program.
-jax.config.update("jax_disable_most_optimizations", True)
 
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 MOST_PROGRAM_BYTES = 2**30
@@ -60,24 +58,22 @@ def forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
-def compile_as(*, fully: bool) -> None:
-    """Sets how later programs are compiled: as users' are and afresh, or quickly and read back where they can be."""
-    jax.config.update("jax_disable_most_optimizations", not fully)
-    jax.config.update("jax_enable_compilation_cache", not fully)  # a program for absent chips cannot be read back
-    reset_cache()  # JAX asks only once whether to read
-
-
 @pytest.fixture(scope="module")
-def compile_fully() -> Iterator[None]:
-    """For modules whose claims are about what the compiler makes of a program, or that compile for absent chips."""
-    compile_as(fully=True)
+def compile_quickly() -> Iterator[None]:
+    """For modules whose time is the compiler's and whose claims are not about speed or the last bit."""
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    compile_as(fully=False)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
-def compile_quickly() -> None:
-    """All modules compile quickly now."""
+def compile_afresh() -> Iterator[None]:
+    """For modules that compile for absent chips, whose programs cannot be read back from the folder."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks only once whether to read
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 @pytest.fixture

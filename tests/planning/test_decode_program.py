@@ -17,7 +17,7 @@ from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import DynamicTree, chain
 from jaxspec.verify import RULES
 
-pytestmark = pytest.mark.usefixtures("compile_fully")
+pytestmark = pytest.mark.usefixtures("compile_afresh")
 
 HBM = 32e9
 VOCAB = 128256
