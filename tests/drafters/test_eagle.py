@@ -36,7 +36,7 @@ def test_the_first_tokens_embedding_is_never_read():
 def test_a_pair_has_the_position_of_its_feature_and_drafts_follow_on():
     """Positions are relative: shifting all of them changes nothing, shifting the drafts alone does."""
     t = toy("eagle")
-    same(t.unrolled_logits(positions=AT + 11), t.unrolled_logits(), 3e-5)
+    same(t.unrolled_logits(positions_BL=AT + 11), t.unrolled_logits(), 3e-5)
     state, _ = t.read(t.empty, 0, 4)
     key = state.cache.k_YBKCS[0, :, :, :, 3]
     pair = t.shared_tables.embed_VD[t.tokens[:, 4:5]], t.features[:, 3:4]
