@@ -106,7 +106,7 @@ class Args(DraftFlags):
 
     @property
     def rounds_only(self) -> bool:
-        """Whether prompts are stand-ins, so that reading them is no part of what is measured."""
+        """Returns whether prompts are stand-ins, so that reading them is no part of what is measured."""
         return self.shape is not None or self.simulate_acceptance is not None
 
     @property

@@ -261,7 +261,7 @@ class Drafter(Protocol):
 
     @property
     def one_pass(self) -> bool:
-        """Whether one pass drafts all depths; else each depth takes a pass."""
+        """Returns whether one pass drafts all depths; else each depth takes a pass."""
         ...
 
     @property

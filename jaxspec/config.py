@@ -115,7 +115,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Where and when a run saves its state. The last step and the best evaluated one are always saved."""
+    """Place and times at which a run saves its state. The last step and the best evaluated one are always saved."""
 
     folder: str = "runs/{name}"
     """Folder of the run. `{name}` stands for the name of the config; see `resolve`."""
@@ -143,7 +143,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go besides `metrics.jsonl` and the TensorBoard files in the run's folder."""
+    """Services that get metrics besides `metrics.jsonl` and the TensorBoard files in the run's folder."""
 
     wandb: str | None = None
     """Weights & Biases project."""

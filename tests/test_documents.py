@@ -67,7 +67,7 @@ def text_of(path: Path) -> str:
 
 
 def is_code(text: str) -> list[bool]:
-    """Whether each line is of a fenced block, or of an indented one: four spaces, behind a blank line."""
+    """Returns whether each line is of a fenced block, or of an indented one: four spaces, behind a blank line."""
     found, fenced, before = [], False, ""
     for line in text.split("\n"):
         fence = line.startswith("```")
@@ -131,7 +131,7 @@ def test_the_changelog_names_modules_that_exist():
 
 
 def has_attribute(module: str, dotted: str) -> bool:
-    """Whether a module has a function or class, or a method of one."""
+    """Returns whether a module has a function or class, or a method of one."""
     found: Any = importlib.import_module(module)
     for name in dotted.split("."):
         if not hasattr(found, name):
@@ -236,7 +236,7 @@ def shell_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def quoted_lines(text: str) -> Iterator[tuple[int, str]]:
-    """What stands in backticks and begins with jaxspec, with its line's number."""
+    """Yields the text in backticks that begins with jaxspec, with its line's number."""
     prose = without_code(text)
     for found in re.finditer(r"`(jaxspec [^`]*)`", prose):
         yield prose.count("\n", 0, found.start()) + 1, found[1]
@@ -394,7 +394,7 @@ CHEAP = {"configs", "runs", "inspect", "draft-vocab", "tokenize", "import target
 
 
 def is_quick(command: Command) -> bool:
-    """Whether a command takes a second or two, and all that it names is on the shelf."""
+    """Returns whether a command takes a second or two, and all that it names is on the shelf."""
     return command.verb in CHEAP or (command.verb == "export" and "hf" in command.arguments)
 
 

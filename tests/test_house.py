@@ -358,3 +358,13 @@ def test_no_docstring_begins_with_what():
     """A docstring begins with its subject."""
     begun = [(module, text) for module, path in SOURCES.items() for text in docstrings(tree_of(path))]
     assert not [(module, text) for module, text in begun if text.startswith("What ")]
+
+
+QUESTIONS = ("What", "Whether", "Where", "Which", "How", "Who", "When", "Why")
+
+
+@pytest.mark.parametrize("path", [*SOURCES.values(), *TESTS], ids=lambda path: path.name)
+def test_no_docstring_of_a_module_class_or_function_begins_with_a_question_word(path: Path):
+    nodes = [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    texts = [ast.get_docstring(node) or "" for node in nodes]
+    assert not [text for text in texts if text.split(" ")[0] in QUESTIONS]

@@ -41,7 +41,7 @@ def conversations(count: int, *, seed: int = 0) -> list[list[dict[str, str]]]:
 
 
 def texts(count: int = 60) -> list[str]:
-    """What to train a tokenizer on; of other seeds than `conversations` by default."""
+    """Returns texts to train a tokenizer on; of other seeds than `conversations` by default."""
     return [message["content"] for turns in conversations(count, seed=10**6) for message in turns]
 
 

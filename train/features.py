@@ -90,7 +90,7 @@ class Args:
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which shard of how many."""
+        """Returns the number of this shard and of all shards."""
         return flags.parse_part(self.shard)
 
 

@@ -13,7 +13,7 @@ from jaxspec.data.corpus import Corpus
 
 
 class Frequencies(NamedTuple):
-    """How often assistant turns use each token."""
+    """Counts of each token in assistant turns."""
 
     times_V: np.ndarray
 

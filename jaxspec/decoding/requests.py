@@ -20,7 +20,7 @@ SEEDS = 2**32
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a prompt is answered. Raises ValueError naming a field out of range.
+    """Settings of one answer. Raises ValueError naming a field out of range.
 
     A run has one for all its prompts, whose seeds `for_row` derives from the run's.
     """

@@ -1,4 +1,4 @@
-"""How the positions of a batch are dealt to chunks, so that no logits of a whole batch exist."""
+"""The division of a batch's positions into chunks, so that no logits of a whole batch exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the positions of each row are dealt to chunks."""
+    """The division of each row's positions into chunks."""
 
     order_BL: Array
     """Positions in the order they are taken."""

@@ -28,7 +28,7 @@ class ChunkMetrics(NamedTuple):
 
 
 class StepMasks(NamedTuple):
-    """Where each draft step counts; by pair."""
+    """Masks of the pairs at which each draft step counts."""
 
     trained_TBL: Array
     """Where it is trained and measured."""

@@ -81,7 +81,7 @@ class Objective:
 
     @property
     def additive(self) -> bool:
-        """Whether the loss is a sum over tokens with weights known before any is scored."""
+        """Returns whether the loss is a sum over tokens with weights known before any is scored."""
         return self.position_weights == "none" and all(combiner(name) is mean for name, _ in self.weights)
 
 

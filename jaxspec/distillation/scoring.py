@@ -157,7 +157,7 @@ def _gold(logits: Array, token: Array) -> Array:
 
 
 def _find(ids_U: Array, token: Array) -> tuple[Array, Array]:
-    """Whether a token is among ascending ids, and at which place."""
+    """Returns whether a token is among ascending ids, and its place there."""
     place = jnp.minimum(jnp.searchsorted(ids_U, token), ids_U.shape[0] - 1)
     return ids_U[place] == token, place
 

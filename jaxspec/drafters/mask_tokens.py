@@ -91,7 +91,7 @@ class MaskTokens(OnePass, OneLayer):
         return x_BLE, x_BLE
 
     def regressed(self, hidden_TBLD: Array) -> Array | None:
-        """Which of the outputs should equal the target's features; None for none."""
+        """Returns the outputs that should equal the target's features; None for none."""
         return None
 
     def heads(self, layer: int, seen_BLE: Array, positions_BL: Array) -> tuple[Array, Array, Array]:

@@ -97,7 +97,7 @@ class DrafterModule(nn.Module):
 
     @property
     def one_pass(self) -> bool:
-        """Whether one pass drafts all depths."""
+        """Returns whether one pass drafts all depths."""
         return False
 
     @property
@@ -116,7 +116,7 @@ class DrafterModule(nn.Module):
         return None
 
     def is_given(self, name: str) -> bool:
-        """Whether a call has the weight `name`: `logits` may be given `scoring(params)` alone."""
+        """Returns whether a call has the weight `name`: `logits` may be given `scoring(params)` alone."""
         return self.is_initializing() or self.has_variable("params", name)
 
     def scoring(self, params: Params) -> Params:

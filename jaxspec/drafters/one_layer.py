@@ -47,7 +47,7 @@ class HeadShape(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LayerOptions(DrafterOptions):
-    """Where a head's decoder layer is not the target's."""
+    """Options of a head's decoder layer; None follows the target's."""
 
     heads: int | None = None
     kv_heads: int | None = None

@@ -66,7 +66,7 @@ class Recurrent(OneLayer):
         raise NotImplementedError
 
     def regressed(self, features_TBLD: Array) -> Array | None:
-        """Which of the outputs should equal the target's features; None for none."""
+        """Returns the outputs that should equal the target's features; None for none."""
         return features_TBLD
 
     def _extend(

@@ -32,7 +32,7 @@ class Divergence(NamedTuple):
 
     @property
     def near_tie(self) -> bool:
-        """Whether rounding explains it; matmuls of different widths round differently."""
+        """Returns whether rounding explains it; matmuls of different widths round differently."""
         return self.margin < NEAR_TIE
 
 

@@ -93,7 +93,7 @@ def _interval(values: np.ndarray, confidence: float) -> Interval:
 
 
 class Acceptance(NamedTuple):
-    """How far rounds get, by depth 1 .. T."""
+    """Acceptance by depth 1 .. T."""
 
     rate_T: np.ndarray
     """Of the rounds that kept a path down to depth t - 1, the share that kept a token at t; NaN where none got there.

@@ -55,7 +55,7 @@ class Keys(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How one kind of drafter is written for one program."""
+    """Layout in which one program loads one kind of drafter."""
 
     keys: Callable[[Draft], Keys]
     tensors: Callable[[Draft], Tensors]
@@ -182,7 +182,7 @@ def fspad_keys(draft: Draft) -> Keys:
 
 @dataclass(frozen=True)
 class Eagle3Layout:
-    """How the tensors of EAGLE-3 and P-EAGLE heads are stored."""
+    """Storage of the tensors of EAGLE-3 and P-EAGLE heads."""
 
     prefix: str = "midlayer."
     """Of the names of the first layer."""

@@ -239,7 +239,7 @@ class StoredWeight(NamedTuple):
 
     @property
     def inner(self) -> bool:
-        """Whether its first axis is over layers."""
+        """Returns whether its first axis is over layers."""
         return self.path[0] == "layers"
 
 

@@ -129,7 +129,7 @@ def declared(name: str) -> Weight:
 
 
 def conventions() -> dict[str, str]:
-    """How declared weights are to be read, by those who do so without this library."""
+    """Returns the conventions by which declared weights are read without this library."""
     return dict(_CONVENTIONS)
 
 

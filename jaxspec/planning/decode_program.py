@@ -150,7 +150,7 @@ def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _copies(program: hlo.Program, i: hlo.Instruction, shapes: set[tuple[int, ...]]) -> bool:
-    """Whether an instruction fills a second buffer of one of these shapes."""
+    """Returns whether an instruction fills a second buffer of one of these shapes."""
     if not any(_dims(s.dims) in shapes for s in i.result):
         return False
     if i.opcode == "copy-start":

@@ -104,7 +104,7 @@ class StepPlan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether XLA could place the step in HBM."""
+        """Returns whether XLA could place the step in HBM."""
         return self.costs is not None
 
     @property
@@ -148,7 +148,7 @@ class DecodePlan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether XLA could place the program in HBM."""
+        """Returns whether XLA could place the program in HBM."""
         return not self.why
 
 

@@ -79,7 +79,7 @@ class Rewritten(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether it holds answers, all of them whole."""
+        """Returns whether it holds answers, all of them whole."""
         return self.turns > 0 and self.finish != LENGTH
 
     def record(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class OpenRun(NamedTuple):
         return state
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether a step is evaluated."""
+        """Returns whether a step is evaluated."""
         return step == self.recipe.steps or step % self.config.eval_every == 0
 
     def evaluate(self, step: int, state: Any) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def drafted(head: str, tree: str, kind: str) -> list[Answer]:
 
 @functools.cache
 def plain_alone(kind: str, row: int) -> list[int]:
-    """What plain decoding writes for one row of a batch, with no row beside it."""
+    """Returns the text of plain decoding for one row of a batch, with no row beside it."""
     engine, weights = pair("eagle", "chain")
     return generate_plain(engine, weights, rows_of(batch(kind), row), rows=ROWS)[0].tokens.tolist()
 

@@ -45,7 +45,7 @@ WEIGHTS = declare(
 
 @dataclasses.dataclass(frozen=True)
 class LeapOptions(DrafterOptions):
-    """What an experiment may say of a leap."""
+    """Options of a leap; None follows the target."""
 
     steps_ahead: int | None = None
     biased: bool | None = None
@@ -83,7 +83,7 @@ class Leap(DrafterModule):
     declarations: ClassVar[dict[str, Weight]] = WEIGHTS
 
     def leap(self, features_BLD: Array) -> Array:
-        """What is scored of features."""
+        """Returns the hidden states that are scored, of features."""
         w = self.weights
         out = features_BLD.astype(self.dtype) @ w["leap"].astype(self.dtype)
         return rms_norm(out + w["leap_bias"].astype(self.dtype) if self.config.biased else out, w["leap_norm"], 1e-5)
@@ -154,7 +154,7 @@ def folder(compile_quickly: None, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def told(*words: str) -> dict[str, Any]:
-    """What a verb says in its JSON."""
+    """Returns the JSON that a verb writes."""
     assert main([*words, "--json", "told.json"]) == 0
     return json.loads(Path("told.json").read_text())
 

@@ -1,4 +1,4 @@
-"""What a comparison computes: bootstrap distributions, pairing, acceptance by depth, budgets, and cut trees."""
+"""Figures of a comparison: bootstrap distributions, pairing, acceptance by depth, budgets, and cut trees."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def lines_of(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, target, prompts) -> Path:
-    """What one run writes, unfinished answers included."""
+    """The file that one run writes, unfinished answers included."""
     out = tmp_path_factory.mktemp("whole") / "out.jsonl"
     regenerate(out, target, "--prompts", prompts, "--batch", "4", "--keep-unfinished")
     return out
