@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -383,9 +382,3 @@ def unstack(params: Params) -> Params:
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = [jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(count)]
     return {**params, "layers": layers}
-
-
-def parameter_count(config: LlamaConfig) -> int:
-    """Returns the number of weights; a tied table counts once."""
-    per_layer = sum(math.prod(s) for s in layer_shapes(config, config.options).values())
-    return config.layers * per_layer + config.vocab * config.width * (1 if config.tied else 2) + config.width
