@@ -24,8 +24,6 @@ from jaxspec.interchange.target_folders import target_folder
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, RESULTS = ROOT / "README.md", ROOT / "docs/methods.md", ROOT / "docs/results.md"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "jaxspec/bundled/tiny/README.md"]

@@ -36,8 +36,6 @@ from jaxspec.training.distill import TrainingData, read_features
 from jaxspec.training.recipes import usable_features
 from jaxspec.training.resolve import attention_blocks, drafter_for
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 features: Any = importlib.import_module("jaxspec.train.features")
 
 CONFIG = """

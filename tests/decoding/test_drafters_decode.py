@@ -46,8 +46,6 @@ from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB, WIDTH, DEEPEST, ROWS, BUDGET = 12, 16, 3, 8, 24
 LENGTHS = (40, 3, 16)
 PADDED = 64

@@ -306,7 +306,7 @@ def cache_copies(program: str, shapes: set[tuple[int, ...]]) -> list[str]:
     return [line for line in lines if tuple(int(n) for n in line.split(",")) in shapes]
 
 
-@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.usefixtures("compile_afresh", "compile_fully")
 @pytest.mark.parametrize("ordered", [True, False])
 def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered: bool):
     cache = kv.empty(1, 2, 2, 4, 64, jnp.dtype("float32"))
@@ -325,7 +325,7 @@ def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered
     assert bool(cache_copies(program, {cache.k_YBKCS.shape})) != ordered
 
 
-@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.usefixtures("compile_afresh", "compile_fully")
 @pytest.mark.parametrize(
     ("tree", "batch", "mode", "rule"),
     [

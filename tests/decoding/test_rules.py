@@ -22,6 +22,8 @@ from jaxspec.sampling import Sampling, distribution_of
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import DEFAULT_RULES, RULES, rejection, rule_named, rules
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 VOCAB, LENGTH, BATCH = 3, 5, 100_000
 TEMPERATURE, TOP_P = 0.8, 0.85
 FORKED = StaticTree(parse_paths("0 1 00 01"))

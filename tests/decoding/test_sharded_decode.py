@@ -24,8 +24,6 @@ from jaxspec.trees import BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest
 from jaxspec.verify import RULES
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB = 64
 TARGET = Decoder(LlamaConfig(VOCAB, width=32, layers=2, heads=8, kv_heads=8, head_dim=4, mlp=32), stacked=False)
 DRAFTER = drafters.Eagle(drafters.EagleConfig(width=32, heads=8, kv_heads=8, head_dim=4, mlp=32))

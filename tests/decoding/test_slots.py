@@ -21,8 +21,6 @@ from jaxspec.decoding.slots import Slots
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 BUDGET = 24
 
 

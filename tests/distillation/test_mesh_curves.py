@@ -114,7 +114,7 @@ def test_a_curve_on_a_mesh_is_that_of_one_device(name: str, sizes: tuple[int, in
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_devices_send_weights_and_sums_and_no_activations(name: str, compile_quickly: None):
+def test_devices_send_weights_and_sums_and_no_activations(name: str):
     """On a mesh that spreads rows and weights alike. Of activations none of every row and of several channels."""
     mesh = make_mesh(1, 8, 1)
     models, arguments = placed(name, mesh)

@@ -11,8 +11,6 @@ import pytest
 from jaxspec.distillation.optimizer import make_optimizer
 from jaxspec.drafters import Fspad, FspadConfig, Medusa, MedusaConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 HEAD = Fspad(FspadConfig(16, 4, 2, 6, 20))
 RATE = 1e-2
 

@@ -21,8 +21,6 @@ from jaxspec.nn.attention import causal_mask, segment_mask
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB, LENGTH = 61, 24
 TARGET = Decoder(LlamaConfig(VOCAB, 16, 2, 2, 1, 8, 32))
 DRAFTER = Eagle(EagleConfig(16, 2, 1, 8, 32))

@@ -135,7 +135,7 @@ config = DistillConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(compile_quickly: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory: a target, its conversations, a config, and a run with its drafter in `whole`."""
     path = tmp_path_factory.mktemp("leap")
     with pytest.MonkeyPatch.context() as patch:

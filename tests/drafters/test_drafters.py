@@ -15,8 +15,6 @@ from jaxspec.base import ROOT, UnrollInputs
 from jaxspec.checkpoints.models import load_drafter, save_drafter
 from jaxspec.drafters import DRAFTERS
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 toy = functools.cache(Toy)
 every = pytest.mark.parametrize("kind", KINDS)
 one_of_each = pytest.mark.parametrize(

@@ -16,8 +16,6 @@ from jaxspec.base import Array, SharedTables, UnrollInputs
 from jaxspec.drafters import Eagle, EagleConfig, Fspad, FspadConfig
 from jaxspec.nn.attention import PerQueryKeys
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 toy = functools.cache(Toy)
 ROWS = LENGTH + 1
 AT = jnp.broadcast_to(jnp.arange(ROWS), (BATCH, ROWS))

@@ -38,8 +38,6 @@ from jaxspec.targets.decoder import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES, VerifyInputs, simulated
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ROW_KEYS = {
     "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "block_efficiency", "mbsu", "round_ms", "draft_ms",
     "target_ms", "verify_ms", "commit_ms", "overhead_ms", "bytes_per_second", "flops_per_second",

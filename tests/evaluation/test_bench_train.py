@@ -10,8 +10,6 @@ import pytest
 from jaxspec.__main__ import main
 from jaxspec.targets.decoder import SHAPES, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ROW_KEYS = {
     "recipe", "steps_per_second", "tokens_per_second", "flops_per_second", "mfu", "target_ms", "drafter_ms",
     "head_and_loss_ms",

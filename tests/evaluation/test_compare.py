@@ -21,8 +21,6 @@ from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import queue
 from jaxspec.training import recipes
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 compare: Any = importlib.import_module("jaxspec.train.compare")
 
 RECIPE = """

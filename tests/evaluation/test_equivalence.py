@@ -58,17 +58,17 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 def train_head(folder: Path) -> Head:
     models = loading.load_models("tiny")
-    questions = questions_from(models, 92, seed=7)
+    questions = questions_from(models, 52, seed=7)
     asked = [Conversation(str(i), "self", ({"role": "user", "content": q},)) for i, q in enumerate(questions[12:])]
     answered = []
-    for _, done in rewrite(models, enumerate(asked), Settings(128, seed=7), batch=40):
+    for _, done in rewrite(models, enumerate(asked), Settings(112, seed=7), batch=40):
         answered += [r.conversation for r in done]
     config = DistillConfig(
         "identity",
         "tiny",
         DataConfig("", "", length=128, batch=4, loss_on="assistant"),
-        OptimizerConfig(5e-3, warmup_steps=5, steps=180, clip_value=0.5),
-        CheckpointConfig(str(folder / "run"), save_every=60),
+        OptimizerConfig(5e-3, warmup_steps=5, steps=100, clip_value=0.5),
+        CheckpointConfig(str(folder / "run"), save_every=100),
         str(folder / "drafter"),
     )
     corpus = tokenize_conversations(answered, models.tokenizer, length=128)

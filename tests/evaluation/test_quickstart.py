@@ -11,8 +11,6 @@ import pytest
 from jaxspec.__main__ import main
 from jaxspec.parallel.mesh import make_mesh
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 quickstart: Any = importlib.import_module("jaxspec.infer.quickstart")
 LITTLE = ["--conversations", "30", "--held-out", "3", "--steps", "3", "--max-new-tokens", "24"]
 

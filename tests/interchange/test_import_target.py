@@ -188,7 +188,6 @@ def texts(result: Path, target: Path, *flags: str) -> list[Any]:
     return [row["token_ids"] for row in json.loads(result.read_text())["rows"]]
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_its_texts_are_those_of_its_source(source: Path, imported: Path, tmp_path: Path):
     drafter, result = str(write_drafter(tmp_path / "head")), tmp_path / "x.json"
     plain = texts(result, source)

@@ -10,7 +10,7 @@ import pytest
 from jaxspec.base import KVCache
 from jaxspec.nn import cache as kv
 
-pytestmark = pytest.mark.usefixtures("compile_afresh")
+pytestmark = pytest.mark.usefixtures("compile_afresh", "compile_fully")
 
 LAYERS, HEADS, CHANNELS, CAPACITY, NODES, PATH = 2, 2, 4, 40, 7, 3
 

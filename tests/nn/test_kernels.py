@@ -196,7 +196,7 @@ def test_other_masks_and_what_a_kernel_does_not_take_are_left_to_xla(monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.usefixtures("compile_afresh", "compile_fully")
 def test_a_targets_layer_with_splash_and_int8_weights_compiles_for_tpus_that_are_not_here():
     """Two rows and two key-value heads over four chips; matmuls read int8, and no matrix is converted in memory."""
     pytest.importorskip("libtpu")

@@ -55,7 +55,6 @@ def test_a_drafter_keeps_less_the_more_it_computes_again(kind: str):
     assert full <= dots < none
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_gradients_through_what_is_computed_again_are_the_same():
     head = DrafterLoss("eagle")
     params = jax.jit(head.drafter.init_params)(jax.random.key(0))
@@ -76,7 +75,6 @@ def test_a_target_that_is_trained_takes_less_memory_the_more_it_computes_again()
     assert temporaries("full") < temporaries("dots") < temporaries("none")
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_scan_over_layers_is_the_layers_one_after_another():
     stacked = Decoder(CONFIG, taps=(1, 3))
     params = stacked.init_params(jax.random.key(0))

@@ -16,7 +16,7 @@ from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("compile_afresh")
+pytestmark = pytest.mark.usefixtures("compile_afresh", "compile_fully")
 
 X, W = jax.ShapeDtypeStruct((5, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
 ONE = 2 * 5 * 8 * 8  # of `x @ w`

@@ -14,7 +14,7 @@ from jaxspec.planning import hlo
 from jaxspec.planning.cost import Cost, Message, cost_of, message_of
 from jaxspec.planning.hlo import ArrayShape, Instruction
 
-pytestmark = pytest.mark.usefixtures("compile_afresh")
+pytestmark = pytest.mark.usefixtures("compile_afresh", "compile_fully")
 
 WIDTH, ROWS, TRIPS = 16, 8, 5
 

@@ -21,7 +21,7 @@ from jaxspec.planning.chips import CHIPS, chip_of, device_part, network_bandwidt
 from jaxspec.planning.plan import PARTS, Costs, Memory, StepPlan, abstract_arguments, scored_tokens, target_shape
 from jaxspec.targets.decoder import SHAPES
 
-pytestmark = pytest.mark.usefixtures("compile_afresh")
+pytestmark = pytest.mark.usefixtures("compile_afresh", "compile_fully")
 
 plan: Any = importlib.import_module("jaxspec.train.plan")
 JOBS = [name for name in config.experiments() if name.rpartition("_")[2] in ("7b", "8b", "13b", "33b", "70b")]

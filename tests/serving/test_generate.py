@@ -14,8 +14,6 @@ from jaxspec.data.draft_vocab import save_maps
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading, queue
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PROMPTS = ["how much is 2 and 3?", "what does everybody know", "say it again, " * 3, "1", "and 12 and 14 make?"]
 
 

@@ -14,8 +14,6 @@ from jaxspec.serving import loading
 from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 QUESTIONS = ("how much is 2 and 3?", "what does everybody know", "1", "and 12 and 14 make?", "say so again", "why")
 MIXTURE = ("--temperatures", "0,0.7:1,1.5:2", "--seed", "5")
 

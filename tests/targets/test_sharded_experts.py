@@ -24,8 +24,6 @@ from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig
 from jaxspec.trees import chain
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SHAPE = (64, 16, 2, 4, 4, 8, 24)
 """Vocabulary, width, layers, heads, key-value heads, head size, MLP."""
 OPTIONS = {

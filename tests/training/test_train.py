@@ -18,8 +18,6 @@ from jaxspec.checkpoints.models import load_drafter
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.parallel.mesh import make_mesh
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 CONFIG = """
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 

@@ -13,6 +13,8 @@ from enumeration import PLAIN, RULES, SHAPES, Pair, TreeCase, measure
 from jaxspec.base import DRAFT_MODES, DraftMode
 from jaxspec.trees import chain
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 
 def renormalised(left: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
     """Returns `left` with sum 1, or `otherwise` if nothing is left."""

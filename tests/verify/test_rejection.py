@@ -34,6 +34,8 @@ from jaxspec.trees import chain
 from jaxspec.trees.children import drawn
 from jaxspec.verify import rejection
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", DRAFT_MODES)

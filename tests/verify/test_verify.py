@@ -21,6 +21,8 @@ from jaxspec.base import Tree
 from jaxspec.sampling import Sampling, draw, warp_logits
 from jaxspec.trees import DynamicTree, StaticTree, chain
 
+pytestmark = pytest.mark.usefixtures("compile_fully")
+
 follow: Any = jax.jit(verify.follow, static_argnums=2)
 warp_each = jax.jit(lambda tables, sampling: [warp_logits(x, sampling) for x in tables])
 Law = dict[tuple[int, ...], float]
