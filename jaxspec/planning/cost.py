@@ -146,19 +146,31 @@ def message_of(i: Instruction, devices: int) -> Message | None:
     return Message(i.kind, group, round(sent), largest) if others else None
 
 
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+"""Device ids in order, shaped, and perhaps transposed."""
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Returns the device ids that `_IOTA` writes."""
+    dims = [int(d) for d in shape.split(",")]
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids if order is None else ids.transpose([int(d) for d in order.split(",")])
+
+
 def _group(attributes: str, devices: int) -> tuple[int, ...]:
     """Returns the devices of device 0's group. Raises ValueError if the groups are written in an unknown way."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs[1]), int(pairs[2])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if mesh := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        chosen = re.findall(r"'([^']+)'", mesh[2])
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        return tuple(places[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel().tolist())
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = [int(d) for d in iota[3].split(",")]
-        order = [int(d) for d in iota[4].split(",")] if iota[4] else list(range(len(dims)))
-        places = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
+        chosen = re.findall(r"'([^']+)'", mesh[4])
+        ids = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(sizes.values()))
+        places = ids.reshape(tuple(sizes.values()))
+        zero = zip(sizes, np.argwhere(places == 0)[0], strict=True)
+        row = places[tuple(slice(None) if name in chosen else at for name, at in zero)]
+        return tuple(sorted(row.ravel().tolist()))
+    if iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes):
+        places = _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))
         return tuple(sorted(next(row for row in places.tolist() if 0 in row)))
     listed = re.search(r"replica_groups=\{([\d,{}]*)\}", attributes)
     if listed is None:

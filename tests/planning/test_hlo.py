@@ -125,6 +125,8 @@ def test_a_slice_of_stacked_weights_reads_that_slice_alone():
         ("replica_groups=[2,2]<=[2,2]T(1,0)", (0, 2)),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", (0, 2)),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", (0, 1)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([4]) {'a','b'}", (0, 2)),
     ],
 )
 def test_groups_are_read_however_they_are_written(groups: str, found: tuple[int, ...]):
