@@ -109,6 +109,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self, "peak_lr", self.peak_lr > 0 and math.isfinite(self.peak_lr))
         _require(self, "warmup_steps", self.warmup_steps >= 0)
+        for length in ("steps", "epochs"):
+            _require(self, length, getattr(self, length) is None or getattr(self, length) > 0)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of optimizer.steps and optimizer.epochs; set the other to none")
 
@@ -173,8 +175,9 @@ class PretrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
-    export_folder: str = "runs/{name}/export"
-    """HuggingFace folder of the finished model. Its tokenizer is trained there first, unless `tokenizer` is given."""
+    export_folder: str = "{folder}/export"
+    """HuggingFace folder of the finished model; `{folder}` stands for `checkpoint.folder`. Its tokenizer is trained
+    there first, unless `tokenizer` is given."""
     tokenizer: str | None = None
     """HuggingFace folder whose tokenizer is taken, or `tiny` for that of the bundled target."""
     mesh: MeshConfig = MeshConfig()
@@ -206,8 +209,9 @@ class DistillConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
-    export_folder: str = "runs/{name}/drafter"
-    """Orbax folder of the finished drafter, for `jaxspec generate --drafter`."""
+    export_folder: str = "{folder}/drafter"
+    """Orbax folder of the finished drafter, for `jaxspec generate --drafter`; `{folder}` stands for
+    `checkpoint.folder`."""
     drafter: str = "eagle"  # a name of jaxspec.drafters.DRAFTERS
     head: DrafterOptions | None = None
     """The drafter's shape, in its own options. None there follows the target."""
@@ -264,10 +268,11 @@ def derive(base: str, **changes: Any) -> Any:
 
 
 def resolve(config: Config) -> Config:
-    """Returns `config` with `{name}` in its folders replaced by its name. `load` has done so."""
+    """Returns `config` with `{name}` and `{folder}` in its folders replaced by what they stand for, as `load` does."""
     if not isinstance(config, PretrainConfig | DistillConfig):
         return config
-    folder, export = (f.replace("{name}", config.name) for f in (config.checkpoint.folder, config.export_folder))
+    folder = config.checkpoint.folder.replace("{name}", config.name)
+    export = config.export_folder.replace("{name}", config.name).replace("{folder}", folder)
     checkpoint = dataclasses.replace(config.checkpoint, folder=folder)
     return dataclasses.replace(config, checkpoint=checkpoint, export_folder=export)
 
@@ -275,16 +280,21 @@ def resolve(config: Config) -> Config:
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Returns `config` with each `a.b=value` applied in order, each value read by its field's type.
 
-    `head.x=value` sets an option of the drafter that the overrides name, or else of the config's own drafter. Raises
-    ValueError naming the override, field or value that is wrong.
+    `head.x=value` sets an option of the drafter that the overrides name, or else of the config's own drafter. A length
+    in `optimizer.steps` replaces one in `optimizer.epochs`, and the other way round. Raises ValueError naming the
+    override, field or value that is wrong.
     """
+    given = {path: value for path, _, value in (item.partition("=") for item in overrides)}
     if isinstance(config, DistillConfig):
-        given = {path: value for path, _, value in (item.partition("=") for item in overrides)}
         options = [path.removeprefix("head.") for path in given if path.startswith("head.")]
         if options:
             name = given.get("drafter", config.drafter)
             refuse_unknown(name, options)
             config = dataclasses.replace(config, drafter=name)
+    lengths = ("optimizer.steps", "optimizer.epochs")
+    for length, other in (lengths, lengths[::-1]):
+        if given.get(length, "none") != "none" and other not in given:
+            overrides = [*overrides, f"{other}=none"]
     return override_fields(config, overrides)
 
 

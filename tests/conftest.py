@@ -10,31 +10,14 @@ import jaxlib
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-OLDER_EMITTER = "xla_cpu_use_fusion_emitters"
-
-
-def knows(flag: str) -> bool:
-    """Returns whether this version of XLA has a flag: it ends the process at one that it does not know."""
-    for library in Path(jaxlib.__file__).parent.glob("*.so"):
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-            if code.find(flag.encode()) >= 0:
-                return True
-    return False
-
-
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Nine tenths of the suite's time would be XLA's, which optimizes programs that run for milliseconds: without, and with
-# its older emitter, it compiles four times as fast. Processes that tests start take both from the environment.
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-if "XLA_FLAGS" not in os.environ and knows(OLDER_EMITTER):
-    os.environ["XLA_FLAGS"] = f"--{OLDER_EMITTER}=false"
 
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 MOST_PROGRAM_BYTES = 2**30
 MOST_WORKERS = 4
 FEW_FILES = 20
+OLDER_EMITTER = "xla_cpu_use_fusion_emitters"
 
 
 def count_files(config: pytest.Config) -> int:
@@ -54,8 +37,34 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_WORKERS)
 
 
+def knows(flag: str) -> bool:
+    """Returns whether this version of XLA has a flag: it ends the process at one that it does not know."""
+    for library in Path(jaxlib.__file__).parent.glob("*.so"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+            if code.find(flag.encode()) >= 0:
+                return True
+    return False
+
+
+def compile_quickly() -> None:
+    """Nine tenths of the suite's time would be XLA's, which optimizes programs that run for milliseconds.
+
+    Without that, and with its older emitter, it compiles four times as fast. Processes that tests start take both from
+    the environment.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    if "XLA_FLAGS" not in os.environ and knows(OLDER_EMITTER):
+        os.environ["XLA_FLAGS"] = f"--{OLDER_EMITTER}=false"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers, modules and processes that tests start share compiled programs by a folder, and so do later runs."""
+    """Slow tests run what users run; the others are compiled quickly.
+
+    Workers, modules and processes that tests start share compiled programs by a folder, and so do later runs.
+    """
+    if config.option.markexpr == "not slow":
+        compile_quickly()
     cache = getattr(config, "cache", None)
     if PROGRAMS not in os.environ and cache is not None:
         folder = cache.mkdir("programs")
@@ -81,9 +90,10 @@ def forget_programs() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def compile_fully() -> Iterator[None]:
     """For modules whose programs run longer than they compile, or whose claims are about what the compiler makes."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,20 @@ def test_folders_follow_the_name_unless_they_are_set():
     assert load("hass", ["name=mine"]).checkpoint.folder == "runs/mine"
     assert load("hass", ["name=mine"]).export_folder == "runs/mine/drafter"
     moved = load("hass", ["checkpoint.folder=here", "name=mine", "checkpoint.keep=5"])
-    assert (moved.checkpoint.folder, moved.export_folder) == ("here", "runs/mine/drafter")
+    assert (moved.checkpoint.folder, moved.export_folder) == ("here", "here/drafter")
     assert load("hass", ["export_folder=head"]).checkpoint.folder == "runs/hass"
     assert resolve(moved) == moved == resolve(resolve(moved))
+
+
+def test_a_length_in_steps_replaces_one_in_epochs_and_the_other_way_round():
+    assert load("hass").optimizer.epochs
+    assert load("hass", ["optimizer.steps=7"]).optimizer.epochs is None
+    for length in ("steps", "epochs"):
+        for wrong in (0, -3):
+            with pytest.raises(ValueError, match=f"field '{length}' cannot be {wrong}"):
+                load("hass", [f"optimizer.{length}={wrong}"])
+    with pytest.raises(ValueError, match="give exactly one"):
+        load("hass", ["optimizer.steps=7", "optimizer.epochs=1"])
 
 
 def test_a_derived_experiment_changes_what_it_names_and_keeps_the_rest(tmp_path: Path):

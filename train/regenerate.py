@@ -137,9 +137,10 @@ def main(argv: list[str]) -> int:
     args = cli.parse(argv, Args, prog="jaxspec regenerate", description=__doc__ or "")
     if args.part == (0, 1):
         processes.refuse_several("jaxspec regenerate", "give each its --shard i/n and its own --out")
+    # Read first: a file that cannot be read must not begin an output.
+    conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
-    conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
     models = args.load_target()
     if conversations is None:
         conversations = write_conversations(models, args)
@@ -153,7 +154,9 @@ def main(argv: list[str]) -> int:
         results.write_json(args.json, result)
     if output.kept:
         return 0
-    sys.stderr.write("jaxspec regenerate: no answer was finished; raise --max-new-tokens or use --keep-unfinished\n")
+    unanswerable = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
+    unfinished = "no answer was finished; raise --max-new-tokens or use --keep-unfinished"
+    sys.stderr.write(f"jaxspec regenerate: {unfinished if result['unfinished'] else unanswerable}\n")
     return cli.EXIT_FAILED
 
 

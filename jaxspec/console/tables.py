@@ -46,6 +46,8 @@ def cell(value: Any) -> str:
     plain = jsonable(value)
     if plain is None:
         return "-"
+    if isinstance(plain, list):
+        return ", ".join(map(cell, plain))
     if isinstance(plain, float):
         return four_digits(plain)
     if isinstance(plain, int) and not isinstance(plain, bool):

@@ -92,6 +92,8 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
     bundled target. Raises ValueError if it is none of these.
     """
     folder = target_folder(name)
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no such folder; give that of a run, a drafter or a target, or tiny")
     if (folder / RECORD).is_file():
         found = _of_run(folder, step)
     elif (folder / "config.json").is_file():

@@ -101,8 +101,15 @@ def pack_data(
     batch_rows: tuple[int, ...] | None = None,
 ) -> Data:
     """Returns the corpora in packed rows: `train`, `others` in their shares and `mixed` with the config's as shuffled
-    epochs, `held_out` once in file order. Of every batch only `batch_rows`, unless None."""
+    epochs, `held_out` once in file order. Of every batch only `batch_rows`, unless None. Raises ValueError where a
+    corpus holds no token to train on."""
     data = config.data
+    for part, corpus in (("train", train), ("eval", held_out)):
+        if data.loss_on == "assistant" and not np.any(corpus.said):
+            raise ValueError(
+                f"data.{part} holds no assistant turn, and data.loss_on=assistant trains on those alone: let the "
+                "target answer it (jaxspec regenerate), or set data.loss_on=all"
+            )
     left = 1 if mixed is None else 1 - data.mix_share
     corpora, mixes = [train], []
     for other in others:

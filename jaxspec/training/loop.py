@@ -275,16 +275,25 @@ def best_metric_of(recipe: Recipe, settings: CheckpointConfig) -> BestMetric:
 
 @contextmanager
 def termination_notice() -> Iterator[Callable[[int], bool]]:
-    """Yields `noticed(step)`: whether SIGTERM has come; all processes of a distributed run agree on it."""
+    """Yields `noticed(step)`: whether SIGTERM has come; all processes of a distributed run agree on it.
+
+    In a run of one process an interrupt (Ctrl-C) counts as one, and a second interrupt stops at once.
+    """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+
+    def listen(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, listen) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda _: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _explain(step: int, loss: float, documents: list[str], checkpoints: RunCheckpoints) -> str:

@@ -90,7 +90,7 @@ def batches(head: Head, count: int, batch: int, temperature: Any = 0.0, **warp: 
     requests = [
         models.request(
             models.tokenizer.encode_prompt([{"role": "user", "content": question}]),
-            Settings(64, at[i % batch], seed=i, **warp),
+            Settings(48, at[i % batch], seed=i, **warp),
         )
         for i, question in enumerate(head.questions[: count - count % batch])
     ]
@@ -112,7 +112,7 @@ def differing(head: Head, tree: str, requests: list[Requests], rows: int | None)
 
 @pytest.mark.parametrize(("tree", "batch"), [*((tree, 4) for tree in TREES), (TREES[0], 1)])
 def test_greedy_text_is_plain_decodings_token_for_token(head: Head, tree: str, batch: int):
-    assert differing(head, tree, batches(head, 12, batch), None) == (0, [])
+    assert differing(head, tree, batches(head, 3 * batch, batch), None) == (0, [])
 
 
 @pytest.mark.parametrize(("tree", "warp"), list(zip(TREES, WARPS, strict=True)))

@@ -301,6 +301,7 @@ def test_what_cannot_be_exported_is_named(run: Path, tmp_path: Path, capsys: pyt
     for name, flags, sentence in (
         (run, ["--step", "4"], "has no step '4'; give best, last or one of 3, 6, 9"),
         (run / "3", [], "holds a run; name the folder of the run that it belongs to"),
+        (tmp_path / "absent", [], "absent: there is no such folder; give that of a run, a drafter or a target"),
         (tmp_path / "empty", [], "neither a run (run.json), nor a drafter of jaxspec (jaxspec.json), nor a target"),
     ):
         assert main(["export", str(name), str(tmp_path / "out"), *flags]) == 1

@@ -203,6 +203,23 @@ def test_two_conversations_of_one_id_are_refused(tmp_path, target, capsys):
     assert "two conversations have the id 'x'" in capsys.readouterr().err
 
 
+def test_prompts_that_cannot_be_read_begin_no_output(tmp_path, target, capsys):
+    words = ["regenerate", "--out", str(tmp_path / "o"), "--target", str(target), "--prompts"]
+    (tmp_path / "bad.jsonl").write_text('{"id": "x", "messages": [')
+    for name in ("absent.jsonl", "bad.jsonl"):
+        assert main([*words, str(tmp_path / name)]) == 1
+        assert name in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_prompts_without_a_question_are_said_to_be_that(tmp_path, target, capsys):
+    (tmp_path / "text.txt").write_text("Once upon a time.")
+    assert main(
+        ["regenerate", "--out", str(tmp_path / "o"), "--target", str(target), "--prompts", str(tmp_path / "text.txt")]
+    )
+    assert "has no user turn that the target can answer" in capsys.readouterr().err
+
+
 def test_runs_hold_what_is_said_before_each_answer():
     system, user, answer = message("system", "s"), message("user", "u"), message("assistant", "a")
     assert user_runs([answer, system, answer, user, answer, answer, user]) == [(system, user), (user,)]

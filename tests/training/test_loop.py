@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
@@ -18,12 +19,13 @@ from jaxspec.checkpoints.models import save_drafter
 from jaxspec.checkpoints.runs import BestMetric, RunCheckpoints, complete_steps
 from jaxspec.checkpoints.tracking import read_record, track
 from jaxspec.config import CheckpointConfig, load
+from jaxspec.console.cli import Preempted
 from jaxspec.data.pipeline import BatchIterator
 from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.parallel.mesh import batch_sharding, make_mesh
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import own_rows, spread
-from jaxspec.training.loop import OpenRun, Recipe, best_metric_of, save_due, train
+from jaxspec.training.loop import OpenRun, Recipe, best_metric_of, save_due, termination_notice, train
 from jaxspec.training.loop import run as whole_run
 from jaxspec.training.resolve import drafter_for
 
@@ -100,6 +102,30 @@ def test_a_loss_that_is_not_finite_stops_with_step_documents_and_last_good_check
 def test_without_a_checkpoint_the_stop_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match="no checkpoint was saved"):
         run(tmp_path, [math.nan])
+
+
+class Interrupting(list[float]):
+    """Losses, the third of which comes with an interrupt, and the fourth with another if it is reached."""
+
+    def __iter__(self) -> Iterator[float]:
+        for number, loss in enumerate(super().__iter__(), 1):
+            if number >= 3:
+                signal.raise_signal(signal.SIGINT)
+            yield loss
+
+
+def test_an_interrupt_saves_the_step_it_came_in(tmp_path: Path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Preempted, match="step 3"):
+        run(tmp_path, Interrupting([1.0] * 7))
+    assert max(complete_steps(tmp_path)) == 3 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), termination_notice() as noticed:
+        signal.raise_signal(signal.SIGINT)
+        assert noticed(1)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_the_outcome_and_the_log_agree(tmp_path: Path):

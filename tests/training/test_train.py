@@ -69,6 +69,16 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_conversations_without_answers_are_refused_and_leave_no_drafter(
+    folder: Path, part: str, capsys: pytest.CaptureFixture[str]
+):
+    Path("asked.jsonl").write_text(json.dumps({"id": "1", "messages": [{"role": "user", "content": "Who?"}]}))
+    assert main(["train", "toy.py", f"data.{part}=asked.jsonl"]) == 1
+    assert f"data.{part} holds no assistant turn" in capsys.readouterr().err
+    assert not Path("drafter").exists()
+
+
 @pytest.mark.usefixtures("little")
 def test_a_finished_run_reports_its_keys_is_not_trained_again_and_its_drafter_decodes(folder: Path):
     assert main(["train", "toy.py", "--json", "first.json"]) == 0
