@@ -205,7 +205,7 @@ class DistillConfig:
     name: str
     """Names the run's folder and the run in lists."""
     target: str
-    """HuggingFace folder, or `tiny` for the bundled target."""
+    """HuggingFace folder or GGUF file, `smollm2`, or `tiny` for the bundled target."""
     data: DataConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,4 +1,4 @@
-"""Import a target in HuggingFace layout as sharded Orbax with checksums, a manifest and its tokenizer.
+"""Import a target in HuggingFace layout, or a GGUF file, as sharded Orbax with checksums, a manifest and its tokenizer.
 
 Only a few pieces are in memory at a time, for any size of the model. Files are checked against the index, their headers
 and, if the hub or a file beside them gives it, their SHA-256. A repository is downloaded with huggingface_hub. After an
@@ -24,7 +24,7 @@ class Args:
     """Command line of `jaxspec import target`."""
 
     source: Positional[str]
-    """HuggingFace folder, or the name of a repository (OWNER/NAME); `tiny` is the bundled target."""
+    """HuggingFace folder, GGUF file, or name of a repository (OWNER/NAME); `tiny` and `smollm2` are targets too."""
     out: Positional[Path]
     """Folder to write."""
     revision: str | None = None

@@ -37,7 +37,7 @@ class Imported(NamedTuple):
 
 
 def find_source(name: str, revision: str | None = None) -> Path:
-    """Returns the HuggingFace folder of `name`: a path, `tiny`, or a repository, downloaded to the hub's cache.
+    """Returns the HuggingFace folder of `name`: one of `target_folder`, or a repository, downloaded to the hub's cache.
 
     A download that was stopped continues. Raises ValueError if the name is none of these, and OSError, in one sentence,
     if a repository cannot be downloaded.

