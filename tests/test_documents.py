@@ -52,7 +52,7 @@ TERMS = (
     "Orbax export",
     "mesh rules",
 )
-OTHERS_FLAGS = {"--help", "--version", "--logdir", "--check", "--tpu"}
+OTHERS_FLAGS = {"--no-deps", "--help", "--version", "--logdir", "--check", "--tpu"}
 """Flags in the text that belong to every verb, or to other programs."""
 
 
