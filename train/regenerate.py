@@ -154,9 +154,10 @@ def main(argv: list[str]) -> int:
         results.write_json(args.json, result)
     if output.kept:
         return 0
-    unanswerable = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
-    unfinished = "no answer was finished; raise --max-new-tokens or use --keep-unfinished"
-    sys.stderr.write(f"jaxspec regenerate: {unfinished if result['unfinished'] else unanswerable}\n")
+    reason = "no answer was finished; raise --max-new-tokens or use --keep-unfinished"
+    if args.prompts is not None and not result["unfinished"]:
+        reason = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
+    sys.stderr.write(f"jaxspec regenerate: {reason}\n")
     return cli.EXIT_FAILED
 
 

@@ -7,7 +7,6 @@ bfloat16 stay as they are stored. `gguf_tokenizer` writes the tokenizer.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,9 +20,11 @@ from jaxspec.checkpoints.folders import whole_folder
 from jaxspec.checkpoints.manifest import write_manifest
 from jaxspec.console.progress import progress
 from jaxspec.interchange.gguf_tokenizer import write_tokenizer
+from jaxspec.interchange.hf_config import write_config
 from jaxspec.interchange.hf_layout import tensor_shapes
-from jaxspec.interchange.tensors import CHUNK_BYTES, filled_folder, write_atomically
+from jaxspec.interchange.tensors import CHUNK_BYTES, filled_folder
 from jaxspec.nn.rope import RopeScaling, rope_frequencies
+from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.families import find_family
 from jaxspec.targets.fields import Fields, rope_fields
 
@@ -195,14 +196,14 @@ def convert(path: Path, out: Path) -> None:
                 weight = tensor.read()
                 fill(name, 0, weight)
                 bar.advance(weight.nbytes)
-        write_json(folder / "generation_config.json", special)
-        write_json(folder / "config.json", config | {"dtype": "float32", "torch_dtype": "float32"} | special)
+        write_config(folder, _shape(file, config, special), shapes["model.embed_tokens.weight"][1])
         write_manifest(folder, {"kind": "export", "family": config["model_type"], "provenance": {"from": path.name}})
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Writes an object, whole or not at all."""
-    write_atomically(path, [json.dumps(fields, indent=2).encode() + b"\n"])
+def _shape(file: GGUFFile, fields: Mapping[str, Any], special: Mapping[str, Any]) -> LlamaConfig:
+    """Returns the model's shape; raises ValueError, naming the file, where its family cannot have it."""
+    family = find_family(file.path, fields)
+    return family.config(Fields(file.path, {**fields, **special}, special, family.defaults))
 
 
 def hf_name(file: GGUFFile, name: str) -> str:
@@ -223,8 +224,7 @@ def hf_name(file: GGUFFile, name: str) -> str:
 def _stored_tensors(file: GGUFFile, fields: Mapping[str, Any]) -> dict[str, _StoredTensor]:
     """Returns the tensors by their names in a HuggingFace folder; raises ValueError where one lacks or is misshapen."""
     stored = {hf_name(file, name): _stored(file, name) for name in file.tensors if name != ROPE_FACTORS}
-    family = find_family(file.path, fields)
-    expected = tensor_shapes(family.config(Fields(file.path, fields, {}, family.defaults)))
+    expected = tensor_shapes(_shape(file, fields, {}))
     found = {name: tensor.shape for name, tensor in stored.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

@@ -12,8 +12,8 @@ from tokenizers.models import BPE
 
 from jaxspec.interchange.tensors import write_atomically
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-"""Values of `tokenizer.ggml.token_type`."""
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+"""Values of `tokenizer.ggml.token_type` that matter here."""
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Keys of the ids that end an answer."""
 
