@@ -24,6 +24,7 @@ VERBS = {
     "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
     "configs": Verb("jaxspec.train.configs", "list the experiments, or show one with every field"),
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
+    "instructions": Verb("jaxspec.train.instructions", "make user turns about passages of plain text"),
     "regenerate": Verb("jaxspec.train.regenerate", "let the target rewrite the answers of a data set"),
     "tokenize": Verb("jaxspec.train.tokenize_corpus", "tokenize a data set into sharded files on disk"),
     "features": Verb("jaxspec.train.features", "store the target's features, to train without its layers"),

@@ -45,6 +45,24 @@ class KVCache(NamedTuple):
         return self.k_YBKCS.shape[-1]
 
 
+class TokenMajorCache(NamedTuple):
+    """Keys and values of committed tokens, the keys token by token as the values.
+
+    A CPU writes a token's key to a few neighbouring cache lines there, and to one a channel in a `KVCache`.
+    """
+
+    k_YBKSC: Array
+    v_YBKSC: Array
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row; a committed token takes one."""
+        return self.v_YBKSC.shape[-2]
+
+
+Cache = KVCache | TokenMajorCache
+
+
 class Packed(NamedTuple):
     """Mask of packed rows: a token sees itself and the tokens before it in its own document.
 
@@ -198,7 +216,7 @@ class Target(Protocol):
         tokens_BL: Array,
         positions_BL: Array,
         mask_BLM: Mask,
-        prefix: tuple[KVCache, Array] | None = None,
+        prefix: tuple[Cache, Array] | None = None,
         *,
         keep_kv: bool = False,
     ) -> TargetOutput:
@@ -221,7 +239,7 @@ class Target(Protocol):
         """Returns the embedding and the LM head, which drafters share."""
         ...
 
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a zeroed cache for `batch` rows of `capacity` tokens."""
         ...
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxspec import verify
 from jaxspec.base import (
     Array,
+    Cache,
     ChooseChildren,
     Drafter,
     DraftMode,
@@ -107,7 +108,7 @@ class DecodeState(NamedTuple):
 
     requests: Requests
     """Without the prompts: they have been read, and the rounds' program does not depend on their padded width."""
-    cache: KVCache
+    cache: Cache
     length_B: Array
     """Tokens committed to the target's cache: all but the root."""
     root_B: Array
@@ -172,7 +173,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
 class PrefillState(NamedTuple):
     """The state behind the chunks of the prompts that are read."""
 
-    cache: KVCache
+    cache: Cache
     draft: Any
     root_logits_BV: Array | None
     root_B: Array

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Array, KVCache
+from jaxspec.base import Array, Cache
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_rounds, sizes
 from jaxspec.decoding.requests import Request, blank_requests, bucket, make_requests, round_up
@@ -28,12 +28,12 @@ def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
     """Returns the state with its row `row` replaced by `fresh`, a state of one row whose caches may be smaller."""
 
     def replace_row(into: Any, one: Any) -> Any:
-        if isinstance(into, KVCache):
+        if isinstance(into, Cache):
             places = [(0, row, *(0,) * (x.ndim - 2)) for x in into]
-            return KVCache(*map(jax.lax.dynamic_update_slice, into, one, places))
+            return into._make(map(jax.lax.dynamic_update_slice, into, one, places))
         return jax.lax.dynamic_update_slice(into, one, (row, *(0,) * (into.ndim - 1)))
 
-    return constrain_tree(jax.tree.map(replace_row, state, fresh, is_leaf=lambda x: isinstance(x, KVCache)))
+    return constrain_tree(jax.tree.map(replace_row, state, fresh, is_leaf=lambda x: isinstance(x, Cache)))
 
 
 _vacant = jax.jit(vacant, static_argnames=("engine", "batch", "capacity", "slots", "stops"))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Frontier, KVCache, Mask, Params, SharedTables, Unrolled, UnrollInputs
+from jaxspec.base import Array, Cache, Frontier, KVCache, Mask, Params, SharedTables, Unrolled, UnrollInputs
 from jaxspec.drafters.module import DrafterModule, DrafterOptions, TargetShape, at_newest
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import Prefix, as_mask, attend, causal_mask
@@ -73,7 +73,7 @@ class DraftLMConfig:
 class DraftLMState(NamedTuple):
     """The tokens that a row has read, as keys and values."""
 
-    cache: KVCache
+    cache: Cache
     length_B: Array
     hidden_BD: Array
     """The output at the newest token."""
@@ -111,7 +111,7 @@ class DraftLM(DrafterModule):
         tokens_BL: Array,
         positions_BL: Array,
         mask_BLM: Mask,
-        past: tuple[KVCache, Array] | None = None,
+        past: tuple[Cache, Array] | None = None,
         scratch: tuple[DraftLMScratch, int] | None = None,
     ) -> tuple[Array, KVCache]:
         """Outputs behind the final norm, and every layer's keys and values.
@@ -166,7 +166,7 @@ class DraftLM(DrafterModule):
     def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> DraftLMState:
         """The state that has read the first token."""
         c, batch = self.config, first_B.shape[0]
-        cache = kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+        cache = kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype, self.token_major)
         nothing = jnp.zeros(batch, jnp.int32)
         state = DraftLMState(cache, nothing, jnp.zeros((batch, c.width), self.dtype))
         return self._take_in(params, state, first_B[:, None], nothing + 1)

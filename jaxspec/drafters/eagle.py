@@ -17,6 +17,7 @@ from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions, OneLayer
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.matmul import multiply
 from jaxspec.nn.mlp import constrain_rows
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import Options
@@ -25,7 +26,7 @@ from jaxspec.nn.weights import BIAS, NORM, Shape, Weight, declare, uniform
 
 FUSION = declare(
     {
-        "fc": Weight(uniform(), (None, "width"), (-2,)),
+        "fc": Weight(uniform(), (None, "width"), (-2,), multiplied=True),
         "fc_bias": dataclasses.replace(BIAS, init=uniform(lambda shape: 2 * shape[0])),
         "embedding_norm": NORM,
     },
@@ -127,7 +128,7 @@ class PairReader(OneLayer):
         """`fc([embedding; feature])`, the embedding first, with the bias where there is one."""
         w = self.weights
         pair = jnp.concatenate([embedding_BLD.astype(self.dtype), feature_BLD.astype(self.dtype)], axis=-1)
-        fused = constrain_rows(jnp.einsum("BLE,ED->BLD", constrain_rows(pair), w["fc"].astype(self.dtype)))
+        fused = constrain_rows(multiply(w, "fc", constrain_rows(pair)))
         return fused + w["fc_bias"].astype(self.dtype) if "fc_bias" in w else fused
 
 

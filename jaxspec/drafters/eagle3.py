@@ -18,6 +18,7 @@ from jaxspec.drafters.module import TargetShape
 from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions, OneLayer
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.lm_head import score_tokens
+from jaxspec.nn.matmul import multiply
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.weights import NORM, TABLE, Shape, Weight, declare, last_axis, uniform
 
@@ -176,7 +177,7 @@ class TapReader(OneLayer):
         if c.tap_norms:
             each = x_BLE.reshape(*x_BLE.shape[:-1], len(c.taps), c.feature_width)
             x_BLE = rms_norm(each, w["taps_norm"], c.norm_eps).reshape(x_BLE.shape)
-        return jnp.einsum("BLE,ED->BLD", x_BLE, w["fc"].astype(self.dtype))
+        return multiply(w, "fc", x_BLE)
 
     def fuse(self, embedding_BLD: Array, feature_BLD: Array) -> tuple[Array, Array]:
         """The feature is the stream; the attention reads `[norm(e); norm(f)]`."""

@@ -18,6 +18,7 @@ from jaxspec.base import Array
 from jaxspec.drafters import eagle
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.drafters.one_layer import LayerOptions
+from jaxspec.nn.matmul import multiply
 from jaxspec.nn.mlp import WIDE, constrain_rows
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.weights import NORM, Shape, Weight, declare, uniform
@@ -26,9 +27,9 @@ from jaxspec.parallel.mesh import constrain
 WEIGHTS = eagle.WEIGHTS | declare(
     {
         "sampling_norm": NORM,
-        "sampling_gate": Weight(uniform(), ("width", "mlp"), (-2,)),
-        "sampling_up": Weight(uniform(), ("width", "mlp"), (-2,)),
-        "sampling_down": Weight(uniform(), ("mlp", "width"), (-2,)),
+        "sampling_gate": Weight(uniform(), ("width", "mlp"), (-2,), multiplied=True),
+        "sampling_up": Weight(uniform(), ("width", "mlp"), (-2,), multiplied=True),
+        "sampling_down": Weight(uniform(), ("mlp", "width"), (-2,), multiplied=True),
     }
 )
 """Weights that an FSPAD head may have."""
@@ -89,12 +90,12 @@ class Fspad(Eagle):
         h = self.fuse_pair(embedding_BLD, feature_BLD)
         if not self.config.feature_sampling:
             return h, h
-        gate, up, down = (w[f"sampling_{name}"].astype(self.dtype) for name in ("gate", "up", "down"))
         normed = rms_norm(h, w["sampling_norm"], self.config.norm_eps)
         # Of a table whose width is spread over the chips: left as it is, XLA would send the wide gates of all rows.
         embedding_BLD = constrain_rows(embedding_BLD.astype(self.dtype))
-        gate_BLF = constrain(embedding_BLD @ gate, *WIDE)
-        h = h + constrain_rows((jax.nn.silu(gate_BLF) * constrain(normed @ up, *WIDE)) @ down)
+        gate_BLF = constrain(multiply(w, "sampling_gate", embedding_BLD), *WIDE)
+        inner_BLF = jax.nn.silu(gate_BLF) * constrain(multiply(w, "sampling_up", normed), *WIDE)
+        h = h + constrain_rows(multiply(w, "sampling_down", inner_BLF))
         return h, h
 
     def finish(self, stream_BLD: Array) -> tuple[Array, Array]:

@@ -202,5 +202,5 @@ class MaskTokens(OnePass, OneLayer):
     def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> ParallelState:
         """Empty state for contexts of up to `capacity` tokens."""
         c, batch = self.config, first_B.shape[0]
-        cache = kv.empty(self.layer_count, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+        cache = kv.empty(self.layer_count, batch, c.kv_heads, c.head_dim, capacity, self.dtype, self.token_major)
         return ParallelState(cache, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, c.tokens, c.width), self.dtype))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Mask, Params, SharedTables, Unrolled, UnrollInputs
 from jaxspec.nn.attention import NO_KEYS, AttentionOptions, PerQueryKeys, attend_text
 from jaxspec.nn.kernels import Kernel
+from jaxspec.nn.matmul import outputs_first
 from jaxspec.nn.remat import Remat
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.nn.weights import Weight, init_of, init_weights
@@ -66,6 +67,8 @@ class DrafterModule(nn.Module):
     """The drafter's shape: a frozen dataclass."""
     dtype: Any = jnp.float32
     """Dtype of activations and cache; softmax, norms and logits are fp32 throughout."""
+    token_major: bool = False
+    """Decoding only: keys lie token by token in the cache, for CPUs (`base.TokenMajorCache`)."""
     query_block: int | None = None
     """Training only: attend in blocks of so many queries, see `attend_causal`. Drafters without attention ignore it."""
     row_by_row: bool = False
@@ -79,11 +82,15 @@ class DrafterModule(nn.Module):
     """The weights it may have, as its file declares them (`jaxspec.nn.weights`)."""
 
     def setup(self) -> None:
-        self.weights = {
+        shapes = self.config.shapes()
+        weights = {
             name: self.param(name, init_of(self.declarations, name), shape)
-            for name, shape in self.config.shapes().items()
+            for name, shape in shapes.items()
             if self.is_given(name)
         }
+        # Matrices laid out for decoding on a CPU stand in for those that are not given.
+        laid = [name for name in map(outputs_first, shapes) if self.has_variable("params", name)]
+        self.weights = weights | {name: self.get_variable("params", name) for name in laid}
 
     def attend_text(self, q: Array, k: Array, v: Array, mask_BLM: Mask, per_query: PerQueryKeys = NO_KEYS) -> Array:
         """Causal attention of whole training rows, in the way that the fields above say."""

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Frontier, KVCache, Params, SharedTables
+from jaxspec.base import Array, Cache, Frontier, Params, SharedTables
 from jaxspec.drafters.module import DrafterModule
 
 
 class ParallelState(NamedTuple):
     """The outputs that a row's next tokens are predicted by, of all depths."""
 
-    cache: KVCache | None
+    cache: Cache | None
     """Keys and values of the committed pairs; None for heads without attention."""
     length_B: Array
     """Committed pairs."""

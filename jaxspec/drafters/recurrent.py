@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import ROOT, Array, Frontier, KVCache, Params, SharedTables, Unrolled, UnrollInputs
+from jaxspec.base import ROOT, Array, Cache, Frontier, KVCache, Params, SharedTables, Unrolled, UnrollInputs
 from jaxspec.drafters.module import at_newest
 from jaxspec.drafters.one_layer import OneLayer
 from jaxspec.nn import cache as kv
@@ -23,7 +23,7 @@ from jaxspec.nn.remat import recompute
 class RecurrentState(NamedTuple):
     """The committed pairs of a row, from which it drafts."""
 
-    cache: KVCache
+    cache: Cache
     """One layer's keys and values of the committed (feature, next token) pairs."""
     length_B: Array
     """Committed pairs; the pair of feature `f_t` sits in slot `t` and has rotary position `t`."""
@@ -138,7 +138,7 @@ class Recurrent(OneLayer):
     def init_state(self, params: Params, shared: SharedTables, first_B: Array, capacity: int) -> RecurrentState:
         """Empty state for contexts of up to `capacity` tokens; no pair carries the first one's embedding."""
         c, batch = self.config, first_B.shape[0]
-        cache = kv.empty(1, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+        cache = kv.empty(1, batch, c.kv_heads, c.head_dim, capacity, self.dtype, self.token_major)
         nothing = jnp.zeros((batch, c.width), self.dtype)
         return RecurrentState(cache, jnp.zeros(batch, jnp.int32), nothing, nothing)
 

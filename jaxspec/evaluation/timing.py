@@ -233,7 +233,7 @@ def memory_bound_speedup(models: Models, tau: float) -> float:
 def round_work(models: Models, batch: int, prefix: float) -> Work:
     """Returns bytes and FLOPs of one round: the target's call and, with a drafter, the growth of the tree."""
     engine, weights = models.engine, models.weights
-    itemsize = engine.target.empty_cache(1, 1).k_YBKCS.dtype.itemsize
+    itemsize = engine.target.empty_cache(1, 1).v_YBKSC.dtype.itemsize
     nodes = 1 if engine.tree is None else engine.tree.nodes
     work = target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
     if engine.tree is None or engine.drafter is None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, KVCache, Mask, Packed
+from jaxspec.base import Array, Cache, KVCache, Mask, Packed
 from jaxspec.nn.kernels import Kernel, Pairs, attend_packed, takes
 
 MASKED = -1e30
@@ -147,7 +147,7 @@ def _attend_per_query(
 class Prefix(NamedTuple):
     """The committed tokens as one layer sees them."""
 
-    cache: KVCache
+    cache: Cache
     layer: Array | int
     length_B: Array
     """Each row's queries see its first `length` slots."""
@@ -172,10 +172,14 @@ class _PrefixQueries(NamedTuple):
 
     def attend_slots(self, begin: int, end: int) -> _PartialSoftmax:
         """Attends over the slots from `begin` to `end`."""
-        k_YBKCS, v_YBKSC = self.prefix.cache
+        cache = self.prefix.cache
         seen_BS = jnp.arange(begin, end) < self.prefix.length_B[:, None]
         # One slice for layer and slots: a conditional would be handed a copy of the whole layer.
-        k_BKCS, v_BKSC = k_YBKCS[self.prefix.layer, ..., begin:end], v_YBKSC[self.prefix.layer, :, :, begin:end]
+        if isinstance(cache, KVCache):
+            k_BKCS = cache.k_YBKCS[self.prefix.layer, ..., begin:end]
+        else:
+            k_BKCS = jnp.swapaxes(cache.k_YBKSC[self.prefix.layer, :, :, begin:end], -1, -2)
+        v_BKSC = cache.v_YBKSC[self.prefix.layer, :, :, begin:end]
         seen = seen_BS[:, None, None]
         if self.prefix.first_BL is not None:
             inside_BLS = jnp.arange(begin, end) >= self.prefix.first_BL[..., None]
@@ -202,10 +206,10 @@ class _PrefixQueries(NamedTuple):
 
 def _attend_prefix(q_BKQC: Array, prefix: Prefix, score_cap: float | None = None) -> _PartialSoftmax:
     """Attends over the committed tokens; the pieces have the sizes that suit the platform of the program."""
-    k_YBKCS, capacity = prefix.cache.k_YBKCS, prefix.cache.capacity
+    values, capacity = prefix.cache.v_YBKSC, prefix.cache.capacity
     queries = _PrefixQueries(q_BKQC, prefix, jnp.max(prefix.length_B), score_cap)
     # The greatest power of two of slots that PREFIX_BYTES hold, and at least 512.
-    slot_bytes = 2 * k_YBKCS.size // (k_YBKCS.shape[0] * capacity) * k_YBKCS.dtype.itemsize
+    slot_bytes = 2 * values.size // (values.shape[0] * capacity) * values.dtype.itemsize
     wide = max(512, 2 ** (PREFIX_BYTES // slot_bytes).bit_length() // 2)
     return jax.lax.platform_dependent(
         cpu=functools.partial(queries.attend, PREFIX_BLOCK), default=functools.partial(queries.attend, wide)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec.base import Array, KVCache
+from jaxspec.base import Array, Cache, KVCache, TokenMajorCache
 from jaxspec.parallel.mesh import STATE_AXES
 from jaxspec.parallel.rows import shard_map_rows
 
+AnyCache = TypeVar("AnyCache", KVCache, TokenMajorCache)
 
-def empty(layers: int, batch: int, kv_heads: int, channels: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """Returns a zeroed cache: `k [Y, B, K, C, S]`, `v [Y, B, K, S, C]`, `S = capacity`."""
-    return KVCache(
-        jnp.zeros((layers, batch, kv_heads, channels, capacity), dtype),
-        jnp.zeros((layers, batch, kv_heads, capacity, channels), dtype),
-    )
+
+def empty(
+    layers: int, batch: int, kv_heads: int, channels: int, capacity: int, dtype: jnp.dtype, token_major: bool = False
+) -> Cache:
+    """Returns a zeroed cache: values `[Y, B, K, S, C]` with `S = capacity`, keys `[Y, B, K, C, S]`.
+
+    With `token_major` the keys lie as the values do.
+    """
+    values = (layers, batch, kv_heads, capacity, channels)
+    if token_major:
+        return TokenMajorCache(jnp.zeros(values, dtype), jnp.zeros(values, dtype))
+    return KVCache(jnp.zeros((layers, batch, kv_heads, channels, capacity), dtype), jnp.zeros(values, dtype))
 
 
 def take_rows(fresh: KVCache, path_BP: Array) -> KVCache:
@@ -27,7 +38,7 @@ def take_rows(fresh: KVCache, path_BP: Array) -> KVCache:
     )
 
 
-def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None = None) -> KVCache:
+def commit(cache: AnyCache, rows: KVCache, start_B: Array, after_B: Array | None = None) -> AnyCache:
     """Writes each row's new keys and values behind its `start_B` committed tokens; returns the cache.
 
     All slots of `rows` are written. Those past a row's accepted count are garbage: the row's length hides them, and
@@ -47,17 +58,41 @@ def commit(cache: KVCache, rows: KVCache, start_B: Array, after_B: Array | None 
     if after_B is not None:
         start_B = start_B + jnp.minimum(after_B, 0)  # adds 0, but XLA cannot tell
     # Each device writes its own rows: XLA would send pieces of every cache for a write at a place of each row's own.
-    fields = tuple(STATE_AXES[name] for name in KVCache._fields)
-    return KVCache(*shard_map_rows(_write, (*fields, *fields, ("batch",)), fields, *cache, *rows, start_B))
+    keys = rows.k_YBKCS if isinstance(cache, KVCache) else jnp.swapaxes(rows.k_YBKCS, -1, -2)
+    slot_axes = (4 if isinstance(cache, KVCache) else 3, 3)
+    write = functools.partial(_write, slot_axes)
+    fields = tuple(STATE_AXES[name] for name in cache._fields)
+    axes = (*fields, *fields, ("batch",))
+    return cache._make(shard_map_rows(write, axes, fields, *cache, keys, rows.v_YBKSC, start_B))
 
 
-def _write(k_YBKCS: Array, v_YBKSC: Array, k_rows: Array, v_rows: Array, start_B: Array) -> tuple[Array, Array]:
-    """Writes the rows that one device has."""
-    zero = jnp.zeros((), start_B.dtype)
-    # The loop is unrolled: for TPUs XLA fails to compile one over the rows ("shape doesn't match when replacing").
-    for b in range(start_B.shape[0]):
-        row = jnp.asarray(b, start_B.dtype)
-        k, v = k_rows[:, b : b + 1].astype(k_YBKCS.dtype), v_rows[:, b : b + 1].astype(v_YBKSC.dtype)
-        k_YBKCS = lax.dynamic_update_slice(k_YBKCS, k, (zero, row, zero, zero, start_B[b]))
-        v_YBKSC = lax.dynamic_update_slice(v_YBKSC, v, (zero, row, zero, start_B[b], zero))
-    return k_YBKCS, v_YBKSC
+Arrays = tuple[Array, ...]
+
+
+def _write(slot_axes: tuple[int, int], k: Array, v: Array, k_rows: Array, v_rows: Array, start_B: Array) -> Arrays:
+    """Writes the rows that one device has; `slot_axes` are the axes of the slots in keys and values."""
+    new = (k_rows.astype(k.dtype), v_rows.astype(v.dtype))
+    each = functools.partial(_write_row, slot_axes, new, start_B)
+    loop = functools.partial(lax.fori_loop, 0, start_B.shape[0], each)
+    return lax.platform_dependent((k, v), cpu=loop, default=functools.partial(_unroll, each, start_B.shape[0]))
+
+
+def _unroll(each: Callable[[int, Arrays], Arrays], rows: int, cache: Arrays) -> Arrays:
+    """Writes row after row without a loop in the program."""
+    # For TPUs XLA fails to compile a loop over the rows ("shape doesn't match when replacing"). On CPUs the unrolled
+    # writes of many rows take minutes to compile.
+    for row in range(rows):
+        cache = each(row, cache)
+    return cache
+
+
+def _write_row(slot_axes: tuple[int, int], new: Arrays, start_B: Array, row: Array | int, cache: Arrays) -> Arrays:
+    """Writes one row's new keys and values behind its committed ones."""
+    row, zero = jnp.asarray(row, start_B.dtype), jnp.zeros((), start_B.dtype)
+    written = []
+    for axis, into, values in zip(slot_axes, cache, new, strict=True):
+        place = [zero, row, zero, zero, zero]
+        place[axis] = start_B[row]
+        one = lax.dynamic_slice_in_dim(values, row, 1, axis=1)
+        written.append(lax.dynamic_update_slice(into, one, place))
+    return tuple(written)

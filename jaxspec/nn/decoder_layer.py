@@ -9,10 +9,10 @@ from typing import TypeVar
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params
+from jaxspec.nn.matmul import multiply
 from jaxspec.nn.mlp import constrain_rows, expert_mlp, gated_mlp
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import PLAIN, Options
-from jaxspec.nn.quantization import rescale
 from jaxspec.nn.rope import rotate
 from jaxspec.parallel.mesh import constrain
 
@@ -32,7 +32,7 @@ def project_qkv(
     """
     # One weight `qkv [D, K, G + 2, C]` holds each group's queries, key and value: two matmuls fewer a layer in
     # decoding, and it shards over its key-value heads.
-    qkv_BLKJC = rescale(layer, "qkv", jnp.einsum("BLD,DKJC->BLKJC", x_BLD, layer["qkv"].astype(x_BLD.dtype)))
+    qkv_BLKJC = multiply(layer, "qkv", x_BLD)
     qkv_BLKJC = constrain(add_bias(layer, "qkv", qkv_BLKJC), "batch", None, "kv_heads", None, None)
     qk_BLKJC = qkv_BLKJC[..., :-1, :]
     if norm is not None:
@@ -47,10 +47,7 @@ def project_qkv(
 
 def merge_heads(layer: Params, mixed_BLKGC: Array) -> Array:
     """Returns the output projection of attention, `[B, L, D]`."""
-    out = layer["out"].astype(mixed_BLKGC.dtype)
-    # One contracted axis: to contract three, XLA:CPU would copy the weight on every call.
-    mixed_BLE = mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1)
-    out_BLD = rescale(layer, "out", jnp.einsum("BLE,ED->BLD", mixed_BLE, out.reshape(-1, out.shape[-1])))
+    out_BLD = multiply(layer, "out", mixed_BLKGC.reshape(*mixed_BLKGC.shape[:2], -1))
     return constrain_rows(add_bias(layer, "out", out_BLD))
 
 

@@ -65,17 +65,17 @@ def layer_weights(layers: int, *, centred: bool = False) -> dict[str, Weight]:
     """
     norm = dataclasses.replace(NORM, init=zeros) if centred else NORM
     residual = normal(0.02 / math.sqrt(2 * layers))
-    into = Weight(axes=("width", "mlp"), matrix=(-2,))
+    into = Weight(axes=("width", "mlp"), matrix=(-2,), multiplied=True)
     # Not matrices to Muon: Adam takes experts and router.
     expert = Weight(axes=("experts", "width", None))
     return {
         "attention_norm": norm,
-        "qkv": Weight(axes=("width", "kv_heads", None, None), matrix=(-4,)),
-        "out": Weight(residual, ("kv_heads", None, None, "width"), (-4, -3, -2)),
+        "qkv": Weight(axes=("width", "kv_heads", None, None), matrix=(-4,), multiplied=True),
+        "out": Weight(residual, ("kv_heads", None, None, "width"), (-4, -3, -2), multiplied=True),
         "mlp_norm": norm,
         "gate": into,
         "up": into,
-        "down": Weight(residual, ("mlp", "width"), (-2,)),
+        "down": Weight(residual, ("mlp", "width"), (-2,), multiplied=True),
         "qkv_bias": dataclasses.replace(BIAS, axes=("kv_heads", None, None)),
         "out_bias": BIAS,
         "q_norm": norm,

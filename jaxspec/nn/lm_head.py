@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
+from jaxspec.nn.matmul import multiply_left
 from jaxspec.parallel.mesh import constrain
 
 FEW_ROWS = 32
-"""Greatest number of rows for which the head is the left operand; as the right one, XLA:CPU transposes it each call."""
+"""Greatest number of rows for which the head is the left operand, which spares laying it out anew on every call."""
 
 
 def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
@@ -18,5 +22,11 @@ def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
     if x_BLD.shape[0] * x_BLD.shape[1] > FEW_ROWS:
         logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BLV, "batch", None, "vocab")
+    left = functools.partial(multiply_left, out=jnp.float32)
+    return jax.lax.platform_dependent(table_VD, x_BLD, cpu=left, default=_score_few)
+
+
+def _score_few(table_VD: Array, x_BLD: Array) -> Array:
+    """Returns the logits of few rows with the head as the left operand."""
     scores_VBL = jnp.einsum("VD,BLD->VBL", table_VD, x_BLD, preferred_element_type=jnp.float32)
     return jnp.transpose(scores_VBL, (1, 2, 0))

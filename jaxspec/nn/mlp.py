@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxspec.base import Array, Params
+from jaxspec.nn.matmul import multiply
 from jaxspec.nn.options import Options
-from jaxspec.nn.quantization import rescale
 from jaxspec.parallel.mesh import AXIS_RULES, constrain, splits
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -38,14 +38,9 @@ def gated_mlp(layer: Params, x_BLD: Array, activation: str = "silu") -> Array:
     """Returns `down(silu(gate(x)) * up(x))`, `[B, L, D]`, or the same with another of `ACTIVATIONS`."""
     # Gate and up are two weights: fused as [D, 2, F], XLA:TPU would lay them out anew on every call, and XLA:CPU could
     # not run the two matmuls at once on two cores.
-    gate_BLF = ACTIVATIONS[activation](constrain(_multiply(layer, "gate", x_BLD), *WIDE))
-    inner_BLF = gate_BLF * constrain(_multiply(layer, "up", x_BLD), *WIDE)
-    return constrain_rows(_multiply(layer, "down", inner_BLF))
-
-
-def _multiply(layer: Params, name: str, x: Array) -> Array:
-    """Returns `x` times the matrix `name`, which may be quantized."""
-    return rescale(layer, name, x @ layer[name].astype(x.dtype))
+    gate_BLF = ACTIVATIONS[activation](constrain(multiply(layer, "gate", x_BLD), *WIDE))
+    inner_BLF = gate_BLF * constrain(multiply(layer, "up", x_BLD), *WIDE)
+    return constrain_rows(multiply(layer, "down", inner_BLF))
 
 
 def expert_mlp(layer: Params, x_BLD: Array, options: Options) -> Array:

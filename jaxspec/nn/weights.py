@@ -83,6 +83,8 @@ class Weight:
     matrix: tuple[int, ...] | None = None
     """Axes that a matmul sums over, counted from the last, if Muon takes the weight as a matrix (or as many as the axes
     in front stack); the axes behind are the outputs. None: Adam takes it."""
+    multiplied: bool = False
+    """Whether programs read it by `matmul.multiply` alone, so that it may be laid out for CPUs before decoding."""
     decays: bool = True
     """Whether weight decay pulls it towards zero; norms and biases do not decay."""
 
@@ -108,8 +110,8 @@ def declare(weights: Mapping[str, Weight], conventions: Mapping[str, str] | None
         before = _DECLARED.setdefault(name, weight)
         if _placing(before) != _placing(weight):
             raise ValueError(
-                f"weight {name!r} is declared with axes, matrix, decays = {_placing(weight)}, and elsewhere with "
-                f"{_placing(before)}: give it another name"
+                f"weight {name!r} is declared with axes, matrix, decays, multiplied = {_placing(weight)}, and "
+                f"elsewhere with {_placing(before)}: give it another name"
             )
         declare_axes(name, weight.axes)
     for key, sentence in (conventions or {}).items():
@@ -120,7 +122,7 @@ def declare(weights: Mapping[str, Weight], conventions: Mapping[str, str] | None
 
 def _placing(weight: Weight) -> tuple[Any, ...]:
     """Returns the properties that all modules which use a name have to agree on."""
-    return weight.axes, weight.matrix, weight.decays
+    return weight.axes, weight.matrix, weight.decays, weight.multiplied
 
 
 def declared(name: str) -> Weight:

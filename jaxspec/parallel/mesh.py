@@ -40,6 +40,7 @@ the weight is imported."""
 
 STATE_AXES: dict[str, Axes] = {
     "k_YBKCS": (None, "batch", "kv_heads", None, None),
+    "k_YBKSC": (None, "batch", "kv_heads", None, None),
     "v_YBKSC": (None, "batch", "kv_heads", None, None),
     "root_logits_BV": ("batch", "vocab"),
 }

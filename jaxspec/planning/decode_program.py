@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxspec.base import KVCache
+from jaxspec.base import Cache
 from jaxspec.decoding.generation import run_rounds
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import DecodeState, Engine, Weights, prefill
@@ -86,7 +86,7 @@ def plan_rounds(engine: Engine, weights: Weights, mesh: Mesh, *, batch: int, cap
     hold the program.
     """
     state = abstract_state(engine, weights, batch=batch, capacity=capacity, slots=slots)
-    caches = [c for c in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KVCache)) if isinstance(c, KVCache)]
+    caches = [c for c in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Cache)) if isinstance(c, Cache)]
     buffers = jax.tree.leaves(place(mesh, caches))
     limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     with jax.set_mesh(mesh):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxspec.drafters.module import DrafterModule
 from jaxspec.interchange.hf import load_target
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.target_folders import target_folder
+from jaxspec.nn.matmul import lay_out
 from jaxspec.nn.options import PLAIN
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.trees import parse_tree
@@ -88,7 +89,8 @@ class Models(NamedTuple):
             token_U = jnp.asarray(draft_vocab, jnp.int32)
             vocab = DraftVocab(token_U, self.engine.target.shared_tables(target).head_VD[token_U])
         module = cast(Decoder, self.engine.target).clone(taps=drafter.taps)
-        return self._replace(engine=Engine(module, drafter, tree), weights=Weights(target, params, vocab))
+        ready, params = prepare(cast(DrafterModule, drafter), params)
+        return self._replace(engine=Engine(module, ready, tree), weights=Weights(target, params, vocab))
 
     def with_tree(self, tree: TreePolicy) -> Models:
         """Returns the same models with another tree."""
@@ -102,6 +104,16 @@ class Models(NamedTuple):
         return self._replace(engine=dataclasses.replace(self.engine, mode=mode, rule=rule_named(rule, mode)))
 
 
+Model = TypeVar("Model", Decoder, DrafterModule)
+
+
+def prepare(module: Model, params: Params) -> tuple[Model, Params]:
+    """Returns a model and its weights as this platform decodes with them: on CPUs in another layout, see `lay_out`."""
+    if jax.default_backend() != "cpu":
+        return module, params
+    return module.clone(token_major=True), lay_out(params)
+
+
 def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, seed: int = 0) -> Models:
     """Returns a target of one of `decoder.SHAPES` and an EAGLE-2 head for it, of random weights and no tokenizer."""
     config = c = SHAPES[shape]
@@ -113,8 +125,9 @@ def random_models(shape: str, tree: TreePolicy, *, dtype: Any = jnp.float32, see
         random = Weights(target.init_params(key), drafter.init_params(jax.random.fold_in(key, 1)))
         return jax.tree.map(lambda a: a.astype(dtype), random)
 
-    engine = Engine(target, drafter, tree)
-    return Models(engine, jax.jit(weights)(jax.random.key(seed)), cast(Any, None), config)
+    drawn = jax.jit(weights)(jax.random.key(seed))
+    target, params = prepare(target, drawn.target)
+    return Models(Engine(target), Weights(params), cast(Any, None), config).with_drafter(drafter, drawn.drafter, tree)
 
 
 def open_drafter(
@@ -189,7 +202,8 @@ def load_models(
     folder = target_folder(target)
     tokenizer = ChatTokenizer.load(folder, template)
     loaded = load_target(folder, dtype=dtype, stacked=False)
-    plain = Models(Engine(loaded.module), Weights(loaded.params), tokenizer, loaded.config)
+    module, params = prepare(loaded.module, loaded.params)
+    plain = Models(Engine(module), Weights(params), tokenizer, loaded.config)
     return plain if drafter is None else add_drafter(plain, drafter, tree=tree, draft_vocab=draft_vocab, dtype=dtype)
 
 

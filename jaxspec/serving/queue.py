@@ -13,6 +13,7 @@ import numpy as np
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_rounds, start
 from jaxspec.decoding.requests import Request, Requests, bucket, fill_up, make_requests
+from jaxspec.decoding.rounds import CHUNK
 from jaxspec.decoding.slots import Slots
 from jaxspec.serving.loading import Models
 
@@ -101,7 +102,55 @@ def serve(models: Models, requests: Sequence[Request], *, slots: int) -> Iterato
         stops=max(1, *(len(request.settings.stop_ids) for request in waiting)),
     )
     _warm_slots(room(), waiting)
-    running, waiting, held = room(), waiting[::-1], {}
+    yield from _refill(room(), waiting[::-1])
+
+
+def serve_growing(models: Models, waiting: RequestsByLength, *, slots: int, max_new_tokens: int) -> Iterator[Answered]:
+    """Answers the requests as `serve`, and those that the caller adds to `waiting` between two answers.
+
+    Requests of one length class share slots, whose number is always `slots`, and classes follow each other from the
+    shortest on, so an answer depends neither on the other requests nor on their order. Nothing is compiled ahead.
+    """
+    while waiting:
+        longest = waiting.shortest
+        rows = waiting.of(longest)
+        stops = max(1, *(len(request.settings.stop_ids) for request in rows))
+        room = Slots(models.engine, models.weights, slots, longest=longest, max_new_tokens=max_new_tokens, stops=stops)
+        yield from _refill(room, rows)
+
+
+class RequestsByLength:
+    """Requests that wait in classes of like length, each for slots of its own: one long prompt widens no other's."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[Request]] = {}
+
+    def __bool__(self) -> bool:
+        return any(self._waiting.values())
+
+    def add(self, request: Request) -> None:
+        """Lets a request wait, before all others of its class: conversations that have begun are finished first."""
+        # Few classes: powers of two from a chunk on.
+        self.of(max(CHUNK, 2 ** (len(request.tokens) - 1).bit_length())).append(request)
+
+    def of(self, longest: int) -> list[Request]:
+        """Returns the list itself of the requests whose class has prompts of up to `longest` tokens, the next last."""
+        return self._waiting.setdefault(longest, [])
+
+    def reverse(self) -> None:
+        """Lets those that were added first come first; later ones come before them."""
+        for requests in self._waiting.values():
+            requests.reverse()
+
+    @property
+    def shortest(self) -> int:
+        """The longest prompt of the first class in which requests wait."""
+        return min(longest for longest, requests in self._waiting.items() if requests)
+
+
+def _refill(running: Slots, waiting: list[Request]) -> Iterator[Answered]:
+    """Answers what waits, the last first, in the slots; the caller may append to `waiting` between two answers."""
+    held: dict[int, Request] = {}
     started = time.perf_counter()
     while waiting or held:
         while waiting and running.free:

@@ -15,7 +15,7 @@ from jaxspec.data.conversations import Conversation
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Queue, answer_batches
+from jaxspec.serving.queue import Queue, RequestsByLength, answer_batches, serve_growing
 
 STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
 _TEMPERATURE_DRAW = 1
@@ -137,36 +137,35 @@ def rewrite(
     """Lets the target write every assistant turn anew, its own earlier answers before it.
 
     `numbered` pairs each conversation with its index in the whole data set. `settings` are the run's; a row's noise
-    comes from the run's seed and the index, as does its temperature where there are `temperatures`, and a batch holds
-    one padded length, so a conversation's answers depend neither on shards nor on the others.
-    Yields after each batch its answers and the conversations that they finished; first, without answers, those that
-    cannot be begun.
+    comes from the run's seed and the index, as does its temperature where there are `temperatures`, and `batch` rows
+    run side by side, whichever they are, so a conversation's answers depend neither on shards nor on the others.
+    Yields answers, and the conversations that they finished; first, without answers, those that cannot be begun.
     """
     drafts: dict[int, _Draft] = {}
-    queue, unfit = Queue([], batch=batch), []
+    waiting, unfit = RequestsByLength(), []
     for index, conversation in numbered:
         own = settings.for_row(index)
         if temperatures is not None:
             own = dataclasses.replace(own, temperature=temperatures.draw(settings.seed, index))
         drafts[index] = _Draft(conversation, own, [], user_runs(conversation.messages))
-        if not _ask(models, queue, index, drafts[index]):
+        if not _ask(models, waiting, index, drafts[index]):
             unfit.append(drafts.pop(index).finished(UNFIT))
     yield [], unfit
-    for done in answer_batches(models, queue, max_new_tokens=settings.max_new_tokens):
-        finished = []
-        for request, answer, _ in done:
-            draft, index = drafts[request.key], request.key
-            draft.append(models, answer)
-            if answer.finish != STOPPED:
-                finished.append(drafts.pop(index).finished(LENGTH))
-            elif not draft.runs:
-                finished.append(drafts.pop(index).finished(STOPPED))
-            elif not _ask(models, queue, index, draft):
-                finished.append(drafts.pop(index).finished(UNFIT))
-        yield [answered.answer for answered in done], finished
+    waiting.reverse()
+    for request, answer, _ in serve_growing(models, waiting, slots=batch, max_new_tokens=settings.max_new_tokens):
+        draft, index = drafts[request.key], request.key
+        draft.append(models, answer)
+        finish = None
+        if answer.finish != STOPPED:
+            finish = LENGTH
+        elif not draft.runs:
+            finish = STOPPED
+        elif not _ask(models, waiting, index, draft):
+            finish = UNFIT
+        yield [answer], [] if finish is None else [drafts.pop(index).finished(finish)]
 
 
-def _ask(models: Models, queue: Queue, index: int, draft: _Draft) -> bool:
+def _ask(models: Models, waiting: RequestsByLength, index: int, draft: _Draft) -> bool:
     """Queues the draft's next turn; returns False, the draft unchanged, where the target cannot read it."""
     if not draft.runs:
         return False
@@ -177,7 +176,7 @@ def _ask(models: Models, queue: Queue, index: int, draft: _Draft) -> bool:
         return False
     draft.messages = messages
     draft.runs.pop(0)
-    queue.add(request)
+    waiting.add(request)
     return True
 
 

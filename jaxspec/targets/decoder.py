@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, KVCache, Mask, Params, SharedTables, TargetOutput
+from jaxspec.base import Array, Cache, KVCache, Mask, Params, SharedTables, TargetOutput
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import AttentionOptions, Prefix, as_mask, attend, attend_text, cap
 from jaxspec.nn.decoder_layer import decoder_layer
@@ -164,7 +164,7 @@ class LayerStack(NamedTuple):
     views: list[View]
     view_of: list[int]
     """Index in `views` of each layer's view."""
-    prefix: tuple[KVCache, Array] | None
+    prefix: tuple[Cache, Array] | None
 
     def past(self, at: Array | int) -> Prefix | None:
         """Returns the prefix as layer number `at` sees it."""
@@ -249,6 +249,8 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     """Dtype of activations and of the cache; softmax, norms and logits are fp32 throughout."""
     param_dtype: Any = jnp.float32
+    token_major: bool = False
+    """Decoding only: keys lie token by token in the cache, for CPUs (`base.TokenMajorCache`)."""
     query_block: int | None = None
     """Training only (no prefix, a causal mask): queries that XLA attends at a time, see `attend_causal`."""
     row_by_row: bool = False
@@ -295,7 +297,7 @@ class Decoder(nn.Module):
         tokens_BL: Array,
         positions_BL: Array,
         mask_BLM: Mask,
-        prefix: tuple[KVCache, Array] | None = None,
+        prefix: tuple[Cache, Array] | None = None,
         keep_kv: bool = False,
     ) -> TargetOutput:
         """Implements `forward`, whose docstring says the arguments."""
@@ -337,7 +339,7 @@ class Decoder(nn.Module):
         tokens_BL: Array,
         positions_BL: Array,
         mask_BLM: Mask,
-        prefix: tuple[KVCache, Array] | None = None,
+        prefix: tuple[Cache, Array] | None = None,
         *,
         keep_kv: bool = False,
     ) -> TargetOutput:
@@ -366,10 +368,10 @@ class Decoder(nn.Module):
         """Returns the embedding and the LM head `[V, D]`, which are one table when tied."""
         return SharedTables(params["embed"], params["embed"] if self.config.tied else params["head"])
 
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a zeroed cache in the activations' dtype, with `capacity` slots for each of `batch` rows."""
         c = self.config
-        return kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype)
+        return kv.empty(c.layers, batch, c.kv_heads, c.head_dim, capacity, self.dtype, self.token_major)
 
 
 def unstack(params: Params) -> Params:

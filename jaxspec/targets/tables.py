@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxspec.base import Array, KVCache, Params, SharedTables, TargetOutput
+from jaxspec.base import Array, Cache, Params, SharedTables, TargetOutput
 from jaxspec.nn.attention import cap
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.targets.decoder import LlamaConfig
@@ -39,6 +39,6 @@ class Tables:
         """Returns the embedding and the LM head `[V, D]`, which are one table when tied."""
         return SharedTables(params["embed"], params["embed"] if self.config.tied else params["head"])
 
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Raises ValueError: there are no layers whose keys and values could be cached."""
         raise ValueError("this target has no layers, so it cannot decode; load it whole")

@@ -24,7 +24,7 @@ from jaxspec.verify import DEFAULT_RULES, RULES, rejection, rule_named, rules
 
 pytestmark = pytest.mark.usefixtures("compile_fully")
 
-VOCAB, LENGTH, BATCH = 3, 5, 100_000
+VOCAB, LENGTH, BATCH = 3, 5, 50_000
 TEMPERATURE, TOP_P = 0.8, 0.85
 FORKED = StaticTree(parse_paths("0 1 00 01"))
 ENGINES: list[tuple[DraftMode, str, Any]] = [
@@ -92,18 +92,18 @@ def p_value(engine: Engine, trials: int, draft_temperature: float = 0.9) -> floa
 
 @pytest.mark.parametrize("engine", ENGINES, ids=NAMES)
 def test_what_the_program_writes_over_round_boundaries_has_the_targets_distribution(engine: Any):
-    assert p_value(engine_of(*engine), 100_000) > 1e-6
+    assert p_value(engine_of(*engine), 50_000) > 1e-6
 
 
 @pytest.mark.parametrize("rule", ["recursive-rejection", "traversal"])
 def test_rows_that_draft_their_likeliest_tokens_among_drawn_ones_have_the_targets_distribution(rule: str, monkeypatch):
     """Draft temperature 0: tested as what they are. As drawn ones they would not have it."""
     engine = engine_of("swor", rule, FORKED)
-    assert p_value(engine, 100_000, 0.0) > 1e-6
+    assert p_value(engine, 50_000, 0.0) > 1e-6
     monkeypatch.setattr(rejection, "_drawn_from", lambda mode, row, s_V, token: s_V)
     texts.clear_cache()  # type: ignore[attr-defined]
     try:
-        assert p_value(engine, 100_000, 0.0) < 1e-6
+        assert p_value(engine, 50_000, 0.0) < 1e-6
     finally:
         texts.clear_cache()  # type: ignore[attr-defined]
 
@@ -131,7 +131,7 @@ def test_noise_used_again_in_the_next_round_is_seen(use: int, monkeypatch: pytes
 
 def test_typical_acceptance_is_seen_to_be_lossy():
     engine = engine_of("topk", "typical", FORKED)
-    assert not engine.rule.lossless and p_value(engine, 100_000) < 1e-6
+    assert not engine.rule.lossless and p_value(engine, 50_000) < 1e-6
 
 
 def test_typical_acceptance_keeps_the_longest_path_that_is_likely_enough():

@@ -20,6 +20,7 @@ from jaxspec.decoding.answers import total_tau
 from jaxspec.decoding.generation import generate, generate_plain
 from jaxspec.decoding.requests import Requests, Settings, make_requests
 from jaxspec.decoding.rounds import Engine, Weights
+from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.evaluation.equivalence import divergences
 from jaxspec.interchange import target_folders
 from jaxspec.parallel.mesh import make_mesh
@@ -35,7 +36,7 @@ TEMPERATURES = (0.3, 0.7, 1.0, 1.5)
 
 
 class Head(NamedTuple):
-    """The bundled target, a head distilled from it for a minute, and questions the target wrote."""
+    """The bundled target, a drafter, and questions the target wrote."""
 
     models: Models
     questions: list[str]
@@ -48,8 +49,20 @@ def questions_from(models: Models, count: int, *, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """Trained on one device, and evaluated by one step, to compile less."""
+def head() -> Head:
+    """The drafter is the target without its last layer: good enough to be kept and to be refused, without training."""
+    models = loading.load_models("tiny")
+    c, target = models.config, models.weights.target
+    shape = DraftLMConfig(
+        c.vocab, c.width, c.layers - 1, c.heads, c.kv_heads, c.head_dim, c.mlp, c.rope_theta, tied=c.tied
+    )
+    params = {**target, "layers": target["layers"][:-1]}
+    return Head(models.with_drafter(DraftLM(shape), params, parse_tree("chain:4")), questions_from(models, 12, seed=7))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head distilled for a minute, on one device, and evaluated by one step, to compile less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
         patch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
@@ -79,9 +92,9 @@ def train_head(folder: Path) -> Head:
 
 
 @pytest.fixture(scope="module")
-def many(head: Head) -> Head:
-    """The same with 300 questions."""
-    return head._replace(questions=questions_from(head.models, 300, seed=8))
+def many(trained: Head) -> Head:
+    """The trained head with 300 questions."""
+    return trained._replace(questions=questions_from(trained.models, 300, seed=8))
 
 
 def batches(head: Head, count: int, batch: int, temperature: Any = 0.0, **warp: Any) -> list[Requests]:

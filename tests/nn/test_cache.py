@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec.base import KVCache
+from jaxspec.base import KVCache, TokenMajorCache
 from jaxspec.nn import cache as kv
 
 pytestmark = pytest.mark.usefixtures("compile_afresh", "compile_fully")
@@ -54,6 +54,18 @@ def test_commits_in_a_compiled_loop_equal_numpy(batch: int):
         np.testing.assert_array_equal(length, at)
         np.testing.assert_array_equal(cache.k_YBKCS, k)
         np.testing.assert_array_equal(cache.v_YBKSC, v)
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_a_token_major_cache_takes_the_same_commits(batch: int):
+    rng = np.random.default_rng(batch)
+    fresh_k, fresh_v, path, count = random_rounds(rng, batch, 6)
+    start = rng.integers(0, CAPACITY - 6 * PATH, batch).astype(np.int32)
+    empty = [kv.empty(LAYERS, batch, HEADS, CHANNELS, CAPACITY, jnp.dtype("float32"), major) for major in (False, True)]
+    expected, found = (commit_in_a_loop(cache, start, fresh_k, fresh_v, path, count)[0] for cache in empty)
+    assert isinstance(found, TokenMajorCache) and found.capacity == CAPACITY
+    np.testing.assert_array_equal(found.k_YBKSC, jnp.swapaxes(expected.k_YBKCS, -1, -2))
+    np.testing.assert_array_equal(found.v_YBKSC, expected.v_YBKSC)
 
 
 @pytest.mark.parametrize("batch", [1, 9])

@@ -90,7 +90,7 @@ def test_verification_sends_two_sums_a_layer_and_one_for_the_embedding(planned: 
 @pytest.mark.parametrize(
     ("topology", "mode", "rule"),
     [
-        ("v6e:2x4", "swor", "recursive-rejection"),
+        pytest.param("v6e:2x4", "swor", "recursive-rejection", marks=pytest.mark.slow),
         pytest.param("v5e:2x4", "topk", "target-draw", marks=pytest.mark.slow),
         pytest.param("v5p:2x2x1", "topk", "target-draw", marks=pytest.mark.slow),
         pytest.param("v6e:2x4", "topk", "target-draw", marks=pytest.mark.slow),

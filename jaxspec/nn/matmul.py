@@ -1,0 +1,83 @@
+"""Products with weight matrices: as they are trained, or laid out for CPUs, which decode a few rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.base import Array, Params
+from jaxspec.nn.quantization import rescale
+from jaxspec.nn.weights import declared
+
+MOST_LEFT_ROWS = 64
+"""Greatest number of rows for which a matrix of outputs by inputs stands left of the activations."""
+ROW_STEP = 4
+"""Rows that XLA:CPU's kernels take at once: 5 to 7 rows cost more than 8."""
+
+
+def outputs_first(name: str) -> str:
+    """Returns the name of the matrix `name` laid out with its outputs before its inputs."""
+    return f"{name}_outputs_first"
+
+
+def multiply(weights: Mapping[str, Array], name: str, x_BLE: Array) -> Array:
+    """Returns `x` times the declared matrix `name`, `[B, L, *outputs]`, scaled where the matrix is quantized.
+
+    The axes that the declaration contracts are taken as one, `E`. `weights` holds the matrix as it is declared, or with
+    its outputs first, as `lay_out` makes it of weights that are declared as `multiplied`.
+    """
+    inputs = len(declared(name).matrix or ())
+    if name not in weights:
+        laid = weights[outputs_first(name)]
+        outputs = laid.shape[: laid.ndim - inputs]
+        product = multiply_left(laid.reshape(math.prod(outputs), -1), x_BLE).reshape(*x_BLE.shape[:2], *outputs)
+    else:
+        matrix = weights[name].astype(x_BLE.dtype)
+        # One contracted axis: to contract three, XLA:CPU would copy the weight on every call.
+        matrix = matrix.reshape(-1, *matrix.shape[inputs:])
+        product = jax.lax.dot_general(x_BLE, matrix, (((2,), (0,)), ((), ())))
+    return rescale(weights, name, product)
+
+
+def multiply_left(matrix_FE: Array, x_BLE: Array, out: Any = None) -> Array:
+    """Returns `x @ matrix.T`, `[B, L, F]`, in dtype `out` (None: that of `x`).
+
+    Few rows stand right of the matrix, as columns: where a matrix stands right of few rows, XLA:CPU lays it out anew on
+    every call, which costs as much as the product.
+    """
+    batch, length, width = x_BLE.shape
+    rows, matrix_FE = batch * length, matrix_FE.astype(x_BLE.dtype)
+    if rows > MOST_LEFT_ROWS:
+        return jnp.einsum("BLE,FE->BLF", x_BLE, matrix_FE, preferred_element_type=out)
+    padding = -rows % ROW_STEP if rows > 1 else 0
+    x_RE = jnp.pad(x_BLE.reshape(rows, width), ((0, padding), (0, 0)))
+    product_FR = jnp.einsum("FE,RE->FR", matrix_FE, x_RE, preferred_element_type=out)
+    # The barrier keeps XLA from making one product of both transposes, with the matrix on the right again.
+    product_FR = jax.lax.optimization_barrier(product_FR)
+    return product_FR.T[:rows].reshape(batch, length, -1)
+
+
+def lay_out(params: Params) -> Params:
+    """Returns a model's weights with the matrices that `multiply` reads laid out with their outputs first.
+
+    For CPUs, once, before decoding. Stacked matrices (of layers, experts or heads) stay as they are.
+    """
+    if isinstance(params, Mapping):
+        return dict(_lay_out_one(name, value) for name, value in params.items())
+    return [lay_out(each) for each in params]
+
+
+def _lay_out_one(name: str, value: Any) -> tuple[str, Any]:
+    """Returns an entry of the weights under the name and in the layout for decoding on a CPU."""
+    if isinstance(value, Mapping | list | tuple):
+        return name, lay_out(value)
+    weight = declared(name)
+    matrix = weight.matrix or (0,)
+    # Only where the inputs are the first axes; axes before them stack matrices.
+    if not weight.multiplied or -min(matrix) != value.ndim:
+        return name, value
+    return outputs_first(name), jnp.moveaxis(value, range(len(matrix)), range(-len(matrix), 0))
