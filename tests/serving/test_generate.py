@@ -11,6 +11,7 @@ from random_models import POSITIONS, write_drafter, write_target
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
+from jaxspec.decoding.generation import run_rounds
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading, queue
 
@@ -45,6 +46,18 @@ def test_one_prompt_is_streamed_and_the_pieces_are_the_text(tmp_path, target, dr
     result = generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", drafter)
     assert capsys.readouterr().out.startswith(result["rows"][0]["text"] + "\n")
     assert result["rows"][0]["text"]
+
+
+def test_a_streamed_answer_compiles_its_rounds_once_and_before_the_clock(tmp_path, target, drafter, monkeypatch):
+    before, warmed, warm_up = run_rounds._cache_size(), [], queue.warm_up
+
+    def counting(*args):
+        warm_up(*args)
+        warmed.append(run_rounds._cache_size())
+
+    monkeypatch.setattr(queue, "warm_up", counting)
+    generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", drafter, "--tree", "chain:1")
+    assert run_rounds._cache_size() == warmed[0] <= before + 1
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--top-k", "50", "--seed", "3")])
