@@ -1,5 +1,7 @@
 """The command line of every program: flags become a frozen dataclass, exceptions become exit codes."""
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -7,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import tyro
+
+from jaxspec.console.wrong_flags import sentence_of
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,9 +35,19 @@ class WrongUsage(ValueError):
 def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
     """Returns an instance of the frozen dataclass `args` filled from `argv`.
 
-    The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2 on wrong usage.
+    The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2, after one sentence, on
+    wrong usage.
     """
-    return tyro.cli(args, args=list(argv), prog=prog, description=description)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args, args=list(argv), prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code == EXIT_USAGE and said.getvalue():
+            said = io.StringIO(f"{prog}: {sentence_of(said.getvalue(), args, argv, prog)}\n")
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
