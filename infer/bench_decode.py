@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from jaxspec.console import cli, results, tables
-from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
+from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Request, Requests, make_requests
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
@@ -135,10 +135,11 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
+    prompts = None if args.prompts is None else read_prompts(args.prompts, limit=args.limit)
     every = [shaped(args)] if args.shape else load_every(args)
     models = every[0]
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
-    load = Load(make_batches(models, args), args.max_new_tokens, args.capacity, args.rounds_only)
+    load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(every, args)
     timed = {name: arm.models for name, arm in arms.items()}
     runs, peers = timing.time_arms(timed, load, repeats=args.repeats, peer=peer)
@@ -186,11 +187,11 @@ def random_batches(models: Models, args: Args) -> list[Requests]:
     return batches
 
 
-def make_batches(models: Models, args: Args) -> list[Requests]:
+def make_batches(models: Models, prompts: Sequence[Prompt] | None, args: Args) -> list[Requests]:
     """Returns full batches of like length; prompts that cannot be read are named and left out."""
     if args.shape is not None:
         return random_batches(models, args)
-    requests = sorted(readable_requests(models, args), key=lambda request: len(request.tokens))
+    requests = sorted(readable_requests(models, prompts, args), key=lambda request: len(request.tokens))
     count = len(requests) // args.batch
     if not count:
         raise ValueError(f"{len(requests)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
@@ -201,20 +202,18 @@ def make_batches(models: Models, args: Args) -> list[Requests]:
     return [b._replace(stop_BR=jnp.full_like(b.stop_BR, NO_STOP)) for b in batches]
 
 
-def readable_requests(models: Models, args: Args) -> list[Request]:
+def readable_requests(models: Models, prompts: Sequence[Prompt] | None, args: Args) -> list[Request]:
     """Returns the requests of a file's prompts, or of user turns that the target writes; names those left out."""
-    if args.prompts is None:
+    if prompts is None:
         turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed, settings=SENSIBLE), args.limit)
         prompts = [text_prompt(str(turn.attempt), turn.text) for turn in turns]
-    else:
-        prompts = read_prompts(args.prompts, limit=args.limit)
     requests = []
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer)
             requests.append(models.request(tokens, args.settings.for_row(index), index))
         except ValueError as error:
-            sys.stderr.write(f"jaxspec bench decode: prompt {prompt.id!r} {cli.sentence(error)}\n")
+            sys.stderr.write(f"jaxspec bench decode: {prompt.name} {cli.sentence(error)}\n")
     return requests
 
 

@@ -105,10 +105,27 @@ def test_a_bad_prompt_is_named_and_the_others_are_answered(tmp_path, target, cap
     path.write_text("\n".join([*map(json.dumps, lines), '{"prompt": 3', json.dumps(no_question)]))
     result = generate(tmp_path, "--target", target, "--prompts", path, code=1)
     shown = capsys.readouterr().err
-    assert "prompt 'long' has" in shown and f"the target has {POSITIONS} positions" in shown
-    assert "prompt 'none' is empty" in shown and "prompt '4' is malformed" in shown and "'5' has no user turn" in shown
+    assert f"{path}:1: prompt 'long' has" in shown and f"the target has {POSITIONS} positions" in shown
+    assert f"{path}:2: prompt 'none' is empty" in shown and f"{path}:5: prompt '5' has no user turn" in shown
+    assert f"{path}:4: prompt '4' is not JSON: Expecting ',' delimiter at column 13" in shown
     assert [bool(r["error"]) for r in result["rows"]] == [True, True, False, True, True]
     assert result["rows"][2]["tokens"] > 0 and result["failed"] == 4
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench decode"])
+def test_prompts_are_read_and_named_before_the_target_is(tmp_path, verb, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "1 and 2", "temperature": -1}\n{"prompt"\n')
+    flags = ["--prompts", str(path) if verb == "generate" else str(tmp_path / "none"), "--target", "no/such/target"]
+    assert main([*verb.split(), *flags]) == 1
+    shown = capsys.readouterr().err.splitlines()
+    if verb == "generate":
+        assert shown[0].startswith(f"jaxspec generate: {path}:1: prompt '1' temperature is -1; it must be 0")
+        assert shown[1:] == [
+            f"jaxspec generate: {path}:2: prompt '2' is not JSON: Expecting ':' delimiter at column 10"
+        ]
+    else:
+        assert len(shown) == 1 and f"{tmp_path / 'none'}: no such file" in shown[0]
 
 
 def test_a_data_set_is_a_prompt_file_and_its_own_answers_are_left_out(tmp_path, target):
