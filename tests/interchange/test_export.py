@@ -198,6 +198,16 @@ class CountedArray:
         return self.array[block]
 
 
+def test_a_target_that_would_not_be_read_is_refused(drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(drafter), str(tmp_path / "out"), "--target", "nope"]) == 1
+    told = capsys.readouterr().err
+    assert (
+        "--target is for hf, eagle, sglang" in told and "orbax needs none" in told and not (tmp_path / "out").exists()
+    )
+    assert main(["inspect", str(drafter), "--target", "nope"]) == 1
+    assert "--target is for published heads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["import target", "export"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_target_that_came_in_goes_out_as_it_was_a_layer_at_a_time(
