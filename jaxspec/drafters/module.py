@@ -15,7 +15,6 @@ from jaxspec.nn.remat import Remat
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.nn.weights import Weight, init_of, init_weights
 
-
 SIZES = ("heads", "kv_heads", "head_dim", "width", "mlp", "layers", "tokens")
 """Options of drafters that count something."""
 
