@@ -114,6 +114,12 @@ class Interrupting(list[float]):
             yield loss
 
 
+def test_the_step_is_announced_before_it_is_compiled(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run(tmp_path, [1.0, 1.0])
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first == "toy tiny: compiling the step for 8 rows of 512 tokens, which the first step waits for"
+
+
 def test_an_interrupt_saves_the_step_it_came_in(tmp_path: Path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Preempted, match="step 3"):
