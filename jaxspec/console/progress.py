@@ -42,6 +42,8 @@ class Progress:
             self.bar.update(self.task, completed=self.completed, rate=rate, status=self.status)
             return
         self.printed = time.monotonic()
+        if self.total == 0:  # whoever has nothing to do says so
+            return
         count = f"{self.completed:,}" if self.total is None else f"{self.completed:,}/{self.total:,}"
         left = (self.total or 0) - self.completed
         eta = f"{left * elapsed / self.completed:,.0f} s left" if self.completed and left > 0 else ""

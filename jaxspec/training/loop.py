@@ -145,6 +145,8 @@ def train(opened: OpenRun, state: Any, *, start: int, evaluation: Mapping[str, A
     if start < steps:
         rows = f"{config.data.batch:,} rows of {config.data.length:,} tokens"
         say(f"{recipe.verb} {config.name}: compiling the step for {rows}, which the first step waits for")
+    else:
+        say(f"{recipe.verb} {config.name}: all {steps:,} steps are already done")
     meter, saved = Meter(config.log_every), time.monotonic()
     with termination_notice() as noticed, progress(f"{recipe.verb} {config.name}", steps - start, "steps") as shown:
         for step in range(start + 1, steps + 1):
