@@ -334,12 +334,12 @@ def slow_hint(found: dict[str, Any], args: Args) -> str:
     )
     if args.steps < usual.steps or args.conversations < usual.conversations:
         return (
-            f"{told}; the head has learned for {args.steps:,} steps from {found['conversations']:,} conversations only: "
-            f"take the usual --steps {usual.steps} --conversations {usual.conversations}, or more\n"
+            f"{told}; the head has learned for {args.steps:,} steps from {found['conversations']:,} conversations "
+            f"only: take the usual --steps {usual.steps} --conversations {usual.conversations}, or more\n"
         )
     return (
-        f"{told}; a call of a small target costs hardly more than one of its head, so a larger --target gains more, and "
-        f"so does a head that learns longer (--steps {2 * args.steps})\n"
+        f"{told}; a call of a small target costs hardly more than one of its head, so a larger --target gains more, "
+        f"and so does a head that learns longer (--steps {2 * args.steps})\n"
     )
 
 
