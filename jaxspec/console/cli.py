@@ -1,7 +1,5 @@
 """The command line of every program: flags become a frozen dataclass, exceptions become exit codes."""
 
-import contextlib
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +8,7 @@ from typing import TypeVar
 
 import tyro
 
-from jaxspec.console.wrong_flags import sentence_of
+from jaxspec.console.wrong_flags import one_sentence
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -38,16 +36,8 @@ def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str)
     The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2, after one sentence, on
     wrong usage.
     """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(args, args=list(argv), prog=prog, description=description)
-    except SystemExit as stop:
-        if stop.code == EXIT_USAGE and said.getvalue():
-            said = io.StringIO(f"{prog}: {sentence_of(said.getvalue(), args, argv, prog)}\n")
-        raise
-    finally:
-        sys.stderr.write(said.getvalue())
+    with one_sentence(args, argv, prog):
+        return tyro.cli(args, args=list(argv), prog=prog, description=description)
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

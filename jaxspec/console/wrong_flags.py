@@ -1,10 +1,13 @@
 """Complaints about flags as one sentence each: tyro prints boxes of several lines."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import re
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxspec.console.overrides import suggest
 
@@ -15,6 +18,21 @@ KINDS = {
     r"could not convert string to float: (.+)": "a number",
 }
 """Python's complaint about a value -> what the flag takes."""
+
+
+@contextlib.contextmanager
+def one_sentence(args: type, argv: Sequence[str], prog: str) -> Iterator[None]:
+    """While tyro reads `argv` as the flags of the dataclass `args`: writes its complaint to stderr as one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        if stop.code and said.getvalue():
+            said = io.StringIO(f"{prog}: {sentence_of(said.getvalue(), args, argv, prog)}\n")
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
 
 
 def sentence_of(box: str, args: type, argv: Sequence[str], prog: str) -> str:

@@ -37,7 +37,7 @@ class Settings:
     """Seed of all randomness."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of weights."""
-    group: cli.Inline[Group] = field(default_factory=Group)
+    group: tyro.conf.OmitArgPrefixes[Group] = field(default_factory=Group)
 
     def __post_init__(self) -> None:
         if self.seed < 1:
