@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
     load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(every, args)
-    found = Measured({}, [], [])
+    found = BenchFigures({}, [], [])
     with cli.sigterm_interrupts():
         try:
             measure(found, arms, load, args, peer)
@@ -163,8 +163,8 @@ class DecodingArm(NamedTuple):
     tree: str | None = None
 
 
-class Measured(NamedTuple):
-    """What has been measured so far."""
+class BenchFigures(NamedTuple):
+    """The figures that a bench has made so far."""
 
     runs: dict[str, list[Run]]
     """Passes of every arm."""
@@ -174,7 +174,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    found: Measured, arms: dict[str, DecodingArm], load: Load, args: Args, peer: tuple[str, timing.Peer] | None
+    found: BenchFigures, arms: dict[str, DecodingArm], load: Load, args: Args, peer: tuple[str, timing.Peer] | None
 ) -> None:
     """Times all arms, prints their speeds, and times the parts of their rounds."""
     timed = {name: arm.models for name, arm in arms.items()}
@@ -191,7 +191,7 @@ def measure(
     compare_drafting(found.rows)
 
 
-def tell_stopped(found: Measured, arms: dict[str, DecodingArm], load: Load, args: Args, started: float) -> None:
+def tell_stopped(found: BenchFigures, arms: dict[str, DecodingArm], load: Load, args: Args, started: float) -> None:
     """Prints and writes what a run that is being stopped has measured."""
     if not any(found.runs.values()):
         sys.stderr.write("jaxspec bench decode: stopped before anything was measured\n")
@@ -346,7 +346,7 @@ def add_parts(row: dict[str, Any], models: Models, parts: Parts, prefix: float) 
     row |= {"bytes_per_second": work.bytes / parts.round, "flops_per_second": work.flops / parts.round}
 
 
-def make_peer(args: Args, found: Measured) -> dict[str, Any] | None:
+def make_peer(args: Args, found: BenchFigures) -> dict[str, Any] | None:
     """Returns the peer's entry in the result; None without one."""
     plain, peers = found.runs["plain"], found.peers
     if not peers:
