@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from jaxspec.console import cli, results, tables
-from jaxspec.data.prompts import encode_prompt, read_prompts, text_prompt
+from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Request, Requests, make_requests
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
@@ -135,19 +135,20 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
+    prompts = None if args.prompts is None else read_prompts(args.prompts, limit=args.limit)
     every = [shaped(args)] if args.shape else load_every(args)
     models = every[0]
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
-    load = Load(make_batches(models, args), args.max_new_tokens, args.capacity, args.rounds_only)
+    load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(every, args)
-    timed = {name: arm.models for name, arm in arms.items()}
-    runs, peers = timing.time_arms(timed, load, repeats=args.repeats, peer=peer)
-    middle = len(load.batches) // 2
-    rounds = {name: timing.most_calls(mine[0].answers[middle]) for name, mine in runs.items()}
-    parts = timing.time_parts({n: m for n, m in timed.items() if rounds[n]}, load, load.batches[middle], rounds)
-    rows = [make_row(name, arm, runs, parts.get(name), load, args) for name, arm in arms.items()]
-    compare_drafting(rows)
-    result = make_result(args, rows, make_peer(args, runs, peers), started)
+    found = BenchFigures({}, [], [])
+    with cli.sigterm_interrupts():
+        try:
+            measure(found, arms, load, args, peer)
+        except KeyboardInterrupt:
+            tell_stopped(found, arms, load, args, started)
+            raise
+    result = make_result(args, found.rows, make_peer(args, found), started)
     print_result(result, args)
     if args.json:
         results.write_json(args.json, result)
@@ -160,6 +161,55 @@ class DecodingArm(NamedTuple):
     models: Models
     drafter: str | None = None
     tree: str | None = None
+
+
+class BenchFigures(NamedTuple):
+    """The figures that a bench has made so far."""
+
+    runs: dict[str, list[Run]]
+    """Passes of every arm."""
+    peers: list[PeerRun]
+    rows: list[dict[str, Any]]
+    """Rows of the arms, once all their passes are made."""
+
+
+def measure(
+    found: BenchFigures, arms: dict[str, DecodingArm], load: Load, args: Args, peer: tuple[str, timing.Peer] | None
+) -> None:
+    """Times all arms, prints their speeds, and times the parts of their rounds."""
+    timed = {name: arm.models for name, arm in arms.items()}
+    _, peers = timing.time_arms(timed, load, repeats=args.repeats, peer=peer, runs=found.runs)
+    found.peers.extend(peers)
+    found.rows.extend(make_row(name, arm, found.runs, load, args) for name, arm in arms.items())
+    print_arms(found.rows, make_peer(args, found), args)  # the parts take as long again
+    middle = len(load.batches) // 2
+    rounds = {name: timing.most_calls(mine[0].answers[middle]) for name, mine in found.runs.items()}
+    parts = timing.time_parts({n: m for n, m in timed.items() if rounds[n]}, load, load.batches[middle], rounds)
+    for row in found.rows:
+        if row["arm"] in parts:
+            add_parts(row, arms[row["arm"]].models, parts[row["arm"]], mean_prefix(load, found.runs[row["arm"]]))
+    compare_drafting(found.rows)
+
+
+def tell_stopped(found: BenchFigures, arms: dict[str, DecodingArm], load: Load, args: Args, started: float) -> None:
+    """Prints and writes what a run that is being stopped has measured."""
+    if not any(found.runs.values()):
+        sys.stderr.write("jaxspec bench decode: stopped before anything was measured\n")
+        return
+    if not found.rows:
+        found.rows.extend(
+            make_row(name, arms[name], found.runs, load, args) for name, mine in found.runs.items() if mine
+        )
+        print_arms(found.rows, make_peer(args, found), args)
+    compare_drafting(found.rows)
+    passes = min(len(mine) for mine in found.runs.values() if mine)
+    sys.stderr.write(
+        f"jaxspec bench decode: stopped; the table above is of {passes} of {args.repeats} repeats, and rounds are not "
+        "taken apart\n"
+    )
+    if args.json:
+        peer = make_peer(args, found)
+        results.write_json(args.json, make_result(args, found.rows, peer, started, stopped=True))
 
 
 def load_every(args: Args) -> list[Models]:
@@ -186,11 +236,11 @@ def random_batches(models: Models, args: Args) -> list[Requests]:
     return batches
 
 
-def make_batches(models: Models, args: Args) -> list[Requests]:
+def make_batches(models: Models, prompts: Sequence[Prompt] | None, args: Args) -> list[Requests]:
     """Returns full batches of like length; prompts that cannot be read are named and left out."""
     if args.shape is not None:
         return random_batches(models, args)
-    requests = sorted(readable_requests(models, args), key=lambda request: len(request.tokens))
+    requests = sorted(readable_requests(models, prompts, args), key=lambda request: len(request.tokens))
     count = len(requests) // args.batch
     if not count:
         raise ValueError(f"{len(requests)} prompts do not fill a batch of {args.batch}: give more, or lower --batch")
@@ -201,20 +251,18 @@ def make_batches(models: Models, args: Args) -> list[Requests]:
     return [b._replace(stop_BR=jnp.full_like(b.stop_BR, NO_STOP)) for b in batches]
 
 
-def readable_requests(models: Models, args: Args) -> list[Request]:
+def readable_requests(models: Models, prompts: Sequence[Prompt] | None, args: Args) -> list[Request]:
     """Returns the requests of a file's prompts, or of user turns that the target writes; names those left out."""
-    if args.prompts is None:
+    if prompts is None:
         turns = islice(write_user_turns(models.plain(), args.limit, seed=args.seed, settings=SENSIBLE), args.limit)
         prompts = [text_prompt(str(turn.attempt), turn.text) for turn in turns]
-    else:
-        prompts = read_prompts(args.prompts, limit=args.limit)
     requests = []
     for index, prompt in enumerate(prompts):
         try:
             tokens = encode_prompt(prompt, models.tokenizer)
             requests.append(models.request(tokens, args.settings.for_row(index), index))
         except ValueError as error:
-            sys.stderr.write(f"jaxspec bench decode: prompt {prompt.id!r} {cli.sentence(error)}\n")
+            sys.stderr.write(f"jaxspec bench decode: {prompt.name} {cli.sentence(error)}\n")
     return requests
 
 
@@ -254,14 +302,15 @@ def compare_drafting(rows: list[dict[str, Any]]) -> None:
         row["draft_ratio"] = row["draft_ms"] / first if first and row["draft_ms"] else None
 
 
-def make_row(
-    name: str, arm: DecodingArm, runs: dict[str, list[Run]], parts: Parts | None, load: Load, args: Args
-) -> dict[str, Any]:
-    """Returns an arm's row: medians of its runs, the parts of a round, and the work a second by the models' sizes."""
+def mean_prefix(load: Load, mine: Sequence[Run]) -> float:
+    """Returns the tokens of prompt and half an answer, in the mean."""
+    prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in load.batches]))
+    return float(prompt + np.mean([len(row) for row in mine[0].tokens]) / 2)
+
+
+def make_row(name: str, arm: DecodingArm, runs: dict[str, list[Run]], load: Load, args: Args) -> dict[str, Any]:
+    """Returns an arm's row: medians of its runs; what `add_parts` adds is None."""
     models, mine, batches = arm.models, runs[name], load.batches
-    prompt = float(np.mean([np.mean(np.asarray(r.length_B)) for r in batches]))
-    prefix = prompt + np.mean([len(row) for row in mine[0].tokens]) / 2
-    work = timing.round_work(models, args.batch, float(prefix))
     speed = float(np.median([run.tokens_per_second for run in mine]))
     plain = float(np.median([run.tokens_per_second for run in runs["plain"]]))
     tree = models.engine.tree
@@ -273,7 +322,7 @@ def make_row(
         "drafter": arm.drafter,
         "tree": arm.tree,
         "batch": args.batch,
-        "prefix": round(float(prefix)),
+        "prefix": round(mean_prefix(load, mine)),
         "nodes": 1 if tree is None else tree.nodes,
         "tokens_per_second": speed,
         "tau": mine[0].tau,
@@ -283,18 +332,25 @@ def make_row(
         "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
         "identical_fraction": float(np.mean(same)) if comparable else None,
         "capacity": load.sizes(models, batches[0])[0],
-        **{f"{part}_ms": parts and 1e3 * getattr(parts, part) for part in PARTS},
+        **{f"{part}_ms": None for part in PARTS},
         "prefill_ms": 1e3 * float(np.median([run.prefill_seconds for run in mine])) / len(batches),
-        "bytes_per_second": work.bytes / parts.round if parts else None,
-        "flops_per_second": work.flops / parts.round if parts else None,
+        "bytes_per_second": None,
+        "flops_per_second": None,
     }
 
 
-def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[PeerRun]) -> dict[str, Any] | None:
+def add_parts(row: dict[str, Any], models: Models, parts: Parts, prefix: float) -> None:
+    """Adds the parts of a round to an arm's row, and the work a second by the models' sizes."""
+    work = timing.round_work(models, row["batch"], prefix)
+    row |= {f"{part}_ms": 1e3 * getattr(parts, part) for part in PARTS}
+    row |= {"bytes_per_second": work.bytes / parts.round, "flops_per_second": work.flops / parts.round}
+
+
+def make_peer(args: Args, found: BenchFigures) -> dict[str, Any] | None:
     """Returns the peer's entry in the result; None without one."""
+    plain, peers = found.runs["plain"], found.peers
     if not peers:
         return None
-    plain = runs["plain"]
     speed = float(np.median([sum(map(len, p.tokens)) / p.seconds for p in peers]))
     same = [np.array_equal(a, b) for a, b in zip(peers[0].tokens, plain[0].tokens, strict=True)]
     return {
@@ -306,8 +362,13 @@ def make_peer(args: Args, runs: dict[str, list[Run]], peers: list[PeerRun]) -> d
     }
 
 
-def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float) -> dict[str, Any]:
-    """Returns the verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's."""
+def make_result(
+    args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float, *, stopped: bool = False
+) -> dict[str, Any]:
+    """Returns the verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's.
+
+    That of a run that was stopped says so, and has no rates of the machine.
+    """
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
     dtype = loading.DTYPES[args.dtype]
     return results.result(
@@ -328,14 +389,14 @@ def make_result(args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | N
         speedup=best and best["speedup"],
         efficiency=best and best["efficiency"],
         peer=peer,
-        machine_copy_bytes_per_second=copy_bandwidth(),
-        machine_matmul_flops_per_second=matmul_rate(dtype),
+        machine_copy_bytes_per_second=None if stopped else copy_bandwidth(),
+        machine_matmul_flops_per_second=None if stopped else matmul_rate(dtype),
+        **({"stopped": True} if stopped else {}),
     )
 
 
 def print_result(result: dict[str, Any], args: Args) -> None:
-    """Prints the arms, the parts of their rounds, the peer, and the meaning of every figure."""
-    print_arms(result, args)
+    """Prints the parts of the arms' rounds, the peer, and the meaning of every figure."""
     print_rounds(result)
     if args.rounds_only:
         sys.stdout.write("prompts are stand-ins: prefill is left out of tokens/s, and what is written means nothing\n")
@@ -345,9 +406,8 @@ def print_result(result: dict[str, Any], args: Args) -> None:
     sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")
 
 
-def print_arms(result: dict[str, Any], args: Args) -> None:
+def print_arms(rows: list[dict[str, Any]], peer: dict[str, Any] | None, args: Args) -> None:
     """Prints speed and tau of every arm, and the peer's."""
-    rows, peer = result["rows"], result["peer"]
     columns = {
         "arm": "arm",
         "nodes": "nodes",
@@ -367,6 +427,7 @@ def print_arms(result: dict[str, Any], args: Args) -> None:
         )
     title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
     tables.print_table(title, list(columns), table)
+    sys.stdout.flush()
 
 
 def print_rounds(result: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Answer prompts with a target, with or without a drafter.
 
 One prompt is streamed; several run side by side in slots, each of which takes the next prompt when it is done, and are
-printed in the order given. A prompt that cannot be answered is named in one sentence and skipped, and the exit code is
-then 1.
+printed in the order given. A prompt that cannot be answered is named in one sentence before any is answered, and
+skipped; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -88,17 +88,21 @@ def main(argv: list[str]) -> int:
     args = cli.parse(argv, Args, prog="jaxspec generate", description=__doc__ or "")
     given = [text_prompt(str(number), text) for number, text in enumerate(args.prompt, 1)]
     prompts = given or read_prompts(args.prompts or "")
+    failures = find_failures(prompts, args.settings)
+    tell_failures(prompts, failures)
+    if len(failures) == len(prompts):
+        return cli.EXIT_FAILED
     log = None if args.out is None else Log(Path(args.out), args, prompts)
     models = args.load_target(NO_TEMPLATE if args.raw else None)
     if args.drafter != "none":
         models = args.add_drafter(models, args.drafter, args.tree)
-    requests, failures = request_all(prompts, models, args.settings, raw=args.raw)
+    requests, unfit = request_all(prompts, models, args, failures)
+    tell_failures(prompts, unfit)
+    failures |= unfit
     if len(prompts) == 1 and requests and log is None:
         done = answer_one(models, requests[0])
     else:
         done = answer_many(models, requests, args, log)
-    for index, problem in failures.items():
-        sys.stderr.write(f"jaxspec generate: prompt {prompts[index].id!r} {problem}\n")
     rows = [make_row(p, models, done.answers.get(i), failures.get(i)) for i, p in enumerate(prompts)]
     if log is not None:
         log.finish(rows)
@@ -142,18 +146,37 @@ def read_answer(tokens: list[int], finish: str, calls: int, accepted: list[int])
     return Answer(np.array(tokens, np.int32), finish, calls, np.array(accepted))
 
 
-def request_all(
-    prompts: Sequence[Prompt], models: Models, settings: Settings, *, raw: bool
-) -> tuple[list[Request], dict[int, str]]:
-    """Returns the requests of prompts that can be answered, and by index a sentence on each that cannot."""
-    requests, failures = [], {}
+def find_failures(prompts: Sequence[Prompt], settings: Settings) -> dict[int, str]:
+    """Returns by index a sentence on each prompt that no target can answer."""
+    found = {index: prompt.problem for index, prompt in enumerate(prompts) if prompt.problem}
     for index, prompt in enumerate(prompts):
         try:
-            tokens = encode_prompt(prompt, models.tokenizer, raw=raw)
-            requests.append(models.request(tokens, settings_of(prompt, settings.for_row(index)), index))
+            settings_of(prompt, settings)
         except ValueError as error:
-            failures[index] = cli.sentence(error)
-    return requests, failures
+            found.setdefault(index, cli.sentence(error))
+    return found
+
+
+def tell_failures(prompts: Sequence[Prompt], failures: dict[int, str]) -> None:
+    """Names the prompts that cannot be answered on stderr."""
+    for index, problem in sorted(failures.items()):
+        sys.stderr.write(f"jaxspec generate: {prompts[index].name} {problem}\n")
+
+
+def request_all(
+    prompts: Sequence[Prompt], models: Models, args: Args, failures: dict[int, str]
+) -> tuple[list[Request], dict[int, str]]:
+    """Returns the requests of the prompts without a failure, and by index a sentence on each that is none here."""
+    requests, unfit = [], {}
+    for index, prompt in enumerate(prompts):
+        if index in failures:
+            continue
+        try:
+            tokens = encode_prompt(prompt, models.tokenizer, raw=args.raw)
+            requests.append(models.request(tokens, settings_of(prompt, args.settings.for_row(index)), index))
+        except ValueError as error:
+            unfit[index] = cli.sentence(error)
+    return requests, unfit
 
 
 def settings_of(prompt: Prompt, settings: Settings) -> Settings:

@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     measured = measure(models, drafted.models, held_out, args)
     found = make_result(drafted, measured, args, conversations=len(conversations), started=started)
     print_texts(models, held_out, measured)
-    print_result(held_out, measured, found)
+    print_result(held_out, measured, found, args)
     if args.json:
         results.write_json(args.json, found)
     return 0
@@ -323,7 +323,27 @@ def longest_answer(measured: Measured) -> int:
     return int(np.argmax([len(answer.tokens) for answer in measured.plain.answers]))
 
 
-def print_result(questions: Sequence[str], measured: Measured, found: dict[str, Any]) -> None:
+def slow_hint(found: dict[str, Any], args: Args) -> str:
+    """Returns why speculative decoding may be slower than plain decoding here, and what to do; empty if it is not."""
+    if found["speedup"] >= 1:
+        return ""
+    usual = Args()
+    told = (
+        f"the speed-up is below 1: at a tau of {found['tau']:.2f}, drafting and wider target calls cost more than they "
+        "save"
+    )
+    if args.steps < usual.steps or args.conversations < usual.conversations:
+        return (
+            f"{told}; the head has learned for {args.steps:,} steps from {found['conversations']:,} conversations "
+            f"only: take the usual --steps {usual.steps} --conversations {usual.conversations}, or more\n"
+        )
+    return (
+        f"{told}; a call of a small target costs hardly more than one of its head, so a larger --target gains more, "
+        f"and so does a head that learns longer (--steps {2 * args.steps})\n"
+    )
+
+
+def print_result(questions: Sequence[str], measured: Measured, found: dict[str, Any], args: Args) -> None:
     """Prints the table, where texts part, and the next command."""
     plain, fast = measured.plain, measured.speculative
     histogram = ", ".join(f"{n}: {count}" for n, count in enumerate(found["accept_histogram"]))
@@ -341,6 +361,7 @@ def print_result(questions: Sequence[str], measured: Measured, found: dict[str, 
         ],
     )
     sys.stdout.write("tau: tokens per target call, bonus token included; prefill and the token it gives not counted\n")
+    sys.stdout.write(slow_hint(found, args))
     for d in measured.parted:
         verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
         sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")

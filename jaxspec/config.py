@@ -9,9 +9,9 @@ import importlib
 import importlib.util
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxspec.console.overrides import override as override_fields
 from jaxspec.console.overrides import replace_fields, suggest
@@ -29,9 +29,29 @@ Metric = Literal["loss", "simulated_tau", "simulated_tau_greedy", "expected_acce
 """Figures of an evaluation."""
 
 
-def _require(config: Any, field: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"field {field!r} cannot be {getattr(config, field)!r}")
+class Range(NamedTuple):
+    """The numbers that a field may be; None may always be."""
+
+    text: str
+    """The end of a sentence: "it must be ..."."""
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_0 = Range("at least 0", lambda x: 0 <= x < math.inf)
+AT_LEAST_1 = Range("at least 1", lambda x: 1 <= x < math.inf)
+ABOVE_0 = Range("above 0", lambda x: 0 < x < math.inf)
+BELOW_1 = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
+SHARE = Range("above 0 and below 1", lambda x: 0 < x < 1)
+FRACTION = Range("from 0 to 1", lambda x: 0 <= x <= 1)
+SEED = Range("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
+
+
+def _check(config: Any, **ranges: Range) -> None:
+    """Raises ValueError naming the first field whose number is outside its range, and the range."""
+    for field, allowed in ranges.items():
+        value = getattr(config, field)
+        if value is not None and not allowed.holds(value):
+            raise ValueError(f"field {field!r} cannot be {value!r}; it must be {allowed.text}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +90,9 @@ class DataConfig:
     """Processes that prepare batches; None: one thread. A resumed run may change it."""
 
     def __post_init__(self) -> None:
-        _require(self, "length", self.length > 1)
-        _require(self, "batch", self.batch > 0)
-        if not 0 < self.mix_share < 1:
-            raise ValueError(f"mix_share is {self.mix_share:g}; it must be above 0 and below 1")
-        _require(self, "top_k", self.top_k is None or self.top_k > 0)
-        _require(self, "workers", self.workers is None or self.workers > 0)
+        counts = dict.fromkeys(("batch", "limit", "eval_limit", "top_k", "workers"), AT_LEAST_1)
+        # A row of one token has none to predict.
+        _check(self, length=Range("at least 2", lambda x: x >= 2), mix_share=SHARE, **counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +124,9 @@ class OptimizerConfig:
     """Share of `peak_lr` that is left at the last step."""
 
     def __post_init__(self) -> None:
-        _require(self, "peak_lr", self.peak_lr > 0 and math.isfinite(self.peak_lr))
-        _require(self, "warmup_steps", self.warmup_steps >= 0)
-        for length in ("steps", "epochs"):
-            _require(self, length, getattr(self, length) is None or getattr(self, length) > 0)
+        _check(self, peak_lr=ABOVE_0, warmup_steps=AT_LEAST_0, steps=AT_LEAST_1, epochs=AT_LEAST_1)
+        _check(self, weight_decay=AT_LEAST_0, b1=BELOW_1, b2=BELOW_1, eps=AT_LEAST_0)
+        _check(self, clip_norm=ABOVE_0, clip_value=ABOVE_0, final_lr_fraction=FRACTION)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of optimizer.steps and optimizer.epochs; set the other to none")
 
@@ -135,10 +151,7 @@ class CheckpointConfig:
     """Step whose weights a finished run exports."""
 
     def __post_init__(self) -> None:
-        _require(self, "save_every", self.save_every is None or self.save_every > 0)
-        _require(self, "save_minutes", self.save_minutes is None or self.save_minutes > 0)
-        _require(self, "keep", self.keep > 0)
-        _require(self, "keep_best", self.keep_best >= 0)
+        _check(self, save_every=AT_LEAST_1, save_minutes=ABOVE_0, keep=AT_LEAST_1, keep_best=AT_LEAST_0)
         if self.export == "best" and not self.keep_best:
             raise ValueError("export=best needs keep_best to be at least 1")
 
@@ -163,6 +176,10 @@ class MeshConfig:
     """Heads, MLP channels and the vocabulary are split."""
     slices: int = 1
     """TPU slices, joined by the data-centre network."""
+
+    def __post_init__(self) -> None:
+        left = Range("at least 1, or -1 for the devices that are left", lambda x: x >= 1 or x == -1)
+        _check(self, data=left, fsdp=AT_LEAST_1, tensor=AT_LEAST_1, slices=AT_LEAST_1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +213,10 @@ class PretrainConfig:
     """Steps between two evaluations."""
     log_every: int = 10
     """Steps between two lines of `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        _check(self, seed=SEED, query_block=AT_LEAST_1, loss_block=AT_LEAST_1)
+        _check(self, eval_every=AT_LEAST_1, log_every=AT_LEAST_1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +264,7 @@ class DistillConfig:
     """Steps between two lines of `metrics.jsonl`."""
 
     def __post_init__(self) -> None:
+        _check(self, seed=SEED, query_block=AT_LEAST_1, eval_every=AT_LEAST_1, log_every=AT_LEAST_1)
         if self.drafter in DRAFTERS:  # else whoever makes the drafter says so
             object.__setattr__(self, "head", options_of(self.drafter, self.head))
 

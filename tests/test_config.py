@@ -1,6 +1,7 @@
 """Tests of experiments: how they are found, derived from each other, resolved and shown."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_a_length_in_steps_replaces_one_in_epochs_and_the_other_way_round():
     assert load("hass", ["optimizer.steps=7"]).optimizer.epochs is None
     for length in ("steps", "epochs"):
         for wrong in (0, -3):
-            with pytest.raises(ValueError, match=f"field '{length}' cannot be {wrong}"):
+            with pytest.raises(ValueError, match=f"field '{length}' cannot be {wrong}; it must be at least 1"):
                 load("hass", [f"optimizer.{length}={wrong}"])
     with pytest.raises(ValueError, match="give exactly one"):
         load("hass", ["optimizer.steps=7", "optimizer.epochs=1"])
@@ -112,8 +113,37 @@ def test_the_three_direct_alignments_are_one_experiment_and_a_loss(loss: str, we
 
 
 def test_an_override_that_breaks_a_rule_names_the_group():
-    with pytest.raises(ValueError, match=r"data: .*'batch' cannot be 0"):
+    with pytest.raises(ValueError, match=r"data: .*'batch' cannot be 0; it must be at least 1"):
         load("tiny", ["data.batch=0"])
+
+
+OUTSIDE = {
+    **dict.fromkeys(("data.batch", "data.limit", "data.eval_limit", "data.top_k", "data.workers"), "0"),
+    **dict.fromkeys(("data.length", "optimizer.b1", "optimizer.b2", "data.mix_share"), "1"),
+    **dict.fromkeys(("optimizer.peak_lr", "optimizer.clip_norm", "optimizer.clip_value", "optimizer.steps"), "0"),
+    **dict.fromkeys(("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.eps", "optimizer.epochs"), "-1"),
+    **dict.fromkeys(("checkpoint.save_every", "checkpoint.save_minutes", "checkpoint.keep", "mesh.data"), "0"),
+    **dict.fromkeys(("mesh.fsdp", "mesh.tensor", "mesh.slices", "query_block", "eval_every", "log_every"), "0"),
+    **dict.fromkeys(("checkpoint.keep_best", "seed", "objective.noise", "objective.feature_steps"), "-1"),
+    **dict.fromkeys(("objective.steps", "objective.chunk", "objective.step_decay"), "0"),
+    "optimizer.final_lr_fraction": "2",
+}
+"""Numbers that a field cannot be."""
+
+
+def test_every_number_of_an_experiment_has_a_range_which_its_refusal_names():
+    config = load("eagle2", ["optimizer.clip_norm=1", "data.limit=1"])
+    for path, text in OUTSIDE.items():
+        with pytest.raises(ValueError, match=f"{path.rpartition('.')[2]}.*{text}.* (must be|above) "):
+            override(config, [f"{path}={text}"])
+    fields = {p for p in dotted_fields(config) if not p.startswith("head.")}
+    numeric = {p for p in fields if isinstance(functools.reduce(getattr, p.split("."), config), int | float)}
+    numeric -= {p for p in numeric if isinstance(functools.reduce(getattr, p.split("."), config), bool)}
+    assert numeric <= OUTSIDE.keys()
+    with pytest.raises(ValueError, match="'loss_block' cannot be 0; it must be at least 1"):
+        load("tiny", ["loss_block=0"])
+    with pytest.raises(ValueError, match="head: field 'kv_heads' cannot be 0; it must be at least 1"):
+        load("eagle2", ["head.kv_heads=0"])
 
 
 def test_a_config_is_found_by_path(tmp_path: Path):
@@ -149,7 +179,7 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path, name: str, text: st
     ],
 )
 def test_settings_that_cannot_be_are_refused(build):
-    with pytest.raises(ValueError, match=r"optimizer|peak_lr|length|save_every|mix_share is 1"):
+    with pytest.raises(ValueError, match=r"optimizer|peak_lr|length|save_every|mix_share"):
         build()
 
 

@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = ChatTokenizer.load(target_folders.target_folder(target), args.template)
     notes = Notes(args.out, begun_with(args, target))
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
-    setup = Setup(encode_all(prompts, args, tokenizer), args.trees, args.settings, args.slots, notes)
+    setup = Setup(encode_all(prompts, tokenizer), args.trees, args.settings, args.slots, notes)
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:
@@ -259,16 +259,14 @@ def choose_prompts(args: Args) -> list[Prompt]:
     return first_of_each([p.source for p in named], named, args.limit)
 
 
-def encode_all(prompts: Sequence[Prompt], args: Args, tokenizer: ChatTokenizer) -> list[np.ndarray]:
+def encode_all(prompts: Sequence[Prompt], tokenizer: ChatTokenizer) -> list[np.ndarray]:
     """Returns the prompts as the target reads them. Raises ValueError naming one that it cannot read."""
     read = []
     for prompt in prompts:
         try:
             read.append(encode_prompt(prompt, tokenizer))
         except ValueError as error:
-            raise ValueError(
-                f"{args.prompts or args.eval}: prompt {prompt.id!r} {error}; mend it or take it out"
-            ) from error
+            raise ValueError(f"{prompt.name} {error}; mend it or take it out") from error
     return read
 
 

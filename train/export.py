@@ -32,7 +32,8 @@ class Args:
     to: Literal["orbax", "hf", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"] = "orbax"
     """Format: `hf` is a HuggingFace folder of a target or a draft LM, `eagle` is the layout of the papers' code."""
     target: str | None = None
-    """Folder of a drafter's target, for its vocabulary, depth and tables; `tiny` is the bundled target."""
+    """Folder of a drafter's target, for its vocabulary, depth and tables; `tiny` is the bundled target. Formats of
+    servers and published heads need it; a drafter of jaxspec needs none to become `orbax`."""
     step: str = "best"
     """Checkpoint of a run: best (by its evaluations), last, or the number of a step."""
     dtype: Literal["fp32", "bf16"] | None = None
@@ -51,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
     model = export.find_model(
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )
+    if args.target is not None and args.to == "orbax" and model.layout != "published":
+        needed = ", ".join(name for name in export.FORMATS if name != "orbax")
+        raise ValueError(f"--target is for {needed}, and for published heads; orbax needs none: leave it out")
     if reason := export.refusal(model, args.to):
         raise ValueError(f"{args.run} cannot be written to {args.to}: {reason}")
     export.write(args.to, args.out, model, args.target)

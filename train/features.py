@@ -48,7 +48,7 @@ from jaxspec.serving import flags
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.batches import HostBatch, place_rows, read_data
 from jaxspec.training.loop import termination_notice
-from jaxspec.training.resolve import attention_blocks, drafter_for, mesh_of
+from jaxspec.training.resolve import attention_blocks, check_length, drafter_for, mesh_of
 
 UNSTORED = ("template", "features", "top_k", "workers")
 """Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""
@@ -164,6 +164,7 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
     """Returns the manifest of the store and the fields of its records."""
     folder = target_folders.target_folder(config.target)
     shape = read_config(folder)
+    check_length(config, shape)
     if args.top_k >= shape.vocab:
         raise ValueError(f"--top-k is {args.top_k}, and the target has {shape.vocab} tokens; give fewer")
     taps = drafter_taps(config, shape)

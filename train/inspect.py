@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec inspect", description=__doc__ or "")
     model = export.find_model(args.path, target=args.target)
+    if args.target is not None and model.layout != "published":
+        raise ValueError(f"--target is for published heads, and {args.path} holds none: leave it out")
     facts = export.facts(model) | {"path": args.path}
     shapes, told = export.shapes(model), export.conventions(model)
     tables.print_table(args.path, ("", ""), [*facts.items(), *told.items()])

@@ -39,7 +39,7 @@ from jaxspec.planning.plan import (
     target_shape,
 )
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.training.resolve import DistillStep, build_step, drafter_for
+from jaxspec.training.resolve import DistillStep, build_step, check_length, drafter_for
 
 PROG = "jaxspec plan"
 LIBTPU = {
@@ -186,6 +186,7 @@ def plan_config(config: DistillConfig, topology: str, scored: int | None = None)
 
 def build_abstract(config: DistillConfig, shape: LlamaConfig, mesh: Mesh, scored: int | None) -> DistillStep:
     """Returns a config's step for a target of which only the shape is known."""
+    check_length(config, shape)
     dtype = jnp.dtype(config.dtype)
     target = Decoder(shape, stacked=config.scan_layers, dtype=dtype, param_dtype=dtype)
     return build_step(config, mesh, target, drafter_for(config, shape, scored).module)

@@ -141,13 +141,13 @@ def main(argv: list[str]) -> int:
     conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
     output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
     already = output.ids
-    models = args.load_target()
+    models = None
     if conversations is None:
+        models = args.load_target()
         conversations = write_conversations(models, args)
     todo = [(i, c) for i, c in select(conversations, args) if c.id not in already]
-    if already:
-        sys.stderr.write(f"{args.out}: {len(already):,} conversations are done, {len(todo):,} are left\n")
-    speed = run(models, todo, output, args)
+    tell_left(args.out, len(already), len(todo))
+    speed = run(models or args.load_target(), todo, output, args) if todo else (0.0, 0)
     result = make_result(args, output, speed, resumed_from=len(already), started=started)
     print_counts(result["sources"], result["by_temperature"], args)
     if args.json:
@@ -159,6 +159,14 @@ def main(argv: list[str]) -> int:
         reason = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
     sys.stderr.write(f"jaxspec regenerate: {reason}\n")
     return cli.EXIT_FAILED
+
+
+def tell_left(out: str, done: int, left: int) -> None:
+    """Says what an earlier run has done."""
+    if done and left:
+        sys.stderr.write(f"{out}: {done:,} conversations are done, {left:,} are left\n")
+    elif done:
+        sys.stderr.write(f"{out}: all {done:,} conversations are already done; --out with another name begins anew\n")
 
 
 def make_result(

@@ -71,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
         for done in work:
             bar.advance(done)
     result = {"out": args.out, "complete": is_complete(folder)}
+    if result["complete"] and not bar.completed:
+        sys.stderr.write(f"{args.out}: all conversations are already tokenized\n")
     if result["complete"]:
         corpus = StoredCorpus(folder)
         result |= {**corpus.summary._asdict(), "sources": list(corpus.sources)}

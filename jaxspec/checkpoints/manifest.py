@@ -22,6 +22,8 @@ from jaxspec.parallel.mesh import axes_of
 
 FORMAT = "jaxspec/2"
 MANIFEST = "jaxspec.json"
+RUN = "run.json"
+"""The record of a run, in its folder."""
 _ORBAX, _CHECKSUMS_1 = "_CHECKPOINT_METADATA", "jaxspec.sha256.json"
 
 GENERAL = {
@@ -118,6 +120,30 @@ def describe(params: Params) -> dict[str, dict[str, Any]]:
     return found
 
 
+def models_below(folder: Path, *, depth: int = 2) -> list[Path]:
+    """Returns the nearest folders below one that hold a run, a model of jaxspec or a HuggingFace folder, sorted.
+
+    The steps of a run are not listed.
+    """
+    found = []
+    for path in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
+        if any((path / name).is_file() for name in (RUN, MANIFEST, "config.json")):
+            found += [] if path.name.isdecimal() else [path]
+        elif depth > 1:
+            found += models_below(path, depth=depth - 1)
+    return found
+
+
+def whereabouts(folder: Path) -> str:
+    """Returns the end of a sentence about a folder without a model: where models are instead; empty if not known."""
+    if (folder / RUN).is_file():
+        exported = _read_object(folder / RUN).get("config", {}).get("export_folder")
+        return f"; it is the folder of a run, whose finished model is in {exported}" if exported else ""
+    near = [str(path) for path in models_below(folder)]
+    names = ", ".join(near[:4]) + (" ..." if len(near) > 4 else "")
+    return f"; found below it: {names}" if near else ""
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk."""
     opened = os.open(folder, os.O_RDONLY)
@@ -145,7 +171,7 @@ def _stored_1(folder: Path) -> Manifest:
     """
     half = f"{folder}: not a checkpoint of jaxspec, or half of one"
     if not (folder / _ORBAX).is_file():
-        raise ValueError(f"{half} ({MANIFEST} is missing)")
+        raise ValueError(f"{half} ({MANIFEST} is missing){whereabouts(folder)}")
     manifest = _read_object(folder / _ORBAX).get("custom_metadata") or {}
     if manifest.get("format") != "jaxspec/1":
         raise ValueError(f"{half} (Orbax wrote it, and {MANIFEST} is missing)")

@@ -20,10 +20,11 @@ import jax
 
 from jaxspec import __version__
 from jaxspec.checkpoints.event_file import EventFile, append_whole
+from jaxspec.checkpoints.manifest import RUN
 from jaxspec.console.results import git_sha, jsonable, machine_facts, write_json
 from jaxspec.data.jsonl import drop_torn_line, read_lines
 
-METRICS, TENSORBOARD, RECORD, LOCK = "metrics.jsonl", "tensorboard", "run.json", ".lock"
+METRICS, TENSORBOARD, RECORD, LOCK = "metrics.jsonl", "tensorboard", RUN, ".lock"
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

@@ -1,12 +1,16 @@
 """The command line of every program: flags become a frozen dataclass, exceptions become exit codes."""
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
+
+from jaxspec.console.wrong_flags import one_sentence
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -31,9 +35,11 @@ class WrongUsage(ValueError):
 def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
     """Returns an instance of the frozen dataclass `args` filled from `argv`.
 
-    The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2 on wrong usage.
+    The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2, after one sentence, on
+    wrong usage.
     """
-    return tyro.cli(args, args=list(argv), prog=prog, description=description)
+    with one_sentence(args, argv, prog):
+        return tyro.cli(args, args=list(argv), prog=prog, description=description)
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -76,6 +82,16 @@ def sentence(failure: BaseException) -> str:
     if isinstance(failure, OSError) and failure.strerror and failure.filename is not None:
         return f"{failure.filename}: {failure.strerror}"
     return " ".join(str(failure).split())
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """While it is open, SIGTERM ends the work as an interrupt (Ctrl-C) does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_below_one(args: object, *names: str) -> None:

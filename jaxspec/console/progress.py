@@ -26,12 +26,20 @@ class Progress:
         self.task = None if bar is None else bar.add_task(description, total=total, rate="", status="")
         self.show()
 
-    def advance(self, count: int = 1, status: str | None = None) -> None:
-        """Adds `count` finished units. `status` is free text, such as "loss 2.31"; it stays until it is replaced."""
+    def tell(self, status: str) -> None:
+        """Shows what is being done, such as "compiling", at once."""
+        self.status = status
+        self.show()
+
+    def advance(self, count: int = 1, status: str | None = None, *, at_once: bool = False) -> None:
+        """Adds `count` finished units, and shows them now and then or `at_once`.
+
+        `status` is free text, such as "loss 2.31"; it stays until it is replaced.
+        """
         self.completed += count
         self.status = self.status if status is None else status
         last = self.completed == self.total
-        if last or self.bar is not None or time.monotonic() - self.printed >= PLAIN_INTERVAL_SECONDS:
+        if at_once or last or self.bar is not None or time.monotonic() - self.printed >= PLAIN_INTERVAL_SECONDS:
             self.show()
 
     def show(self) -> None:
@@ -42,6 +50,8 @@ class Progress:
             self.bar.update(self.task, completed=self.completed, rate=rate, status=self.status)
             return
         self.printed = time.monotonic()
+        if self.total == 0:  # whoever has nothing to do says so
+            return
         count = f"{self.completed:,}" if self.total is None else f"{self.completed:,}/{self.total:,}"
         left = (self.total or 0) - self.completed
         eta = f"{left * elapsed / self.completed:,.0f} s left" if self.completed and left > 0 else ""

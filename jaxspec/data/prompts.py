@@ -24,6 +24,13 @@ class Prompt(NamedTuple):
     """Settings of its own, some of `SETTINGS`."""
     source: str = ""
     """The source that its line names."""
+    place: str = ""
+    """`FILE:LINE` of a prompt from a file."""
+
+    @property
+    def name(self) -> str:
+        """The subject of a sentence about it: its place, if it has one, and its id."""
+        return f"{self.place}: prompt {self.id!r}" if self.place else f"prompt {self.id!r}"
 
 
 SETTINGS = {
@@ -63,7 +70,8 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     if not lines:
         raise ValueError(f"{path}: holds no prompt")
     is_json = path.suffix in (".jsonl", ".json") or lines[0][1].lstrip().startswith("{")
-    return [parse_prompt(line, n) if is_json else text_prompt(n, line.strip()) for n, line in lines[:limit]]
+    read = parse_prompt if is_json else lambda line, n: text_prompt(n, line.strip())
+    return [read(line, n)._replace(place=f"{path}:{n}") for n, line in lines[:limit]]
 
 
 def parse_prompt(line: str, id: str) -> Prompt:
@@ -77,6 +85,8 @@ def parse_prompt(line: str, id: str) -> Prompt:
         if isinstance(fields.get("prompt"), str):
             return text_prompt(id, fields["prompt"])._replace(settings=settings, source=source)
         conversation = parse_conversation(record, id=id, source="")
+    except json.JSONDecodeError as error:
+        return Prompt(id, (), f"is not JSON: {error.msg} at column {error.colno}")
     except ValueError as error:
         return Prompt(id, (), f"is malformed: {error}")
     messages = drop_answers(conversation.messages)

@@ -76,7 +76,10 @@ def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: 
     # Reading a prompt does not depend on what will be drafted, so a chain without nodes stands for every tree.
     reader = Engine(engine.target, engine.drafter, None if engine.tree is None else chain(0))
     state = _prefill(reader, weights, requests, capacity, slots)
-    return state._replace(accepted_BP=jnp.zeros((requests.length_B.shape[0], engine.path), jnp.int32))
+    # Made of the state's own zeros, so that it lies where the state lies: `run_rounds` would be compiled again for its
+    # own result if fresh zeros, bound to no device, came in beside weights that are.
+    nothing_BP = jnp.broadcast_to(state.calls_B[:, None], (requests.length_B.shape[0], engine.path))
+    return state._replace(accepted_BP=nothing_BP)
 
 
 def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:

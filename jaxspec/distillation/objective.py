@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from jaxspec.base import Array
@@ -48,6 +49,10 @@ class Objective:
         divides_by_weights(self.position_weights)  # names an unknown one
         if self.steps < 1 or self.chunk < 1:
             raise ValueError(f"steps={self.steps} and chunk={self.chunk} must be at least 1")
+        if self.feature_steps is not None and self.feature_steps < 1:
+            raise ValueError(f"feature_steps={self.feature_steps} must be at least 1, or none for all")
+        if not (0 <= self.noise < math.inf and 0 < self.step_decay < math.inf):
+            raise ValueError(f"noise={self.noise:g} must be at least 0, and step_decay={self.step_decay:g} above 0")
         if self.step_weights and len(self.step_weights) != self.steps:
             raise ValueError(
                 f"step_weights has {len(self.step_weights)} numbers for steps={self.steps}: give one a step"

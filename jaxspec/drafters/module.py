@@ -16,6 +16,9 @@ from jaxspec.nn.remat import Remat
 from jaxspec.nn.rope import RopeScaling
 from jaxspec.nn.weights import Weight, init_of, init_weights
 
+SIZES = ("heads", "kv_heads", "head_dim", "width", "mlp", "layers", "tokens")
+"""Options of drafters that count something."""
+
 
 class TargetShape(NamedTuple):
     """Sizes of a target that a drafter's shape may follow."""
@@ -45,6 +48,12 @@ class DrafterOptions:
 
     Every field is None by default, and what is None follows the target or the default of the drafter's config.
     """
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"field {name!r} cannot be {value}; it must be at least 1")
 
     def follow(self, target: TargetShape) -> dict[str, Any]:
         """The fields of the drafter's config that follow the target, unless they are given."""

@@ -33,6 +33,14 @@ class TimedProgram(NamedTuple):
     donated: int | None = None
     """The argument that the program donates: it gets a copy of it."""
 
+    def run(self) -> float:
+        """Runs it once; returns the seconds."""
+        given = [jax.tree.map(jnp.copy, a) if i == self.donated else a for i, a in enumerate(self.arguments)]
+        jax.block_until_ready(given)
+        started = time.perf_counter()
+        jax.block_until_ready(self.program(*given))
+        return time.perf_counter() - started
+
 
 def in_turns(
     parts: dict[Name, TimedProgram], *, repeats: int, advance: Callable[[], None] | None = None
@@ -44,11 +52,7 @@ def in_turns(
     samples: dict[Name, list[float]] = {name: [] for name in parts}
     for _ in range(repeats + 1):
         for name, part in parts.items():
-            given = [jax.tree.map(jnp.copy, a) if i == part.donated else a for i, a in enumerate(part.arguments)]
-            jax.block_until_ready(given)
-            started = time.perf_counter()
-            jax.block_until_ready(part.program(*given))
-            samples[name].append(time.perf_counter() - started)
+            samples[name].append(part.run())
         if advance is not None:
             advance()
     return {name: float(np.median(taken[1:])) for name, taken in samples.items()}

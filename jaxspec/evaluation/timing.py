@@ -114,18 +114,30 @@ def simulate(models: Models, profile: Sequence[float] | None) -> Models:
 
 
 def time_arms(
-    arms: dict[str, Models], load: Load, *, repeats: int, peer: tuple[str, Peer] | None = None
+    arms: dict[str, Models],
+    load: Load,
+    *,
+    repeats: int,
+    peer: tuple[str, Peer] | None = None,
+    runs: dict[str, list[Run]] | None = None,
 ) -> tuple[dict[str, list[Run]], list[PeerRun]]:
-    """Returns every arm's passes over all batches, arms taking turns; their first passes compile and are dropped."""
-    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    """Returns every arm's passes over all batches, arms taking turns; their first passes compile and are dropped.
+
+    The passes are also put into `runs` as they are made, for a caller who is interrupted.
+    """
+    runs = {} if runs is None else runs
+    runs.update({name: [] for name in arms})
     peers: list[PeerRun] = []
     passes = (len(arms) + (peer is not None)) * (repeats + 1)
     with progress.progress("timing", passes, "passes") as bar:
         for repeat in range(repeats + 1):
             for name, arm in arms.items():
+                if not repeat:
+                    bar.tell(f"compiling {name}")
                 run = decode_all(arm, load)
                 runs[name] += [run] if repeat else []
-                bar.advance(1, f"{name}: {tables.four_digits(run.tokens_per_second)} tokens/s" if repeat else name)
+                told = f"{name}: {tables.four_digits(run.tokens_per_second)} tokens/s, tau {run.tau:.2f}"
+                bar.advance(1, told if repeat else f"{name} is compiled", at_once=True)
             if peer is not None:
                 run = peer_all(peer[1], load)
                 peers += [run] if repeat else []
@@ -179,11 +191,15 @@ def time_parts(arms: dict[str, Models], load: Load, requests: Requests, rounds: 
 
     All parts of all arms take turns, so arms compare as well as parts do; every arm holds a cache meanwhile.
     """
-    parts = {
-        (name, part): program
-        for name, models in arms.items()
-        for part, program in _parts(models, load, requests, rounds[name]).items()
-    }
+    parts = {}
+    with progress.progress("compiling the parts of a round", len(arms), "arms") as bar:
+        for name, models in arms.items():
+            bar.tell(name)
+            mine = _parts(models, load, requests, rounds[name])
+            for program in mine.values():
+                program.run()
+            parts |= {(name, part): program for part, program in mine.items()}
+            bar.advance(at_once=True)
     repeats = 15
     with progress.progress("timing parts", repeats + 1, "turns") as bar:
         seconds = in_turns(parts, repeats=repeats, advance=bar.advance)

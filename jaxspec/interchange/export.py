@@ -15,7 +15,7 @@ import numpy as np
 from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.checkpoints.folders import whole_folder
-from jaxspec.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
+from jaxspec.checkpoints.manifest import MANIFEST, read_manifest, whereabouts, write_manifest
 from jaxspec.checkpoints.models import (
     drafter_config,
     drafter_shape,
@@ -106,7 +106,7 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
     else:
         raise ValueError(
             f"{name}: neither a run ({RECORD}), nor a drafter of jaxspec ({MANIFEST}), nor a target in HuggingFace "
-            "layout or a published drafter (config.json)"
+            f"layout or a published drafter (config.json){whereabouts(folder)}"
         )
     if dtype is None:
         return found

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,12 @@ from jaxspec.data.feature_store import FeatureBatches, FeatureStore
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.pipeline import Batches
 from jaxspec.distillation.compilers import compile_step, under
+from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import eval_step, init_state
 from jaxspec.distillation.task import Frozen, TrainState
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
+from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.parallel import agreement
@@ -33,7 +36,7 @@ from jaxspec.targets.decoder import Decoder
 from jaxspec.targets.tables import Tables
 from jaxspec.training.batches import Data, HostBatch, place_rows, read_data
 from jaxspec.training.loop import Recipe, RunResult, prepare, run
-from jaxspec.training.resolve import DistillStep, build_step, drafter_for, mesh_of
+from jaxspec.training.resolve import DistillStep, build_step, check_length, drafter_for, mesh_of
 
 BEST_METRICS = (
     BestMetric("simulated_tau", rising=True),
@@ -60,6 +63,7 @@ def distill(
     The target's forward pass and the drafter's update are one program on the config's mesh, see `compile_step`. With
     `config.data.features` the target is not run: its outputs for the data are read from disk.
     """
+    check_length(config, target.config)
     mesh = mesh_of(config.mesh)
     vocab_U = None if config.draft_vocab is None else load_maps(config.draft_vocab, target.config.vocab)
     drafter, params = drafter_for(config, target.config, None if vocab_U is None else len(vocab_U))
@@ -85,6 +89,7 @@ def distill(
             "tokenizer": tokenizer_manifest(target_folder(config.target)),
         },
         (arrays,),
+        notes=late_losses(config.objective, steps),
     )
     return drafter, run(recipe, config, mesh)
 
@@ -110,6 +115,16 @@ def _updates(
         return step(frozen, state, place(batch))
 
     return update
+
+
+def late_losses(objective: Objective, steps: int) -> dict[int, str]:
+    """Returns a sentence for every step at which losses of `objective.late` join."""
+    stages, told = objective.stages(steps), {}
+    for (_, before), (first, stage) in itertools.pairwise(stages):
+        joined = [f"{name} (weight {weight:g})" for name, weight in stage.weights if name not in dict(before.weights)]
+        joins = f"{' and '.join(joined)} join{'s' * (len(joined) == 1)} the loss (objective.late)"
+        told[first + 1] = f"step {first + 1:,}: {joins}, which jumps by it; the new step is compiled"
+    return told
 
 
 def _evaluation(
@@ -185,6 +200,7 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     config = resolve(config)
     prepare(config)
     folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
+    check_length(config, read_config(folder))
     mesh = mesh_of(config.mesh)
     data = data or read_data(config, ChatTokenizer.load(folder, config.data.template), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}

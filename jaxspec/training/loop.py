@@ -4,6 +4,7 @@ import contextlib
 import math
 import signal
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ class Recipe(NamedTuple):
     """Description of the weights, for `run.json`: `kind`, `config` and `tokenizer` of an exported model's manifest."""
     given: tuple[Any, ...] = ()
     """Arrays that `init` takes: it may not close over those that lie on the devices of several processes."""
+    notes: Mapping[int, str] = types.MappingProxyType({})
+    """Step -> what is said before it."""
 
 
 class Meter:
@@ -101,6 +104,8 @@ class OpenRun(NamedTuple):
     def update(self, step: int, state: Any, meter: Meter) -> Any:
         """Makes step `step` and returns the new state; ValueError, with the step's documents, if its loss is not
         finite."""
+        if step in self.recipe.notes:
+            say(self.recipe.notes[step])
         batch, data = next(self.batches), self.recipe.data
         state, loss = self.recipe.update(state, batch)
         if not math.isfinite(loss := float(loss)):
@@ -137,6 +142,11 @@ def train(opened: OpenRun, state: Any, *, start: int, evaluation: Mapping[str, A
     if start and opened.evaluation_due(start) and not figures:  # the run was stopped between save and evaluation
         figures = opened.evaluate(start, state)
         checkpoints.add_metrics(start, figures)
+    if start < steps:
+        rows = f"{config.data.batch:,} rows of {config.data.length:,} tokens"
+        say(f"{recipe.verb} {config.name}: compiling the step for {rows}, which the first step waits for")
+    else:
+        say(f"{recipe.verb} {config.name}: all {steps:,} steps are already done")
     meter, saved = Meter(config.log_every), time.monotonic()
     with termination_notice() as noticed, progress(f"{recipe.verb} {config.name}", steps - start, "steps") as shown:
         for step in range(start + 1, steps + 1):

@@ -29,7 +29,7 @@ from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.batches import Data, HostBatch, read_data, spread
 from jaxspec.training.loop import Recipe, prepare, run
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
-from jaxspec.training.resolve import attention_blocks, mesh_of, optimizer_of
+from jaxspec.training.resolve import attention_blocks, check_length, mesh_of, optimizer_of
 
 RESUMABLE = ("model", "tokenizer", "data", "optimizer", "seed", "dtype")
 """Settings that a resumed run must share with its checkpoint."""
@@ -44,6 +44,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, Any]:
     if config.data.features is not None or config.data.top_k is not None:
         raise ValueError("data.features and data.top_k are for jaxspec train: there is no target here; leave them out")
     prepare(config)
+    check_length(config, config.model)
     mesh = mesh_of(config.mesh)
     tokenizer = find_tokenizer(config)
     data = read_data(config, tokenizer, mesh)

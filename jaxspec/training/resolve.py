@@ -61,6 +61,17 @@ def build_step(
     return DistillStep(task, optimizer, config.compiler, mesh, rows, config.target_weights == "int8")
 
 
+def check_length(config: PretrainConfig | DistillConfig, shape: LlamaConfig) -> None:
+    """Raises ValueError where the rows of a config are longer than the model of this shape has positions."""
+    length, positions = config.data.length, shape.max_positions
+    if length > positions:
+        subject = "the model" if isinstance(config, PretrainConfig) else f"target {config.target}"
+        raise ValueError(
+            f"data.length is {length:,}, and {subject} has {positions:,} positions: give data.length={positions} or "
+            "less"
+        )
+
+
 def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> InitialDrafter:
     """Returns the drafter that `config` names: that of `config.init_from`, or one layer of the target's shape with the
     changes of `config.head`. `scored` is the size of its draft vocabulary.

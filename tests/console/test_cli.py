@@ -1,9 +1,11 @@
 """Tests of the command line: verbs, flags, and the exit code of every kind of ending."""
 
+import io
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import tyro
@@ -11,6 +13,16 @@ import tyro
 from jaxspec import __main__ as program
 from jaxspec import __version__
 from jaxspec.console import cli
+from jaxspec.console.wrong_flags import sentence_of
+
+
+@dataclass(frozen=True)
+class Group:
+    process: int | None = None
+    """A flag of a group."""
+
+    def __post_init__(self) -> None:
+        cli.refuse_below_one(self, "process")
 
 
 @dataclass(frozen=True)
@@ -21,8 +33,17 @@ class Settings:
     """Settings to replace, as a.b=v."""
     json: str | None = None
     """File for the result."""
-    seed: int = 0
+    seed: int = 2
     """Seed of all randomness."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of weights."""
+    group: tyro.conf.OmitArgPrefixes[Group] = field(default_factory=Group)
+
+    def __post_init__(self) -> None:
+        if self.seed < 1:
+            raise ValueError(
+                f"--seed is {self.seed}; it must be at least 1, and this sentence is longer than one line of it"
+            )
 
 
 def parse(*argv: str) -> Settings:
@@ -128,12 +149,43 @@ def test_overrides_and_flags_come_in_any_order(argv):
     assert parse(*argv) == Settings("tiny", ("model.depth=2", "seed=1"), json="out.json")
 
 
-@pytest.mark.parametrize("argv", [(), ("tiny", "--sede", "1"), ("tiny", "--seed", "one")])
-def test_wrong_flags_exit_with_2(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ((), "an argument is missing: Name of an experiment; see jaxspec train --help"),
+        (("tiny", "--sede", "1"), "there is no flag --sede; did you mean --seed?"),
+        (("--sede=1",), "there is no flag --sede; did you mean --seed?"),
+        (("tiny", "--qqqqq"), "there is no flag --qqqqq: see jaxspec train --help"),
+        (("tiny", "--seed", "one"), "--seed cannot be 'one'; it takes a whole number"),
+        (
+            ("tiny", "--seed", "0"),
+            "--seed is 0; it must be at least 1, and this sentence is longer than one line of it",
+        ),
+        (("tiny", "--json"), "--json needs a value: see jaxspec train --help"),
+        (("tiny", "--dtype", "fp33"), "--dtype cannot be 'fp33'; did you mean fp32?"),
+        (("tiny", "--dtype", "x"), "--dtype cannot be 'x'; there are bf16, fp32"),
+        (("tiny", "--process", "0"), "--process is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_flags_exit_with_2_and_one_sentence(argv, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
     assert stop.value.code == 2
-    capsys.readouterr()
+    assert capsys.readouterr().err == f"jaxspec train: {sentence}\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_complaint_is_the_same_in_a_box_of_any_letters_and_colors(encoding, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setattr("tyro._fmtlib._FORCE_ANSI", True)
+    with pytest.raises(SystemExit):
+        parse("tiny", "--dtype", "x")
+    assert capsys.readouterr().err == "jaxspec train: --dtype cannot be 'x'; there are bf16, fp32\n"
+
+
+def test_a_complaint_of_unknown_form_keeps_its_words():
+    lines = ["╭─ A title ────╮", "│ Something is │", "│ odd.         │", "│ ──────────── │", "│ See it all   │", "╰─"]
+    assert sentence_of("\n".join(lines), Settings, [], "jaxspec x") == "Something is odd; see jaxspec x --help"
 
 
 def test_help_of_a_verb_shows_the_docstrings_of_its_fields(capsys):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxspec.__main__ import main
 from jaxspec.base import SharedTables, TreePolicy
 from jaxspec.decoding.answers import block_efficiency
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
+from jaxspec.evaluation import timing
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.planning.work import (
     Work,
@@ -178,7 +180,7 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "decode", *flags])
     assert stop.value.code == 2
-    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
@@ -298,6 +300,38 @@ def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, tinier, caps
     assert plain["tau"] == 1 and plain["prefill_ms"] == 0 and result["target"] == "tiny"
 
 
+STOPPED = ["--shape", "tiny", "--tree", "chain:2", "--simulate-acceptance", "0.7", "--limit", "1", "--prefix", "5"]
+STOPPED += ["--max-new-tokens", "8", "--repeats", "2"]
+
+
+@pytest.mark.parametrize(("at", "repeats"), [("decode_all", 1), ("_parts", 2)])
+def test_a_stopped_bench_says_and_writes_what_it_has_measured(tmp_path, tinier, monkeypatch, capfd, at, repeats):
+    """Stopped in the sixth pass, after one repeat of both arms and another of the first; or in the parts."""
+    original, calls = getattr(timing, at), []
+
+    def stopping(*args):
+        calls.append(args)
+        if at == "_parts" or len(calls) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(timing, at, stopping)
+    before, path = signal.getsignal(signal.SIGTERM), tmp_path / "out.json"
+    assert main(["bench", "decode", *STOPPED, "--json", str(path)]) == 130
+    shown, found = capfd.readouterr(), json.loads(path.read_text())
+    assert shown.out.count("chain:2") == 1 and "tokens/s" in shown.out and "One round" not in shown.out
+    assert f"stopped; the table above is of {repeats} of 2 repeats" in shown.err and "compiling chain:2" in shown.err
+    assert [row["arm"] for row in found["rows"]] == ["plain", "chain:2"] and found["stopped"]
+    assert all(row["tokens_per_second"] > 0 and row["round_ms"] is None for row in found["rows"])
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_bench_stopped_at_once_has_measured_nothing(tinier, monkeypatch, capfd):
+    monkeypatch.setattr(timing, "decode_all", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main(["bench", "decode", *STOPPED]) == 130
+    assert "stopped before anything was measured" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("profile", [(0.1, 0.2, 0.3, 0.4), (1.0,), (0.0, 0.0, 0.0, 1.0)])
 def test_simulated_accept_lengths_follow_their_profile(profile):
     rule = simulated(RULES["target-draw"], profile)
@@ -333,7 +367,7 @@ def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "decode", *flags])
     assert stop.value.code == 2
-    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_line_names_every_rule_and_shape():

@@ -255,7 +255,7 @@ def test_wrong_flags_are_wrong_usage(flags: list[str], sentence: str, capfd: pyt
     with pytest.raises(SystemExit) as stop:
         main(["compare", *flags])
     assert stop.value.code == 2
-    assert sentence in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert sentence in " ".join(capfd.readouterr().err.split())
 
 
 def test_missing_conversations_are_a_sentence_with_the_way_to_make_them(

@@ -42,6 +42,14 @@ def test_the_main_job_reports_its_keys_and_leaves_a_drafter_that_generate_loads(
     assert main([*words, "--max-new-tokens", "8"]) == 0
 
 
+def test_a_speed_up_below_1_is_explained():
+    found = {"speedup": 0.4, "tau": 1.2, "conversations": 30}
+    short = quickstart.slow_hint(found, quickstart.Args(steps=3))
+    assert "at a tau of 1.20" in short and "3 steps from 30 conversations only: take the usual --steps 400" in short
+    assert "a larger --target gains more" in quickstart.slow_hint(found, quickstart.Args())
+    assert quickstart.slow_hint({**found, "speedup": 1.0}, quickstart.Args(steps=3)) == ""
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [(["--steps", "0"], "--steps is 0; it must be at least 1"), (["--trees", "bush:3"], "tree 'bush:3' is not one of")],
@@ -50,4 +58,4 @@ def test_wrong_flags_are_wrong_usage(flags: list[str], sentence: str, capfd: pyt
     with pytest.raises(SystemExit) as stop:
         main(["quickstart", *flags])
     assert stop.value.code == 2
-    assert sentence in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert sentence in " ".join(capfd.readouterr().err.split())

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,16 @@ class CountedArray:
         return self.array[block]
 
 
+def test_a_target_that_would_not_be_read_is_refused(drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(drafter), str(tmp_path / "out"), "--target", "nope"]) == 1
+    told = capsys.readouterr().err
+    assert (
+        "--target is for hf, eagle, sglang" in told and "orbax needs none" in told and not (tmp_path / "out").exists()
+    )
+    assert main(["inspect", str(drafter), "--target", "nope"]) == 1
+    assert "--target is for published heads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["import target", "export"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_target_that_came_in_goes_out_as_it_was_a_layer_at_a_time(
@@ -272,7 +283,7 @@ def run(tmp_path: Path) -> Path:
         "name": "toy",
         "kind": "train",
         "steps": 9,
-        "config": {"seed": 1},
+        "config": {"seed": 1, "export_folder": "runs/toy/drafter"},
         "best_metric": best_metric._asdict(),
         "model": {"kind": "drafter", "config": drafter_config("eagle", HEAD, {"target": "tiny"}), "tokenizer": None},
     }
@@ -307,6 +318,20 @@ def test_what_cannot_be_exported_is_named(run: Path, tmp_path: Path, capsys: pyt
         assert main(["export", str(name), str(tmp_path / "out"), *flags]) == 1
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_above_models_names_those_below_it(
+    run: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    above = tmp_path / "above"
+    shutil.copytree(run, above / "deeper" / "run")
+    write_drafter(above / "drafter")
+    assert main(["inspect", str(above)]) == 1
+    assert capsys.readouterr().err.endswith(f"; found below it: {above}/deeper/run, {above}/drafter\n")
+    assert main(["generate", "x", "--target", str(target), "--drafter", str(above)]) == 1
+    assert f"found below it: {above}/deeper/run, {above}/drafter" in capsys.readouterr().err
+    assert main(["generate", "x", "--target", str(target), "--drafter", str(above / "deeper" / "run")]) == 1
+    assert "it is the folder of a run, whose finished model is in runs/toy/drafter" in capsys.readouterr().err
 
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_if_it_is_an_export(

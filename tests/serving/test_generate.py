@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from random_models import POSITIONS, write_drafter, write_target
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_INTERRUPTED
 from jaxspec.data.draft_vocab import save_maps
+from jaxspec.decoding.generation import run_rounds
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading, queue
 
@@ -45,6 +47,23 @@ def test_one_prompt_is_streamed_and_the_pieces_are_the_text(tmp_path, target, dr
     result = generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", drafter)
     assert capsys.readouterr().out.startswith(result["rows"][0]["text"] + "\n")
     assert result["rows"][0]["text"]
+
+
+def compiled_rounds() -> int:
+    """The programs of rounds so far."""
+    return cast(Any, run_rounds)._cache_size()
+
+
+def test_a_streamed_answer_compiles_its_rounds_once_and_before_the_clock(tmp_path, target, drafter, monkeypatch):
+    before, warmed, warm_up = compiled_rounds(), [], queue.warm_up
+
+    def counting(*args):
+        warm_up(*args)
+        warmed.append(compiled_rounds())
+
+    monkeypatch.setattr(queue, "warm_up", counting)
+    generate(tmp_path, PROMPTS[0], "--target", target, "--drafter", drafter, "--tree", "chain:1")
+    assert compiled_rounds() == warmed[0] <= before + 1
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--top-k", "50", "--seed", "3")])
@@ -92,10 +111,27 @@ def test_a_bad_prompt_is_named_and_the_others_are_answered(tmp_path, target, cap
     path.write_text("\n".join([*map(json.dumps, lines), '{"prompt": 3', json.dumps(no_question)]))
     result = generate(tmp_path, "--target", target, "--prompts", path, code=1)
     shown = capsys.readouterr().err
-    assert "prompt 'long' has" in shown and f"the target has {POSITIONS} positions" in shown
-    assert "prompt 'none' is empty" in shown and "prompt '4' is malformed" in shown and "'5' has no user turn" in shown
+    assert f"{path}:1: prompt 'long' has" in shown and f"the target has {POSITIONS} positions" in shown
+    assert f"{path}:2: prompt 'none' is empty" in shown and f"{path}:5: prompt '5' has no user turn" in shown
+    assert f"{path}:4: prompt '4' is not JSON: Expecting ',' delimiter at column 13" in shown
     assert [bool(r["error"]) for r in result["rows"]] == [True, True, False, True, True]
     assert result["rows"][2]["tokens"] > 0 and result["failed"] == 4
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench decode"])
+def test_prompts_are_read_and_named_before_the_target_is(tmp_path, verb, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "1 and 2", "temperature": -1}\n{"prompt"\n')
+    flags = ["--prompts", str(path) if verb == "generate" else str(tmp_path / "none"), "--target", "no/such/target"]
+    assert main([*verb.split(), *flags]) == 1
+    shown = capsys.readouterr().err.splitlines()
+    if verb == "generate":
+        assert shown[0].startswith(f"jaxspec generate: {path}:1: prompt '1' temperature is -1; it must be 0")
+        assert shown[1:] == [
+            f"jaxspec generate: {path}:2: prompt '2' is not JSON: Expecting ':' delimiter at column 10"
+        ]
+    else:
+        assert len(shown) == 1 and f"{tmp_path / 'none'}: no such file" in shown[0]
 
 
 def test_a_data_set_is_a_prompt_file_and_its_own_answers_are_left_out(tmp_path, target):
@@ -144,7 +180,7 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["generate", *flags])
     assert stop.value.code == 2
-    shown = capsys.readouterr().err.replace("│", " ")
+    shown = capsys.readouterr().err
     assert sentence in " ".join(shown.split())
 
 

@@ -103,7 +103,7 @@ def test_shards_together_are_the_whole(tmp_path, target, prompts, whole, samplin
     assert sorted(lines_of(parts[0]) + lines_of(parts[1])) == lines_of(whole)
 
 
-def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, target, prompts, whole):
+def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, target, prompts, whole, capsys):
     out = tmp_path / "out.jsonl"
     flags = ("--prompts", prompts, "--batch", "4", "--keep-unfinished")
     regenerate(out, target, *flags, "--limit", "5")
@@ -112,8 +112,10 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, target, promp
     result = regenerate(out, target, *flags)
     assert result["resumed_from"] == 4
     assert lines_of(out) == lines_of(whole)
+    assert "4 conversations are done, 8 are left" in capsys.readouterr().err
     assert regenerate(out, target, *flags)["tokens"] == 0
     assert lines_of(out) == lines_of(whole)
+    assert capsys.readouterr().err.startswith(f"{out}: all 12 conversations are already done; ")
 
 
 def test_each_conversation_is_answered_at_its_own_temperature_in_whatever_batch_and_after_whatever_kill(
@@ -193,7 +195,7 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["regenerate", "--out", "o", *flags])
     assert stop.value.code == 2
-    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_conversations_of_one_id_are_refused(tmp_path, target, capsys):

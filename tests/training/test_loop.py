@@ -114,6 +114,22 @@ class Interrupting(list[float]):
             yield loss
 
 
+def test_the_step_is_announced_before_it_is_compiled(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run(tmp_path, [1.0, 1.0])
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first == "toy tiny: compiling the step for 8 rows of 512 tokens, which the first step waits for"
+
+
+def test_a_finished_run_that_is_run_again_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    finish(monkeypatch, tmp_path / "run", 3)
+    capfd.readouterr()
+    finish(monkeypatch, tmp_path / "run", 3)
+    told = capfd.readouterr().err
+    assert "all 3 steps are already done" in told and "compiling" not in told and "0/0" not in told
+
+
 def test_an_interrupt_saves_the_step_it_came_in(tmp_path: Path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Preempted, match="step 3"):

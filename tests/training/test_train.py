@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import finish, start, stop_at
-from random_models import SIZE, write_target
+from random_models import POSITIONS, SIZE, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.checkpoints.manifest import read_manifest
@@ -156,8 +156,16 @@ def test_the_two_stages_of_hass_are_one_training_that_changes_its_loss(folder: P
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.parametrize("verb", ["train", "features", "plan"])
+def test_rows_longer_than_the_target_has_positions_are_refused(folder: Path, verb: str, capsys):
+    flags = {"features": ["--out", "store"], "plan": ["--topology", "v6e:2x2"]}.get(verb, [])
+    assert main([verb, "toy.py", "data.length=257", *flags]) == 1
+    told = f"data.length is 257, and target target has {POSITIONS} positions: give data.length={POSITIONS} or less"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("little")
-def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path):
+def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path, capfd: pytest.CaptureFixture[str]):
     """Without it for two of three steps, then with it: the losses of both runs, and a resumed run goes on late."""
     plain = ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1",)
     late = ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1,top_k:2:1", "objective.late=top_k:2:0.6")
@@ -174,6 +182,9 @@ def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path):
     assert losses["late"][1] == losses["plain"][1]
     assert losses["late"][2] == losses["plain"][2]
     assert losses["late"][3] > losses["plain"][3] + 0.1
+    told = [line for line in capfd.readouterr().err.splitlines() if "objective.late" in line]
+    note = "step 3: top_k:2 (weight 1) joins the loss (objective.late), which jumps by it; the new step is compiled"
+    assert told == 2 * [note]
 
 
 @pytest.mark.usefixtures("little")
