@@ -68,9 +68,19 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"peagle"},
     ),
     "evaluation": (
-        {"equivalence", "machine", "peers", "statistics"},
-        {"comparison"},
-        {"acceptance", "figures", "timing"},
+        {"equivalence", "loops", "machine", "measurements", "peers", "stand_ins", "statistics"},
+        {"comparison", "device_plan", "step_parts"},
+        {
+            "acceptance",
+            "device_attention",
+            "device_figures",
+            "device_jobs",
+            "device_peers",
+            "device_train",
+            "figures",
+            "timing",
+        },
+        {"device_decode", "device_target"},
     ),
     "interchange": (
         {"pickled", "tensors"},
