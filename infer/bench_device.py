@@ -7,6 +7,7 @@ the moment it is known. The same command with the same --out goes on where the l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -53,10 +54,10 @@ Shape = Literal[
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 QUERY_BLOCK = 512
 """Queries that XLA attends at a time, as in the recipes for 8B targets."""
-CLOSING_SECONDS = 3.0
-"""Time that is kept to print what was measured."""
+CLOSING_SECONDS, CLOSING_SHARE = 8.0, 0.1
+"""Time that is kept to start and to print what was measured, and the most of --minutes that this may be."""
 NOTES = """\
-seconds: of one call, in a loop on the device where it is short; median of loops
+ms: of one call, in a loop on the device where it is short, median of loops; part 5: of all prompts, or of a step
 GB/s, TFLOP/s: what the sizes ask for, by the seconds; of peak: the seconds that the measured copy and matmul allow, by
 those it took
 outside: the round without the target's call on as many nodes and the drafter's calls, all measured alone
@@ -160,7 +161,8 @@ def main(argv: list[str]) -> int:
         measure_job(args, journal, deadline)
         return 0
     journal.note(SESSION, minutes=args.minutes)
-    run_jobs(args.plan, journal, lambda job, left: command(args, job, left), deadline - CLOSING_SECONDS)
+    closing = min(CLOSING_SECONDS, CLOSING_SHARE * 60 * args.minutes)
+    run_jobs(args.plan, journal, functools.partial(command, args), deadline - closing)
     result = make_result(args, journal, started)
     print_result(result)
     if args.json:
@@ -316,11 +318,13 @@ def print_result(result: dict[str, Any]) -> None:
             row.get("bytes_per_second") and row["bytes_per_second"] / 1e9,
             row.get("flops_per_second") and row["flops_per_second"] / 1e12,
             row.get("share_of_peak"),
+            row.get("tokens_per_second"),
             row.get("reason"),
         ]
         for row in result["rows"]
     ]
-    tables.print_table(title, ["part", "what", "settings", "ms", "GB/s", "TFLOP/s", "of peak", "not measured"], table)
+    columns = ["part", "what", "settings", "ms", "GB/s", "TFLOP/s", "of peak", "tokens/s", "not measured"]
+    tables.print_table(title, columns, table)
     print_derived(result)
     for skipped in result["left_out"]:
         sys.stdout.write(

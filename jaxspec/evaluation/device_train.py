@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.distillation.task import Frozen
 from jaxspec.evaluation import stand_ins
 from jaxspec.evaluation.machine import TimedProgram
 from jaxspec.evaluation.measurements import Figures, Measurement
@@ -75,8 +76,8 @@ class TrainBench:
         if self.arguments is None or self.arguments[0] != recipe:
             self.arguments, self.parts = None, {}
             arm = self._step(recipe).run
-            made = jax.jit(functools.partial(random_arguments, arm, rows=self.rows))(self._target)
-            self.arguments = recipe, made._replace(frozen=made.frozen._replace(params=self._target))
+            made = jax.jit(functools.partial(_besides_target, arm, self.rows))(self._target)
+            self.arguments = recipe, made._replace(frozen=Frozen(self._target))
         return self.arguments[1]
 
     def _whole(self, recipe: str, step: TrainingStep, arguments: StepArguments) -> Figures:
@@ -105,6 +106,11 @@ class TrainBench:
         )
         parts = parts_of(arm, shapes, jax.eval_shape)
         return {name: count_flops(p.program, *p.arguments) for name, p in parts.items()}
+
+
+def _besides_target(arm: DistillStep, rows: tuple[int, int], params: Any) -> StepArguments:
+    """Returns `random_arguments` without the target's weights, which a program would copy."""
+    return random_arguments(arm, params, rows=rows)._replace(frozen=Frozen(None))
 
 
 def timed_figures(program: Any, arguments: tuple[Any, ...], flops: Flops) -> Figures:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxspec.data import jsonl
 
 Figures = dict[str, Any]
-"""What one measurement found: `seconds`, `bytes_per_second`, `flops_per_second`, `compile_seconds`, and others."""
+"""Figures of one measurement: `seconds`, `bytes_per_second`, `flops_per_second`, `compile_seconds`, and others."""
 BEGIN, ROW, FAILED, STOPPED, SESSION, DEVICE, LEFT = "begin", "row", "failed", "stopped", "session", "device", "left"
 """Kinds of lines of a journal."""
 ROW_KEYS = ("seconds", "bytes_per_second", "flops_per_second", "share_of_peak", "compile_seconds")
@@ -94,21 +94,16 @@ class Journal:
             self.note(DEVICE, **facts)
 
     def estimate(self, m: Measurement, *, compiled: bool) -> float:
-        """Returns the seconds that `m` is likely to take, by those of its kind that were measured, else by its guess.
+        """Returns the seconds that `m` is likely to take, by the last ones of its kind, else by its guess.
 
         `compiled` says that its program is. One that was stopped takes longer than it had.
         """
-        kin = [
-            Spent(line["compile_seconds"] or 0.0, line["spent_seconds"])
-            for line in self.of(ROW)
-            if _kind(line) == m.kind
-        ]
+        kin = [_spent(line) for line in self.of(ROW) if _kind(line) == m.kind]
         stopped = max((line["after_seconds"] for line in self.of(STOPPED) if line["key"] == m.key), default=0.0)
         if not kin:
             return max(m.guess, MARGIN * stopped)
-        rest = max(spent.rest for spent in kin)
-        compiling = 0.0 if compiled else max(spent.compiling for spent in kin)
-        return max(MARGIN * (rest + compiling), MARGIN * stopped)
+        compiling = next((spent.compiling for spent in reversed(kin) if spent.compiling and not compiled), 0.0)
+        return MARGIN * max(kin[-1].rest + compiling, stopped)
 
 
 def _kind(line: dict[str, Any]) -> str:
