@@ -18,7 +18,7 @@ from jaxspec.evaluation.device_plan import DevicePlan
 from jaxspec.evaluation.loops import Loop, LoopTime, compile_loop, repeating, time_loop
 from jaxspec.evaluation.measurements import Figures, Measurement
 from jaxspec.evaluation.timing import round_work, simulate
-from jaxspec.planning.work import Work, matmul_weights, target_work
+from jaxspec.planning.work import Work, frontier_widths, matmul_weights, target_work
 from jaxspec.serving.loading import DTYPES, Models
 from jaxspec.targets.decoder import Decoder
 from jaxspec.trees import parse_tree
@@ -144,11 +144,12 @@ class DecodeBench:
         begin = state if drafts else stand_ins.plain_view(state)
         key = ("rounds", drafts, s["batch"])
         step = functools.partial(decode_step, engine)
-        self.held = None  # the loop takes the cache over
+        assert self.held is not None
+        (batch, held), self.held = self.held, None  # the loop takes the cache over
         timed, end = self._timed(
             key, step, weights, begin, most=MOST_ROUNDS, rewind=lambda c: stand_ins.at_prefix(c, s["prefix"])
         )
-        self.held = s["batch"], end if drafts else state._replace(cache=end.cache)
+        self.held = batch, end if drafts else held._replace(cache=end.cache)
         tokens = float(np.sum(np.asarray(end.produced_B))) / max(1, int(np.sum(np.asarray(end.calls_B))))
         found = figures(timed, round_work(models, s["batch"], s["prefix"]))
         return found | {"tokens_per_second": s["batch"] * tokens / timed.seconds, "tau": tokens}
@@ -221,10 +222,10 @@ class DecodeBench:
         timed, _ = self._timed(("extend", batch), repeating(extend), given, jnp.int32(0))
         return figures(timed, self._draft_work(batch * path, batch)) | {"path": path}
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
-        """Nodes of a level that are drafted from together."""
-        return getattr(self.tree, "beam", 1)
+        """Nodes of the widest level that are drafted from together."""
+        return max(frontier_widths(self.tree, self.models.config.vocab), default=1)
 
     def _draft_work(self, tokens: int, scored: int) -> Work:
         """Returns the work of one call of the drafter: its weights and the LM head, attention left out."""

@@ -89,9 +89,10 @@ def rounds(rows: Sequence[Row]) -> list[Row]:
 
 def _drafting(tree: Any, level: Row | None, extend: Row | None) -> float | None:
     """Returns the seconds of the drafter's forward passes in a round: `extend`, then one a further level."""
-    if level is None or extend is None:
+    levels = len(frontier_widths(tree, max(64, tree.nodes)))
+    if extend is None or (levels and level is None):
         return None
-    return extend["seconds"] + len(frontier_widths(tree, max(64, tree.nodes))) * level["seconds"]
+    return extend["seconds"] + (levels * level["seconds"] if level else 0.0)
 
 
 def _round(row: Row, target: Row | None, plain: Row | None, drafting: float | None) -> Row:

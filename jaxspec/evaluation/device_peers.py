@@ -67,7 +67,8 @@ class PeerBench:
         import torch
         import transformers
 
-        config = transformers.LlamaConfig(**llama_fields(SHAPES[self.plan.shape]), attn_implementation="sdpa")
+        fields: dict[str, Any] = llama_fields(SHAPES[self.plan.shape]) | {"attn_implementation": "sdpa"}
+        config = transformers.LlamaConfig(**fields)
         before = torch.get_default_dtype()
         torch.set_default_dtype(self._dtype)
         try:
@@ -156,7 +157,7 @@ def eagle_step(target: Any, device: str) -> Callable[[Any], Any]:
     c, dtype = target.config, target.lm_head.weight.dtype
     with torch.device(device):
         fusion = torch.nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False, dtype=torch.float32)
-        layer = LlamaDecoderLayer(c, 0).float()
+        layer: Any = LlamaDecoderLayer(c, 0).float()
     layer.input_layernorm = torch.nn.Identity()
     weights = [*fusion.parameters(), *layer.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=3e-5, betas=(0.9, 0.95), fused=device == "cuda")

@@ -110,7 +110,7 @@ class DevicePlan:
                     yield self._plain(2, batch, prefix)
                 for nodes in dict.fromkeys((1, tree)):
                     yield self._verify(batch, prefix, nodes)
-                for kind in ("draft_level", "draft_extend"):
+                for kind in ("draft_level", "draft_extend") if parse_tree(self.tree).slots else ("draft_extend",):
                     yield self._decode(2, kind, (self.tree,), batch=batch, prefix=prefix, tree=self.tree)
                 yield self._whole(2, batch, prefix)
                 if batch == self.batches[0]:

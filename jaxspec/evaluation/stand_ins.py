@@ -70,15 +70,23 @@ def stand_in_state(models: Models, *, batch: int, capacity: int, slots: int) -> 
 
 
 def at_prefix(state: DecodeState, prefix: int) -> DecodeState:
-    """Returns a state whose rows have `prefix` committed tokens, and have written none."""
-    length_B, drafted_B = (jnp.full_like(state.length_B, prefix) for _ in range(2))  # no array is donated twice
+    """Returns a state whose rows have `prefix` committed tokens, and have written none.
+
+    It shares large arrays with `state` and no small one, so that `state` keeps those where it is donated.
+    """
+    length_B, drafted_B = (jnp.full_like(state.length_B, prefix) for _ in range(2))
     draft = None if state.draft is None else state.draft._replace(length_B=drafted_B)
-    zeros = [jnp.zeros_like(x) for x in (state.output_BO, state.produced_B, state.calls_B, state.accepted_BP)]
-    output_BO, produced_B, calls_B, accepted_BP = zeros
     return state._replace(
-        length_B=length_B, draft=draft, output_BO=output_BO, produced_B=produced_B, calls_B=calls_B,
-        accepted_BP=accepted_BP, requests=jax.tree.map(jnp.copy, state.requests),
-    )  # fmt: skip
+        requests=jax.tree.map(jnp.copy, state.requests),
+        length_B=length_B,
+        root_B=jnp.copy(state.root_B),
+        draft=draft,
+        output_BO=jnp.zeros_like(state.output_BO),
+        produced_B=jnp.zeros_like(state.produced_B),
+        finish_B=jnp.zeros_like(state.finish_B),
+        calls_B=jnp.zeros_like(state.calls_B),
+        accepted_BP=jnp.zeros_like(state.accepted_BP),
+    )
 
 
 def plain_view(state: DecodeState) -> DecodeState:

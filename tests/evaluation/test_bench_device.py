@@ -27,7 +27,7 @@ from jaxspec.targets.decoder import SHAPES, LlamaConfig
 
 BENCH = importlib.import_module("jaxspec.infer.bench_device")
 SMALL = [
-    "--shape", "tiny", "--dtype", "fp32", "--nodes", "1", "--prefixes", "16", "--batches", "1", "--tree", "chain:1",
+    "--shape", "tiny", "--dtype", "fp32", "--nodes", "1", "--prefixes", "16", "--batches", "1", "--tree", "chain:2",
     "--tau", "1.5", "--xla", "none", "--recipes", "medusa", "--rows", "1", "--length", "32", "--repeat-seconds", "0.01",
 ]  # fmt: skip
 COMMON = {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"}
@@ -67,13 +67,13 @@ def test_it_runs_where_tyro_grain_and_torch_are_missing_and_parses_a_real_comman
     for name in ("tyro", "grain", "array_record", "gguf", "torch", "transformers"):
         (missing / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})\n")
     environ = {**os.environ, "PYTHONPATH": str(missing), "JAX_PLATFORMS": "cpu"}
-    flags = [*SMALL, "--parts", "1,6", "--minutes", "3", "--out", tmp_path / "out", "--json", out]
+    flags = [*SMALL, "--parts", "1", "--minutes", "3", "--out", tmp_path / "out", "--json", out]
     command = [sys.executable, "-m", "jaxspec", "bench", "device", *map(str, flags)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["settings"]["what"] for row in rows if row["seconds"]] == ["copy", "read", "matmul", "plain"]
-    assert ["torch" in row["reason"] for row in rows if not row["seconds"]] == [True, True]
+    assert all(row["seconds"] for row in rows)
     assert "part 1, matmul" in done.stdout and "Goals" in done.stdout
 
 
@@ -105,10 +105,13 @@ def test_shares_and_rounds_follow_from_the_rows(measured):
     plain = rows["plain"]
     bound = max(plain["bytes"] / fastest, plain["flops"] / rows["matmul"]["flops_per_second"])
     assert plain["share_of_peak"] == pytest.approx(bound / plain["seconds"])
-    (found,) = result["rounds"]  # of a chain of one, which has no level to expand
+    (found,) = result["rounds"]
     assert found["efficiency"] == pytest.approx(plain["seconds"] / rows["round"]["seconds"])
-    assert 1 <= found["tau"] <= 2 and found["speedup"] == pytest.approx(found["tau"] * found["efficiency"])
-    assert found["draft_seconds"] == pytest.approx(rows["draft_extend"]["seconds"])
+    assert 1 <= found["tau"] <= 3 and found["speedup"] == pytest.approx(found["tau"] * found["efficiency"])
+    drafting = rows["draft_extend"]["seconds"] + rows["draft_level"]["seconds"]
+    assert found["draft_seconds"] == pytest.approx(drafting)
+    outside = found["round_seconds"] - found["target_seconds"] - drafting
+    assert found["outside_share"] == pytest.approx(outside / found["round_seconds"])
     assert {goal["goal"]: goal["measured"] for goal in result["goals"]}["efficiency"] == found["efficiency"]
 
 
@@ -192,7 +195,7 @@ def test_the_plan_has_every_figure_and_puts_the_goals_first():
 
 def test_a_batch_that_memory_does_not_hold_is_refused_with_its_bytes(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", MICRO)
-    bench = DecodeBench(DevicePlan("tiny", "fp32", batches=(1,), prefixes=(16, 4096), tree="chain:1", tau=1.5))
+    bench = DecodeBench(DevicePlan("tiny", "fp32", batches=(1,), prefixes=(16, 4096), tree="chain:2", tau=1.5))
     needed = bench._needs(1, 4096)
     monkeypatch.setattr("jaxspec.evaluation.device_decode.memory_limit", lambda: needed)
     assert bench._capacity(1) < 4096
