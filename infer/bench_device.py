@@ -129,9 +129,8 @@ class Args:
     @property
     def plan(self) -> DevicePlan:
         """The sizes of all measurements. Raises ValueError for a list that cannot be read."""
-        lists: dict[str, Any] = {
-            name: numbers(name, getattr(self, name)) for name in ("parts", "nodes", "prefixes", "batches")
-        }
+        sizes = ("parts", "nodes", "prefixes", "batches")
+        lists: dict[str, Any] = {name: numbers(name, getattr(self, name)) for name in sizes}
         lists |= {"recipes": words("recipes", self.recipes), "xla": words("xla", self.xla, XLA_FLAGS)}
         same = {f.name: getattr(self, f.name) for f in dataclasses.fields(DevicePlan) if f.name not in lists}
         return DevicePlan(**same | lists)

@@ -18,12 +18,13 @@ MEMORY_FRACTION = "0.92"
 """Share of the device's memory that JAX takes at its start; its own default is 0.75."""
 
 
-def environment(job: str, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+def environment(job: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a job's process; what the user has set stands, XLA's flags are added to it."""
     # Programs, and the kernels that were chosen for them, are found again by the next process and the next session.
+    cache = Path(inherited.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     set_here = {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION,
-        "JAX_COMPILATION_CACHE_DIR": str(folder.absolute() / "programs"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jaxspec" / "programs"),
     }
     found = {**set_here, **inherited}
     if job in XLA_FLAGS:
@@ -50,7 +51,7 @@ def run_jobs(
     for job in plan.jobs():
         mine = [m for m in measurements if m.job == job]
         while [m for m in mine if m.key not in journal.finished] and clock() < deadline:
-            code, said = _run(command(job, deadline - clock()), job, journal.folder, deadline - clock())
+            code, said = _run(command(job, deadline - clock()), journal.folder, deadline - clock())
             journal.read_again()
             if not _goes_on(mine, journal, code, said, clock()):
                 break
@@ -82,12 +83,12 @@ def ending(code: int | None) -> str:
     return f"the process ended with code {code}"
 
 
-def _run(command: list[str], job: str, folder: Path, seconds: float) -> tuple[int | None, str]:
+def _run(command: list[str], folder: Path, seconds: float) -> tuple[int | None, str]:
     """Returns the exit code of a process, None where it was ended after `seconds`, and its last words."""
-    log = folder / f"{''.join(c if c.isalnum() else '_' for c in job)}.log"
+    log = folder / "processes.log"
     with log.open("ab") as errors:
         begin = errors.tell()
-        process = subprocess.Popen(command, stderr=errors, env=environment(job, folder, os.environ))
+        process = subprocess.Popen(command, stderr=errors, env=environment(job, os.environ))
         try:
             code = process.wait(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:

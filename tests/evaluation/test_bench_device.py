@@ -30,6 +30,7 @@ SMALL = [
     "--shape", "tiny", "--dtype", "fp32", "--nodes", "1", "--prefixes", "16", "--batches", "1", "--tree", "chain:2",
     "--tau", "1.5", "--xla", "none", "--recipes", "medusa", "--rows", "1", "--length", "32", "--repeat-seconds", "0.01",
 ]  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"}
 ROW_KEYS = {"part", "settings", "seconds", "bytes_per_second", "flops_per_second", "share_of_peak"}
 
@@ -75,6 +76,14 @@ def test_it_runs_where_tyro_grain_and_torch_are_missing_and_parses_a_real_comman
     assert [row["settings"]["what"] for row in rows if row["seconds"]] == ["copy", "read", "matmul", "plain"]
     assert all(row["seconds"] for row in rows)
     assert "part 1, matmul" in done.stdout and "Goals" in done.stdout
+
+
+def test_a_checkout_that_is_not_installed_has_its_programs_and_experiments():
+    find = "import importlib.util as u; print(*(u.find_spec(f'jaxspec.{n}') is not None for n in ('infer', 'configs')))"
+    # Without site, so that neither an installation nor the finder of an editable one is seen.
+    command = [sys.executable, "-S", "-c", find]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def test_json_holds_the_agreed_keys(measured):

@@ -71,10 +71,11 @@ def test_a_process_that_crashes_before_it_measures_leaves_its_job_out(tmp_path: 
 
 def test_settings_of_xla_are_added_to_the_users_and_pytorch_gets_the_device(tmp_path: Path):
     given = {"XLA_FLAGS": "--a=1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
-    found = environment("command_buffers=none", tmp_path, given)
+    found = environment("command_buffers=none", given)
     assert found["XLA_FLAGS"] == "--a=1 --xla_gpu_enable_command_buffer="
     assert found["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
-    assert environment("decode", tmp_path, given)["XLA_FLAGS"] == "--a=1"
-    assert "JAX_PLATFORMS" not in environment("decode", tmp_path, {})
-    assert environment("torch", tmp_path, {})["JAX_PLATFORMS"] == "cpu"
-    assert environment("decode", tmp_path, {})["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "programs")
+    assert environment("decode", given)["XLA_FLAGS"] == "--a=1"
+    assert "JAX_PLATFORMS" not in environment("decode", {})
+    assert environment("torch", {})["JAX_PLATFORMS"] == "cpu"
+    cache = environment("decode", {"XDG_CACHE_HOME": str(tmp_path)})["JAX_COMPILATION_CACHE_DIR"]
+    assert cache == str(tmp_path / "jaxspec" / "programs")
