@@ -51,7 +51,7 @@ def run_jobs(
     for job in plan.jobs():
         mine = [m for m in measurements if m.job == job]
         while [m for m in mine if m.key not in journal.finished] and clock() < deadline:
-            code, said = _run(command(job, deadline - clock()), journal.folder, deadline - clock())
+            code, said = _run(command(job, deadline - clock()), job, journal.folder, deadline - clock())
             journal.read_again()
             if not _goes_on(mine, journal, code, said, clock()):
                 break
@@ -83,7 +83,7 @@ def ending(code: int | None) -> str:
     return f"the process ended with code {code}"
 
 
-def _run(command: list[str], folder: Path, seconds: float) -> tuple[int | None, str]:
+def _run(command: list[str], job: str, folder: Path, seconds: float) -> tuple[int | None, str]:
     """Returns the exit code of a process, None where it was ended after `seconds`, and its last words."""
     log = folder / "processes.log"
     with log.open("ab") as errors:

@@ -17,7 +17,7 @@ from jaxspec.data import jsonl
 from jaxspec.data.conversations import Conversation
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.packing import PackedBatches
-from jaxspec.decoding.requests import Request, Settings, make_requests
+from jaxspec.decoding.requests import Settings, bucket, make_requests
 from jaxspec.distillation.step import init_state, train_step
 from jaxspec.distillation.task import Frozen
 from jaxspec.evaluation import timing
@@ -155,7 +155,8 @@ class TargetBench:
         tokenizer = self.models.tokenizer
         prompts = [tokenizer.encode_prompt([{"role": "user", "content": r["text"]}]) for r in self._kept("held_out")]
         requests = [models.request(np.asarray(tokens), settings, i) for i, tokens in enumerate(prompts)]
-        load = Load([make_requests([r]) for r in _alike(requests)], self.plan.max_new_tokens)
+        width = max(len(r.tokens) for r in requests)  # one program reads them all
+        load = Load([make_requests([r], width=bucket(width)) for r in requests], self.plan.max_new_tokens)
         runs, _ = timing.time_arms({"arm": models}, load, repeats=1)
         run = runs["arm"][0]
         return {
@@ -173,8 +174,3 @@ def _timed_answers(
     started = time.perf_counter()
     done = [r for _, finished in rewrite(models, enumerate(asked), settings, batch=batch) for r in finished if r.turns]
     return time.perf_counter() - started, done
-
-
-def _alike(requests: list[Request]) -> list[Request]:
-    """Returns the requests in order of length, so that programs follow each other."""
-    return sorted(requests, key=lambda r: len(r.tokens))

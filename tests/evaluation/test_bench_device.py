@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console import cli
-from jaxspec.evaluation import device_decode, device_figures, stand_ins
+from jaxspec.evaluation import device_decode, device_figures, device_target, stand_ins
 from jaxspec.evaluation.device_decode import DecodeBench, DoesNotFit, tau_profile
 from jaxspec.evaluation.device_peers import PeerBench
 from jaxspec.evaluation.device_plan import XLA_FLAGS, DevicePlan
@@ -84,6 +85,21 @@ def test_a_checkout_that_is_not_installed_has_its_programs_and_experiments():
     command = [sys.executable, "-S", "-c", find]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_target_answers_trains_a_head_and_decodes_with_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(device_target, "ROWS", 2)
+    monkeypatch.setattr(device_target, "LENGTH", 64)
+    monkeypatch.setattr(device_target, "HELD_OUT", 2)
+    target = ["--target", str(write_target(tmp_path / "target")), "--answers", "4", "--max-new-tokens", "8"]
+    bench(tmp_path / "out", "--parts", "5", *target, "--job", "target")
+    result = bench(tmp_path / "out", "--parts", "5", *target, "--json", str(tmp_path / "out.json"))
+    rows = {row["settings"]["what"]: row for row in result["rows"]}
+    assert rows.keys() == {"regenerate", "train_head", "decode_plain", "decode_speculative"}
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows.values())
+    assert rows["train_head"]["steps"] == 24 and rows["decode_plain"]["tau"] == 1 <= rows["decode_speculative"]["tau"]
+    assert (tmp_path / "out/answers.jsonl").exists() and (tmp_path / "out/drafter").is_dir()
 
 
 def test_json_holds_the_agreed_keys(measured):
