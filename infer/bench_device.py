@@ -54,7 +54,7 @@ Shape = Literal[
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 QUERY_BLOCK = 512
 """Queries that XLA attends at a time, as in the recipes for 8B targets."""
-CLOSING_SECONDS, CLOSING_SHARE = 8.0, 0.1
+CLOSING_SECONDS, CLOSING_SHARE = 15.0, 0.1
 """Time that is kept to start and to print what was measured, and the most of --minutes that this may be."""
 NOTES = """\
 ms: of one call, in a loop on the device where it is short, median of loops; part 5: of all prompts, or of a step
