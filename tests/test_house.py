@@ -34,7 +34,7 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 # Within a package a module may import from lower shelves; an __init__ from all of its own package.
 SHELVES: dict[str, tuple[set[str], ...]] = {
     "checkpoints": ({"event_file", "manifest"}, {"folders", "piecewise", "tracking"}, {"models", "runs"}),
-    "console": ({"overrides", "results"}, {"tables", "wrong_flags"}, {"cli", "progress"}),
+    "console": ({"marks", "overrides", "results"}, {"tables", "wrong_flags"}, {"cli", "progress"}),
     "data": (
         {
             "conversations",
@@ -68,9 +68,19 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"peagle"},
     ),
     "evaluation": (
-        {"equivalence", "machine", "peers", "statistics"},
-        {"comparison"},
-        {"acceptance", "figures", "timing"},
+        {"equivalence", "loops", "machine", "measurements", "peers", "stand_ins", "statistics"},
+        {"comparison", "device_plan", "step_parts"},
+        {
+            "acceptance",
+            "device_attention",
+            "device_figures",
+            "device_jobs",
+            "device_peers",
+            "device_train",
+            "figures",
+            "timing",
+        },
+        {"device_decode", "device_target"},
     ),
     "interchange": (
         {"pickled", "tensors"},

@@ -11,25 +11,20 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from jaxspec import config
 from jaxspec.base import Params
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.distillation.loss import read_target, score_batch, split_key, unroll_batch
-from jaxspec.distillation.scoring import read_heads
-from jaxspec.distillation.step import init_state, train_step, update
-from jaxspec.distillation.task import Batch, Frozen, StepInputs, Task, read_tables
 from jaxspec.drafters import DRAFTERS, DraftLMOptions
 from jaxspec.evaluation import machine
 from jaxspec.evaluation.machine import TimedProgram
+from jaxspec.evaluation.step_parts import PARTS, StepArguments, parts_of, random_arguments, step_of
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
@@ -43,7 +38,6 @@ DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": 
 SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "draft_lm_kld"}
 """Other names of experiments."""
 MATMUL = "matmul"
-PARTS = ("target", "drafter", "head_and_loss", "optimizer")
 NOTES = """\
 FLOPs: of matmuls and convolutions, exact over loops, conditionals at their dearest branch (all chunks scored)
 again: FLOPs that jax.checkpoint spends a second time on the way back; included in FLOPs
@@ -100,14 +94,6 @@ class Args:
     def target(self) -> LlamaConfig:
         """The target's shape."""
         return SHAPES[self.shape]
-
-
-class StepArguments(NamedTuple):
-    """The arguments of a training step, abstract or not."""
-
-    frozen: Frozen
-    state: Any
-    batch: Batch
 
 
 def main(argv: list[str]) -> int:
@@ -188,66 +174,7 @@ def small_llama(c: LlamaConfig) -> DraftLMOptions:
 
 def make_arguments(arm: DistillStep, params: Params, args: Args) -> StepArguments:
     """Returns fresh weights and a random batch for an arm; under `jax.eval_shape`, their shapes."""
-    key = jax.random.key(args.seed)
-    rows = (args.batch, args.length)
-    tokens_BL = jax.random.randint(key, rows, 0, args.target.vocab)
-    ones_BL = jnp.ones(rows, jnp.int32)
-    positions_BL = jnp.broadcast_to(jnp.arange(args.length), rows)
-    state = init_state(arm.task.drafter, arm.optimizer, key, arm.task.target.shared_tables(params))
-    vocab_U = jnp.arange(args.draft_vocab) if args.draft_vocab else None
-    return StepArguments(Frozen(params, vocab_U), state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL))
-
-
-def step_of(arm: DistillStep) -> Callable[..., Any]:
-    """Returns the whole update: `(frozen, state, batch) -> (state, loss)`."""
-    return functools.partial(train_step, arm.task, arm.optimizer)
-
-
-def draft(task: Task, params: Params, frozen: Frozen, batch: Batch, out: Any, key: Any) -> Any:
-    """The draft steps of a batch."""
-    return unroll_batch(task, params, read_tables(task.target, frozen), StepInputs(batch, out, split_key(key)))
-
-
-def draft_and_back(task: Task, against: Any, params: Params, *rest: Any) -> Any:
-    """The draft steps, and the weights' gradient where that of the outputs is `against`."""
-
-    def outputs(params: Params) -> Any:
-        unrolled = draft(task, params, *rest)
-        return tuple(unrolled[:2]), unrolled.kept_TBL
-
-    drafted, back, kept = jax.vjp(outputs, params, has_aux=True)
-    return drafted, kept, back(tuple(against[:2]))
-
-
-def score_and_back(task: Task, unrolled: Any, params: Params, frozen: Frozen, *inputs: Any) -> Any:
-    """The loss of draft steps, and its gradient by their outputs and by the weights that score them."""
-    batch, out, key = inputs
-
-    def loss(scoring: Params, outputs: Any) -> Any:
-        drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
-        step_inputs = StepInputs(batch, out, split_key(key))
-        part, sums = score_batch(task, scoring, read_heads(task, frozen), step_inputs, drafted, learning=True)
-        return part, sums.mean_loss(task.objective)  # the step needs no more of the sums
-
-    return jax.value_and_grad(loss, (0, 1), has_aux=True)(task.drafter.scoring(params), tuple(unrolled[:2]))
-
-
-def parts_of(arm: DistillStep, arguments: StepArguments, run: Callable[..., Any]) -> dict[str, TimedProgram]:
-    """Returns the parts of a step as programs; `run(program, *arguments)` computes what one hands to the next.
-
-    Together they have the step's matmuls. The drafter's gradient is taken against its own outputs, for want of others.
-    """
-    task, (frozen, state, batch) = arm.task, arguments
-    read = functools.partial(read_target, task.target)
-    out = run(read, frozen.params, batch)
-    inputs = (state.params, frozen, batch, out, state.key)
-    unrolled = run(functools.partial(draft, task), *inputs)
-    return {
-        "target": TimedProgram(read, (frozen.params, batch)),
-        "drafter": TimedProgram(functools.partial(draft_and_back, task), (unrolled, *inputs)),
-        "head_and_loss": TimedProgram(functools.partial(score_and_back, task), (unrolled, *inputs)),
-        "optimizer": TimedProgram(functools.partial(update, arm.optimizer), (state, state.params, jnp.float32(0.0))),
-    }
+    return random_arguments(arm, params, rows=(args.batch, args.length), scored=args.draft_vocab, seed=args.seed)
 
 
 def count_rows(arms: dict[str, DistillStep], args: Args) -> list[dict[str, Any]]:

@@ -1,16 +1,16 @@
 """The command line of every program: flags become a frozen dataclass, exceptions become exit codes."""
 
+import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
-
-import tyro
-
-from jaxspec.console.wrong_flags import one_sentence
+from typing import Any, TypeVar
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -18,10 +18,6 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 Args = TypeVar("Args")
-Positional = tyro.conf.Positional
-"""Marks a field of flags that is given without its name: `Positional[str]`."""
-Inline = tyro.conf.OmitArgPrefixes
-"""Marks a field that holds flags of its own, which are given as if they were the outer ones."""
 
 
 class Preempted(Exception):
@@ -38,8 +34,46 @@ def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str)
     The docstrings below its fields are the help text. Exits with 0 after `--help` and with 2, after one sentence, on
     wrong usage.
     """
+    # Machines with accelerators are often without it: flags that are texts and numbers are read all the same.
+    try:
+        import tyro
+
+        from jaxspec.console.wrong_flags import one_sentence
+    except ModuleNotFoundError:
+        return _parse_plain(argv, args, prog=prog, description=description)
     with one_sentence(args, argv, prog):
         return tyro.cli(args, args=list(argv), prog=prog, description=description)
+
+
+def _parse_plain(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
+    """Returns what `parse` does for flags with one value each, by the standard library and without their help text."""
+    hints = typing.get_type_hints(args)
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    for field in dataclasses.fields(args):  # type: ignore[arg-type]
+        reader, choices = _plain_type(hints[field.name], field.name)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=reader,
+            choices=choices,
+            required=field.default is dataclasses.MISSING,
+            default=argparse.SUPPRESS,
+            help=f"default: {field.default}",
+        )
+    try:
+        return args(**vars(parser.parse_args(list(argv))))
+    except ValueError as error:
+        parser.error(sentence(error))
+
+
+def _plain_type(hint: Any, name: str) -> tuple[Callable[[str], Any], tuple[Any, ...] | None]:
+    """Returns the reader of a flag's text, and the values that it may have (None: any)."""
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if typing.get_origin(hint) is typing.Literal:
+        return str, typing.get_args(hint)
+    if hint not in (str, int, float):
+        raise WrongUsage(f"--{name.replace('_', '-')} is read by the package tyro, which is not installed")
+    return hint, None
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Rates and memory of TPU chips by Google's figures, and the speed of a mesh axis on their network.
+"""Rates and memory of TPU chips by Google's figures, the speed of a mesh axis on their network, and rates of GPUs.
 
 Peak rates, memory and links are those of Google Cloud's documentation (docs.cloud.google.com/tpu, 2026). It gives the
 bandwidth of all links of a chip in both directions; here a link has its share of that in one direction, with two links
@@ -40,6 +40,22 @@ CHIPS = {
     "tpu7x": Chip(2307e12, 2307e12, 192 * 2**30, 7380e9, 100e9, 12.5e9, 4, cores=2),
 }
 """Name before the colon of a topology such as `v6e:8x8` -> its chip."""
+
+
+class DataSheet(NamedTuple):
+    """Peak rates of a device a second, by its vendor's data sheet."""
+
+    flops: float
+    """Of dense bf16 matmuls."""
+    hbm_bandwidth: float
+
+
+GPUS = {
+    "NVIDIA H200": DataSheet(989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": DataSheet(989e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": DataSheet(312e12, 2.039e12),
+}
+"""Name of a device as JAX gives it -> its data sheet. H100 and A100 are the SXM modules."""
 
 
 def chip_of(topology: str) -> Chip:

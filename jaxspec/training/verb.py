@@ -13,7 +13,7 @@ import jax
 
 from jaxspec.config import load
 from jaxspec.console import cli, results, tables
-from jaxspec.console.cli import Inline, Positional
+from jaxspec.console.marks import Inline, Positional
 from jaxspec.parallel.processes import Launch, joined
 
 
