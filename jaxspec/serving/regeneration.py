@@ -212,25 +212,35 @@ SENSIBLE = dataclasses.replace(VARIED, temperature=0.7)
 
 
 def write_user_turns(
-    models: Models, count: int, *, seed: int, settings: Settings = LONG, batch: int = 16
+    models: Models,
+    count: int,
+    *,
+    seed: int,
+    settings: Settings = LONG,
+    batch: int = 16,
+    known: Sequence[UserTurn] = (),
 ) -> Iterator[UserTurn]:
-    """Yields user turns that the target samples behind its bare template header, at most `count`.
+    """Yields user turns that the target samples behind its bare template header, at most `count` with those `known`.
 
     Dropped are turns that are empty, came before, hold special tokens or did not end. Gives up after `8 * count`
-    attempts. The same `seed`, which takes the place of that of `settings`, gives the same turns in the same order.
+    attempts. The same `seed`, which takes the place of that of `settings`, gives the same turns in the same order, and
+    goes on behind the first ones of them, `known`.
     """
     before, after = user_header(models.tokenizer)
     header = models.tokenizer.encode(before)
     special = {i for i, token in models.tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
     ending = tuple(int(i) for i in models.tokenizer.encode(after)[:1] if int(i) in special)
     settings = dataclasses.replace(settings, seed=seed, stop_ids=ending)
-    seen: set[str] = set()
-    for first in range(0, 8 * count, batch):
+    seen = {turn.text for turn in known}
+    last = known[-1].attempt if known else -1
+    for first in range(max(0, last) // batch * batch, 8 * count, batch):
+        if len(seen) >= count:
+            return
         requests = [models.request(header, settings.for_row(i), i) for i in range(first, first + batch)]
         done = answer_batches(models, Queue(requests, batch=batch), max_new_tokens=settings.max_new_tokens)
         for request, answer, _ in itertools.chain.from_iterable(done):
             text = _whole_turn(models, answer, after.strip(), special)
-            if text and text not in seen:
+            if text and text not in seen and request.key > last:
                 seen.add(text)
                 yield UserTurn(request.key, text)
             if len(seen) == count:

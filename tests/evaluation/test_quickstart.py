@@ -3,13 +3,18 @@
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import numpy as np
 import pytest
 
 from jaxspec.__main__ import main
+from jaxspec.decoding.requests import Settings
+from jaxspec.decoding.rounds import Weights
 from jaxspec.parallel.mesh import make_mesh
+from jaxspec.serving import loading
+from jaxspec.serving.loading import Models
 
 quickstart: Any = importlib.import_module("jaxspec.infer.quickstart")
 LITTLE = ["--conversations", "30", "--held-out", "3", "--steps", "3", "--max-new-tokens", "24"]
@@ -18,8 +23,7 @@ LITTLE = ["--conversations", "30", "--held-out", "3", "--steps", "3", "--max-new
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything measured once, on few questions; training on one device and evaluated by one step, to compile less."""
-    monkeypatch.setattr(quickstart, "PASSES", 1)
-    monkeypatch.setattr(quickstart, "TUNING", 2)
+    monkeypatch.setattr(quickstart, "TINY", quickstart.TINY._replace(tuning=2, passes=1))
     monkeypatch.setattr("jaxspec.training.distill.EVAL_STEPS", 1)
     monkeypatch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: make_mesh(1, devices=jax.devices()[:1]))
 
@@ -44,10 +48,39 @@ def test_the_main_job_reports_its_keys_and_leaves_a_drafter_that_generate_loads(
 
 def test_a_speed_up_below_1_is_explained():
     found = {"speedup": 0.4, "tau": 1.2, "conversations": 30}
-    short = quickstart.slow_hint(found, quickstart.Args(steps=3))
+    usual = quickstart.TINY
+    short = quickstart.slow_hint(found, usual._replace(steps=3), usual)
     assert "at a tau of 1.20" in short and "3 steps from 30 conversations only: take the usual --steps 400" in short
-    assert "a larger --target gains more" in quickstart.slow_hint(found, quickstart.Args())
-    assert quickstart.slow_hint({**found, "speedup": 1.0}, quickstart.Args(steps=3)) == ""
+    assert "a larger --target gains more" in quickstart.slow_hint(found, usual, usual)
+    assert quickstart.slow_hint({**found, "speedup": 1.0}, usual._replace(steps=3), usual) == ""
+
+
+def test_sizes_follow_the_target_unless_they_are_given():
+    small, large = (
+        Models(cast(Any, None), Weights({"w": np.zeros(n, bool)}), cast(Any, None), cast(Any, None))
+        for n in (9, 3 * 10**7)
+    )
+    args = quickstart.Args(steps=7)
+    assert args.sizes(small) == quickstart.TINY._replace(steps=7)
+    assert args.sizes(large) == quickstart.LARGER._replace(steps=7)
+    homes = [quickstart.Args(target=t).home for t in ("tiny", "smollm2", "models/Llama-3")]
+    assert [str(h) for h in homes] == ["runs/quickstart", "runs/quickstart_smollm2", "runs/quickstart_Llama-3"]
+
+
+def test_a_stopped_run_keeps_its_questions_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    models, args = loading.load_models("tiny"), quickstart.Args(folder=tmp_path, max_new_tokens=8)
+
+    def questions(count: int) -> list[str]:
+        return quickstart.write_questions(models, "questions", count, Settings(24, 1.0), args)
+
+    whole = questions(40)
+    written = (tmp_path / "questions.jsonl").read_text().splitlines()
+    (tmp_path / "questions.jsonl").write_text("\n".join(written[:9]) + "\n" + written[9][:5])
+    assert questions(40) == whole
+    answers = quickstart.write_answers(models, whole[:12], args)
+    monkeypatch.setattr(quickstart, "rewrite", None)  # nothing is answered twice
+    monkeypatch.setattr(quickstart, "write_user_turns", None)
+    assert questions(40) == whole and quickstart.write_answers(models, whole[:12], args) == answers
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""Files of records that are made once, whatever stops their making."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxspec.data import jsonl
+
+
+def count_to(most: int, stop_at: int | None = None):
+    def make(known: list[jsonl.Record]) -> Iterator[jsonl.Record]:
+        for n in range(len(known), most):
+            if n == stop_at:
+                raise KeyboardInterrupt
+            yield {"n": n}
+
+    return make
+
+
+def test_records_are_made_further_after_a_stop_and_never_twice(tmp_path: Path):
+    path, settings = tmp_path / "deep" / "kept.jsonl", {"seed": 1}
+    with pytest.raises(KeyboardInterrupt):
+        jsonl.resume(path, settings, count_to(5, stop_at=3))
+    with path.open("a") as file:
+        file.write('{"n": 3')  # a torn line
+    whole = jsonl.resume(path, settings, count_to(5))
+    assert whole == [{"n": n} for n in range(5)]
+    assert jsonl.resume(path, settings, count_to(9)) == whole  # it is whole: nothing is asked for
+
+
+def test_a_file_begun_with_other_settings_is_begun_anew(tmp_path: Path):
+    path = tmp_path / "kept.jsonl"
+    jsonl.resume(path, {"seed": 1}, count_to(5))
+    assert jsonl.resume(path, {"seed": 2}, count_to(2)) == [{"n": 0}, {"n": 1}]
+    assert jsonl.read_lines(path) == [{"seed": 2}, {"n": 0}, {"n": 1}, {"done": True}]
