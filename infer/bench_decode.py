@@ -27,15 +27,12 @@ from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
 from jaxspec.serving import loading
-from jaxspec.serving.flags import DraftFlags
+from jaxspec.serving.flags import DraftFlags, Shape
 from jaxspec.serving.loading import Models
 from jaxspec.serving.regeneration import SENSIBLE, write_user_turns
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
-Shape = Literal[
-    "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
-]
 NOTES = """\
 tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
@@ -135,6 +132,7 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
+    args.refuse_slow_dtype()
     prompts = None if args.prompts is None else read_prompts(args.prompts, limit=args.limit)
     every = [shaped(args)] if args.shape else load_every(args)
     models = every[0]

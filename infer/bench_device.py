@@ -43,14 +43,12 @@ from jaxspec.evaluation.measurements import (
 )
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import loading
+from jaxspec.serving.flags import Shape
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import SHAPES, Decoder
 from jaxspec.training.resolve import DistillStep, build_step, drafter_for
 from jaxspec.trees import parse_tree
 
-Shape = Literal[
-    "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
-]
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 QUERY_BLOCK = 512
 """Queries that XLA attends at a time, as in the recipes for 8B targets."""

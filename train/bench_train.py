@@ -28,12 +28,10 @@ from jaxspec.evaluation.step_parts import PARTS, StepArguments, parts_of, random
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
+from jaxspec.serving.flags import Shape
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.training.resolve import DistillStep, build_step, drafter_for
 
-Shape = Literal[
-    "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
-]
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "draft_lm_kld"}
 """Other names of experiments."""

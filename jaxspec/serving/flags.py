@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax
+
 from jaxspec.base import DraftMode
 from jaxspec.decoding.requests import Settings
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
 from jaxspec.verify import rule_named
@@ -15,6 +18,10 @@ RuleName = Literal[
     "target-draw", "recursive-rejection", "specinfer", "speculative-sampling", "block", "traversal", "typical"
 ]
 """The names of `verify.RULES`, for the command line."""
+Shape = Literal[
+    "tiny", "125m", "llama2-7b", "vicuna-7b", "vicuna-13b", "vicuna-33b", "llama3-1b", "llama3-8b", "llama3-70b"
+]
+"""The names of `decoder.SHAPES`, for the command line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +56,23 @@ class Flags:
         names = (field.name for field in dataclasses.fields(Settings))
         return Settings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
+    @property
+    def slow_dtype(self) -> bool:
+        """Returns whether this platform computes in the dtype much slower than in fp32, as CPUs do in bf16."""
+        return self.dtype == "bf16" and jax.default_backend() == "cpu"
+
+    def refuse_slow_dtype(self) -> None:
+        """Raises ValueError for a dtype in which this platform is no measure."""
+        if self.slow_dtype:
+            raise ValueError(
+                "--dtype bf16 is computed several times slower than fp32 on CPUs, so that a comparison would say "
+                "nothing: leave out --dtype"
+            )
+
     def load_target(self, template: str | None = None) -> Models:
         """Returns the target that the flags name, with their chat template or another."""
+        if self.slow_dtype:
+            say("note: XLA computes bf16 several times slower than fp32 on CPUs; leave out --dtype to go faster")
         return loading.load_models(self.target, template=template or self.template, dtype=loading.DTYPES[self.dtype])
 
 

@@ -382,3 +382,8 @@ def test_drawn_text_is_not_compared_with_plain_text(tmp_path, tinier):
     assert main(["bench", "decode", *flags]) == 0
     plain, drawn = json.loads(path.read_text())["rows"]
     assert plain["identical_fraction"] == 1 and drawn["identical_fraction"] is None
+
+
+def test_bf16_on_a_cpu_is_not_compared(target: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["bench", "decode", "--target", str(target), "--dtype", "bf16"]) == 1
+    assert "--dtype bf16 is computed several times slower" in capfd.readouterr().err
