@@ -46,7 +46,7 @@ FINALISTS = 3
 
 
 class Sizes(NamedTuple):
-    """How much of everything suits a target."""
+    """The amounts that suit a target."""
 
     conversations: int
     held_out: int

@@ -87,6 +87,8 @@ class Args:
     """Prompts decoded side by side; it changes the speed only."""
     target: str | None = None
     """HuggingFace folder of the target. Default: the one that the recipes name."""
+    draft_vocab: str | None = None
+    """File of the tokens that every drafter scores, as jaxspec draft-vocab writes it. Default: that of each recipe."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the one that the recipes name,
     or else that of the target's folder."""
@@ -245,6 +247,7 @@ def own_config(
             features=usable_features(config, target, args.features),
             template=args.template or config.data.template,
         ),
+        draft_vocab=args.draft_vocab or config.draft_vocab,
         optimizer=dataclasses.replace(config.optimizer, steps=1, epochs=None),
         checkpoint=dataclasses.replace(config.checkpoint, folder=str(folder / "run")),
         export_folder=str(folder / "drafter"),
@@ -276,6 +279,7 @@ def begun_with(args: Args, target: str) -> dict[str, Any]:
     return {
         "target": target,
         "template": args.template,
+        "draft_vocab": args.draft_vocab,
         **files,
         **{f"{name}_contents": contents(path) for name, path in files.items()},
         "limit": args.limit,

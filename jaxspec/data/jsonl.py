@@ -79,6 +79,6 @@ def resume(path: Path, settings: Record, make: Callable[[list[Record]], Iterable
         return records[:-1]
     for record in make(list(records)):
         append(path, [record])
-        records.append(record)
+        records.append(json.loads(json.dumps(record)))  # as a later call reads it: tuples become lists
     append(path, [_DONE])
     return records

@@ -33,8 +33,8 @@ def count_flops(program: Callable[..., Any], *arguments: Any) -> Flops:
     """Returns the most FLOPs that `program(*arguments)` takes. Arguments may be abstract; nothing is compiled.
 
     Operations that no result depends on are left out, as XLA does. The branch of a conditional with the most FLOPs
-    counts, so chunks that a program skips at run time are counted. Raises ValueError for FLOPs in a loop whose trips
-    are not known.
+    counts, so chunks that a program skips at run time are counted; of what differs by platform, the usual one counts.
+    Raises ValueError for FLOPs in a loop whose trips are not known.
     """
     closed = jax.make_jaxpr(program)(*arguments)
     needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -60,7 +60,9 @@ def _of_equation(equation: Any, *, recomputes: bool) -> Flops:
     if name == "pallas_call":
         raise ValueError("a Pallas kernel has matmuls in it, which are not counted: count the program without it")
     if name == "cond":
-        return max(inner)
+        platforms = equation.params.get("branches_platforms")
+        # Of what is written for several platforms, the program for accelerators counts: a CPU's pads rows.
+        return inner[platforms.index(None)] if platforms else max(inner)
     trips = equation.params["length"] if name == "scan" else 1
     return Flops(trips * sum(c.total for c in inner), trips * sum(c.recomputed for c in inner))
 

@@ -88,9 +88,9 @@ class Models(NamedTuple):
         if draft_vocab is not None:
             token_U = jnp.asarray(draft_vocab, jnp.int32)
             vocab = DraftVocab(token_U, self.engine.target.shared_tables(target).head_VD[token_U])
-        module = cast(Decoder, self.engine.target).clone(taps=drafter.taps)
+        engine = Engine(cast(Decoder, self.engine.target).clone(taps=drafter.taps), drafter, tree)
         ready, params = prepare(cast(DrafterModule, drafter), params)
-        return self._replace(engine=Engine(module, ready, tree), weights=Weights(target, params, vocab))
+        return self._replace(engine=dataclasses.replace(engine, drafter=ready), weights=Weights(target, params, vocab))
 
     def with_tree(self, tree: TreePolicy) -> Models:
         """Returns the same models with another tree."""

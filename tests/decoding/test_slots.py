@@ -15,7 +15,7 @@ from jaxspec.base import DraftMode
 from jaxspec.decoding import rounds
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import generate
-from jaxspec.decoding.requests import Request, Settings, make_requests
+from jaxspec.decoding.requests import Request, Settings, bucket, make_requests
 from jaxspec.decoding.rounds import CHUNK, Engine, Weights
 from jaxspec.decoding.slots import Slots
 from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
@@ -109,8 +109,9 @@ def test_prompts_of_random_lengths_compile_nothing_once_every_width_has_been_see
     rng = np.random.default_rng(3)
     longest = 2 * CHUNK
     slots = Slots(engine, weights, 8, longest=longest, max_new_tokens=BUDGET, stops=2)
-    widths = (16, 32, 64, 128, 256, 512, 513)
-    warm = [row._replace(tokens=np.ones(n, int)) for row, n in zip(random_rows(rng, 7), widths, strict=True)]
+    widths = sorted({bucket(n) for n in range(1, CHUNK + 1)} | {CHUNK + 1})
+    rows = random_rows(rng, len(widths))
+    warm = [row._replace(tokens=np.ones(n, int)) for row, n in zip(rows, widths, strict=True)]
     serve(slots, warm)
     rows = [
         row._replace(tokens=rng.integers(0, VOCAB, int(np.exp(rng.uniform(0, np.log(longest))))))
