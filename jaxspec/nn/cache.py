@@ -88,11 +88,11 @@ def _unroll(each: Callable[[int, Arrays], Arrays], rows: int, cache: Arrays) -> 
 
 def _write_row(slot_axes: tuple[int, int], new: Arrays, start_B: Array, row: Array | int, cache: Arrays) -> Arrays:
     """Writes one row's new keys and values behind its committed ones."""
-    row, zero = jnp.asarray(row, start_B.dtype), jnp.zeros((), start_B.dtype)
+    at, zero = jnp.asarray(row, start_B.dtype), jnp.zeros((), start_B.dtype)
     written = []
     for axis, into, values in zip(slot_axes, cache, new, strict=True):
-        place = [zero, row, zero, zero, zero]
+        place = [zero, at, zero, zero, zero]
         place[axis] = start_B[row]
-        one = lax.dynamic_slice_in_dim(values, row, 1, axis=1)
+        one = values[:, row : row + 1] if isinstance(row, int) else lax.dynamic_slice_in_dim(values, row, 1, axis=1)
         written.append(lax.dynamic_update_slice(into, one, place))
     return tuple(written)

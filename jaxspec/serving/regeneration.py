@@ -15,7 +15,7 @@ from jaxspec.data.conversations import Conversation
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Queue, RequestsByLength, answer_batches, serve_growing
+from jaxspec.serving.queue import RequestsByLength, serve_growing
 
 STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
 _TEMPERATURE_DRAW = 1
@@ -232,17 +232,24 @@ def write_user_turns(
     ending = tuple(int(i) for i in models.tokenizer.encode(after)[:1] if int(i) in special)
     settings = dataclasses.replace(settings, seed=seed, stop_ids=ending)
     seen = {turn.text for turn in known}
-    last = known[-1].attempt if known else -1
-    for first in range(max(0, last) // batch * batch, 8 * count, batch):
-        if len(seen) >= count:
-            return
-        requests = [models.request(header, settings.for_row(i), i) for i in range(first, first + batch)]
-        done = answer_batches(models, Queue(requests, batch=batch), max_new_tokens=settings.max_new_tokens)
-        for request, answer, _ in itertools.chain.from_iterable(done):
-            text = _whole_turn(models, answer, after.strip(), special)
-            if text and text not in seen and request.key > last:
+    if len(seen) >= count:
+        return
+    begin, end = known[-1].attempt + 1 if known else 0, 8 * count
+    # A row that has finished takes the next attempt; answers that come early wait for those before them.
+    attempts, waiting = iter(range(begin, end)), RequestsByLength()
+    for attempt in reversed(list(itertools.islice(attempts, batch))):
+        waiting.add(models.request(header, settings.for_row(attempt), attempt))
+    early: dict[int, Answer] = {}
+    for request, answer, _ in serve_growing(models, waiting, slots=batch, max_new_tokens=settings.max_new_tokens):
+        early[request.key] = answer
+        for attempt in itertools.islice(attempts, 1):
+            waiting.add(models.request(header, settings.for_row(attempt), attempt))
+        while begin in early:
+            text = _whole_turn(models, early.pop(begin), after.strip(), special)
+            if text and text not in seen:
                 seen.add(text)
-                yield UserTurn(request.key, text)
+                yield UserTurn(begin, text)
+            begin += 1
             if len(seen) == count:
                 return
 
