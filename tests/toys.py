@@ -13,6 +13,7 @@ import numpy as np
 from jaxspec.base import (
     ROOT,
     Array,
+    Cache,
     Children,
     ChooseChildren,
     Frontier,
@@ -105,7 +106,7 @@ class TableDrafter:
 class Memory(NamedTuple):
     """Tokens read, in a cache."""
 
-    cache: KVCache
+    cache: Cache
     length_B: Array
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,8 +11,6 @@ from jax import lax
 from jaxspec.base import Array, Cache, KVCache, TokenMajorCache
 from jaxspec.parallel.mesh import STATE_AXES
 from jaxspec.parallel.rows import shard_map_rows
-
-AnyCache = TypeVar("AnyCache", KVCache, TokenMajorCache)
 
 
 def empty(
@@ -38,7 +35,7 @@ def take_rows(fresh: KVCache, path_BP: Array) -> KVCache:
     )
 
 
-def commit(cache: AnyCache, rows: KVCache, start_B: Array, after_B: Array | None = None) -> AnyCache:
+def commit(cache: Cache, rows: KVCache, start_B: Array, after_B: Array | None = None) -> Cache:
     """Writes each row's new keys and values behind its `start_B` committed tokens; returns the cache.
 
     All slots of `rows` are written. Those past a row's accepted count are garbage: the row's length hides them, and

@@ -23,6 +23,14 @@ def random_rounds(rng: np.random.Generator, batch: int, rounds: int):
     return fresh_k, fresh_v, path, rng.integers(0, PATH + 1, (rounds, batch)).astype(np.int32)
 
 
+def rows_of(layers: int, batch: int, length: int, value: float = 0) -> KVCache:
+    """Fresh keys and values that all have one value."""
+    return KVCache(
+        jnp.full((layers, batch, HEADS, CHANNELS, length), value, jnp.float32),
+        jnp.full((layers, batch, HEADS, length, CHANNELS), value, jnp.float32),
+    )
+
+
 @jax.jit
 def commit_in_a_loop(cache, start_B, fresh_k, fresh_v, path, count):
     def one(i, carry):
@@ -88,7 +96,7 @@ def test_rows_of_the_same_cache_can_be_moved_within_it(batch: int):
 
 def test_an_ordered_write_lands_where_an_unordered_one_does():
     cache = kv.empty(LAYERS, 3, HEADS, CHANNELS, CAPACITY, jnp.dtype("float32"))
-    rows = jax.tree.map(lambda a: jnp.ones_like(a), kv.empty(LAYERS, 3, HEADS, CHANNELS, PATH, jnp.dtype("float32")))
+    rows = rows_of(LAYERS, 3, PATH, 1)
     start, after = jnp.array([0, 7, CAPACITY - PATH]), jnp.array([0, 5, 2**31 - 1])
     for x, y in zip(kv.commit(cache, rows, start), kv.commit(cache, rows, start, after), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -96,12 +104,12 @@ def test_an_ordered_write_lands_where_an_unordered_one_does():
 
 def test_a_commit_takes_the_caches_dtype():
     cache = kv.empty(1, 2, HEADS, CHANNELS, 8, jnp.dtype("bfloat16"))
-    rows = kv.empty(1, 2, HEADS, CHANNELS, 3, jnp.dtype("float32"))
-    assert kv.commit(cache, rows, jnp.zeros(2, jnp.int32)).k_YBKCS.dtype == jnp.bfloat16
+    rows = rows_of(1, 2, 3)
+    assert all(x.dtype == jnp.bfloat16 for x in kv.commit(cache, rows, jnp.zeros(2, jnp.int32)))
 
 
 def test_more_rows_than_slots_are_refused():
     cache = kv.empty(1, 1, HEADS, CHANNELS, 4, jnp.dtype("float32"))
-    rows = kv.empty(1, 1, HEADS, CHANNELS, 5, jnp.dtype("float32"))
+    rows = rows_of(1, 1, 5)
     with pytest.raises(ValueError, match="4 slots"):
         kv.commit(cache, rows, jnp.zeros(1, jnp.int32))
