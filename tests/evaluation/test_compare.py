@@ -212,6 +212,12 @@ def test_headlines_get_every_seed_and_a_pretrained_drafter_its_own(folder: Path)
     assert config.data.train == args.train and config.export_folder == "seeds/fast/seed-2/drafter"
 
 
+def test_one_draft_vocabulary_serves_all():
+    given, own = (compare.Args(recipes=("eagle2", "hass"), draft_vocab=file) for file in ("v.safetensors", None))
+    assert {arm.config.draft_vocab for arm in compare.plan(given)[1]} == {"v.safetensors"}
+    assert {arm.config.draft_vocab for arm in compare.plan(own)[1]} == {None}
+
+
 def test_one_chat_template_serves_all(folder: Path):
     args = compare.Args(recipes=("eagle2_vicuna_7b", "hass_vicuna_13b"), target="target")
     assert compare.template_of(compare.plan(args)[1]) == "vicuna"
