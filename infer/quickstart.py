@@ -2,8 +2,8 @@
 
 The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the fastest tree on this
 machine is picked from a handful, and held-out questions are decoded both ways. No network, no other data. The bundled
-tiny target takes some minutes, `--target smollm2` three quarters of an hour on two cores. A run that was stopped goes
-on where it was: give the same command.
+tiny target takes some minutes, `--target smollm2` far longer. A run that was stopped goes on where it was: give the
+same command.
 """
 
 from __future__ import annotations
