@@ -71,16 +71,16 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"equivalence", "loops", "machine", "measurements", "peers", "stand_ins", "statistics"},
         {"comparison", "device_plan", "step_parts"},
         {
-            "acceptance",
             "device_attention",
             "device_figures",
             "device_jobs",
             "device_peers",
             "device_train",
             "figures",
+            "replay",
             "timing",
         },
-        {"device_decode", "device_target"},
+        {"acceptance", "device_decode", "device_target"},
     ),
     "interchange": (
         {"pickled", "tensors"},

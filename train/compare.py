@@ -2,8 +2,9 @@
 
 A recipe is a config: every DistillConfig is trained here, from the same conversations with the same budget, whatever
 steps and files it names itself; a PretrainConfig's export is taken as it is. All drafters are then measured with the
-same trees on the same held-out prompts, where the same draws give the same texts. Give the same command to go on after
-a stop: nothing that is finished is done again, and recipes, trees and temperatures may be added.
+same trees on the same held-out prompts: the target answers them once, and every drafter drafts along those answers,
+which is what decoding would accept (the text does not depend on the drafter). Give the same command to go on after a
+stop: nothing that is finished is done again, and recipes, trees and temperatures may be added.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import comparison, figures, statistics
-from jaxspec.evaluation.acceptance import DECODING_SEED, Notes, Setup, measure
+from jaxspec.evaluation.acceptance import DECODING_SEED, Setup, measure
 from jaxspec.evaluation.comparison import Decoded
 from jaxspec.interchange import target_folders
 from jaxspec.parallel import processes
@@ -84,7 +85,7 @@ class Args:
     max_new_tokens: int = 256
     """Most tokens of an answer."""
     slots: int = 8
-    """Prompts decoded side by side; it changes the speed only."""
+    """Prompts answered, and answers drafted along, side by side; it changes the speed only."""
     target: str | None = None
     """HuggingFace folder of the target. Default: the one that the recipes name."""
     draft_vocab: str | None = None
@@ -154,9 +155,9 @@ def main(argv: Sequence[str]) -> int:
     args = dataclasses.replace(args, template=template_of(arms))
     prompts = choose_prompts(args)
     tokenizer = ChatTokenizer.load(target_folders.target_folder(target), args.template)
-    notes = Notes(args.out, begun_with(args, target))
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
-    setup = Setup(encode_all(prompts, tokenizer), args.trees, args.settings, args.slots, notes)
+    read = encode_all(prompts, tokenizer)
+    setup = Setup(args.out, begun_with(args, target), read, args.trees, args.settings, args.slots)
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:

@@ -41,6 +41,7 @@ from jaxspec.drafters import (
     PEagle,
     PEagleConfig,
 )
+from jaxspec.evaluation.replay import record, replay
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
@@ -181,6 +182,33 @@ def test_what_a_row_drafts_does_not_depend_on_its_neighbours(head: str, tree: st
         for answer, expected in zip(other, [together[i] for i in rows], strict=True):
             assert answer.tokens.tolist() == expected.tokens.tolist()
             assert answer.accepted.tolist() == expected.accepted.tolist()
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize(("head", "tree"), [*PAIRS, *SINGLE])
+def test_a_replay_makes_the_calls_of_decoding(head: str, tree: str, kind: str):
+    """Side by side and filled up; only a last round accepts less, by what decoding drafts past the answer's end."""
+    engine, weights = pair(head, tree)
+    models = Models(engine, weights, cast(Any, None), CONFIG)
+    decoded, requests = drafted(head, tree, kind), asked(kind)
+    recordings = [
+        record(models, np.asarray(r.tokens), a.tokens, r.settings) for r, a in zip(requests, decoded, strict=True)
+    ]
+    replayed = dict(replay(models, recordings, batch=2))
+    assert sorted(replayed) == [0, 1, 2]
+    for row, answer in replayed.items():
+        assert answer.tokens.tolist() == decoded[row].tokens.tolist()
+        assert answer.calls == decoded[row].calls
+        assert np.abs(answer.accepted - decoded[row].accepted).sum() in (0, 2)
+        past = answer.accepted @ np.arange(1, DEEPEST + 2) - (len(answer.tokens) - 1)
+        assert past in (0, 1)  # the last round's bonus token
+
+
+def test_other_rules_are_not_replayed():
+    engine, weights = pair("eagle", "dynamic")
+    models = Models(engine, weights, cast(Any, None), CONFIG).with_rule("sample")
+    with pytest.raises(ValueError, match="only texts of the rule target-draw can be replayed"):
+        next(replay(models, [], batch=1))
 
 
 @every

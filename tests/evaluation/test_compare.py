@@ -17,6 +17,7 @@ from jaxspec.__main__ import main
 from jaxspec.config import DistillConfig
 from jaxspec.console.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from jaxspec.drafters import Eagle
+from jaxspec.evaluation import acceptance
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import queue
 from jaxspec.training import recipes
@@ -83,17 +84,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class Watch:
-    """Counts what is trained and decoded, and does what is asked before a training or after a prompt.
+    """Counts what is trained, answered and replayed, and does what is asked before a training or after a replay.
 
     Only the recipe `slow` is trained, on one device to compile less; the others are given random drafters.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: list[str] = []
-        self.decoded = 0
+        self.answered = self.replayed = 0
         self.before_training: dict[int, Any] = {}
-        self.after_prompt: dict[int, Any] = {}
-        train, serve = recipes.run_distillation, queue.serve
+        self.after_replay: dict[int, Any] = {}
+        train, serve, replay = recipes.run_distillation, queue.serve, acceptance.replay
 
         def watched_train(config: DistillConfig, data: Any) -> Any:
             self.before_training.get(len(self.trained), lambda: None)()
@@ -105,12 +106,18 @@ class Watch:
 
         def watched_serve(*args: Any, **kwargs: Any) -> Any:
             for served in serve(*args, **kwargs):
-                self.decoded += 1
-                self.after_prompt.get(self.decoded, lambda: None)()
+                self.answered += 1
                 yield served
+
+        def watched_replay(*args: Any, **kwargs: Any) -> Any:
+            for replayed in replay(*args, **kwargs):
+                self.replayed += 1
+                self.after_replay.get(self.replayed, lambda: None)()
+                yield replayed
 
         monkeypatch.setattr("jaxspec.training.recipes.run_distillation", watched_train)
         monkeypatch.setattr("jaxspec.serving.queue.serve", watched_serve)
+        monkeypatch.setattr("jaxspec.evaluation.acceptance.replay", watched_replay)
         one = make_mesh(1, devices=jax.devices()[:1])
         monkeypatch.setattr("jaxspec.training.resolve.make_mesh", lambda *_, **__: one)
 
@@ -135,17 +142,18 @@ def test_a_comparison_goes_on_at_every_level_and_says_what_failed(
     words = ["compare", "slow.py", "broken.py", "fast.py", *FLAGS, "--out", "whole"]
     watch.before_training[1] = interrupt
     assert main(["compare", "slow.py", "fast.py", *FLAGS, "--out", "whole"]) == EXIT_INTERRUPTED
-    assert watch.trained == ["slow, seed 0"] and watch.decoded == 2 * 6
+    assert watch.trained == ["slow, seed 0"] and watch.replayed == 2 * 6
 
     watch.before_training.clear()
-    watch.after_prompt[2 * 6 + 4] = terminate
+    watch.after_replay[2 * 6 + 4] = terminate
     assert main(words) == EXIT_PREEMPTED
     shown = capfd.readouterr().err
     assert "stopped while fast, seed 0 was measured" in shown and "resume with the same command" in shown
     assert watch.trained == ["slow, seed 0", "broken, seed 0", "fast, seed 0"]
 
     assert main(words) == 1
-    assert watch.trained[3:] == ["broken, seed 0"] and watch.decoded == 4 * 6
+    assert watch.trained[3:] == ["broken, seed 0"] and watch.replayed == 4 * 6
+    assert watch.answered == 2 * 6  # every prompt once a temperature, whatever drafts
     shown = capfd.readouterr()
     assert "broken, seed 0 failed: drafter 'goose' is not one of" in shown.err
     assert "chain:2, greedy, 6 prompts" in shown.out and "temperature 1" in shown.out and "fast" in shown.out
@@ -166,7 +174,7 @@ def test_a_comparison_goes_on_at_every_level_and_says_what_failed(
     assert [Path(name).read_bytes()[1:4] for name in result["figures"]] == [b"PNG", b"PNG"] * drawn
 
     assert main(["compare", "slow.py", "fast.py", *FLAGS, "--out", "whole", "--json", "again.json"]) == 0
-    assert len(watch.trained) == 4 and watch.decoded == 4 * 6
+    assert len(watch.trained) == 4 and watch.replayed == 4 * 6
     assert json.loads((folder / "again.json").read_text())["rows"] == result["rows"]
 
 
