@@ -23,9 +23,9 @@ from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
-from jaxspec.data.conversations import Conversation, parse_conversation
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens
+from jaxspec.data.messages import Conversation, parse_conversation
 from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.requests import Settings, make_requests

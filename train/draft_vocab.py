@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+import tyro
 from tyro.conf import Positional
 
 from jaxspec.console import cli, results, tables
-from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.account import Account
+from jaxspec.data.chat import ChatTokenizer, TemplateChoice
+from jaxspec.data.chat_template import DATE, parse_variables
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
@@ -36,7 +39,12 @@ class Args:
     target: str = "tiny"
     """HuggingFace folder of the target; `tiny` is the bundled target."""
     template: str | None = None
-    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, a file of Jinja, or none for a base model. Default: the
+    target folder's own."""
+    template_args: str | None = None
+    """Values of the template's own variables, such as enable_thinking=false; a record's own go before them."""
+    skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out, and count, conversations that cannot be used."""
     length: int = 2048
     """Number of tokens of a conversation that are counted; the rest is cut off."""
     json: str | None = None
@@ -52,8 +60,13 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
     folder = target_folders.target_folder(args.target)
     vocab = read_config(folder).vocab
-    tokenizer = ChatTokenizer.load(folder, args.template)
-    corpus = tokenize_conversations(read_conversations(args.data), tokenizer, length=args.length)
+    tokenizer = ChatTokenizer.load(folder, TemplateChoice(args.template, parse_variables(args.template_args), DATE))
+    tokenizer.check_ids(vocab)
+    account = Account(skip_bad=args.skip_bad)
+    conversations = read_conversations(args.data, account=account)
+    corpus = tokenize_conversations(conversations, tokenizer, length=args.length, account=account)
+    for line in account.sentences():
+        sys.stderr.write(f"jaxspec draft-vocab: {line}\n")
     counts = count_tokens(corpus, vocab)
     used = int((counts.times_V > 0).sum())
     if not used:

@@ -22,7 +22,8 @@ import tyro
 
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
-from jaxspec.data.conversations import Conversation, read_conversations
+from jaxspec.data.conversations import read_conversations
+from jaxspec.data.messages import Conversation
 from jaxspec.decoding.answers import total_tokens
 from jaxspec.parallel import processes
 from jaxspec.serving import flags, loading

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxspec.checkpoints.models import save_drafter
 from jaxspec.data import jsonl
-from jaxspec.data.conversations import Conversation
 from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.messages import Conversation
 from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.requests import Settings, bucket, make_requests
 from jaxspec.distillation.step import init_state, train_step

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.data.chat import ChatTokenizer, Message
-from jaxspec.data.conversations import Conversation
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.messages import Conversation, Message
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving.loading import Models

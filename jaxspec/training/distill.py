@@ -166,7 +166,7 @@ def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> T
     if top_k:
         refuse_top_k(config, top_k)
     store, folder = FeatureStore(config.data.features), target_folder(config.target)
-    tokenizer = ChatTokenizer.load(folder, config.data.template)
+    tokenizer = ChatTokenizer.load(folder, config.data.chat)
     store.check(weights=hf.fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
     if taps:
         store.check(taps=list(taps))
@@ -202,7 +202,7 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
     check_length(config, read_config(folder))
     mesh = mesh_of(config.mesh)
-    data = data or read_data(config, ChatTokenizer.load(folder, config.data.template), mesh)
+    data = data or read_data(config, ChatTokenizer.load(folder, config.data.chat), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
     agreement.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
     if config.data.features is None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.data.conversations import Conversation
 from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.messages import Conversation
 from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import total_tau
 from jaxspec.decoding.generation import generate, generate_plain
