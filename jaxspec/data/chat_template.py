@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.nodes
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -89,12 +90,12 @@ class ChatTemplate:
         try:
             try:
                 return render(messages=[_shown(m) for m in messages])
-            except (jinja2.TemplateError, TypeError):
+            except Exception:
                 # Some templates iterate over the arguments of a call, others concatenate them as text.
                 if not any("tool_calls" in m for m in messages):
                     raise
                 return render(messages=[_with_texts(_shown(m)) for m in messages])
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template computes, so it can fail in every way that an expression can
             raise ValueError(f"the chat template refused the messages: {error}") from error
 
     def _strftime(self, form: str) -> str:
@@ -177,5 +178,13 @@ def _compile(template: str) -> jinja2.Template:
 @functools.lru_cache(maxsize=16)
 def _undeclared(template: str) -> frozenset[str]:
     """Returns the names that a template reads and does not set."""
-    found = jinja2.meta.find_undeclared_variables(_environment().parse(template))
-    return frozenset(found) - set(_environment().globals) - {"strftime_now"}
+    tree = _environment().parse(template)
+    found = jinja2.meta.find_undeclared_variables(tree) - set(_environment().globals) - {"strftime_now"}
+    # Names that a branch or loop sets count as undeclared elsewhere; what is asked whether it is defined is a variable.
+    own = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx in ("store", "param")}
+    asked = {
+        test.node.name
+        for test in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter))
+        if test.name in ("defined", "undefined", "default", "d") and isinstance(test.node, jinja2.nodes.Name)
+    }
+    return frozenset(found - (own - asked))

@@ -21,7 +21,8 @@ from jaxspec.data.messages import BadRecord, Conversation, Message
 
 Thinking = Literal["told", "record"]
 """Whether a template thinks: as its variables tell, or by whether the record's turn has a thought."""
-_EMPTY_THOUGHT = re.compile(r"\A\s*(<think>|<\|channel>thought)\s*(</think>|<channel\|>)")
+# A block that the answer opens, or that the prompt has opened.
+_EMPTY_THOUGHT = re.compile(r"\A\s*(<think>|<\|channel>thought)?\s*(</think>|<channel\|>)")
 _MARK, _NEXT = "ANSWERMARK", "NEXTMARK"
 
 
@@ -209,6 +210,10 @@ class TurnEncoder:
         """
         base, whole = self._text(c, [user], variables, ask=True), self._text(c, [user, message], variables)
         thought = message.get("reasoning_content", "").strip()
+        told = dict(self.tokenizer.template.variables) | dict(variables)
+        if thought and told.get("enable_thinking") is False:
+            counts[AGAINST] += 1
+            return None
         if not whole.startswith(base) or (thought and thought not in whole[len(base) :]):
             if thought and self._thinks(c, user, message, thought):
                 counts[AGAINST] += 1
