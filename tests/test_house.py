@@ -47,7 +47,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         },
         {"account", "chat_template", "tokenizer_files"},
         {"chat", "conversations"},
-        {"instructions", "prompts", "turns"},
+        {"emitted", "instructions", "prompts", "turns"},
         {"corpus"},
         {"draft_vocab", "packing", "pipeline", "tokenized_corpus"},
         {"feature_store"},
@@ -105,7 +105,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
-    "serving": ({"loading"}, {"flags", "queue"}, {"regeneration"}),
+    "serving": ({"dialogue", "loading"}, {"answer_file", "endpoint", "flags", "queue"}, {"regeneration"}),
     "targets": (
         {"decoder", "fields"},
         {"stored", "tables", "traits"},

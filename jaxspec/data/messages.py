@@ -134,7 +134,7 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
     tools, variables = _tools(fields.pop("tools", [])), _mapping(fields.pop("chat_template_kwargs", {}))
     unfinished = fields.pop("finish", None) == "length"
     made_with = _mapping(fields.pop("made_with", {}))
-    for name in ("tokens", "temperature"):  # figures of `jaxspec regenerate` about its answers
+    for name in ("tokens", "temperature", "sampling"):  # figures of `jaxspec regenerate` about its answers
         fields.pop(name, None)
     return Conversation(
         *named, messages, unfinished, None, tools, variables, learned, stored, made_with, None, (*fields, *unread)

@@ -266,6 +266,20 @@ class TurnEncoder:
             self._headers[calls] = min(found)[1] if found else ""
         return self._headers[calls]
 
+    def unmarked_end(self) -> str | None:
+        """Returns the special token by which the template ends an answer where that is no stop id, else None."""
+        probe = Conversation("", "", ())
+        try:
+            text = self._text(probe, [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}], {})
+        except ValueError:
+            return None
+        tail = text.partition(_MARK)[2]
+        if any(stop in tail for stop in self._stops) or self._header(probe, False):
+            return None
+        special = [t.content for t in self.tokenizer.tokenizer.get_added_tokens_decoder().values() if t.special]
+        found = [(tail.index(token), token) for token in special if token in tail]
+        return min(found)[1] if found else None
+
     def _check_shown(self, c: Conversation) -> None:
         """Raises BadRecord for messages and calls that the template passes over without a word."""
         for i, message in enumerate(c.messages):
