@@ -55,7 +55,7 @@ class Rewritten(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What others say before an answer, and the results recorded for the calls that follow."""
+    """The messages of others before an answer, and the results recorded for the calls that follow."""
 
     others: tuple[Message, ...]
     """At least one user's turn among them."""

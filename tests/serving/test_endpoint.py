@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
                 server.flying -= 1
 
     def reply(self, value: Any, status: int = 200, **headers: str) -> None:
-        self.send(json.dumps(value).encode(), status, **headers)
+        self.send(json.dumps(value).encode(), status, None, **headers)
 
     def send(self, data: bytes, status: int = 200, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -299,7 +299,8 @@ def test_a_call_without_a_recorded_result_ends_its_conversation(serve: Callable[
 
 def test_addresses_are_completed_and_wrong_ones_refused():
     assert Endpoint("http://a:1").base == "http://a:1/v1" and Endpoint("https://a/x/v2/").base == "https://a/x/v2"
-    for wrong in ({"url": "a:1"}, {"url": "http://a", "tries": 0}, {"url": "http://a", "timeout": 0.0}):
+    wrong: list[dict[str, Any]] = [{"url": "a:1"}, {"url": "http://a", "tries": 0}, {"url": "http://a", "timeout": 0.0}]
+    for fields in wrong:
         with pytest.raises(ValueError):
-            Endpoint(**wrong)
+            Endpoint(**fields)
     assert wire_messages([{"role": "user", "content": "a"}]) == [{"role": "user", "content": "a"}]
