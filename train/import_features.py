@@ -26,7 +26,7 @@ from jaxspec.data import shards
 from jaxspec.data.target_outputs import Kind
 from jaxspec.interchange import import_features
 from jaxspec.interchange.dump_checks import Finding
-from jaxspec.interchange.import_features import ImportSettings, Outcome, Work
+from jaxspec.interchange.import_features import DumpImport, ImportSettings, ImportSummary
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import refuse_several
 from jaxspec.serving import flags
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def announce(work: Work, about: tuple[int, int]) -> None:
+def announce(work: DumpImport, about: tuple[int, int]) -> None:
     """Says what the dump holds and about how large the store is; ValueError if the disk cannot hold it."""
     free, (tokens, size) = shards.free_bytes(work.out), about
     config, without = work.tables.config, work.reader.without_states
@@ -156,7 +156,7 @@ def sentence(finding: Finding) -> str:
     )
 
 
-def run(work: Work, finding: Finding, part: tuple[int, int]) -> Outcome | None:
+def run(work: DumpImport, finding: Finding, part: tuple[int, int]) -> ImportSummary | None:
     """Makes the files; returns what became of the dump, None while files of other parts are missing."""
     wanted = sum(last - first for first, last in work.shards[part[0] :: part[1]])
     with progress.progress("import features", wanted, "documents") as bar:
@@ -165,7 +165,7 @@ def run(work: Work, finding: Finding, part: tuple[int, int]) -> Outcome | None:
     return import_features.finish_import(work)
 
 
-def report(args: Args, work: Work, finding: Finding, outcome: Outcome | None, started: float) -> None:
+def report(args: Args, work: DumpImport, finding: Finding, outcome: ImportSummary | None, started: float) -> None:
     """Shows the result, and the command to train with."""
     result: dict[str, Any] = {"out": str(args.out), "kind": work.dump.kind, "target": args.target}
     result |= {"complete": outcome is not None, "layers": list(work.layers), "taps": list(work.taps)}
@@ -186,7 +186,7 @@ def report(args: Args, work: Work, finding: Finding, outcome: Outcome | None, st
         )
 
 
-def train_with(args: Args, work: Work, outcome: Outcome) -> str:
+def train_with(args: Args, work: DumpImport, outcome: ImportSummary) -> str:
     """Returns the command that trains a drafter from the store."""
     words = [f"jaxspec train {'eagle3' if work.taps else 'eagle2'}", f"target={args.target}"]
     words += [f"data.train={args.out / 'train'}", f"data.eval={args.out / 'eval'}", f"data.features={args.out}"]

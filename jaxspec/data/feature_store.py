@@ -179,7 +179,7 @@ class FeatureStore:
 
     @property
     def imported(self) -> bool:
-        """Whether another project made the features, perhaps with a target whose layers cannot be run here."""
+        """True where another project made the features, perhaps with a target whose layers cannot be run here."""
         return "imported" in self.about
 
     @property

@@ -30,8 +30,8 @@ NEARLY_ALL = 0.98
 """Share of the tokens that must be on one side of `UNIT`."""
 GREEDY = 0.05
 """Greedy agreement by which the reading that was not chosen may be better."""
-TIE = 0.01
-"""Cross entropies in nats that are closer than this do not tell two norms apart."""
+TIES = (0.02, 0.01)
+"""Greedy agreements, and cross entropies in nats, that are closer than this do not tell two norms apart."""
 ERROR = 2e-2
 """Largest relative error of a state that is computed again, for states in bf16."""
 PLACES = 512
@@ -134,14 +134,8 @@ def find_last_state(target: TargetTables, sample: Sequence[DumpedDocument], leas
     places_PD, tokens_P, of = _places(sample)
     raw = _score(target, places_PD, tokens_P)
     normed = {centred: _score(target, target.normed(places_PD, centred), tokens_P) for centred in target.centred}
-    ranked = sorted(normed, key=lambda centred: normed[centred].entropy)
     behind = unit[best] >= NEARLY_ALL
-    centred = best if behind else ranked[0]
-    if not behind and len(ranked) > 1 and normed[ranked[1]].entropy - normed[ranked[0]].entropy < TIE:
-        raise ValueError(
-            f"{name}: the target's final norm multiplies by its weight or by 1 + weight, and both fit its last states "
-            "alike; dump them behind the norm"
-        )
+    centred = best if behind else _better_norm(normed, name)
     chosen, other = (raw, normed[centred]) if behind else (normed[centred], raw)
     found = Finding(
         "behind" if behind else "before", centred, unit[best], chosen.entropy, other.entropy,
@@ -149,6 +143,22 @@ def find_last_state(target: TargetTables, sample: Sequence[DumpedDocument], leas
     )  # fmt: skip
     _refuse_mismatch(found, least, name)
     return found
+
+
+def _better_norm(normed: dict[bool, _Score], name: str) -> bool:
+    """Returns the kind of norm behind which the last states tell the text better; raises ValueError for a tie."""
+    if len(normed) == 1:
+        return next(iter(normed))
+    plain, centred = normed[False], normed[True]
+    # Of text that the target wrote greedily the wrong norm may have the lower cross entropy, for it may be the sharper.
+    if abs(plain.agreement - centred.agreement) >= TIES[0]:
+        return centred.agreement > plain.agreement
+    if abs(plain.entropy - centred.entropy) < TIES[1]:
+        raise ValueError(
+            f"{name}: the target's final norm multiplies by its weight or by 1 + weight, and both fit its last states "
+            "alike; dump them behind the norm"
+        )
+    return centred.entropy < plain.entropy
 
 
 def _refuse_mismatch(found: Finding, least: float, name: str) -> None:

@@ -295,12 +295,12 @@ def _numbers(cell: Any) -> np.ndarray:
     return np.asarray(cell.values.to_numpy(zero_copy_only=False)).reshape(-1)
 
 
-def describe(dump: Dump, width: int | None = None) -> dict[str, Any]:
-    """Returns the facts of a dump that `jaxspec inspect` shows; those of its first file that can be read."""
+def describe(dump: Dump) -> dict[str, Any]:
+    """Returns the facts of a dump that `jaxspec inspect` shows, the shapes those of its first file."""
     kind = KINDS[dump.kind]
     facts: dict[str, Any] = {"kind": "hidden states", "family": dump.kind, "format": kind.title}
     facts |= {"files": len(dump.files), "in_use": dump.locked, "importable": kind.refusal is None}
-    facts["refusal"] = kind.refusal
+    facts |= {"refusal": kind.refusal, "dtype": None}
     if kind.refusal is None:
         with _opened(dump.files[0]) as tensors:
             shapes = {name: list(handle.get_shape()) for name, handle in tensors.items()}

@@ -73,7 +73,7 @@ class ImportSettings:
     """Leave out documents that cannot be used, instead of stopping at the first."""
 
 
-class Work(NamedTuple):
+class DumpImport(NamedTuple):
     """A dump, its target and what is to be made of it."""
 
     out: Path
@@ -115,8 +115,8 @@ class Sample(NamedTuple):
     """Of their files."""
 
 
-class Outcome(NamedTuple):
-    """What became of a dump."""
+class ImportSummary(NamedTuple):
+    """Counts of an imported dump."""
 
     documents: int
     tokens: int
@@ -129,7 +129,7 @@ class Outcome(NamedTuple):
     """Documents left out, by reason."""
 
 
-def open_work(source: Path, out: Path, settings: ImportSettings) -> Work:
+def open_work(source: Path, out: Path, settings: ImportSettings) -> DumpImport:
     """Returns the work of importing the dump in a folder; nothing is written.
 
     Raises ValueError, in one sentence, where the folder holds no dump, one that no drafter can be trained from, or
@@ -149,7 +149,7 @@ def open_work(source: Path, out: Path, settings: ImportSettings) -> Work:
     layers = choose_layers(dump, planned, tables.config, settings.layers)
     _check_layers(source, dump, layers, tables.config)
     fields = feature_fields(tables.config.width, tables.config.vocab, settings.store, taps=len(layers) - 1)
-    return Work(out, dump, settings, folder, tables, layers, planned, later, _divide(planned, settings), fields)
+    return DumpImport(out, dump, settings, folder, tables, layers, planned, later, _divide(planned, settings), fields)
 
 
 def _planned(out: Path, dump: Dump, limit: int | None) -> tuple[tuple[Path, ...], int]:
@@ -223,7 +223,7 @@ def _divide(files: Sequence[Path], settings: ImportSettings) -> tuple[tuple[int,
     return tuple(ranges)
 
 
-def read_sample(work: Work) -> Sample:
+def read_sample(work: DumpImport) -> Sample:
     """Reads some documents of the dump, spread over it.
 
     Raises ValueError naming the first file that cannot be used, unless bad ones are skipped; and where none is left.
@@ -246,7 +246,7 @@ def read_sample(work: Work) -> Sample:
     return Sample(tuple(documents), dtype, tokens, size)
 
 
-def estimate(work: Work, sample: Sample) -> tuple[int, int]:
+def estimate(work: DumpImport, sample: Sample) -> tuple[int, int]:
     """Returns about how many tokens the dump has, and bytes the store takes, by the sample."""
     total = sum(path.stat().st_size for path in work.files)
     tokens = int(sample.tokens * total / sample.bytes)
@@ -259,7 +259,7 @@ def _cut(document: DumpedDocument, length: int) -> DumpedDocument:
     return DumpedDocument(document.tokens_L[:length], mask_L, document.states_LND[:length])
 
 
-def examine(work: Work, sample: Sample) -> tuple[Finding, dict[str, float]]:
+def examine(work: DumpImport, sample: Sample) -> tuple[Finding, dict[str, float]]:
     """Returns where the last state lies, and the relative errors of states that were computed again, by their names.
 
     Raises ValueError where the states are not the target's, see `dump_checks`.
@@ -279,7 +279,7 @@ def examine(work: Work, sample: Sample) -> tuple[Finding, dict[str, float]]:
     return finding, errors
 
 
-def begin_import(work: Work, sample: Sample) -> Finding:
+def begin_import(work: DumpImport, sample: Sample) -> Finding:
     """Checks the dump and makes the folder, or checks one that was begun before; returns where the last state lies."""
     plan = [[n, path.stat().st_size] for n, path in zip(names_of(work.dump, work.files), work.files, strict=True)]
     settings = dataclasses.asdict(work.settings)
@@ -309,7 +309,7 @@ def begin_import(work: Work, sample: Sample) -> Finding:
     return finding
 
 
-def import_shards(work: Work, finding: Finding, part: tuple[int, int] = (0, 1)) -> Iterator[int]:
+def import_shards(work: DumpImport, finding: Finding, part: tuple[int, int] = (0, 1)) -> Iterator[int]:
     """Makes every n-th shard from the i-th on that is not finished, for `part` `(i, n)`.
 
     Yields after each document of the dump how many are done; finished shards count at once. Raises ValueError naming a
@@ -324,7 +324,7 @@ def import_shards(work: Work, finding: Finding, part: tuple[int, int] = (0, 1)) 
             yield last - first
 
 
-def _write_shard(work: Work, finding: Finding, shard: Shard, files: Sequence[Path]) -> Iterator[int]:
+def _write_shard(work: DumpImport, finding: Finding, shard: Shard, files: Sequence[Path]) -> Iterator[int]:
     """Writes one shard, and beside it the tokens of its documents and their part of the index."""
     reader, entries, tokens, ids, cut, skipped = work.reader, [], [], [], [], Counter()
     writer = ShardWriter(shard, "group_size:1,uncompressed")
@@ -356,7 +356,7 @@ def _beside(shard: Shard, what: str) -> Path:
     return shard.path.with_suffix(f".{what}.npy")
 
 
-def _arrays(work: Work, finding: Finding, document: DumpedDocument) -> dict[str, np.ndarray]:
+def _arrays(work: DumpImport, finding: Finding, document: DumpedDocument) -> dict[str, np.ndarray]:
     """Returns the arrays of a record: features, and the states that enter the layers that are stored."""
     states_LND, length = document.states_LND, len(document.tokens_L)
     found = {"features": finding.features(work.tables, states_LND[:, -1])}
@@ -375,7 +375,7 @@ def _arrays(work: Work, finding: Finding, document: DumpedDocument) -> dict[str,
     return arrays
 
 
-def finish_import(work: Work) -> Outcome | None:
+def finish_import(work: DumpImport) -> ImportSummary | None:
     """Writes the corpora and the index when all shards are finished; returns what became of the dump, else None.
 
     Raises ValueError where too few documents are left to hold one out.
@@ -401,12 +401,12 @@ def finish_import(work: Work) -> Outcome | None:
     answers = sum(int(shards.read_array(_beside(shard, "tokens"))["assistant"].sum()) for shard in made)
     truncated = sum(sum(note["truncated"]) for note in notes if note)
     lengths = index["length"]
-    return Outcome(
+    return ImportSummary(
         len(index), int(lengths.sum()), answers, truncated, int(chosen.sum()), int(lengths.max()), dict(skipped)
     )
 
 
-def _held_out(work: Work, made: Sequence[Shard], index: np.ndarray) -> np.ndarray:
+def _held_out(work: DumpImport, made: Sequence[Shard], index: np.ndarray) -> np.ndarray:
     """Returns bool [documents]: those that are held out. Equal documents are on the same side.
 
     They are those of the least keys, which are hashes, among those with answers where some have.

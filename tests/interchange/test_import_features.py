@@ -1,0 +1,407 @@
+"""Hidden states that other projects dumped: imported in every layout, and trained from as online."""
+
+import dataclasses
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dump_toys import (
+    LAYERS,
+    TAPS,
+    Text,
+    answered_texts,
+    dump_pickles,
+    dump_specforge,
+    dump_speculators,
+    dump_vllm,
+    half,
+    write_foreign_target,
+    write_normed_target,
+)
+from safetensors.numpy import load_file, save_file
+
+from jaxspec.__main__ import main
+from jaxspec.config import DistillConfig, load
+from jaxspec.data import shards
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.corpus import key
+from jaxspec.data.feature_store import FeatureStore
+from jaxspec.data.tokenized_corpus import StoredCorpus
+from jaxspec.distillation.loss import batch_loss
+from jaxspec.distillation.objective import Objective
+from jaxspec.distillation.task import Frozen, Task
+from jaxspec.interchange.hf import load_tables, load_target
+from jaxspec.parallel.mesh import batch_sharding, make_mesh
+from jaxspec.training.batches import place_rows, read_data
+from jaxspec.training.distill import read_features
+from jaxspec.training.resolve import attention_blocks, drafter_for
+
+CONFIG = """
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+
+config = DistillConfig(
+    name="toy",
+    target="target",
+    data=DataConfig("none", "none", length=64, batch=8, loss_on="assistant"),
+    optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=1, steps=2, clip_value=0.5),
+    checkpoint=CheckpointConfig("run"),
+    export_folder="drafter",
+)
+"""
+COUNT = 24
+ONE = make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target of eight layers, and a config."""
+    home = tmp_path_factory.mktemp("dumps")
+    write_normed_target(home / "target")
+    (home / "toy.py").write_text(CONFIG)
+    return home
+
+
+@pytest.fixture(scope="module")
+def texts(home: Path) -> list[Text]:
+    return answered_texts(home / "target", COUNT)
+
+
+@pytest.fixture
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder beside the target and the config, in which a test runs."""
+    for name in ("target", "toy.py"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def imported(dump: str, *flags: str, out: str = "out", target: str = "target") -> dict[str, Any]:
+    """The result of an import that succeeds."""
+    assert main(["import", "features", dump, out, "--target", target, *flags, "--json", "result.json"]) == 0
+    return json.loads(Path("result.json").read_text())
+
+
+def refused(capfd: pytest.CaptureFixture[str], dump: str, *flags: str, target: str = "target") -> str:
+    """The sentence by which an import is refused; nothing is written."""
+    capfd.readouterr()
+    assert main(["import", "features", dump, "refused", "--target", target, *flags]) == 1
+    assert not (Path("refused") / "contents.json").is_file()
+    shutil.rmtree("refused", ignore_errors=True)
+    return capfd.readouterr().err
+
+
+def check_store(texts: list[Text], out: str = "out", *, masked: bool = True, taps: bool = True) -> None:
+    """Every text is in one of the corpora, with its mask, and its features are the target's, within bf16."""
+    store, seen = FeatureStore(out), {}
+    for name in ("train", "eval"):
+        corpus = StoredCorpus(Path(out) / name)
+        for place, document in zip(store.find(corpus), corpus.read(range(len(corpus.lengths))), strict=True):
+            record = store.read([int(place)], ["features", "taps"] if taps else ["features"])[0]
+            seen[key(document.tokens)] = document, record
+    assert len(seen) == len({key(text.tokens_L) for text in texts})
+    for text in texts:
+        document, record = seen[key(text.tokens_L)]
+        np.testing.assert_array_equal(document.tokens, text.tokens_L)
+        np.testing.assert_array_equal(document.assistant_mask, text.mask_L & masked)
+        close = {"rtol": 2e-2, "atol": 2e-2}
+        np.testing.assert_allclose(record["features"].astype(np.float32), text.features_LD, **close)
+        if taps:
+            wanted = half(text.states_LND[:, :-1]).reshape(len(text.tokens_L), -1)
+            np.testing.assert_array_equal(record["taps"], wanted)
+
+
+def test_speculators_files_with_their_set(folder: Path, texts: list[Text]):
+    dump_speculators(folder / "dump", texts)
+    done = imported("dump", "--recompute", "yes")
+    check_store(texts)
+    finding = done["finding"]
+    assert done["kind"] == "speculators" and done["layers"] == [*TAPS, LAYERS] and done["documents"] == COUNT
+    assert finding["last_state"] == "before" and finding["of"] == "answers" and finding["agreement"] > 0.95
+    assert done["answer_tokens"] == sum(int(text.mask_L.sum()) for text in texts) and done["held_out"] == 2
+    about = shards.read_about(Path("out"), "jaxspec-features/1")
+    assert about["finding"] == finding and about["dtype"] == "bfloat16"
+    assert set(about["relative_errors"]) == {"last", *(f"layer {tap}" for tap in TAPS)}
+    assert max(about["relative_errors"].values()) < 1e-2
+    assert done["train_with"].endswith("data.loss_on=assistant head.taps=2,4,5")
+
+
+def test_vllm_files_have_no_masks_and_their_answers_lack_the_last_state(folder: Path, texts: list[Text]):
+    cut = [text._replace(states_LND=text.states_LND[:-1]) for text in texts]
+    dump_vllm(folder / "dump", cut)
+    done = imported("dump", "--agreement", "0.1")
+    short = [Text(t.tokens_L[:-1], t.mask_L[:-1], t.states_LND[:-1], t.features_LD[:-1]) for t in texts]
+    check_store(short, masked=False)
+    assert done["kind"] == "vllm" and done["finding"]["of"] == "all tokens" and "data.loss_on=all" in done["train_with"]
+
+
+def test_states_may_come_before_the_tokens_axis(folder: Path, texts: list[Text]):
+    for i, text in enumerate(texts):
+        dump_vllm(folder / "dump", [text], f"r{i}", hidden_states=half(text.states_LND.swapaxes(0, 1).copy()))
+    imported("dump", "--agreement", "0.1")
+    check_store(texts, masked=False)
+
+
+@pytest.mark.parametrize(("behind", "pack"), [(True, False), (False, True)])
+def test_specforge_files_whose_last_state_is_on_either_side_of_the_norm(
+    folder: Path, texts: list[Text], behind: bool, pack: bool
+):
+    dump_specforge(folder / "dump", texts, behind=behind, pack=pack)
+    done = imported("dump")
+    check_store(texts)
+    assert done["kind"] == "specforge" and done["finding"]["last_state"] == ("behind" if behind else "before")
+
+
+def test_dspark_and_eagle_files(folder: Path, texts: list[Text]):
+    both: list[dict[str, Any]] = [
+        {"input_ids": t.tokens_L.astype(np.int64)[None], "loss_mask": t.mask_L.astype(np.int64)[None]} for t in texts
+    ]
+    eagle = [d | {"hidden_state": t.features_LD, "conversation_str": "a"} for d, t in zip(both, texts, strict=True)]
+    dump_pickles(folder / "eagle", eagle)
+    assert imported("eagle", "--store", "fp32")["taps"] == []
+    check_store(texts, taps=False)
+    states = [half(text.states_LND[:, :2]).reshape(1, len(text.tokens_L), -1) for text in texts]
+    last = [half(text.features_LD)[None] for text in texts]
+    dspark = [
+        d | {"hidden_states": s, "target_last_hidden_states": f} for d, s, f in zip(both, states, last, strict=True)
+    ]
+    dump_pickles(folder / "dspark", dspark)
+    done = imported("dspark", "--layers", "2,4", "--store", "int8", out="two")
+    assert done["layers"] == [2, 4, LAYERS] and done["taps"] == [2, 4]
+    assert {f.name for f in map(lambda f: shards.Field(*f), FeatureStore("two").about["fields"])} == {
+        "features", "features_scale", "taps", "taps_scale",
+    }  # fmt: skip
+
+
+# Training.
+
+
+def loss_of(taps: tuple[int, ...], *changes: str, stored: bool) -> float:
+    """The loss of fresh weights on the first batch: of the target's own pass, or of what is stored."""
+    found = load("toy.py", ["data.train=out/train", "data.eval=out/eval", "data.length=64", *changes])
+    data = read_data(found, ChatTokenizer.load("target"), ONE)
+    if not stored:
+        batch, whole = data.train[0], load_target("target", dtype=jnp.float32)
+        target, frozen = whole.module, whole.params
+    else:
+        batch = read_features(load_with_features(found), data, taps).train[0]
+        target, frozen = load_tables("target", dtype=jnp.float32)
+    objective = Objective(weights=(("soft_cross_entropy", 1.0),), noise=0, steps=2)
+    drafter, _ = drafter_for(found, target.config)
+    task = Task(target.clone(taps=drafter.taps, **attention_blocks(found, ONE)), drafter, objective)
+    params = jax.jit(drafter.init_params)(jax.random.key(0), target.shared_tables(frozen))
+    rows = place_rows(batch_sharding(ONE), cast(Any, SimpleNamespace(batch=len(batch["tokens"]), rows=None)), batch)
+    sums = jax.jit(lambda p, r: batch_loss(task, Frozen(frozen), p, r, jax.random.key(1), learning=False)[1])
+    return float(sums(params, rows).mean_loss(objective))
+
+
+def load_with_features(config: DistillConfig) -> DistillConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, features="out"))
+
+
+@pytest.mark.parametrize(
+    "changes", [("drafter=eagle3", "head.taps=2,4,5"), ("drafter=eagle",)], ids=["eagle3", "eagle"]
+)
+def test_the_loss_from_a_dump_is_that_of_training_online_within_its_dtype(
+    folder: Path, texts: list[Text], changes: tuple[str, ...]
+):
+    dump_speculators(folder / "dump", texts)
+    imported("dump")
+    taps = TAPS if "drafter=eagle3" in changes else ()
+    online, offline = (loss_of(taps, *changes, stored=stored) for stored in (False, True))
+    assert abs(online - offline) < 5e-3 * online and online != offline
+
+
+def test_a_drafter_is_trained_and_exported_for_a_target_that_cannot_be_run(folder: Path, texts: list[Text]):
+    write_foreign_target(folder / "foreign", folder / "target", rope_scaling={"rope_type": "unheard-of"})
+    dump_specforge(folder / "dump", texts, behind=False)
+    done = imported("dump", target="foreign")
+    check_store(texts)
+    assert done["finding"]["centred"] is False
+    verb, config, *words = done["train_with"].split()[1:]
+    steps = ("optimizer.epochs=none", "optimizer.steps=2", "objective.steps=2", "data.batch=8")
+    assert [verb, config] == ["train", "eagle3"]
+    assert main(["train", "toy.py", "drafter=eagle3", *words, *steps, "--json", "train.json"]) == 0
+    trained = json.loads(Path("train.json").read_text())
+    assert trained["documents"]["train"]["documents"] == COUNT - 2 and np.isfinite(trained["loss"])
+    assert main(["export", "drafter", "served", "--to", "speculators", "--target", "foreign"]) == 0
+    assert main(["train", "toy.py", "target=foreign", "data.train=out/train", "data.eval=out/eval"]) == 1
+
+
+# Refusals, and what is left out.
+
+
+def test_states_that_are_not_the_targets_are_refused(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+):
+    other = write_normed_target(tmp_path_factory.mktemp("other") / "target", layers=1)
+    dump_speculators(folder / "dump", texts)
+    assert "4 states of a token, and 0 layers are known" in refused(capfd, "dump", target=str(other))
+    assert "is not what target computes (relative error" in refused(capfd, "dump", "--layers", "2,3,5,8")
+    assert "its states enter layers 2, 3, 4, 5, and the last one" in refused(capfd, "dump", "--layers", "2,3,4,5")
+    assert "layers (2, 2, 5, 8) must be different numbers" in refused(capfd, "dump", "--layers", "2,2,5,8")
+    assert "the last of --layers must be 8" in refused(capfd, "dump", "--layers", "2,8,4,5")
+    assert "holds 4 states of a token, and 3 layers are given" in refused(capfd, "dump", "--layers", "2,4,8")
+    wrong = [text._replace(states_LND=text.states_LND[:, [0, 1, 3, 2]]) for text in texts]
+    dump_speculators(folder / "wrong", wrong)
+    said = refused(capfd, "wrong")
+    assert "finds the next token of answers in" in said and "they are of another target or layer" in said
+
+
+def test_last_states_that_cannot_be_told_apart_are_refused(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    dump_specforge(folder / "dump", texts[::2], behind=True)
+    for i, path in enumerate(sorted(dump_specforge(folder / "more", texts[1::2], behind=False).glob("*/*"))):
+        shutil.copy(path, folder / "dump" / "rows_0-5" / f"data_{100 + i}.ckpt")
+    assert "cannot be told before or behind the final norm" in refused(capfd, "dump")
+
+
+def test_the_state_entering_layer_0_is_the_embedding(
+    folder: Path, home: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    found = answered_texts(home / "target", 12, (0, 3))
+    dump_vllm(folder / "dump", found)
+    words = ("--layers", "0,3,8", "--agreement", "0.1", "--recompute", "no")
+    done = imported("dump", *words)
+    assert done["taps"] == [0, 3]
+    wrong = [text._replace(states_LND=text.states_LND[:, [1, 0, 2]]) for text in found]
+    dump_vllm(folder / "wrong", wrong)
+    assert "its state 0 is not the embedding of its tokens" in refused(capfd, "wrong", *words)
+
+
+BROKEN = {
+    "not finite": lambda t: t._replace(states_LND=np.where(np.arange(32) == 3, np.nan, t.states_LND)),
+    "ids outside": lambda t: t._replace(tokens_L=np.append(t.tokens_L[:-1], 300)),
+    "wrong shape": lambda t: t._replace(states_LND=t.states_LND[:, :, :31]),
+}
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "unreadable", "lacks a tensor", "wrong dtype"])
+def test_a_bad_document_stops_the_import_or_is_counted(
+    folder: Path, texts: list[Text], kind: str, capfd: pytest.CaptureFixture[str]
+):
+    dump_vllm(folder / "dump", texts)
+    bad = folder / "dump" / "cmpl-2-0.safetensors"
+    if kind in BROKEN:
+        dump_vllm(folder / "dump", [BROKEN[kind](texts[2])], "cmpl-2-0")
+    elif kind == "unreadable":
+        bad.write_bytes(bad.read_bytes()[:-40])
+    elif kind == "wrong dtype":
+        dump_vllm(folder / "dump", [texts[2]], "cmpl-2-0", hidden_states=np.zeros((9, 4, 32), np.int8))
+    else:
+        save_file({"hidden_states": np.zeros((9, 4, 32), np.float32)}, bad)
+    assert "cmpl-2-0.safetensors" in refused(capfd, "dump", "--agreement", "0.1")
+    done = imported("dump", "--agreement", "0.1", "--skip-bad")
+    assert done["skipped"] == {kind: 1} and done["documents"] == COUNT - 1
+    check_store([text for i, text in enumerate(texts) if i != 2], masked=False)
+
+
+def test_speculators_rows_must_be_those_of_the_files(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    dump_speculators(folder / "dump", texts)
+    states = folder / "dump" / "hidden_states"
+    (states / "hs_23.safetensors").unlink()
+    shutil.copy(states / "hs_4.safetensors", states / "hs_99.safetensors")
+    shutil.copy(states / "hs_5.safetensors", states / "hs_6.safetensors")
+    assert "hs_6.safetensors: its token_ids are not the input_ids of row 6" in refused(capfd, "dump")
+    done = imported("dump/hidden_states", "--skip-bad")
+    assert done["skipped"] == {"no such row": 1, "other tokens": 1} and done["answer_tokens"]
+    (folder / "dump" / "state.json").write_text("{}")
+    assert "no set of input_ids and loss_mask that datasets saved" in refused(capfd, "dump")
+
+
+def test_files_in_use_are_left_out_and_an_import_goes_on_where_it_was(
+    folder: Path, texts: list[Text], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    dump_vllm(folder / "dump", texts[:-1])
+    (folder / "dump" / "cmpl-1-0.safetensors.lock").write_text("")  # its writer is done
+    words = ("--agreement", "0.1", "--shard-gb", "3e-5")
+    with (folder / "dump" / "cmpl-3-0.safetensors.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert imported("dump", "--count-only", *words)["in_use"] == 1 and not Path("out").exists()
+        assert imported("dump", *words, "--shard", "0/2")["complete"] is False
+    with pytest.raises(ValueError, match="is not complete; give the jaxspec import features command"):
+        FeatureStore("out")
+    dump_vllm(folder / "dump", texts[-1:], "later-{}")
+    done = imported("dump", *words)
+    assert done["complete"] and done["documents"] == COUNT - 2 and done["came_later"] == 2
+    check_store([text for i, text in enumerate(texts[:-1]) if i != 3], masked=False)
+    assert len(list(Path("out").glob("*.array_record"))) > 3
+    before = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.array_record")}
+    imported("dump", *words)
+    assert before == {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.array_record")}
+    capfd.readouterr()
+    assert main(["import", "features", "dump", "out", "--target", "target", *words, "--length", "20"]) == 1
+    assert "out: was begun with imported=" in capfd.readouterr().err
+    (folder / "dump" / "cmpl-5-0.safetensors").unlink()
+    assert main(["import", "features", "dump", "out", "--target", "target", *words]) == 1
+    assert "cmpl-5-0.safetensors was there when its import into out began" in capfd.readouterr().err
+
+
+def test_documents_are_cut_and_the_disk_must_have_room(
+    folder: Path, texts: list[Text], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    dump_specforge(folder / "dump", texts)
+    done = imported("dump", "--length", "22", "--limit", "20", "--held-out", "1")
+    assert done["truncated"] == sum(len(text.tokens_L) > 22 for text in texts[:20]) and done["longest"] == 22
+    assert done["documents"] == 20 and done["held_out"] == 1
+    monkeypatch.setattr(shards, "free_bytes", lambda _: 10**4)
+    assert "do not fit into the 0.00001 GB that are free" in refused(capfd, "dump")
+
+
+def test_dumps_that_no_drafter_is_trained_from_are_named(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    text = texts[0]
+    flash = {"input_ids": text.tokens_L.astype(np.int64), "hidden_states": text.states_LND[None, :, 0]}
+    dump_pickles(folder / "flash", [flash])
+    (folder / "nemo").mkdir()
+    (folder / "nemo" / "manifest.json").write_text(json.dumps({"version": 2}))
+    save_file({"input_ids": text.tokens_L[None]}, folder / "nemo" / "shard-000000.safetensors")
+    (folder / "empty").mkdir()
+    assert "flash: holds offline DFlash files of SpecForge: they hold no last hidden state" in refused(capfd, "flash")
+    assert "nemo: holds shards of NeMo Automodel: they hold no last hidden state" in refused(capfd, "nemo")
+    assert "empty: holds no hidden states that are known" in refused(capfd, "empty")
+    assert main(["inspect", "flash", "--json", "flash.json"]) == 0
+    told = json.loads(Path("flash.json").read_text())
+    assert told["family"] == "dflash" and told["importable"] is False and "no last hidden state" in told["refusal"]
+
+
+def test_inspect_names_a_dump(folder: Path, texts: list[Text]):
+    dump_speculators(folder / "dump", texts)
+    assert main(["inspect", "dump", "--json", "dump.json"]) == 0
+    told = json.loads(Path("dump.json").read_text())
+    assert told["kind"] == "hidden states" and told["family"] == "speculators" and told["files"] == COUNT
+    assert told["importable"] and told["loss_mask"] and told["shapes"]["hidden_states"][1:] == [4, 32]
+
+
+def test_a_target_whose_logits_or_tables_are_not_read_is_refused(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    dump_specforge(folder / "dump", texts)
+    write_foreign_target(folder / "scaled", folder / "target", logits_scaling=8.0)
+    assert "logits_scaling=8.0 scales the logits" in refused(capfd, "dump", target="scaled")
+    write_foreign_target(folder / "lost", folder / "target")
+    (folder / "lost" / "model-00001-of-00002.safetensors").unlink()
+    assert "model-00001-of-00002.safetensors holds language_model" in refused(capfd, "dump", target="lost")
+    write_foreign_target(folder / "shapeless", folder / "target", intermediate_size=None)
+    assert "has no field intermediate_size" in refused(capfd, "dump", target="shapeless")
+
+
+def test_a_centred_norm_of_a_family_that_is_not_known_is_found(folder: Path, texts: list[Text]):
+    place = write_foreign_target(folder / "foreign", folder / "target") / "model-00001-of-00002.safetensors"
+    tables = load_file(place)
+    tables["language_model.model.norm.weight"] -= 1
+    save_file(tables, place)
+    for behind in (False, True):
+        dump_specforge(folder / f"dump{behind}", texts, behind=behind)
+        assert imported(f"dump{behind}", target="foreign", out=f"out{behind}")["finding"]["centred"] is True
+        check_store(texts, f"out{behind}")
