@@ -5,7 +5,7 @@ import io
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ def dump_vllm(folder: Path, texts: list[Text], name: str = "cmpl-{}-0", **change
 
 def dump_speculators(folder: Path, texts: list[Text]) -> Path:
     """Files `hs_N` below a set that looks as if `datasets` had saved it."""
-    import pyarrow
+    import pyarrow  # pyright: ignore[reportMissingImports]
 
     dump_vllm(folder / "hidden_states", texts, "hs_{}")
     table = pyarrow.table(
@@ -158,7 +158,7 @@ def dump_specforge(folder: Path, texts: list[Text], *, behind: bool = True, grou
     return folder
 
 
-def dump_pickles(folder: Path, documents: list[Mapping[str, Any]]) -> Path:
+def dump_pickles(folder: Path, documents: Sequence[Mapping[str, Any]]) -> Path:
     """Files `data_N.ckpt` of any tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, tensors in enumerate(documents):

@@ -14,10 +14,11 @@ from tyro.conf import Positional
 from jaxspec.console import cli, results, tables
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.corpus import Documents, tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.interchange import target_folders
-from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_config import read_table_config
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Sizes that the table shows beside the requested one."""
@@ -28,7 +29,7 @@ class Args:
     """Command line of `jaxspec draft-vocab`."""
 
     data: Positional[str]
-    """Conversations (JSON Lines) whose assistant turns are counted."""
+    """Conversations (JSON Lines), or a folder of jaxspec tokenize, whose assistant turns are counted."""
     out: str
     """File (safetensors) for the maps d2t and t2d; `jaxspec generate --draft-vocab` reads it."""
     size: int = 1024
@@ -51,9 +52,13 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
     folder = target_folders.target_folder(args.target)
-    vocab = read_config(folder).vocab
+    vocab = read_table_config(folder).vocab
     tokenizer = ChatTokenizer.load(folder, args.template)
-    corpus = tokenize_conversations(read_conversations(args.data), tokenizer, length=args.length)
+    if is_corpus(args.data):
+        corpus: Documents = StoredCorpus(args.data)
+        corpus.check(tokenizer)
+    else:
+        corpus = tokenize_conversations(read_conversations(args.data), tokenizer, length=args.length)
     counts = count_tokens(corpus, vocab)
     used = int((counts.times_V > 0).sum())
     if not used:

@@ -55,8 +55,9 @@ class Args:
     """Take at most this many documents."""
     held_out: int = 64
     """Documents that are held out for evaluation, a tenth of all at most."""
-    agreement: float = 0.6
-    """Least share of the answers' tokens that are the LM head's greedy ones; lower it for text of another author."""
+    agreement: float | None = None
+    """Least share of the answers' tokens that are the LM head's greedy ones; lower it for text of another author.
+    Default: 0.6, and 0.3 of all tokens where the dump does not say which are the answers'."""
     recompute: Literal["auto", "yes", "no"] = "auto"
     """Run the target over a document and compare; auto: where jaxspec can and it has at most a billion parameters."""
     skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -74,7 +75,7 @@ class Args:
         cli.refuse_below_one(self, "limit", "held_out")
         if self.length < 2:
             raise ValueError(f"--length is {self.length}; it must be 2 or above")
-        if not 0 <= self.agreement <= 1:
+        if self.agreement is not None and not 0 <= self.agreement <= 1:
             raise ValueError(f"--agreement is {self.agreement:g}; it must be from 0 to 1")
         if not self.shard_gb > 0:
             raise ValueError(f"--shard-gb is {self.shard_gb:g}; it must be above 0")
@@ -114,11 +115,10 @@ def main(argv: Sequence[str]) -> int:
     announce(work, import_features.estimate(work, sample))
     if args.count_only:
         finding, _ = import_features.examine(work, sample)
-        outcome = None
     else:
         finding = import_features.begin_import(work, sample)
-        say(sentence(finding))
-        outcome = run(work, finding, args.part)
+    say(sentence(finding))
+    outcome = None if args.count_only else run(work, finding, args.part)
     report(args, work, finding, outcome, started)
     return 0
 
@@ -129,7 +129,7 @@ def announce(work: DumpImport, about: tuple[int, int]) -> None:
     config, without = work.tables.config, work.reader.without_states
     say(
         f"{work.dump.folder}: {import_features.KINDS[work.dump.kind].title}, {len(work.files):,} documents; of the "
-        f"target ({config.family if hasattr(config, 'family') else 'llama'}) embedding, norm and LM head are read"
+        f"target ({getattr(config, 'family', 'llama')}) embedding, norm and LM head are read"
     )
     left_out = {"in use by a writer": work.dump.locked, "without states": without, "came later": work.later}
     if told := ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count):

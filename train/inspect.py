@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -54,7 +55,7 @@ def show_dump(args: Args, dump: Dump, started: float) -> None:
     """Shows the facts of a dump of hidden states, and writes them where the command line says."""
     if args.target is not None:
         raise ValueError(f"--target is for published heads, and {args.path} holds hidden states: leave it out")
-    facts = dumps.describe(dump) | {"path": args.path}
+    facts: dict[str, Any] = dumps.describe(dump) | {"path": args.path}
     shapes = facts.pop("shapes", {})
     tables.print_table(args.path, ("", ""), [*facts.items()])
     tables.print_table("first file", ("tensor", "shape"), [(name, str(shape)) for name, shape in shapes.items()])

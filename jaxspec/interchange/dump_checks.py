@@ -32,6 +32,8 @@ GREEDY = 0.05
 """Greedy agreement by which the reading that was not chosen may be better."""
 TIES = (0.02, 0.01)
 """Greedy agreements, and cross entropies in nats, that are closer than this do not tell two norms apart."""
+LEAST = {"answers": 0.6, "all tokens": 0.3}
+"""Least greedy agreement with the text of a target's answers, and with text where its user's words are among them."""
 ERROR = 2e-2
 """Largest relative error of a state that is computed again, for states in bf16."""
 PLACES = 512
@@ -117,11 +119,11 @@ class _Score(NamedTuple):
     agreement: float
 
 
-def find_last_state(target: TargetTables, sample: Sequence[DumpedDocument], least: float, name: str) -> Finding:
+def find_last_state(target: TargetTables, sample: Sequence[DumpedDocument], least: float | None, name: str) -> Finding:
     """Returns where the last state of a dump, called `name`, lies; see the module's docstring.
 
     Raises ValueError where some states lie before the final norm and others behind it, where two norms fit alike, or
-    where the greedy tokens agree with the text in less than the share `least`.
+    where the greedy tokens agree with the text in less than the share `least` (None: that of `LEAST`).
     """
     states_ND = np.concatenate([document.states_LND[:, -1] for document in sample])
     unit = {centred: target.unit_share(states_ND, centred) for centred in target.centred}
@@ -141,7 +143,7 @@ def find_last_state(target: TargetTables, sample: Sequence[DumpedDocument], leas
         "behind" if behind else "before", centred, unit[best], chosen.entropy, other.entropy,
         chosen.agreement, other.agreement, len(tokens_P), of,
     )  # fmt: skip
-    _refuse_mismatch(found, least, name)
+    _refuse_mismatch(found, LEAST[of] if least is None else least, name)
     return found
 
 

@@ -276,8 +276,8 @@ class _Rows(NamedTuple):
 def _open_rows(folder: Path) -> _Rows:
     """Opens a set that `datasets` saved; raises ValueError if it is no such set, or pyarrow is not installed."""
     try:
-        import pyarrow
-        import pyarrow.ipc
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.ipc  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"{folder}: its tokens and loss masks are an Arrow table, and pyarrow is not installed: pip install pyarrow"

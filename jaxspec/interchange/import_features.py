@@ -43,6 +43,7 @@ PLAN = "files.json"
 """File of the names and sizes of a dump's files when its import began."""
 SAMPLE = 8
 """Documents that the checks read, spread over the dump."""
+SKIPPING = "--skip-bad leaves such documents out and counts them"
 _TOKEN = np.dtype([("token", "<i4"), ("assistant", "?")])
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -65,8 +66,8 @@ class ImportSettings:
     """Documents held out for evaluation, a tenth of all at most."""
     shard_gb: float = 1.0
     """A file ends with the document of the dump that fills it, in GB."""
-    agreement: float = 0.6
-    """Least share of places where the LM head's greedy token is the text's."""
+    agreement: float | None = None
+    """Least share of places where the LM head's greedy token is the text's; None: `dump_checks.LEAST`."""
     recompute: bool | None = None
     """Whether the target is run over a document to compare; None: where it can be and is small."""
     skip_bad: bool = False
@@ -234,9 +235,9 @@ def read_sample(work: DumpImport) -> Sample:
         try:
             document = reader.read(path)
             dtype = measure(work.dump, path, work.tables.config.width).dtype
-        except BadDocument:
+        except BadDocument as error:
             if not work.settings.skip_bad:
-                raise
+                raise ValueError(f"{error}; {SKIPPING}") from error
             continue
         if len(document.tokens_L) > 1:
             documents.append(_cut(document, length))
@@ -333,7 +334,7 @@ def _write_shard(work: DumpImport, finding: Finding, shard: Shard, files: Sequen
             whole = reader.read(path)
         except BadDocument as error:
             if not work.settings.skip_bad:
-                raise ValueError(f"{error}; --skip-bad leaves such documents out and counts them") from error
+                raise ValueError(f"{error}; {SKIPPING}") from error
             skipped[error.kind] += 1
             yield 1
             continue

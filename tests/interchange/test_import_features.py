@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dump_toys import (
+    ANSWER,
     LAYERS,
     TAPS,
     Text,
@@ -32,7 +34,7 @@ from jaxspec.config import DistillConfig, load
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.corpus import key
-from jaxspec.data.feature_store import FeatureStore
+from jaxspec.data.feature_store import FORMAT, FeatureStore
 from jaxspec.data.tokenized_corpus import StoredCorpus
 from jaxspec.distillation.loss import batch_loss
 from jaxspec.distillation.objective import Objective
@@ -117,8 +119,8 @@ def check_store(texts: list[Text], out: str = "out", *, masked: bool = True, tap
         document, record = seen[key(text.tokens_L)]
         np.testing.assert_array_equal(document.tokens, text.tokens_L)
         np.testing.assert_array_equal(document.assistant_mask, text.mask_L & masked)
-        close = {"rtol": 2e-2, "atol": 2e-2}
-        np.testing.assert_allclose(record["features"].astype(np.float32), text.features_LD, **close)
+        found = record["features"].astype(np.float32)
+        np.testing.assert_allclose(found, text.features_LD, rtol=2e-2, atol=2e-2)
         if taps:
             wanted = half(text.states_LND[:, :-1]).reshape(len(text.tokens_L), -1)
             np.testing.assert_array_equal(record["taps"], wanted)
@@ -132,17 +134,21 @@ def test_speculators_files_with_their_set(folder: Path, texts: list[Text]):
     assert done["kind"] == "speculators" and done["layers"] == [*TAPS, LAYERS] and done["documents"] == COUNT
     assert finding["last_state"] == "before" and finding["of"] == "answers" and finding["agreement"] > 0.95
     assert done["answer_tokens"] == sum(int(text.mask_L.sum()) for text in texts) and done["held_out"] == 2
-    about = shards.read_about(Path("out"), "jaxspec-features/1")
+    about = shards.read_about(Path("out"), FORMAT)
     assert about["finding"] == finding and about["dtype"] == "bfloat16"
     assert set(about["relative_errors"]) == {"last", *(f"layer {tap}" for tap in TAPS)}
     assert max(about["relative_errors"].values()) < 1e-2
     assert done["train_with"].endswith("data.loss_on=assistant head.taps=2,4,5")
+    words = ("--target", "target", "--out", "vocab.safetensors", "--json", "vocab.json")
+    assert main(["draft-vocab", "out/train", *words]) == 0
+    held = StoredCorpus("out/train").summary.documents
+    assert json.loads(Path("vocab.json").read_text())["counted"] == held * ANSWER
 
 
 def test_vllm_files_have_no_masks_and_their_answers_lack_the_last_state(folder: Path, texts: list[Text]):
     cut = [text._replace(states_LND=text.states_LND[:-1]) for text in texts]
     dump_vllm(folder / "dump", cut)
-    done = imported("dump", "--agreement", "0.1")
+    done = imported("dump")
     short = [Text(t.tokens_L[:-1], t.mask_L[:-1], t.states_LND[:-1], t.features_LD[:-1]) for t in texts]
     check_store(short, masked=False)
     assert done["kind"] == "vllm" and done["finding"]["of"] == "all tokens" and "data.loss_on=all" in done["train_with"]
@@ -151,7 +157,7 @@ def test_vllm_files_have_no_masks_and_their_answers_lack_the_last_state(folder: 
 def test_states_may_come_before_the_tokens_axis(folder: Path, texts: list[Text]):
     for i, text in enumerate(texts):
         dump_vllm(folder / "dump", [text], f"r{i}", hidden_states=half(text.states_LND.swapaxes(0, 1).copy()))
-    imported("dump", "--agreement", "0.1")
+    imported("dump")
     check_store(texts, masked=False)
 
 
@@ -275,7 +281,7 @@ def test_the_state_entering_layer_0_is_the_embedding(
 ):
     found = answered_texts(home / "target", 12, (0, 3))
     dump_vllm(folder / "dump", found)
-    words = ("--layers", "0,3,8", "--agreement", "0.1", "--recompute", "no")
+    words = ("--layers", "0,3,8", "--recompute", "no")
     done = imported("dump", *words)
     assert done["taps"] == [0, 3]
     wrong = [text._replace(states_LND=text.states_LND[:, [1, 0, 2]]) for text in found]
@@ -304,8 +310,9 @@ def test_a_bad_document_stops_the_import_or_is_counted(
         dump_vllm(folder / "dump", [texts[2]], "cmpl-2-0", hidden_states=np.zeros((9, 4, 32), np.int8))
     else:
         save_file({"hidden_states": np.zeros((9, 4, 32), np.float32)}, bad)
-    assert "cmpl-2-0.safetensors" in refused(capfd, "dump", "--agreement", "0.1")
-    done = imported("dump", "--agreement", "0.1", "--skip-bad")
+    said = refused(capfd, "dump")
+    assert "cmpl-2-0.safetensors" in said and "--skip-bad leaves such documents out" in said
+    done = imported("dump", "--skip-bad", "--shard-gb", "1e-6")  # a file a document, and one without any
     assert done["skipped"] == {kind: 1} and done["documents"] == COUNT - 1
     check_store([text for i, text in enumerate(texts) if i != 2], masked=False)
 
@@ -321,6 +328,9 @@ def test_speculators_rows_must_be_those_of_the_files(
     assert "hs_6.safetensors: its token_ids are not the input_ids of row 6" in refused(capfd, "dump")
     done = imported("dump/hidden_states", "--skip-bad")
     assert done["skipped"] == {"no such row": 1, "other tokens": 1} and done["answer_tokens"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        assert "pyarrow is not installed: pip install pyarrow" in refused(capfd, "dump")
     (folder / "dump" / "state.json").write_text("{}")
     assert "no set of input_ids and loss_mask that datasets saved" in refused(capfd, "dump")
 
@@ -330,7 +340,7 @@ def test_files_in_use_are_left_out_and_an_import_goes_on_where_it_was(
 ):
     dump_vllm(folder / "dump", texts[:-1])
     (folder / "dump" / "cmpl-1-0.safetensors.lock").write_text("")  # its writer is done
-    words = ("--agreement", "0.1", "--shard-gb", "3e-5")
+    words = ("--shard-gb", "3e-5")
     with (folder / "dump" / "cmpl-3-0.safetensors.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert imported("dump", "--count-only", *words)["in_use"] == 1 and not Path("out").exists()
@@ -401,6 +411,23 @@ def test_a_target_whose_logits_or_tables_are_not_read_is_refused(
     assert "model-00001-of-00002.safetensors holds language_model" in refused(capfd, "dump", target="lost")
     write_foreign_target(folder / "shapeless", folder / "target", intermediate_size=None)
     assert "has no field intermediate_size" in refused(capfd, "dump", target="shapeless")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_target_whose_layers_are_quantized_or_that_reads_images_is_none_that_is_run(
+    folder: Path, home: Path, texts: list[Text], nested: bool
+):
+    dump_specforge(folder / "dump", texts, behind=False)
+    shutil.copytree(home / "target", folder / "other")
+    config = json.loads((folder / "other" / "config.json").read_text())
+    if nested:
+        config = {"model_type": "seeing", "architectures": ["SeeingModel"], "text_config": config}
+    else:
+        config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "other" / "config.json").write_text(json.dumps(config))
+    done = imported("dump", target="other")
+    assert done["documents"] == COUNT and shards.read_about(Path("out"), FORMAT)["relative_errors"] == {}
+    check_store(texts)
 
 
 def test_a_centred_norm_of_a_family_that_is_not_known_is_found(folder: Path, texts: list[Text]):
