@@ -47,6 +47,8 @@ class Args:
     numbers are one less. The last is the number of layers. Default for four states: 2, L / 2, L - 3 and L."""
     template: str | None = None
     """Chat template that the training names too, by default the target folder's own; `none` where there is none."""
+    conversations: Path | None = None
+    """Folder of speculators' set, where the files `hs_N` are neither in it nor in its folder `hidden_states`."""
     store: Kind = "bf16"
     """How features are stored; int8 with one scale a row (and layer of auxiliary hidden states)."""
     length: int = 2048
@@ -100,8 +102,9 @@ class Args:
     def settings(self) -> ImportSettings:
         """The settings of the import."""
         return ImportSettings(
-            self.target, self.template, self.numbers, self.store, self.length, self.limit, self.held_out,
-            self.shard_gb, self.agreement, {"auto": None, "yes": True, "no": False}[self.recompute], self.skip_bad,
+            self.target, self.template, self.conversations, self.numbers, self.store, self.length, self.limit,
+            self.held_out, self.shard_gb, self.agreement, {"auto": None, "yes": True, "no": False}[self.recompute],
+            self.skip_bad,
         )  # fmt: skip
 
 

@@ -97,10 +97,12 @@ class DumpedDocument(NamedTuple):
     """The states of a token, the last one behind the others, as they were stored."""
 
 
-def find_dump(folder: str | Path) -> Dump | None:
+def find_dump(folder: str | Path, conversations: Path | None = None) -> Dump | None:
     """Returns the dump in a folder: in it, in its folder `hidden_states`, or in SpecForge's folders `rows_*`.
 
-    None if there is none. The kind is told by the tensors of the first file that no writer holds.
+    None if there is none. The kind is told by the tensors of the first files that no writer holds. `conversations` is
+    the folder of speculators' set, where that is neither the folder nor the one above. Raises ValueError where writers
+    hold all files, or the dump is of another kind than has a set.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -113,12 +115,18 @@ def find_dump(folder: str | Path) -> Dump | None:
     listed = listed or [p for pattern in ("data_*.ckpt*", "rows_*/data_*.ckpt*") for p in states.glob(pattern)]
     listed = [p for p in listed if p.name.endswith((".safetensors", ".ckpt", ".ckpt.gz"))]
     free = [path for path in sorted(listed, key=_by_number) if not _is_locked(path)]
+    if listed and not free:
+        raise ValueError(f"{folder}: its {len(listed):,} files are all in use by a writer; wait until it is done")
     kind = next(filter(None, map(_kind_of, free[:3])), None)
     if kind is None:
         return None
-    sets = [place for place in (folder, states.parent) if (place / CONVERSATIONS).is_file()]
-    told = sets[0] if sets and kind == "speculators" else None
-    return Dump(kind, folder, tuple(free), len(listed) - len(free), told)
+    if conversations is not None and kind != "speculators":
+        raise ValueError(f"{folder}: holds {KINDS[kind].title}, whose files are of no set of conversations")
+    sets = [conversations] if conversations is not None else [folder, states.parent]
+    found = [place for place in sets if place == conversations or (place / CONVERSATIONS).is_file()]
+    return Dump(
+        kind, folder, tuple(free), len(listed) - len(free), found[0] if kind == "speculators" and found else None
+    )
 
 
 def _is_nemo(folder: Path) -> bool:

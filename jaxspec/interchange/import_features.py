@@ -55,6 +55,8 @@ class ImportSettings:
     target: str
     """Name of the target that made the states."""
     template: str | None = None
+    conversations: Path | None = None
+    """Folder of speculators' set of tokens and loss masks, where it is not beside the files."""
     layers: tuple[int, ...] | None = None
     """The layers that a token's states enter, the number of layers for the last state; None: the source's default."""
     store: Kind = "bf16"
@@ -136,7 +138,7 @@ def open_work(source: Path, out: Path, settings: ImportSettings) -> DumpImport:
     Raises ValueError, in one sentence, where the folder holds no dump, one that no drafter can be trained from, or
     states that are not the target's.
     """
-    dump = find_dump(source)
+    dump = find_dump(source, settings.conversations)
     if dump is None:
         raise ValueError(
             f"{source}: holds no hidden states that are known: safetensors files of hidden_states and token_ids (vLLM, "

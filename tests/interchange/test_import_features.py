@@ -328,6 +328,9 @@ def test_speculators_rows_must_be_those_of_the_files(
     assert "hs_6.safetensors: its token_ids are not the input_ids of row 6" in refused(capfd, "dump")
     done = imported("dump/hidden_states", "--skip-bad")
     assert done["skipped"] == {"no such row": 1, "other tokens": 1} and done["answer_tokens"]
+    shutil.copytree(states, "apart")
+    again = imported("apart", "--skip-bad", "--conversations", "dump", out="again")
+    assert again["answer_tokens"] == done["answer_tokens"] and not imported("apart", out="none")["answer_tokens"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pyarrow", None)
         assert "pyarrow is not installed: pip install pyarrow" in refused(capfd, "dump")
@@ -341,6 +344,10 @@ def test_files_in_use_are_left_out_and_an_import_goes_on_where_it_was(
     dump_vllm(folder / "dump", texts[:-1])
     (folder / "dump" / "cmpl-1-0.safetensors.lock").write_text("")  # its writer is done
     words = ("--shard-gb", "3e-5")
+    dump_vllm(folder / "busy", texts[:1])
+    with (folder / "busy" / "cmpl-0-0.safetensors.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "its 1 files are all in use by a writer" in refused(capfd, "busy")
     with (folder / "dump" / "cmpl-3-0.safetensors.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert imported("dump", "--count-only", *words)["in_use"] == 1 and not Path("out").exists()
@@ -439,3 +446,19 @@ def test_a_centred_norm_of_a_family_that_is_not_known_is_found(folder: Path, tex
         dump_specforge(folder / f"dump{behind}", texts, behind=behind)
         assert imported(f"dump{behind}", target="foreign", out=f"out{behind}")["finding"]["centred"] is True
         check_store(texts, f"out{behind}")
+
+
+@pytest.mark.slow
+def test_steps_from_a_dump_are_those_of_training_online_within_its_dtype(folder: Path, texts: list[Text]):
+    dump_speculators(folder / "dump", texts)
+    imported("dump")
+    (folder / "toy3.py").write_text(EAGLE3)
+    words = ("data.train=out/train", "data.eval=out/eval", "head.taps=2,4,5", "optimizer.steps=4", "log_every=1")
+    lines = {}
+    for name, more in {"online": (), "offline": ("data.features=out",)}.items():
+        places = (f"checkpoint.folder={name}", f"export_folder={name}_drafter")
+        assert main(["train", "toy3.py", *words, *places, *more]) == 0
+        told = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        lines[name] = [line["loss"] for line in told if "loss" in line]
+    assert len(lines["online"]) >= 4 and lines["online"][3] < lines["online"][0]
+    np.testing.assert_allclose(lines["offline"], lines["online"], rtol=5e-3)
