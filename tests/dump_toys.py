@@ -1,4 +1,4 @@
-"""Hidden states of a tiny random target, dumped in the layouts of other projects, byte by byte where they pickle."""
+"""Hidden states of a tiny random target, dumped in the layouts of other projects and compared with what is imported."""
 
 import gzip
 import io
@@ -16,8 +16,12 @@ import numpy as np
 from random_models import write_target
 from safetensors.numpy import load_file, save_file
 
+from jaxspec.__main__ import main
 from jaxspec.base import Packed
 from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.corpus import key
+from jaxspec.data.feature_store import FeatureStore
+from jaxspec.data.tokenized_corpus import StoredCorpus
 from jaxspec.interchange.hf import load_target, write_llama
 from jaxspec.targets.decoder import Decoder
 
@@ -183,3 +187,29 @@ def write_foreign_target(folder: Path, source: Path, **fields: Any) -> Path:
     index["language_model.model.layers.0.strange.weight"] = "model-00002-of-00002.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return folder
+
+
+def imported(dump: str, *flags: str, out: str = "out", target: str = "target") -> dict[str, Any]:
+    """The result of an import that succeeds."""
+    assert main(["import", "features", dump, out, "--target", target, *flags, "--json", "result.json"]) == 0
+    return json.loads(Path("result.json").read_text())
+
+
+def check_store(texts: list[Text], out: str = "out", *, masked: bool = True, taps: bool = True) -> None:
+    """Every text is in one of the corpora, with its mask, and its features are the target's, within bf16."""
+    store, seen = FeatureStore(out), {}
+    for name in ("train", "eval"):
+        corpus = StoredCorpus(Path(out) / name)
+        for place, document in zip(store.find(corpus), corpus.read(range(len(corpus.lengths))), strict=True):
+            record = store.read([int(place)], ["features", "taps"] if taps else ["features"])[0]
+            seen[key(document.tokens)] = document, record
+    assert len(seen) == len({key(text.tokens_L) for text in texts})
+    for text in texts:
+        document, record = seen[key(text.tokens_L)]
+        np.testing.assert_array_equal(document.tokens, text.tokens_L)
+        np.testing.assert_array_equal(document.assistant_mask, text.mask_L & masked)
+        found = record["features"].astype(np.float32)
+        np.testing.assert_allclose(found, text.features_LD, rtol=2e-2, atol=2e-2)
+        if taps:
+            wanted = half(text.states_LND[:, :-1]).reshape(len(text.tokens_L), -1)
+            np.testing.assert_array_equal(record["taps"], wanted)

@@ -25,7 +25,7 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import shards
 from jaxspec.data.target_outputs import Kind
 from jaxspec.interchange import import_features
-from jaxspec.interchange.dump_checks import Finding
+from jaxspec.interchange.dump_checks import USUAL, Finding
 from jaxspec.interchange.import_features import DumpImport, ImportSettings, ImportSummary
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import refuse_several
@@ -121,6 +121,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         finding = import_features.begin_import(work, sample)
     say(sentence(finding))
+    if finding.of == "answers" and finding.agreement < USUAL:
+        say(f"that is low for a target's own answers (from about {USUAL:.0%}): are --target and --layers right?")
     outcome = None if args.count_only else run(work, finding, args.part)
     report(args, work, finding, outcome, started)
     return 0

@@ -1,8 +1,9 @@
 """Checks of dumped hidden states against the target's embedding, final norm and LM head, and against its layers.
 
 A dump does not say whether its last state lies before or behind the final norm. A state behind it, divided by the
-norm's weight, has a root mean square of one at every token, and one before it has not: that decides. The greedy tokens
-of the LM head must then be the text's own in most places, or the states are of another target, layer or text.
+norm's weight, has a root mean square of one at every token, and one before it has not: that decides. Cross entropy does
+not: read without the norm, states before it may be the sharper, and tell the target's greedy text better. The greedy
+tokens of the LM head must then be the text's own in most places, or the states are of another target, layer or text.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ TIES = (0.02, 0.01)
 """Greedy agreements, and cross entropies in nats, that are closer than this do not tell two norms apart."""
 LEAST = {"answers": 0.6, "all tokens": 0.3}
 """Least greedy agreement with the text of a target's answers, and with text where its user's words are among them."""
+USUAL = 0.8
+"""Greedy agreement with a target's own answers that its last states seldom miss, and those of a lower layer often."""
 ERROR = 2e-2
 """Largest relative error of a state that is computed again, for states in bf16."""
 PLACES = 512
