@@ -17,10 +17,11 @@ from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.chat_template import DATE, parse_variables
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.corpus import Documents, tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.interchange import target_folders
-from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_config import read_table_config
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Sizes that the table shows beside the requested one."""
@@ -31,7 +32,7 @@ class Args:
     """Command line of `jaxspec draft-vocab`."""
 
     data: Positional[str]
-    """Conversations (JSON Lines) whose assistant turns are counted."""
+    """Conversations (JSON Lines), or a folder of jaxspec tokenize, whose assistant turns are counted."""
     out: str
     """File (safetensors) for the maps d2t and t2d; `jaxspec generate --draft-vocab` reads it."""
     size: int = 1024
@@ -59,14 +60,10 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
     folder = target_folders.target_folder(args.target)
-    vocab = read_config(folder).vocab
+    vocab = read_table_config(folder).vocab
     tokenizer = ChatTokenizer.load(folder, TemplateChoice(args.template, parse_variables(args.template_args), DATE))
     tokenizer.check_ids(vocab)
-    account = Account(skip_bad=args.skip_bad)
-    conversations = read_conversations(args.data, account=account)
-    corpus = tokenize_conversations(conversations, tokenizer, length=args.length, account=account)
-    for line in account.sentences():
-        sys.stderr.write(f"jaxspec draft-vocab: {line}\n")
+    corpus = read_corpus(args, tokenizer)
     counts = count_tokens(corpus, vocab)
     used = int((counts.times_V > 0).sum())
     if not used:
@@ -96,6 +93,20 @@ def main(argv: Sequence[str]) -> int:
         }
         results.write_json(args.json, results.result("draft-vocab", dtype="int32", seed=None, started=started, **found))
     return 0
+
+
+def read_corpus(args: Args, tokenizer: ChatTokenizer) -> Documents:
+    """Returns the data as tokens, from disk where `jaxspec tokenize` wrote it; says what was left out."""
+    if is_corpus(args.data):
+        stored = StoredCorpus(args.data)
+        stored.check(tokenizer)
+        return stored
+    account = Account(skip_bad=args.skip_bad)
+    conversations = read_conversations(args.data, account=account)
+    corpus = tokenize_conversations(conversations, tokenizer, length=args.length, account=account)
+    for line in account.sentences():
+        sys.stderr.write(f"jaxspec draft-vocab: {line}\n")
+    return corpus
 
 
 if __name__ == "__main__":

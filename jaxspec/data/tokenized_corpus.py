@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,48 @@ def write_corpus(
         raise ValueError(f"{names}: holds no conversation")
     if whole:
         _complete(folder, number)
+
+
+class TokenizedDocument(NamedTuple):
+    """A document that somebody else tokenized."""
+
+    id: str
+    document: Document
+    truncated: bool
+
+
+def write_documents(
+    folder: Path,
+    documents: Iterable[TokenizedDocument],
+    tokenizer: ChatTokenizer,
+    settings: CorpusSettings,
+    *,
+    source: tuple[str, int],
+    vocab: int,
+) -> None:
+    """Writes documents that are tokenized already as a complete corpus, which `tokenizer` checks as its own.
+
+    `source` is their source's name and their number. A call that was killed is repeated whole. Raises ValueError if the
+    folder was begun with other settings.
+    """
+    fields, rest, number = token_fields(vocab), iter(documents), 0
+    about = {
+        "format": FORMAT,
+        **tokenizer.fingerprint,
+        "files": [list(source)],
+        **settings.about(),
+        "fields": [list(field) for field in fields],
+    }
+    shards.begin(folder, about)
+    while block := list(islice(rest, settings.shard_documents)):
+        shard = Shard(folder, number)
+        writer = ShardWriter(shard, "group_size:1,zstd:3")
+        for id, (tokens, mask), _ in block:
+            writer.write(shards.pack_record(fields, {"tokens": tokens, "assistant": mask}, id.encode()))
+        shards.write_array(_index_of(shard), _entries(np.asarray([d.truncated for d in block]), [d[1] for d in block]))
+        writer.seal(sources=[source[0]])
+        number += 1
+    _complete(folder, number)
 
 
 def _write_shard(

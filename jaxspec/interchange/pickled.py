@@ -7,8 +7,11 @@ those that build tensors and plain containers, and refuses others.
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -80,11 +83,11 @@ class _Where(NamedTuple):
 def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTensor]:
     """Returns a handle of every tensor in a PyTorch file in zip format by name; no data is read yet.
 
-    The tensors may be inside a wrapping dict such as `{"state_dict": ...}`. Raises ValueError, one sentence naming the
-    file, if it is of PyTorch's format before 1.6, corrupt, compressed, or holds other things than tensors and plain
-    containers.
+    A file that gzip packed is unpacked in memory. The tensors may be inside a wrapping dict such as
+    `{"state_dict": ...}`. Raises ValueError, one sentence naming the file, if it is of PyTorch's format before 1.6,
+    corrupt, compressed, or holds other things than tensors and plain containers.
     """
-    file = stack.enter_context(path.open("rb"))
+    file = stack.enter_context(_opened(path))
     if file.read(4) != b"PK\x03\x04":
         raise ValueError(
             f"{path} is no zip archive: a PyTorch file of before version 1.6, or truncated; only files of torch.save "
@@ -96,7 +99,7 @@ def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTe
         program = [name for name in entries if name.endswith("data.pkl")]
         if len(program) != 1:
             raise ValueError("it does not hold one data.pkl")
-        _check_entries(entries, path.stat().st_size)
+        _check_entries(entries, file.seek(0, io.SEEK_END))
         if entries[program[0]].file_size > _PICKLE_LIMIT:
             raise ValueError(f"its data.pkl is larger than {_PICKLE_LIMIT:,} bytes")
         with archive.open(program[0]) as opened:
@@ -107,6 +110,20 @@ def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTe
         raise ValueError(f"{path} is not read: {failure}") from failure
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as failure:
         raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Opens a file; one that gzip packed is read whole. Raises ValueError if that one is damaged."""
+    file = path.open("rb")
+    if file.read(2) != b"\x1f\x8b":
+        file.seek(0)
+        return file
+    with file:
+        file.seek(0)
+        try:
+            return io.BytesIO(gzip.GzipFile(fileobj=file).read())
+        except (OSError, EOFError, zlib.error) as failure:
+            raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
 
 
 def _check_entries(entries: dict[str, zipfile.ZipInfo], size: int) -> None:

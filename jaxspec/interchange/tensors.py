@@ -97,6 +97,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return listed
 
 
+def tensor_names(folder: Path) -> dict[str, Path]:
+    """Returns the file of every tensor of a folder by the tensor's name; files that an index lists may be missing.
+
+    Raises as `open_tensors`, but for missing files.
+    """
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        with contextlib.ExitStack() as stack:
+            return dict.fromkeys(open_file(whole, stack), whole)
+    return {name: folder / file for name, file in _weight_map(folder).items()}
+
+
 def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Returns a handle of every tensor in one safetensors file, by name."""
     try:
