@@ -121,7 +121,9 @@ class Log:
     def __init__(self, path: Path, args: Args, prompts: Sequence[Prompt]) -> None:
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_FLAGS}
-        text = json.dumps([[p.id, p.messages, {**p.settings}] for p in prompts])
+        told = [[p.tools, {**p.variables}] if p.tools or p.variables else [] for p in prompts]
+        asked = [[p.id, p.messages, {**p.settings}, *more] for p, more in zip(prompts, told, strict=True)]
+        text = json.dumps(asked)
         settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         noted = jsonl.journal(self.partial, settings, of=path, fields=("index", "tokens", "rest"))
         self.answers = {line["index"]: read_answer(line["tokens"], *line["rest"]) for line in noted}

@@ -289,7 +289,8 @@ def run(models: Models, todo: list[tuple[int, Conversation]], output: AnswerFile
             "answers may run on to --max-new-tokens; list its id as eos_token_id in generation_config.json\n"
         )
     made_with = {**models.tokenizer.fingerprint, "target": fingerprint(target_folder(args.target))}
-    options = RewriteOptions(args.batch, args.mixture, args.templates, made_with)
+    told = dict(models.tokenizer.template.variables)
+    options = RewriteOptions(args.batch, args.mixture, args.templates, made_with, told)
     started, tokens = time.perf_counter(), 0
     with progress.progress("regenerating", len(todo), "conversations") as bar:
         for answers, finished in rewrite(models, todo, args.settings, options):
@@ -308,10 +309,9 @@ def run_remotely(
     failures: list[Failure],
 ) -> tuple[float, int]:
     """Lets the server rewrite `todo` into `output`; returns seconds and tokens, and adds what failed."""
-    options = RewriteOptions(1, args.mixture, args.templates, {"model": client.model})
-    template = dict(parse_variables(args.template_args))
-    told = ((i, c._replace(variables={**template, **c.variables})) for i, c in todo)
-    begun = (begin_dialogue(i, c, args.settings, options) for i, c in told)
+    told = dict(parse_variables(args.template_args))
+    options = RewriteOptions(1, args.mixture, args.templates, {"model": client.model}, told)
+    begun = (begin_dialogue(i, c, args.settings, options) for i, c in todo)
     started, tokens = time.perf_counter(), 0
     with progress.progress("regenerating", len(todo), "conversations") as bar:
         for done in rewrite_remotely(client, begun):

@@ -302,7 +302,7 @@ def _loss_flag(flags: dict[str, object], index: int) -> bool:
     """Returns whether a message may be learned. Raises BadRecord for flags that are no truth value, or disagree."""
     for name, value in flags.items():
         if value not in (0, 1):  # True and False are equal to these
-            raise BadRecord("loss flag", f"message {index}: `{name}` is {str(value)[:40]!r}; it must be true or false")
+            raise BadRecord("loss flag", f"message {index}: `{name}` is {repr(value)[:40]}; it must be true or false")
     if len({bool(value) for value in flags.values()}) > 1:
         raise BadRecord("loss flag", f"message {index}: {' and '.join(flags)} contradict each other: keep one")
     return all(map(bool, flags.values()))

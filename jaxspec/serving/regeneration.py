@@ -96,7 +96,8 @@ def parse_template_mix(text: str) -> TemplateMix:
             weights.append(float(weight) if colon else 1.0)
         except ValueError:
             raise ValueError(f"--template-mix is {text!r}: {weight!r} is no weight; give NAME=VALUE:WEIGHT") from None
-        choices.append(parse_variables(name if colon else item))
+        choice = name if colon else item
+        choices.append(parse_variables(choice) if "=" in choice else ())
     if not all(choices) or not all(0 <= w < math.inf for w in weights) or not sum(weights):
         raise ValueError(f"--template-mix is {text!r}; it must be like enable_thinking=true:3,enable_thinking=false:1")
     return TemplateMix(tuple(choices), tuple(weights))
@@ -111,6 +112,8 @@ class RewriteOptions(NamedTuple):
     template_mix: TemplateMix | None = None
     made_with: Mapping[str, Any] = types.MappingProxyType({})
     """Hashes of the target, tokenizer and template, for the records."""
+    variables: Mapping[str, Any] = types.MappingProxyType({})
+    """Of the chat template, for every conversation that does not set or draw them itself."""
 
 
 def begin_dialogue(
@@ -123,7 +126,7 @@ def begin_dialogue(
     drawn = {} if options.template_mix is None else options.template_mix.draw(settings.seed, index)
     plain = Settings()
     sampling = {n: v for n in ("top_k", "top_p") if (v := getattr(own, n)) != getattr(plain, n)}
-    variables = {**drawn, **conversation.variables}
+    variables = {**options.variables, **drawn, **conversation.variables}
     return Dialogue(conversation, own.temperature, variables, options.made_with, sampling), own
 
 

@@ -16,6 +16,7 @@ from jaxspec.checkpoints.models import drafter_config, save_drafter
 from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import DistillConfig, resolve
 from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.corpus import fingerprint as documents_hash
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.feature_store import FeatureBatches, FeatureStore
 from jaxspec.data.packing import PackedBatches
@@ -90,8 +91,26 @@ def distill(
         },
         (arrays,),
         notes=late_losses(config.objective, steps),
+        contents=contents_of(config, train_data, eval_data),
     )
     return drafter, run(recipe, config, mesh)
+
+
+def contents_of(config: DistillConfig, train_data: PackedBatches, eval_data: PackedBatches) -> dict[str, str | None]:
+    """Returns hashes of the data and models that the config names."""
+    read, folder = {"init_from": config.init_from, "draft_vocab": config.draft_vocab}, target_folder(config.target)
+    return {
+        "data.train": documents_hash(train_data.corpus),
+        "data.eval": documents_hash(eval_data.corpus),
+        # A target whose features are stored may be one whose layers cannot be read.
+        "target": (hf.fingerprint if config.data.features is None else hf.table_fingerprint)(folder),
+        **{name: None if path is None else digest(repr(files_in(Path(path)))) for name, path in read.items()},
+    }
+
+
+def digest(text: str) -> str:
+    """Returns a short hash."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _init(built: DistillStep, key: Array, params: Params | None, frozen: Frozen) -> TrainState:
@@ -207,7 +226,9 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     # With stored features a target's layers need not be of a kind that can be run here.
     check_length(config, (read_config if config.data.features is None else read_table_config)(folder))
     mesh = mesh_of(config.mesh)
-    data = data or read_data(config, ChatTokenizer.load(folder, config.data.chat), mesh)
+    tokenizer = ChatTokenizer.load(folder, config.data.chat)
+    tokenizer.check_ids(read_table_config(folder).vocab)
+    data = data or read_data(config, tokenizer, mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
     agreement.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
     if config.data.features is None:

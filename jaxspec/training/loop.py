@@ -70,6 +70,8 @@ class Recipe(NamedTuple):
     """Arrays that `init` takes: it may not close over those that lie on the devices of several processes."""
     notes: Mapping[int, str] = types.MappingProxyType({})
     """Step -> what is said before it."""
+    contents: Mapping[str, str | None] = types.MappingProxyType({})
+    """Hashes of what settings such as `data.train` and `target` name: a resumed run must share these, not the names."""
 
 
 class Meter:
@@ -125,7 +127,8 @@ class OpenRun(NamedTuple):
 
     def save(self, step: int, state: Any, **how: Any) -> float:
         """Saves a step; returns the time of it."""
-        self.checkpoints.save(step, state, self.batches.get_state(), to_dict(self.config), **how)
+        settings = to_dict(self.config) | {"contents": dict(self.recipe.contents)}
+        self.checkpoints.save(step, state, self.batches.get_state(), settings, **how)
         return time.monotonic()
 
 
@@ -265,7 +268,9 @@ def resume(
     agreement.agree("checkpoint", {"last checkpoint": latest}, advice)
     if latest is None:
         return None
-    refuse_other_settings(checkpoints.settings(latest), config, recipe.resumable, checkpoints.folder)
+    saved = checkpoints.settings(latest)
+    refuse_other_settings(saved, config, recipe.resumable, checkpoints.folder, recipe.contents)
+    tell_other_end(saved, config, recipe.steps)
     restored = checkpoints.restore(None, wanted)
     batches.set_state(restored.data_state)
     say(f"resumed from step {restored.step:,} of {checkpoints.folder}")
@@ -340,12 +345,45 @@ def document_ids(corpus: Documents, batch: HostBatch) -> list[str]:
     return [str(corpus.ids[i]) for i in np.unique(batch["documents"]) if i >= 0]
 
 
-def refuse_other_settings(saved: dict[str, Any], config: Any, fields: Sequence[str], folder: Path) -> None:
-    """Raises ValueError if a run would go on with settings that change its results."""
+LENGTHS = ("optimizer.steps", "optimizer.epochs")
+"""Settings of a run's length: a resumed run may be longer or shorter."""
+ALWAYS_FREE = ("data.workers", *LENGTHS)
+NAMED_DATA = (
+    *("data.train", "data.eval", "data.mix", "data.limit", "data.eval_limit", "data.template", "data.template_args"),
+    *("data.date", "data.thinking", "data.last_turn_only", "data.max_turns", "data.skip_bad"),
+)
+"""Settings that say which documents there are, and nothing else."""
+
+
+def refuse_other_settings(
+    saved: dict[str, Any],
+    config: Any,
+    fields: Sequence[str],
+    folder: Path,
+    contents: Mapping[str, str | None] = types.MappingProxyType({}),
+) -> None:
+    """Raises ValueError if a run would go on with settings, or contents of what they name, that change its results.
+
+    A setting whose contents are the same may have another name. Runs of earlier versions noted no contents, and are
+    held to the names.
+    """
+    before = saved.get("contents", {})
+    shared = [name for name in contents if name in before]
+    other = [f"the contents of {name} are not those of before" for name in shared if before[name] != contents[name]]
+    free = [*ALWAYS_FREE, *(name for name in shared if before[name] == contents[name])]
+    if {"data.train", "data.eval"} <= set(free):
+        free += NAMED_DATA
     saved, now = completed(saved, config), to_dict(config)
     changed = differences({k: saved.get(k) for k in fields}, {k: now[k] for k in fields})
-    changed = [line for line in changed if not line.startswith("data.workers ")]
+    changed = other or [line for line in changed if line.partition(" ")[0] not in free]
     if changed:
         raise ValueError(
             f"{folder}: belongs to a run with other settings ({'; '.join(changed)}); choose another checkpoint.folder"
         )
+
+
+def tell_other_end(saved: dict[str, Any], config: PretrainConfig | DistillConfig, steps: int) -> None:
+    """Says where a resumed run has another length, after which its learning rate falls from here on."""
+    before, now = saved["optimizer"], to_dict(config.optimizer)
+    if any(before.get(name.partition(".")[2]) != now[name.partition(".")[2]] for name in LENGTHS):
+        say(f"the run is now {steps:,} steps long, and its learning rate goes by that from here on")

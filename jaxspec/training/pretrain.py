@@ -17,6 +17,7 @@ from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import PretrainConfig, resolve
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
+from jaxspec.data.corpus import fingerprint
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.tokenizer_training import copy_tokenizer, train_bpe, write_tokenizer_folder
 from jaxspec.distillation.compilers import under
@@ -89,6 +90,7 @@ def make_recipe(config: PretrainConfig, shape: LlamaConfig, data: Data, mesh: Me
             "config": dataclasses.asdict(shape),
             "tokenizer": target_folders.tokenizer_manifest(Path(config.export_folder)),
         },
+        contents={"data.train": fingerprint(data.train.corpus), "data.eval": fingerprint(data.eval.corpus)},
     )
 
 
