@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import types
@@ -86,7 +87,7 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, 
     argv = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).stem if prog is None else prog
     try:
-        return main(list(argv))
+        return main([_local(word) for word in argv])
     except (Exception, KeyboardInterrupt) as failure:
         known = verdict(failure)
         if known is None:
@@ -94,6 +95,30 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, 
         code, reason = known
         sys.stderr.write(f"{prog}: {reason}\n")
         return code
+
+
+_NAMED = re.compile(r"(?P<name>--[\w.-]+|[A-Za-z_][\w.]*)=(?P<value>.+)", re.DOTALL)
+"""A flag or a setting with its value in one word, which shells do not expand."""
+_HOME = re.compile(r"(^|,)~(?=/)")
+_REMOTE = re.compile(r"\A(gs|gcs|s3|hdfs|abfss?|file)://\S+\Z")
+
+
+def _local(word: str) -> str:
+    """Returns a word of a command line with `~` expanded in the value behind a name.
+
+    Raises WrongUsage for a file of another machine.
+    """
+    named = _NAMED.fullmatch(word)
+    value = word if named is None else named["value"]
+    for path in value.split(","):
+        if _REMOTE.match(path.strip()):
+            raise WrongUsage(
+                f"{path.strip()} is on another machine, and files are read and written on this one: mount the bucket "
+                "(docs/tpu.md says how) and give the path in it"
+            )
+    if named is None:
+        return word
+    return f"{named['name']}={_HOME.sub(lambda found: found[1] + str(Path.home()), value)}"
 
 
 def verdict(failure: BaseException) -> tuple[int, str] | None:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -194,3 +195,25 @@ def test_help_of_a_verb_shows_the_docstrings_of_its_fields(capsys):
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     assert "Seed of all randomness." in shown and "Distill." in shown and "jaxspec train" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("--out=~/a.jsonl", "--out={}/a.jsonl"),
+        ("data.train=~/a.jsonl:0.7,~/b:0.3", "data.train={}/a.jsonl:0.7,{}/b:0.3"),
+        ("what is ~/ in a path?", "what is ~/ in a path?"),
+        ("--out=a~/b", "--out=a~/b"),
+    ],
+)
+def test_home_is_expanded_where_a_shell_does_not(given: str, read: str):
+    seen: list[list[str]] = []
+    assert cli.run(lambda argv: seen.append(argv) or 0, [given], prog="p") == 0
+    assert seen == [[read.replace("{}", str(Path.home()))]]
+
+
+@pytest.mark.parametrize("word", ["gs://bucket/x", "--out=gs://bucket/x", "data.train=a.jsonl,s3://b/c.jsonl"])
+def test_files_of_another_machine_are_refused(word: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.run(lambda argv: 0, [word], prog="p") == cli.EXIT_USAGE
+    assert "is on another machine" in capsys.readouterr().err
+    assert cli.run(lambda argv: 0, ["--endpoint=http://a:1/v1", "is gs://x a bucket?"], prog="p") == 0

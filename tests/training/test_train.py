@@ -107,6 +107,15 @@ def test_changed_settings_and_wrong_configs_are_refused_in_a_sentence(folder: Pa
     assert "belongs to a run with other settings (optimizer.peak_lr was 0.003, is 0.01)" in capfd.readouterr().err
     assert main(["train", "tiny"]) == 1
     assert "holds a PretrainConfig, not a DistillConfig" in capfd.readouterr().err
+    # Other contents under the same name are another run; the same under another name, or a longer run, is this one.
+    before = Path("chats.jsonl").read_text().splitlines(keepends=True)
+    Path("chats.jsonl").write_text("".join(before[: len(before) * 3 // 4][::-1]))
+    assert main(["train", "toy.py"]) == 1
+    assert "the contents of data.train are not those of before" in capfd.readouterr().err
+    Path("moved.jsonl").write_text("".join(before))
+    assert main(["train", "toy.py", "data.train=moved.jsonl", "data.eval=moved.jsonl", "optimizer.steps=7"]) == 0
+    shown = capfd.readouterr().err
+    assert "resumed from step 6" in shown and "the run is now 7 steps long" in shown
 
 
 def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(folder: Path):
