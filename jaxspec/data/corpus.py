@@ -12,7 +12,7 @@ import numpy as np
 from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer, EncodedConversation
 from jaxspec.data.messages import Conversation
-from jaxspec.data.turns import CUT, NO_ROOM, Rendered, TurnEncoder
+from jaxspec.data.turns import AGAINST, CUT, NO_ROOM, Rendered, TurnEncoder
 
 
 class Summary(NamedTuple):
@@ -217,6 +217,12 @@ def join(*corpora: Documents) -> Documents:
     return corpora[0] if len(corpora) == 1 else Joined(corpora)
 
 
+THINKING_ADVICE = (
+    "let the records decide (data.thinking=record, --thinking record), or tell the template what the target is served "
+    "with (data.template_args=enable_thinking=false)"
+)
+
+
 def tokenize_conversations(
     conversations: Sequence[Conversation],
     tokenizer: ChatTokenizer | TurnEncoder,
@@ -237,7 +243,9 @@ def tokenize_conversations(
     turns = tokenizer if isinstance(tokenizer, TurnEncoder) else TurnEncoder(tokenizer)
     corpus = tokenize_block(conversations, turns, length, account)
     if not corpus.ids:
-        raise ValueError("no conversation is left to learn from: " + "; ".join(account.sentences()))
+        left = "; ".join(account.sentences())
+        advice = f": {THINKING_ADVICE}" if account.counts.get(AGAINST) else ""
+        raise ValueError(f"no conversation is left to learn from: {left}{advice}")
     return corpus
 
 

@@ -100,6 +100,8 @@ class TurnEncoder:
         self.tokenizer, self.options = tokenizer, options
         ids = [tokenizer.tokenizer.id_to_token(i) for i in tokenizer.stop_ids]
         self._stops = tuple(text for text in ids if text)
+        added = tokenizer.tokenizer.get_added_tokens_decoder().values()
+        self._special = tuple(token.content for token in added if token.special)
         self._headers: dict[bool, str] = {}
         self._judged: dict[str, bool] = {}
 
@@ -179,9 +181,13 @@ class TurnEncoder:
                 prompt = "" if stored.prompt_ids is not None else self._text(c, before, variables, ask=True)
                 return _Sample(prompt, "", stored.prompt_ids, stored.answer_ids)
             counts[OTHER_IDS] += stored is not None
-            cut = c.unfinished and i + 1 == len(c.messages)
-            answer = self._answer(c, c.messages[user], message, variables, cut, counts)
-            return None if answer is None else _Sample(self._text(c, before, variables, ask=True), answer)
+            prompt = self._text(c, before, variables, ask=True)
+            # By the shortest history: what is emitted does not depend on how the template shows what came before.
+            base = prompt if user == 0 and i == 1 else self._text(c, [c.messages[user]], variables, ask=True)
+            tail = self._tail(c, base, [c.messages[user], message], variables, counts)
+            if tail is not None and c.unfinished and i + 1 == len(c.messages):
+                return _Sample(prompt, _cut_answer(tail, message))
+            return None if tail is None else _Sample(prompt, self._to_stop(c, tail, message, counts))
         return None
 
     def _is_own(self, c: Conversation) -> bool:
@@ -194,21 +200,20 @@ class TurnEncoder:
             return c.variables
         return {**c.variables, "enable_thinking": "reasoning_content" in message}
 
-    def _answer(
+    def _tail(
         self,
         c: Conversation,
-        user: Message,
-        message: Message,
+        base: str,
+        pair: Sequence[Message],
         variables: Mapping[str, Any],
-        cut: bool,
         counts: collections.Counter[str],
     ) -> str | None:
-        """Returns the text that is emitted for a turn, by the shortest history: the last user's turn.
+        """Returns the text of an answer behind `base`, the prompt of a user's turn; `pair` is that turn and the answer.
 
         None, counted, where a thought and the variables contradict each other. Raises ValueError where the template
         shows the turn otherwise than as a continuation of the prompt.
         """
-        base, whole = self._text(c, [user], variables, ask=True), self._text(c, [user, message], variables)
+        whole, (user, message) = self._text(c, pair, variables), pair
         thought = message.get("reasoning_content", "").strip()
         told = dict(self.tokenizer.template.variables) | dict(variables)
         if thought and told.get("enable_thinking") is False:
@@ -228,9 +233,7 @@ class TurnEncoder:
         if not thought and _EMPTY_THOUGHT.match(tail):
             counts[AGAINST] += 1  # a target that thinks does not emit an empty thought
             return None
-        if cut:
-            return _cut_answer(tail, message)
-        return self._to_stop(c, tail, message, counts)
+        return tail
 
     def _thinks(self, c: Conversation, user: Message, message: Message, thought: str) -> bool:
         """Returns whether the template shows the thought if it is told to think."""
@@ -246,8 +249,11 @@ class TurnEncoder:
         if ends:
             return tail[: min(ends)]
         header = self._header(c, "tool_calls" in message)
-        counts[NO_STOP] += not header
-        return tail + header
+        if header:
+            return tail + header
+        counts[NO_STOP] += 1
+        # White space behind a special token belongs to the next turn.
+        return tail.rstrip() if tail.rstrip().endswith(self._special) else tail
 
     def _header(self, c: Conversation, calls: bool) -> str:
         """Returns the stop token that opens the turn behind an answer; empty if there is none."""
@@ -276,8 +282,7 @@ class TurnEncoder:
         tail = text.partition(_MARK)[2]
         if any(stop in tail for stop in self._stops) or self._header(probe, False):
             return None
-        special = [t.content for t in self.tokenizer.tokenizer.get_added_tokens_decoder().values() if t.special]
-        found = [(tail.index(token), token) for token in special if token in tail]
+        found = [(tail.index(token), token) for token in self._special if token in tail]
         return min(found)[1] if found else None
 
     def _check_shown(self, c: Conversation) -> None:
