@@ -105,7 +105,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "serving": ({"loading"}, {"flags", "queue"}, {"regeneration"}),
     "targets": (
-        {"decoder", "fields"},
+        {"decoder", "rope_places"},
+        {"fields"},
         {"stored", "tables", "traits"},
         {"family"},
         {"gemma", "llama", "mistral", "mixtral", "phi3", "qwen2"},
