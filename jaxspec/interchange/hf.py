@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.base import Params
+from jaxspec.checkpoints.manifest import verify_layout
 from jaxspec.interchange import exported
 from jaxspec.interchange.hf_config import config_fields, read_config, write_config
 from jaxspec.interchange.hf_layout import (
@@ -140,6 +141,7 @@ def _read(
         stored = weight_shapes(config, True)
         wanted = homes if mesh is not None else None
         return _flattened(exported.read(folder, stored, plan, wanted, jnp.dtype(dtype), finish))
+    verify_layout(folder)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
@@ -197,12 +199,13 @@ def stored_dtype(folder: str | Path) -> str:
 def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]:
     """Returns the shape of the model in a HuggingFace folder and its weights, which are not read yet.
 
-    The files of an exported target are compared with their checksums first. Raises ValueError or OSError as
+    The files of a target that jaxspec wrote are compared with their checksums first. Raises ValueError or OSError as
     `read_llama`, and if an index is wrong about a file.
     """
     folder, config = Path(folder), read_config(folder)
     if exported.is_exported(folder):
         return config, exported.stored_weights(folder, weight_shapes(config, True))
+    verify_layout(folder)
     tensors = file_tensors(folder)
     check_tensors(tensors, tensor_shapes(config), folder)
     refuse_extra(tensors, config, folder)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.base import Params
+from jaxspec.checkpoints.manifest import verify_layout
 from jaxspec.interchange import eagle, eagle3, fspad, medusa, peagle
 from jaxspec.interchange.eagle3 import LayerIds
 from jaxspec.interchange.layout import Folder, Shapes, Table, open_weights, read_weights, refuse_unknown
@@ -60,10 +61,11 @@ def family_of(folder: Folder) -> str:
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Folder]:
-    """Yields a folder with its config.json and the headers of its tensors; raises as `open_weights`."""
+    """Yields a folder: config.json and the headers of its tensors; raises as `open_weights` and `verify_layout`."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
+    verify_layout(path)
     config = read_json(path / "config.json")
     if "speculators_model_type" in config and isinstance(config.get("transformer_layer_config"), dict):
         config = {**config["transformer_layer_config"], **config}
