@@ -84,6 +84,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "interchange": (
         {"pickled", "tensors"},
+        {"weight_files"},
         {"exported", "gguf_tokenizer", "layout"},
         {"eagle", "eagle3", "fspad", "hf_config", "hf_layout", "medusa"},
         {"gguf", "hf", "peagle"},

@@ -38,11 +38,10 @@ from jaxspec.interchange.tensors import (
     Fill,
     StoredWeight,
     check_tensors,
-    file_tensors,
     filled_folder,
-    open_tensors,
     place,
 )
+from jaxspec.interchange.weight_files import file_tensors, open_tensors
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig
