@@ -86,7 +86,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"pickled", "tensors"},
         {"weight_files"},
         {"exported", "gguf_tokenizer", "layout"},
-        {"eagle", "eagle3", "fspad", "hf_config", "hf_layout", "medusa"},
+        {"copies", "eagle", "eagle3", "fspad", "hf_config", "hf_layout", "medusa"},
         {"gguf", "hf", "peagle"},
         {"forms", "published", "target_folders"},
         {"servers"},

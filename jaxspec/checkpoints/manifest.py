@@ -85,7 +85,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify(folder: Path, manifest: Manifest) -> None:
     """Raises ValueError naming the first file that changed or vanished since the manifest was written."""
-    _compare(folder, manifest, checksums, "since it was saved; the checkpoint is damaged")
+    _compare(
+        folder, manifest, checksums, "; the checkpoint is incomplete", " since it was saved; the checkpoint is damaged"
+    )
 
 
 def verify_layout(folder: Path) -> None:
@@ -95,20 +97,21 @@ def verify_layout(folder: Path) -> None:
     process. Raises ValueError naming the first file that changed or vanished.
     """
     if (folder / MANIFEST).is_file():
-        meant = f"since jaxspec wrote it: write it again, or remove {MANIFEST} if you meant it"
-        _compare(folder, read_manifest(folder), _known_checksums, meant)
+        meant = f" since jaxspec wrote it: write it again, or remove {MANIFEST} if you meant it"
+        _compare(folder, read_manifest(folder), _known_checksums, meant, meant)
 
 
 def _compare(
-    folder: Path, manifest: Manifest, hashed: Callable[[Path, list[str]], dict[str, str]], changed: str
+    folder: Path, manifest: Manifest, hashed: Callable[[Path, list[str]], dict[str, str]], gone: str, changed: str
 ) -> None:
+    """Raises ValueError naming the first file that vanished or changed; the ends of the sentences are given."""
     for name in manifest["checksums"]:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing; the checkpoint is incomplete")
+            raise ValueError(f"{folder / name}: missing{gone}")
     found = hashed(folder, list(manifest["checksums"]))
     for name, expected in manifest["checksums"].items():
         if found[name] != expected:
-            raise ValueError(f"{folder / name}: its contents changed {changed}")
+            raise ValueError(f"{folder / name}: its contents changed{changed}")
 
 
 def _known_checksums(folder: Path, files: list[str]) -> dict[str, str]:

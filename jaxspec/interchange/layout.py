@@ -31,6 +31,8 @@ from jaxspec.targets.stored import (
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048}
 """Values of fields that a head's config.json leaves out."""
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Tensors of the two tables, which heads may have or share with their target."""
 PICKLES = (".bin", ".pt", ".pth")
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "rng_state.pth")
 """Files that trainers leave beside the weights."""
