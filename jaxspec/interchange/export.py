@@ -338,12 +338,12 @@ def _draft(model: Exportable, to: str, target: str | None, target_name: str | No
         raise ValueError(
             f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is for another target"
         )
-    embed_VD, head_VD = map(np.asarray, _tables_of(target))
+    embed_VD, head_VD = map(np.asarray, target_tables(target))
     name = target if target_name is None else target_name
     return Draft(model.family, shape, model.weights(), _scored(model), config, name, embed_VD, head_VD)
 
 
-def _tables_of(target: str) -> SharedTables:
+def target_tables(target: str) -> SharedTables:
     """Returns the embedding and the LM head of a target's folder, in the dtype they are stored in."""
     folder = target_folder(target)
     tables, params = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))
@@ -406,7 +406,7 @@ def published_drafter(
     """
     of = None if target is None else read_config(target_folder(target))
     layers = None if of is None else of.layers
-    tables = None if target is None else functools.cache(functools.partial(_tables_of, target))
+    tables = None if target is None else functools.cache(functools.partial(target_tables, target))
     found = read_drafter(folder, target_layers=layers, layer_ids=layer_ids, tokens=tokens, tables=tables)
     module = DRAFTERS[found.name].module(found.config)
     read = module.feature_width

@@ -33,7 +33,10 @@ class Server(NamedTuple):
     """Family -> why it cannot be served, for families that a user might expect."""
 
 
-_NO_FSPAD = "no server has FSPAD's network; `--to eagle` writes it as its authors' code reads it"
+_NO_FSPAD = (
+    "no server has FSPAD's network; `--to eagle` writes it as its authors' code reads it, and a head trained with "
+    "head.feature_sampling=false head.partial_alignment=false is an EAGLE head, which sglang and vllm serve"
+)
 _NO_PARALLEL = "no server has ParallelSpec's network, and no code of its authors is public"
 _NO_PEAGLE = "it drafts step by step, and this head in one pass; vllm and speculators have P-EAGLE"
 _NO_EAGLE = "it has no EAGLE-1/2 model class (HASS heads are of that class too); an EAGLE-3 head can be served"

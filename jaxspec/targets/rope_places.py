@@ -66,8 +66,9 @@ def find_rope(sources: Sources, layers: str | None = None, *, theta: str = "rope
     for name in values.keys() - {"rope_type", "rope_theta", "partial_rotary_factor"}:
         _agreed(path, name, [(place.name, place.values[name]) for place in winners if name in place.values], places)
     stated = [(place.name, place.values["rope_theta"]) for place in winners if place.values.get("rope_theta")]
-    stated += [("the top level", raw[theta])] if theta in raw else []
-    base = _agreed(path, "rope_theta", [*stated, ("the default", defaults.get(theta))], places, beside=theta)
+    stated += [("the top level", raw[theta])] if raw.get(theta) is not None else []
+    default = None if theta in raw else defaults.get(theta)  # null stands for no number, not for the default one
+    base = _agreed(path, "rope_theta", [*stated, ("the default", default)], places, beside=theta)
     return RopeFields(
         winners[0].name if winners else "rope_parameters",
         values,

@@ -63,6 +63,7 @@ PLACES |= {
     "theta alone": {"rope_theta": 5e5},
     "empty rope_scaling": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 5e5, **LINEAR}},
     "null rope_scaling": {"rope_scaling": None, "rope_parameters": {"rope_theta": 5e5, **LINEAR}},
+    "null theta beside it": {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, **LINEAR}},
     "null rope_parameters": {"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": LINEAR},
     "yarn: original length at the top": {"rope_scaling": YARN, **TOP},
     "yarn: original length at the top, rope_parameters": {"rope_parameters": {"rope_theta": 5e5, **YARN}, **TOP},
