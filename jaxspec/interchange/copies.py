@@ -14,7 +14,7 @@ import numpy as np
 from jaxspec.base import SharedTables
 from jaxspec.interchange.layout import EMBEDDING, HEAD, Folder
 
-Tables = Callable[[], SharedTables]
+ReadTables = Callable[[], SharedTables]
 """Returns the target's tables; called only where something is to be compared with them."""
 _ROWS = 4096
 
@@ -27,7 +27,7 @@ class Embedding(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def find_embedding(folder: Folder, tables: Tables | None) -> Embedding:
+def find_embedding(folder: Folder, tables: ReadTables | None) -> Embedding:
     """Returns whether the embedding in a file is the head's own.
 
     config.json may say it (`embed_requires_grad`, as speculators writes it, or jaxspec's stamp); else it is compared
@@ -56,7 +56,7 @@ def find_embedding(folder: Folder, tables: Tables | None) -> Embedding:
     return Embedding(True, (f"{EMBEDDING} {told} the target's embedding: the head keeps it as its own",))
 
 
-def check_head(folder: Folder, tables: Tables | None, *, needed: bool = True) -> tuple[str, ...]:
+def check_head(folder: Folder, tables: ReadTables | None, *, needed: bool = True) -> tuple[str, ...]:
     """Returns notes about the LM head in the file of a head that scores with its target's.
 
     Raises ValueError if it is not the target's LM head, or, with `needed`, if no target is given to compare it with.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxspec.base import Params
 from jaxspec.checkpoints.manifest import verify_layout
 from jaxspec.interchange import eagle, eagle3, fspad, medusa, peagle
-from jaxspec.interchange.copies import Tables, check_head, find_embedding
+from jaxspec.interchange.copies import ReadTables, check_head, find_embedding
 from jaxspec.interchange.eagle3 import LayerIds
 from jaxspec.interchange.layout import (
     EMBEDDING,
@@ -98,7 +98,7 @@ def read_drafter(
     target_layers: int | None = None,
     layer_ids: LayerIds | None = None,
     tokens: int | None = None,
-    tables: Tables | None = None,
+    tables: ReadTables | None = None,
 ) -> Published:
     """Returns the drafter in a folder of any of these layouts.
 
@@ -129,7 +129,7 @@ def read_drafter(
                 raise ValueError(f"{path} holds a whole LM, which drafts as it is: give the folder itself as drafter")
 
 
-def _pair_reader(folder: Folder, family: str, tables: Tables | None) -> Published:
+def _pair_reader(folder: Folder, family: str, tables: ReadTables | None) -> Published:
     """Returns an EAGLE or FSPAD head."""
     embedding, notes = find_embedding(folder, tables), check_head(folder, tables)
     config: Any
@@ -156,7 +156,7 @@ def _tap_reader(folder: Folder, family: str, config: Any, tables: tuple[Table, l
     return Published(family, config, params, scored)
 
 
-def _medusa(folder: Folder, tables: Tables | None) -> Published:
+def _medusa(folder: Folder, tables: ReadTables | None) -> Published:
     config, blocks = medusa.read_medusa(folder)
     # vLLM's layout has the target's LM head in any case.
     notes = check_head(folder, tables, needed=bool(config.vocab))

@@ -94,7 +94,9 @@ def _together(files: WeightFiles, each: Mapping[Path, Mapping[str, Any]]) -> dic
         # that the config does call for is missed by name when it is read.
         if name not in by_name[file] and not is_buffer(name) and name != "lm_head.weight":
             raise ValueError(f"{files.index} says that {file} holds {name}, and it does not: download both again")
-    return {name: tensor for tensors in each.values() for name, tensor in tensors.items()}
+    found = {name: tensor for tensors in each.values() for name, tensor in tensors.items()}
+    # Of a tensor that two files hold, the index says which one counts.
+    return found | {name: by_name[file][name] for name, file in files.listed.items() if name in by_name[file]}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
