@@ -1,11 +1,15 @@
 """Weights as people have them: shards and indexes of safetensors and of PyTorch's files, prefixes, constants."""
 
 import json
+import shutil
+import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -205,3 +209,23 @@ def test_a_header_that_lies_about_its_place_is_refused(tmp_path: Path):
     (tmp_path / "a.bin").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.bin"):
         open_weights_file(tmp_path / "a.bin", None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_repository_without_safetensors_is_downloaded_in_pytorchs_format(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_bins(target)
+    copy = tmp_path / "snapshots" / ("c" * 40)
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        shutil.copytree(
+            target, copy, ignore=lambda _, names: {n for n in names if not any(map(Path(n).match, allow_patterns))},
+            dirs_exist_ok=True,
+        )  # fmt: skip
+        return str(copy)
+
+    fetched = Mock(side_effect=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fetched))
+    assert main(["import", "target", "someone/model", str(tmp_path / "out")]) == 0
+    first, second = (call.kwargs["allow_patterns"] for call in fetched.call_args_list)
+    assert not any(".bin" in pattern for pattern in first) and "pytorch_model-*.bin" in second
