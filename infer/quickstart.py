@@ -23,9 +23,9 @@ from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
-from jaxspec.data.conversations import Conversation, parse_conversation
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens
+from jaxspec.data.messages import Conversation, parse_conversation
 from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.requests import Settings, make_requests
@@ -36,7 +36,7 @@ from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import Queue, answer_batches
-from jaxspec.serving.regeneration import SENSIBLE, VARIED, UserTurn, rewrite, write_user_turns
+from jaxspec.serving.regeneration import SENSIBLE, VARIED, RewriteOptions, UserTurn, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
 from jaxspec.trees import parse_tree
@@ -254,7 +254,7 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
         asked = [(i, question) for i, question in enumerate(questions) if str(i) not in done]
         left = [(i, Conversation(str(i), "self", ({"role": "user", "content": text},))) for i, text in asked]
         with progress.progress("answers", len(left), "answers") as bar:
-            for _, finished in rewrite(models, left, settings, batch=32):
+            for _, finished in rewrite(models, left, settings, RewriteOptions(batch=32)):
                 yield from (rewritten.record() for rewritten in finished)
                 bar.advance(len(finished))
 

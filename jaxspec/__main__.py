@@ -35,6 +35,7 @@ VERBS = {
     "export": Verb("jaxspec.train.export", "write a run's model, a drafter or a target in a format of other programs"),
     "import drafter": Verb("jaxspec.train.import_drafter", "convert a published drafter into one of jaxspec"),
     "import target": Verb("jaxspec.train.import_target", "convert a target of any size into one of jaxspec"),
+    "import features": Verb("jaxspec.train.import_features", "make another project's hidden states a feature store"),
     "inspect": Verb("jaxspec.train.inspect", "say what a folder holds, and to which formats it exports"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),

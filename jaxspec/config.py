@@ -15,6 +15,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxspec.console.overrides import override as override_fields
 from jaxspec.console.overrides import replace_fields, suggest
+from jaxspec.data.chat import TemplateChoice
+from jaxspec.data.chat_template import DATE, parse_variables
+from jaxspec.data.turns import Thinking, TurnOptions
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.optimizer import OptimizerKind
 from jaxspec.drafters import DRAFTERS, DrafterOptions, options_of, refuse_unknown
@@ -81,7 +84,22 @@ class DataConfig:
     mix_loss_on: Literal["all", "assistant"] = "all"
     """As `loss_on`, for `mix`. Pretraining predicts every token, so `all` is the default."""
     template: str | None = None
-    """Chat template: vicuna, llama-2-chat, llama-3, chatml or a file of Jinja. None: that of the target's folder."""
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, a file of Jinja, or `none` for a base model. None: that of
+    the target's folder."""
+    template_args: str | None = None
+    """Values of the template's own variables, such as enable_thinking=false. A record's `chat_template_kwargs` go
+    before them."""
+    date: str = DATE
+    """The day that templates are told which ask for it: one for all, so that the same text is the same tokens."""
+    thinking: Thinking = "told"
+    """`told`: the target thinks as the template's variables say, and answers that contradict them are left out.
+    `record`: a turn with a thought is shown as with enable_thinking, one without as without it."""
+    last_turn_only: bool = False
+    """Train on the last answer of each conversation alone."""
+    max_turns: int | None = None
+    """Most answers of a conversation that are trained on, the first ones."""
+    skip_bad: bool = False
+    """Leave out, and count, records that cannot be used, instead of stopping at the first."""
     features: str | None = None
     """Folder that `jaxspec features` wrote. Its features are read, and the target's layers are not run."""
     top_k: int | None = None
@@ -90,9 +108,20 @@ class DataConfig:
     """Processes that prepare batches; None: one thread. A resumed run may change it."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("batch", "limit", "eval_limit", "top_k", "workers"), AT_LEAST_1)
+        counts = dict.fromkeys(("batch", "limit", "eval_limit", "top_k", "workers", "max_turns"), AT_LEAST_1)
+        _ = self.chat, self.turns
         # A row of one token has none to predict.
         _check(self, length=Range("at least 2", lambda x: x >= 2), mix_share=SHARE, **counts)
+
+    @property
+    def chat(self) -> TemplateChoice:
+        """The chat template, as `ChatTokenizer.load` takes it."""
+        return TemplateChoice(self.template, parse_variables(self.template_args), self.date)
+
+    @property
+    def turns(self) -> TurnOptions:
+        """The options of which turns are trained on."""
+        return TurnOptions(self.last_turn_only, self.max_turns, self.thinking)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
+from jaxspec.data.chat import ChatTokenizer, EncodedConversation
+from jaxspec.data.messages import Conversation
 from jaxspec.data.tokenizer_training import SPECIAL_TOKENS, train_bpe, write_tokenizer_folder
+from jaxspec.data.turns import EVERY_TURN, TurnEncoder, TurnOptions
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 LLAMA_3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -43,6 +46,20 @@ def conversations(count: int, *, seed: int = 0) -> list[list[dict[str, str]]]:
 def texts(count: int = 60) -> list[str]:
     """Returns texts to train a tokenizer on; of other seeds than `conversations` by default."""
     return [message["content"] for turns in conversations(count, seed=10**6) for message in turns]
+
+
+def rows_of(
+    chat: ChatTokenizer, messages: Sequence[dict[str, Any]], options: TurnOptions = EVERY_TURN, **fields: Any
+) -> list[EncodedConversation]:
+    """The rows of one conversation, without a limit to their length."""
+    encoder = TurnEncoder(chat, options)
+    return encoder.tokenize([encoder.render(Conversation("c", "s", tuple(messages), **fields))], 1 << 30)[0].rows
+
+
+def encode(chat: ChatTokenizer, messages: Sequence[dict[str, Any]], **fields: Any) -> EncodedConversation:
+    """The one row of a conversation."""
+    (row,) = rows_of(chat, messages, **fields)
+    return row
 
 
 def train_pieces(count: int) -> list[str]:

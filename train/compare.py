@@ -30,7 +30,7 @@ from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
 from jaxspec.console import cli
 from jaxspec.console.results import jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
-from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import comparison, figures, statistics
@@ -152,9 +152,10 @@ def main(argv: Sequence[str]) -> int:
     with processes.joined(Launch(), prog="jaxspec compare"):
         processes.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
     target, arms = plan(args)
-    args = dataclasses.replace(args, template=template_of(arms))
+    template = template_of(arms)
+    args = dataclasses.replace(args, template=template.name)
     prompts = choose_prompts(args)
-    tokenizer = ChatTokenizer.load(target_folders.target_folder(target), args.template)
+    tokenizer = ChatTokenizer.load(target_folders.target_folder(target), template)
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
     read = encode_all(prompts, tokenizer)
     setup = Setup(args.out, begun_with(args, target), read, args.trees, args.settings, args.slots)
@@ -222,12 +223,13 @@ def plan(args: Args) -> tuple[str, list[Arm]]:
     return target, sorted(arms, key=lambda arm: rank.get(arm.seed, 0))
 
 
-def template_of(arms: Sequence[Arm]) -> str | None:
+def template_of(arms: Sequence[Arm]) -> TemplateChoice:
     """Returns the chat template that all train with. Raises ValueError where they name different ones."""
-    named = {arm.name: arm.config.data.template for arm in arms if isinstance(arm.config, DistillConfig)}
-    if len(set(named.values())) > 1:
+    chosen = {arm.name: arm.config.data.chat for arm in arms if isinstance(arm.config, DistillConfig)}
+    if len(set(chosen.values())) > 1:
+        named = {name: choice.name for name, choice in chosen.items()}
         raise ValueError(f"the recipes name different chat templates ({named}): choose one for all with --template")
-    return next(iter(named.values()), None)
+    return next(iter(chosen.values()), TemplateChoice())
 
 
 def own_config(

@@ -9,15 +9,19 @@ import sys
 import time
 from collections.abc import Sequence
 
+import tyro
 from tyro.conf import Positional
 
 from jaxspec.console import cli, results, tables
-from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.account import Account
+from jaxspec.data.chat import ChatTokenizer, TemplateChoice
+from jaxspec.data.chat_template import DATE, parse_variables
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.corpus import Documents, tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens, save_maps
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.interchange import target_folders
-from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_config import read_table_config
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Sizes that the table shows beside the requested one."""
@@ -28,7 +32,7 @@ class Args:
     """Command line of `jaxspec draft-vocab`."""
 
     data: Positional[str]
-    """Conversations (JSON Lines) whose assistant turns are counted."""
+    """Conversations (JSON Lines), or a folder of jaxspec tokenize, whose assistant turns are counted."""
     out: str
     """File (safetensors) for the maps d2t and t2d; `jaxspec generate --draft-vocab` reads it."""
     size: int = 1024
@@ -36,7 +40,12 @@ class Args:
     target: str = "tiny"
     """HuggingFace folder of the target; `tiny` is the bundled target."""
     template: str | None = None
-    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, a file of Jinja, or none for a base model. Default: the
+    target folder's own."""
+    template_args: str | None = None
+    """Values of the template's own variables, such as enable_thinking=false; a record's own go before them."""
+    skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out, and count, conversations that cannot be used."""
     length: int = 2048
     """Number of tokens of a conversation that are counted; the rest is cut off."""
     json: str | None = None
@@ -51,9 +60,10 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec draft-vocab", description=__doc__ or "")
     folder = target_folders.target_folder(args.target)
-    vocab = read_config(folder).vocab
-    tokenizer = ChatTokenizer.load(folder, args.template)
-    corpus = tokenize_conversations(read_conversations(args.data), tokenizer, length=args.length)
+    vocab = read_table_config(folder).vocab
+    tokenizer = ChatTokenizer.load(folder, TemplateChoice(args.template, parse_variables(args.template_args), DATE))
+    tokenizer.check_ids(vocab)
+    corpus = read_corpus(args, tokenizer)
     counts = count_tokens(corpus, vocab)
     used = int((counts.times_V > 0).sum())
     if not used:
@@ -83,6 +93,20 @@ def main(argv: Sequence[str]) -> int:
         }
         results.write_json(args.json, results.result("draft-vocab", dtype="int32", seed=None, started=started, **found))
     return 0
+
+
+def read_corpus(args: Args, tokenizer: ChatTokenizer) -> Documents:
+    """Returns the data as tokens, from disk where `jaxspec tokenize` wrote it; says what was left out."""
+    if is_corpus(args.data):
+        stored = StoredCorpus(args.data)
+        stored.check(tokenizer)
+        return stored
+    account = Account(skip_bad=args.skip_bad)
+    conversations = read_conversations(args.data, account=account)
+    corpus = tokenize_conversations(conversations, tokenizer, length=args.length, account=account)
+    for line in account.sentences():
+        sys.stderr.write(f"jaxspec draft-vocab: {line}\n")
+    return corpus
 
 
 if __name__ == "__main__":

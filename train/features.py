@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec.config import DistillConfig, load, to_dict
+from jaxspec.config import DataConfig, DistillConfig, load, to_dict
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
@@ -50,8 +50,10 @@ from jaxspec.training.batches import HostBatch, place_rows, read_data
 from jaxspec.training.loop import termination_notice
 from jaxspec.training.resolve import attention_blocks, check_length, drafter_for, mesh_of
 
-UNSTORED = ("template", "features", "top_k", "workers")
+UNSTORED = ("template", "template_args", "date", "features", "top_k", "workers")
 """Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""
+LATER = ("thinking", "last_turn_only", "max_turns", "skip_bad")
+"""Settings that folders of earlier versions do not name; they are noted where they are not the defaults."""
 Run = Callable[[PackedBatches, HostBatch], Any]
 """From packed batches and one of them to the arrays stored of it, on their way to the host."""
 
@@ -173,17 +175,27 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
         "target": config.target,
         "weights": fingerprint(folder),
         "target_weights": config.target_weights,
-        **ChatTokenizer.load(folder, config.data.template).fingerprint,
+        **ChatTokenizer.load(folder, config.data.chat).fingerprint,
         "dtype": config.dtype,
         "store": args.store,
         "taps": list(taps),
         "top_k": args.top_k,
-        "data": {name: value for name, value in to_dict(config.data).items() if name not in UNSTORED},
+        "data": stored_settings(config.data),
         "seed": config.seed,
         "shard_gb": args.shard_gb,
         "fields": [list(field) for field in fields],
     }
     return about, fields
+
+
+def stored_settings(data: DataConfig) -> dict[str, Any]:
+    """Returns the settings of the data that decide what is stored."""
+    defaults = {field.name: field.default for field in dataclasses.fields(data)}
+    return {
+        name: value
+        for name, value in to_dict(data).items()
+        if name not in UNSTORED and not (name in LATER and value == defaults[name])
+    }
 
 
 def drafter_taps(config: DistillConfig, target: LlamaConfig) -> tuple[int, ...]:
@@ -198,7 +210,7 @@ def choose_parts(config: DistillConfig) -> list[PackedBatches]:
     The first epoch as it is trained, so that it is read in the order of the files; the documents that mixes leave for
     later epochs; the held-out ones.
     """
-    tokenizer = ChatTokenizer.load(target_folders.target_folder(config.target), config.data.template)
+    tokenizer = ChatTokenizer.load(target_folders.target_folder(config.target), config.data.chat)
     data = read_data(config, tokenizer, mesh_of(config.mesh))
     parts = [dataclasses.replace(data.train, epochs=1)]
     if data.train.mixes:

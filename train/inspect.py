@@ -1,4 +1,7 @@
-"""Show the contents of a folder: family or kind of drafter, shapes, dtype, conventions, and formats to export to."""
+"""Show the contents of a folder: family or kind of drafter, shapes, dtype, conventions, and formats to export to.
+
+Of hidden states that another project dumped it says whose they are, and whether `jaxspec import features` takes them.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
 from jaxspec.console import cli, results, tables
-from jaxspec.interchange import export
+from jaxspec.interchange import dumps, export
+from jaxspec.interchange.dumps import Dump
 from jaxspec.parallel.agreement import say
 
 
@@ -19,7 +24,8 @@ class Args:
     """Command line of `jaxspec inspect`."""
 
     path: Positional[str]
-    """Folder of a run, of a drafter (jaxspec's or a published one), or of a target; `tiny` is the bundled target."""
+    """Folder of a run, of a drafter (jaxspec's or a published one), of a target, or of hidden states that another
+    project dumped; `tiny` is the bundled target."""
     target: str | None = None
     """Folder of a drafter's target; EAGLE-3 heads that do not say which layers they read need it."""
     json: Path | None = None
@@ -30,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec inspect", description=__doc__ or "")
+    if not (Path(args.path) / "config.json").is_file() and (dump := dumps.find_dump(args.path)) is not None:
+        show_dump(args, dump, started)
+        return 0
     model = export.find_model(args.path, target=args.target)
     if args.target is not None and model.layout != "published":
         raise ValueError(f"--target is for published heads, and {args.path} holds none: leave it out")
@@ -43,6 +52,18 @@ def main(argv: Sequence[str]) -> int:
         more = {"shapes": shapes, "convention": told, "notes": model.notes}
         results.write_json(args.json, results.result("inspect", seed=None, started=started, **facts, **more))
     return 0
+
+
+def show_dump(args: Args, dump: Dump, started: float) -> None:
+    """Shows the facts of a dump of hidden states, and writes them where the command line says."""
+    if args.target is not None:
+        raise ValueError(f"--target is for published heads, and {args.path} holds hidden states: leave it out")
+    facts: dict[str, Any] = dumps.describe(dump) | {"path": args.path}
+    shapes = facts.pop("shapes", {})
+    tables.print_table(args.path, ("", ""), [*facts.items()])
+    tables.print_table("first file", ("tensor", "shape"), [(name, str(shape)) for name, shape in shapes.items()])
+    if args.json:
+        results.write_json(args.json, results.result("inspect", seed=None, started=started, **facts, shapes=shapes))
 
 
 if __name__ == "__main__":

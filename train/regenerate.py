@@ -10,9 +10,12 @@ HuggingFace folder as --target the answers are the draft's (DistillSpec's on-pol
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,54 +24,89 @@ from typing import Any
 import tyro
 
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.data import jsonl
-from jaxspec.data.conversations import Conversation, read_conversations
+from jaxspec.data.account import Account
+from jaxspec.data.chat import TemplateChoice
+from jaxspec.data.chat_template import DATE, parse_variables
+from jaxspec.data.conversations import read_conversations
+from jaxspec.data.messages import Conversation
+from jaxspec.data.turns import TurnEncoder
 from jaxspec.decoding.answers import total_tokens
+from jaxspec.interchange.hf import fingerprint
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel import processes
 from jaxspec.serving import flags, loading
+from jaxspec.serving.answer_file import AnswerFile
+from jaxspec.serving.dialogue import CALLS, LENGTH, UNFIT
+from jaxspec.serving.endpoint import Client, Endpoint, Failure, rewrite_remotely
 from jaxspec.serving.flags import Flags
 from jaxspec.serving.loading import Models
 from jaxspec.serving.regeneration import (
-    LENGTH,
-    UNFIT,
-    Rewritten,
+    RewriteOptions,
     Temperatures,
+    TemplateMix,
+    begin_dialogue,
     parse_temperatures,
+    parse_template_mix,
     rewrite,
     write_user_turns,
 )
 
 SETTINGS = (
-    "target", "template", "prompts", "from_scratch", "temperature", "temperatures", "top_k", "top_p", "seed",
-    "max_new_tokens", "shard", "dtype", "keep_unfinished",
+    "target", "template", "template_args", "template_mix", "from_scratch", "temperature", "temperatures", "top_k",
+    "top_p", "seed", "max_new_tokens", "shard", "dtype", "keep_unfinished",
 )  # fmt: skip
-"""Flags that must stay the same when a run is resumed."""
+"""Flags that must stay the same when a run is resumed; prompts are compared one by one."""
+FINISHES = {"unfinished": LENGTH, "unfit": UNFIT, "calls": CALLS}
+"""Ways to end that are counted, by the names of their counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Flags):
     out: str
-    """JSON Lines of {"id", "source", "messages", "finish", "tokens", "temperature"}, appended as conversations are
-    finished."""
+    """JSON Lines of {"id", "source", "messages", "answers", "finish", "tokens", "temperature"}, appended as
+    conversations are finished; `answers` holds the tokens of each prompt and answer."""
     prompts: str | None = None
-    """JSON Lines of conversations, {"id", "source", "messages"} or ShareGPT's form; their answers are not read."""
+    """JSON Lines of conversations, {"id", "source", "messages"} or ShareGPT's form. Their answers are not read, but the
+    recorded results of tools are: they follow the target's own calls, in their order."""
     from_scratch: int = 0
     """Without --prompts: so many single user turns that the target itself writes, at temperature 1."""
     temperatures: str | None = None
     """Instead of --temperature: several, each with its weight (1 if left out), such as 0:1,0.3:1,0.7:1,1.0:1. Every
     conversation draws one, and keeps it through its turns."""
+    template_mix: str | None = None
+    """Template variables to answer with, each with its weight, such as enable_thinking=true:3,enable_thinking=false:1.
+    Every conversation draws one; variables of its own go before it."""
     batch: int = 16
     """Conversations decoded together."""
+    endpoint: str | None = None
+    """Instead of decoding here: address of a server that speaks OpenAI's chat completions, such as
+    http://localhost:8000/v1. Its key is read from JAXSPEC_API_KEY or OPENAI_API_KEY."""
+    model: str | None = None
+    """With --endpoint: the model's name. Default: the first that the server lists."""
+    concurrency: int = 64
+    """With --endpoint: requests in flight."""
+    tries: int = 8
+    """With --endpoint: times that a request is sent before its conversation is given up for this run."""
+    timeout: float = 600.0
+    """With --endpoint: seconds to wait for an answer."""
     shard: str = "0/1"
     """Take only every n-th conversation, beginning with the i-th: 0/4, 1/4, 2/4 or 3/4."""
     limit: int | None = None
     """Take only the first N conversations of the file, before they are sharded."""
+    skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out, and count, conversations that cannot be read, instead of stopping at the first."""
     keep_unfinished: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep conversations whose last answer was cut at --max-new-tokens; they are dropped otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.part, self.mixture
+        _ = self.part, self.mixture, self.templates
+        if self.endpoint is None and self.model is not None:
+            raise ValueError("--model names the model of an --endpoint: give that too, or --target")
+        if self.endpoint is not None:
+            _ = self.server
+            if self.prompts is None:
+                raise ValueError("--endpoint needs --prompts: user turns are written by a target that decodes here")
         if self.temperatures is not None and self.temperature:
             raise ValueError("give --temperature, or several with --temperatures, one of the two")
         if (self.prompts is None) == (self.from_scratch == 0):
@@ -83,75 +121,82 @@ class Args(Flags):
         return flags.parse_part(self.shard)
 
     @property
+    def chat(self) -> TemplateChoice:
+        """The chat template; one day for all, so that a run that goes on writes what one run would."""
+        return super().chat._replace(date=DATE)
+
+    @property
+    def templates(self) -> TemplateMix | None:
+        """The template variables to draw from; None for one choice alone."""
+        return None if self.template_mix is None else parse_template_mix(self.template_mix)
+
+    @property
+    def server(self) -> Endpoint:
+        """The server that answers."""
+        key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+        return Endpoint(self.endpoint or "", self.model, key, self.concurrency, self.tries, self.timeout)
+
+    @property
     def mixture(self) -> Temperatures | None:
         """The temperatures to draw from; None for one alone."""
         return None if self.temperatures is None else parse_temperatures(self.temperatures)
 
 
-class Output:
-    """The file of conversations, and beside it `FILE.state`: the run's settings, then the conversations left out.
-
-    Lines are whole or absent: what a kill left half-written is cut off when the file is opened again.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.state_path = path, path.with_name(f"{path.name}.state")
-        begun = self.state_path.exists() and self.state_path.stat().st_size
-        if not begun and path.exists() and path.stat().st_size:
-            raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
-        noted = ("id", "source", "finish", "tokens", "turns")
-        self.dropped = jsonl.journal(self.state_path, settings, of=path, fields=noted)
-        jsonl.drop_torn_line(path)
-        alone = {"temperature": settings["temperature"]}  # of lines from before they said it
-        self.kept = [summarize(alone | record) for record in jsonl.read_lines(path)]
-        self.dropped = [alone | record for record in self.dropped]
-
-    @property
-    def ids(self) -> set[str]:
-        """Conversations that need no more work."""
-        return {record["id"] for record in [*self.kept, *self.dropped]}
-
-    def add(self, finished: Iterable[Rewritten], *, keep_unfinished: bool) -> None:
-        """Appends finished conversations; they are on disk when this returns."""
-        keep, drop = [], []
-        for item in finished:
-            kept = item.complete or (keep_unfinished and item.turns > 0)
-            (keep if kept else drop).append(item.record())
-        if keep:
-            jsonl.append(self.path, keep)
-        if drop:
-            jsonl.append(self.state_path, [summarize(record) for record in drop])
-        self.kept += map(summarize, keep)
-        self.dropped += map(summarize, drop)
-
-
-def summarize(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a line that the counts read."""
-    turns = sum(message["role"] == "assistant" for message in record["messages"])
-    return {k: record[k] for k in ("id", "source", "finish", "tokens", "temperature")} | {"turns": turns}
-
-
 def main(argv: list[str]) -> int:
-    """Runs the verb; returns 1 if not one conversation is finished."""
+    """Runs the verb; returns 1 if not one conversation is finished, or some have failed."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec regenerate", description=__doc__ or "")
     if args.part == (0, 1):
         processes.refuse_several("jaxspec regenerate", "give each its --shard i/n and its own --out")
     # Read first: a file that cannot be read must not begin an output.
-    conversations = None if args.prompts is None else read_conversations(args.prompts, limit=args.limit)
-    output = Output(Path(args.out), {name: getattr(args, name) for name in SETTINGS})
-    already = output.ids
+    account = Account(skip_bad=args.skip_bad)
+    conversations = None
+    if args.prompts is not None:
+        conversations = read_conversations(args.prompts, limit=args.limit, account=account)
+    with ExitStack() as opened:
+        client = None if args.endpoint is None else opened.enter_context(closing(Client(args.server)))
+        output = opened.enter_context(closing(AnswerFile(Path(args.out), settings_of(args, client))))
+        for line in account.sentences():
+            sys.stderr.write(f"jaxspec regenerate: {line}\n")
+        failures, result = fill(output, conversations, client, args)
+    seconds = {"wall_seconds": time.monotonic() - started}
+    result |= {"left_out": dict(account.counts), "failures": count_failures(failures), **seconds}
+    print_counts(result["sources"], result["by_temperature"], args)
+    if args.json:
+        results.write_json(args.json, result)
+    return verdict(args, output, result, failures)
+
+
+def fill(
+    output: AnswerFile, conversations: list[Conversation] | None, client: Client | None, args: Args
+) -> tuple[list[Failure], dict[str, Any]]:
+    """Answers the conversations that the file lacks; returns what failed, and the verb's JSON."""
+    started = time.monotonic()
     models = None
     if conversations is None:
         models = args.load_target()
         conversations = write_conversations(models, args)
-    todo = [(i, c) for i, c in select(conversations, args) if c.id not in already]
-    tell_left(args.out, len(already), len(todo))
-    speed = run(models or args.load_target(), todo, output, args) if todo else (0.0, 0)
-    result = make_result(args, output, speed, resumed_from=len(already), started=started)
-    print_counts(result["sources"], result["by_temperature"], args)
-    if args.json:
-        results.write_json(args.json, result)
+    already = len(output.done)
+    todo = output.left(select(conversations, args))
+    tell_left(args.out, already, len(todo))
+    failures: list[Failure] = []
+    speed = (0.0, 0)
+    if todo and client is not None:
+        speed = run_remotely(client, todo, output, args, failures)
+    elif todo:
+        speed = run(models or args.load_target(), todo, output, args)
+    return failures, make_result(args, output, speed, resumed_from=already, started=started)
+
+
+def verdict(args: Args, output: AnswerFile, result: dict[str, Any], failures: Sequence[Failure]) -> int:
+    """Returns the exit status, and says what is wrong."""
+    if failures:
+        kinds = ", ".join(f"{count:,} by {kind}" for kind, count in result["failures"].items())
+        sys.stderr.write(
+            f"jaxspec regenerate: {len(failures):,} conversations have no answer yet ({kinds}; the first: "
+            f"{failures[0].id!r}, {failures[0].sentence}): give the same command again\n"
+        )
+        return cli.EXIT_FAILED
     if output.kept:
         return 0
     reason = "no answer was finished; raise --max-new-tokens or use --keep-unfinished"
@@ -159,6 +204,19 @@ def main(argv: list[str]) -> int:
         reason = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
     sys.stderr.write(f"jaxspec regenerate: {reason}\n")
     return cli.EXIT_FAILED
+
+
+def settings_of(args: Args, client: Client | None) -> dict[str, Any]:
+    """Returns the settings that a run keeps when it is resumed."""
+    found = {name: getattr(args, name) for name in SETTINGS}
+    if client is not None:
+        return found | {"endpoint_model": client.model}
+    return found | {"target_contents": fingerprint(target_folder(args.target))}
+
+
+def count_failures(failures: Sequence[Failure]) -> dict[str, int]:
+    """Returns the number of failures of each kind."""
+    return dict(Counter(failure.kind for failure in failures))
 
 
 def tell_left(out: str, done: int, left: int) -> None:
@@ -170,26 +228,28 @@ def tell_left(out: str, done: int, left: int) -> None:
 
 
 def make_result(
-    args: Args, output: Output, speed: tuple[float, int], *, resumed_from: int, started: float
+    args: Args, output: AnswerFile, speed: tuple[float, int], *, resumed_from: int, started: float
 ) -> dict[str, Any]:
     """Returns the verb's JSON; `speed` holds the seconds and tokens of this run."""
     seconds, tokens = speed
-    rows = count(output, "source")
+    rows = output.count("source", finishes=FINISHES)
     return results.result(
         "regenerate",
         dtype=loading.DTYPES[args.dtype],
         seed=args.seed,
         started=started,
-        **{name: getattr(args, name) for name in SETTINGS if name not in ("dtype", "seed")},
+        **{name: getattr(args, name) for name in ("prompts", *SETTINGS) if name not in ("dtype", "seed")},
+        endpoint=args.endpoint,
         out=args.out,
         conversations=len(output.kept),
         resumed_from=resumed_from,
         unfinished=sum(row["unfinished"] for row in rows),
         unfit=sum(row["unfit"] for row in rows),
+        unmatched_calls=sum(row["calls"] for row in rows),
         tokens=tokens,
         tokens_per_second=tokens / seconds if tokens else None,
         sources=rows,
-        by_temperature=count(output, "temperature"),
+        by_temperature=output.count("temperature", finishes=FINISHES),
     )
 
 
@@ -220,11 +280,19 @@ def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int,
     return islice(enumerate(conversations), part, None, parts)
 
 
-def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, args: Args) -> tuple[float, int]:
+def run(models: Models, todo: list[tuple[int, Conversation]], output: AnswerFile, args: Args) -> tuple[float, int]:
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
+    ending = TurnEncoder(models.tokenizer).unmarked_end()
+    if ending is not None:
+        sys.stderr.write(
+            f"jaxspec regenerate: the template ends a turn by {ending!r}, which is no stop id of {args.target}: "
+            "answers may run on to --max-new-tokens; list its id as eos_token_id in generation_config.json\n"
+        )
+    made_with = {**models.tokenizer.fingerprint, "target": fingerprint(target_folder(args.target))}
+    options = RewriteOptions(args.batch, args.mixture, args.templates, made_with)
     started, tokens = time.perf_counter(), 0
     with progress.progress("regenerating", len(todo), "conversations") as bar:
-        for answers, finished in rewrite(models, todo, args.settings, batch=args.batch, temperatures=args.mixture):
+        for answers, finished in rewrite(models, todo, args.settings, options):
             output.add(finished, keep_unfinished=args.keep_unfinished)
             tokens += total_tokens(answers)
             speed = tokens / (time.perf_counter() - started)
@@ -232,29 +300,36 @@ def run(models: Models, todo: list[tuple[int, Conversation]], output: Output, ar
     return time.perf_counter() - started, tokens
 
 
-def count(output: Output, key: str) -> list[dict[str, Any]]:
-    """Returns a row a value of `key` over the whole file: counts of kept and of unfinished conversations."""
-    rows = []
-    for value in sorted({r[key] for r in [*output.kept, *output.dropped]}):
-        kept = [r for r in output.kept if r[key] == value]
-        both = kept + [r for r in output.dropped if r[key] == value]
-        rows.append(
-            {
-                key: value,
-                "conversations": len(kept),
-                "turns": sum(r["turns"] for r in kept),
-                "tokens": sum(r["tokens"] for r in kept),
-                "unfinished": sum(r["finish"] == LENGTH for r in both),
-                "unfit": sum(r["finish"] == UNFIT for r in both),
-            }
-        )
-    return rows
+def run_remotely(
+    client: Client,
+    todo: list[tuple[int, Conversation]],
+    output: AnswerFile,
+    args: Args,
+    failures: list[Failure],
+) -> tuple[float, int]:
+    """Lets the server rewrite `todo` into `output`; returns seconds and tokens, and adds what failed."""
+    options = RewriteOptions(1, args.mixture, args.templates, {"model": client.model})
+    template = dict(parse_variables(args.template_args))
+    told = ((i, c._replace(variables={**template, **c.variables})) for i, c in todo)
+    begun = (begin_dialogue(i, c, args.settings, options) for i, c in told)
+    started, tokens = time.perf_counter(), 0
+    with progress.progress("regenerating", len(todo), "conversations") as bar:
+        for done in rewrite_remotely(client, begun):
+            if isinstance(done, Failure):
+                failures.append(done)
+            else:
+                output.add([done], keep_unfinished=args.keep_unfinished)
+                tokens += done.tokens
+            speed = tables.four_digits(tokens / (time.perf_counter() - started))
+            again = sum(client.retries.values())
+            bar.advance(1, f"{speed} tokens/s, {again:,} sent again, {len(failures):,} failed")
+    return time.perf_counter() - started, tokens
 
 
 def print_counts(sources: list[dict[str, Any]], by_temperature: list[dict[str, Any]], args: Args) -> None:
     """Prints the counts, by temperature too where there are several, and their meaning."""
-    counted = ("conversations", "turns", "tokens", "unfinished", "unfit")
-    columns = ["kept", "answers", "tokens", "unfinished", "unfit"]
+    counted = ("conversations", "turns", "tokens", *FINISHES)
+    columns = ["kept", "answers", "tokens", "unfinished", "unfit", "calls"]
     total = {k: sum(row[k] for row in sources) for k in counted}
     tables.print_table(args.out, ["source", *columns], [list(row.values()) for row in [*sources, {"": "all", **total}]])
     if args.temperatures is not None:
@@ -265,6 +340,7 @@ def print_counts(sources: list[dict[str, Any]], by_temperature: list[dict[str, A
         f"unfinished: an answer reached {args.max_new_tokens} tokens or the target's last position; {fate}.\n"
         "unfit: a turn has no room in the target's positions, or its template refuses it; cut there, "
         "or dropped if it is the first.\n"
+        "calls: the last answer calls a function whose result is not recorded; cut there.\n"
     )
 
 

@@ -18,10 +18,16 @@ import tyro
 from tyro.conf import Positional
 
 from jaxspec.console import cli, progress, results, tables
-from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.account import sentences
+from jaxspec.data.chat import ChatTokenizer, TemplateChoice
+from jaxspec.data.chat_template import DATE, parse_variables
 from jaxspec.data.tokenized_corpus import CorpusSettings, StoredCorpus, is_complete, write_corpus
+from jaxspec.data.turns import Thinking, TurnOptions
 from jaxspec.interchange import target_folders
 from jaxspec.serving import flags
+
+UNTABLED = ("out", "complete", "sources", "left_out")
+"""Keys of the result that the table does not show."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,19 @@ class Args:
     target: str = "tiny"
     """HuggingFace folder whose tokenizer and chat template are used; `tiny` is the bundled target."""
     template: str | None = None
-    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, a file of Jinja, or none for a base model. Default: the
+    target folder's own."""
+    template_args: str | None = None
+    """Values of the template's own variables, such as enable_thinking=false; a record's own go before them."""
+    thinking: Thinking = "told"
+    """told: the target thinks as the template's variables say, and answers that contradict them are left out; record: a
+    turn with a thought is shown as with enable_thinking, one without as without it."""
+    last_turn_only: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Learn the last answer of each conversation alone."""
+    max_turns: int | None = None
+    """Most answers of a conversation that are learned, the first ones."""
+    skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out, and count, conversations that cannot be used, instead of stopping at the first."""
     length: int = 2048
     """Number of tokens of a conversation that are kept; data.length in training may not be less."""
     limit: int | None = None
@@ -50,8 +68,13 @@ class Args:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        cli.refuse_below_one(self, "length", "limit", "shard_documents")
-        _ = self.part
+        cli.refuse_below_one(self, "length", "limit", "shard_documents", "max_turns")
+        _ = self.part, self.chat
+
+    @property
+    def chat(self) -> TemplateChoice:
+        """The chat template."""
+        return TemplateChoice(self.template, parse_variables(self.template_args), DATE)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -64,8 +87,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec tokenize", description=__doc__ or "")
     folder = Path(args.out)
-    tokenizer = ChatTokenizer.load(target_folders.target_folder(args.target), args.template)
-    settings = CorpusSettings(args.length, args.limit, args.shard_documents)
+    tokenizer = ChatTokenizer.load(target_folders.target_folder(args.target), args.chat)
+    turns = TurnOptions(args.last_turn_only, args.max_turns, args.thinking)
+    settings = CorpusSettings(args.length, args.limit, args.shard_documents, turns, args.skip_bad)
     work = write_corpus(folder, args.data, tokenizer, settings, part=args.part, verify=args.verify)
     with progress.progress("tokenizing", None, "conversations") as bar:
         for done in work:
@@ -75,11 +99,14 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{args.out}: all conversations are already tokenized\n")
     if result["complete"]:
         corpus = StoredCorpus(folder)
-        result |= {**corpus.summary._asdict(), "sources": list(corpus.sources)}
+        result |= {**corpus.summary._asdict(), "sources": list(corpus.sources), "left_out": corpus.counts}
         size = sum(path.stat().st_size for path in folder.iterdir())
         result |= {"bytes": size, "bytes_per_token": size / corpus.summary.tokens}
-        rows = [[name, value] for name, value in result.items() if name not in ("out", "complete", "sources")]
+        rows = [[name, value] for name, value in result.items() if name not in UNTABLED]
         tables.print_table(args.out, ["measure", "value"], rows)
+        for kind, line in zip(corpus.counts, sentences(corpus.counts), strict=True):
+            example = f"; the first is {corpus.examples[kind]}" if kind in corpus.examples else ""
+            sys.stdout.write(f"{line}{example}\n")
     else:
         sys.stderr.write(f"{args.out}: this part is finished, and files of other parts are missing\n")
     if args.json:

@@ -12,30 +12,18 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-ROLES = ("system", "user", "assistant", "tool")
-_OTHER_ROLES = {"developer": "system"}  # OpenAI's newer name
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+from jaxspec.data.account import Account
+from jaxspec.data.messages import BadRecord, Conversation, parse_conversation
+
 _RECORDS_AT_ONCE = 1024
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".array_record", ".arrayrecord")
 _TEXT_SUFFIXES = (".txt", ".txt.gz")
 _TEXT_ENDS = "\f"  # between the texts of one file
-
-
-class Conversation(NamedTuple):
-    """One conversation, whose `messages` are dicts with `role` and `content`; or one plain `text` without messages."""
-
-    id: str
-    source: str
-    messages: tuple[dict[str, str], ...]
-    unfinished: bool = False
-    """Whether its last answer was cut off, so that it does not end there."""
-    text: str | None = None
-    """Plain text, for pretraining and for mixing into training; None for a conversation."""
 
 
 class Record(NamedTuple):
@@ -51,14 +39,35 @@ class Record(NamedTuple):
     """Whether `text` is plain text instead of JSON."""
 
     def parse(self) -> Conversation:
-        """Returns the conversation; raises ValueError naming file and place if it is malformed."""
-        id = self.place.split()[1]
+        """Returns the conversation; raises BadRecord if it is malformed."""
+        id, place = self.place.split()[1], f"{self.path}, {self.place}"
+        if self.plain:
+            found = parse_conversation({"text": self.text}, id=f"{self.path.name}:{id}", source=self.source)
+            return found._replace(place=place)
         try:
-            if self.plain:
-                return parse_conversation({"text": self.text}, id=f"{self.path.name}:{id}", source=self.source)
-            return parse_conversation(json.loads(self.text), id=id, source=self.source)
+            record = json.loads(self.text)
         except ValueError as error:
-            raise ValueError(f"{self.path}, {self.place}: {error}") from error
+            raise BadRecord("not JSON", str(error)) from error
+        except RecursionError:
+            raise BadRecord("not JSON", "is nested too deeply to be read") from None
+        return parse_conversation(record, id=id, source=self.source)._replace(place=place)
+
+
+def parse_records(records: Iterable[Record], account: Account | None = None) -> list[Conversation]:
+    """Returns the conversations of records; `account` counts those that are skipped, and fields that are not read.
+
+    Raises ValueError naming file and place of the first malformed one, unless the account skips such.
+    """
+    account, found = account or Account(), []
+    for record in records:
+        try:
+            conversation = record.parse()
+        except ValueError as error:
+            account.refuse(f"{record.path}, {record.place}", error)
+            continue
+        account.note_unread(conversation.unread)
+        found.append(conversation)
+    return found
 
 
 class Named(NamedTuple):
@@ -89,17 +98,19 @@ def split_names(names: str) -> list[Named]:
     return found
 
 
-def read_conversations(path: str | Path, *, limit: int | None = None) -> list[Conversation]:
+def read_conversations(
+    path: str | Path, *, limit: int | None = None, account: Account | None = None
+) -> list[Conversation]:
     """Returns the conversations that `path` names (see `find_files`) in their order, at most `limit` of them.
 
-    A line, or a record of an ArrayRecord file, is `{"id", "source", "messages": [{"role", "content"}]}`, where
-    `content` is text or OpenAI's list of parts of type `text`, or ShareGPT's `{"conversations": [{"from", "value"}]}`.
-    `id` defaults to the line's number, `source` to the name of the file, or of the folder if `path` is one.
-    With `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished. A plain text is a line
-    or record `{"id", "source", "text"}`, or the text between two form feeds of a `.txt` (`.txt.gz`) file.
-    Raises ValueError naming the file and line of the first malformed line.
+    A line, or a record of an ArrayRecord file, is a conversation as `messages.parse_conversation` reads it: OpenAI's
+    `{"id", "source", "messages": [{"role", "content"}]}`, ShareGPT's `{"conversations": [{"from", "value"}]}`, tokens
+    `{"input_ids", "loss_mask"}`, or a plain text `{"text"}`. `id` defaults to the line's number, `source` to the name
+    of the file, or of the folder if `path` is one. With `"finish": "length"`, as `jaxspec regenerate` writes it, the
+    conversation is unfinished. The text between two form feeds of a `.txt` (`.txt.gz`) file is a plain text too.
+    Raises ValueError naming the file and line of the first malformed line, unless `account` skips such.
     """
-    conversations = [record.parse() for record in read_records(path, limit=limit)]
+    conversations = parse_records(read_records(path, limit=limit), account)
     if not conversations:
         raise ValueError(f"{path}: holds no conversation")
     return conversations
@@ -149,37 +160,6 @@ def find_files(name: str | Path) -> list[Path]:
     return found
 
 
-def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
-    """Returns the conversation of a JSON value; `id` and `source` are used if it names none.
-
-    Raises ValueError if it is malformed.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    if "messages" in record:
-        messages = _list_of(record, "messages")
-        pairs = [(_text(m, "role", i), _content(m, i)) for i, m in enumerate(messages)]
-        pairs = [(_OTHER_ROLES.get(role, role), content) for role, content in pairs]
-    elif "conversations" in record:
-        messages = _list_of(record, "conversations")
-        pairs = [(_sharegpt_role(_text(m, "from", i), i), _text(m, "value", i)) for i, m in enumerate(messages)]
-    elif isinstance(record.get("text"), str):
-        if not record["text"].strip():
-            raise ValueError("`text` is empty")
-        return Conversation(str(record.get("id", id)), str(record.get("source", source)), (), text=record["text"])
-    else:
-        raise ValueError("has neither `messages` nor `conversations` nor `text`")
-    for i, (role, _) in enumerate(pairs):
-        if role not in ROLES:
-            raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(ROLES)}")
-    return Conversation(
-        str(record.get("id", id)),
-        str(record.get("source", source)),
-        tuple({"role": role, "content": content} for role, content in pairs),
-        unfinished=record.get("finish") == "length",
-    )
-
-
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -202,7 +182,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the lines of a text file, gzipped or not, with their numbers from 1."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
+    opened = (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.name.endswith(".gz") else path.open(encoding="utf-8-sig")
+    )
     with opened as file:
         try:
             yield from enumerate(file, 1)
@@ -238,35 +220,3 @@ def _read_array_record(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"record {i}", record
     except RuntimeError as error:
         raise ValueError(f"{path}: not a whole ArrayRecord file ({error})") from error
-
-
-def _list_of(record: dict, field: str) -> list:
-    value = record[field]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"`{field}` must be a non-empty list")
-    return value
-
-
-def _text(message: object, field: str, index: int) -> str:
-    value = message.get(field) if isinstance(message, dict) else None
-    if not isinstance(value, str):
-        raise ValueError(f"message {index}: `{field}` must be text")
-    return value
-
-
-def _content(message: object, index: int) -> str:
-    """Returns the text of a message, from `content` or OpenAI's list of parts."""
-    parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list):
-        return _text(message, "content", index)
-    for part in parts:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"message {index}: `content` has a part of type {kind!r}; only text can be learned from")
-    return "".join(part["text"] for part in parts)
-
-
-def _sharegpt_role(role: str, index: int) -> str:
-    if role not in _SHAREGPT_ROLES:
-        raise ValueError(f"message {index}: `from` is {role!r}, not one of {', '.join(_SHAREGPT_ROLES)}")
-    return _SHAREGPT_ROLES[role]

@@ -1,14 +1,18 @@
 """Tokenized documents: from conversations in memory, from several corpora as one, and by hash."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import types
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer, EncodedConversation
-from jaxspec.data.conversations import Conversation
+from jaxspec.data.messages import Conversation
+from jaxspec.data.turns import CUT, NO_ROOM, Rendered, TurnEncoder
 
 
 class Summary(NamedTuple):
@@ -74,6 +78,11 @@ class Documents(Protocol):
         """Counts of what became of them when they were tokenized."""
         ...
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Numbers of turns and records that were left out or changed, by the words that say it."""
+        ...
+
     def read(self, documents: Sequence[int]) -> list[Document]:
         """Returns some documents, in the order asked for."""
         ...
@@ -103,6 +112,7 @@ class Corpus(NamedTuple):
     sources: tuple[str, ...]
     ids: Sequence[str]  # of the conversations
     truncated: np.ndarray  # bool [documents], whether it was longer
+    counts: Mapping[str, int] = types.MappingProxyType({})
 
     @property
     def summary(self) -> Summary:
@@ -171,6 +181,7 @@ class Joined:
         named = [np.asarray([self.sources.index(s) for s in part.sources], np.int32) for part in parts]
         self.source = np.concatenate([names[part.source] for names, part in zip(named, parts, strict=True)])
         self.summary = Summary(*(sum(counts) for counts in zip(*(part.summary for part in parts), strict=True)))
+        self.counts: Mapping[str, int] = dict(sum((Counter(part.counts) for part in parts), Counter()))
 
     @property
     def keys(self) -> np.ndarray:
@@ -206,47 +217,86 @@ def join(*corpora: Documents) -> Documents:
     return corpora[0] if len(corpora) == 1 else Joined(corpora)
 
 
-def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, length: int) -> Corpus:
-    """Returns all conversations as one corpus, each cut to `length` tokens; its `summary` counts what was cut.
+def tokenize_conversations(
+    conversations: Sequence[Conversation],
+    tokenizer: ChatTokenizer | TurnEncoder,
+    *,
+    length: int,
+    account: Account | None = None,
+) -> Corpus:
+    """Returns all conversations as one corpus of rows of at most `length` tokens; see `turns` for what is a row.
 
     A plain text is divided instead of cut: it becomes as many documents of `length` tokens as it fills, and the last
-    one is shorter. None of its tokens is the assistant's. Raises ValueError naming the conversation that the chat
-    template refuses.
+    one is shorter. None of its tokens is the assistant's. The corpus's `counts` say what became of turns and, with
+    those of `account`, of records. Raises ValueError naming the conversation that the chat template refuses, unless
+    `account` skips such.
     """
     if not conversations:
         raise ValueError("conversations is empty")
-    sources = tuple(sorted({c.source for c in conversations}))
+    account = account or Account()
+    turns = tokenizer if isinstance(tokenizer, TurnEncoder) else TurnEncoder(tokenizer)
+    corpus = tokenize_block(conversations, turns, length, account)
+    if not corpus.ids:
+        raise ValueError("no conversation is left to learn from: " + "; ".join(account.sentences()))
+    return corpus
+
+
+def tokenize_block(conversations: Sequence[Conversation], turns: TurnEncoder, length: int, account: Account) -> Corpus:
+    """Returns `tokenize_conversations` of part of some data, of which nothing may be left."""
     made = [
-        (conversation, slice(at, at + length), encoded)
-        for conversation, encoded in zip(conversations, _encode(conversations, tokenizer), strict=True)
-        for at in range(0, 1 if conversation.text is None else len(encoded.tokens), length)
+        (conversation, row, cut)
+        for conversation, encoded in _encode(conversations, turns, length, account)
+        for row, cut in encoded
     ]
-    tokens = [encoded.tokens[here] for _, here, encoded in made]
+    sources = tuple(sorted({c.source for c, *_ in made}))
     return Corpus(
-        tokens=np.concatenate(tokens),
-        assistant_mask=np.concatenate([encoded.assistant_mask[here] for _, here, encoded in made]),
-        offsets=np.cumsum([0, *map(len, tokens)]),
+        tokens=np.concatenate([np.zeros(0, np.int32), *(row.tokens for _, row, _ in made)]),
+        assistant_mask=np.concatenate([np.zeros(0, bool), *(row.assistant_mask for _, row, _ in made)]),
+        offsets=np.cumsum([0, *(len(row.tokens) for _, row, _ in made)]),
         source=np.asarray([sources.index(c.source) for c, *_ in made], np.int32),
         sources=sources,
         ids=tuple(c.id for c, *_ in made),
-        truncated=np.asarray([c.text is None and len(encoded.tokens) > length for c, _, encoded in made]),
+        truncated=np.asarray([cut for *_, cut in made], bool),
+        counts=dict(account.counts),
     )
 
 
-def _encode(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[EncodedConversation]:
-    talks = [c for c in conversations if c.text is None]
-    try:
-        talked = iter(_encode_talks(talks, tokenizer))
-        return [next(talked) if c.text is None else tokenizer.encode_text(c.text) for c in conversations]
-    except ValueError:
-        # They are encoded together because that is faster; one by one they show which of them is refused.
-        for conversation in talks:
-            try:
-                _encode_talks([conversation], tokenizer)
-            except ValueError as error:
-                raise ValueError(f"conversation {conversation.id!r} of {conversation.source}: {error}") from error
-        raise
+Rows = list[tuple[EncodedConversation, bool]]
+"""The rows of a conversation, and whether each is cut."""
 
 
-def _encode_talks(talks: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[EncodedConversation]:
-    return tokenizer.encode_conversations([c.messages for c in talks], unfinished=[c.unfinished for c in talks])
+def _encode(
+    conversations: Sequence[Conversation], turns: TurnEncoder, length: int, account: Account
+) -> list[tuple[Conversation, Rows]]:
+    """Returns the rows of each conversation that is not skipped, in their order."""
+    rendered: list[tuple[Conversation, Rendered | None]] = []
+    for conversation in conversations:
+        try:
+            talks = conversation.text is None and conversation.ready is None
+            rendered.append((conversation, turns.render(conversation) if talks else None))
+        except ValueError as error:
+            account.refuse(conversation.name, error)
+    encoded = iter(turns.tokenize([r for _, r in rendered if r is not None], length))
+    made = []
+    for conversation, one in rendered:
+        if one is None:
+            made.append((conversation, _without_turns(conversation, turns.tokenizer, length)))
+            continue
+        rows, counts = next(encoded)
+        account.counts.update(counts)
+        # The last row of a conversation is the one that can be cut, or lack answers that had no room.
+        cut = bool(counts.get(CUT, 0) + counts.get(NO_ROOM, 0))
+        made.append((conversation, [(row, cut and n + 1 == len(rows)) for n, row in enumerate(rows)]))
+    account.counts = +account.counts  # without the kinds that did not occur
+    return made
+
+
+def _without_turns(conversation: Conversation, tokenizer: ChatTokenizer, length: int) -> Rows:
+    """Returns a plain text, divided, or a conversation that came as tokens, cut."""
+    if conversation.ready is not None:
+        tokens, mask = (np.asarray(x, t) for x, t in zip(conversation.ready, (np.int32, bool), strict=True))
+        return [(EncodedConversation(tokens[:length], mask[:length]), len(tokens) > length)]
+    assert conversation.text is not None
+    tokens, mask = tokenizer.encode_text(conversation.text)
+    pieces = [slice(at, at + length) for at in range(0, len(tokens), length)]
+    return [(EncodedConversation(tokens[piece], mask[piece]), False) for piece in pieces]

@@ -9,7 +9,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.data.corpus import Corpus
+from jaxspec.data.corpus import Corpus, Documents
+
+_TOGETHER = 1024  # documents of a corpus on disk that are counted together
 
 
 class Frequencies(NamedTuple):
@@ -28,9 +30,15 @@ class Frequencies(NamedTuple):
         return float(self.times_V[tokens].sum() / max(1, self.times_V.sum()))
 
 
-def count_tokens(corpus: Corpus, vocab: int) -> Frequencies:
+def count_tokens(corpus: Documents, vocab: int) -> Frequencies:
     """Returns the frequencies of the assistant's tokens in a corpus."""
-    return Frequencies(np.bincount(corpus.tokens[corpus.assistant_mask], minlength=vocab))
+    if isinstance(corpus, Corpus):
+        return Frequencies(np.bincount(corpus.tokens[corpus.assistant_mask], minlength=vocab))
+    times_V, count = np.zeros(vocab, np.int64), len(corpus.lengths)
+    for first in range(0, count, _TOGETHER):
+        some = corpus.read(range(first, min(first + _TOGETHER, count)))
+        times_V += np.bincount(np.concatenate([tokens[mask] for tokens, mask in some]), minlength=vocab)
+    return Frequencies(times_V)
 
 
 def save_maps(path: str | Path, tokens: np.ndarray, vocab: int) -> None:

@@ -22,7 +22,8 @@ from jaxspec.data.target_outputs import ARRAYS, KINDS, Kind
 
 FORMAT = "jaxspec-features/1"
 INDEX = "index.npy"
-_ENTRY = np.dtype([("key", "<u8"), ("length", "<i4")])
+CONTENTS = "contents.json"
+ENTRY = np.dtype([("key", "<u8"), ("length", "<i4")])
 
 
 def feature_fields(width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: int = 0) -> tuple[Field, ...]:
@@ -106,7 +107,7 @@ def plan_features(parts: Sequence[PackedBatches], fields: Sequence[Field], *, sh
                 filled, begin = 0, len(pieces)
     if begin < len(pieces):
         ranges.append((begin, len(pieces)))
-    return FeaturePlan(np.asarray(entries, _ENTRY), tuple(pieces), tuple(ranges), bytes_per_token)
+    return FeaturePlan(np.asarray(entries, ENTRY), tuple(pieces), tuple(ranges), bytes_per_token)
 
 
 def _met(key: int, seen: set[int]) -> bool:
@@ -148,11 +149,11 @@ def begin_store(folder: Path, settings: dict[str, Any], plan: FeaturePlan) -> No
     shards.begin(folder, {"format": FORMAT, **settings, "contents": plan.digest})
     if not (folder / INDEX).is_file():
         shards.write_array(folder / INDEX, plan.index)
-    shards.write_json(folder / "contents.json", {"records": [len(plan.of(i)) for i in range(len(plan.shards))]})
+    shards.write_json(folder / CONTENTS, {"records": [len(plan.of(i)) for i in range(len(plan.shards))]})
 
 
 class FeatureStore:
-    """The features in a folder that `jaxspec features` finished.
+    """The features in a folder that `jaxspec features` or `jaxspec import features` finished.
 
     Raises ValueError if it is not finished, or a file is missing or damaged.
     """
@@ -160,18 +161,31 @@ class FeatureStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.about = shards.read_about(self.folder, FORMAT)
-        counts = json.loads((self.folder / "contents.json").read_text(encoding="utf-8"))["records"]
+        if not (self.folder / CONTENTS).is_file():
+            raise ValueError(f"{folder}: is not complete; give the jaxspec {self.maker} command that began it again")
+        counts = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8"))["records"]
         made = sum(Shard(self.folder, number).note_path.is_file() for number in range(len(counts)))
         if made < len(counts):
             raise ValueError(
-                f"{folder}: {made} of {len(counts)} files are finished; give the jaxspec features command that began it"
+                f"{folder}: {made} of {len(counts)} files are finished; give the jaxspec {self.maker} command that "
+                "began it"
             )
         self._fields = [Field(*field) for field in self.about["fields"]]
-        self._records = Records(self.folder, counts, "features")
+        self._records = Records(self.folder, counts, self.maker)
         index = shards.read_array(self.folder / INDEX)
         self._lengths = index["length"]
         self._order = np.argsort(index["key"], kind="stable")
         self._sorted = index["key"][self._order]
+
+    @property
+    def imported(self) -> bool:
+        """True where another project made the features, perhaps with a target whose layers cannot be run here."""
+        return "imported" in self.about
+
+    @property
+    def maker(self) -> str:
+        """The verb that made it."""
+        return "import features" if self.imported else "features"
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -189,7 +203,7 @@ class FeatureStore:
             if self.about[name] != mine:
                 raise ValueError(
                     f"{self.folder}: was made with {name} {self.about[name]!r}, and this run has {mine!r}; make the "
-                    "features again with jaxspec features, for the same config"
+                    f"features again with jaxspec {self.maker}, for the same config"
                 )
 
     def find(self, corpus: Documents) -> np.ndarray:
@@ -197,6 +211,11 @@ class FeatureStore:
         keys = corpus.keys
         place = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
         missing = int(np.sum(self._sorted[place] != keys))
+        if missing and self.imported:
+            raise ValueError(
+                f"{self.folder}: {missing:,} of {len(keys):,} documents are not stored; train on the corpora beside "
+                f"them: data.train={self.folder / 'train'} data.eval={self.folder / 'eval'}"
+            )
         if missing:
             raise ValueError(
                 f"{self.folder}: {missing:,} of {len(keys):,} documents are not stored; give jaxspec features the same "

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxspec.data.conversations import Conversation
+from jaxspec.data.messages import Conversation
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "continue": (

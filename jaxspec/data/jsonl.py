@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except ValueError as error:
         raise ValueError(f"{path}: a line is not valid JSON ({error}); move it away") from error
+
+
+class Lock:
+    """A hold on an output, by this process alone, until it is released or the process ends, however it ends.
+
+    Raises ValueError, a sentence about the output `of`, where another process has it.
+    """
+
+    def __init__(self, path: Path, *, of: Path) -> None:
+        # The system forgets the lock with the process, so a crash leaves none behind; the empty file does not count.
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise ValueError(f"{of}: another process is writing it; wait for it, or give another --out") from None
+
+    def release(self) -> None:
+        """Lets others write."""
+        os.close(self._file)
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:

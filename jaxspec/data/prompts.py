@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.data.chat import ChatTokenizer, Message
-from jaxspec.data.conversations import parse_conversation
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.messages import Message, parse_conversation
 
 
 class Prompt(NamedTuple):
@@ -26,6 +26,10 @@ class Prompt(NamedTuple):
     """The source that its line names."""
     place: str = ""
     """`FILE:LINE` of a prompt from a file."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Descriptions of the functions that the assistant may call."""
+    variables: Mapping[str, Any] = types.MappingProxyType({})
+    """Variables of the chat template."""
 
     @property
     def name(self) -> str:
@@ -63,7 +67,7 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give JSON Lines, or plain text with one prompt a line")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     lines = [(str(n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -81,17 +85,17 @@ def parse_prompt(line: str, id: str) -> Prompt:
         fields = record if isinstance(record, dict) else {}
         id = str(fields.get("id", id))
         settings = own_settings(fields)
-        source = str(fields.get("source", ""))
-        if isinstance(fields.get("prompt"), str):
-            return text_prompt(id, fields["prompt"])._replace(settings=settings, source=source)
-        conversation = parse_conversation(record, id=id, source="")
+        c = parse_conversation(record, id=id, source="")
     except json.JSONDecodeError as error:
         return Prompt(id, (), f"is not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Prompt(id, (), "is not JSON that can be read: it is nested too deeply")
     except ValueError as error:
         return Prompt(id, (), f"is malformed: {error}")
-    messages = drop_answers(conversation.messages)
-    problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else "has no user turn"
-    return Prompt(conversation.id, messages, problem, settings, source)
+    messages = drop_answers(c.messages)
+    empty = "is empty" if isinstance(fields.get("prompt"), str) else "has no user turn"
+    problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else empty
+    return Prompt(c.id, messages, problem, settings, c.source, tools=c.tools, variables=c.variables)
 
 
 def own_settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -115,15 +119,14 @@ def drop_answers(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: ChatTokenizer, *, raw: bool = False) -> np.ndarray:
-    """Returns int32 [L]: the prompt in the chat template or, if `raw`, its plain text after the first token.
+    """Returns int32 [L]: the prompt in the chat template or, if `raw`, its text as the tokenizer begins raw text.
 
     Raises ValueError, a sentence without its subject, if the prompt has a problem.
     """
     if prompt.problem:
         raise ValueError(prompt.problem)
     if not raw:
-        return tokenizer.encode_prompt(prompt.messages)
+        return tokenizer.encode_prompt(prompt.messages, tools=prompt.tools, variables=prompt.variables)
     if len(prompt.messages) != 1:
         raise ValueError("is a conversation, which has no raw text: leave out --raw")
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return np.concatenate([np.asarray(begin, np.int32), tokenizer.encode(prompt.messages[0]["content"])])
+    return tokenizer.encode_raw(prompt.messages[0]["content"])

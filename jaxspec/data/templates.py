@@ -13,6 +13,14 @@ class Template(NamedTuple):
     """Control tokens that it writes besides `bos_token` and `eos_token`; the last one ends an answer."""
 
 
+BARE = (
+    "{% for m in messages %}"
+    "{% if m.role != ('user', 'assistant')[loop.index0] %}"
+    "{{ raise_exception('without a chat template a conversation is one user turn, and its answer') }}"
+    "{% endif %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+)
+"""The template of base models, which have none: raw text that is continued."""
+
 # FastChat's v1.1, of Vicuna 1.1 to 1.5: a separator behind the question is a space, behind the answer the end token.
 _VICUNA = """\
 {%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, \

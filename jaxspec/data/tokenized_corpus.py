@@ -6,19 +6,22 @@ A process holds only the index of a corpus in memory, and shares that with the o
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxspec.data import shards
+from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import Record, find_files, read_records, split_names
-from jaxspec.data.corpus import Document, Ids, Summary, key, tokenize_conversations
+from jaxspec.data.conversations import Record, find_files, parse_records, read_records, split_names
+from jaxspec.data.corpus import Document, Ids, Summary, key, tokenize_block
 from jaxspec.data.shards import Field, Records, Shard, ShardWriter
+from jaxspec.data.turns import EVERY_TURN, TurnEncoder, TurnOptions
 
 FORMAT = "jaxspec-corpus/1"
 INDEX = "index.npy"
@@ -46,6 +49,15 @@ class CorpusSettings:
     """Conversations taken of each name; None for all."""
     shard_documents: int = 1 << 16
     """Conversations of a shard."""
+    turns: TurnOptions = EVERY_TURN
+    skip_bad: bool = False
+    """Whether conversations that cannot be used are left out, and counted."""
+
+    def about(self) -> dict[str, Any]:
+        """Returns the settings as a corpus notes them; those of later versions only where they are not the defaults."""
+        turns = {name: value for name, value in asdict(self.turns).items() if value != getattr(EVERY_TURN, name)}
+        found = {"length": self.length, "limit": self.limit, "shard_documents": self.shard_documents}
+        return found | ({"turns": turns} if turns else {}) | ({"skip_bad": True} if self.skip_bad else {})
 
 
 def write_corpus(
@@ -62,8 +74,10 @@ def write_corpus(
     A call continues where an earlier one stopped. With `part` `(i, n)` it makes every n-th shard from the i-th on; the
     call that finds all shards finished completes the corpus. With `verify` it makes shards again whose checksum has
     changed. Yields how many conversations each step has tokenized or skipped. Raises ValueError if the folder was begun
-    with other settings, and naming the conversation that is malformed or that the chat template refuses.
+    with other settings, and naming the conversation that is malformed or that the chat template refuses, unless such
+    are skipped.
     """
+    turns = TurnEncoder(tokenizer, settings.turns)
     fields = token_fields(tokenizer.vocab_size)
     chosen = [named.name for named in split_names(names)]
     if split_names(names)[0].weight is not None:
@@ -72,9 +86,7 @@ def write_corpus(
         "format": FORMAT,
         **tokenizer.fingerprint,
         "files": [[str(path), path.stat().st_size] for name in chosen for path in find_files(name)],
-        "length": settings.length,
-        "limit": settings.limit,
-        "shard_documents": settings.shard_documents,
+        **settings.about(),
         "fields": [list(field) for field in fields],
     }
     shards.begin(folder, about)
@@ -88,7 +100,7 @@ def write_corpus(
         if shard.note() and not (verify and shard.is_damaged()):
             yield sum(1 for _ in block)
         elif number % part[1] == part[0]:
-            yield from _write_shard(shard, block, tokenizer, fields, settings.length)
+            yield from _write_shard(shard, block, turns, fields, settings)
         else:
             whole = False
             yield sum(1 for _ in block)
@@ -98,14 +110,57 @@ def write_corpus(
         _complete(folder, number)
 
 
+class TokenizedDocument(NamedTuple):
+    """A document that somebody else tokenized."""
+
+    id: str
+    document: Document
+    truncated: bool
+
+
+def write_documents(
+    folder: Path,
+    documents: Iterable[TokenizedDocument],
+    tokenizer: ChatTokenizer,
+    settings: CorpusSettings,
+    *,
+    source: tuple[str, int],
+    vocab: int,
+) -> None:
+    """Writes documents that are tokenized already as a complete corpus, which `tokenizer` checks as its own.
+
+    `source` is their source's name and their number. A call that was killed is repeated whole. Raises ValueError if the
+    folder was begun with other settings.
+    """
+    fields, rest, number = token_fields(vocab), iter(documents), 0
+    about = {
+        "format": FORMAT,
+        **tokenizer.fingerprint,
+        "files": [list(source)],
+        **settings.about(),
+        "fields": [list(field) for field in fields],
+    }
+    shards.begin(folder, about)
+    while block := list(islice(rest, settings.shard_documents)):
+        shard = Shard(folder, number)
+        writer = ShardWriter(shard, "group_size:1,zstd:3")
+        for id, (tokens, mask), _ in block:
+            writer.write(shards.pack_record(fields, {"tokens": tokens, "assistant": mask}, id.encode()))
+        shards.write_array(_index_of(shard), _entries(np.asarray([d.truncated for d in block]), [d[1] for d in block]))
+        writer.seal(sources=[source[0]])
+        number += 1
+    _complete(folder, number)
+
+
 def _write_shard(
-    shard: Shard, records: Iterator[Record], tokenizer: ChatTokenizer, fields: Sequence[Field], length: int
+    shard: Shard, records: Iterator[Record], turns: TurnEncoder, fields: Sequence[Field], settings: CorpusSettings
 ) -> Iterator[int]:
     """Writes one shard and its part of the index; yields how many conversations each step has done."""
-    entries, sources = [], {}
+    entries, sources = [np.zeros(0, _ENTRY)], {}
+    account = Account(skip_bad=settings.skip_bad)
     writer = ShardWriter(shard, "group_size:1,zstd:3")
-    while block := [record.parse() for record in islice(records, _TOGETHER)]:
-        corpus = tokenize_conversations(block, tokenizer, length=length)
+    while block := list(islice(records, _TOGETHER)):
+        corpus = tokenize_block(parse_records(block, account), turns, settings.length, account)
         documents = corpus.read(range(len(corpus.ids)))
         for id, (tokens, mask) in zip(corpus.ids, documents, strict=True):
             writer.write(shards.pack_record(fields, {"tokens": tokens, "assistant": mask}, id.encode()))
@@ -113,7 +168,7 @@ def _write_shard(
         entries[-1]["source"] = [sources.setdefault(corpus.sources[s], len(sources)) for s in corpus.source]
         yield len(block)
     shards.write_array(_index_of(shard), np.concatenate(entries))
-    writer.seal(sources=list(sources))
+    writer.seal(sources=list(sources), counts=dict(account.counts), examples=account.examples)
 
 
 def _entries(truncated: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
@@ -141,7 +196,13 @@ def _complete(folder: Path, count: int) -> None:
         parts.append(part)
     shards.write_array(folder / INDEX, np.concatenate(parts))
     counts = [note["records"] for note in notes]
-    shards.write_json(folder / CONTENTS, {"records": counts, "sources": sources})
+    told = Counter[str]()
+    for note in notes:
+        told.update(note.get("counts", {}))
+    examples = {kind: text for note in notes[::-1] for kind, text in note.get("examples", {}).items()}
+    shards.write_json(
+        folder / CONTENTS, {"records": counts, "sources": sources, "counts": dict(told), "examples": examples}
+    )
 
 
 def is_corpus(name: str | Path) -> bool:
@@ -168,6 +229,9 @@ class StoredCorpus:
             raise ValueError(f"{folder}: is not complete; give the jaxspec tokenize command that began it again")
         contents = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8"))
         self.sources: tuple[str, ...] = tuple(contents["sources"])
+        self.counts: dict[str, int] = contents.get("counts", {})
+        self.examples: dict[str, str] = contents.get("examples", {})
+        """The first record of each kind that was left out."""
         self._fields = [Field(*field) for field in self.about["fields"]]
         self._records = Records(self.folder, contents["records"], "tokenize")
         self._index = index = shards.read_array(self.folder / INDEX)[:limit]
@@ -211,8 +275,14 @@ class StoredCorpus:
         """See `Documents`. Raises ValueError naming a file that is damaged."""
         return [document for document, _ in self._unpack(documents)]
 
-    def check(self, tokenizer: ChatTokenizer) -> None:
-        """Raises ValueError if it was made with another tokenizer or template."""
+    def check(self, tokenizer: ChatTokenizer, turns: TurnOptions = EVERY_TURN) -> None:
+        """Raises ValueError if it was made with another tokenizer or template, or of other turns."""
+        made = TurnOptions(**self.about.get("turns", {}))
+        if made != turns:
+            raise ValueError(
+                f"{self.folder}: was tokenized with {made}, not {turns}; give jaxspec tokenize the same flags as the "
+                "config, and another --out"
+            )
         for name, mine in tokenizer.fingerprint.items():
             if self.about[name] != mine:
                 raise ValueError(

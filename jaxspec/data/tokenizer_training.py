@@ -71,7 +71,12 @@ def write_tokenizer_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    written = Tokenizer.from_str(tokenizer.to_str())
+    if (begin := written.token_to_id(BEGIN)) is not None:
+        # A raw text begins as the texts of pretraining do; what a chat template renders brings its own.
+        first = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
+        written.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])
+    written.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN,
@@ -79,7 +84,7 @@ def write_tokenizer_folder(
         "pad_token": PAD,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": False,
+        "add_bos_token": written.token_to_id(BEGIN) is not None,
         "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxspec.checkpoints.models import save_drafter
 from jaxspec.data import jsonl
-from jaxspec.data.conversations import Conversation
 from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.messages import Conversation
 from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.requests import Settings, bucket, make_requests
 from jaxspec.distillation.step import init_state, train_step
@@ -26,8 +26,9 @@ from jaxspec.evaluation.measurements import Figures, Measurement
 from jaxspec.evaluation.timing import Load
 from jaxspec.parallel.mesh import batch_sharding
 from jaxspec.serving import loading
+from jaxspec.serving.dialogue import Rewritten
 from jaxspec.serving.loading import Models
-from jaxspec.serving.regeneration import LONG, Rewritten, rewrite, write_user_turns
+from jaxspec.serving.regeneration import LONG, RewriteOptions, rewrite, write_user_turns
 from jaxspec.training.batches import place_rows
 from jaxspec.training.resolve import DistillStep
 from jaxspec.trees import parse_tree
@@ -171,6 +172,6 @@ def _timed_answers(
     models: Models, asked: list[Conversation], settings: Settings, batch: int
 ) -> tuple[float, list[Rewritten]]:
     """Returns the seconds of answering all, and the conversations that have answers."""
-    started = time.perf_counter()
-    done = [r for _, finished in rewrite(models, enumerate(asked), settings, batch=batch) for r in finished if r.turns]
+    started, options = time.perf_counter(), RewriteOptions(batch=batch)
+    done = [r for _, finished in rewrite(models, enumerate(asked), settings, options) for r in finished if r.turns]
     return time.perf_counter() - started, done

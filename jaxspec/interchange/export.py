@@ -44,7 +44,7 @@ from jaxspec.interchange.hf import (
     tree_of,
     write_weights,
 )
-from jaxspec.interchange.hf_config import config_fields, read_config
+from jaxspec.interchange.hf_config import config_fields, read_config, read_table_config
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, render, unserved, write_rendered
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
@@ -333,7 +333,7 @@ def _draft(model: Exportable, to: str, target: str | None, target_name: str | No
     if target is None:
         raise ValueError(f"{to} needs the target's vocabulary and depth: name its folder with --target")
     folder, shape = target_folder(target), _shape(model)
-    config, read = read_config(folder), DRAFTERS[model.family].module(shape).feature_width
+    config, read = read_table_config(folder), DRAFTERS[model.family].module(shape).feature_width
     if config.width != read:
         raise ValueError(
             f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is for another target"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from jaxspec.interchange.tensors import write_atomically
@@ -130,6 +130,11 @@ def build_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
                 if k == kind
             ]
         )
+    first = _special_id(source, fields, "bos_token_id", len(tokens))
+    # llama.cpp puts the first token before raw text by default for this one splitter.
+    if first is not None and fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        token = tokens[first]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, first)])
     return tokenizer
 
 

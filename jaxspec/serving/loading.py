@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxspec.base import Drafter, DraftMode, Params, SharedTables, TreePolicy
 from jaxspec.checkpoints.models import LoadedDrafter, load_drafter
-from jaxspec.data.chat import NO_TEMPLATE, ChatTokenizer
+from jaxspec.data.chat import NO_TEMPLATE, ChatTokenizer, TemplateChoice
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.requests import Request, Settings
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
@@ -195,20 +195,21 @@ def load_models(
     drafter: str | Path | None = None,
     tree: str | None = None,
     draft_vocab: str | None = None,
-    template: str | None = None,
+    template: str | TemplateChoice | None = None,
     dtype: Any = jnp.float32,
 ) -> Models:
     """Returns the target of a HuggingFace folder (or `tiny`), with the drafter of a folder where one is given.
 
-    `template` names the chat template, by default the folder's own (see `ChatTokenizer.load`); the rest is as for
-    `add_drafter`. Children are the draft's likeliest tokens; `Models.with_rule` sets another way. Raises ValueError
-    naming what is missing or does not match.
+    `template` names or chooses the chat template, by default the folder's own; the rest is as for `add_drafter`.
+    Children are the draft's likeliest tokens; `Models.with_rule` sets another way. Raises ValueError naming what is
+    missing or does not match.
     """
     if drafter is None and tree is not None:
         raise ValueError(f"a tree ({tree}) needs a drafter: give one, or leave the tree out")
     folder = target_folder(target)
     tokenizer = ChatTokenizer.load(folder, template)
     loaded = load_target(folder, dtype=dtype, stacked=False)
+    tokenizer.check_ids(loaded.config.vocab)
     module, params = prepare(loaded.module, loaded.params)
     plain = Models(Engine(module), Weights(params), tokenizer, loaded.config)
     return plain if drafter is None else add_drafter(plain, drafter, tree=tree, draft_vocab=draft_vocab, dtype=dtype)

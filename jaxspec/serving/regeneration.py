@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.data.chat import ChatTokenizer, Message
-from jaxspec.data.conversations import Conversation
+from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.chat_template import parse_variables
+from jaxspec.data.emitted import message_of
+from jaxspec.data.messages import Conversation
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Settings
+from jaxspec.serving.dialogue import STOPPED, UNFIT, Dialogue, Reply, Rewritten
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import RequestsByLength, serve_growing
 
-STOPPED, LENGTH, UNFIT = "stop", "length", "unfit"
-_TEMPERATURE_DRAW = 1
-"""Keeps the draw of a conversation's temperature apart from its noise."""
+_TEMPERATURE_DRAW, _TEMPLATE_DRAW = 1, 2
+"""Keep the draws of a conversation's temperature and template variables apart from its noise, and from each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +47,15 @@ class Temperatures:
 
     def draw(self, seed: int, index: int) -> float:
         """Returns the temperature of conversation `index` of a run: the same in whatever batch, shard or order."""
-        bits = np.random.SeedSequence((seed, index, _TEMPERATURE_DRAW)).generate_state(1)[0]
-        shares = np.cumsum(self.weights) / math.fsum(self.weights)
-        place = int(np.searchsorted(shares, int(bits) / 2**32, side="right"))
-        return self.values[min(place, int(np.flatnonzero(self.weights)[-1]))]  # the last share may round below 1
+        return self.values[weighted_draw(self.weights, (seed, index, _TEMPERATURE_DRAW))]
+
+
+def weighted_draw(weights: Sequence[float], key: tuple[int, ...]) -> int:
+    """Returns a place among `weights`, by its share of them; `key` decides which."""
+    bits = np.random.SeedSequence(key).generate_state(1)[0]
+    shares = np.cumsum(weights) / math.fsum(weights)
+    place = int(np.searchsorted(shares, int(bits) / 2**32, side="right"))
+    return min(place, int(np.flatnonzero(weights)[-1]))  # the last share may round below 1
 
 
 def parse_temperatures(text: str) -> Temperatures:
@@ -63,126 +71,116 @@ def parse_temperatures(text: str) -> Temperatures:
     return Temperatures(values, weights)
 
 
-class Rewritten(NamedTuple):
-    """A conversation whose assistant turns are the target's."""
+@dataclasses.dataclass(frozen=True)
+class TemplateMix:
+    """Variables of the chat template to answer with, each conversation with one choice of them."""
 
-    conversation: Conversation
-    finish: str
-    """`stop`: every answer ended by itself; `length`: the last one was cut at the budget, and what follows is missing;
-    `unfit`: the next turn has no room in the target's positions, or its template refuses it, and is missing."""
-    turns: int
-    """Answers, a cut one included."""
-    tokens: int
-    """Tokens of the answers, stop ids included."""
-    temperature: float
-    """The answers were drawn at."""
+    choices: tuple[tuple[tuple[str, Any], ...], ...]
+    weights: tuple[float, ...]
+    """How often each choice is drawn, relative to the others."""
 
-    @property
-    def complete(self) -> bool:
-        """Returns whether it holds answers, all of them whole."""
-        return self.turns > 0 and self.finish != LENGTH
-
-    def record(self) -> dict[str, Any]:
-        """Returns its line of JSON: a conversation as `read_conversations` reads it, and facts about its answers."""
-        about = {"finish": self.finish, "tokens": self.tokens, "temperature": self.temperature}
-        c = self.conversation
-        return {"id": c.id, "source": c.source, "messages": c.messages, **about}
+    def draw(self, seed: int, index: int) -> dict[str, Any]:
+        """Returns the variables of conversation `index` of a run: the same in whatever batch, shard or order."""
+        return dict(self.choices[weighted_draw(self.weights, (seed, index, _TEMPLATE_DRAW))])
 
 
-@dataclasses.dataclass
-class _Draft:
-    """A conversation being rewritten."""
+def parse_template_mix(text: str) -> TemplateMix:
+    """Returns the choices of `enable_thinking=true:3,enable_thinking=false:1`, each with its weight or 1.
 
-    original: Conversation
-    settings: Settings
-    messages: list[Message]
-    runs: list[tuple[Message, ...]]
-    """Messages that the target has not read yet, one run a turn."""
-    tokens: int = 0
-    turns: int = 0
-
-    def append(self, models: Models, answer: Answer) -> None:
-        """Adds the target's answer as the next message."""
-        self.messages.append({"role": "assistant", "content": _text(models, answer)})
-        self.turns += 1
-        self.tokens += len(answer.tokens)
-
-    def finished(self, finish: str) -> Rewritten:
-        """Returns the conversation as it stands."""
-        conversation = self.original._replace(messages=tuple(self.messages), unfinished=finish == LENGTH)
-        return Rewritten(conversation, finish, self.turns, self.tokens, self.settings.temperature)
+    Raises ValueError for any other form.
+    """
+    choices, weights = [], []
+    for item in text.split(","):
+        name, colon, weight = item.rpartition(":")
+        try:
+            weights.append(float(weight) if colon else 1.0)
+        except ValueError:
+            raise ValueError(f"--template-mix is {text!r}: {weight!r} is no weight; give NAME=VALUE:WEIGHT") from None
+        choices.append(parse_variables(name if colon else item))
+    if not all(choices) or not all(0 <= w < math.inf for w in weights) or not sum(weights):
+        raise ValueError(f"--template-mix is {text!r}; it must be like enable_thinking=true:3,enable_thinking=false:1")
+    return TemplateMix(tuple(choices), tuple(weights))
 
 
-def user_runs(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """Returns the others' messages before each assistant turn and behind the last; each run holds a user turn."""
-    runs: list[tuple[Message, ...]] = []
-    run: list[Message] = []
-    for message in [*messages, {"role": "assistant", "content": ""}]:
-        if message["role"] != "assistant":
-            run.append(message)
-        elif any(m["role"] == "user" for m in run):
-            runs.append(tuple(run))
-            run = []
-    return runs
+class RewriteOptions(NamedTuple):
+    """Options of how conversations are rewritten, besides the settings of the draws."""
+
+    batch: int = 16
+    """Rows side by side."""
+    temperatures: Temperatures | None = None
+    template_mix: TemplateMix | None = None
+    made_with: Mapping[str, Any] = types.MappingProxyType({})
+    """Hashes of the target, tokenizer and template, for the records."""
+
+
+def begin_dialogue(
+    index: int, conversation: Conversation, settings: Settings, options: RewriteOptions
+) -> tuple[Dialogue, Settings]:
+    """Returns conversation `index` of a run, to be rewritten, and its own settings: its noise and temperature."""
+    own = settings.for_row(index)
+    if options.temperatures is not None:
+        own = dataclasses.replace(own, temperature=options.temperatures.draw(settings.seed, index))
+    drawn = {} if options.template_mix is None else options.template_mix.draw(settings.seed, index)
+    plain = Settings()
+    sampling = {n: v for n in ("top_k", "top_p") if (v := getattr(own, n)) != getattr(plain, n)}
+    variables = {**drawn, **conversation.variables}
+    return Dialogue(conversation, own.temperature, variables, options.made_with, sampling), own
 
 
 def rewrite(
     models: Models,
     numbered: Iterable[tuple[int, Conversation]],
     settings: Settings,
-    *,
-    batch: int,
-    temperatures: Temperatures | None = None,
+    options: RewriteOptions,
 ) -> Iterator[tuple[list[Answer], list[Rewritten]]]:
     """Lets the target write every assistant turn anew, its own earlier answers before it.
 
     `numbered` pairs each conversation with its index in the whole data set. `settings` are the run's; a row's noise
-    comes from the run's seed and the index, as does its temperature where there are `temperatures`, and `batch` rows
-    run side by side, whichever they are, so a conversation's answers depend neither on shards nor on the others.
-    Yields answers, and the conversations that they finished; first, without answers, those that cannot be begun.
+    comes from the run's seed and the index, as do its temperature and template variables where those are mixed, and the
+    rows of a batch run side by side, whichever they are, so a conversation's answers depend neither on shards nor on
+    the others. Yields answers, and the conversations that they finished; first, without answers, those that cannot be
+    begun.
     """
-    drafts: dict[int, _Draft] = {}
+    begun: dict[int, tuple[Dialogue, Settings]] = {}
     waiting, unfit = RequestsByLength(), []
     for index, conversation in numbered:
-        own = settings.for_row(index)
-        if temperatures is not None:
-            own = dataclasses.replace(own, temperature=temperatures.draw(settings.seed, index))
-        drafts[index] = _Draft(conversation, own, [], user_runs(conversation.messages))
-        if not _ask(models, waiting, index, drafts[index]):
-            unfit.append(drafts.pop(index).finished(UNFIT))
+        begun[index] = begin_dialogue(index, conversation, settings, options)
+        if not _ask(models, waiting, index, *begun[index]):
+            unfit.append(begun.pop(index)[0].finished(UNFIT))
     yield [], unfit
     waiting.reverse()
-    for request, answer, _ in serve_growing(models, waiting, slots=batch, max_new_tokens=settings.max_new_tokens):
-        draft, index = drafts[request.key], request.key
-        draft.append(models, answer)
-        finish = None
-        if answer.finish != STOPPED:
-            finish = LENGTH
-        elif not draft.runs:
-            finish = STOPPED
-        elif not _ask(models, waiting, index, draft):
+    served = serve_growing(models, waiting, slots=options.batch, max_new_tokens=settings.max_new_tokens)
+    for request, answer, _ in served:
+        dialogue, own = begun[request.key]
+        finish = dialogue.take(_reply(models, dialogue, np.asarray(request.tokens), answer))
+        if finish is None and not _ask(models, waiting, request.key, dialogue, own):
             finish = UNFIT
-        yield [answer], [] if finish is None else [drafts.pop(index).finished(finish)]
+        if finish is not None:
+            del begun[request.key]
+        yield [answer], [] if finish is None else [dialogue.finished(finish)]
 
 
-def _ask(models: Models, waiting: RequestsByLength, index: int, draft: _Draft) -> bool:
-    """Queues the draft's next turn; returns False, the draft unchanged, where the target cannot read it."""
-    if not draft.runs:
+def _ask(models: Models, waiting: RequestsByLength, index: int, dialogue: Dialogue, settings: Settings) -> bool:
+    """Queues the dialogue's next turn; returns False where there is none, or the target cannot read it."""
+    if dialogue.ended:
         return False
-    messages = [*draft.messages, *draft.runs[0]]
+    tools, variables = dialogue.original.tools, dialogue.variables
     try:
-        request = models.request(models.tokenizer.encode_prompt(messages), draft.settings, index)
+        tokens = models.tokenizer.encode_prompt(dialogue.ask(), tools=tools, variables=variables)
+        waiting.add(models.request(tokens, settings, index))
     except ValueError:
         return False
-    draft.messages = messages
-    draft.runs.pop(0)
-    waiting.add(request)
     return True
 
 
-def _text(models: Models, answer: Answer) -> str:
-    """Returns the answer's text without the stop id, whether or not that is a special token."""
-    return models.tokenizer.decode(answer.tokens[:-1] if answer.finish == STOPPED else answer.tokens)
+def _reply(models: Models, dialogue: Dialogue, prompt: np.ndarray, answer: Answer) -> Reply:
+    """Returns the target's answer as a message, and as its tokens."""
+    stopped = answer.finish == STOPPED
+    words = answer.tokens[:-1] if stopped else answer.tokens
+    opened = models.tokenizer.decode(prompt[-8:], skip_special=False).rstrip().endswith("<think>")
+    message = message_of(models.tokenizer, words.tolist(), opened=opened, tools=bool(dialogue.original.tools))
+    ids = (tuple(map(int, answer.tokens)), tuple(map(int, prompt)))
+    return Reply(message, not stopped, len(answer.tokens), *ids)
 
 
 class UserTurn(NamedTuple):

@@ -9,18 +9,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec.config import DistillConfig, PretrainConfig
+from jaxspec.config import DataConfig, DistillConfig, PretrainConfig
+from jaxspec.data.account import Account, sentences
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations, split_names
 from jaxspec.data.corpus import Documents, fingerprint, join, tokenize_conversations
 from jaxspec.data.packing import Mix, PackedBatches
 from jaxspec.data.target_outputs import ARRAYS, from_arrays
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
+from jaxspec.data.turns import TurnEncoder
 from jaxspec.distillation.task import Batch
 from jaxspec.parallel import agreement
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.mesh import ROW_AXES, batch_sharding
 
+SKIP_FLAG = "data.skip_bad=true"
+"""How bad records are skipped where a config says it."""
 HostBatch = Mapping[str, np.ndarray]
 
 
@@ -34,8 +38,15 @@ class Data(NamedTuple):
         """The keys that the training verbs report of it: documents, the mix that was reached (None without one), and
         the shares of weighted files."""
         mixed = {mix.name: mix._asdict() for mix in self.train.mixed}
-        documents = {part: getattr(self, part).corpus.summary._asdict() for part in ("train", "eval")}
-        return {"documents": documents, "mix": mixed.pop("mix", None), "weighted": list(mixed.values())}
+        corpora = {part: getattr(self, part).corpus for part in ("train", "eval")}
+        documents = {part: corpus.summary._asdict() for part, corpus in corpora.items()}
+        counts = {part: dict(corpus.counts) for part, corpus in corpora.items()}
+        return {
+            "documents": documents,
+            "left_out": counts,
+            "mix": mixed.pop("mix", None),
+            "weighted": list(mixed.values()),
+        }
 
 
 class Share(NamedTuple):
@@ -50,7 +61,7 @@ class Share(NamedTuple):
 def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, mesh: Mesh) -> Data:
     """Returns the conversations of the config's files, tokenized and packed for a mesh; says what they hold."""
     data = config.data
-    read = functools.partial(read_corpus, tokenizer=tokenizer, length=data.length)
+    read = functools.partial(read_corpus, tokenizer=tokenizer, data=data)
     named = split_names(data.train)
     total = sum(weight or 0 for _, weight in named)
     if total:
@@ -63,22 +74,32 @@ def read_data(config: PretrainConfig | DistillConfig, tokenizer: ChatTokenizer, 
     return pack_data(config, shares[0].corpus, read("eval", data.eval, limit=data.eval_limit), mix, shares[1:], rows)
 
 
-def read_corpus(part: str, names: str, *, tokenizer: ChatTokenizer, length: int, limit: int | None = None) -> Documents:
+def read_corpus(
+    part: str, names: str, *, tokenizer: ChatTokenizer, data: DataConfig, limit: int | None = None
+) -> Documents:
     """Returns the tokenized conversations of the files `names`, from disk where `jaxspec tokenize` wrote them.
 
-    Says what they hold. `limit` is of each name."""
+    Says what they hold, and what was left out. `limit` is of each name; rows are made as `data` says."""
     parts: list[Documents] = []
+    told: list[str] = []
     for name, weight in split_names(names):
         if weight is not None:
             raise ValueError(f"data.{part} is {names!r}: weights are for data.train; leave them out")
         if is_corpus(name):
             stored = StoredCorpus(name, limit)
-            stored.check(tokenizer)
+            stored.check(tokenizer, data.turns)
             parts.append(stored)
+            told += sentences(stored.counts)
         else:
-            parts.append(tokenize_conversations(read_conversations(name, limit=limit), tokenizer, length=length))
+            # The template is judged anew in each file: what it drops there is named with the file's own line.
+            account, turns = Account(skip_bad=data.skip_bad, flag=SKIP_FLAG), TurnEncoder(tokenizer, data.turns)
+            conversations = read_conversations(name, limit=limit, account=account)
+            parts.append(tokenize_conversations(conversations, turns, length=data.length, account=account))
+            told += account.sentences()
     corpus = join(*parts)
     say(f"{part}: {corpus.summary}")
+    for line in told:
+        say(f"{part}: {line}")
     return corpus
 
 

@@ -26,7 +26,7 @@ from jaxspec.distillation.step import eval_step, init_state
 from jaxspec.distillation.task import Frozen, TrainState
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
-from jaxspec.interchange.hf_config import read_config
+from jaxspec.interchange.hf_config import read_config, read_table_config
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.losses import FEATURE_LOSSES, refuse_lumped
 from jaxspec.parallel import agreement
@@ -166,8 +166,12 @@ def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> T
     if top_k:
         refuse_top_k(config, top_k)
     store, folder = FeatureStore(config.data.features), target_folder(config.target)
-    tokenizer = ChatTokenizer.load(folder, config.data.template)
-    store.check(weights=hf.fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
+    tokenizer = ChatTokenizer.load(folder, config.data.chat)
+    if store.imported:
+        # The target may be one whose layers cannot be run or are not there; its activations were of another program.
+        store.check(weights=hf.table_fingerprint(folder), **tokenizer.fingerprint)
+    else:
+        store.check(weights=hf.fingerprint(folder), **tokenizer.fingerprint, dtype=config.dtype)
     if taps:
         store.check(taps=list(taps))
     return TrainingData(
@@ -200,9 +204,10 @@ def run_distillation(config: DistillConfig, data: Data | None = None) -> dict[st
     config = resolve(config)
     prepare(config)
     folder, dtype = target_folder(config.target), jnp.dtype(config.dtype)
-    check_length(config, read_config(folder))
+    # With stored features a target's layers need not be of a kind that can be run here.
+    check_length(config, (read_config if config.data.features is None else read_table_config)(folder))
     mesh = mesh_of(config.mesh)
-    data = data or read_data(config, ChatTokenizer.load(folder, config.data.template), mesh)
+    data = data or read_data(config, ChatTokenizer.load(folder, config.data.chat), mesh)
     read = {"target": folder, "init_from": config.init_from, "draft_vocab": config.draft_vocab}
     agreement.agree("models", {k: files_in(Path(v)) for k, v in read.items() if v}, "give every host the same files")
     if config.data.features is None:

@@ -103,15 +103,15 @@ def find_tokenizer(config: PretrainConfig) -> ChatTokenizer:
     if first and config.tokenizer is None and not (folder / "tokenizer.json").is_file():
         train_tokenizer(config, folder)
     meet("tokenizer")
-    tokenizer = ChatTokenizer.load(folder, config.data.template)
+    tokenizer = ChatTokenizer.load(folder, config.data.chat)
     if tokenizer.vocab_size != vocab:
         raise ValueError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, but model.vocab is {vocab}; make them equal"
         )
     if first and config.tokenizer is not None:
         copy_tokenizer(folder, export)
-    if first and config.data.template is not None and tokenizer.template is not None:
-        (export / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    if first and config.data.template is not None and not tokenizer.is_bare:
+        (export / "chat_template.jinja").write_text(tokenizer.template.text, encoding="utf-8")
     return tokenizer
 
 

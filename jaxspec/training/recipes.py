@@ -8,17 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxspec.config import DistillConfig, PretrainConfig, completed, to_dict
+from jaxspec.config import DataConfig, DistillConfig, PretrainConfig, completed, to_dict
 from jaxspec.console import results
 from jaxspec.console.results import differences
+from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.corpus import Documents, tokenize_conversations
 from jaxspec.data.feature_store import FeatureStore
+from jaxspec.data.turns import TurnEncoder
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
-from jaxspec.training.batches import Data, pack_data, read_corpus
+from jaxspec.training.batches import SKIP_FLAG, Data, pack_data, read_corpus
 from jaxspec.training.distill import RESUMABLE, run_distillation
 from jaxspec.training.resolve import drafter_for
 
@@ -89,26 +91,29 @@ class Corpora:
 
     def __init__(self, train: str, held_out: str, limit: int, tokenizer: ChatTokenizer) -> None:
         self.train, self.held_out, self.limit, self.tokenizer = train, held_out, limit, tokenizer
-        self.read: dict[int, tuple[Documents, Documents]] = {}
+        self.read: dict[tuple[Any, ...], tuple[Documents, Documents]] = {}
         self.mixed: dict[tuple[str, int], Documents] = {}
 
-    def of(self, length: int) -> tuple[Documents, Documents]:
-        """Returns the training and the held-out corpus, cut to rows of `length` tokens."""
-        if length not in self.read:
-            held_out = read_conversations(self.held_out)
+    def of(self, data: DataConfig) -> tuple[Documents, Documents]:
+        """Returns the training and the held-out corpus, in rows as `data` makes them."""
+        key = (data.length, data.turns, data.skip_bad)
+        if key not in self.read:
+            account = Account(skip_bad=data.skip_bad, flag=SKIP_FLAG)
+            held_out = read_conversations(self.held_out, account=account)
             held_out = first_of_each([c.source for c in held_out], held_out, self.limit)
-            self.read[length] = (
-                read_corpus("train", self.train, tokenizer=self.tokenizer, length=length),
-                tokenize_conversations(held_out, self.tokenizer, length=length),
+            turns = TurnEncoder(self.tokenizer, data.turns)
+            self.read[key] = (
+                read_corpus("train", self.train, tokenizer=self.tokenizer, data=data),
+                tokenize_conversations(held_out, turns, length=data.length, account=account),
             )
-        return self.read[length]
+        return self.read[key]
 
     def pack(self, config: DistillConfig) -> Data:
         """Returns the training rows of a recipe, with its own mix if it has one, and the held-out rows."""
         length, mix = config.data.length, config.data.mix
         if mix is not None and (mix, length) not in self.mixed:
-            self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, length=length)
-        return pack_data(config, *self.of(length), None if mix is None else self.mixed[mix, length])
+            self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, data=config.data)
+        return pack_data(config, *self.of(config.data), None if mix is None else self.mixed[mix, length])
 
 
 def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
@@ -132,7 +137,7 @@ def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
         eval_every=max(1, steps // EVALUATIONS),
         log_every=min(config.log_every, max(1, steps // LOSSES)),
     )
-    epochs = tokens / corpora.of(config.data.length)[0].summary.tokens
+    epochs = tokens / corpora.of(config.data)[0].summary.tokens
     say(f"{steps:,} steps of {tokens / steps:,.0f} tokens, {epochs:.2f} epochs")
     done = run_distillation(config, corpora.pack(config))
     results.write_json(arm.trained, {**done, "train_tokens": tokens})

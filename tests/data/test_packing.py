@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.conversations import Conversation
+from jaxspec.data.chat_template import ChatTemplate
 from jaxspec.data.corpus import Corpus, fingerprint, join, tokenize_conversations
+from jaxspec.data.messages import Conversation
 from jaxspec.data.packing import Mix, PackedBatches, pack
 from jaxspec.data.pipeline import iterate
 from jaxspec.data.tokenizer_training import train_bpe, write_tokenizer_folder
+from jaxspec.data.turns import NO_USER
 
 LENGTH, BATCH = 32, 4
 
@@ -265,11 +267,13 @@ def test_plain_text_is_divided_and_not_cut(chat: ChatTokenizer, length: int, tex
 
 
 def test_conversations_without_any_other_turn_are_counted_and_those_a_template_refuses_named(chat: ChatTokenizer):
-    continued = dataclasses.replace(chat, template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    plain = ChatTemplate("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    continued = dataclasses.replace(chat, template=plain)
     monologue = Conversation("m", "s", ({"role": "assistant", "content": "words"},))
     corpus = tokenize_conversations([talk("a", "b"), monologue], continued, length=20)
-    assert corpus.summary.only_assistant == 1 and str(corpus.summary).endswith(", 1 only assistant")
-    strict = dataclasses.replace(chat, template="{% if messages|length == 1 %}{{ raise_exception('no') }}{% endif %}")
+    assert corpus.summary.without_assistant == 1 and corpus.counts[NO_USER] == 1
+    refusing = ChatTemplate("{% if messages|length == 1 %}{{ raise_exception('no') }}{% endif %}")
+    strict = dataclasses.replace(chat, template=refusing)
     with pytest.raises(ValueError, match="conversation 'm' of s: the chat template refused the messages: no"):
         tokenize_conversations([monologue], strict, length=20)
 

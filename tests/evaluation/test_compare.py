@@ -228,12 +228,12 @@ def test_one_draft_vocabulary_serves_all():
 
 def test_one_chat_template_serves_all(folder: Path):
     args = compare.Args(recipes=("eagle2_vicuna_7b", "hass_vicuna_13b"), target="target")
-    assert compare.template_of(compare.plan(args)[1]) == "vicuna"
+    assert compare.template_of(compare.plan(args)[1]).name == "vicuna"
     args = compare.Args(recipes=("eagle2_vicuna_7b", "eagle2"), target="target")
     with pytest.raises(ValueError, match=r"different chat templates .*choose one for all with --template"):
         compare.template_of(compare.plan(args)[1])
     args = compare.Args(recipes=args.recipes, target="target", template="chatml")
-    assert compare.template_of(compare.plan(args)[1]) == "chatml"
+    assert compare.template_of(compare.plan(args)[1]).name == "chatml"
 
 
 def test_a_drafter_that_is_there_is_measured_and_trees_are_cut_to_its_depth(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
-from jaxspec.data.conversations import Conversation
 from jaxspec.data.corpus import tokenize_conversations
+from jaxspec.data.messages import Conversation
 from jaxspec.data.packing import PackedBatches
 from jaxspec.decoding.answers import total_tau
 from jaxspec.decoding.generation import generate, generate_plain
@@ -26,7 +26,7 @@ from jaxspec.interchange import target_folders
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
-from jaxspec.serving.regeneration import rewrite, write_user_turns
+from jaxspec.serving.regeneration import RewriteOptions, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.trees import parse_tree
 
@@ -74,7 +74,7 @@ def train_head(folder: Path) -> Head:
     questions = questions_from(models, 52, seed=7)
     asked = [Conversation(str(i), "self", ({"role": "user", "content": q},)) for i, q in enumerate(questions[12:])]
     answered = []
-    for _, done in rewrite(models, enumerate(asked), Settings(112, seed=7), batch=40):
+    for _, done in rewrite(models, enumerate(asked), Settings(112, seed=7), RewriteOptions(batch=40)):
         answered += [r.conversation for r in done]
     config = DistillConfig(
         "identity",

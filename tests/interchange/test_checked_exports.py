@@ -1,12 +1,14 @@
 """Folders that jaxspec wrote in other layouts are held to their checksums by every reader, and a run's folder is told
 apart from its drafter's."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from random_models import random_weights, write_drafter, write_target
 
@@ -17,6 +19,7 @@ from jaxspec.checkpoints.runs import BestMetric, RunCheckpoints
 from jaxspec.checkpoints.tracking import session
 from jaxspec.distillation.task import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.interchange import tensors
 from jaxspec.interchange.hf import load_tables, load_target, stored_weights
 from jaxspec.interchange.published import read_drafter
 
@@ -95,6 +98,30 @@ def test_a_meant_change_is_read_without_the_manifest(exports: Path, tmp_path: Pa
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: missing"):
         read_drafter(folder)
+
+
+def test_tables_of_an_export_in_shards_are_checked_and_its_layers_may_be_missing(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 8000)
+    folder = tmp_path / "hf"
+    assert main(["export", str(exports / "target"), "--to", "hf", str(folder)]) == 0
+    expected = load_tables(exports / "hf", dtype=jnp.float32)[1]
+    names = json.loads((folder / tensors.INDEX).read_text())["weight_map"]
+    kept = {names[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    layers = set(names.values()) - kept
+    assert layers
+    for name in layers:
+        (folder / name).unlink()
+    found = load_tables(folder, dtype=jnp.float32)[1]
+    for name, table in expected.items():
+        np.testing.assert_array_equal(found[name], table)
+    with pytest.raises(ValueError, match="missing since jaxspec wrote it"):
+        load_target(folder, dtype=jnp.float32)
+    file = folder / names["model.norm.weight"]
+    flip_a_bit(file)
+    with pytest.raises(ValueError, match=f"{file}: its contents changed since jaxspec wrote it"):
+        load_tables(folder, dtype=jnp.float32)
 
 
 def write_run(folder: Path, steps: tuple[int, ...]) -> Path:

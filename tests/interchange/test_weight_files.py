@@ -23,7 +23,7 @@ from jaxspec.checkpoints.models import drafter_config
 from jaxspec.drafters import Eagle, EagleConfig, FspadConfig
 from jaxspec.drafters.fspad import Fspad
 from jaxspec.interchange.export import Exportable, write
-from jaxspec.interchange.hf import fingerprint, load_target, read_llama
+from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, table_fingerprint
 from jaxspec.interchange.pickled import PickledTensor, open_pickled
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.weight_files import open_weights_file
@@ -38,11 +38,14 @@ def tensor(array: np.ndarray) -> Any:
     return torch.from_numpy(np.array(array, order="C"))
 
 
-def save_bins(folder: Path, listed: dict[str, str] | None = None) -> Path:
-    """Moves a folder's safetensors into three PyTorch files with an index, which also lists `listed`."""
+def save_bins(folder: Path, listed: dict[str, str] | None = None, *, places: dict[str, int] | None = None) -> Path:
+    """Moves a folder's safetensors into three PyTorch files with an index, which also lists `listed`.
+
+    Tensors lie in the files of `places`, others in the last; without it, in turn.
+    """
     stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = {name: SHARDS[i % 3] for i, name in enumerate(sorted(stored))}
+    names = {name: SHARDS[places.get(name, 2) if places else i % 3] for i, name in enumerate(sorted(stored))}
     for shard in SHARDS:
         torch.save({name: tensor(stored[name]) for name in names if names[name] == shard}, folder / shard)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {**names, **(listed or {})}}))
@@ -145,6 +148,21 @@ def test_what_an_index_is_wrong_about_is_named(
 
 
 INDEX = "pytorch_model.bin.index.json"
+
+
+def test_tables_are_read_from_their_shards_alone(target: Path):
+    safe, params = table_fingerprint(target), load_tables(target, dtype=jnp.float32)[1]
+    embed, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+    index = json.loads((save_bins(target, places={embed: 0, norm: 1, head: 1}) / INDEX).read_text())["weight_map"]
+    (target / SHARDS[2]).unlink()
+    assert_same(load_tables(target, dtype=jnp.float32)[1], params)
+    assert table_fingerprint(target) == safe and stored_dtype(target) == "float32"
+    (target / INDEX).write_text(json.dumps({"weight_map": {**index, norm: SHARDS[0]}}))
+    with pytest.raises(ValueError, match=rf"{SHARDS[0]} holds {norm} by the folder's index, and it does not"):
+        load_tables(target, dtype=jnp.float32)
+    (target / SHARDS[0]).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{SHARDS[0]} holds {embed} by the folder's index and is missing"):
+        load_tables(target, dtype=jnp.float32)
 
 
 def test_a_listed_weight_that_the_model_needs_is_missed_by_name(target: Path):

@@ -11,8 +11,9 @@ from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading
+from jaxspec.serving.dialogue import steps_of
 from jaxspec.serving.queue import Queue, answer_batches
-from jaxspec.serving.regeneration import parse_temperatures, user_header, user_runs, write_user_turns
+from jaxspec.serving.regeneration import parse_temperatures, user_header, write_user_turns
 
 QUESTIONS = ("how much is 2 and 3?", "what does everybody know", "1", "and 12 and 14 make?", "say so again", "why")
 MIXTURE = ("--temperatures", "0,0.7:1,1.5:2", "--seed", "5")
@@ -224,8 +225,9 @@ def test_prompts_without_a_question_are_said_to_be_that(tmp_path, target, capsys
 
 def test_runs_hold_what_is_said_before_each_answer():
     system, user, answer = message("system", "s"), message("user", "u"), message("assistant", "a")
-    assert user_runs([answer, system, answer, user, answer, answer, user]) == [(system, user), (user,)]
-    assert user_runs([system]) == []
+    steps = steps_of([answer, system, answer, user, answer, answer, user])
+    assert [step.others for step in steps] == [(system, user), (user,)]
+    assert steps_of([system]) == []
 
 
 def test_the_target_writes_different_user_turns_behind_its_own_header(target):

@@ -1,0 +1,278 @@
+"""Answers from a server that speaks OpenAI's chat completions (vLLM, SGLang, sglang-jax), for many conversations."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import email.utils
+import json
+import random
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxspec.data.messages import Arguments, BadRecord, Message, parse_conversation
+from jaxspec.decoding.requests import Settings
+from jaxspec.serving.dialogue import UNFIT, Dialogue, Reply, Rewritten
+
+try:
+    import httpx
+except ImportError:  # an extra
+    httpx = None  # type: ignore[assignment]
+
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+"""Statuses after which a request is sent again."""
+FATAL = {401: "the key", 403: "the key", 404: "the address or the model"}
+"""Statuses that no other request would change."""
+_LONGEST_WAIT = 60.0
+_TOO_LONG = ("maximum context length", "context length", "too long", "max_model_len", "longer than")
+"""Words by which servers say that a prompt has no room."""
+
+
+class RequestFailed(Exception):
+    """A request that has no answer; `kind` is how failures are counted."""
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+
+
+class ServerRefused(ValueError):
+    """A refusal that concerns every request."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """A server, and how patiently it is asked. Raises ValueError for a number out of range."""
+
+    url: str
+    """Of the API, such as `http://host:8000/v1`; `/v1` is added to an address without a path."""
+    model: str | None = None
+    """The model's name; None: the first that the server lists."""
+    key: str | None = None
+    """Bearer token."""
+    concurrency: int = 64
+    """Requests in flight."""
+    tries: int = 8
+    """Times that a request is sent before its conversation is given up."""
+    timeout: float = 600.0
+    """Seconds to wait for an answer."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"--endpoint is {self.url!r}; it must be an address such as http://localhost:8000/v1")
+        for name in ("concurrency", "tries", "timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
+
+    @property
+    def base(self) -> str:
+        """The address that paths are joined to."""
+        scheme, _, rest = self.url.rstrip("/").partition("://")
+        return f"{scheme}://{rest}" if "/" in rest else f"{scheme}://{rest}/v1"
+
+
+class Client:
+    """Sends requests to an endpoint from several threads, again where a failure may pass."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        if httpx is None:
+            raise ValueError('--endpoint needs the package httpx: pip install "jaxspec[endpoint]"')
+        self.endpoint = endpoint
+        headers = {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
+        limits = httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
+        timeout = httpx.Timeout(endpoint.timeout, connect=30.0, pool=None)
+        self._http = httpx.Client(base_url=endpoint.base, headers=headers, limits=limits, timeout=timeout)
+        self.retries: collections.Counter[str] = collections.Counter()
+        """Requests that were sent again, by what was wrong."""
+        self._ask_ids = True
+        self._lock = threading.Lock()
+        self.model = endpoint.model or self._first_model()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def _first_model(self) -> str:
+        try:
+            found = self._send("GET", "/models", None).get("data")
+        except RequestFailed as error:
+            self.close()
+            raise ServerRefused(f"{error}; is the server up, and is this its address?") from error
+        if not isinstance(found, list) or not found or not isinstance(found[0].get("id"), str):
+            raise ServerRefused(f"{self.endpoint.base} lists no model; name one with --model")
+        return found[0]["id"]
+
+    def complete(self, dialogue: Dialogue, settings: Settings) -> Reply:
+        """Returns the server's answer to what a dialogue asks. Raises RequestFailed, and ServerRefused."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": wire_messages(dialogue.ask()),
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "seed": settings.seed,
+        }
+        if settings.top_k:
+            body["top_k"] = settings.top_k
+        if dialogue.original.tools:
+            body["tools"] = [dict(tool) for tool in dialogue.original.tools]
+        if dialogue.variables:
+            body["chat_template_kwargs"] = dict(dialogue.variables)
+        if self._ask_ids:
+            try:
+                return read_reply(self._send("POST", "/chat/completions", body | {"return_token_ids": True}))
+            except RequestFailed as error:
+                if "return_token_ids" not in str(error):
+                    raise
+                self._ask_ids = False  # a server that refuses what it does not know
+        return read_reply(self._send("POST", "/chat/completions", body))
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Returns the JSON of a response, after as many tries as the endpoint allows."""
+        kind, said = "", ""
+        for attempt in range(self.endpoint.tries):
+            if attempt:
+                with self._lock:
+                    self.retries[kind] += 1
+            wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+            try:
+                response = self._http.request(method, path, json=body)
+                if response.status_code == 200:
+                    found = response.json()
+                    if isinstance(found, dict):
+                        return found
+                    kind, said = "unreadable", "its answer is no JSON object"
+                elif response.status_code not in AGAIN:
+                    self._refuse(response.status_code, response.text)
+                else:
+                    kind, said = f"status {response.status_code}", response.text[:200]
+                    wait = _asked_wait(response.headers.get("retry-after"), wait)
+            except ValueError as error:
+                if isinstance(error, ServerRefused):
+                    raise
+                kind, said = "unreadable", f"its answer is not JSON ({error})"
+            except httpx.TimeoutException:
+                kind, said = "timeout", f"no answer within {self.endpoint.timeout:g} s"
+            except httpx.TransportError as error:
+                kind, said = "connection", str(error) or type(error).__name__
+            if attempt + 1 < self.endpoint.tries:
+                time.sleep(wait)
+        raise RequestFailed(kind, f"{self.endpoint.base}{path}: {said}, {self.endpoint.tries} times")
+
+    def _refuse(self, status: int, text: str) -> None:
+        """Raises for a status that stays: ServerRefused where it concerns all requests."""
+        if status in FATAL:
+            said = f"{self.endpoint.base} answers with status {status}"
+            raise ServerRefused(f"{said}: check {FATAL[status]} ({text[:200]})")
+        too_long = status in (400, 413, 422) and any(words in text.lower() for words in _TOO_LONG)
+        raise RequestFailed(UNFIT if too_long else f"status {status}", f"status {status}: {text[:300]}")
+
+
+def wire_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Returns messages as the API takes them: arguments as text, and thoughts behind the last user's turn alone."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    sent = []
+    for i, message in enumerate(messages):
+        wire = {name: value for name, value in message.items() if name != "reasoning_content"}
+        thought = message.get("reasoning_content")
+        if thought is not None and i > last:
+            wire |= {"reasoning_content": thought, "reasoning": thought}  # servers read one or the other
+        if "tool_calls" in message:
+            wire["tool_calls"] = [_wire_call(call, n) for n, call in enumerate(message["tool_calls"])]
+        sent.append(wire)
+    return sent
+
+
+def _wire_call(call: Mapping[str, Any], number: int) -> dict[str, Any]:
+    arguments = call["function"]["arguments"]
+    text = arguments.text if isinstance(arguments, Arguments) else json.dumps(arguments, ensure_ascii=False)
+    function = {"name": call["function"]["name"], "arguments": text}
+    return {"id": call.get("id", f"call_{number}"), "type": "function", "function": function}
+
+
+def read_reply(response: Mapping[str, Any]) -> Reply:
+    """Returns the answer that a response holds. Raises RequestFailed where it holds none that can be used."""
+    try:
+        choice = response["choices"][0]
+        given = choice["message"]
+        finish = choice["finish_reason"]
+        known = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+        told = {"role": "assistant"} | {name: given[name] for name in known if given.get(name)}
+        message = parse_conversation({"messages": [told]}, id="", source="").messages[0]
+    except (LookupError, TypeError, BadRecord) as error:
+        raise RequestFailed("unreadable", f"the answer cannot be read: {error}") from error
+    if finish not in ("stop", "length", "tool_calls", "function_call"):
+        raise RequestFailed(f"finish {finish}", f"the answer ended by {finish!r}")
+    ids = _ids(choice.get("token_ids"))
+    prompt = _ids(response.get("prompt_token_ids") or choice.get("prompt_token_ids"))
+    usage = response.get("usage") or {}
+    tokens = usage.get("completion_tokens") if ids is None else len(ids)
+    return Reply(message, finish == "length", int(tokens or 0), ids, prompt)
+
+
+def _ids(value: object) -> tuple[int, ...] | None:
+    return tuple(value) if isinstance(value, list) and value and all(isinstance(i, int) for i in value) else None
+
+
+def _asked_wait(header: str | None, otherwise: float) -> float:
+    """Returns the seconds that `retry-after` asks for: a number, or a date."""
+    if header is None:
+        return otherwise
+    try:
+        return min(_LONGEST_WAIT, max(0.0, float(header)))
+    except ValueError:
+        pass
+    try:
+        asked = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return otherwise
+    return min(_LONGEST_WAIT, max(0.0, asked))
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A conversation that has no answer this time."""
+
+    id: str
+    kind: str
+    sentence: str
+
+
+def rewrite_remotely(client: Client, begun: Iterable[tuple[Dialogue, Settings]]) -> Iterator[Rewritten | Failure]:
+    """Yields each dialogue when the server has answered all its turns, or when its request has failed for good.
+
+    Closes the client at the end. Raises ServerRefused where no further request makes sense; dialogues in flight are
+    then dropped.
+    """
+    waiting: Iterator[tuple[Dialogue, Settings]] = iter(begun)
+    running: set[concurrent.futures.Future[Rewritten | Failure]] = set()
+    pool = concurrent.futures.ThreadPoolExecutor(client.endpoint.concurrency)
+    try:
+        while True:
+            while len(running) < client.endpoint.concurrency and (one := next(waiting, None)) is not None:
+                running.add(pool.submit(_write_all, client, *one))
+            if not running:
+                return
+            done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        # Requests in flight fail at once when their connections are closed, so that a stop need not wait for them.
+        client.close()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_all(client: Client, dialogue: Dialogue, settings: Settings) -> Rewritten | Failure:
+    """Lets the server write every turn of one dialogue."""
+    finish = UNFIT if dialogue.ended else None
+    while finish is None:
+        try:
+            finish = dialogue.take(client.complete(dialogue, settings))
+        except RequestFailed as error:
+            if error.kind != UNFIT:
+                return Failure(dialogue.original.id, error.kind, str(error))
+            finish = UNFIT
+    return dialogue.finished(finish)
