@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import export
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 
 
@@ -34,6 +35,9 @@ class Args:
     target: str | None = None
     """Folder of a drafter's target, for its vocabulary, depth and tables; `tiny` is the bundled target. Formats of
     servers and published heads need it; a drafter of jaxspec needs none to become `orbax`."""
+    target_name: str | None = None
+    """Name by which a server loads the target, such as OWNER/NAME on the hub; `speculators` writes it down. Default:
+    --target, where that is a HuggingFace folder."""
     step: str = "best"
     """Checkpoint of a run: best (by its evaluations), last, or the number of a step."""
     dtype: Literal["fp32", "bf16"] | None = None
@@ -57,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--target is for {needed}, and for published heads; orbax needs none: leave it out")
     if reason := export.refusal(model, args.to):
         raise ValueError(f"{args.run} cannot be written to {args.to}: {reason}")
-    export.write(args.to, args.out, model, args.target)
+    notes = [*model.notes, *export.left_out(model, args.to)]
+    for note in notes:
+        say(f"note: {args.run}: {note}")
+    export.write(args.to, args.out, model, args.target, target_name=args.target_name)
     facts = export.facts(model) | {
         "format": args.to,
         "path": args.out,
@@ -65,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     }
     tables.print_table(f"{args.run} in {args.out}", ("", ""), list(facts.items()))
     if args.json:
-        results.write_json(args.json, results.result("export", seed=None, started=started, **facts))
+        results.write_json(args.json, results.result("export", seed=None, started=started, **facts, notes=notes))
     return 0
 
 

@@ -17,6 +17,7 @@ from tyro.conf import Positional
 from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import export
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 
 
@@ -29,7 +30,8 @@ class Args:
     out: Positional[Path]
     """Folder to write."""
     target: str | None = None
-    """Folder of its target; EAGLE-3 heads that do not say which layers they read need it."""
+    """Folder of its target. EAGLE-3 heads that do not say which layers they read need it, and heads with an LM head
+    that may be a copy of the target's; copies of its tables are compared with them."""
     layer_ids: Literal["input", "output"] | None = None
     """Whether an EAGLE-3 head's config.json names the target's layers by their inputs or by their outputs. Default: the
     convention of its layout."""
@@ -49,12 +51,15 @@ def main(argv: Sequence[str]) -> int:
     model = export.published_drafter(
         args.folder, str(args.folder), target=args.target, layer_ids=args.layer_ids, tokens=args.tokens
     )
+    for note in model.notes:
+        say(f"note: {args.folder}: {note}")
     export.write("orbax", args.out, model)
     facts = export.facts(model) | {"format": "orbax", "path": args.out}
     tables.print_table(f"{args.folder} in {args.out}", ("", ""), list(facts.items()))
     loading.open_drafter(args.out)  # checks that the written drafter can be used
     if args.json:
-        results.write_json(args.json, results.result("import", seed=None, started=started, **facts))
+        told = {**facts, "notes": model.notes}
+        results.write_json(args.json, results.result("import", seed=None, started=started, **told))
     return 0
 
 

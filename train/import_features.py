@@ -24,9 +24,11 @@ from tyro.conf import Positional
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import shards
 from jaxspec.data.target_outputs import Kind
-from jaxspec.interchange import import_features
+from jaxspec.interchange import import_features, import_plan
 from jaxspec.interchange.dump_checks import USUAL, Finding
-from jaxspec.interchange.import_features import DumpImport, ImportSettings, ImportSummary
+from jaxspec.interchange.dumps import KINDS
+from jaxspec.interchange.import_features import ImportSummary
+from jaxspec.interchange.import_plan import DumpImport, ImportSettings
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import refuse_several
 from jaxspec.serving import flags
@@ -113,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec import features", description=__doc__ or "")
     refuse_several("jaxspec import features", "start one on every machine, alone, each with its own --shard i/n")
-    work = import_features.open_work(args.folder, args.out, args.settings)
+    work = import_plan.open_work(args.folder, args.out, args.settings)
     sample = import_features.read_sample(work)
     announce(work, import_features.estimate(work, sample))
     if args.count_only:
@@ -133,7 +135,7 @@ def announce(work: DumpImport, about: tuple[int, int]) -> None:
     free, (tokens, size) = shards.free_bytes(work.out), about
     config, without = work.tables.config, work.reader.without_states
     say(
-        f"{work.dump.folder}: {import_features.KINDS[work.dump.kind].title}, {len(work.files):,} documents; of the "
+        f"{work.dump.folder}: {KINDS[work.dump.kind].title}, {len(work.files):,} documents; of the "
         f"target ({getattr(config, 'family', 'llama')}) embedding, norm and LM head are read"
     )
     left_out = {"in use by a writer": work.dump.locked, "without states": without, "came later": work.later}

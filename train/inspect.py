@@ -16,6 +16,7 @@ from tyro.conf import Positional
 from jaxspec.console import cli, results, tables
 from jaxspec.interchange import dumps, export
 from jaxspec.interchange.dumps import Dump
+from jaxspec.parallel.agreement import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,14 @@ def main(argv: Sequence[str]) -> int:
     model = export.find_model(args.path, target=args.target)
     if args.target is not None and model.layout != "published":
         raise ValueError(f"--target is for published heads, and {args.path} holds none: leave it out")
+    for note in model.notes:
+        say(f"note: {args.path}: {note}")
     facts = export.facts(model) | {"path": args.path}
     shapes, told = export.shapes(model), export.conventions(model)
     tables.print_table(args.path, ("", ""), [*facts.items(), *told.items()])
     tables.print_table("weights", ("weight", "shape"), [(name, str(shape)) for name, shape in shapes.items()])
     if args.json:
-        more = {"shapes": shapes, "convention": told}
+        more = {"shapes": shapes, "convention": told, "notes": model.notes}
         results.write_json(args.json, results.result("inspect", seed=None, started=started, **facts, **more))
     return 0
 

@@ -6,10 +6,11 @@ the damage. A manifest of an older format is converted when it is read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,49 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify(folder: Path, manifest: Manifest) -> None:
     """Raises ValueError naming the first file that changed or vanished since the manifest was written."""
+    _compare(
+        folder, manifest, checksums, "; the checkpoint is incomplete", " since it was saved; the checkpoint is damaged"
+    )
+
+
+def verify_layout(folder: Path, *, without: Collection[Path] = ()) -> None:
+    """Holds a folder in another program's layout to the manifest that jaxspec wrote beside its files.
+
+    A folder without a manifest is another project's, and passes. Files that were there before are hashed once a
+    process, and those of `without`, which the caller does not read, never. Raises ValueError naming the first file that
+    changed or vanished.
+    """
+    if (folder / MANIFEST).is_file():
+        meant = f" since jaxspec wrote it: write it again, or remove {MANIFEST} if you meant it"
+        manifest = read_manifest(folder)
+        read = {name: digest for name, digest in manifest["checksums"].items() if folder / name not in without}
+        _compare(folder, {**manifest, "checksums": read}, _known_checksums, meant, meant)
+
+
+def _compare(
+    folder: Path, manifest: Manifest, hashed: Callable[[Path, list[str]], dict[str, str]], gone: str, changed: str
+) -> None:
+    """Raises ValueError naming the first file that vanished or changed; the ends of the sentences are given."""
     for name in manifest["checksums"]:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing; the checkpoint is incomplete")
-    found = checksums(folder, list(manifest["checksums"]))
+            raise ValueError(f"{folder / name}: missing{gone}")
+    found = hashed(folder, list(manifest["checksums"]))
     for name, expected in manifest["checksums"].items():
         if found[name] != expected:
-            raise ValueError(f"{folder / name}: its contents changed since it was saved; the checkpoint is damaged")
+            raise ValueError(f"{folder / name}: its contents changed{changed}")
+
+
+def _known_checksums(folder: Path, files: list[str]) -> dict[str, str]:
+    """Returns the SHA-256 of each file; one that has the size and time it was hashed with is not read again."""
+    stats = [(folder / name).stat() for name in files]
+    keys = [(folder / name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(files, stats, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(files, pool.map(lambda key: _sha256_at(*key), keys), strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_at(path: Path, size: int, time_ns: int) -> str:
+    return file_sha256(path)
 
 
 def checksums(folder: Path, files: list[str]) -> dict[str, str]:
@@ -136,12 +173,24 @@ def models_below(folder: Path, *, depth: int = 2) -> list[Path]:
 
 def whereabouts(folder: Path) -> str:
     """Returns the end of a sentence about a folder without a model: where models are instead; empty if not known."""
-    if (folder / RUN).is_file():
-        exported = _read_object(folder / RUN).get("config", {}).get("export_folder")
-        return f"; it is the folder of a run, whose finished model is in {exported}" if exported else ""
     near = [str(path) for path in models_below(folder)]
     names = ", ".join(near[:4]) + (" ..." if len(near) > 4 else "")
     return f"; found below it: {names}" if near else ""
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises ValueError, saying where its model is, if a folder is that of a run, or of a step in it."""
+    run = folder if (folder / RUN).is_file() else folder.parent
+    if not (run / RUN).is_file() or (run != folder and not folder.name.isdecimal()):
+        return
+    exported = _read_object(run / RUN).get("config", {}).get("export_folder")
+    if exported and (Path(exported) / MANIFEST).is_file():
+        where = f"its finished model is in {exported}"
+    elif any(path.name.isdecimal() and (path / MANIFEST).is_file() for path in run.iterdir()):
+        where = f"`jaxspec export {run} OUT` writes its best checkpoint as one"
+    else:
+        where = "it has no checkpoint yet, and the command that began it goes on"
+    raise ValueError(f"{run}: the folder of a run, not a model: {where}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from jaxspec.checkpoints.folders import (
     replace_folder,
     stored_shapes,
 )
-from jaxspec.checkpoints.manifest import conventions, describe, read_manifest, verify, write_manifest
+from jaxspec.checkpoints.manifest import conventions, describe, read_manifest, refuse_run, verify, write_manifest
 from jaxspec.drafters import DRAFTERS
 from jaxspec.nn.rope import RopeScaling
 
@@ -90,6 +90,7 @@ def load_model(
     Raises ValueError if the folder is missing, incomplete, damaged, written by something else, or not of `kind`.
     """
     path = Path(path).absolute()
+    refuse_run(path)
     manifest = read_manifest(path)
     if kind is not None and manifest["kind"] != kind:
         raise ValueError(f"{path}: holds a {manifest['kind']}, not a {kind}")

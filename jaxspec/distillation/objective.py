@@ -38,7 +38,9 @@ class Objective:
     """Width of the uniform noise on the input features: `U(-1/2, 1/2) * noise * 512 / document length`."""
     reference_mask: bool = False
     """Gate each pair by its *feature's* token as the released EAGLE trainer does, which never trains the first pair of
-    an answer, instead of by the token it predicts."""
+    an answer, instead of by the token it predicts. EAGLE has one step. At later ones the pairs of a position `i` are
+    gated by the same token `i`; HASS's released code gates them by the token of their column, `i + j` at step `j` from
+    0, which is not offered."""
     chunk: int = 128
     """Positions whose logits are alive at once."""
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Params
+from jaxspec.base import Array, Params, SharedTables
 from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions, OneLayer
 from jaxspec.drafters.recurrent import Recurrent
 from jaxspec.nn.layer_weights import layer_shapes
@@ -22,7 +22,7 @@ from jaxspec.nn.mlp import constrain_rows
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.options import Options
 from jaxspec.nn.rope import RopeScaling
-from jaxspec.nn.weights import BIAS, NORM, Shape, Weight, declare, uniform
+from jaxspec.nn.weights import BIAS, NORM, TABLE, Shape, Weight, declare, uniform
 
 FUSION = declare(
     {
@@ -36,7 +36,7 @@ FUSION = declare(
     },
 )
 """The fusion layer, which makes one vector of embedding and feature, or of EAGLE-3's features."""
-WEIGHTS = FUSION | HEAD_LAYER | declare({"head_norm": NORM})
+WEIGHTS = FUSION | HEAD_LAYER | declare({"embed": TABLE, "head_norm": NORM})
 """Weights that an EAGLE head may have."""
 
 
@@ -77,6 +77,8 @@ class EagleConfig:
     """Whether the attention's output has one too, as where `attention_bias` is set."""
     qk_norm: bool = False
     """RMSNorms over the channels of every query and key before they are rotated, as in heads of Qwen3's layers."""
+    embed_vocab: int = 0
+    """Tokens of an embedding of its own, as some published files have it; 0: it reads the target's."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -98,6 +100,8 @@ class EagleConfig:
             shapes["fc_bias"] = (self.width,)
         if self.embedding_norm:
             shapes["embedding_norm"] = (self.width,)
+        if self.embed_vocab:
+            shapes["embed"] = (self.embed_vocab, self.width)
         return shapes
 
     def layer_shapes(self) -> dict[str, Shape]:
@@ -117,6 +121,10 @@ class EagleConfig:
 
 class PairReader(OneLayer):
     """A head whose slots hold (next token's embedding, feature): the pair that EAGLE shifts by one token. Abstract."""
+
+    def embedding(self, shared: SharedTables, tokens_BL: Array) -> Array:
+        """Embeddings of tokens: its own, or the target's."""
+        return self.weights["embed"][tokens_BL] if self.config.embed_vocab else super().embedding(shared, tokens_BL)
 
     def normed(self, embedding_BLD: Array) -> Array:
         """The embedding, by its norm where the head has one."""

@@ -65,8 +65,10 @@ class ParallelSpecConfig(SlotOptions, EagleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_norm or self.zero_logits:
-            raise ValueError("a ParallelSpec drafter has no head_norm and no zero_logits: leave them off")
+        if self.head_norm or self.zero_logits or self.embed_vocab:
+            raise ValueError(
+                "a ParallelSpec drafter has no head_norm, no zero_logits and no embedding of its own: leave them off"
+            )
         self.check_slots()
         if self.bidirectional and self.keep < 1:
             raise ValueError("bidirectional groups need all their slots: set keep to 1, or bidirectional to false")

@@ -21,7 +21,7 @@ from jaxspec.interchange.dumps import DumpedDocument
 from jaxspec.interchange.hf import load_target, read_tables, stored_dtype
 from jaxspec.interchange.hf_config import read_config, read_table_config
 from jaxspec.interchange.hf_layout import weight_shapes
-from jaxspec.interchange.tensors import shards
+from jaxspec.interchange.weight_files import shards
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.tables import Tables
 

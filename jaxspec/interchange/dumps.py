@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.interchange.pickled import open_pickled
-from jaxspec.interchange.tensors import DTYPE_CODES, open_file
+from jaxspec.interchange.tensors import DTYPE_CODES
+from jaxspec.interchange.weight_files import open_weights_file
 
 CONVERSATIONS = "state.json"
 """File of a set that `datasets` saved; speculators keeps tokens and loss masks in one."""
@@ -160,7 +160,7 @@ def _is_locked(path: Path) -> bool:
 def _kind_of(path: Path) -> str | None:
     """Returns the name of the layout that a file is of; None if it is of none or cannot be read."""
     with contextlib.ExitStack() as stack, contextlib.suppress(ValueError, OSError):
-        names = set(_open(path, stack))
+        names = set(open_weights_file(path, stack))
         if path.suffix == ".safetensors":
             found = {"hidden_states", "token_ids"} <= names
             return ("speculators" if path.name.startswith("hs_") else "vllm") if found else None
@@ -169,10 +169,6 @@ def _kind_of(path: Path) -> str | None:
         if "hidden_states" in names:
             return "dspark" if "target_last_hidden_states" in names else "dflash"
     return None
-
-
-def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    return open_file(path, stack) if path.suffix == ".safetensors" else open_pickled(path, stack)
 
 
 def measure(dump: Dump, path: Path, width: int) -> StoredStates:
@@ -206,10 +202,12 @@ def _opened(path: Path) -> Any:
     """Yields the tensors of a file; raises BadDocument if it cannot be read."""
     with contextlib.ExitStack() as stack:
         try:
-            tensors = _open(path, stack)
+            # A pickled tensor's checksum is compared when it is read, which may fail too.
+            yield open_weights_file(path, stack)
+        except BadDocument:
+            raise
         except (ValueError, OSError) as error:
             raise BadDocument("unreadable", str(error)) from error
-        yield tensors
 
 
 class DumpReader:

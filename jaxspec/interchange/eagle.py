@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxspec.drafters.eagle import EagleConfig
-from jaxspec.interchange.layout import Folder, Shapes, Table, head_shape, layer_table, matrix, vector
+from jaxspec.interchange.layout import EMBEDDING, Folder, Shapes, Table, head_shape, layer_table, matrix, vector
 
-IGNORED = ("embed_tokens.weight",)
-"""A copy of the target's embedding, which drafters here read from the target."""
 NORMS = {"embed_layernorm.weight": "embedding_norm", "lm_head_layernorm.weight": "head_norm"}
 """Tensors of some HASS heads, by the names in speculators' converter -> the options of the drafter."""
 
@@ -22,10 +20,14 @@ def is_eagle(shapes: Shapes) -> bool:
     return columns == 2 * rows > 0 and down[0] == rows and "layers.0.hidden_norm.weight" not in shapes
 
 
-def eagle_config(folder: Folder) -> EagleConfig:
-    """Returns the shape of the head; the tensors tell of bias and norms, since config.json is often wrong."""
+def eagle_config(folder: Folder, *, embeds: bool = False) -> EagleConfig:
+    """Returns the shape of the head; the tensors tell of bias and norms, since config.json is often wrong.
+
+    `embeds` says whether the embedding in the file is the head's own.
+    """
     fields: dict[str, Any] = {weight: name in folder.tensors for name, weight in NORMS.items()}
     fields["bias"] = "fc.bias" in folder.tensors and not adds_bias(folder)
+    fields["embed_vocab"] = folder.shapes[EMBEDDING][0] if embeds else 0
     return EagleConfig(**head_shape(folder), **fields)
 
 
@@ -42,5 +44,6 @@ def eagle_table(c: EagleConfig) -> Table:
     table = {"fc.weight": matrix("fc", shapes)}
     if c.bias:
         table["fc.bias"] = vector("fc_bias", shapes)
+    table |= {EMBEDDING: vector("embed", shapes)} if c.embed_vocab else {}
     table |= {name: vector(weight, shapes) for name, weight in NORMS.items() if weight in shapes}
     return table | layer_table("layers.0.", c)

@@ -12,9 +12,18 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
-from jaxspec.interchange.layout import Folder, Shapes, Table, TensorEntry, head_shape, layer_table, matrix, vector
+from jaxspec.interchange.layout import (
+    EMBEDDING,
+    Folder,
+    Shapes,
+    Table,
+    TensorEntry,
+    head_shape,
+    layer_table,
+    matrix,
+    vector,
+)
 
-EMBEDDING = "embed_tokens.weight"
 IGNORED = (EMBEDDING, "d2t", "t2d")
 IDS, CONVENTION = "eagle_aux_hidden_state_layer_ids", "layer_id_convention"
 LayerIds = Literal["input", "output"]
@@ -32,11 +41,13 @@ def fuses_taps(shapes: Shapes) -> bool:
     return "midlayer.hidden_norm.weight" in shapes or "layers.0.hidden_norm.weight" in shapes
 
 
-def eagle3_config(folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None) -> Eagle3Config:
+def eagle3_config(
+    folder: Folder, target_layers: int | None = None, layer_ids: LayerIds | None = None, *, embeds: bool = False
+) -> Eagle3Config:
     """Returns the shape of the head; raises ValueError as `head_fields`."""
     if folder.config.get("speculators_model_type") == "peagle":
         raise ValueError(f"{folder.path} is a P-EAGLE head by its config.json, and has no tensor mask_hidden")
-    return Eagle3Config(**head_fields(folder, target_layers, layer_ids, embeds=False))
+    return Eagle3Config(**head_fields(folder, target_layers, layer_ids, embeds=embeds))
 
 
 def head_fields(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import __version__
-from jaxspec.base import Params
+from jaxspec.base import Params, SharedTables
 from jaxspec.checkpoints.folders import whole_folder
 from jaxspec.checkpoints.manifest import MANIFEST, read_manifest, whereabouts, write_manifest
 from jaxspec.checkpoints.models import (
@@ -53,6 +54,8 @@ from jaxspec.targets.decoder import LlamaConfig
 FORMATS = ("orbax", "hf", *SERVERS)
 """Names that `jaxspec export --to` takes."""
 GENERATION = "generation_config.json"
+NAMED_TARGET = ("speculators",)
+"""Formats whose `config.json` names the target, which the server then loads."""
 
 
 class Exportable(NamedTuple):
@@ -73,6 +76,8 @@ class Exportable(NamedTuple):
     """Reads the weights; raises ValueError or OSError, in one sentence, if they are damaged."""
     stored: Callable[[], Sequence[StoredWeight]] | None = None
     """Returns the weights of a target in a folder, which can be read in part; raises as `load`."""
+    notes: tuple[str, ...] = ()
+    """Sentences about tensors of a published drafter that were left out, or might be taken for another's."""
 
     @property
     def family(self) -> str:
@@ -130,7 +135,7 @@ def refusal(model: Exportable, to: str) -> str | None:
         return "it is a target, which servers read in HuggingFace layout: choose hf"
     if model.family == "draft_lm" and to in LM_SERVERS:
         return None
-    return unserved(to, model.family, _shape(model), model.weights, _scored(model))
+    return unserved(to, model.family, _shape(model), _scored(model))
 
 
 def formats_for(model: Exportable) -> list[str]:
@@ -172,11 +177,12 @@ def conventions(model: Exportable) -> dict[str, Any]:
     return told
 
 
-def write(to: str, out: Path, model: Exportable, target: str | None = None) -> None:
+def write(to: str, out: Path, model: Exportable, target: str | None = None, *, target_name: str | None = None) -> None:
     """Writes a model in a format; `target` names the folder of the target that a drafter was made for.
 
-    Folders for servers get a manifest too. The folder appears whole or not at all, and nothing is written if the model
-    does not fit the format. Raises ValueError or OSError, in one sentence.
+    `target_name` is the name by which a server loads that target, where the format says it. Folders for servers get a
+    manifest too. The folder appears whole or not at all, and nothing is written if the model does not fit the format.
+    Raises ValueError or OSError, in one sentence.
     """
     if reason := refusal(model, to):
         raise ValueError(f"it cannot be written to {to}: {reason}")
@@ -193,10 +199,42 @@ def write(to: str, out: Path, model: Exportable, target: str | None = None) -> N
     if model.kind == "target" or model.family == "draft_lm":
         _write_lm(out, model, target, manifest)
         return
-    tensors, fields = render(to, _draft(model, to, target))
+    _check_name(to, target, target_name)
+    tensors, fields = render(to, _draft(model, to, target, target_name))
     with whole_folder(out) as folder:
         write_rendered(folder, tensors, fields)
         write_manifest(folder, {**manifest, "assumes": SERVERS[to].version})
+
+
+def _check_name(to: str, target: str | None, name: str | None) -> None:
+    """Raises ValueError where a format says its target by a name that no server can load."""
+    if to not in NAMED_TARGET:
+        if name is not None:
+            raise ValueError(
+                f"--target-name is for {', '.join(NAMED_TARGET)}, whose folders name the target: leave it out"
+            )
+        return
+    loadable = target != "tiny" and (target is None or (Path(target) / "config.json").is_file())
+    if name is None and not loadable:
+        raise ValueError(
+            f"{to} names the target for the server, and {target} is no HuggingFace folder or repository that it could "
+            "load: say its name with --target-name, such as OWNER/NAME on the hub"
+        )
+
+
+def left_out(model: Exportable, to: str) -> list[str]:
+    """Returns a sentence for each thing that a drafter was saved with and that a format does not hold."""
+    if to == "orbax" or model.kind == "target":
+        return []
+    found, scored, tree = [], _scored(model), model.config.get("about", {}).get("tree")
+    if scored is not None and model.family not in ("eagle3", "peagle"):
+        found.append(
+            f"{to} holds no vocabulary of such a head: its draft vocabulary of {len(scored):,} tokens is left out, and "
+            "it will score all tokens"
+        )
+    if tree is not None:
+        found.append(f"{to} holds no tree: its tree {tree} is left out, and the server's own flags say how it drafts")
+    return found
 
 
 def _write_lm(out: Path, model: Exportable, target: str | None, manifest: Mapping[str, Any]) -> None:
@@ -291,7 +329,7 @@ def _shape(model: Exportable) -> Any:
     return drafter_shape(model.config["drafter"], model.config["shape"])
 
 
-def _draft(model: Exportable, to: str, target: str | None) -> Draft:
+def _draft(model: Exportable, to: str, target: str | None, target_name: str | None) -> Draft:
     if target is None:
         raise ValueError(f"{to} needs the target's vocabulary and depth: name its folder with --target")
     folder, shape = target_folder(target), _shape(model)
@@ -300,10 +338,16 @@ def _draft(model: Exportable, to: str, target: str | None) -> Draft:
         raise ValueError(
             f"the drafter reads features {read} wide, and {target} is {config.width} wide: it is for another target"
         )
-    tables = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))[1]
-    embed_VD = np.asarray(tables["embed"])
-    head_VD = np.asarray(tables.get("head", tables["embed"]))
-    return Draft(model.family, shape, model.weights(), _scored(model), config, target, embed_VD, head_VD)
+    embed_VD, head_VD = map(np.asarray, target_tables(target))
+    name = target if target_name is None else target_name
+    return Draft(model.family, shape, model.weights(), _scored(model), config, name, embed_VD, head_VD)
+
+
+def target_tables(target: str) -> SharedTables:
+    """Returns the embedding and the LM head of a target's folder, in the dtype they are stored in."""
+    folder = target_folder(target)
+    tables, params = load_tables(folder, dtype=jnp.dtype(stored_dtype(folder)))
+    return tables.shared_tables(params)
 
 
 def _scored(model: Exportable) -> tuple[int, ...] | None:
@@ -362,7 +406,8 @@ def published_drafter(
     """
     of = None if target is None else read_config(target_folder(target))
     layers = None if of is None else of.layers
-    found = read_drafter(folder, target_layers=layers, layer_ids=layer_ids, tokens=tokens)
+    tables = None if target is None else functools.cache(functools.partial(target_tables, target))
+    found = read_drafter(folder, target_layers=layers, layer_ids=layer_ids, tokens=tokens, tables=tables)
     module = DRAFTERS[found.name].module(found.config)
     read = module.feature_width
     if of is not None and read != of.width:
@@ -371,8 +416,9 @@ def published_drafter(
         )
     config = drafter_config(found.name, module, draft_vocab=found.draft_vocab)
     return Exportable(
-        "drafter", found.params, config, {"provenance": {"from": name, "git_sha": git_sha()}}, (), "published"
-    )
+        "drafter", found.params, config, {"provenance": {"from": name, "git_sha": git_sha()}}, (), "published",
+        notes=found.notes,
+    )  # fmt: skip
 
 
 def _of_target(folder: Path, name: str) -> Exportable:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import Params
 from jaxspec.drafters.eagle3 import default_taps
 from jaxspec.drafters.peagle import PEagleConfig
 from jaxspec.interchange.eagle import eagle_table
-from jaxspec.interchange.eagle3 import CONVENTION, EMBEDDING, IDS, NORMS, eagle3_table, vocabulary_maps
+from jaxspec.interchange.eagle3 import CONVENTION, IDS, NORMS, eagle3_table, vocabulary_maps
 from jaxspec.interchange.fspad import fspad_table
 from jaxspec.interchange.hf_config import rope_fields
-from jaxspec.interchange.layout import stored_tensors
+from jaxspec.interchange.layout import EMBEDDING, stored_tensors
 from jaxspec.interchange.medusa import medusa_table
 from jaxspec.interchange.peagle import TOKENS, peagle_tables
+from jaxspec.nn.norm import rms_norm
 from jaxspec.targets.decoder import LlamaConfig
 
+_ROWS = 4096
 Tensors = dict[str, np.ndarray]
 ConfigFields = dict[str, Any]
 """Fields of a config.json."""
@@ -123,23 +127,49 @@ def llama_fields(draft: Draft, architecture: str) -> ConfigFields:
 # file.
 
 
+def own_table(draft: Draft) -> bool:
+    """Returns whether an EAGLE or FSPAD head reads another table than the target's embedding as it is."""
+    return bool(draft.config.embedding_norm or draft.config.embed_vocab)
+
+
+def read_table(draft: Draft) -> np.ndarray:
+    """Returns the table `[V, D]`, fp32 where it is not the target's own, that an EAGLE or FSPAD head reads tokens from.
+
+    A norm over a token's embedding depends on the token alone, so the normed table is a table too.
+    """
+    c, w = draft.config, draft.params
+    table_VD = np.asarray(w["embed"]) if c.embed_vocab else draft.embed_VD
+    if not c.embedding_norm:
+        return table_VD
+    normed = np.empty(table_VD.shape, np.float32)
+    for first in range(0, len(table_VD), _ROWS):
+        some = jnp.asarray(table_VD[first : first + _ROWS], jnp.float32)
+        normed[first : first + len(some)] = rms_norm(some, jnp.asarray(w["embedding_norm"], jnp.float32), c.norm_eps)
+    return normed
+
+
+def _bare(config: Any) -> Any:
+    """Returns the shape of a head without its embedding and the norm of it, which `read_table` holds."""
+    return dataclasses.replace(config, embedding_norm=False, embed_vocab=0)
+
+
 def eagle_tensors(draft: Draft) -> Tensors:
-    """Returns the tensors of an EAGLE head."""
-    return stored_tensors(eagle_table(draft.config), draft.params)
+    """Returns the tensors of an EAGLE head without a table."""
+    return stored_tensors(eagle_table(_bare(draft.config)), draft.params)
 
 
 def eagle_tensors_with_embedding(draft: Draft) -> Tensors:
-    """Returns the tensors of an EAGLE head and a copy of the target's embedding."""
-    return _with_embedding(eagle_tensors(draft), draft)
+    """Returns the tensors of an EAGLE head and the table that it reads, by default a copy of the target's embedding."""
+    return _with_embedding(eagle_tensors(draft), read_table(draft))
 
 
 def fspad_tensors(draft: Draft) -> Tensors:
-    """Returns the tensors of an FSPAD head and a copy of the target's embedding."""
-    return _with_embedding(stored_tensors(fspad_table(draft.config), draft.params), draft)
+    """Returns the tensors of an FSPAD head and the table that it reads, by default a copy of the target's embedding."""
+    return _with_embedding(stored_tensors(fspad_table(_bare(draft.config)), draft.params), read_table(draft))
 
 
-def _with_embedding(tensors: Tensors, draft: Draft) -> Tensors:
-    return {EMBEDDING: draft.embed_VD.astype(next(iter(tensors.values())).dtype), **tensors}
+def _with_embedding(tensors: Tensors, table_VD: np.ndarray) -> Tensors:
+    return {EMBEDDING: table_VD.astype(next(iter(tensors.values())).dtype), **tensors}
 
 
 def eagle_tensors_with_zero_bias(draft: Draft) -> Tensors:
@@ -151,13 +181,26 @@ def eagle_tensors_with_zero_bias(draft: Draft) -> Tensors:
     return {"fc.bias": np.zeros(draft.config.width, tensors["fc.weight"].dtype), **tensors}
 
 
-def eagle_tensors_without_bias(draft: Draft) -> Tensors:
-    """Returns the tensors of an EAGLE head without the bias of `fc`.
+def has_bias(draft: Draft) -> bool:
+    """Returns whether the head's `fc` has a bias other than zeros."""
+    return draft.config.bias and bool(np.any(np.asarray(draft.params["fc_bias"])))
 
-    vLLM's `fc` has no bias, and loading fails on a file that has one. Only a bias of zeros may be left out, which
-    `servers.unserved` checks.
+
+def eagle_tensors_without_bias(draft: Draft) -> Tensors:
+    """Returns the tensors of an EAGLE head without the bias of `fc`, and the table that it reads unless the target's.
+
+    vLLM's `fc` has no bias, and loading fails on a file that has one. What a token adds to `fc`'s output depends on the
+    token alone: a bias moves into the table, which then holds `table @ fc_embedding + bias`, and that half of `fc` is
+    the identity.
     """
-    return {name: tensor for name, tensor in eagle_tensors(draft).items() if name != "fc.bias"}
+    tensors = {name: tensor for name, tensor in eagle_tensors(draft).items() if name != "fc.bias"}
+    if not has_bias(draft):
+        return _with_embedding(tensors, read_table(draft)) if own_table(draft) else tensors
+    width, fc = draft.config.width, np.asarray(draft.params["fc"], np.float32)
+    table_VD = read_table(draft).astype(np.float32) @ fc[:width] + np.asarray(draft.params["fc_bias"], np.float32)
+    identity = np.eye(width, dtype=tensors["fc.weight"].dtype)
+    tensors["fc.weight"] = np.concatenate([identity, tensors["fc.weight"][:, width:]], axis=1)
+    return _with_embedding(tensors, table_VD)
 
 
 def eagle_fields(draft: Draft, architecture: str, *, bias: bool | None = None) -> ConfigFields:
@@ -197,7 +240,8 @@ class Eagle3Layout:
         if self.maps and tokens is None:
             tokens = tuple(range(vocab))
         tensors = self._head_tensors(draft)
-        tensors = _with_embedding(tensors, draft) if self.embedding and not draft.config.embed_vocab else tensors
+        if self.embedding and not draft.config.embed_vocab:
+            tensors = _with_embedding(tensors, draft.embed_VD)
         return {**tensors, **vocabulary_maps(tokens, vocab)}
 
     def _head_tensors(self, draft: Draft) -> Tensors:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.base import Params
+from jaxspec.checkpoints.manifest import verify_layout
 from jaxspec.interchange import exported
 from jaxspec.interchange.hf_config import HEAD_NAMES, config_fields, read_config, read_table_config, write_config
 from jaxspec.interchange.hf_layout import (
@@ -34,18 +35,14 @@ from jaxspec.interchange.hf_layout import (
 from jaxspec.interchange.tensors import (
     CHUNK_BYTES,
     DTYPE_CODES,
-    INDEX,
     Bounds,
     Fill,
     StoredWeight,
     check_tensors,
-    file_tensors,
     filled_folder,
-    open_file,
-    open_tensors,
     place,
-    tensor_names,
 )
+from jaxspec.interchange.weight_files import file_tensors, open_tensors, open_weights_file, tensor_names
 from jaxspec.nn.quantization import CONTRACTED, quantize
 from jaxspec.parallel.mesh import leaf_name, shardings
 from jaxspec.targets.decoder import Decoder, DecoderConfig, LlamaConfig
@@ -118,13 +115,22 @@ def read_tables(folder: str | Path, config: LlamaConfig, names: Sequence[str], d
 
 
 def _open_tables(folder: Path, config: LlamaConfig, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns a handle of embedding, final norm and LM head, by Llama's names; only their files are opened."""
+    """Returns a handle of embedding, final norm and LM head, by Llama's names; only their files are opened.
+
+    They are held to the manifest where jaxspec wrote one, and files of other weights are not.
+    """
     expected = {name: stored.shape for name, stored in top_tensors(config).items()}
-    found: dict[str, Any] = {}
-    for known, (name, file) in table_names(folder, list(expected)).items():
+    places = table_names(folder, list(expected))
+    files = {file for _, file in places.values()}
+    for name, file in places.values():
         if not file.is_file():
-            raise FileNotFoundError(f"{file} holds {name} by {INDEX} and is missing: download it")
-        found[known] = open_file(file, stack)[name]
+            raise FileNotFoundError(f"{file} holds {name} by the folder's index and is missing: download it")
+    verify_layout(folder, without=set(tensor_names(folder).values()) - files)
+    opened, found = {file: open_weights_file(file, stack) for file in files}, {}
+    for known, (name, file) in places.items():
+        if name not in opened[file]:
+            raise ValueError(f"{file} holds {name} by the folder's index, and it does not: download both again")
+        found[known] = opened[file][name]
     check_tensors(found, expected, folder)
     return found
 
@@ -225,6 +231,7 @@ def _read(
         stored = weight_shapes(config, True)
         wanted = homes if mesh is not None else None
         return _flattened(exported.read(folder, stored, plan, wanted, jnp.dtype(dtype), finish))
+    verify_layout(folder)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         check_tensors(tensors, tensor_shapes(config), folder)
@@ -280,12 +287,13 @@ def stored_dtype(folder: str | Path) -> str:
 def stored_weights(folder: str | Path) -> tuple[LlamaConfig, list[StoredWeight]]:
     """Returns the shape of the model in a HuggingFace folder and its weights, which are not read yet.
 
-    The files of an exported target are compared with their checksums first. Raises ValueError or OSError as
+    The files of a target that jaxspec wrote are compared with their checksums first. Raises ValueError or OSError as
     `read_llama`, and if an index is wrong about a file.
     """
     folder, config = Path(folder), read_config(folder)
     if exported.is_exported(folder):
         return config, exported.stored_weights(folder, weight_shapes(config, True))
+    verify_layout(folder)
     tensors = file_tensors(folder)
     check_tensors(tensors, tensor_shapes(config), folder)
     refuse_extra(tensors, config, folder)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxspec.interchange import exported
-from jaxspec.interchange.tensors import read_json, tensor_names, write_atomically
+from jaxspec.interchange.tensors import read_json, write_atomically
+from jaxspec.interchange.weight_files import tensor_names
 from jaxspec.nn.options import Options
 from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 from jaxspec.targets.families import family_of, find_family

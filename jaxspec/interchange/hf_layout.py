@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxspec.base import Params
 from jaxspec.interchange.tensors import Bounds, copy_region
+from jaxspec.interchange.weight_files import is_buffer
 from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.targets.families import family_of
@@ -94,7 +95,7 @@ def refuse_extra(tensors: Mapping[str, Any], config: LlamaConfig, folder: Path) 
     """Raises ValueError naming the first tensor that the config does not call for."""
     # Old folders store rotary buffers, and some store a tied head a second time: both are ignored.
     known = tensor_shapes(config).keys() | ({"lm_head.weight"} if config.tied else set())
-    extra = sorted(name for name in tensors if name not in known and "rotary_emb." not in name)
+    extra = sorted(name for name in tensors if name not in known and not is_buffer(name))
     if extra:
         raise ValueError(
             f"{folder} has the tensor {extra[0]}, which its config.json does not call for ({len(extra)} such)"

@@ -16,10 +16,13 @@ from jaxspec.interchange.export import GENERATION, Exportable, check_room, files
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
-from jaxspec.interchange.tensors import INDEX, shards
+from jaxspec.interchange.tensors import INDEX
+from jaxspec.interchange.weight_files import BIN_INDEX, has_weights, shards
 
 FETCHED = ("config.json", GENERATION, *TOKENIZER_FILES, "model.safetensors", INDEX, "model-*.safetensors")
 """Files of a repository that are downloaded; the same weights in other formats are not."""
+FETCHED_BIN = ("pytorch_model.bin", BIN_INDEX, "pytorch_model-*.bin")
+"""Files that are downloaded where a repository has no safetensors."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -57,7 +60,11 @@ def find_source(name: str, revision: str | None = None) -> Path:
             "huggingface_hub, or give the folder of a copy"
         ) from error
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
+        found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
+        if not has_weights(found):
+            more = [*FETCHED, *FETCHED_BIN]
+            found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=more))
+        return found
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(

@@ -11,8 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxspec.base import Params
-from jaxspec.interchange.pickled import open_pickled
-from jaxspec.interchange.tensors import open_file, open_tensors
+from jaxspec.interchange.weight_files import NAMES, has_weights, is_buffer, open_tensors, open_weights_file
 from jaxspec.targets.decoder import DRAFTER_ROPES
 from jaxspec.targets.fields import Fields
 from jaxspec.targets.stored import (
@@ -32,7 +31,15 @@ from jaxspec.targets.stored import (
 
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048}
 """Values of fields that a head's config.json leaves out."""
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Tensors of the two tables, which heads may have or share with their target."""
 PICKLES = (".bin", ".pt", ".pth")
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "rng_state.pth")
+"""Files that trainers leave beside the weights."""
+WRAPPERS = ("module.", "_orig_mod.", "draft_model.")
+"""Prefixes that trainers' wrappers add to the names of tensors."""
+FUSIONS = ("model.fc.weight", "model.fc.fc.weight")
+"""Tensors by which a head whose names begin with `model.` is told from a whole LM."""
 _NUMPY = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
@@ -145,7 +152,7 @@ def stored_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
 
 def refuse_unknown(folder: Folder, table: Table, ignored: tuple[str, ...]) -> None:
     """Raises ValueError naming the first tensor that is neither in the table nor ignored."""
-    extra = sorted(n for n in folder.tensors if n not in table and n not in ignored and "rotary_emb." not in n)
+    extra = sorted(n for n in folder.tensors if n not in table and n not in ignored and not is_buffer(n))
     if extra:
         raise ValueError(
             f"{folder.path} has the tensor {extra[0]}, which jaxspec's drafter of this kind does not have "
@@ -180,25 +187,32 @@ def head_shape(folder: Folder) -> dict[str, Any]:
 
 
 def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns a handle of every tensor in a folder by name without prefixes; its one file of weights may have any name.
+    """Returns a handle of every tensor in a folder by name without prefixes, from one file of any name or from shards.
 
-    A safetensors file is preferred to a pickled one. Raises ValueError or OSError unless there is exactly one file.
+    A safetensors file is preferred to a pickled one. Raises ValueError or OSError where it is not clear which file it
+    is, or an index is wrong.
     """
-    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
-        return _unwrapped(path, open_tensors(path, stack))
     safe = sorted(path.glob("*.safetensors"))
-    pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES and file.name != "training_args.bin")
+    standard = any((path / name).is_file() for name in NAMES[0])
+    if standard or (not safe and has_weights(path)):
+        return _unwrapped(path, open_tensors(path, stack))
+    pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES and file.name not in NO_WEIGHTS)
     files = safe or pickled
     if len(files) != 1:
         seen = ", ".join(file.name for file in files) or "none of .safetensors, .bin, .pt"
-        raise ValueError(f"{path} must hold one file of weights, and there is {seen}")
-    return _unwrapped(path, open_file(files[0], stack) if safe else open_pickled(files[0], stack))
+        raise ValueError(f"{path} must hold one file of weights, or shards and their index, and there is {seen}")
+    return _unwrapped(path, open_weights_file(files[0], stack))
 
 
 def _unwrapped(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors by their names in the head; raises ValueError where two become one."""
     found = {}
+    # A whole LM has the prefix too, and keeps it.
+    prefixes = (*WRAPPERS, "model.") if any(name.endswith(FUSIONS) for name in tensors) else WRAPPERS
     for name, tensor in tensors.items():
-        short = name.removeprefix("module.")
+        short = name
+        while prefix := next((p for p in prefixes if short.startswith(p)), None):
+            short = short.removeprefix(prefix)
         if short in found:
             raise ValueError(f"{path} has the tensor {short} twice, once with a prefix: remove one")
         found[short] = tensor

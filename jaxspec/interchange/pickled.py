@@ -6,7 +6,7 @@ those that build tensors and plain containers, and refuses others.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import gzip
 import io
 import pickletools
@@ -35,6 +35,7 @@ _TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_
 _CONTAINER = "collections OrderedDict"
 _NAMES = {_TENSOR, _PARAMETER, _CONTAINER, *(f"torch {name}" for name in STORAGES)}
 _PICKLE_LIMIT = 64 * 2**20
+_PIECE = 16 * 2**20
 
 
 class _Global(str):
@@ -51,11 +52,26 @@ class _Storage(NamedTuple):
     count: int
 
 
-class PickledTensor:
-    """A handle of one tensor of a file, which is read when it is sliced; it has the methods of a safetensors handle."""
+class _Part(NamedTuple):
+    """A storage: the uncompressed part of an archive that holds its numbers."""
 
-    def __init__(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, code: str, dtype: Any, where: _Where):
-        self._archive, self._entry, self._code, self._dtype, self._where = archive, entry, code, dtype, where
+    path: Path
+    name: str
+    start: int
+    """Offset of its first byte in the file."""
+    unpacked: bytes | None = None
+    """The whole file, if gzip packed it; then its checksums were compared when it was opened."""
+
+
+class PickledTensor:
+    """A handle of one tensor of a file, which is read when it is sliced; it has the methods of a safetensors handle.
+
+    Only the rows that are asked for are read, after the storage's checksum was compared once. Raises ValueError, one
+    sentence naming the file, where it differs.
+    """
+
+    def __init__(self, part: _Part, code: str, dtype: Any, where: _Where):
+        self._part, self._code, self._dtype, self._where = part, code, np.dtype(dtype), where
 
     def get_shape(self) -> list[int]:
         """Returns its shape."""
@@ -67,9 +83,40 @@ class PickledTensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         offset, shape, strides = self._where
-        flat = np.frombuffer(self._archive.read(self._entry), self._dtype)[offset:]
-        steps = [step * flat.itemsize for step in strides]
-        return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)[index]
+        if self._part.unpacked is None:
+            _check_part(self._part.path, self._part.name, self._part.path.stat().st_mtime_ns)
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        if not shape or not isinstance(rows, slice) or rows.step not in (None, 1):
+            return self._read(offset, shape)[index]
+        first, last, _ = rows.indices(shape[0])
+        read = self._read(offset + first * strides[0], (max(0, last - first), *shape[1:]))
+        return read[(slice(None), *columns)]
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Reads so many elements from an offset of the storage on, by the tensor's strides."""
+        size, strides = self._dtype.itemsize, self._where.strides
+        if 0 in shape:
+            return np.empty(shape, self._dtype)
+        count = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        start, unpacked = self._part.start + offset * size, self._part.unpacked
+        # numpy reads no dtypes that are not its own.
+        if unpacked is None:
+            flat = np.fromfile(self._part.path, np.uint8, count * size, offset=start)
+        else:
+            flat = np.frombuffer(unpacked, np.uint8, count * size, offset=start)
+        steps = [step * size for step in strides]
+        return np.lib.stride_tricks.as_strided(flat.view(self._dtype), shape, steps, writeable=False)
+
+
+@functools.lru_cache(maxsize=65536)
+def _check_part(path: Path, name: str, time_ns: int) -> None:
+    """Compares the checksum of a part once, in pieces; raises ValueError if it differs."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+            while file.read(_PIECE):
+                pass
+    except (zipfile.BadZipFile, EOFError) as failure:
+        raise ValueError(f"{path} is truncated or corrupt ({failure}): download it again") from failure
 
 
 class _Where(NamedTuple):
@@ -80,32 +127,40 @@ class _Where(NamedTuple):
     strides: tuple[int, ...]
 
 
-def open_pickled(path: Path, stack: contextlib.ExitStack) -> dict[str, PickledTensor]:
+def open_pickled(path: Path) -> dict[str, PickledTensor]:
     """Returns a handle of every tensor in a PyTorch file in zip format by name; no data is read yet.
 
     A file that gzip packed is unpacked in memory. The tensors may be inside a wrapping dict such as
     `{"state_dict": ...}`. Raises ValueError, one sentence naming the file, if it is of PyTorch's format before 1.6,
     corrupt, compressed, or holds other things than tensors and plain containers.
     """
-    file = stack.enter_context(_opened(path))
-    if file.read(4) != b"PK\x03\x04":
-        raise ValueError(
-            f"{path} is no zip archive: a PyTorch file of before version 1.6, or truncated; only files of torch.save "
-            "since then are read, so load and save it again with a newer PyTorch, as safetensors if you can"
-        )
+    with _opened(path) as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError(
+                f"{path} is no zip archive: a PyTorch file of before version 1.6, or truncated; only files of "
+                "torch.save since then are read, so load and save it again with a newer PyTorch, as safetensors if you "
+                "can"
+            )
+        return _read_archive(path, file)
+
+
+def _read_archive(path: Path, file: BinaryIO) -> dict[str, PickledTensor]:
+    """Returns the tensors of a zip archive; raises as `open_pickled`."""
+    unpacked = file.getvalue() if isinstance(file, io.BytesIO) else None
     try:
-        archive = stack.enter_context(zipfile.ZipFile(file))
-        entries = {info.filename: info for info in archive.infolist()}
-        program = [name for name in entries if name.endswith("data.pkl")]
-        if len(program) != 1:
-            raise ValueError("it does not hold one data.pkl")
-        _check_entries(entries, file.seek(0, io.SEEK_END))
-        if entries[program[0]].file_size > _PICKLE_LIMIT:
-            raise ValueError(f"its data.pkl is larger than {_PICKLE_LIMIT:,} bytes")
-        with archive.open(program[0]) as opened:
-            found = _interpret(opened)  # pyright: ignore[reportArgumentType]
-        root = program[0].removesuffix("data.pkl")
-        return _tensors(found, archive, entries, root)
+        with zipfile.ZipFile(file) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+            program = [name for name in entries if name.endswith("data.pkl")]
+            if len(program) != 1:
+                raise ValueError("it does not hold one data.pkl")
+            _check_entries(entries, file.seek(0, io.SEEK_END))
+            if entries[program[0]].file_size > _PICKLE_LIMIT:
+                raise ValueError(f"its data.pkl is larger than {_PICKLE_LIMIT:,} bytes")
+            with archive.open(program[0]) as opened:
+                found = _interpret(opened)  # pyright: ignore[reportArgumentType]
+            if unpacked is not None and (wrong := archive.testzip()):
+                raise zipfile.BadZipFile(f"Bad CRC-32 for file {wrong!r}")
+            return _tensors(found, _Archive(path, file, unpacked, entries, program[0].removesuffix("data.pkl")))
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
         raise ValueError(f"{path} is not read: {failure}") from failure
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as failure:
@@ -135,9 +190,25 @@ def _check_entries(entries: dict[str, zipfile.ZipInfo], size: int) -> None:
             raise ValueError(f"its part {name} claims {info.file_size:,} bytes of a file of {size:,}")
 
 
-def _tensors(
-    found: Any, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], root: str
-) -> dict[str, PickledTensor]:
+class _Archive(NamedTuple):
+    path: Path
+    file: BinaryIO
+    unpacked: bytes | None
+    """See `_Part`."""
+    entries: dict[str, zipfile.ZipInfo]
+    root: str
+
+    def part(self, entry: zipfile.ZipInfo) -> _Part:
+        """Returns the place of an entry's bytes, behind its header and the padding that torch.save adds."""
+        self.file.seek(entry.header_offset)
+        header = self.file.read(30)
+        start = entry.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        if header[:4] != b"PK\x03\x04" or start + entry.file_size > self.file.seek(0, io.SEEK_END):
+            raise ValueError(f"the header of its part {entry.filename} makes no sense")
+        return _Part(self.path, entry.filename, start, self.unpacked)
+
+
+def _tensors(found: Any, archive: _Archive) -> dict[str, PickledTensor]:
     for _ in range(3):  # a table may be wrapped, and a hostile one contain itself
         if isinstance(found, dict) and not any(isinstance(value, tuple) for value in found.values()):
             inner = [value for value in found.values() if isinstance(value, dict) and value]
@@ -150,11 +221,11 @@ def _tensors(
             continue
         storage, where = value
         code, dtype = STORAGES[storage.kind]
-        entry = entries.get(f"{root}data/{storage.key}")
+        entry = archive.entries.get(f"{archive.root}data/{storage.key}")
         if entry is None:
             raise ValueError(f"the data of tensor {name} is missing")
         _check_place(name, where, min(storage.count, entry.file_size // np.dtype(dtype).itemsize))
-        tensors[name] = PickledTensor(archive, entry, code, dtype, where)
+        tensors[name] = PickledTensor(archive.part(entry), code, dtype, where)
     return tensors
 
 

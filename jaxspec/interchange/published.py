@@ -10,9 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.base import Params
+from jaxspec.checkpoints.manifest import verify_layout
 from jaxspec.interchange import eagle, eagle3, fspad, medusa, peagle
+from jaxspec.interchange.copies import ReadTables, check_head, find_embedding
 from jaxspec.interchange.eagle3 import LayerIds
-from jaxspec.interchange.layout import Folder, Shapes, Table, open_weights, read_weights, refuse_unknown
+from jaxspec.interchange.layout import (
+    EMBEDDING,
+    HEAD,
+    Folder,
+    Shapes,
+    Table,
+    open_weights,
+    read_weights,
+    refuse_unknown,
+)
 from jaxspec.interchange.tensors import read_json
 
 
@@ -27,6 +38,8 @@ class Published(NamedTuple):
     """Its weights as numpy arrays, in the dtype of the files."""
     draft_vocab: tuple[int, ...] | None
     """Ids of the tokens it scores, ascending; None for all."""
+    notes: tuple[str, ...] = ()
+    """Sentences about tensors that were left out, or might be taken for another's."""
 
 
 def is_lm(shapes: Shapes) -> bool:
@@ -60,10 +73,11 @@ def family_of(folder: Folder) -> str:
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Folder]:
-    """Yields a folder with its config.json and the headers of its tensors; raises as `open_weights`."""
+    """Yields a folder: config.json and the headers of its tensors; raises as `open_weights` and `verify_layout`."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
+    verify_layout(path)
     config = read_json(path / "config.json")
     if "speculators_model_type" in config and isinstance(config.get("transformer_layer_config"), dict):
         config = {**config["transformer_layer_config"], **config}
@@ -84,55 +98,74 @@ def read_drafter(
     target_layers: int | None = None,
     layer_ids: LayerIds | None = None,
     tokens: int | None = None,
+    tables: ReadTables | None = None,
 ) -> Published:
     """Returns the drafter in a folder of any of these layouts.
 
     EAGLE-3 heads that do not say which layers they read need `target_layers`. `layer_ids` ("input", "output") overrides
-    how their layers are counted, and `tokens` how many tokens a P-EAGLE head drafts in a pass. Raises ValueError or
-    OSError, one sentence naming the file, tensor or field, if something is missing, extra, contradictory or not
-    supported, and if the folder holds a whole LM.
+    how their layers are counted, and `tokens` how many tokens a P-EAGLE head drafts in a pass. `tables` are the
+    target's, with which copies of them in the file are compared. Raises ValueError or OSError, one sentence naming the
+    file, tensor or field, if something is missing, extra, contradictory or not supported, and if the folder holds a
+    whole LM.
     """
     with opened(path) as folder:
-        config: Any
-        upper: list[Table] = []
         match family := family_of(folder):
-            case "eagle":
-                config = eagle.eagle_config(folder)
-                table, ignored = eagle.eagle_table(config), eagle.IGNORED
-                ignored += ("fc.bias",) if eagle.adds_bias(folder) else ()
-            case "fspad":
-                config = fspad.fspad_config(folder)
-                table, ignored = fspad.fspad_table(config), fspad.IGNORED
+            case "eagle" | "fspad":
+                return _pair_reader(folder, family, tables)
             case "eagle3":
-                config = eagle3.eagle3_config(folder, target_layers, layer_ids)
-                table, ignored = eagle3.eagle3_table(config, eagle3.prefix_of(folder.shapes)), eagle3.IGNORED
+                embedding = find_embedding(folder, tables)
+                config = eagle3.eagle3_config(folder, target_layers, layer_ids, embeds=embedding.own)
+                table = eagle3.eagle3_table(config, eagle3.prefix_of(folder.shapes))
+                notes = embedding.notes if embedding.own == bool(config.embed_vocab) else ()
+                return _tap_reader(folder, family, config, (table, []))._replace(notes=notes)
             case "peagle":
                 config = peagle.peagle_config(folder, target_layers, layer_ids, tokens)
-                shapes, ignored = folder.shapes, eagle3.IGNORED
-                table, upper = peagle.peagle_tables(config, eagle3.prefix_of(shapes), shapes["mask_hidden"])
+                shapes = folder.shapes
+                parts = peagle.peagle_tables(config, eagle3.prefix_of(shapes), shapes["mask_hidden"])
+                return _tap_reader(folder, family, config, parts)
             case "medusa":
-                return _medusa(folder)
+                return _medusa(folder, tables)
             case _:
                 raise ValueError(f"{path} holds a whole LM, which drafts as it is: give the folder itself as drafter")
-        refuse_unknown(folder, {name: entry for part in (table, *upper) for name, entry in part.items()}, ignored)
-        params = read_weights(folder, table, config.shapes())
-        if upper:
-            params["layers"] = [read_weights(folder, part, config.upper_shapes()) for part in upper]
-        scored = None
-        if family in ("eagle3", "peagle"):
-            params, scored = eagle3.ascending(params, eagle3.read_vocabulary(folder, config.vocab))
+
+
+def _pair_reader(folder: Folder, family: str, tables: ReadTables | None) -> Published:
+    """Returns an EAGLE or FSPAD head."""
+    embedding, notes = find_embedding(folder, tables), check_head(folder, tables)
+    config: Any
+    if family == "eagle":
+        config = eagle.eagle_config(folder, embeds=embedding.own)
+        table, added = eagle.eagle_table(config), ("fc.bias",) if eagle.adds_bias(folder) else ()
+    else:
+        config = fspad.fspad_config(folder, embeds=embedding.own)
+        table, added = fspad.fspad_table(config), ()
+    refuse_unknown(folder, table, (EMBEDDING, HEAD, *added))
+    params = read_weights(folder, table, config.shapes())
+    return Published(family, config, params, None, embedding.notes + notes)
+
+
+def _tap_reader(folder: Folder, family: str, config: Any, tables: tuple[Table, list[Table]]) -> Published:
+    """Returns an EAGLE-3 or P-EAGLE head, from the tables of its first layer and of those above."""
+    first, upper = tables
+    whole = {name: entry for part in (first, *upper) for name, entry in part.items()}
+    refuse_unknown(folder, whole, eagle3.IGNORED)
+    params = read_weights(folder, first, config.shapes())
+    if upper:
+        params["layers"] = [read_weights(folder, part, config.upper_shapes()) for part in upper]
+    params, scored = eagle3.ascending(params, eagle3.read_vocabulary(folder, config.vocab))
     return Published(family, config, params, scored)
 
 
-def _medusa(folder: Folder) -> Published:
-    config, tables = medusa.read_medusa(folder)
-    ignored = () if config.vocab else ("lm_head.weight",)
-    refuse_unknown(folder, {name: entry for table in tables for name, entry in table.items()}, ignored)
-    first, *others = (read_weights(folder, table, config.shapes()) for table in tables)
+def _medusa(folder: Folder, tables: ReadTables | None) -> Published:
+    config, blocks = medusa.read_medusa(folder)
+    # vLLM's layout has the target's LM head in any case.
+    notes = check_head(folder, tables, needed=bool(config.vocab))
+    refuse_unknown(folder, {name: entry for table in blocks for name, entry in table.items()}, (HEAD,))
+    first, *others = (read_weights(folder, table, config.shapes()) for table in blocks)
     for other in others:
         if not all(np.array_equal(first[name], other[name]) for name in first):
             raise ValueError(
                 f"{folder.path}: a head's residual blocks differ from each other; jaxspec repeats one block, as the "
                 "released code does"
             )
-    return Published("medusa", config, first, None)
+    return Published("medusa", config, first, None, notes)

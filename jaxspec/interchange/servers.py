@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from jaxspec import __version__
-from jaxspec.base import Params
+from jaxspec.drafters.eagle import EagleConfig
 from jaxspec.drafters.eagle3 import Eagle3Config, default_taps
 from jaxspec.drafters.peagle import PEagleConfig
 from jaxspec.interchange import forms
@@ -35,7 +33,10 @@ class Server(NamedTuple):
     """Family -> why it cannot be served, for families that a user might expect."""
 
 
-_NO_FSPAD = "no server has FSPAD's network; `--to eagle` writes it as its authors' code reads it"
+_NO_FSPAD = (
+    "no server has FSPAD's network; `--to eagle` writes it as its authors' code reads it, and a head trained with "
+    "head.feature_sampling=false head.partial_alignment=false is an EAGLE head, which sglang and vllm serve"
+)
 _NO_PARALLEL = "no server has ParallelSpec's network, and no code of its authors is public"
 _NO_PEAGLE = "it drafts step by step, and this head in one pass; vllm and speculators have P-EAGLE"
 _NO_EAGLE = "it has no EAGLE-1/2 model class (HASS heads are of that class too); an EAGLE-3 head can be served"
@@ -75,7 +76,7 @@ SERVERS: dict[str, Server] = {
         "vLLM, sources of November 2026",
         {
             "eagle": Form(
-                forms.eagle_keys(set()),
+                forms.eagle_keys(set(), {"embed_tokens.weight"}),
                 forms.eagle_tensors_without_bias,
                 functools.partial(forms.llama_fields, architecture=_LLAMA),
             ),
@@ -132,6 +133,9 @@ NORMED_QUERIES = ("speculators",)
 """Programs that build heads of Qwen3's layers, whose queries and keys are normed."""
 OWN_EMBEDDING = ("vllm", "speculators")
 """Programs that read the head's own embedding even if it is as wide as the target's."""
+OWN_TABLE = ("vllm", "eagle")
+"""Programs that read an EAGLE head's own embedding (vLLM since pull request 28549); SGLang puts the target's in its
+place."""
 OTHER_WIDTH = ("eagle", "sglang", "vllm")
 """Programs that read `target_hidden_size`."""
 SKIPS_FC = ("eagle", "sglang")
@@ -146,17 +150,8 @@ def served_as(family: str, config: Any) -> str:
     return "eagle" if plain else family
 
 
-def unserved(
-    server: str,
-    family: str,
-    config: Any,
-    weights: Callable[[], Params],
-    draft_vocab: tuple[int, ...] | None = None,
-) -> str | None:
-    """Returns why a program does not serve a drafter, whatever its target is; None if it does.
-
-    `weights` is called only if the answer depends on them.
-    """
+def unserved(server: str, family: str, config: Any, draft_vocab: tuple[int, ...] | None = None) -> str | None:
+    """Returns why a program does not serve a drafter, whatever its target is; None if it does."""
     about, family = SERVERS[server], served_as(family, config)
     if family not in about.forms:
         return f"{server} cannot serve {family}: {about.refusals.get(family, 'it has no layout for such a drafter')}"
@@ -166,7 +161,7 @@ def unserved(
         return f"{server} is not known to norm a head's queries and keys, as Qwen3's layers do"
     match family:
         case "eagle" | "fspad":
-            return _unserved_eagle(server, config, weights)
+            return _unserved_eagle(server, family, config)
         case "eagle3" | "peagle":
             return _unserved_eagle3(server, config)
     if draft_vocab is not None:
@@ -182,11 +177,21 @@ def _reads_biases(server: str, family: str, config: Any) -> bool:
     return not config.out_bias and (not config.qkv_bias or server == "eagle")
 
 
-def _unserved_eagle(server: str, config: Any, weights: Callable[[], Params]) -> str | None:
-    if config.embedding_norm or config.head_norm:
-        return f"{server} cannot serve a head with norms around its layer: it would draft without them"
-    if server == "vllm" and config.bias and np.any(np.asarray(weights()["fc_bias"])):
-        return "vllm builds fc without a bias, and this head has one: train it with head.bias=false"
+def _unserved_eagle(server: str, family: str, config: Any) -> str | None:
+    if config.head_norm:
+        return (
+            f"{server} has no norm between a head's layer and the LM head, and would draft without this head's: only "
+            "orbax holds it; train with head.head_norm=false"
+        )
+    if (config.embedding_norm or config.embed_vocab) and server not in OWN_TABLE:
+        others = " or ".join(name for name in OWN_TABLE if family in SERVERS[name].forms)
+        told, setting = "an embedding of its own", "with one that reads the target's"
+        if config.embedding_norm:
+            told, setting = "normed embeddings", "with head.embedding_norm=false"
+        return (
+            f"{server} reads with the target's embedding in any case, and this head reads {told}: choose {others}, "
+            f"where the table that it reads travels with it, or train {setting}"
+        )
     return None
 
 
@@ -231,7 +236,7 @@ def render(server: str, draft: Draft) -> tuple[Tensors, ConfigFields]:
 
     Raises ValueError with the reason if the program cannot serve it, or a tensor is missing or extra.
     """
-    if reason := unserved(server, draft.family, draft.config, lambda: draft.params, draft.draft_vocab):
+    if reason := unserved(server, draft.family, draft.config, draft.draft_vocab):
         raise ValueError(reason)
     about, family = SERVERS[server], served_as(draft.family, draft.config)
     form = about.forms[family]
@@ -240,7 +245,10 @@ def render(server: str, draft: Draft) -> tuple[Tensors, ConfigFields]:
     form.keys(draft).check(tensors, server)
     stamp: ConfigFields = {"version": __version__, "written_for": server, "assumes": about.version, "family": family}
     if family == "eagle":
-        stamp["fc_bias"] = draft.config.bias
+        stamp["fc_bias"] = draft.config.bias and not (server == "vllm" and forms.has_bias(draft))
+    if family in ("eagle", "fspad"):
+        moved = server == "vllm" and forms.has_bias(draft)
+        stamp["own_embedding"] = forms.own_table(draft) or moved
     return tensors, {**fields, "jaxspec": stamp}
 
 
@@ -248,7 +256,7 @@ def _check_tokens(draft: Draft) -> None:
     """Raises ValueError if the head's own embedding or LM head has another number of tokens than the target."""
     c, vocab = draft.config, draft.target.vocab
     scores = c.vocab if draft.family in ("eagle3", "peagle", "medusa") and draft.draft_vocab is None else 0
-    embeds = c.embed_vocab if isinstance(c, Eagle3Config) else 0
+    embeds = c.embed_vocab if isinstance(c, EagleConfig) else 0
     for verb, tokens in (("scores", scores), ("embeds", embeds)):
         if tokens not in (0, vocab):
             raise ValueError(

@@ -55,60 +55,6 @@ def write_atomically(path: Path, chunks: Iterable[Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Returns a handle (`get_shape`, `get_dtype`, slicing) of every tensor in a folder, by name.
-
-    The files are `model.safetensors`, or else the shards that `model.safetensors.index.json` lists. Only their headers
-    are read; `stack` closes them. Raises ValueError or FileNotFoundError naming the file that is missing or corrupt.
-    """
-    found: dict[str, Any] = {}
-    for shard in shards(folder):
-        found |= open_file(shard, stack)
-    return found
-
-
-def shards(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder, which all exist; raises as `open_tensors`."""
-    whole = folder / "model.safetensors"
-    if whole.is_file():
-        return [whole]
-    listed = _weight_map(folder)
-    for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard} is listed in {INDEX} but missing: download it again")
-    return [folder / shard for shard in sorted(set(listed.values()))]
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Returns the file of each tensor by the index of a folder."""
-    index = folder / INDEX
-    if not index.is_file():
-        if any(folder.glob("*.bin")):
-            raise ValueError(
-                f"{folder} holds only pickled .bin weights, which are not read because loading them can run code: "
-                "convert them to safetensors, for example with transformers' save_pretrained"
-            )
-        raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor {INDEX}")
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict):
-        raise ValueError(f"{index} has no field weight_map, which says which file holds which tensor")
-    if not all(isinstance(shard, str) and Path(shard).name == shard for shard in listed.values()):
-        raise ValueError(f"{index}: weight_map must name files of this folder, without any path")
-    return listed
-
-
-def tensor_names(folder: Path) -> dict[str, Path]:
-    """Returns the file of every tensor of a folder by the tensor's name; files that an index lists may be missing.
-
-    Raises as `open_tensors`, but for missing files.
-    """
-    whole = folder / "model.safetensors"
-    if whole.is_file():
-        with contextlib.ExitStack() as stack:
-            return dict.fromkeys(open_file(whole, stack), whole)
-    return {name: folder / file for name, file in _weight_map(folder).items()}
-
-
 def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Returns a handle of every tensor in one safetensors file, by name."""
     try:
@@ -145,29 +91,18 @@ class FileTensor(NamedTuple):
         return read.reshape(-1, *self.shape[1:])[(slice(None), *columns)].view(dtype)
 
 
-def file_tensors(folder: Path) -> dict[str, FileTensor]:
-    """Returns a handle of every tensor in a folder by name, for reading more than fits in memory.
-
-    Raises as `open_tensors`, and ValueError if a tensor is not in the file that the index names.
-    """
-    found: dict[str, FileTensor] = {}
-    for path in shards(folder):
-        with contextlib.ExitStack() as stack:
-            open_file(path, stack)  # safetensors checks the file's length against its header
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for name, about in header.items():
-            if name != "__metadata__":
-                start = 8 + size + about["data_offsets"][0]
-                found[name] = FileTensor(path, about["dtype"], tuple(about["shape"]), start)
-    if not (folder / "model.safetensors").is_file():
-        for name, shard in _weight_map(folder).items():
-            if name not in found or found[name].path.name != shard:
-                raise ValueError(
-                    f"{folder / INDEX} says that {shard} holds {name}, and it does not: download both again"
-                )
-    return found
+def read_headers(path: Path) -> dict[str, FileTensor]:
+    """Returns a handle of every tensor in one safetensors file by name, for reading more than fits in memory."""
+    with contextlib.ExitStack() as stack:
+        open_file(path, stack)  # safetensors checks the file's length against its header
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: FileTensor(path, about["dtype"], tuple(about["shape"]), 8 + size + about["data_offsets"][0])
+        for name, about in header.items()
+        if name != "__metadata__"
+    }
 
 
 def check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:

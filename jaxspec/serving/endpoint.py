@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import email.utils
+import importlib
 import json
 import random
 import threading
@@ -16,11 +17,6 @@ from typing import Any
 from jaxspec.data.messages import Arguments, BadRecord, Message, parse_conversation
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving.dialogue import UNFIT, Dialogue, Reply, Rewritten
-
-try:
-    import httpx
-except ImportError:  # an extra
-    httpx = None  # type: ignore[assignment]
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which a request is sent again."""
@@ -78,13 +74,13 @@ class Client:
     """Sends requests to an endpoint from several threads, again where a failure may pass."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        if httpx is None:
-            raise ValueError('--endpoint needs the package httpx: pip install "jaxspec[endpoint]"')
-        self.endpoint = endpoint
+        self.endpoint, self._httpx = endpoint, _httpx()
         headers = {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
-        limits = httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
-        timeout = httpx.Timeout(endpoint.timeout, connect=30.0, pool=None)
-        self._http = httpx.Client(base_url=endpoint.base, headers=headers, limits=limits, timeout=timeout)
+        limits = self._httpx.Limits(
+            max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency
+        )
+        timeout = self._httpx.Timeout(endpoint.timeout, connect=30.0, pool=None)
+        self._http = self._httpx.Client(base_url=endpoint.base, headers=headers, limits=limits, timeout=timeout)
         self.retries: collections.Counter[str] = collections.Counter()
         """Requests that were sent again, by what was wrong."""
         self._ask_ids = True
@@ -154,9 +150,9 @@ class Client:
                 if isinstance(error, ServerRefused):
                     raise
                 kind, said = "unreadable", f"its answer is not JSON ({error})"
-            except httpx.TimeoutException:
+            except self._httpx.TimeoutException:
                 kind, said = "timeout", f"no answer within {self.endpoint.timeout:g} s"
-            except httpx.TransportError as error:
+            except self._httpx.TransportError as error:
                 kind, said = "connection", str(error) or type(error).__name__
             if attempt + 1 < self.endpoint.tries:
                 time.sleep(wait)
@@ -169,6 +165,14 @@ class Client:
             raise ServerRefused(f"{said}: check {FATAL[status]} ({text[:200]})")
         too_long = status in (400, 413, 422) and any(words in text.lower() for words in _TOO_LONG)
         raise RequestFailed(UNFIT if too_long else f"status {status}", f"status {status}: {text[:300]}")
+
+
+def _httpx() -> Any:
+    """Returns the package, which is an extra."""
+    try:
+        return importlib.import_module("httpx")
+    except ImportError:
+        raise ValueError('--endpoint needs the package httpx: pip install "jaxspec[endpoint]"') from None
 
 
 def wire_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

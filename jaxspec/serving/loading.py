@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Drafter, DraftMode, Params, TreePolicy
+from jaxspec.base import Drafter, DraftMode, Params, SharedTables, TreePolicy
 from jaxspec.checkpoints.models import LoadedDrafter, load_drafter
 from jaxspec.data.chat import NO_TEMPLATE, ChatTokenizer, TemplateChoice
 from jaxspec.data.draft_vocab import load_maps
@@ -24,6 +25,7 @@ from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.nn.matmul import lay_out
 from jaxspec.nn.options import PLAIN
+from jaxspec.parallel.agreement import say
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
 from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
@@ -136,16 +138,21 @@ def open_drafter(
     dtype: Any = jnp.float32,
     tokenizer: ChatTokenizer | None = None,
     target_layers: int | None = None,
+    tables: Callable[[], SharedTables] | None = None,
 ) -> LoadedDrafter:
     """Returns the drafter in a folder: one of jaxspec's, a published head, or a whole LM in HuggingFace layout.
 
-    `target_layers` is for heads that read the default layers of their target. Raises ValueError as `load_drafter` and
-    `interchange.published.read_drafter`, and where an LM's tokenizer, compared by vocabulary, is not `tokenizer`.
+    `target_layers` is for heads that read the default layers of their target, and `tables` for heads whose files hold
+    copies of its embedding or LM head: with them they are compared, and what is left out is said. Raises ValueError as
+    `load_drafter` and `interchange.published.read_drafter`, and where an LM's tokenizer, compared by vocabulary, is not
+    `tokenizer`.
     """
     if not (Path(path) / "config.json").is_file():
         return load_drafter(path, dtype=dtype)
     if published_family(path) != "lm":
-        head = read_drafter(path, target_layers=target_layers)
+        head = read_drafter(path, target_layers=target_layers, tables=tables)
+        for note in head.notes:
+            say(f"note: {path}: {note}")
         module = DRAFTERS[head.name].module(head.config, dtype=dtype)
         params = jax.tree.map(lambda a: jnp.asarray(a, dtype), head.params)
         return LoadedDrafter(head.name, module, params, {}, head.draft_vocab)
@@ -221,7 +228,9 @@ def add_drafter(
     `tree` defaults to the one saved with the drafter. `draft_vocab` is a file of maps (see `data.draft_vocab`), `none`
     for all tokens, or None for those saved with the drafter. Raises ValueError naming the folder and what does not fit.
     """
-    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=plain.config.layers)
+    target = functools.partial(plain.engine.target.shared_tables, plain.weights.target)
+    layers = plain.config.layers
+    head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=layers, tables=target)
     check_width(drafter, head.module, plain.config)
     scored = head.draft_vocab
     if scored is not None and not (scored and 0 <= scored[0] and scored[-1] < plain.config.vocab):

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxspec.nn.mlp import ACTIVATIONS
 from jaxspec.nn.rope import RopeScaling
+from jaxspec.targets.rope_places import ORIGINAL, Sources, find_rope
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 """Kinds of rotary scaling that are read."""
@@ -119,22 +120,18 @@ class Fields:
             "norm_eps": self.number("rms_norm_eps"),
         }
 
-    def rope(self, *, layers: str | None = None) -> Rope:
-        """Returns the rotary fields; those of the kind of layers `layers` where each kind has its own."""
-        # As in transformers, the older field `rope_scaling` comes before the newer `rope_parameters` where it is set.
-        field = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
-        rope = self.raw.get(field) or {}
-        if layers is not None and isinstance(rope, dict) and isinstance(rope.get(layers), dict):
-            field, rope = f"{field}.{layers}", rope[layers]
-        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise ValueError(
-                f"{self.path}: {field}={rope!r} is not supported; only one set of values for all layers is"
-            )
-        theta = self.positive("rope_theta", rope.get("rope_theta") or self.find("rope_theta"))
-        partial = rope.get("partial_rotary_factor", self.find("partial_rotary_factor"))
-        if partial not in (None, 1) and "partial_rotary_factor" not in self.defaults:
-            raise ValueError(f"{self.path}: partial_rotary_factor={partial!r} is not supported; only 1 is")
-        return Rope(self, field, rope, theta, self.positive("partial_rotary_factor", 1 if partial is None else partial))
+    def rope(self, *, layers: str | None = None, theta: str = "rope_theta") -> Rope:
+        """Returns the rotary fields; those of the kind of layers `layers` where each kind has its own.
+
+        See `rope_places.find_rope`. Raises ValueError as it does, and where only a part of each head is rotated in a
+        family without such a part.
+        """
+        found = find_rope(Sources(self.path, self.raw, self.defaults), layers, theta=theta)
+        part = 1 if found.part is None else found.part
+        if part != 1 and "partial_rotary_factor" not in self.defaults:
+            raise ValueError(f"{self.path}: partial_rotary_factor={part!r} is not supported; only 1 is")
+        base, part = self.positive("rope_theta", found.theta), self.positive("partial_rotary_factor", part)
+        return Rope(self, found.field, found.values, base, part, found.original)
 
 
 def _ids(path: Path, value: Any) -> tuple[int, ...]:
@@ -157,23 +154,26 @@ class Rope:
     part: float
     """Share of a head's channels that is rotated."""
 
+    original: Any = None
+    """The length before it is stretched, where the file gives it."""
+
     @property
     def kind(self) -> str:
         """The kind of scaling."""
-        kind = self.values.get("rope_type", self.values.get("type", "default"))
-        # Early Phi-3 files call longrope "su" or "yarn".
-        return "longrope" if kind == "su" or (kind == "yarn" and "short_factor" in self.values) else kind
+        return self.values.get("rope_type", "default")
 
     def number(self, name: str) -> float:
         """Reads a positive number that this kind of scaling needs; raises ValueError where it is absent."""
         value = self.values.get(name)
-        if value is None and name == "original_max_position_embeddings":
-            value = self.fields.find(name)
         if value is None:
             raise ValueError(
                 f"{self.fields.path}: {self.field} has no field {name}, which rope_type {self.kind!r} needs"
             )
         return self.fields.positive(f"{self.field}.{name}", value)
+
+    def original_length(self, positions: int) -> float:
+        """Returns the length before it is stretched: the model's positions where the file gives none."""
+        return positions if self.original is None else self.fields.positive(ORIGINAL, self.original)
 
     def optional(self, name: str) -> float | None:
         """Reads a positive number; None where it is absent."""
@@ -189,7 +189,7 @@ class Rope:
         if kind == "dynamic":
             return RopeScaling(kind, self.number("factor"), original_positions=positions)
         if kind == "llama3":
-            original = int(self.number("original_max_position_embeddings"))
+            original = int(self.original_length(positions))
             low, high = self.number("low_freq_factor"), self.number("high_freq_factor")
             return RopeScaling(kind, self.number("factor"), low, high, original)
         if kind == "yarn":
@@ -201,10 +201,10 @@ class Rope:
 
     def _yarn(self, channels: int, positions: int) -> RopeScaling:
         """Reads the fields of YaRN (arXiv 2309.00071, section 3.2)."""
-        factor = self.number("factor")
-        given = self.values.get("original_max_position_embeddings") is not None
-        original = self.number("original_max_position_embeddings") if given else positions
-
+        original = self.original_length(positions)
+        # A factor that is null is the ratio of the two lengths; one that is absent is forgotten.
+        null = "factor" in self.values and self.values["factor"] is None
+        factor = positions / original if null else self.number("factor")
         turns = self.optional("beta_fast") or 32.0, self.optional("beta_slow") or 1.0
         # The channel pairs that turn so often within the original length.
         low, high = (channels * math.log(original / (t * 2 * math.pi)) / (2 * math.log(self.theta)) for t in turns)
@@ -224,7 +224,7 @@ class Rope:
     def _longrope(self, channels: int, positions: int) -> RopeScaling:
         """Reads the fields of LongRoPE (arXiv 2402.13753)."""
         # Short factors count up to the original length, long ones beyond, as in transformers.
-        original = self.number("original_max_position_embeddings")
+        original = self.original_length(positions)
         factor = self.optional("factor") or positions / original
         return RopeScaling(
             "longrope", factor, original_positions=int(original), factors=self._each("short_factor", channels // 2),
@@ -259,7 +259,7 @@ def rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind not in ("linear", "dynamic"):
-        fields["original_max_position_embeddings"] = scaling.original_positions
+        fields[ORIGINAL] = scaling.original_positions
     if scaling.kind == "llama3":
         fields |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "yarn":

@@ -32,16 +32,12 @@ def _windows(every: Callable[[Fields], int]) -> Trait:
 
 def _local_theta(fields: Fields) -> dict[str, Any]:
     """Reads the rotary base of layers with a window, from the newer field or the older one."""
-    newer = isinstance(fields.raw.get("rope_parameters"), dict) and not fields.raw.get("rope_scaling")
-    theta = fields.number("rope_local_base_freq")
-    if newer and "sliding_attention" in fields.raw["rope_parameters"]:
-        local = fields.rope(layers="sliding_attention")
-        if local.kind != "default":
-            raise ValueError(
-                f"{fields.path}: rope_type={local.kind!r} in {local.field} is not supported; only 'default' is there"
-            )
-        theta = local.theta if local.values.get("rope_theta") else theta
-    return {"local_theta": theta}
+    local = fields.rope(layers="sliding_attention", theta="rope_local_base_freq")
+    if local.kind != "default":
+        raise ValueError(
+            f"{fields.path}: rope_type={local.kind!r} in {local.field} is not supported; only 'default' is there"
+        )
+    return {"local_theta": local.theta}
 
 
 def _write_local_theta(config: LlamaConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxspec.distillation.compilers import Compiler
 from jaxspec.distillation.optimizer import make_optimizer, make_schedule
 from jaxspec.distillation.task import Task
 from jaxspec.drafters import TargetShape, config_of, kind_named, options_of
+from jaxspec.interchange.export import target_tables
 from jaxspec.nn.kernels import choose_kernel
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.serving.loading import check_width, open_drafter
@@ -107,7 +109,8 @@ def _continued_drafter(config: DistillConfig, folder: str, target: LlamaConfig, 
     head = options_of(config.drafter, config.head)
     if head.given:
         raise ValueError(f"head.{next(iter(head.given))} is that of {folder}: leave it out")
-    found = open_drafter(folder, dtype=jnp.float32)
+    tables = functools.cache(functools.partial(target_tables, config.target))
+    found = open_drafter(folder, dtype=jnp.float32, target_layers=target.layers, tables=tables)
     if found.name != config.drafter:
         raise ValueError(f"{folder}: holds a drafter {found.name!r}, and the config says {config.drafter!r}")
     check_width(folder, found.module, target)

@@ -84,6 +84,15 @@ def test_the_first_assistant_token_is_predicted_and_the_reference_mask_starts_la
     assert np.flatnonzero(reference)[0] == first
 
 
+def test_the_reference_mask_gates_all_steps_of_a_position_by_one_token(batch: Batch):
+    """As EAGLE's one step has it; HASS's code gates step `j` of position `i` by token `i + j`."""
+    masks = np.asarray(step_masks(batch, Objective(steps=3, reference_mask=True)))
+    segments, wanted = np.asarray(batch.segments_BL), np.asarray(batch.loss_mask_BL).astype(bool)
+    for j in range(3):
+        inside = (segments[:, j + 2 :] == segments[:, : LENGTH - j - 2]) & (segments[:, : LENGTH - j - 2] > 0)
+        np.testing.assert_array_equal(masks[j][:, : LENGTH - j - 2], inside & wanted[:, : LENGTH - j - 2])
+
+
 def test_chunked_sums_equal_the_dense_losses_of_each_document_alone(frozen, batch: Batch):
     objective = Objective(steps=2, chunk=7)
     params = fresh()

@@ -331,7 +331,7 @@ def test_a_folder_above_models_names_those_below_it(
     assert main(["generate", "x", "--target", str(target), "--drafter", str(above)]) == 1
     assert f"found below it: {above}/deeper/run, {above}/drafter" in capsys.readouterr().err
     assert main(["generate", "x", "--target", str(target), "--drafter", str(above / "deeper" / "run")]) == 1
-    assert "it is the folder of a run, whose finished model is in runs/toy/drafter" in capsys.readouterr().err
+    assert f"{above}/deeper/run: the folder of a run, not a model: `jaxspec export" in capsys.readouterr().err
 
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_if_it_is_an_export(

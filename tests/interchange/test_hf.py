@@ -377,7 +377,7 @@ def test_a_folder_without_weights_says_so(folder: Path):
     with pytest.raises(FileNotFoundError, match="no weights"):
         read_llama(folder, dtype=jnp.float32)
     (folder / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match="convert them to safetensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is no zip archive"):
         read_llama(folder, dtype=jnp.float32)
 
 

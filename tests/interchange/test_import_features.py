@@ -1,6 +1,7 @@
 """Hidden states that other projects dumped: imported in every layout, and trained from as online."""
 
 import fcntl
+import gzip
 import json
 import shutil
 import sys
@@ -210,6 +211,21 @@ def test_a_bad_document_stops_the_import_or_is_counted(
     done = imported("dump", "--skip-bad", "--shard-gb", "1e-6")  # a file a document, and one without any
     assert done["skipped"] == {kind: 1} and done["documents"] == COUNT - 1
     check_store([text for i, text in enumerate(texts) if i != 2], masked=False)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_pickled_document_with_a_flipped_bit_is_counted_too(
+    folder: Path, texts: list[Text], pack: bool, capfd: pytest.CaptureFixture[str]
+):
+    dump_specforge(folder / "dump", texts, pack=pack)
+    bad = next((folder / "dump").glob("*/data_2.ckpt*"))
+    data = bytearray(gzip.decompress(bad.read_bytes()) if pack else bad.read_bytes())
+    data[data.index(half(texts[2].features_LD).tobytes())] ^= 1
+    bad.write_bytes(gzip.compress(bytes(data)) if pack else bytes(data))
+    done = imported("dump", "--skip-bad")
+    assert done["skipped"] == {"unreadable": 1} and done["documents"] == COUNT - 1
+    said = refused(capfd, "dump", "--shard-gb", "1e-5")
+    assert f"{bad.name} is truncated or corrupt" in said and "--skip-bad leaves such documents out" in said
 
 
 def test_speculators_rows_must_be_those_of_the_files(

@@ -1,12 +1,16 @@
 """Damaged and hostile PyTorch files are refused in a sentence, and nothing in them runs."""
 
+import gzip
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from dump_toys import torch_bytes
 
+from jaxspec.interchange.pickled import open_pickled
 from jaxspec.interchange.published import read_drafter
 
 
@@ -70,3 +74,28 @@ def test_a_compressed_archive_is_refused(tmp_path: Path):
     torch_file(tmp_path / "pytorch_model.bin", b"\x80\x02}.", parts, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match="is compressed or encrypted"):
         read_drafter(tmp_path)
+
+
+def test_a_file_that_gzip_packed_holds_the_same_tensors(tmp_path: Path):
+    tensors = {"a": np.arange(600, dtype=np.float32).reshape(100, 6), "b": np.arange(7)}
+    whole, packed = tmp_path / "a.ckpt", tmp_path / "a.ckpt.gz"
+    whole.write_bytes(torch_bytes(tensors))
+    packed.write_bytes(gzip.compress(whole.read_bytes()))
+    for path in (whole, packed):
+        handles = open_pickled(path)
+        for name, expected in tensors.items():
+            np.testing.assert_array_equal(handles[name][:], expected)
+        np.testing.assert_array_equal(handles["a"][40:50, 1:3], tensors["a"][40:50, 1:3])
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit of the packed file", "a bit of a tensor"])
+def test_a_damaged_file_that_gzip_packed_is_refused_in_a_sentence(damage: str, tmp_path: Path):
+    data = bytearray(torch_bytes({"a": np.full((50, 6), 1.5, np.float32)}))
+    if damage == "a bit of a tensor":
+        data[data.index(np.full(9, 1.5, np.float32).tobytes())] ^= 1
+    packed = bytearray(gzip.compress(bytes(data)))
+    if damage == "a bit of the packed file":
+        packed[-6] ^= 1
+    (tmp_path / "a.ckpt.gz").write_bytes(packed[: len(packed) // 2] if damage == "cut" else packed)
+    with pytest.raises(ValueError, match=r"a\.ckpt\.gz is truncated or corrupt .*: download it again"):
+        open_pickled(tmp_path / "a.ckpt.gz")
