@@ -134,7 +134,11 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_every_question_is_answered_once_with_its_tokens(serve: Callable[..., Server], tmp_path: Path):
-    server, out = serve(), tmp_path / "out.jsonl"
+    def answer(handler: Handler, body: dict[str, Any], before: int) -> None:
+        time.sleep(0.05)  # so that requests meet
+        echo(handler, body, before)
+
+    server, out = serve(answer), tmp_path / "out.jsonl"
     code, result = run(server, questions(tmp_path / "q.jsonl", 30), out)
     assert code == 0 and set(server.seen.values()) == {1} and 1 < server.most <= 4
     found = records(out)
