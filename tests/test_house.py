@@ -34,7 +34,7 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 # Within a package a module may import from lower shelves; an __init__ from all of its own package.
 SHELVES: dict[str, tuple[set[str], ...]] = {
     "checkpoints": ({"event_file", "manifest"}, {"folders", "piecewise", "tracking"}, {"models", "runs"}),
-    "console": ({"marks", "overrides", "results"}, {"tables", "wrong_flags"}, {"cli", "progress"}),
+    "console": ({"disk", "marks", "overrides"}, {"results"}, {"tables", "wrong_flags"}, {"cli", "progress"}),
     "data": (
         {
             "jsonl",

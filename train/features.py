@@ -26,10 +26,11 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec.config import DataConfig, DistillConfig, load, to_dict
+from jaxspec.config import DistillConfig, load, to_dict
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import shards
 from jaxspec.data.chat import ChatTokenizer
+from jaxspec.data.corpus import fingerprint as documents_hash
 from jaxspec.data.draft_vocab import load_maps
 from jaxspec.data.feature_store import BatchPiece, FeaturePlan, begin_store, feature_fields, new_records, plan_features
 from jaxspec.data.packing import PackedBatches
@@ -50,10 +51,11 @@ from jaxspec.training.batches import HostBatch, place_rows, read_data
 from jaxspec.training.loop import termination_notice
 from jaxspec.training.resolve import attention_blocks, check_length, drafter_for, mesh_of
 
-UNSTORED = ("template", "template_args", "date", "features", "top_k", "workers")
-"""Settings of the data that say how it is read, and nothing of what is stored; of the template its hash is noted."""
-LATER = ("thinking", "last_turn_only", "max_turns", "skip_bad")
-"""Settings that folders of earlier versions do not name; they are noted where they are not the defaults."""
+UNSTORED = (
+    *("train", "eval", "mix", "limit", "eval_limit", "template", "template_args", "date", "thinking"),
+    *("last_turn_only", "max_turns", "skip_bad", "features", "top_k", "workers"),
+)
+"""Settings of the data that name documents, whose hashes are noted, or say nothing of what is stored."""
 Run = Callable[[PackedBatches, HostBatch], Any]
 """From packed batches and one of them to the arrays stored of it, on their way to the host."""
 
@@ -106,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
     refuse_several("jaxspec features", "start one on every machine, alone, each with its own --shard i/n")
     about, fields = describe(config, args)
     parts = choose_parts(config)
+    about["documents"] = [documents_hash(part.corpus) for part in parts]
     plan = plan_features(parts, fields, shard_bytes=int(args.shard_gb * 1e9))
     work = FeatureWork(config, args, tuple(about["taps"]), fields, parts, plan)
     announce(work)
@@ -180,22 +183,12 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
         "store": args.store,
         "taps": list(taps),
         "top_k": args.top_k,
-        "data": stored_settings(config.data),
+        "data": {name: value for name, value in to_dict(config.data).items() if name not in UNSTORED},
         "seed": config.seed,
         "shard_gb": args.shard_gb,
         "fields": [list(field) for field in fields],
     }
     return about, fields
-
-
-def stored_settings(data: DataConfig) -> dict[str, Any]:
-    """Returns the settings of the data that decide what is stored."""
-    defaults = {field.name: field.default for field in dataclasses.fields(data)}
-    return {
-        name: value
-        for name, value in to_dict(data).items()
-        if name not in UNSTORED and not (name in LATER and value == defaults[name])
-    }
 
 
 def drafter_taps(config: DistillConfig, target: LlamaConfig) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
         conversations = read_conversations(args.prompts, limit=args.limit, account=account)
     with ExitStack() as opened:
         client = None if args.endpoint is None else opened.enter_context(closing(Client(args.server)))
-        output = opened.enter_context(closing(AnswerFile(Path(args.out), settings_of(args, client))))
+        output = AnswerFile(Path(args.out), settings_of(args, client))
         for line in account.sentences():
             sys.stderr.write(f"jaxspec regenerate: {line}\n")
         failures, result = fill(output, conversations, client, args)

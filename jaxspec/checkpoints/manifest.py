@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jaxspec.base import Params
+from jaxspec.console.disk import writing
 from jaxspec.nn import weights
 from jaxspec.parallel.mesh import axes_of
 
@@ -59,7 +60,7 @@ def _write(folder: Path, manifest: Manifest) -> None:
     written = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read
     written["sha256"] = _digest(written)
     draft = folder / f"{MANIFEST}.draft"
-    with draft.open("w", encoding="utf-8") as file:
+    with writing(folder / MANIFEST), draft.open("w", encoding="utf-8") as file:
         file.write(json.dumps(written, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxspec.console.disk import REMEDIES
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -139,7 +141,8 @@ def verdict(failure: BaseException) -> tuple[int, str] | None:
 def sentence(failure: BaseException) -> str:
     """Returns the message of an exception on one line, without the number of a system error."""
     if isinstance(failure, OSError) and failure.strerror and failure.filename is not None:
-        return f"{failure.filename}: {failure.strerror}"
+        remedy = REMEDIES.get(failure.errno or 0)
+        return f"{failure.filename}: {failure.strerror}" + (f"; {remedy}" if remedy else "")
     return " ".join(str(failure).split())
 
 

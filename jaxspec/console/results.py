@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxspec import __version__
+from jaxspec.console.disk import REMEDIES
 
 
 def machine_facts() -> dict[str, Any]:
@@ -103,7 +104,9 @@ def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
         finally:
             draft.unlink(missing_ok=True)
     except OSError as failure:
-        raise OSError(f"cannot write the result to {path}: {failure.strerror}") from failure
+        remedy = REMEDIES.get(failure.errno or 0)
+        advice = f"; {remedy}" if remedy else ""
+        raise OSError(f"cannot write the result to {path}: {failure.strerror}{advice}") from failure
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

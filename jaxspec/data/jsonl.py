@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxspec.console.disk import writing
+
 
 def drop_torn_line(path: Path) -> None:
     """Removes the text after the last line break, which a killed run may have left."""
@@ -27,30 +29,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: a line is not valid JSON ({error}); move it away") from error
 
 
-class Lock:
-    """A hold on an output, by this process alone, until it is released or the process ends, however it ends.
+_HELD: dict[tuple[int, int], int] = {}
+"""Device and inode of the files that this process holds -> their descriptors, open until it ends."""
+
+
+def hold(path: Path, *, of: Path) -> None:
+    """Keeps a file for this process alone until it ends, however it ends.
 
     Raises ValueError, a sentence about the output `of`, where another process has it.
     """
-
-    def __init__(self, path: Path, *, of: Path) -> None:
-        # The system forgets the lock with the process, so a crash leaves none behind; the empty file does not count.
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise ValueError(f"{of}: another process is writing it; wait for it, or give another --out") from None
-
-    def release(self) -> None:
-        """Lets others write."""
-        os.close(self._file)
+    # The system forgets the lock with the process, so a crash leaves none behind; an empty file does not count.
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    known = os.fstat(file)
+    if (known.st_dev, known.st_ino) in _HELD:
+        os.close(file)
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise ValueError(f"{of}: another process is writing it; wait for it, or give another place") from None
+    _HELD[known.st_dev, known.st_ino] = file
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Appends one line for each record, and waits until they are on disk."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -63,6 +68,7 @@ def journal(path: Path, settings: dict[str, Any], *, of: Path, fields: Sequence[
     the output `of` that is being made, and naming the first line that lacks one of `fields`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    hold(path, of=of)
     drop_torn_line(path)
     lines = read_lines(path)
     if not lines:
@@ -89,10 +95,11 @@ def resume(path: Path, settings: Record, make: Callable[[list[Record]], Iterable
     that was begun with other settings is begun anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    hold(path, of=path)
     drop_torn_line(path)
     lines = read_lines(path)
     if not lines or lines[0] != settings:
-        path.unlink(missing_ok=True)
+        os.truncate(path, 0)  # the same file, which this process holds
         append(path, [settings])
         lines = [settings]
     records = lines[1:]

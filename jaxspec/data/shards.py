@@ -20,6 +20,8 @@ from typing import IO, Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
+from jaxspec.console.disk import writing
+
 ABOUT = "about.json"
 RECORD_OVERHEAD = 96
 """Approximate bytes that ArrayRecord adds to a record."""
@@ -226,7 +228,7 @@ def free_bytes(folder: Path) -> int:
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.draft")  # unique, since machines may share a folder
-    with draft.open("wb") as file:
+    with writing(path), draft.open("wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

@@ -16,6 +16,8 @@ import numpy as np
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+from jaxspec.console.disk import writing
+
 INDEX = "model.safetensors.index.json"
 DTYPE_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CHUNK_BYTES = 16 * 2**20
@@ -47,7 +49,7 @@ def write_atomically(path: Path, chunks: Iterable[Any]) -> None:
     """Writes the byte chunks to a draft, and then renames it to `path`: a reader sees the old file or the new one."""
     draft = path.with_name(f".{path.name}.partial")
     try:
-        with draft.open("wb") as file:
+        with writing(path), draft.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
         draft.replace(path)
@@ -202,7 +204,7 @@ def filled_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]
     """
     draft = path.with_name(f".{path.name}.partial")
     try:
-        with draft.open("wb") as file:
+        with writing(path), draft.open("wb") as file:
             writer = _TensorWriter(file, tensors)
             yield writer.fill
         assert not writer.left, f"{writer.left} bytes of {path} were not filled"

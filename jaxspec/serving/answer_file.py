@@ -28,21 +28,6 @@ class AnswerFile:
         begun = jsonl.read_lines(self.state_path)[:1]
         if not begun and path.exists() and path.stat().st_size:
             raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = jsonl.Lock(self.state_path, of=path)
-        try:
-            self._open(settings, begun)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Lets others write the file."""
-        self._lock.release()
-
-    def _open(self, settings: dict[str, Any], begun: list[dict[str, Any]]) -> None:
-        """Reads what the file holds; begins it where there is none."""
-        path = self.path
         compared = settings if not begun else {name: v for name, v in settings.items() if name in begun[0]}
         if begun and begun[0].get("target_contents") and compared.get("target_contents"):
             compared.pop("target", None)  # a target is known by its contents, whatever its folder is called

@@ -14,6 +14,7 @@ import tyro
 from jaxspec import __main__ as program
 from jaxspec import __version__
 from jaxspec.console import cli
+from jaxspec.console.disk import REMEDIES
 from jaxspec.console.wrong_flags import sentence_of
 
 
@@ -111,6 +112,7 @@ def test_verb_of_two_words_receives_the_rest_and_returns_its_exit_code(monkeypat
         (ValueError("batch must be positive,\n  got 0"), 1, "jaxspec x: batch must be positive, got 0\n"),
         (FileNotFoundError(2, "No such file", "a.json"), 1, "jaxspec x: a.json: No such file\n"),
         (OSError("the disk is full"), 1, "jaxspec x: the disk is full\n"),
+        (OSError(30, "Read-only file system", "a"), 1, f"jaxspec x: a: Read-only file system; {REMEDIES[30]}\n"),
         (ValueError(), 1, "jaxspec x: ValueError\n"),
         (KeyboardInterrupt(), 130, "jaxspec x: interrupted.\n"),
         (cli.Preempted("saved step 30"), 75, "jaxspec x: saved step 30; resume with the same command.\n"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxspec.console.cli import sentence
 from jaxspec.data import jsonl
 
 
@@ -36,3 +37,11 @@ def test_a_file_begun_with_other_settings_is_begun_anew(tmp_path: Path):
     jsonl.resume(path, {"seed": 1}, count_to(5))
     assert jsonl.resume(path, {"seed": 2}, count_to(2)) == [{"n": 0}, {"n": 1}]
     assert jsonl.read_lines(path) == [{"seed": 2}, {"n": 0}, {"n": 1}, {"done": True}]
+
+
+def test_a_full_disk_is_named_with_its_file_and_what_helps():
+    with pytest.raises(OSError) as full:
+        jsonl.append(Path("/dev/full"), [{"n": 1}])
+    assert sentence(full.value) == (
+        "/dev/full: No space left on device; free some space, and give the same command again"
+    )

@@ -1,6 +1,8 @@
 """Tests of `jaxspec regenerate`: whose words it keeps, and that kills, shards and batches leave no trace."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -153,6 +155,42 @@ def test_unfinished_answers_are_counted_and_dropped_and_not_tried_again(tmp_path
     assert first["unfinished"] == 12 - len(finished) > 0
     again = regenerate(out, target, "--prompts", prompts, "--batch", "4")
     assert (again["resumed_from"], again["tokens"], again["sources"]) == (12, 0, first["sources"])
+
+
+def test_prompts_are_known_by_what_they_ask_and_not_by_their_file(tmp_path, target, capsys):
+    """The same under another path goes on; another under the same id is refused; new ones are added."""
+    asked = [{"messages": [message("user", f"{i} and {i}?")]} for i in range(3)]
+    flags = ("--keep-unfinished",)
+
+    def write(name: str, records: list) -> Path:
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+        return tmp_path / name
+
+    out = tmp_path / "out.jsonl"
+    regenerate(out, target, "--prompts", write("first.jsonl", asked[:2]), *flags)
+    again = regenerate(out, target, "--prompts", write("moved.jsonl", asked), *flags)
+    assert (again["resumed_from"], len(lines_of(out))) == (2, 3)
+    before = lines_of(out)
+    regenerate(out, target, "--prompts", write("moved.jsonl", [asked[2], *asked[:2]]), *flags, code=1)
+    assert "holds an answer to another conversation '1' than the prompts do now" in capsys.readouterr().err
+    assert lines_of(out) == before
+
+
+def test_a_file_that_another_process_writes_is_refused_until_that_has_ended(tmp_path, target, prompts, capsys):
+    out = tmp_path / "out.jsonl"
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom jaxspec.data import jsonl\n"
+        "jsonl.hold(Path(sys.argv[1]), of=Path('x'))\nprint('held', flush=True)\ntime.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, f"{out}.state"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    words = ["regenerate", "--out", str(out), "--target", str(target), "--prompts", str(prompts), "--limit", "1"]
+    assert main(words) == 1
+    assert f"{out}: another process is writing it" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert main([*words, "--keep-unfinished", "--max-new-tokens", "8"]) == 0
 
 
 def test_counts_are_by_source(tmp_path, target, prompts):
