@@ -10,8 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizer_toys import encode, rows_of
 
-from jaxspec.data.chat import ChatTokenizer, IncrementalDecoder
+from jaxspec.data.chat import ChatTokenizer, IncrementalDecoder, TemplateChoice
+from jaxspec.data.chat_template import parse_variables
 from jaxspec.data.tokenizer_training import CHAT_TEMPLATE, SPECIAL_TOKENS, train_bpe, write_tokenizer_folder
+from jaxspec.data.turns import TurnEncoder
 
 TEXTS = ["the cat sat on the mat and the dog ran after 12 cats", "naïve café 日本語 🙂", "if (a == b) return a;"] * 4
 CHATML = (
@@ -243,3 +245,66 @@ def test_a_size_that_cannot_be_reached_is_an_error(size: int, match: str):
 def test_encoded_conversations_are_int32_and_bool(chat: ChatTokenizer):
     encoded = encode(chat, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
     assert encoded.tokens.dtype == np.int32 and encoded.assistant_mask.dtype == np.bool_
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json", "extra_special_tokens"])
+def test_added_tokens_are_read_wherever_a_folder_keeps_them(editable: Path, place: str):
+    if place == "tokenizer_config.json":
+        edit_config(editable, added_tokens_decoder={"290": {"content": "<tool>", "special": True}})
+    elif place == "added_tokens.json":
+        (editable / place).write_text(json.dumps({"<tool>": 290}))
+    else:
+        edit_config(editable, extra_special_tokens=["<tool>"])
+    chat = ChatTokenizer.load(editable)
+    assert chat.encode("a<tool>b").tolist()[1] == 290 and chat.vocab_size == 291
+    with pytest.raises(ValueError, match=r"its token '<tool>' has the id 290, and the target's embedding has 290 rows"):
+        chat.check_ids(290)
+    chat.check_ids(291)
+
+
+def test_added_tokens_that_contradict_the_vocabulary_are_of_another_model(editable: Path):
+    edit_config(editable, added_tokens_decoder={"300": {"content": "<tool>", "special": True}})
+    with pytest.raises(ValueError, match="'<tool>' would get the id 290, and the added tokens beside it say 300"):
+        ChatTokenizer.load(editable)
+
+
+def test_raw_text_begins_as_the_tokenizer_begins_it(editable: Path):
+    assert ChatTokenizer.load(editable).encode_raw("a")[0] == 0
+    written = json.loads((editable / "tokenizer.json").read_text())
+    (editable / "tokenizer.json").write_text(json.dumps(written | {"post_processor": None}))
+    chat = ChatTokenizer.load(editable)
+    assert chat.bos_id == 0 and chat.encode_raw("a").tolist() == chat.encode("a").tolist()
+    assert chat.encode_text("a").tokens.tolist() == [*chat.encode("a"), chat.eos_id]
+
+
+def test_an_end_that_is_no_stop_id_is_told(editable: Path):
+    ended = CHATML.replace("<|end|>", "<|pad|>")
+    assert TurnEncoder(with_template(editable, ended)).unmarked_end() == "<|pad|>"
+    assert TurnEncoder(with_template(editable, CHATML)).unmarked_end() is None
+    row = encode(with_template(editable, ended), [{"role": r, "content": r} for r in ("user", "assistant")])
+    assert with_template(editable, ended).decode(row.tokens, skip_special=False).endswith("assistant<|pad|>")
+
+
+def test_names_that_a_template_is_not_given_are_those_of_transformers(editable: Path):
+    told = "{% if tools is not none %}TOOLS{% endif %}{% if documents is not none %}DOCS{% endif %}"
+    told += "{% if sep_token is defined %}SEP{% endif %}{{ bos_token }}"
+    assert with_template(editable, told).render([{"role": "user", "content": "a"}]) == "<|begin|>"
+
+
+def test_variables_of_a_template_are_set_and_unknown_ones_refused(editable: Path):
+    (editable / "chat_template.jinja").write_text("{{ mood | default('calm') }}{{ strftime_now('%d %b %Y') }}")
+    chosen = TemplateChoice(None, parse_variables("mood=angry"), "2026-01-02")
+    chat = ChatTokenizer.load(editable, chosen)
+    assert chat.render([]) == "angry02 Jan 2026"
+    assert chat.render([], variables={"mood": "mild"}).startswith("mild")
+    prints = {ChatTokenizer.load(editable, chosen._replace(date=day)).fingerprint["template"] for day in DAYS}
+    assert len(prints) == 2
+    with pytest.raises(ValueError, match="the chat template does not read 'mod'; it reads mood"):
+        ChatTokenizer.load(editable, TemplateChoice(None, parse_variables("mod=angry")))
+    with pytest.raises(ValueError, match="date is 'tomorrow'; it must be a day such as"):
+        ChatTokenizer.load(editable, TemplateChoice(None, (), "tomorrow"))
+    with pytest.raises(ValueError, match="template arguments are 'mood'"):
+        parse_variables("mood")
+
+
+DAYS = ("2026-01-01", "2026-01-02")

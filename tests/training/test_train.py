@@ -132,6 +132,26 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(folder: Path
 
 
 @pytest.mark.usefixtures("little")
+def test_a_base_model_is_answered_learned_and_decoded_without_a_template(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    lines = [json.dumps({"prompt": f"{i} and 2 make"}) for i in range(8)]
+    Path("texts.jsonl").write_text("\n".join(lines))
+    words = ["--target", "target", "--template", "none", "--max-new-tokens", "12"]
+    assert main(["regenerate", *words, "--prompts", "texts.jsonl", "--keep-unfinished", "--out", "base.jsonl"]) == 0
+    written = [json.loads(line) for line in Path("base.jsonl").read_text().splitlines()]
+    assert all(len(record["answers"][0]["prompt_ids"]) < 12 for record in written)
+    data = ["data.train=base.jsonl", "data.eval=base.jsonl", "data.template=none", "data.loss_on=assistant"]
+    assert main(["train", "toy.py", *data, "checkpoint.folder=base_run", "export_folder=base_drafter"]) == 0
+    assert main(["generate", "3 and 2 make", *words, "--drafter", "base_drafter", "--tree", "chain:2"]) == 0
+    capsys.readouterr()
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    Path("chat.jsonl").write_text(json.dumps({"messages": turns}))
+    assert main(["generate", "--prompts", "chat.jsonl", *words]) == 1
+    assert "without a chat template a conversation is one user turn" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("little")
 def test_an_eagle3_head_with_a_draft_vocabulary_goes_from_the_targets_answers_to_its_text(folder: Path):
     words = ["--target", "target", "--prompts", "chats.jsonl", "--limit", "8", "--max-new-tokens", "12"]
     assert main(["regenerate", *words, "--keep-unfinished", "--out", "answers.jsonl"]) == 0
