@@ -77,6 +77,9 @@ class Args:
     """Seeds of training, such as 0,1,2."""
     headline: str | None = None
     """Recipes that get all the seeds, such as eagle2,hass; the others then get the first only. Default: all."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size. Repeat
+    the flag for more."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to measure with: chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM. Repeat the flag
     for more. Default: EAGLE-2's dynamic:60x6x10. A drafter that cannot draft so deep gets the tree cut to its depth."""
@@ -205,7 +208,7 @@ def plan(args: Args) -> tuple[str, list[Arm]]:
 
     Raises ValueError where recipes name different targets.
     """
-    configs = {name: load(given) for name, given in zip(args.names, args.recipes, strict=True)}
+    configs = {name: load_recipe(given, args.set) for name, given in zip(args.names, args.recipes, strict=True)}
     for name, config in configs.items():
         if not isinstance(config, DistillConfig | PretrainConfig):
             raise ValueError(f"{name}: holds a {type(config).__name__}, not a DistillConfig or PretrainConfig")
@@ -221,6 +224,12 @@ def plan(args: Args) -> tuple[str, list[Arm]]:
     ]
     rank = {seed: i for i, seed in enumerate(args.seeds_of(args.headline_names[0]))}
     return target, sorted(arms, key=lambda arm: rank.get(arm.seed, 0))
+
+
+def load_recipe(given: str, changes: Sequence[str]) -> Any:
+    """Returns a recipe with the comparison's changes, which are for those that are trained here."""
+    config = load(given)
+    return load(given, changes) if isinstance(config, DistillConfig) and changes else config
 
 
 def template_of(arms: Sequence[Arm]) -> TemplateChoice:
@@ -284,6 +293,7 @@ def begun_with(args: Args, target: str) -> dict[str, Any]:
         "template": args.template,
         "draft_vocab": args.draft_vocab,
         **files,
+        **({"set": list(args.set)} if args.set else {}),
         **{f"{name}_contents": contents(path) for name, path in files.items()},
         "limit": args.limit,
         "tokens": int(args.tokens),

@@ -1,5 +1,6 @@
 """`jaxspec compare`: recipes on one budget, resumed at every level, one failure apart from the others."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -224,6 +225,13 @@ def test_one_draft_vocabulary_serves_all():
     given, own = (compare.Args(recipes=("eagle2", "hass"), draft_vocab=file) for file in ("v.safetensors", None))
     assert {arm.config.draft_vocab for arm in compare.plan(given)[1]} == {"v.safetensors"}
     assert {arm.config.draft_vocab for arm in compare.plan(own)[1]} == {None}
+
+
+def test_changes_are_made_to_every_recipe_that_is_trained(folder: Path):
+    args = compare.Args(recipes=("slow.py", "ready.py"), target="target", set=("optimizer.peak_lr=0.5", "data.batch=4"))
+    changed, ready = (arm.config for arm in compare.plan(args)[1])
+    assert (changed.optimizer.peak_lr, changed.data.batch, ready.optimizer.peak_lr) == (0.5, 4, 1e-3)
+    assert compare.begun_with(dataclasses.replace(args, train="chats.jsonl", eval="chats.jsonl"), "target")["set"]
 
 
 def test_one_chat_template_serves_all(folder: Path):
