@@ -101,7 +101,8 @@ class DataConfig:
     skip_bad: bool = False
     """Leave out, and count, records that cannot be used, instead of stopping at the first."""
     features: str | None = None
-    """Folder that `jaxspec features` wrote. Its features are read, and the target's layers are not run."""
+    """Folder that `jaxspec features` wrote, or several joined by commas. Its features are read, and the target's layers
+    are not run."""
     top_k: int | None = None
     """Train on this many log-probabilities from `features`, the rest lumped into one, instead of on the LM head's."""
     workers: int | None = None

@@ -65,8 +65,9 @@ class Args:
     eval: str = "runs/answers_eval.jsonl"
     """The same, held out: for the learning curves."""
     features: str | None = None
-    """Folder that jaxspec features wrote for these conversations: recipes whose needs it meets learn from it and do not
-    run the target, which is quicker; those with a mix, or auxiliary hidden states that it lacks, train as ever."""
+    """Folder, or several joined by commas, that jaxspec features wrote for these conversations: recipes whose needs it
+    meets learn from it and do not run the target, which is quicker; those with a mix, or auxiliary hidden states that
+    it lacks, train as ever."""
     prompts: str | None = None
     """File of prompts to measure tau on. Default: those of --eval."""
     limit: int = 100
@@ -78,8 +79,8 @@ class Args:
     headline: str | None = None
     """Recipes that get all the seeds, such as eagle2,hass; the others then get the first only. Default: all."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size. Repeat
-    the flag for more."""
+    """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size.
+    Repeat the flag for more."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to measure with: chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM. Repeat the flag
     for more. Default: EAGLE-2's dynamic:60x6x10. A drafter that cannot draft so deep gets the tree cut to its depth."""

@@ -173,9 +173,9 @@ class FeatureStore:
         self._fields = [Field(*field) for field in self.about["fields"]]
         self._records = Records(self.folder, counts, self.maker)
         index = shards.read_array(self.folder / INDEX)
-        self._lengths = index["length"]
-        self._order = np.argsort(index["key"], kind="stable")
-        self._sorted = index["key"][self._order]
+        self._lengths, self.stored_keys = index["length"], index["key"]
+        self._order = np.argsort(self.stored_keys, kind="stable")
+        self._sorted = self.stored_keys[self._order]
 
     @property
     def imported(self) -> bool:
@@ -234,6 +234,56 @@ class FeatureStore:
     def empty(self, rows: int, length: int, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns arrays of zeros for a batch, `[B, L, width]`."""
         return {f.name: np.zeros((rows, length, f.width), f.kind) for f in self._fields if f.name in names}
+
+
+class JoinedStores(FeatureStore):
+    """Several stores as one; a document that more than one holds is read from the first of them.
+
+    Raises ValueError where they store other arrays.
+    """
+
+    def __init__(self, stores: Sequence[FeatureStore]) -> None:
+        self.stores = tuple(stores)
+        self.folder, self.about = Path(", ".join(str(s.folder) for s in stores)), stores[0].about
+        for store in stores[1:]:
+            if store.about["fields"] != self.about["fields"] or store.taps != stores[0].taps:
+                raise ValueError(
+                    f"{store.folder}: stores other arrays than {stores[0].folder}: join stores of one kind"
+                )
+        self._starts = np.cumsum([0, *(len(store.stored_keys) for store in stores)])
+        self.stored_keys = np.concatenate([store.stored_keys for store in stores])
+        self._order = np.argsort(self.stored_keys, kind="stable")
+        self._sorted = self.stored_keys[self._order]
+
+    @property
+    def top_k(self) -> int:
+        """The least of the stores' numbers."""
+        return min(store.top_k for store in self.stores)
+
+    def check(self, **facts: Any) -> None:
+        """Raises ValueError as `FeatureStore.check` of the first store that differs."""
+        for store in self.stores:
+            store.check(**facts)
+
+    def read(self, numbers: Sequence[int], names: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """See `FeatureStore`."""
+        part = np.searchsorted(self._starts, numbers, side="right") - 1
+        found: dict[int, dict[str, np.ndarray]] = {}
+        for which, store in enumerate(self.stores):
+            places = np.flatnonzero(part == which).tolist()
+            own = [int(numbers[place] - self._starts[which]) for place in places]
+            found |= dict(zip(places, store.read(own, names), strict=True))
+        return [found[place] for place in range(len(numbers))]
+
+    def empty(self, rows: int, length: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """See `FeatureStore`."""
+        return self.stores[0].empty(rows, length, names)
+
+
+def open_features(names: str) -> FeatureStore:
+    """Returns the store in a folder, or those of several folders joined by commas as one."""
+    stores = [FeatureStore(name.strip()) for name in names.split(",")]
+    return stores[0] if len(stores) == 1 else JoinedStores(stores)
 
 
 class FeatureBatches:

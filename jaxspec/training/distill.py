@@ -18,7 +18,7 @@ from jaxspec.config import DistillConfig, resolve
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.corpus import fingerprint as documents_hash
 from jaxspec.data.draft_vocab import load_maps
-from jaxspec.data.feature_store import FeatureBatches, FeatureStore
+from jaxspec.data.feature_store import FeatureBatches, open_features
 from jaxspec.data.packing import PackedBatches
 from jaxspec.data.pipeline import Batches
 from jaxspec.distillation.compilers import compile_step, under
@@ -184,7 +184,7 @@ def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> T
         return TrainingData(*data)
     if top_k:
         refuse_top_k(config, top_k)
-    store, folder = FeatureStore(config.data.features), target_folder(config.target)
+    store, folder = open_features(config.data.features), target_folder(config.target)
     tokenizer = ChatTokenizer.load(folder, config.data.chat)
     if store.imported:
         # The target may be one whose layers cannot be run or are not there; its activations were of another program.

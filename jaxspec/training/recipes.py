@@ -15,7 +15,7 @@ from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.corpus import Documents, tokenize_conversations
-from jaxspec.data.feature_store import FeatureStore
+from jaxspec.data.feature_store import open_features
 from jaxspec.data.turns import TurnEncoder
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
@@ -150,7 +150,7 @@ def usable_features(config: DistillConfig, target: str, folder: str | None) -> s
         return None
     scored = None if config.draft_vocab is None else 1
     taps = drafter_for(config, read_config(target_folder(target)), scored).module.taps
-    return folder if taps in ((), FeatureStore(folder).taps) else None
+    return folder if taps in ((), open_features(folder).taps) else None
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
