@@ -359,7 +359,7 @@ def test_several_stores_are_read_as_one(folder: Path):
         one, other = whole.train[index], joined.train[index]
         for name in ("features", "taps"):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="small_store: (stores|holds) other arrays than first_store"):
+    with pytest.raises(ValueError, match="small_store: stores other arrays than first_store"):
         open_features("first_store,small_store")
     with pytest.raises(ValueError, match="documents are not stored"):
         reading(*EAGLE3, "data.features=first_store", taps=taps)
