@@ -282,6 +282,8 @@ def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int,
 
 def run(models: Models, todo: list[tuple[int, Conversation]], output: AnswerFile, args: Args) -> tuple[float, int]:
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
+    for choice in [] if args.templates is None else args.templates.choices:
+        models.tokenizer.template.check(dict(choice))
     ending = TurnEncoder(models.tokenizer).unmarked_end()
     if ending is not None:
         sys.stderr.write(

@@ -126,6 +126,14 @@ def test_what_was_emitted_becomes_a_message(folder: Path):
         assert split_calls(text) == (text, [])
 
 
+def test_a_mix_of_variables_that_the_template_does_not_read_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--target", str(folder / "target"), "--prompts", str(folder / "prompts.jsonl"), "--max-new-tokens", "4"]
+    assert main(["regenerate", *words, "--template-mix", "thinking=true:1", "--out", str(tmp_path / "o.jsonl")]) == 1
+    assert "the chat template does not read 'thinking'; it reads enable_thinking" in capsys.readouterr().err
+
+
 def test_mixes_are_drawn_by_weight_and_wrong_ones_refused():
     mix = parse_template_mix("enable_thinking=true:3,enable_thinking=false:1")
     drawn = [mix.draw(5, i)["enable_thinking"] for i in range(400)]
