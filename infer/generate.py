@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> int:
     prompts = given or read_prompts(args.prompts or "")
     failures = find_failures(prompts, args.settings)
     tell_failures(prompts, failures)
+    tell_unread(prompts)
     if len(failures) == len(prompts):
         return cli.EXIT_FAILED
     log = None if args.out is None else Log(Path(args.out), args, prompts)
@@ -157,6 +159,13 @@ def find_failures(prompts: Sequence[Prompt], settings: Settings) -> dict[int, st
         except ValueError as error:
             found.setdefault(index, cli.sentence(error))
     return found
+
+
+def tell_unread(prompts: Sequence[Prompt]) -> None:
+    """Says on stderr which fields of the prompts' lines are not used."""
+    counts = Counter(name for prompt in prompts for name in prompt.unread)
+    for name, count in counts.items():
+        sys.stderr.write(f"jaxspec generate: {count:,} prompts have a field {name}, which is not read\n")
 
 
 def tell_failures(prompts: Sequence[Prompt], failures: dict[int, str]) -> None:

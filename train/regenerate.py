@@ -105,6 +105,8 @@ class Args(Flags):
             raise ValueError("--model names the model of an --endpoint: give that too, or --target")
         if self.endpoint is not None:
             _ = self.server
+            if self.template is not None:
+                raise ValueError("--template is for a target that decodes here; a server has its own: leave it out")
             if self.prompts is None:
                 raise ValueError("--endpoint needs --prompts: user turns are written by a target that decodes here")
         if self.temperatures is not None and self.temperature:
@@ -340,7 +342,7 @@ def print_counts(sources: list[dict[str, Any]], by_temperature: list[dict[str, A
     fate = "kept" if args.keep_unfinished else "dropped"
     sys.stdout.write(
         f"unfinished: an answer reached {args.max_new_tokens} tokens or the target's last position; {fate}.\n"
-        "unfit: a turn has no room in the target's positions, or its template refuses it; cut there, "
+        "unfit: no user's turn, no room in the target's positions, or the template refuses a turn; cut there, "
         "or dropped if it is the first.\n"
         "calls: the last answer calls a function whose result is not recorded; cut there.\n"
     )

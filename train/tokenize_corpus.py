@@ -99,6 +99,9 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"{args.out}: all conversations are already tokenized\n")
     if result["complete"]:
         corpus = StoredCorpus(folder)
+        if not corpus.summary.tokens:
+            left_out = "; ".join(sentences(corpus.counts)) or "it has no text"
+            raise ValueError(f"{args.data}: nothing is left to learn from: {left_out}")
         result |= {**corpus.summary._asdict(), "sources": list(corpus.sources), "left_out": corpus.counts}
         size = sum(path.stat().st_size for path in folder.iterdir())
         result |= {"bytes": size, "bytes_per_token": size / corpus.summary.tokens}

@@ -119,7 +119,8 @@ def _local(word: str) -> str:
                 "(docs/tpu.md says how) and give the path in it"
             )
     if named is None:
-        return word
+        # Shells expand a word's beginning alone; a sentence is no list of files.
+        return word if any(map(str.isspace, word)) else _HOME.sub(lambda found: found[1] + str(Path.home()), word)
     return f"{named['name']}={_HOME.sub(lambda found: found[1] + str(Path.home()), value)}"
 
 

@@ -46,8 +46,10 @@ class Record(NamedTuple):
             return found._replace(place=place)
         try:
             record = json.loads(self.text)
+        except json.JSONDecodeError as error:
+            raise BadRecord("not JSON", f"is not JSON: {error.msg} at column {error.colno}") from error
         except ValueError as error:
-            raise BadRecord("not JSON", str(error)) from error
+            raise BadRecord("not JSON", "holds a number, or bytes, that cannot be read") from error
         except RecursionError:
             raise BadRecord("not JSON", "is nested too deeply to be read") from None
         return parse_conversation(record, id=id, source=self.source)._replace(place=place)
@@ -110,9 +112,11 @@ def read_conversations(
     conversation is unfinished. The text between two form feeds of a `.txt` (`.txt.gz`) file is a plain text too.
     Raises ValueError naming the file and line of the first malformed line, unless `account` skips such.
     """
+    account = account or Account()
     conversations = parse_records(read_records(path, limit=limit), account)
     if not conversations:
-        raise ValueError(f"{path}: holds no conversation")
+        left_out = "".join(f"; {line}" for line in account.sentences())
+        raise ValueError(f"{path}: holds no conversation that can be used{left_out}")
     return conversations
 
 

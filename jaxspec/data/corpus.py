@@ -281,6 +281,8 @@ def _encode(
     for conversation in conversations:
         try:
             talks = conversation.text is None and conversation.ready is None
+            if conversation.ready is not None:
+                turns.check_ids(conversation.ready.ids)
             rendered.append((conversation, turns.render(conversation) if talks else None))
         except ValueError as error:
             account.refuse(conversation.name, error)

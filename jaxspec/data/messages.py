@@ -124,10 +124,10 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
             "preformatted text",
             "`text` is preformatted (`is_preformatted`), so its turns cannot be told apart: give `messages`",
         )
-    if isinstance(fields.get("text"), str) and not {"messages", "conversations", "prompt"} & fields.keys():
+    if "text" in fields and not {"messages", "conversations", "prompt"} & fields.keys():
         text = fields.pop("text")
-        if not text.strip():
-            raise BadRecord("empty", "`text` is empty")
+        if not isinstance(text, str) or not text.strip():
+            raise BadRecord("empty", "`text` is empty" if isinstance(text, str) else "`text` must be text")
         return Conversation(*named, (), text=text, unread=tuple(fields))
     messages, learned, unread = _messages(fields)
     stored = _stored(fields.pop("answers", []), messages)
@@ -169,7 +169,9 @@ def _messages(fields: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[bool, 
     if name is None:
         raise BadRecord("no messages", "has neither `messages` nor `conversations` nor `text`")
     given = fields.pop(name)
-    if name == "prompt" and isinstance(given, str):
+    if name == "prompt" and not isinstance(given, list):
+        if not isinstance(given, str):
+            raise BadRecord("content", "`prompt` must be text, or a list of messages")
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise BadRecord("no messages", f"`{name}` must be a non-empty list")
@@ -194,6 +196,9 @@ def _message(given: object, index: int, unread: list[str]) -> tuple[Message, boo
     if not isinstance(given, dict):
         raise BadRecord("malformed message", f"message {index}: expected a JSON object, found {type(given).__name__}")
     left = {name: value for name, value in given.items() if value is not None}
+    for one, other in (("role", "from"), ("content", "value")):
+        if one in left and other in left:
+            raise BadRecord("malformed message", f"message {index}: has both `{one}` and `{other}`: keep one")
     role = left.pop("role", left.pop("from", None))
     if role in _CALLS:
         return {"role": "assistant", "content": "", "tool_calls": _calls(left.pop("value", ""), index)}, True
@@ -333,7 +338,7 @@ def _ready(ids: object, mask: object) -> ReadyTokens:
 
 def _ids(value: object, name: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [None]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
         raise BadRecord("token ids", f"`{name}` must be a list of token ids")
     return tuple(ids)  # type: ignore[arg-type]
 

@@ -30,6 +30,8 @@ class Prompt(NamedTuple):
     """Descriptions of the functions that the assistant may call."""
     variables: Mapping[str, Any] = types.MappingProxyType({})
     """Variables of the chat template."""
+    unread: tuple[str, ...] = ()
+    """Names of fields of its line that are not used."""
 
     @property
     def name(self) -> str:
@@ -95,7 +97,8 @@ def parse_prompt(line: str, id: str) -> Prompt:
     messages = drop_answers(c.messages)
     empty = "is empty" if isinstance(fields.get("prompt"), str) else "has no user turn"
     problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else empty
-    return Prompt(c.id, messages, problem, settings, c.source, tools=c.tools, variables=c.variables)
+    unread = tuple(name for name in c.unread if name not in SETTINGS)
+    return Prompt(c.id, messages, problem, settings, c.source, "", c.tools, c.variables, unread)
 
 
 def own_settings(record: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,11 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     begun = read_about(folder, settings["format"])
-    changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun.get(k) != v]
+    names = [*settings, *(name for name in begun if name not in settings)]
+    changed = [f"{k}={begun.get(k)!r}, not {settings.get(k)!r}" for k in names if begun.get(k) != settings.get(k)]
+    if changed and not any(folder.glob("[0-9]*.json")):  # nothing is finished that other settings would have made
+        write_json(path, settings)
+        return
     if changed:
         raise ValueError(f"{folder}: was begun with {', '.join(changed)}; give another --out or the same settings")
 
@@ -233,6 +237,20 @@ def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def content_hash(path: Path) -> str:
+    """Returns a short hash of a file's contents: of all of a small file, of 64 pieces of a large one."""
+    size, piece, pieces = path.stat().st_size, 1 << 20, 64
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= piece * pieces:
+            digest.update(file.read())
+        else:
+            for number in range(pieces):
+                file.seek((size - piece) * number // (pieces - 1))
+                digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:

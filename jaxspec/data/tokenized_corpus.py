@@ -82,10 +82,12 @@ def write_corpus(
     chosen = [named.name for named in split_names(names)]
     if split_names(names)[0].weight is not None:
         raise ValueError(f"{names!r}: weights are for data.train; tokenize each apart, and weigh the folders there")
+    files = [path for name in chosen for path in find_files(name)]
     about = {
         "format": FORMAT,
         **tokenizer.fingerprint,
-        "files": [[str(path), path.stat().st_size] for name in chosen for path in find_files(name)],
+        "files": [[str(path), path.stat().st_size] for path in files],
+        "contents": [shards.content_hash(path) for path in files],
         **settings.about(),
         "fields": [list(field) for field in fields],
     }

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer, EncodedConversation
-from jaxspec.data.messages import BadRecord, Conversation, Message
+from jaxspec.data.messages import BadRecord, Conversation, Message, StoredAnswer
 
 Thinking = Literal["told", "record"]
 """Whether a template thinks: as its variables tell, or by whether the record's turn has a thought."""
@@ -177,7 +177,8 @@ class TurnEncoder:
             counts[NO_USER] += 1
         else:
             variables = self._variables(c, message)
-            if stored is not None and self._is_own(c):
+            if stored is not None and self._is_own(c, stored):
+                self.check_ids([*(stored.prompt_ids or ()), *stored.answer_ids])
                 prompt = "" if stored.prompt_ids is not None else self._text(c, before, variables, ask=True)
                 return _Sample(prompt, "", stored.prompt_ids, stored.answer_ids)
             counts[OTHER_IDS] += stored is not None
@@ -190,9 +191,24 @@ class TurnEncoder:
             return None if tail is None else _Sample(prompt, self._to_stop(c, tail, message, counts))
         return None
 
-    def _is_own(self, c: Conversation) -> bool:
-        """Returns whether a conversation's stored ids are this tokenizer's."""
-        return c.made_with.get("tokenizer") in (None, self.tokenizer.fingerprint["tokenizer"])
+    def _is_own(self, c: Conversation, stored: StoredAnswer) -> bool:
+        """Returns whether stored ids are this tokenizer's."""
+        made_by = c.made_with.get("tokenizer")
+        if made_by is not None:
+            return made_by == self.tokenizer.fingerprint["tokenizer"]
+        # A server does not tell its tokenizer; its ids are used where they are the text that it gave.
+        words = c.messages[stored.message]["content"].strip()
+        known = max(stored.answer_ids) < self.tokenizer.vocab_size
+        return known and words in self.tokenizer.decode(stored.answer_ids)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises BadRecord for an id that the tokenizer does not have."""
+        if max(ids, default=0) >= self.tokenizer.vocab_size:
+            raise BadRecord(
+                "token ids",
+                f"holds the token id {max(ids):,}, and the tokenizer has {self.tokenizer.vocab_size:,}: it was made "
+                "for another model",
+            )
 
     def _variables(self, c: Conversation, message: Message) -> Mapping[str, Any]:
         """Returns the variables of one turn."""
@@ -296,11 +312,21 @@ class TurnEncoder:
             if "tool_calls" in message:
                 bare = {name: value for name, value in message.items() if name != "tool_calls"}
                 self._judge(c, "tool calls", c.messages[: i + 1], [*c.messages[:i], bare], i)
+        if c.tools:
+            self._judge(c, "descriptions of tools", c.messages, c.messages, 0, bare=c._replace(tools=()))
 
-    def _judge(self, c: Conversation, kind: str, shown: Sequence[Message], without: Sequence[Message], i: int) -> None:
+    def _judge(
+        self,
+        c: Conversation,
+        kind: str,
+        shown: Sequence[Message],
+        without: Sequence[Message],
+        i: int,
+        bare: Conversation | None = None,
+    ) -> None:
         """Compares once for each kind the texts with and without a part; raises BadRecord where they are equal."""
         if kind not in self._judged:
-            self._judged[kind] = self._text(c, shown, c.variables) == self._try_without(c, without)
+            self._judged[kind] = self._text(c, shown, c.variables) == self._try_without(bare or c, without)
         if self._judged[kind]:
             raise BadRecord(
                 "dropped by the template",

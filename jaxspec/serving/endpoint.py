@@ -97,7 +97,8 @@ class Client:
         except RequestFailed as error:
             self.close()
             raise ServerRefused(f"{error}; is the server up, and is this its address?") from error
-        if not isinstance(found, list) or not found or not isinstance(found[0].get("id"), str):
+        named = isinstance(found, list) and found and isinstance(found[0], dict)
+        if not named or not isinstance(found[0].get("id"), str):
             raise ServerRefused(f"{self.endpoint.base} lists no model; name one with --model")
         return found[0]["id"]
 
@@ -172,7 +173,7 @@ def _httpx() -> Any:
     try:
         return importlib.import_module("httpx")
     except ImportError:
-        raise ValueError('--endpoint needs the package httpx: pip install "jaxspec[endpoint]"') from None
+        raise ValueError("--endpoint needs the package httpx: pip install httpx") from None
 
 
 def wire_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -206,19 +207,23 @@ def read_reply(response: Mapping[str, Any]) -> Reply:
         known = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
         told = {"role": "assistant"} | {name: given[name] for name in known if given.get(name)}
         message = parse_conversation({"messages": [told]}, id="", source="").messages[0]
-    except (LookupError, TypeError, BadRecord) as error:
+    except BadRecord as error:
         raise RequestFailed("unreadable", f"the answer cannot be read: {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RequestFailed("unreadable", "the answer is not one of chat completions: it lacks a message") from error
     if finish not in ("stop", "length", "tool_calls", "function_call"):
         raise RequestFailed(f"finish {finish}", f"the answer ended by {finish!r}")
     ids = _ids(choice.get("token_ids"))
     prompt = _ids(response.get("prompt_token_ids") or choice.get("prompt_token_ids"))
-    usage = response.get("usage") or {}
-    tokens = usage.get("completion_tokens") if ids is None else len(ids)
-    return Reply(message, finish == "length", int(tokens or 0), ids, prompt)
+    usage = response.get("usage")
+    told = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    tokens = len(ids) if ids is not None else told if isinstance(told, int) else 0
+    return Reply(message, finish == "length", tokens, ids, prompt)
 
 
 def _ids(value: object) -> tuple[int, ...] | None:
-    return tuple(value) if isinstance(value, list) and value and all(isinstance(i, int) for i in value) else None
+    ids = value if isinstance(value, list) else []
+    return tuple(ids) if ids and all(isinstance(i, int) and 0 <= i < 2**31 for i in ids) else None
 
 
 def _asked_wait(header: str | None, otherwise: float) -> float:

@@ -59,6 +59,8 @@ class Models(NamedTuple):
             raise ValueError("is empty")
         if np.min(tokens) < 0 or np.max(tokens) >= self.config.vocab:
             raise ValueError(f"has a token outside the target's vocabulary of {self.config.vocab:,}")
+        if settings.stop_ids and max(settings.stop_ids) >= self.config.vocab:
+            raise ValueError(f"has a stop id outside the target's vocabulary of {self.config.vocab:,}")
         room = self.config.max_positions - len(tokens)
         if room < 1:
             raise ValueError(

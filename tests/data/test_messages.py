@@ -106,6 +106,8 @@ def test_tools_system_texts_variables_and_loss_flags_are_kept():
         ([{"role": "system", "content": "a"}, U], {"system": "b"}, "another system message: keep one"),
         ([U, A], {"answers": [{"message": 0, "answer_ids": [1]}]}, "is of no assistant turn"),
         ([U, A], {"answers": [{"message": 1, "answer_ids": [-1]}]}, "`answer_ids` must be a list of token ids"),
+        ([U, A], {"answers": [{"message": 1, "answer_ids": [2**70]}]}, "`answer_ids` must be a list of token ids"),
+        ([{"role": "user", "from": "gpt", "content": "x"}], {}, "message 0: has both `role` and `from`: keep one"),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(messages: list[Any], fields: dict[str, Any], sentence: str):
@@ -248,3 +250,34 @@ def test_without_skipping_the_first_odd_record_is_one_sentence(chat: ChatTokeniz
             tokenize_conversations(read_conversations(path), chat, length=64)
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 600, error
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [({"text": 5}, "`text` must be text"), ({"prompt": 5}, "`prompt` must be text, or a list of messages")],
+)
+def test_a_field_of_another_type_is_named(record: dict[str, Any], sentence: str):
+    with pytest.raises(BadRecord, match=sentence):
+        parse_conversation(record, id="1", source="s")
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(chat: ChatTokenizer, tmp_path: Path):
+    stored = {"messages": [U, A], "answers": [{"message": 1, "answer_ids": [10**6]}], "made_with": chat.fingerprint}
+    for record in ({"input_ids": [1, 10**6], "loss_mask": [0, 1]}, stored):
+        path = write(tmp_path / "ids.jsonl", record)
+        with pytest.raises(ValueError, match=r"ids\.jsonl, line 1: .*holds the token id 1,000,000, and the"):
+            tokenize_conversations(read_conversations(path), chat, length=64)
+
+
+def test_ids_of_an_unknown_tokenizer_are_used_where_they_are_the_text(chat: ChatTokenizer):
+    """A server tells no tokenizer."""
+    right = [*chat.encode("a").tolist(), chat.tokenizer.token_to_id("<|im_end|>")]
+    for ids, expected in ((right, right), ([9, 9], right)):
+        c = parse(U, A, answers=[{"message": 1, "answer_ids": ids}], made_with={"model": "m"})
+        corpus = tokenize_conversations([c], chat, length=64)
+        assert corpus.tokens[corpus.assistant_mask].tolist() == expected
+
+
+def test_tools_that_a_template_does_not_show_are_named(chat: ChatTokenizer):
+    with pytest.raises(ValueError, match="the chat template drops descriptions of tools without a word"):
+        tokenize_conversations([parse(U, A, tools=[{"name": "f"}])], chat, length=64)

@@ -229,3 +229,23 @@ def test_worker_processes_give_the_same_batches_and_resume_where_a_thread_stoppe
     alone.close()
     assert len(rest) == len(batches) - 5
     assert all(same(batch, batches[i]) for i, batch in enumerate(rest, 5))
+
+
+def test_a_folder_in_which_nothing_is_finished_takes_other_settings(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The advice to skip bad records works in the folder that the advice was given for; edited data is other data."""
+    path, out = tmp_path / "q.jsonl", tmp_path / "out"
+    good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    path.write_text(f"{good}\n{{bad\n")
+    words = ["tokenize", str(path), "--out", str(out), "--target", str(folder / "tokenizer")]
+    assert main(words) == 1
+    assert "line 2: is not JSON" in capsys.readouterr().err
+    assert main([*words, "--skip-bad"]) == 0
+    assert "1 records left out: not JSON" in capsys.readouterr().out
+    path.write_text(path.read_text().replace('"b"', '"c"'))
+    assert main([*words, "--skip-bad"]) == 1
+    assert "was begun with contents=" in capsys.readouterr().err
+    path.write_text("{bad\n")
+    assert main([*words[:2], "--out", str(tmp_path / "none"), *words[4:], "--skip-bad"]) == 1
+    assert "nothing is left to learn from: 1 records left out: not JSON" in capsys.readouterr().err

@@ -301,6 +301,27 @@ def test_a_call_without_a_recorded_result_ends_its_conversation(serve: Callable[
     assert {r["finish"] for r in records(out).values()} == {"calls"}
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        {},
+        {"choices": []},
+        {"choices": [None]},
+        {"choices": [{"message": None, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": "x"}}]},
+    ],
+)
+def test_answers_that_are_none_are_failures_of_one_conversation(response: dict[str, Any]):
+    with pytest.raises(endpoint.RequestFailed):
+        endpoint.read_reply(response)
+
+
+def test_figures_and_ids_that_cannot_be_are_not_used():
+    reply = endpoint.read_reply(said("x") | {"usage": "x", "prompt_token_ids": [10**30]})
+    assert (reply.tokens, reply.answer_ids, reply.prompt_ids) == (3, (7, 8, 9), None)
+
+
 def test_addresses_are_completed_and_wrong_ones_refused():
     assert Endpoint("http://a:1").base == "http://a:1/v1" and Endpoint("https://a/x/v2/").base == "https://a/x/v2"
     wrong: list[dict[str, Any]] = [{"url": "a:1"}, {"url": "http://a", "tries": 0}, {"url": "http://a", "timeout": 0.0}]
