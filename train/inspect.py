@@ -1,6 +1,7 @@
 """Show the contents of a folder: family or kind of drafter, shapes, dtype, conventions, and formats to export to.
 
-Of hidden states that another project dumped it says whose they are, and whether `jaxspec import features` takes them.
+Of hidden states that another project dumped it says whose they are, and whether `jaxspec import features` takes them;
+of tokenized corpora and feature stores, what they hold.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 from tyro.conf import Positional
 
 from jaxspec.console import cli, results, tables
+from jaxspec.data.feature_store import FeatureStore
+from jaxspec.data.shards import ABOUT
+from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.interchange import dumps, export
 from jaxspec.interchange.dumps import Dump
 from jaxspec.parallel.agreement import say
@@ -24,8 +28,8 @@ class Args:
     """Command line of `jaxspec inspect`."""
 
     path: Positional[str]
-    """Folder of a run, of a drafter (jaxspec's or a published one), of a target, or of hidden states that another
-    project dumped; `tiny` is the bundled target."""
+    """Folder of a run, of a drafter (jaxspec's or a published one), of a target, of a tokenized corpus, of features, or
+    of hidden states that another project dumped; `tiny` is the bundled target."""
     target: str | None = None
     """Folder of a drafter's target; EAGLE-3 heads that do not say which layers they read need it."""
     json: Path | None = None
@@ -38,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec inspect", description=__doc__ or "")
     if not (Path(args.path) / "config.json").is_file() and (dump := dumps.find_dump(args.path)) is not None:
         show_dump(args, dump, started)
+        return 0
+    if (Path(args.path) / ABOUT).is_file():
+        show_data(args, started)
         return 0
     model = export.find_model(args.path, target=args.target)
     if args.target is not None and model.layout != "published":
@@ -52,6 +59,25 @@ def main(argv: Sequence[str]) -> int:
         more = {"shapes": shapes, "convention": told, "notes": model.notes}
         results.write_json(args.json, results.result("inspect", seed=None, started=started, **facts, **more))
     return 0
+
+
+def show_data(args: Args, started: float) -> None:
+    """Shows what a tokenized corpus or a feature store holds, and how it was made."""
+    if args.target is not None:
+        raise ValueError(f"--target is for published heads, and {args.path} holds data: leave it out")
+    if is_corpus(args.path):
+        corpus = StoredCorpus(args.path)
+        held = {**corpus.summary._asdict(), "sources": ", ".join(corpus.sources), **corpus.counts}
+        about = corpus.about
+    else:
+        store = FeatureStore(args.path)
+        held, about = {"documents": len(store.stored_keys)}, store.about
+    facts = {"path": args.path, **held, **{name: value for name, value in about.items() if name not in held}}
+    tables.print_table(args.path, ("", ""), [(name, str(value)) for name, value in facts.items()])
+    if args.json:
+        results.write_json(
+            args.json, results.result("inspect", seed=None, started=started, **{**facts, "kind": "data"})
+        )
 
 
 def show_dump(args: Args, dump: Dump, started: float) -> None:

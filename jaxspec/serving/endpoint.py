@@ -97,10 +97,11 @@ class Client:
         except RequestFailed as error:
             self.close()
             raise ServerRefused(f"{error}; is the server up, and is this its address?") from error
-        named = isinstance(found, list) and found and isinstance(found[0], dict)
-        if not named or not isinstance(found[0].get("id"), str):
+        first = found[0] if isinstance(found, list) and found else None
+        name = first.get("id") if isinstance(first, dict) else None
+        if not isinstance(name, str):
             raise ServerRefused(f"{self.endpoint.base} lists no model; name one with --model")
-        return found[0]["id"]
+        return name
 
     def complete(self, dialogue: Dialogue, settings: Settings) -> Reply:
         """Returns the server's answer to what a dialogue asks. Raises RequestFailed, and ServerRefused."""

@@ -243,6 +243,9 @@ def test_a_folder_in_which_nothing_is_finished_takes_other_settings(
     assert "line 2: is not JSON" in capsys.readouterr().err
     assert main([*words, "--skip-bad"]) == 0
     assert "1 records left out: not JSON" in capsys.readouterr().out
+    assert main(["inspect", str(out), "--json", str(tmp_path / "held.json")]) == 0
+    held = json.loads((tmp_path / "held.json").read_text())
+    assert (held["documents"], held["records left out: not JSON"], held["format"]) == (1, 1, "jaxspec-corpus/1")
     path.write_text(path.read_text().replace('"b"', '"c"'))
     assert main([*words, "--skip-bad"]) == 1
     assert "was begun with contents=" in capsys.readouterr().err
