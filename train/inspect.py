@@ -75,7 +75,7 @@ def show_data(args: Args, started: float) -> None:
     facts = {"path": args.path, **held, **{name: value for name, value in about.items() if name not in held}}
     tables.print_table(args.path, ("", ""), [(name, str(value)) for name, value in facts.items()])
     if args.json:
-        told = {"dtype": "int32", "seed": None} | facts | {"kind": "data"}
+        told: dict[str, Any] = {"dtype": "int32", "seed": None} | facts | {"kind": "data"}
         results.write_json(args.json, results.result("inspect", started=started, **told))
 
 
