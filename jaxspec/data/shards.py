@@ -183,8 +183,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     begun = read_about(folder, settings["format"])
-    names = [*settings, *(name for name in begun if name not in settings)]
-    changed = [f"{k}={begun.get(k)!r}, not {settings.get(k)!r}" for k in names if begun.get(k) != settings.get(k)]
+    changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun.get(k) != v]
     if changed and not any(folder.glob("[0-9]*.json")):  # nothing is finished that other settings would have made
         write_json(path, settings)
         return

@@ -54,10 +54,10 @@ class CorpusSettings:
     """Whether conversations that cannot be used are left out, and counted."""
 
     def about(self) -> dict[str, Any]:
-        """Returns the settings as a corpus notes them; those of later versions only where they are not the defaults."""
+        """Returns the settings as a corpus notes them; those of later versions are None at their defaults."""
         turns = {name: value for name, value in asdict(self.turns).items() if value != getattr(EVERY_TURN, name)}
         found = {"length": self.length, "limit": self.limit, "shard_documents": self.shard_documents}
-        return found | ({"turns": turns} if turns else {}) | ({"skip_bad": True} if self.skip_bad else {})
+        return found | {"turns": turns or None, "skip_bad": self.skip_bad or None}
 
 
 def write_corpus(
@@ -279,7 +279,7 @@ class StoredCorpus:
 
     def check(self, tokenizer: ChatTokenizer, turns: TurnOptions = EVERY_TURN) -> None:
         """Raises ValueError if it was made with another tokenizer or template, or of other turns."""
-        made = TurnOptions(**self.about.get("turns", {}))
+        made = TurnOptions(**(self.about.get("turns") or {}))
         if made != turns:
             raise ValueError(
                 f"{self.folder}: was tokenized with {made}, not {turns}; give jaxspec tokenize the same flags as the "
