@@ -164,6 +164,10 @@ def main(argv: list[str]) -> int:
     seconds = {"wall_seconds": time.monotonic() - started}
     result |= {"left_out": dict(account.counts), "failures": count_failures(failures), **seconds}
     print_counts(result["sources"], result["by_temperature"], args)
+    unfit = [record["id"] for record in output.done.values() if record["finish"] == UNFIT]
+    if unfit:
+        shown = ", ".join(map(repr, unfit[:5])) + (f" and {len(unfit) - 5:,} more" if len(unfit) > 5 else "")
+        sys.stderr.write(f"jaxspec regenerate: unfit are {shown}\n")
     if args.json:
         results.write_json(args.json, result)
     return verdict(args, output, result, failures)

@@ -258,7 +258,8 @@ def test_prompts_without_a_question_are_said_to_be_that(tmp_path, target, capsys
     assert main(
         ["regenerate", "--out", str(tmp_path / "o"), "--target", str(target), "--prompts", str(tmp_path / "text.txt")]
     )
-    assert "has no user turn that the target can answer" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "has no user turn that the target can answer" in shown and "unfit are 'text.txt:1'" in shown
 
 
 def test_runs_hold_what_is_said_before_each_answer():
