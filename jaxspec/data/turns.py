@@ -47,6 +47,7 @@ class TurnOptions:
 EVERY_TURN = TurnOptions()
 """The options by default."""
 
+# Kinds of turns that are counted, by the words that say it.
 EMPTY = "empty answers"
 NO_USER = "answers without a user's turn before"
 OFF = "answers switched off by their record"
@@ -57,10 +58,6 @@ CUT = "answers cut at the row's end"
 OTHER_IDS = "stored answers of another tokenizer, encoded anew"
 NOT_ASKED = "answers beyond those asked for"
 NO_STOP = "answers whose end the template does not mark by a stop token"
-KINDS = (EMPTY, NO_USER, OFF, FORGOTTEN, AGAINST, NO_ROOM, CUT, OTHER_IDS, NOT_ASKED, NO_STOP)
-"""Kinds of turns that are counted, by the words that say it."""
-LEFT_OUT = (EMPTY, NO_USER, OFF, AGAINST, NO_ROOM, NOT_ASKED)
-"""Those of `KINDS` whose answer is not trained on."""
 
 
 class _Sample(NamedTuple):
@@ -86,7 +83,7 @@ class Encoded(NamedTuple):
 
     rows: list[EncodedConversation]
     counts: Mapping[str, int]
-    """Numbers of turns by `KINDS`."""
+    """Numbers of turns, by the words that say what became of them."""
 
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -13,8 +13,10 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.messages import BadRecord, parse_conversation, to_record
-from jaxspec.data.turns import CUT, LEFT_OUT
+from jaxspec.data.turns import AGAINST, CUT, EMPTY, NO_ROOM, NO_USER, NOT_ASKED, OFF
 
+LEFT_OUT = (EMPTY, NO_USER, OFF, AGAINST, NO_ROOM, NOT_ASKED)
+"""What is counted about answers that are not trained on."""
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
