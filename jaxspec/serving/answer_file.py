@@ -25,6 +25,9 @@ class AnswerFile:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.state_path = path, path.with_name(f"{path.name}.state")
+        if self.state_path.exists():
+            jsonl.hold(self.state_path, of=path)
+            jsonl.drop_torn_line(self.state_path)
         begun = jsonl.read_lines(self.state_path)[:1]
         if not begun and path.exists() and path.stat().st_size:
             raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
@@ -94,6 +97,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def asked_of(messages: Sequence[dict[str, Any]], count: int | None = None) -> tuple[str, int]:
-    """Returns a hash of the first `count` messages of others (None: all), and their number."""
-    others = [[m["role"], m["content"]] for m in messages if m["role"] != "assistant"][:count]
+    """Returns a hash of the first `count` messages of users and systems (None: all), and their number."""
+    # Results of tools are left out: which of them follow depends on the target's own calls.
+    others = [[m["role"], m["content"]] for m in messages if m["role"] not in ("assistant", "tool")][:count]
     return hashlib.sha256(json.dumps(others).encode()).hexdigest()[:16], len(others)

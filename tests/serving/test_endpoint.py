@@ -293,6 +293,23 @@ def test_calls_get_their_recorded_results_and_thoughts_stay_with_their_query(
     assert parse_conversation(found, id="", source="").messages[1]["tool_calls"][0]["function"]["name"] == "weather"
 
 
+def test_a_conversation_whose_calls_the_server_did_not_make_is_known_again(
+    serve: Callable[..., Server], tmp_path: Path
+):
+    turns = [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    turns += [{"role": "tool", "content": "rain"}, {"role": "user", "content": "thanks"}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": "t", "messages": turns}))
+    server, out = serve(), tmp_path / "out.jsonl"
+    for _ in range(2):
+        assert run(server, tmp_path / "t.jsonl", out)[0] == 0
+    assert sum(server.seen.values()) == 2  # its two turns, once
+
+
+def test_a_state_that_a_kill_left_half_written_is_begun_anew(serve: Callable[..., Server], tmp_path: Path):
+    (tmp_path / "out.jsonl.state").write_text('{"target": "ti')
+    assert run(serve(), questions(tmp_path / "q.jsonl", 2), tmp_path / "out.jsonl")[0] == 0
+
+
 def test_a_call_without_a_recorded_result_ends_its_conversation(serve: Callable[..., Server], tmp_path: Path):
     server = serve(lambda handler, body, before: handler.reply(said("", "tool_calls", tool_calls=[CALL])))
     out = tmp_path / "out.jsonl"
