@@ -93,7 +93,7 @@ def split_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 def _json_call(text: str) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
@@ -122,7 +122,7 @@ def _of_values(name: str, values: Sequence[tuple[str, str]]) -> dict[str, Any] |
     for key, value in values:
         try:
             read[key.strip()] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             read[key.strip()] = value
     return _call(name, json.dumps(read, ensure_ascii=False))
 
@@ -130,7 +130,7 @@ def _of_values(name: str, values: Sequence[tuple[str, str]]) -> dict[str, Any] |
 def _call(name: str, arguments: str) -> dict[str, Any] | None:
     try:
         values = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None

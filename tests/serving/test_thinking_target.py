@@ -122,7 +122,7 @@ def test_what_was_emitted_becomes_a_message(folder: Path):
         assert (content, call["function"]) == ("", {"name": "f", "arguments": arguments})
         assert message(text, tools=True)["tool_calls"][0]["function"]["name"] == "f"
         assert "tool_calls" not in message(text)
-    for text in ("<tool_call>{</tool_call>", '{"a": 1}', "[1]", "say <tool_call>"):
+    for text in ("[" * 99_999, "<tool_call>{</tool_call>", '{"a": 1}', "[1]", "say <tool_call>"):
         assert split_calls(text) == (text, [])
 
 
