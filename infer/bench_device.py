@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench device", description=__doc__ or "")
     deadline = time.time() + 60 * args.minutes
-    journal = Journal(Path(args.out), args.plan.journal_settings)
+    journal = Journal(Path(args.out), args.plan.journal_settings, lent=args.job is not None)
     if args.job is not None:
         measure_job(args, journal, deadline)
         return 0

@@ -61,14 +61,18 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def journal(path: Path, settings: dict[str, Any], *, of: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def journal(
+    path: Path, settings: dict[str, Any], *, of: Path, fields: Sequence[str], lent: bool = False
+) -> list[dict[str, Any]]:
     """Returns the records noted at `path` so far; the first line of the file holds the settings they were made with.
 
-    Begins the file if there is none. Raises ValueError if the file was begun with other settings, in a sentence about
+    Begins the file if there is none. This process holds it until it ends; one that is `lent` is held by the process
+    that started this one, and waits for it. Raises ValueError if the file was begun with other settings, in a sentence about
     the output `of` that is being made, and naming the first line that lacks one of `fields`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hold(path, of=of)
+    if not lent:
+        hold(path, of=of)
     drop_torn_line(path)
     lines = read_lines(path)
     if not lines:

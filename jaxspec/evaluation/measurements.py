@@ -50,12 +50,13 @@ class Spent(NamedTuple):
 class Journal:
     """The lines of `measured.jsonl` in a folder, below the settings the folder was begun with.
 
-    Raises ValueError where the folder was begun with other settings.
+    One process holds it; the processes that this one starts, and waits for, take it as `lent`. Raises ValueError where
+    the folder was begun with other settings, or where another process holds it.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], *, lent: bool = False) -> None:
         self.folder, self.path = folder, folder / "measured.jsonl"
-        self.lines = jsonl.journal(self.path, settings, of=folder, fields=("event",))
+        self.lines = jsonl.journal(self.path, settings, of=folder, fields=("event",), lent=lent)
 
     def note(self, event: str, **fields: Any) -> None:
         """Adds a line; it is on disk when this returns."""

@@ -23,7 +23,7 @@ def measure(m):
     if m.kind == {kind!r}:
         {action}
     return {{"seconds": 1.0}}
-work_through(plan.measurements(), measure, Journal(Path({folder!r}), {settings!r}), 1e12)
+work_through(plan.measurements(), measure, Journal(Path({folder!r}), {settings!r}, lent=True), 1e12)
 """
 
 
