@@ -96,7 +96,13 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"export", "import_features"},
         {"import_target"},
     ),
-    "lab": ({"costs", "profile"},),
+    "lab": (
+        {"costs", "forest", "profile"},
+        {"acceptance", "cost_model", "replay", "simulate"},
+        {"shapes"},
+        {"candidates"},
+        {"search"},
+    ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (
         {"cache", "kernels", "norm", "options", "remat", "rope", "weights"},
@@ -124,7 +130,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"distill", "pretrain"},
         {"recipes"},
     ),
-    "trees": ({"children", "shape"}, {"best_first", "dynamic", "static"}),
+    "trees": ({"children", "shape", "tree_file"}, {"best_first", "dynamic", "static"}),
     "verify": ({"path", "rejection"}, {"rules"}),
 }
 PROGRAMS = {"train", "infer", "configs"}  # nothing imports them; __main__ and config find them by name

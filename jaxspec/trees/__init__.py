@@ -7,6 +7,7 @@ import dataclasses
 from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
 from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, parse_paths
+from jaxspec.trees.tree_file import is_tree_file, read_tree, write_tree
 
 __all__ = [
     "EAGLE1_PATHS",
@@ -16,8 +17,11 @@ __all__ = [
     "StaticTree",
     "chain",
     "cut_tree",
+    "is_tree_file",
     "parse_paths",
     "parse_tree",
+    "read_tree",
+    "write_tree",
 ]
 
 NAMED = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
@@ -31,8 +35,10 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
 
     `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:medusa`, `static:0,1,00,01`,
     `dynamic:60x6x10` (nodes x depth x beam; EAGLE-2's own setting), `best_first:60x4x10` (nodes x depth x
-    width, for Medusa and ParallelSpec). Raises ValueError for anything else.
+    width, for Medusa and ParallelSpec), or a tree file, `FILE.json`. Raises ValueError for anything else.
     """
+    if is_tree_file(text):
+        return _from_file(text.strip())
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
         return chain(0)
@@ -46,8 +52,19 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
             return GROWN[kind](*map(int, sizes))
     raise ValueError(
         f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, "
-        "best_first:NODESxDEPTHxWIDTH"
+        "best_first:NODESxDEPTHxWIDTH, FILE.json"
     )
+
+
+def _from_file(path: str) -> StaticTree | DynamicTree | BestFirstTree:
+    """Returns the tree of a tree file. Raises ValueError naming the file and what is wrong with it."""
+    spec = read_tree(path)["spec"]
+    if is_tree_file(spec):  # files that name each other would never end
+        raise ValueError(f"{path}: its spec names another file, {spec!r}: write the tree itself there")
+    try:
+        return parse_tree(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def cut_tree(tree: StaticTree | DynamicTree | BestFirstTree, depth: int) -> StaticTree | DynamicTree | BestFirstTree:
