@@ -39,7 +39,7 @@ from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import SENSIBLE, VARIED, RewriteOptions, UserTurn, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
-from jaxspec.trees import parse_tree
+from jaxspec.trees import parse_tree, resolve_tree
 
 FINALISTS = 3
 """Trees that are measured more than once."""
@@ -96,7 +96,8 @@ class Args:
     steps: int | None = None
     """Training steps of 8 rows of 256 tokens; default: 400, or 200."""
     trees: tuple[str, ...] | None = None
-    """Trees to measure, of which the fastest is used; default: four or five small ones."""
+    """Trees to measure, as --tree of jaxspec generate names them, of which the fastest is used; default: four or five
+    small ones."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     seed: int = 0
@@ -118,6 +119,8 @@ class Args:
     def sizes(self, models: Models) -> Sizes:
         """Returns the sizes that are given, the others as they suit the target."""
         given = {name: value for name in Sizes._fields if (value := getattr(self, name, None)) is not None}
+        if self.trees is not None:
+            given["trees"] = tuple(map(resolve_tree, self.trees))
         return usual_sizes(models)._replace(**given)
 
 

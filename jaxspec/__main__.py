@@ -40,6 +40,8 @@ VERBS = {
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
+    "lab search": Verb("jaxspec.infer.lab_search", "find the draft tree of the most tokens per second"),
+    "lab table": Verb("jaxspec.infer.lab_table", "find the best draft tree for every batch and context"),
     "bench device": Verb("jaxspec.infer.bench_device", "measure an accelerator within some minutes"),
 }
 

@@ -98,10 +98,11 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "lab": (
         {"costs", "forest", "profile"},
-        {"acceptance", "cost_model", "replay", "simulate"},
+        {"acceptance", "cost_model", "drawing", "replay", "simulate"},
         {"shapes"},
         {"candidates"},
         {"search"},
+        {"flags"},
     ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (

@@ -86,7 +86,7 @@ class Args:
     decode_capacity: int = 4096
     """Cache slots of each."""
     decode_tree: str = "dynamic:60x6x10"
-    """Draft tree."""
+    """Draft tree, as --tree of jaxspec generate names it."""
     plot: Path | None = None
     """Draw memory and time into this PNG."""
     json: Path | None = None

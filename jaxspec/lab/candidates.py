@@ -106,13 +106,16 @@ def find_candidates(
     limits = dataclasses.replace(limits, depth=depth, nodes=min(limits.nodes, max(limits.allow(c) for c in costs)))
     skip = profile.facts.get("mode", "topk") == "topk"
     text, kept = (acceptance_table(profile, given=given) for given in ("text", "kept"))
-    drawn = set(_drawn([text, kept], _loose(profile, None), limits, skip))
+    # Side branches may be harder than the main one for any drafter; the replay says where that counts.
+    side = acceptance_table(profile, given="kept", by_parent=True)
+    drawn = set(_drawn([text, kept, side], _loose(profile, None), limits, skip))
     first = _best_rated(drawn, kept, costs, limits, most)
     replayed = _replayed(profile, first, kept, len(drawn))
     best = {int(replayed.rates(cost, limits).argmax()) for cost in costs}
     starts = np.concatenate([rounds_of(profile, replayed.forest.shapes[i])[0] for i in best])
     rounds = acceptance_table(profile, starts=starts, given="kept")
-    again = set(_drawn([rounds], _loose(profile, starts), limits, skip)) - drawn
+    sides = acceptance_table(profile, starts=starts, given="kept", by_parent=True)
+    again = set(_drawn([rounds, sides], _loose(profile, starts), limits, skip)) - drawn
     second = _best_rated(again, rounds, costs, limits, max(most - len(first), most // 4))
     return _replayed(profile, list(dict.fromkeys([*first, *second])), rounds, len(drawn | again))
 

@@ -103,11 +103,24 @@ def _walk_all(length_SU: np.ndarray, node_T: np.ndarray, first_P: np.ndarray, en
 
 def rounds_of(profile: Profile, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Returns the starts at which rounds of this tree begin, and the tokens that each accepts. Raises as `replay`."""
+    if profile.facts.get("mode", "topk") != "topk":
+        _check_in_turn(shape, str(profile.facts["mode"]))
     forest = make_forest([shape])
     length_T = forest.lengths(0, 1)[0][place_starts(profile, forest)].astype(np.int64)
     at = np.concatenate([np.zeros(0, np.int64), *_walk(length_T, *bounds(profile))])
     at.sort()
     return at, length_T[at]
+
+
+def _check_in_turn(shape: Shape, mode: str) -> None:
+    """Raises ValueError for a tree that leaves ranks out, whose children would be other draws than the profile's."""
+    known = set(shape)
+    for path in shape:
+        if path[-1] and (*path[:-1], path[-1] - 1) not in known:
+            raise ValueError(
+                f"the profile is of the draft mode {mode}, whose children are drawn in turn: tree path {path} needs "
+                "the ranks before it"
+            )
 
 
 def _walk(length_T: np.ndarray, first_P: np.ndarray, end_P: np.ndarray) -> Iterator[np.ndarray]:

@@ -21,6 +21,7 @@ __all__ = [
     "parse_paths",
     "parse_tree",
     "read_tree",
+    "resolve_tree",
     "write_tree",
 ]
 
@@ -65,6 +66,15 @@ def _from_file(path: str) -> StaticTree | DynamicTree | BestFirstTree:
         return parse_tree(spec)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def resolve_tree(text: str) -> str:
+    """Returns the text of a tree, that of a tree file in the file's place: what a record keeps when the file is gone.
+
+    Raises ValueError for a text that `parse_tree` refuses.
+    """
+    tree = parse_tree(text)
+    return tree.spec if is_tree_file(text) else text
 
 
 def cut_tree(tree: StaticTree | DynamicTree | BestFirstTree, depth: int) -> StaticTree | DynamicTree | BestFirstTree:

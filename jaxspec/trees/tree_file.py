@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxspec.console.disk import writing
+from jaxspec.console.results import write_json
 
 FORMAT = "jaxspec tree 1"
 SUFFIX = ".json"
@@ -20,10 +20,7 @@ def is_tree_file(text: str) -> bool:
 
 def write_tree(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     """Writes a tree file, and makes its folder. `tree` has `spec`, and whatever else a reader is to know; JSON."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path):
-        path.write_text(json.dumps({"format": FORMAT, **tree}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, {"format": FORMAT, **tree})
 
 
 def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
