@@ -159,7 +159,7 @@ def _groups(rows: Iterable[CostRow], field: str) -> list[tuple[int, list[CostRow
 
 def _check_reach(known: np.ndarray, asked: int, what: str) -> None:
     """Raises ValueError for a size too far from the known ones, which ascend."""
-    if asked > REACH * known[-1] or ((len(known) > 1 or known[0] > asked) and asked * REACH < known[0]):
+    if asked > REACH * known[-1] or asked * REACH < known[0]:
         raise ValueError(
             f"{what} lies more than {REACH:g} times off the costs, which go from {known[0]} to {known[-1]}: cost a "
             "grid that holds it with `jaxspec lab cost`"
