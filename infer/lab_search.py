@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
 from jaxspec.lab.acceptance import acceptance_table, product_gap
-from jaxspec.lab.cost_model import RoundCost, round_cost
+from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.drawing import draw
 from jaxspec.lab.flags import SearchFlags, numbers
 from jaxspec.lab.forest import Shape
+from jaxspec.lab.optimal import edge_sensitivity
 from jaxspec.lab.replay import node_shares
 from jaxspec.lab.search import Choice, Rated, Search, frontier
-from jaxspec.lab.shapes import edge_sensitivity
 from jaxspec.trees import write_tree
 
 LONGEST = 60
@@ -94,7 +94,7 @@ def run_search(args: Args) -> Searched:
     others = [batch for batch in grid if batch not in args.batches and fits(args, batch, context)]
     cells = [(batch, context) for batch in sorted([*args.batches, *others])]
     search = args.search(cells)
-    costs = {batch: round_cost(args.inputs.costs, batch, context) for batch, _ in cells}
+    costs = {batch: args.cost_at(batch, context) for batch, _ in cells}
     choices = {batch: search.choose(cost) for batch, cost in costs.items()}
     asked = [choices[batch].chosen for batch in args.batches]
     by_latency = args.objective == "latency"
@@ -105,7 +105,7 @@ def run_search(args: Args) -> Searched:
 def fits(args: Args, batch: int, context: int) -> bool:
     """Returns whether a batch that was not asked for can be on the frontier: by the costs and the caches' memory."""
     try:
-        args.limits.allow(round_cost(args.inputs.costs, batch, context))
+        args.limits.allow(args.cost_at(batch, context))
     except ValueError:
         return False
     return True
@@ -188,6 +188,8 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     ]
     tables.print_table("If it were off", ["error", "tokens/s", "best tree then", "lost"], errors)
     of = result["made_from"]
+    if of["profile"]["simulated_texts"]:
+        sys.stdout.write("the profile holds rates alone: prompts are simulated, with independent draws\n")
     sys.stdout.write(
         f"{result['shapes_tried']:,} shapes, {result['shapes_replayed']:,} replayed on {of['prompts_choosing']} "
         f"prompts; figures are of {of['prompts_reporting']} others, intervals by resampling prompts; costs are "

@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
-from jaxspec.lab.cost_model import round_cost
 from jaxspec.lab.flags import SearchFlags, numbers
 from jaxspec.lab.search import Choice
 
@@ -59,7 +58,7 @@ def make_table(args: Args) -> dict[str, Any]:
     contexts = list(known[1]) if args.contexts is None else numbers("--contexts", args.contexts)
     cells = [(batch, context) for context in contexts for batch in batches]
     search = args.search(cells)
-    rows = [make_row(search.choose(round_cost(args.inputs.costs, *cell))) for cell in cells]
+    rows = [make_row(search.choose(args.cost_at(*cell))) for cell in cells]
     chains = all(row["nodes"] == row["depth"] + 1 for row in rows)
     return {
         "format": FORMAT,

@@ -116,11 +116,16 @@ class Args:
         name = "quickstart" if self.target == "tiny" else f"quickstart_{Path(self.target).stem}"
         return self.folder or Path("runs") / name
 
+    @property
+    def given_trees(self) -> tuple[str, ...] | None:
+        """The trees given, those of files by what they hold, as the drafter's folder keeps one."""
+        return None if self.trees is None else tuple(map(resolve_tree, self.trees))
+
     def sizes(self, models: Models) -> Sizes:
         """Returns the sizes that are given, the others as they suit the target."""
         given = {name: value for name in Sizes._fields if (value := getattr(self, name, None)) is not None}
-        if self.trees is not None:
-            given["trees"] = tuple(map(resolve_tree, self.trees))
+        if self.given_trees is not None:
+            given["trees"] = self.given_trees
         return usual_sizes(models)._replace(**given)
 
 

@@ -99,7 +99,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "lab": (
         {"costs", "forest", "profile"},
         {"acceptance", "cost_model", "drawing", "replay", "simulate"},
-        {"shapes"},
+        {"optimal"},
         {"candidates"},
         {"search"},
         {"flags"},

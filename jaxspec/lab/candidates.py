@@ -10,9 +10,9 @@ import numpy as np
 from jaxspec.lab.acceptance import AcceptanceTable, acceptance_table
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.forest import Forest, Shape, make_forest, shape_of
+from jaxspec.lab.optimal import beam, heap, solve
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.replay import check_replayable, replay_calls, rounds_of, tokens_of
-from jaxspec.lab.shapes import beam, heap, solve
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Most nodes expanded a level, tried one after another."""
@@ -64,7 +64,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class ReplayedShapes:
     """Shapes with their target calls on the prompts that choose among them. Plain decoding is the first shape."""
 
     forest: Forest
@@ -83,8 +83,7 @@ class Candidates:
     def rates(self, cost: RoundCost, limits: Limits) -> np.ndarray:
         """Returns `[S]`: tokens per second of all rows together; 0 where limits or costs leave a shape out."""
         forest, rate_S = self.forest, np.zeros(len(self.tau_S))
-        widest_S = forest.width_SD.max(1, initial=0)
-        fits_S = (forest.nodes_S <= limits.allow(cost)) & (widest_S < len(cost.level_W))
+        fits_S = (forest.nodes_S <= limits.allow(cost)) & cost.known(forest.nodes_S, forest.width_SD)
         seconds_S = cost.round_seconds(forest.nodes_S[fits_S], forest.width_SD[fits_S])
         rate_S[fits_S] = cost.batch * self.tau_S[fits_S] / seconds_S
         return rate_S
@@ -92,7 +91,7 @@ class Candidates:
 
 def find_candidates(
     profile: Profile, costs: Sequence[RoundCost], limits: Limits, *, most: int = MOST_SHAPES
-) -> Candidates:
+) -> ReplayedShapes:
     """Returns up to `most` shapes, those that tables rate best at the given costs, replayed on a profile.
 
     Two passes: tables over all starts first; then tables over the starts where the rounds of the first pass's best
@@ -156,12 +155,12 @@ def _best_rated(
     best_S = np.zeros(len(ordered))
     for cost in costs:
         # One call of one prompt that emits the table's tokens: rates by the table.
-        rate_S = Candidates(forest, 1 / expected_S[:, None], np.ones(1), table, 0).rates(cost, limits)
+        rate_S = ReplayedShapes(forest, 1 / expected_S[:, None], np.ones(1), table, 0).rates(cost, limits)
         best_S = np.maximum(best_S, rate_S / rate_S.max())
     best_S[0] = np.inf
     return [ordered[i] for i in np.sort(np.argsort(-best_S, kind="stable")[:most])]
 
 
-def _replayed(profile: Profile, shapes: Sequence[Shape], table: AcceptanceTable, tried: int) -> Candidates:
+def _replayed(profile: Profile, shapes: Sequence[Shape], table: AcceptanceTable, tried: int) -> ReplayedShapes:
     forest = make_forest(shapes)
-    return Candidates(forest, replay_calls(profile, forest), tokens_of(profile), table, tried)
+    return ReplayedShapes(forest, replay_calls(profile, forest), tokens_of(profile), table, tried)

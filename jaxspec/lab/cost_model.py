@@ -7,15 +7,17 @@ none reaches over the end of a step that the table has. In the context a time is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxspec.lab.costs import CostRow, CostTable
+from jaxspec.lab.costs import PARTS, CostRow, CostTable
 
 REACH = 2.0
 """Most that a size may lie above the greatest of the table, or below its least, as a factor."""
+DEEPEST = 127
+"""Levels of the deepest tree."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,71 +30,96 @@ class RoundCost:
     """A round of plain decoding."""
     verify_N: np.ndarray
     """The target's call on `n` nodes a row; 0 is unused."""
-    other_N: np.ndarray
-    """The rest of a round with `n` nodes: the drafter's `extend`, commit and loop; 0 is unused."""
     level_W: np.ndarray
     """A draft level that expands `w` nodes a row; 0 for none."""
+    extend_P: np.ndarray
+    """The drafter's `extend` of an accepted path of `p` nodes, which also drafts the root's children; 0 is unused."""
+    rest: float
+    """Commit and loop."""
+    one_pass: bool = False
+    """Whether a drafter of one pass pays its first level alone."""
 
     @property
     def most_nodes(self) -> int:
         """Nodes of the largest tree whose cost is known."""
         return len(self.verify_N) - 1
 
+    def known(self, nodes_S: np.ndarray, width_SD: np.ndarray) -> np.ndarray:
+        """Returns `[S]`: whether the costs of trees with these nodes and widths of levels are known."""
+        widest_S = width_SD.max(1, initial=0)
+        deep_S = paths_of(nodes_S, width_SD) < len(self.extend_P)
+        return (nodes_S == 1) | ((nodes_S <= self.most_nodes) & (widest_S < len(self.level_W)) & deep_S)
+
     def round_seconds(self, nodes_S: np.ndarray, width_SD: np.ndarray) -> np.ndarray:
         """Returns `[S]`: seconds of a round of trees with these nodes, root included, and widths of levels.
 
         A tree of one node is plain decoding. Raises ValueError for sizes beyond the cost's.
         """
-        nodes_S = np.asarray(nodes_S)
-        if nodes_S.size and nodes_S.max() > self.most_nodes:
-            raise ValueError(f"the cost of {nodes_S.max()} nodes is not known: give a table that goes beyond")
-        if width_SD.size and width_SD.max() >= len(self.level_W):
-            raise ValueError(f"the cost of a level of {width_SD.max()} nodes is not known: give a table beyond it")
-        drafted_S = self.verify_N[nodes_S] + self.other_N[nodes_S] + self.level_W[width_SD].sum(1)
+        if not self.known(nodes_S, width_SD).all():
+            worst = int(np.flatnonzero(~self.known(nodes_S, width_SD))[0])
+            raise ValueError(
+                f"the cost of a tree of {nodes_S[worst]} nodes whose levels expand {width_SD[worst].tolist()} is not "
+                f"known: costs go to {self.most_nodes} nodes, levels of {len(self.level_W) - 1} and paths of "
+                f"{len(self.extend_P) - 1} nodes"
+            )
+        level_SD = self.level_W[width_SD[:, :1] if self.one_pass else width_SD]
+        extend_S = self.extend_P[paths_of(nodes_S, width_SD)]
+        drafted_S = self.verify_N[nodes_S] + level_SD.sum(1) + extend_S + self.rest
         return np.where(nodes_S == 1, self.plain, drafted_S)
 
     def scaled(self, *, draft: float = 1.0, target: float = 1.0, other: float = 1.0) -> RoundCost:
-        """Returns the cost with parts times these factors; plain decoding is the target's."""
+        """Returns the cost with parts times these factors.
+
+        Levels and `extend` are the draft's; verification and plain decoding the target's; the rest is the other.
+        """
         return dataclasses.replace(
             self,
             plain=self.plain * target,
             verify_N=self.verify_N * target,
-            other_N=self.other_N * other,
             level_W=self.level_W * draft,
+            extend_P=self.extend_P * draft,
+            rest=self.rest * other,
         )
 
 
-def round_cost(
-    table: CostTable, batch: int, context: int, *, nodes: int | None = None, width: int | None = None
-) -> RoundCost:
-    """Returns the cost of rounds of up to `nodes` nodes and levels of `width`.
+def paths_of(nodes_S: np.ndarray, width_SD: np.ndarray) -> np.ndarray:
+    """Returns `[S]`: nodes of each tree's longest path, root included: every level above the deepest expands nodes."""
+    return np.where(nodes_S == 1, 1, 2 + (width_SD > 0).sum(1))
 
-    By default `nodes` is the greatest of the table, and `width` as far as it reaches beyond its own.
 
-    A table whose facts have `node_step` costs a tree as the next multiple of it. Draft levels may be missing where
-    `one_pass` is among the facts: all levels come from one pass, which is part of `extend`. Raises ValueError for a
-    batch, context or size more than `REACH` times off the table, and for parts that are missing.
+def round_cost(table: CostTable, batch: int, context: int, *, one_pass: bool | None = None) -> RoundCost:
+    """Returns the cost of rounds at a batch and context, for trees up to the largest verification of the table.
+
+    Levels of the draft, and paths, go as far as a table reaches beyond its own. A table whose facts have `node_step`
+    costs a tree as the next multiple of it. Rows of context 0 are of any. Plain decoding is the cheapest that the
+    table has: padded to more rows of a call it may be cheaper. Draft levels may be missing for a `one_pass` drafter
+    (default: as the table's facts say): they are part of `extend` then. Raises ValueError for a batch or context more
+    than `REACH` times off the table, and for parts that are missing.
     """
     if len({(row.source, row.device) for row in table.rows}) > 1:
         raise ValueError("the costs are of several devices or sources: keep the rows of one in a file")
-    nodes = greatest(table, "verify") if nodes is None else nodes
-    if width is None:
-        width = int(REACH * greatest(table, "draft")) or nodes
+    parts = {part: [row for row in table.rows if row.part == part] for part in PARTS}
+    one_pass = bool(table.facts.get("one_pass")) if one_pass is None else one_pass
+    for part in ("verify",) if one_pass else ("verify", "draft"):
+        if not parts[part]:
+            raise ValueError(f"the costs have no rows of the part {part}: make them anew with `jaxspec lab cost`")
+    at, nodes = (batch, context), greatest(table, "verify")
     step = int(table.facts.get("node_step", 1))
-    size_N = np.maximum(-(-np.arange(nodes + 1) // step) * step, 1)
-    size_N = np.minimum(size_N, max(greatest(table, "verify"), nodes))
-    at = batch, context
-    verify_N = _seconds(table, "verify", at, size_N)
-    extend_N, rest_N = (_seconds(table, part, at, size_N, varies=False) for part in ("extend", "rest"))
-    level_W = np.zeros(width + 1)
-    if any(row.part == "draft" for row in table.rows):
-        level_W[1:] = _seconds(table, "draft", at, np.arange(1, width + 1))
-    elif not table.facts.get("one_pass"):
-        raise ValueError("the costs have no rows of the part draft: make them anew with `jaxspec lab cost`")
-    plain_1 = _seconds(table, "plain", at, np.ones(1, int), varies=False)
+    size_N = np.clip(-(-np.arange(nodes + 1) // step) * step, 1, nodes)
+    verify_N = _seconds(parts["verify"], at, size_N)
+    level_W = np.zeros(int(REACH * greatest(table, "draft") or nodes) + 1)
+    if parts["draft"]:
+        level_W[1:] = _seconds(parts["draft"], at, np.arange(1, len(level_W)))
+    extend_P = np.zeros(int(REACH * greatest(table, "extend")) + 1)
+    if len({row.nodes for row in parts["extend"]}) < 2:
+        extend_P = np.zeros(DEEPEST + 2)  # any path
+    if parts["extend"]:
+        extend_P[1:] = _seconds(parts["extend"], at, np.arange(1, len(extend_P)))
+    rest = float(_seconds(parts["rest"], at, np.ones(1, int))[0]) if parts["rest"] else 0.0
+    plain = [float(_seconds(rows, at, np.ones(1, int))[0]) for _, rows in _groups(parts["plain"], "nodes")]
     # Without rows of its own, plain decoding is the target's call on one node and the rest.
-    plain = float(plain_1[0]) or float(verify_N[1] + rest_N[1])
-    return RoundCost(batch, context, plain, verify_N, extend_N + rest_N, level_W)
+    plain_seconds = min(plain, default=float(verify_N[1]) + rest)
+    return RoundCost(batch, context, plain_seconds, verify_N, level_W, extend_P, rest, one_pass)
 
 
 def greatest(table: CostTable, part: str) -> int:
@@ -106,32 +133,22 @@ def grid(table: CostTable) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sorted({row.batch for row in rows})), tuple(sorted({row.context for row in rows}))
 
 
-SIZE = {"draft": "width"}
-"""Size that a part's time depends on, where that is not `nodes`."""
-
-
 def _size(row: CostRow) -> int:
     return row.width if row.part == "draft" else row.nodes
 
 
-def _seconds(
-    table: CostTable, part: str, at: tuple[int, int], size_N: np.ndarray, *, varies: bool = True
-) -> np.ndarray:
-    """Returns the seconds of a part at these sizes: by context first, then by size, then by batch."""
-    rows = [row for row in table.rows if row.part == part]
-    if not rows:
-        if not varies:
-            return np.zeros(len(size_N))
-        raise ValueError(f"the costs have no rows of the part {part}: make them anew with `jaxspec lab cost`")
-    batch, context = at
+def _seconds(rows: Sequence[CostRow], at: tuple[int, int], size_N: np.ndarray) -> np.ndarray:
+    """Returns the seconds of a part, of which `rows` are, at these sizes: by context, then by size, then by batch.
+
+    A part of one size does not depend on it.
+    """
+    (batch, context), part = at, rows[0].part
     by_batch = {}
     for each, mine in _groups(rows, "batch"):
-        by_size = {size: _at_context(same, context, part) for size, same in _groups(mine, SIZE.get(part, "nodes"))}
-        if len(by_size) == 1 and not varies:
-            by_batch[each] = np.full(len(size_N), next(iter(by_size.values())))
-            continue
+        by_size = {
+            n: _at_context(same, context, part) for n, same in _groups(mine, "width" if part == "draft" else "nodes")
+        }
         sizes, seconds = np.array([*by_size]), np.array([*by_size.values()])
-        _check_reach(sizes[-1:], size_N.max(), f"a {part} of {size_N.max()} nodes")
         by_batch[each] = _line(sizes, seconds, size_N)
     batches = np.array([*by_batch])
     if len(batches) == 1 and batch != batches[0]:
@@ -140,7 +157,7 @@ def _seconds(
     return _line(batches, np.array([*by_batch.values()]), np.array([batch]))[0]
 
 
-def _at_context(rows: Iterable[CostRow], context: int, part: str) -> float:
+def _at_context(rows: Sequence[CostRow], context: int, part: str) -> float:
     """Returns the seconds at a context; rows of context 0 are of any."""
     by_context = {c: float(np.median([row.seconds for row in same])) for c, same in _groups(rows, "context")}
     contexts = np.array([*by_context])

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxspec.lab.candidates import MOST_SHAPES, Limits
-from jaxspec.lab.cost_model import describe, grid, round_cost
+from jaxspec.lab.cost_model import RoundCost, describe, grid, round_cost
 from jaxspec.lab.costs import CostTable, load_costs
 from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.replay import check_replayable
 from jaxspec.lab.search import Search
+from jaxspec.lab.simulate import with_texts
 
 GIB = 2**30
 
@@ -64,12 +65,12 @@ class SearchFlags:
     @functools.cached_property
     def inputs(self) -> Inputs:
         """The files, read once. Raises ValueError naming the one that cannot be read."""
-        found = Inputs(load_profile(self.profile), load_costs(self.cost))
+        profile, costs = load_profile(self.profile), load_costs(self.cost)
         try:
-            check_replayable(found.profile)
+            check_replayable(profile)
+            return Inputs(with_texts(profile, seed=self.seed), costs)
         except ValueError as error:
             raise ValueError(f"{self.profile}: {error}") from error
-        return found
 
     @property
     def limits(self) -> Limits:
@@ -82,10 +83,15 @@ class SearchFlags:
         depth = profile.rank_TD.shape[1] if self.max_depth is None else self.max_depth
         return Limits(self.max_nodes, depth, self.max_branch, self.multiple, room, token)
 
+    def cost_at(self, batch: int, context: int) -> RoundCost:
+        """Returns the cost of a batch and context for the profile's drafter. Raises ValueError as `round_cost`."""
+        profile, costs = self.inputs
+        return round_cost(costs, batch, context, one_pass=profile.facts.get("one_pass") or costs.facts.get("one_pass"))
+
     def search(self, cells: list[tuple[int, int]]) -> Search:
         """Returns the search at these batches and contexts. Raises ValueError for what costs or profile do not hold."""
         try:
-            costs = [round_cost(self.inputs.costs, batch, context) for batch, context in cells]
+            costs = [self.cost_at(batch, context) for batch, context in cells]
         except ValueError as error:
             raise ValueError(f"{self.cost}: {error}") from error
         return Search(self.inputs.profile, costs, self.limits, most=self.shapes, seed=self.seed)
@@ -93,7 +99,7 @@ class SearchFlags:
     def made_from(self, search: Search) -> dict[str, Any]:
         """Returns what a tree or table was made from: files with their hashes, where they are from, and the limits."""
         profile, costs = self.inputs
-        facts = ("target", "drafter", "temperature", "mode", "rule")
+        facts = ("target", "drafter", "temperature", "mode", "rule", "simulated_texts")
         return {
             "profile": {"file": self.profile.name, "sha256": _digest(self.profile)}
             | {name: profile.facts.get(name) for name in facts},

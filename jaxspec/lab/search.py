@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.evaluation.statistics import Counts, Interval, ratio_interval, tau_interval
-from jaxspec.lab.candidates import MOST_SHAPES, Candidates, Limits, find_candidates
+from jaxspec.lab.candidates import MOST_SHAPES, ReplayedShapes, Limits, find_candidates
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.forest import Shape, level_widths
 from jaxspec.lab.profile import Profile
@@ -102,7 +102,7 @@ def split_prompts(profile: Profile, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 class Search:
-    """Candidates replayed on one half of a profile's prompts, and reports on the other half.
+    """ReplayedShapes replayed on one half of a profile's prompts, and reports on the other half.
 
     `costs` are all that the search is asked about later; shapes are drawn for them. Raises ValueError for a profile
     that cannot be replayed, of one prompt, or without text.
@@ -113,7 +113,7 @@ class Search:
     ) -> None:
         choosing, reporting = split_prompts(profile, seed)
         self.limits = limits
-        self.candidates: Candidates = find_candidates(profile.of(choosing), costs, limits, most=most)
+        self.candidates: ReplayedShapes = find_candidates(profile.of(choosing), costs, limits, most=most)
         self.reporting = profile.of(reporting)
         self.counts = functools.cache(functools.partial(replay, self.reporting))
 
@@ -170,7 +170,7 @@ ERRORS = ("acceptance", "target", "draft", "other")
 """Errors that a choice is tried against: of the rates, and of the parts of a round's cost."""
 
 
-def pick(found: Candidates, rate_S: np.ndarray) -> int:
+def pick(found: ReplayedShapes, rate_S: np.ndarray) -> int:
     """Returns the shape of the highest rate or, of those near it that the prompts cannot tell from it, the smallest.
 
     Near is `NEAR` of the rate; told apart are rates whose paired interval over resampled prompts leaves out 1. Ties go
@@ -187,7 +187,7 @@ def pick(found: Candidates, rate_S: np.ndarray) -> int:
     return best
 
 
-def _counts(found: Candidates, index: int) -> Counts:
+def _counts(found: ReplayedShapes, index: int) -> Counts:
     return Counts(found.tokens_P, found.calls_SP[index], np.zeros((len(found.tokens_P), 0)))
 
 

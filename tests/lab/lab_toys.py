@@ -19,7 +19,7 @@ def ridge_cost(ridge: float, batch: int, *, nodes: int = 128, level: float = 0.0
     size_N = np.arange(nodes + 1)
     verify_N = np.maximum(1.0, -(-size_N // step) * step * batch / ridge)
     level_W = np.concatenate([[0.0], np.full(64, level)])
-    return RoundCost(batch, 512, 1.05, verify_N, np.full(nodes + 1, 0.05 + level), level_W)
+    return RoundCost(batch, 512, 1.05, verify_N, level_W, np.full(10, level), 0.05)
 
 
 def cost_table(

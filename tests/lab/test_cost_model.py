@@ -48,13 +48,26 @@ def test_a_step_of_nodes_is_paid_whole():
 
 
 def test_a_round_is_the_levels_the_call_and_the_rest_and_one_node_is_plain_decoding():
-    table = small(extend={(1, 1, 100): 0.3}, rest={(1, 1, 0): 0.05}, plain={(1, 1, 100): 0.9})
+    extend = {(2, 1, 100): 0.3, (8, 1, 100): 0.9}
+    table = small(extend=extend, rest={(1, 1, 0): 0.05}, plain={(1, 1, 100): 0.9})
     cost = round_cost(table, 1, 100)
     shape = shape_of([(0,), (1,), (0, 0), (1, 0), (0, 0, 0)])
     assert level_widths(shape, 3) == [2, 1]
     forest = make_forest([(), shape])
     found = cost.round_seconds(forest.nodes_S, forest.width_SD)
-    assert found == pytest.approx([0.9, cost.verify_N[6] + 0.35 + cost.level_W[2] + cost.level_W[1]])
+    # The longest path has four nodes.
+    assert found == pytest.approx([0.9, cost.verify_N[6] + 0.5 + 0.05 + cost.level_W[2] + cost.level_W[1]])
+    once = dataclasses.replace(cost, one_pass=True).round_seconds(forest.nodes_S, forest.width_SD)
+    assert once == pytest.approx([0.9, cost.verify_N[6] + 0.5 + 0.05 + cost.level_W[2]])
+
+
+def test_plain_decoding_is_the_cheapest_that_was_costed():
+    assert round_cost(small(plain={(1, 1, 100): 0.9, (8, 1, 100): 0.4}), 1, 100).plain == pytest.approx(0.4)
+
+
+def test_an_extend_of_one_size_is_of_any_path():
+    cost = round_cost(small(extend={(1, 1, 100): 0.3}), 1, 100)
+    assert cost.extend_P[[1, 9, 40]] == pytest.approx([0.3] * 3)
 
 
 def test_plain_decoding_without_rows_is_the_call_on_one_node_and_the_rest():
@@ -70,11 +83,10 @@ def test_sizes_far_from_the_table_are_refused_by_name(batch: int, context: int, 
 
 
 def test_sizes_a_little_beyond_the_table_go_on_straight():
-    cost = round_cost(small(), 1, 400, nodes=24)
+    cost = round_cost(small(), 1, 400)
     assert cost.verify_N[1] == pytest.approx(1.5)
-    assert cost.verify_N[24] == pytest.approx(3.5)
-    with pytest.raises(ValueError, match="33 nodes"):
-        round_cost(small(), 1, 100, nodes=33)
+    assert cost.level_W[[4, 8]] == pytest.approx([0.5, 0.9])
+    assert len(cost.level_W) == 9 and cost.most_nodes == 16
 
 
 def test_one_batch_says_nothing_of_another():
@@ -88,7 +100,7 @@ def test_missing_parts_and_mixed_devices_are_refused():
     with pytest.raises(ValueError, match="part draft"):
         round_cost(CostTable(tuple(r for r in table.rows if r.part != "draft"), {}), 1, 100)
     with pytest.raises(ValueError, match="part verify"):
-        round_cost(CostTable(tuple(r for r in table.rows if r.part != "verify"), {}), 1, 100, nodes=4)
+        round_cost(CostTable(tuple(r for r in table.rows if r.part != "verify"), {}), 1, 100)
     other = table.rows[0]._replace(device="tpu")
     with pytest.raises(ValueError, match="several devices"):
         round_cost(CostTable((*table.rows, other), {}), 1, 100)
@@ -102,10 +114,10 @@ def test_a_one_pass_drafter_has_levels_without_cost():
 
 def test_sizes_beyond_a_cost_are_refused():
     cost = ridge_cost(240, 1, nodes=16)
-    with pytest.raises(ValueError, match="17 nodes"):
-        cost.round_seconds(np.array([17]), np.zeros((1, 1), int))
-    with pytest.raises(ValueError, match="level of 65"):
-        cost.round_seconds(np.array([4]), np.array([[65]]))
+    for nodes, widths in ((17, [1]), (4, [65]), (12, [1] * 8)):
+        with pytest.raises(ValueError, match=f"{nodes} nodes"):
+            cost.round_seconds(np.array([nodes]), np.array([widths]))
+    assert cost.known(np.array([1, 16]), np.array([[0], [2]])).all()
 
 
 def test_parts_are_scaled_apart():
@@ -114,7 +126,8 @@ def test_parts_are_scaled_apart():
     assert more.plain == pytest.approx(3 * cost.plain)
     assert more.verify_N == pytest.approx(3 * cost.verify_N)
     assert more.level_W == pytest.approx(2 * cost.level_W)
-    assert more.other_N == pytest.approx(5 * cost.other_N)
+    assert more.extend_P == pytest.approx(2 * cost.extend_P)
+    assert more.rest == pytest.approx(5 * cost.rest)
 
 
 def test_a_table_tells_its_grid_and_where_it_is_from():

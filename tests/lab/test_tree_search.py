@@ -8,7 +8,7 @@ from brute_shapes import every_tree
 from lab_toys import ROW, cost_table, ridge_cost, times
 
 from jaxspec.evaluation.statistics import Interval
-from jaxspec.lab.candidates import Candidates, Limits, find_candidates
+from jaxspec.lab.candidates import ReplayedShapes, Limits, find_candidates
 from jaxspec.lab.cost_model import RoundCost, round_cost
 from jaxspec.lab.drawing import draw
 from jaxspec.lab.forest import make_forest, shape_of
@@ -37,7 +37,7 @@ def test_the_toy_search_finds_the_trees_of_the_specification():
 
 def test_no_tree_pays_where_a_twentieth_is_accepted():
     profile = simulate(np.full((6, 1), 0.05), prompts=20, tokens=100)
-    cost = RoundCost(1, 512, 1.1, 1 + 0.02 * np.arange(65), np.full(65, 0.4), np.full(65, 0.3))
+    cost = RoundCost(1, 512, 1.1, 1 + 0.02 * np.arange(65), np.full(65, 0.3), np.full(9, 0.3), 0.1)
     choice = Search(profile, [cost], Limits()).choose(cost)
     assert choice.chosen.tree.spec == "none" and choice.index == 0
     assert choice.chosen.tokens_per_second.value == choice.plain.tokens_per_second.value == pytest.approx(1 / 1.1)
@@ -49,7 +49,7 @@ def test_the_choice_is_near_the_best_of_all_small_trees_on_the_choosing_prompts(
     cost = ridge_cost(6, 1, nodes=8, step=1)
     shapes = [shape_of(tree) for nodes in range(1, 8) for tree in every_tree(nodes, 3, 3)]
     forest = make_forest(shapes)
-    whole = Candidates(forest, replay_calls(profile, forest), tokens_of(profile), None, 0)  # type: ignore[arg-type]
+    whole = ReplayedShapes(forest, replay_calls(profile, forest), tokens_of(profile), None, 0)  # type: ignore[arg-type]
     limits = Limits(nodes=7, depth=3)
     found = find_candidates(profile, [cost], limits)
     assert found.rates(cost, limits).max() >= 0.999 * whole.rates(cost, limits).max()

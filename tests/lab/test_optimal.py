@@ -8,7 +8,7 @@ from brute_shapes import every_tree, random_rates, total_of, value_of
 
 from jaxspec.lab.acceptance import AcceptanceTable
 from jaxspec.lab.forest import make_forest, shape_of
-from jaxspec.lab.shapes import (
+from jaxspec.lab.optimal import (
     beam,
     best_prefix,
     edge_sensitivity,
