@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxspec.lab.acceptance import AcceptanceTable, acceptance_table
 from jaxspec.lab.cost_model import RoundCost
-from jaxspec.lab.forest import Forest, Shape, make_forest, shape_of
+from jaxspec.lab.forest import Forest, Shape, beginnings, make_forest
 from jaxspec.lab.optimal import beam, heap, solve
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.replay import check_replayable, replay_calls, rounds_of, tokens_of
@@ -18,6 +18,8 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Most nodes expanded a level, tried one after another."""
 MOST_SHAPES = 10_000
 """Shapes that a search replays."""
+FIRST_SHAPES = 1000
+"""Shapes of the first pass, which tells where rounds begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +110,14 @@ def find_candidates(
     # Side branches may be harder than the main one for any drafter; the replay says where that counts.
     side = acceptance_table(profile, given="kept", by_parent=True)
     drawn = set(_drawn([text, kept, side], _loose(profile, None), limits, skip))
-    first = _best_rated(drawn, kept, costs, limits, most)
+    first = _best_rated(drawn, kept, costs, limits, min(most, FIRST_SHAPES))
     replayed = _replayed(profile, first, kept, len(drawn))
     best = {int(replayed.rates(cost, limits).argmax()) for cost in costs}
     starts = np.concatenate([rounds_of(profile, replayed.forest.shapes[i])[0] for i in best])
     rounds = acceptance_table(profile, starts=starts, given="kept")
     sides = acceptance_table(profile, starts=starts, given="kept", by_parent=True)
-    again = set(_drawn([rounds, sides], _loose(profile, starts), limits, skip)) - drawn
-    second = _best_rated(again, rounds, costs, limits, max(most - len(first), most // 4))
-    return _replayed(profile, list(dict.fromkeys([*first, *second])), rounds, len(drawn | again))
+    drawn.update(_drawn([rounds, sides], _loose(profile, starts), limits, skip))
+    return _replayed(profile, _best_rated(drawn, rounds, costs, limits, most), rounds, len(drawn))
 
 
 def _loose(profile: Profile, starts: np.ndarray | None) -> AcceptanceTable:
@@ -135,7 +136,7 @@ def _drawn(tables: Sequence[AcceptanceTable], loose: AcceptanceTable, limits: Li
             cut = table.cut(depth, limits.branch)
             orders = [heap(cut, limits.nodes)] + [beam(cut, limits.nodes, width) for width in WIDTHS]
             for order in orders:
-                yield from (shape_of(path for path, _ in order[:n]) for n in sizes if n <= len(order))
+                yield from beginnings([path for path, _ in order], sizes)
         rate_DK = loose.cut(depth, limits.branch).rate_DK
         if np.any(np.diff(rate_DK, axis=1) > 0) and sizes:
             solution = solve(rate_DK, sizes[-1], skip=skip)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,17 +21,21 @@ def shape_of(paths: Iterable[Path]) -> Shape:
     return tuple(sorted({path for path in paths if path}, key=lambda path: (len(path), path)))
 
 
-def level_widths(shape: Shape, depth: int) -> list[int]:
-    """Returns the nodes with children at each depth from 1 to `depth - 1`: the widths of the draft's levels.
-
-    The root's children are drafted by the drafter's `extend`; the deepest nodes expand nothing.
-    """
-    inner = {path[:-1] for path in shape}
-    found = [0] * max(depth - 1, 0)
-    for path in inner:
-        if path:
-            found[len(path) - 1] += 1
-    return found
+def beginnings(order: Sequence[Path], sizes: Iterable[int]) -> Iterator[Shape]:
+    """Yields the shapes of the first `n` paths of an order for each of the ascending sizes; the root comes first."""
+    keys: list[tuple[int, Path]] = []
+    paths: list[Path] = []
+    taken = 1
+    for size in sizes:
+        if size > len(order):
+            return
+        for path in order[taken:size]:
+            key = len(path), path
+            place = bisect.bisect(keys, key)
+            keys.insert(place, key)
+            paths.insert(place, path)
+        taken = max(taken, size)
+        yield tuple(paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Forest:
     end_S: np.ndarray
     """End of each shape's nodes in `member_M`."""
     width_SD: np.ndarray
-    """`level_widths` of each shape."""
+    """Nodes with children at each depth from 1 on: the widths of the draft's levels. The root's children are drafted by
+    the drafter's `extend`; the deepest nodes expand nothing."""
 
     @functools.cached_property
     def nodes_S(self) -> np.ndarray:
@@ -95,19 +101,34 @@ class Forest:
 
 def make_forest(shapes: Sequence[Shape]) -> Forest:
     """Returns the forest of these shapes. Raises ValueError for a node without its parent."""
-    union = [(), *sorted({path for shape in shapes for path in shape}, key=lambda path: (len(path), path))]
+    union = [(), *sorted(set().union(*shapes), key=lambda path: (len(path), path))]
     place = {path: number for number, path in enumerate(union)}
+    depth_U = np.array([len(path) for path in union], np.int32)
+    member_M = np.array([place[path] for shape in shapes for path in shape], np.int64)
+    end_S = np.cumsum([len(shape) for shape in shapes]).astype(np.int64)
+    of_M = np.repeat(np.arange(len(shapes)), np.diff(end_S, prepend=0))
+    above_M = np.array([place.get(path[:-1], -1) for path in union])[member_M]
+    # A shape and a node as one number.
+    own_M = np.sort(of_M * len(union) + member_M)
+    inner_M = np.sort((of_M * len(union) + above_M)[above_M != 0])
+    inner_I = inner_M[np.diff(inner_M, prepend=-1) != 0]  # quicker than np.unique, which hashes
+    if np.any(above_M < 0) or not np.array_equal(inner_I, own_M[_find(own_M, inner_I)]):
+        _refuse_orphan(shapes)
+    width_SD = np.zeros((len(shapes), max(int(depth_U[-1]) - 1, 0)), np.int32)
+    np.add.at(width_SD, (inner_I // len(union), depth_U[inner_I % len(union)] - 1), 1)
+    rank_U = np.array([path[-1] if path else -1 for path in union], np.int32)
+    parent_U = np.array([place[path[:-1]] for path in union], np.int32)
+    return Forest(tuple(shapes), parent_U, depth_U, rank_U, member_M, end_S, width_SD)
+
+
+def _find(sorted_M: np.ndarray, value_I: np.ndarray) -> np.ndarray:
+    """Returns the places of values in a sorted array; that of another value where one is not there."""
+    return np.minimum(np.searchsorted(sorted_M, value_I), max(len(sorted_M) - 1, 0))
+
+
+def _refuse_orphan(shapes: Sequence[Shape]) -> None:
     for shape in shapes:
         known = {(), *shape}
-        if missing := [path for path in shape if path[:-1] not in known]:
-            raise ValueError(f"tree path {missing[0]} stands without its parent {missing[0][:-1]}")
-    deepest = len(union[-1])
-    return Forest(
-        tuple(shapes),
-        np.array([place[path[:-1]] for path in union], np.int32),
-        np.array([len(path) for path in union], np.int32),
-        np.array([path[-1] if path else -1 for path in union], np.int32),
-        np.array([place[path] for shape in shapes for path in shape], np.int64),
-        np.cumsum([len(shape) for shape in shapes]).astype(np.int64),
-        np.array([level_widths(shape, deepest) for shape in shapes], np.int32).reshape(len(shapes), -1),
-    )
+        for path in shape:
+            if path[:-1] not in known:
+                raise ValueError(f"tree path {path} stands without its parent {path[:-1]}")

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.evaluation.statistics import Counts, Interval, ratio_interval, tau_interval
-from jaxspec.lab.candidates import MOST_SHAPES, ReplayedShapes, Limits, find_candidates
+from jaxspec.lab.candidates import MOST_SHAPES, Limits, ReplayedShapes, find_candidates
 from jaxspec.lab.cost_model import RoundCost
-from jaxspec.lab.forest import Shape, level_widths
+from jaxspec.lab.forest import Shape, make_forest
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.replay import replay
 from jaxspec.trees import StaticTree
@@ -134,9 +134,8 @@ class Search:
 
     def rate(self, shape: Shape, cost: RoundCost) -> Rated:
         """Returns any tree's figures on the reporting prompts. Raises ValueError beyond the profile or the costs."""
-        depth = max((len(path) for path in shape), default=0)
-        width_SD = np.array([level_widths(shape, depth)], np.int64).reshape(1, -1)
-        seconds = float(cost.round_seconds(np.array([len(shape) + 1]), width_SD)[0])
+        forest = make_forest([shape])
+        seconds = float(cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
         return Rated(shape, cost.batch, cost.context, tau_interval(self.counts(shape)), seconds)
 
     def sensitivity(self, cost: RoundCost, index: int) -> list[dict[str, Any]]:

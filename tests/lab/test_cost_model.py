@@ -8,7 +8,7 @@ from lab_toys import cost_table, ridge_cost
 
 from jaxspec.lab.cost_model import describe, greatest, grid, round_cost
 from jaxspec.lab.costs import CostRow, CostTable
-from jaxspec.lab.forest import level_widths, make_forest, shape_of
+from jaxspec.lab.forest import make_forest, shape_of
 
 
 def rows(part: str, points: dict[tuple[int, int, int], float]) -> list[CostRow]:
@@ -52,8 +52,8 @@ def test_a_round_is_the_levels_the_call_and_the_rest_and_one_node_is_plain_decod
     table = small(extend=extend, rest={(1, 1, 0): 0.05}, plain={(1, 1, 100): 0.9})
     cost = round_cost(table, 1, 100)
     shape = shape_of([(0,), (1,), (0, 0), (1, 0), (0, 0, 0)])
-    assert level_widths(shape, 3) == [2, 1]
     forest = make_forest([(), shape])
+    assert forest.width_SD.tolist() == [[0, 0], [2, 1]]
     found = cost.round_seconds(forest.nodes_S, forest.width_SD)
     # The longest path has four nodes.
     assert found == pytest.approx([0.9, cost.verify_N[6] + 0.5 + 0.05 + cost.level_W[2] + cost.level_W[1]])

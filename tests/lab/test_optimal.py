@@ -7,7 +7,7 @@ import pytest
 from brute_shapes import every_tree, random_rates, total_of, value_of
 
 from jaxspec.lab.acceptance import AcceptanceTable
-from jaxspec.lab.forest import make_forest, shape_of
+from jaxspec.lab.forest import beginnings, make_forest, shape_of
 from jaxspec.lab.optimal import (
     beam,
     best_prefix,
@@ -81,6 +81,7 @@ def test_every_beginning_of_the_heaps_list_is_a_tree_and_ties_go_to_the_shallowe
     assert sure[:4] == [(), (0,), (0, 0), (0, 0, 0)]
     for n in range(1, len(order) + 1):
         make_forest([shape_of(order[:n])])
+    assert [*beginnings(order, (1, 2, 5, 9, 99))] == [shape_of(order[:n]) for n in (1, 2, 5, 9)]
 
 
 def test_the_heap_is_best_for_rates_by_the_parents_rank_too():
@@ -201,3 +202,5 @@ def test_equal_rates_go_to_fewer_nodes():
 def test_a_forest_refuses_a_node_without_its_parent():
     with pytest.raises(ValueError, match="parent"):
         make_forest([((0,), (1, 0))])
+    with pytest.raises(ValueError, match="parent"):
+        make_forest([((0,), (1,)), ((0,), (1, 0))])
