@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxspec.lab.profile import BEYOND, MISSED, Profile
 
@@ -15,7 +16,7 @@ SIMULATED = 400
 
 
 def simulate(
-    rates_DK: np.ndarray,
+    rates: ArrayLike,
     *,
     prompts: int = 100,
     tokens: int = 129,
@@ -23,13 +24,13 @@ def simulate(
     source: str = "simulated",
     facts: dict[str, object] | None = None,
 ) -> Profile:
-    """Returns a profile of `prompts` answers of `tokens` tokens each, whose ranks are drawn from `rates_DK`.
+    """Returns a profile of `prompts` answers of `tokens` tokens each, whose ranks are drawn from `rates`, `[D, K]`.
 
-    `rates_DK[d, r]` is the probability that the text's token at depth `d + 1` is the rank-`r` child; what a row leaves
+    `rates[d, r]` is the probability that the text's token at depth `d + 1` is the rank-`r` child; what a row leaves
     is missed. Draws are independent. The draft is calibrated: its log-probabilities are those of the rates. `facts`
     are added to the profile's. Raises ValueError for rates that are no probabilities, and sizes below 1.
     """
-    rates_DK = np.atleast_2d(np.asarray(rates_DK, np.float64))
+    rates_DK = np.atleast_2d(np.asarray(rates, np.float64))
     if not np.all((rates_DK >= 0) & (rates_DK <= 1)) or np.any(rates_DK.sum(1) > 1 + 1e-9) or not rates_DK.size:
         raise ValueError("the rates of a depth must lie between 0 and 1 and sum to 1 at most: mend the rates")
     if prompts < 1 or tokens < 1:

