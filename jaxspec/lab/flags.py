@@ -67,8 +67,9 @@ class SearchFlags:
         """The files, read once. Raises ValueError naming the one that cannot be read."""
         profile, costs = load_profile(self.profile), load_costs(self.cost)
         try:
+            profile = with_texts(profile, seed=self.seed)
             check_replayable(profile)
-            return Inputs(with_texts(profile, seed=self.seed), costs)
+            return Inputs(profile, costs)
         except ValueError as error:
             raise ValueError(f"{self.profile}: {error}") from error
 

@@ -39,7 +39,7 @@ class Solution:
             deep, ranks = self.split_DKM.shape[:2]
             raise ValueError(f"no tree {deep} deep of {ranks} children a node has {nodes} nodes: ask for fewer")
         found: list[Path] = []
-        left = [((), nodes)]
+        left: list[tuple[Path, int]] = [((), nodes)]
         while left:
             path, size = left.pop()
             found.append(path)

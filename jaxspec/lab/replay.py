@@ -21,9 +21,12 @@ CELLS = 1 << 23
 
 
 def check_replayable(profile: Profile) -> None:
-    """Raises ValueError for a profile of another rule than `target-draw`, whose text depends on what is drafted."""
+    """Raises ValueError for texts of another rule than `target-draw`, which depend on what is drafted.
+
+    Simulated ranks are drawn from rates of a rule, and replayed under any.
+    """
     rule = profile.facts.get("rule", "target-draw")
-    if rule != "target-draw":
+    if rule != "target-draw" and profile.facts.get("kind") != "simulated":
         raise ValueError(
             f"the profile is of the rule {rule}, under which the text depends on what is drafted, so trees cannot be "
             "replayed on it: make one with --rule target-draw"

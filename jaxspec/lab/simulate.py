@@ -28,7 +28,7 @@ def simulate(
 
     `rates[d, r]` is the probability that the text's token at depth `d + 1` is the rank-`r` child; what a row leaves
     is missed. Draws are independent. The draft is calibrated: its log-probabilities are those of the rates. `facts`
-    are added to the profile's. Raises ValueError for rates that are no probabilities, and sizes below 1.
+    are added to the profile's; under any rule such a profile is replayed, as the rates are of that rule. Raises ValueError for rates that are no probabilities, and sizes below 1.
     """
     rates_DK = np.atleast_2d(np.asarray(rates, np.float64))
     if not np.all((rates_DK >= 0) & (rates_DK <= 1)) or np.any(rates_DK.sum(1) > 1 + 1e-9) or not rates_DK.size:
@@ -46,6 +46,7 @@ def simulate(
     rank_TD[left_T[:, None] < np.arange(1, depths + 1)] = BEYOND
     logp_TD, top_TDK, entropy_TD = _draft(rates_DK, rank_TD)
     described = {
+        "kind": "simulated",
         "temperature": 0.0,
         "mode": "topk",
         "rule": "target-draw",
@@ -68,12 +69,13 @@ def with_texts(profile: Profile, *, seed: int = 0) -> Profile:
     """
     if len(profile.prompt_T):
         return profile
-    given = profile.facts.get("rates")
-    if not isinstance(given, dict) or "rate" not in given:
+    given = profile.facts.get("rates_DK")
+    if given is None:
         raise ValueError("the profile holds neither starts nor rates: its answers need two tokens at least")
-    kept = {name: value for name, value in profile.facts.items() if name not in ("rates", "ranks")}
-    rate_DK = np.nan_to_num(np.array(given["rate"], np.float64))
-    return simulate(rate_DK, prompts=SIMULATED, seed=seed, facts={**kept, "simulated_texts": True})
+    kept = {name: value for name, value in profile.facts.items() if not name.endswith("_DK") and name != "ranks"}
+    rate_DK = np.nan_to_num(np.array(given, np.float64))  # None became NaN
+    facts = {**kept, "kind": "simulated", "simulated_texts": True}
+    return simulate(rate_DK, prompts=SIMULATED, seed=seed, facts=facts)
 
 
 def _draft(rates_DK: np.ndarray, rank_TD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -87,9 +89,9 @@ def _draft(rates_DK: np.ndarray, rank_TD: np.ndarray) -> tuple[np.ndarray, np.nd
     # MISSED, -1, reads the last column.
     logp_TD = np.where(ended_TD, np.nan, logs_DK[np.arange(len(rates_DK)), np.maximum(rank_TD, MISSED)])
     top_DK = np.maximum(-np.sort(-logs_DK[:, :-1], axis=1), -60.0).astype(np.float16)
-    top_TDK = np.broadcast_to(top_DK, (len(rank_TD), *top_DK.shape))
+    top_TDK = np.where(ended_TD[..., None], np.float16(np.nan), top_DK)
     entropy_TD = np.where(ended_TD, np.nan, entropy_D).astype(np.float16)
-    return logp_TD.astype(np.float32), np.ascontiguousarray(top_TDK), entropy_TD
+    return logp_TD.astype(np.float32), top_TDK, entropy_TD
 
 
 def join(profiles: Sequence[Profile]) -> Profile:

@@ -90,6 +90,8 @@ def test_a_tree_beyond_the_profile_is_refused():
 
 def test_a_profile_of_a_rule_that_makes_the_text_depend_on_drafts_is_refused():
     profile = simulate(np.full((2, 2), 0.3), facts={"rule": "recursive-rejection"})
+    replay(profile, ((0,),))  # drawn from rates of that rule
+    profile = dataclasses.replace(profile, facts={**profile.facts, "kind": "ranks"})
     with pytest.raises(ValueError, match="recursive-rejection"):
         replay(profile, ((0,),))
 
@@ -111,6 +113,7 @@ def test_a_simulated_profile_has_the_rates_it_was_drawn_from(tmp_path):
         assert shares == pytest.approx([*rate_DK[depth], 1 - rate_DK[depth].sum()], abs=0.01)
     assert np.array_equal(np.isnan(profile.logp_TD), ~known_TD)
     assert np.array_equal(np.isnan(profile.entropy_TD), ~known_TD)
+    assert np.array_equal(np.isnan(profile.top_TDK[..., 0]), ~known_TD)
     first = profile.rank_TD[:, 0] == 1
     assert np.exp(profile.logp_TD[first, 0]) == pytest.approx(0.2)
     profile.save(tmp_path / "a.npz")

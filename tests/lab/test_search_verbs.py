@@ -81,13 +81,14 @@ def test_a_search_may_end_without_a_tree(tmp_path, files, capsys):
 
 
 def test_a_profile_of_rates_alone_is_searched_on_simulated_texts(tmp_path, files, capsys):
-    rates = {"rate": [[*ROW[:3]], [None, 0.1, 0.0]], "low": [], "high": [], "tries": []}
+    rates = {"rates_DK": [[*ROW[:3]], [None, 0.1, 0.0]], "lows_DK": [], "tries_DK": []}
     none = np.zeros((0, 2))
-    facts = {"ranks": 3, "rates": rates, "target": "paper"}
+    facts = {"ranks": 3, "kind": "rates", "rule": "recursive-rejection", "mode": "swor", "target": "paper", **rates}
     empty = Profile(np.zeros(0, np.int32), none.astype(np.int16), none, np.zeros((0, 0, 3)), none, (), facts)
     empty.save(tmp_path / "paper.npz")
     result = run("search", ["--profile", str(tmp_path / "paper.npz"), *files[2:]], tmp_path)
     assert result["depth"] >= 1 and result["made_from"]["profile"]["target"] == "paper"
+    assert result["made_from"]["profile"]["rule"] == "recursive-rejection"
     assert "rates alone" in capsys.readouterr().out
     dataclasses.replace(empty, facts={"ranks": 3}).save(tmp_path / "nothing.npz")
     assert main(["lab", "search", "--profile", str(tmp_path / "nothing.npz"), *files[2:]]) == EXIT_FAILED

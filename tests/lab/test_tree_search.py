@@ -162,7 +162,7 @@ def test_a_profile_without_starts_and_one_of_another_rule_are_refused():
     with pytest.raises(ValueError, match="no starts"):
         find_candidates(simulate([[0.5]], prompts=3, tokens=1), [cost], Limits())
     with pytest.raises(ValueError, match="target-draw"):
-        find_candidates(simulate([[0.5]], facts={"rule": "block"}), [cost], Limits())
+        find_candidates(simulate([[0.5]], facts={"rule": "block", "kind": "ranks"}), [cost], Limits())
 
 
 def test_drawn_children_are_never_chosen_out_of_turn():
