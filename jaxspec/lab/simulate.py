@@ -28,7 +28,8 @@ def simulate(
 
     `rates[d, r]` is the probability that the text's token at depth `d + 1` is the rank-`r` child; what a row leaves
     is missed. Draws are independent. The draft is calibrated: its log-probabilities are those of the rates. `facts`
-    are added to the profile's; under any rule such a profile is replayed, as the rates are of that rule. Raises ValueError for rates that are no probabilities, and sizes below 1.
+    are added to the profile's; it is replayed under any rule, for the rates are of that rule. Raises ValueError for
+    rates that are no probabilities, and sizes below 1.
     """
     rates_DK = np.atleast_2d(np.asarray(rates, np.float64))
     if not np.all((rates_DK >= 0) & (rates_DK <= 1)) or np.any(rates_DK.sum(1) > 1 + 1e-9) or not rates_DK.size:
