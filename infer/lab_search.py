@@ -190,6 +190,9 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     of = result["made_from"]
     if of["profile"]["simulated_texts"]:
         sys.stdout.write("the profile holds rates alone: prompts are simulated, with independent draws\n")
+    models = [f"{of[part]['drafter']} for {of[part]['target']}" for part in ("profile", "costs")]
+    if models[0] != models[1]:
+        sys.stdout.write(f"acceptance is of {models[0]}, costs are of {models[1]}\n")
     sys.stdout.write(
         f"{result['shapes_tried']:,} shapes, {result['shapes_replayed']:,} replayed on {of['prompts_choosing']} "
         f"prompts; figures are of {of['prompts_reporting']} others, intervals by resampling prompts; costs are "

@@ -58,6 +58,7 @@ def test_a_search_writes_a_tree_file_and_the_agreed_keys(files, tmp_path, capsys
     assert stored["expected_tau"] == result["expected_tau"]
     printed = capsys.readouterr().out
     assert printed.startswith("root\n├─ 0") and "Predicted at batch 4, context 1000" in printed
+    assert "acceptance is of simulated for simulated, costs are of d for t" in printed
     assert f"--tree {out}" in printed and "costs are roofline" in printed
 
 
