@@ -122,7 +122,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"distill", "pretrain"},
         {"recipes"},
     ),
-    "trees": ({"children", "shape"}, {"best_first", "dynamic", "static"}),
+    "trees": ({"children", "shape"}, {"best_first", "dynamic", "static"}, {"adaptive"}),
     "verify": ({"path", "rejection"}, {"rules"}),
 }
 PROGRAMS = {"train", "infer", "configs"}  # nothing imports them; __main__ and config find them by name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxspec.trees.adaptive import AdaptiveTree
 from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
 from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, parse_paths
@@ -11,6 +12,7 @@ from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, 
 __all__ = [
     "EAGLE1_PATHS",
     "MEDUSA_PATHS",
+    "AdaptiveTree",
     "BestFirstTree",
     "DynamicTree",
     "StaticTree",

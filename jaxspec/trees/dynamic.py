@@ -98,12 +98,12 @@ class DynamicTree:
             logits_BWV, scratch = draft(scratch, frontier)
             found = choose(logits_BWV, beam, frontier.slot)
             families.append(found)
-            level, front = self._expand(front, found, frontier)
+            level, front = self.expand(front, found, frontier)
             pool.append(level)
         candidates = Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)))
-        return self._rerank(candidates, families, slots, root_token_B)
+        return self.rerank(candidates, families, slots, root_token_B)
 
-    def _expand(self, front: Front, found: Children, frontier: Frontier) -> tuple[Candidates, Front]:
+    def expand(self, front: Front, found: Children, frontier: Frontier) -> tuple[Candidates, Front]:
         """EAGLE-2's expansion: returns the `beam^2` children of a level, and the best `beam` as the next level."""
         beam, d = self.beam, frontier.depth
         batch = front.token_BW.shape[0]
@@ -125,7 +125,7 @@ class DynamicTree:
             visible_BWM=jnp.concatenate([above, itself], axis=2),
         )
 
-    def _rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
+    def rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
         """EAGLE-2's reranking: returns the tree of the best `nodes - 1` candidates, in the order of the pool.
 
         `expanded` are the candidates in each scratch slot, level by level.

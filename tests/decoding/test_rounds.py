@@ -32,7 +32,7 @@ from jaxspec.decoding.rounds import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn import cache as kv
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.trees import DynamicTree, chain, parse_paths
+from jaxspec.trees import AdaptiveTree, DynamicTree, chain, parse_paths
 from jaxspec.trees.static import StaticTree
 from jaxspec.verify import RULES
 
@@ -43,6 +43,7 @@ TREES = {
     "chain": chain(3, rows=ROWS),
     "static": StaticTree(parse_paths("0 1 00 01 10 000 001"), rows=ROWS),
     "dynamic": DynamicTree(ROWS, 3, 3),
+    "adaptive": AdaptiveTree(DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.1, 1.3, 1.5), 0.1, 0.1, rate=1.5),
 }
 CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24)
 
@@ -135,7 +136,7 @@ def accepted_of(answers: list[Answer]) -> np.ndarray:
     return np.stack([answer.accepted for answer in answers])
 
 
-PAIRS = [*(("table", tree) for tree in TREES), ("eagle", "chain"), ("eagle", "dynamic")]
+PAIRS = [*(("table", tree) for tree in TREES), ("eagle", "chain"), ("eagle", "dynamic"), ("eagle", "adaptive")]
 
 
 @pytest.mark.parametrize("batch", batches())
@@ -157,7 +158,7 @@ def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str,
 
 
 @pytest.mark.parametrize("batch", ["greedy", "mixed"])
-@pytest.mark.parametrize("tree", ["chain", "dynamic"])
+@pytest.mark.parametrize("tree", ["chain", "dynamic", "adaptive"])
 def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree: str, batch: str):
     engine, weights = pair("eagle", tree)
     token_U = jnp.arange(1, VOCAB, 2)
@@ -213,7 +214,7 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(batch: str):
     assert_same_text(turned, [together[i] for i in (2, 0, 3, 1)])
 
 
-@pytest.mark.parametrize(("drafter", "tree"), [("eagle", "chain"), ("eagle", "dynamic")])
+@pytest.mark.parametrize(("drafter", "tree"), [("eagle", "chain"), ("eagle", "dynamic"), ("eagle", "adaptive")])
 def test_finished_rows_stay_as_they_were(drafter: str, tree: str):
     engine, weights = pair(drafter, tree)
     state, before = start(engine, weights, batches()["mixed"]), {}
