@@ -43,7 +43,7 @@ TREES = {
     "chain": chain(3, rows=ROWS),
     "static": StaticTree(parse_paths("0 1 00 01 10 000 001"), rows=ROWS),
     "dynamic": DynamicTree(ROWS, 3, 3),
-    "adaptive": AdaptiveTree(DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.1, 1.3, 1.5), 0.1, 0.1, rate=1.5),
+    "adaptive": AdaptiveTree(DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.4, 1.7, 1.9), 0.75, 0.1, rate=1.0),
 }
 CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24)
 
@@ -195,6 +195,21 @@ def test_the_cases_above_do_accept_and_do_end_inside_paths():
     assert len({a.tokens.tobytes() for a in sampled}) == 4 and total_tau(sampled) > 1.2
 
 
+def test_an_adaptive_tree_uses_all_its_budgets_and_counts_its_rounds():
+    """Otherwise the cases above show little of it."""
+    engine, weights = pair("table", "adaptive")
+    used, drafted = np.zeros(4, int), np.zeros(3, int)
+    for name in ("greedy", "sampled"):
+        state = run_rounds(engine, weights, start(engine, weights, batches()[name]), NO_LIMIT)
+        policy, calls = state.policy, np.asarray(state.calls_B)
+        assert policy is not None
+        np.testing.assert_array_equal(np.asarray(policy.budgets_BX).sum(1), calls)
+        np.testing.assert_array_equal(np.asarray(policy.levels_BT).sum(1), calls)
+        used += np.asarray(policy.budgets_BX).sum(0)
+        drafted += np.asarray(policy.levels_BT).sum(0)
+    assert (used > 0).sum() >= 3 and (drafted > 0).sum() >= 2, (used, drafted)
+
+
 def test_one_node_is_plain_decoding_one_token_wide():
     m, requests = models(), rows_of(batches()["sampled"], 1)
     engine = Engine(m.target, TableDrafter(), chain(0))
@@ -332,6 +347,7 @@ def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered
     [
         (None, 1, "topk", "target-draw"), ("dynamic", 4, "topk", "target-draw"), ("chain", 9, "topk", "target-draw"),
         ("dynamic", 2, "swor", "recursive-rejection"), ("static", 2, "sample", "traversal"),
+        ("adaptive", 2, "topk", "target-draw"),
     ],
 )  # fmt: skip
 def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: str | None, batch: int, mode, rule):

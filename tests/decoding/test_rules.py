@@ -36,7 +36,6 @@ ENGINES: list[tuple[DraftMode, str, Any]] = [
     ("topk", "traversal", DynamicTree(5, 2, 2)),
     ("topk", "target-draw", ADAPTIVE),
     ("topk", "recursive-rejection", ADAPTIVE),
-    ("topk", "traversal", ADAPTIVE),
     ("sample", "specinfer", FORKED),
     ("sample", "specinfer", DynamicTree(5, 2, 2)),
     ("sample", "speculative-sampling", chain(3)),
