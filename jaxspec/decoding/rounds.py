@@ -65,6 +65,12 @@ class Engine:
         if (self.drafter is None) != (self.tree is None):
             raise ValueError("a drafter and a tree come together: give both, or neither for plain decoding")
         if self.tree is not None and self.drafter is not None:
+            looks_up = isinstance(self.tree, AdaptiveTree) and self.tree.lookup is not None
+            if looks_up and not getattr(self.drafter, "looks_up", False):
+                raise ValueError(
+                    f"the tree {getattr(self.tree, 'spec', '')} has a looked-up branch, and the drafter looks nothing "
+                    "up: take PromptLookup(drafter)"
+                )
             self.rule.check(self.mode, self.tree)
             if self.mode not in self.tree.modes:
                 name = getattr(self.tree, "spec", self.tree)
@@ -290,7 +296,9 @@ def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state
 
     # One number for all rows: an index for each row would compute every branch.
     accepted, fresh, read_BPD = jax.lax.switch(plan.index, [functools.partial(check, n) for n in tree.budgets], plan)
-    return Checked(accepted, fresh, read_BPD, tree.learn(state.policy, plan, accepted.count_B, running_B))
+    return Checked(
+        accepted, fresh, read_BPD, tree.learn(state.policy, plan, accepted.token_BP, accepted.count_B, running_B)
+    )
 
 
 def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:

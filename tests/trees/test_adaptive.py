@@ -151,7 +151,7 @@ def test_a_row_learns_from_its_own_rounds_and_remembers_what_was_chosen():
     plan = plan_of(FREE, Drafting(0), 1.0)
     before = FREE.begin(jnp.zeros(BATCH, jnp.int32))
     count, running = jnp.asarray([0, 2, 3]), jnp.asarray([True, True, False])
-    after = FREE.learn(before, plan, count, running)
+    after = FREE.learn(before, plan, jnp.zeros((BATCH, 4), jnp.int32), count, running)
     began = FREE.rate * (FREE.fixed_seconds + FREE.verify_seconds[-1])
     np.testing.assert_allclose(
         after.tokens_B, [began + MEMORY * (1 - began), began + MEMORY * (3 - began), began], rtol=1e-6
@@ -162,7 +162,8 @@ def test_a_row_learns_from_its_own_rounds_and_remembers_what_was_chosen():
 
 BAD: dict[str, dict[str, Any]] = {
     "must rise": {"budgets": (3, 1, 8)},
-    "must be the nodes of": {"budgets": (1, 3), "verify_seconds": (1.0, 1.0)},
+    "and 21 are drafted": {"budgets": (1, 3, 23)},
+    "to draft from": {"base": None},
     "for each of its budgets": {"verify_seconds": (1.0,)},
     "all above 0": {"verify_seconds": (0.0, 1.0, 1.0)},
     "rate above 0": {"rate": 0.0},
