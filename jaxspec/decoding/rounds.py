@@ -13,11 +13,11 @@ from jaxspec import verify
 from jaxspec.base import (
     Array,
     Cache,
+    Children,
     ChooseChildren,
     Drafter,
     DraftLogits,
     DraftMode,
-    Frontier,
     KVCache,
     Params,
     SharedTables,
@@ -286,7 +286,7 @@ def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state
     plan = tree.plan(*_drafting(engine, weights, state), policy=state.policy, running_B=running_B)
 
     def check(nodes: int, plan: Plan) -> tuple[verify.Accepted, KVCache, Array]:
-        cut = _in_whole(engine, weights, tree.cut(plan, nodes), state.root_B)
+        cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
         scored = score(engine, weights, state, cut)
         accepted = accept(engine, state, cut, scored.logits_BNV)
         # The path alone leaves the branch, in arrays of one shape for all budgets; its nodes are numbered by depth.
@@ -305,7 +305,7 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
     """Returns the round's draft tree: `engine.tree` calls the drafter's `expand` once a level."""
     if engine.tree is None or engine.drafter is None:
         return root_alone(state.root_B, engine.rows)
-    return _in_whole(engine, weights, engine.tree.grow(*_drafting(engine, weights, state)), state.root_B)
+    return _in_whole(engine, weights, engine.tree.grow(*_drafting(engine, weights, state)))
 
 
 def _drafting(
@@ -313,24 +313,23 @@ def _drafting(
 ) -> tuple[DraftLogits, ChooseChildren, Any, Array, Array]:
     """Returns the arguments of `TreePolicy.grow` in this round."""
     assert engine.drafter is not None and engine.tree is not None and state.root_logits_BV is not None
-    draft = functools.partial(_draft_level, engine.drafter, weights, shared_tables(engine, weights), state.draft)
+    draft = functools.partial(engine.drafter.expand, weights.drafter, shared_tables(engine, weights), state.draft)
     scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
-    return draft, children(engine, state), scratch, state.root_logits_BV, state.root_B
+    return draft, children(engine, weights, state), scratch, state.root_logits_BV, state.root_B
 
 
-def _draft_level(
-    drafter: Drafter, weights: Weights, shared: SharedTables, draft: Any, scratch: Any, frontier: Frontier
-) -> tuple[Array, Any]:
-    """The `DraftLogits` of one round: logits of a level's children, by the drafter's state `draft`."""
-    if weights.vocab is not None:
-        frontier = frontier._replace(token_BW=weights.vocab.token_U[frontier.token_BW])
-    return drafter.expand(weights.drafter, shared, draft, scratch, frontier)
-
-
-def children(engine: Engine, state: DecodeState) -> ChooseChildren:
+def children(engine: Engine, weights: Weights, state: DecodeState) -> ChooseChildren:
     """Returns how this round's children are chosen: at each row's draft temperature, with noise of this round."""
     noise = functools.partial(_draft_noise, state.requests.sampling.seed_B, state.length_B)
-    return drawn(engine.mode, state.requests.draft_temperature_B, noise)
+    choose, vocab = drawn(engine.mode, state.requests.draft_temperature_B, noise), weights.vocab
+    if vocab is None:
+        return choose
+
+    def choose_in_whole(logits_BWV: Array, count: int, slot: int) -> Children:
+        found = choose(logits_BWV, count, slot)
+        return found._replace(token_BWR=vocab.token_U[found.token_BWR])
+
+    return choose_in_whole
 
 
 def _draft_noise(seed_B: Array, length_B: Array, slot: int, shape: tuple[int, ...]) -> Array:
@@ -338,22 +337,15 @@ def _draft_noise(seed_B: Array, length_B: Array, slot: int, shape: tuple[int, ..
     return round_noise(seed_B, length_B, DRAFTING + 1 + slot, functools.partial(jax.random.gumbel, shape=shape))
 
 
-def _in_whole(engine: Engine, weights: Weights, tree: Tree, root_B: Array) -> Tree:
-    """Returns a tree drafted in a draft vocabulary with its tokens and distributions in the whole one.
-
-    Rules compare them with the target's, which are of the whole vocabulary.
-    """
-    vocab = weights.vocab
-    if vocab is None:
+def _in_whole(engine: Engine, weights: Weights, tree: Tree) -> Tree:
+    """Returns a tree with the distributions of a draft vocabulary over the whole one, as the target's are."""
+    vocab, distributions = weights.vocab, tree.distributions
+    if vocab is None or distributions is None:
         return tree
-    distributions = tree.distributions
-    if distributions is not None:
-        size = engine.target.shared_tables(weights.target).embed_VD.shape[0]
-        whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
-        distributions = distributions._replace(
-            distribution_BEV=whole_BEV.at[..., vocab.token_U].set(distributions.distribution_BEV)
-        )
-    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(root_B), distributions=distributions)
+    size = engine.target.shared_tables(weights.target).embed_VD.shape[0]
+    whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
+    whole_BEV = whole_BEV.at[..., vocab.token_U].set(distributions.distribution_BEV)
+    return tree._replace(distributions=distributions._replace(distribution_BEV=whole_BEV))
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:

@@ -7,6 +7,7 @@ import dataclasses
 from jaxspec.trees.adaptive import AdaptiveTree
 from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
+from jaxspec.trees.lookup import LookupBranch
 from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, parse_paths
 
 __all__ = [
@@ -28,13 +29,19 @@ GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
 """Trees that three sizes describe."""
 
 
-def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
+Policy = StaticTree | DynamicTree | BestFirstTree | AdaptiveTree
+
+
+def parse_tree(text: str) -> Policy:
     """Returns the tree that a command line names.
 
     `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:medusa`, `static:0,1,00,01`,
     `dynamic:60x6x10` (nodes x depth x beam; EAGLE-2's own setting), `best_first:60x4x10` (nodes x depth x
-    width, for Medusa and ParallelSpec). Raises ValueError for anything else.
+    width, for Medusa and ParallelSpec), `lookup:7` (a branch of so many looked-up tokens), `lookup:7+dynamic:16x4x4`
+    (the best 16 nodes of both). Raises ValueError for anything else.
     """
+    if "lookup" in text:
+        return _with_lookup(text.strip())
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
         return chain(0)
@@ -48,16 +55,34 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
             return GROWN[kind](*map(int, sizes))
     raise ValueError(
         f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, "
-        "best_first:NODESxDEPTHxWIDTH"
+        "best_first:NODESxDEPTHxWIDTH, lookup:LENGTH, lookup:LENGTH+dynamic:NODESxDEPTHxBEAM"
     )
 
 
-def cut_tree(tree: StaticTree | DynamicTree | BestFirstTree, depth: int) -> StaticTree | DynamicTree | BestFirstTree:
+def _with_lookup(text: str) -> AdaptiveTree:
+    """Returns a tree of one budget with a looked-up branch. Raises ValueError for what is none."""
+    first, plus, rest = text.partition("+")
+    kind, _, length = first.partition(":")
+    base = parse_tree(rest) if plus else None
+    if kind != "lookup" or not length.isdecimal() or not (base is None or isinstance(base, DynamicTree)):
+        raise ValueError(f"tree {text!r} is neither lookup:LENGTH nor lookup:LENGTH+dynamic:NODESxDEPTHxBEAM")
+    branch = LookupBranch(int(length))
+    return AdaptiveTree(
+        base, (1 + branch.length if base is None else base.nodes,), (1.0,), 0.0, 0.0, 1.0, lookup=branch
+    )
+
+
+def cut_tree(tree: Policy, depth: int) -> Policy:
     """Returns `tree` without the nodes below `depth`, for a drafter that cannot draft deeper."""
     if tree.depth <= depth:
         return tree
     if isinstance(tree, StaticTree):
         return StaticTree(tuple(path for path in tree.paths if len(path) <= depth))
+    if isinstance(tree, AdaptiveTree):
+        # Looked-up tokens may be as deep as they are: they are not the drafter's.
+        if tree.base is None or tree.base.depth <= depth:
+            return tree
+        raise ValueError(f"the tree {tree.spec} is made for a drafter that drafts {tree.base.depth} tokens ahead")
     if depth < 1:
         return chain(0)
     if isinstance(tree, BestFirstTree):
