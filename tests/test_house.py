@@ -64,7 +64,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "drafters": (
         {"module"},
-        {"draft_lm", "one_layer", "one_pass"},
+        {"draft_lm", "one_layer", "one_pass", "prompt_lookup"},
         {"mask_tokens", "medusa", "recurrent"},
         {"eagle"},
         {"eagle3", "fspad", "parallelspec"},
@@ -131,7 +131,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"distill", "pretrain"},
         {"recipes"},
     ),
-    "trees": ({"children", "shape", "tree_file"}, {"best_first", "dynamic", "static"}),
+    "trees": ({"children", "shape", "tree_file"}, {"best_first", "dynamic", "static"}, {"lookup"}, {"adaptive"}),
     "verify": ({"path", "rejection"}, {"rules"}),
 }
 PROGRAMS = {"train", "infer", "configs"}  # nothing imports them; __main__ and config find them by name

@@ -67,8 +67,8 @@ def journal(
     """Returns the records noted at `path` so far; the first line of the file holds the settings they were made with.
 
     Begins the file if there is none. This process holds it until it ends; one that is `lent` is held by the process
-    that started this one, and waits for it. Raises ValueError if the file was begun with other settings, in a sentence about
-    the output `of` that is being made, and naming the first line that lacks one of `fields`.
+    that started this one, and waits for it. Raises ValueError if the file was begun with other settings, in a sentence
+    about the output `of` that is being made, and naming the first line that lacks one of `fields`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not lent:

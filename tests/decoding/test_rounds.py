@@ -30,9 +30,11 @@ from jaxspec.decoding.generation import (
 from jaxspec.decoding.requests import Request, Requests, Settings, fill_up, make_requests
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.nn import cache as kv
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.trees import DynamicTree, chain, parse_paths
+from jaxspec.trees import AdaptiveTree, DynamicTree, chain, parse_paths
+from jaxspec.trees.lookup import LookupBranch
 from jaxspec.trees.static import StaticTree
 from jaxspec.verify import RULES
 
@@ -43,6 +45,11 @@ TREES = {
     "chain": chain(3, rows=ROWS),
     "static": StaticTree(parse_paths("0 1 00 01 10 000 001"), rows=ROWS),
     "dynamic": DynamicTree(ROWS, 3, 3),
+    "adaptive": AdaptiveTree(DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.4, 1.7, 1.9), 0.75, 0.1, rate=1.0),
+    "lookup": AdaptiveTree(None, (ROWS,), (1.0,), 0.0, 0.0, rate=1.0, lookup=LookupBranch(ROWS - 1)),
+    "both": AdaptiveTree(
+        DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.4, 1.7, 1.9), 0.75, 0.1, rate=1.0, lookup=LookupBranch(5)
+    ),
 }
 CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24)
 
@@ -81,6 +88,8 @@ def pair(drafter: str, tree: str, dtype: str = "float32") -> tuple[Engine, Weigh
     m = models(dtype)
     if drafter == "table":
         return Engine(m.target, TableDrafter(), TREES[tree]), m.weights._replace(drafter=m.table)
+    if drafter == "lookup":
+        return Engine(m.target, PromptLookup(None if tree == "lookup" else m.eagle), TREES[tree]), m.weights
     return Engine(m.target, m.eagle, TREES[tree]), m.weights
 
 
@@ -135,7 +144,14 @@ def accepted_of(answers: list[Answer]) -> np.ndarray:
     return np.stack([answer.accepted for answer in answers])
 
 
-PAIRS = [*(("table", tree) for tree in TREES), ("eagle", "chain"), ("eagle", "dynamic")]
+LOOKED_UP = ("lookup", "both")
+PAIRS = [
+    *(("table", tree) for tree in TREES if tree not in LOOKED_UP),
+    *(("lookup", tree) for tree in LOOKED_UP),
+    ("eagle", "chain"),
+    ("eagle", "dynamic"),
+    ("eagle", "adaptive"),
+]
 
 
 @pytest.mark.parametrize("batch", batches())
@@ -157,7 +173,7 @@ def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str,
 
 
 @pytest.mark.parametrize("batch", ["greedy", "mixed"])
-@pytest.mark.parametrize("tree", ["chain", "dynamic"])
+@pytest.mark.parametrize("tree", ["chain", "dynamic", "adaptive"])
 def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree: str, batch: str):
     engine, weights = pair("eagle", tree)
     token_U = jnp.arange(1, VOCAB, 2)
@@ -194,6 +210,21 @@ def test_the_cases_above_do_accept_and_do_end_inside_paths():
     assert len({a.tokens.tobytes() for a in sampled}) == 4 and total_tau(sampled) > 1.2
 
 
+def test_an_adaptive_tree_uses_all_its_budgets_and_counts_its_rounds():
+    """Otherwise the cases above show little of it."""
+    engine, weights = pair("table", "adaptive")
+    used, drafted = np.zeros(4, int), np.zeros(3, int)
+    for name in ("greedy", "sampled"):
+        state = run_rounds(engine, weights, start(engine, weights, batches()[name]), NO_LIMIT)
+        policy, calls = state.policy, np.asarray(state.calls_B)
+        assert policy is not None
+        np.testing.assert_array_equal(np.asarray(policy.budgets_BX).sum(1), calls)
+        np.testing.assert_array_equal(np.asarray(policy.levels_BT).sum(1), calls)
+        used += np.asarray(policy.budgets_BX).sum(0)
+        drafted += np.asarray(policy.levels_BT).sum(0)
+    assert (used > 0).sum() >= 3 and (drafted > 0).sum() >= 2, (used, drafted)
+
+
 def test_one_node_is_plain_decoding_one_token_wide():
     m, requests = models(), rows_of(batches()["sampled"], 1)
     engine = Engine(m.target, TableDrafter(), chain(0))
@@ -213,7 +244,14 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(batch: str):
     assert_same_text(turned, [together[i] for i in (2, 0, 3, 1)])
 
 
-@pytest.mark.parametrize(("drafter", "tree"), [("eagle", "chain"), ("eagle", "dynamic")])
+@pytest.mark.parametrize(
+    ("drafter", "tree"),
+    [
+        ("eagle", "chain"),
+        ("eagle", "dynamic"),
+        ("eagle", "adaptive"),
+    ],
+)
 def test_finished_rows_stay_as_they_were(drafter: str, tree: str):
     engine, weights = pair(drafter, tree)
     state, before = start(engine, weights, batches()["mixed"]), {}
@@ -331,15 +369,18 @@ def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered
     [
         (None, 1, "topk", "target-draw"), ("dynamic", 4, "topk", "target-draw"), ("chain", 9, "topk", "target-draw"),
         ("dynamic", 2, "swor", "recursive-rejection"), ("static", 2, "sample", "traversal"),
+        ("adaptive", 2, "topk", "target-draw"), ("both", 2, "topk", "target-draw"),
     ],
 )  # fmt: skip
 def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: str | None, batch: int, mode, rule):
     """XLA copies a whole cache every round where a write is not ordered behind the reads (see `cache.commit`)."""
     m = models()
-    engine = Engine(m.target, m.eagle, TREES[tree], mode=mode, rule=RULES[rule]) if tree else Engine(m.target)
+    drafter = PromptLookup(m.eagle) if tree in LOOKED_UP else m.eagle
+    engine = Engine(m.target, drafter, TREES[tree], mode=mode, rule=RULES[rule]) if tree else Engine(m.target)
     weights = m.weights if tree else Weights(m.weights.target)
     state = start(engine, weights, batch_of(prompts(0, (3,) * batch), max_new_tokens=BUDGET))
-    caches = [state.cache, *([state.draft.cache] if tree else [])]
+    draft = state.draft.head if tree in LOOKED_UP else state.draft
+    caches = [state.cache, *([draft.cache] if tree else [])]
     program = run_rounds.lower(engine, weights, state, NO_LIMIT).compile().as_text()
     assert program is not None and "copy(" in program
     assert not cache_copies(program, {a.shape for c in caches for a in c})
