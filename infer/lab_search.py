@@ -20,9 +20,10 @@ from jaxspec.lab.drawing import draw
 from jaxspec.lab.flags import SearchFlags, numbers
 from jaxspec.lab.forest import Shape
 from jaxspec.lab.optimal import edge_sensitivity
+from jaxspec.lab.policy import adaptive_tree
 from jaxspec.lab.replay import node_shares
 from jaxspec.lab.search import Choice, Rated, Search, frontier
-from jaxspec.trees import write_tree
+from jaxspec.trees import policy_fields, write_tree
 
 LONGEST = 60
 """Letters of a tree's text in a printed table."""
@@ -42,12 +43,19 @@ class Args(SearchFlags):
     tree is the same for all three."""
     out: Path | None = None
     """File for the tree, which --tree of every verb takes."""
+    adaptive: Path | None = None
+    """File for an adaptive tree around it, which decides in every round how deep to draft and how much to verify."""
+    lookup: int | None = None
+    """Tokens of a looked-up branch (prompt lookup) beside the adaptive tree's drafts; default: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        cli.refuse_below_one(self, "context")
-        if self.out is not None and self.out.suffix != ".json":
-            raise ValueError(f"--out {self.out} must end in .json, so that --tree knows it for a file")
+        cli.refuse_below_one(self, "context", "lookup")
+        for name in ("out", "adaptive"):
+            if (path := getattr(self, name)) is not None and path.suffix != ".json":
+                raise ValueError(f"--{name} {path} must end in .json, so that --tree knows it for a file")
+        if self.lookup is not None and self.adaptive is None:
+            raise ValueError("--lookup is for an adaptive tree: give --adaptive FILE.json too")
         _ = self.batches
 
     @property
@@ -82,6 +90,9 @@ def main(argv: list[str]) -> int:
     if args.out is not None:
         write_tree(args.out, tree_fields(args, found))
         sys.stdout.write(f"{args.out}: give it as --tree {args.out}\n")
+    if args.adaptive is not None:
+        write_tree(args.adaptive, adaptive_fields(args, found))
+        sys.stdout.write(f"{args.adaptive}: give it as --tree {args.adaptive}\n")
     if args.json is not None:
         results.write_json(args.json, result)
     return 0
@@ -121,6 +132,15 @@ def tree_fields(args: Args, found: Searched) -> dict[str, Any]:
     }
 
 
+def adaptive_fields(args: Args, found: Searched) -> dict[str, Any]:
+    """Returns the fields of the adaptive tree's file."""
+    profile, _ = args.inputs
+    chosen, cost = found.choice.chosen, found.costs[found.batch]
+    tree = adaptive_tree(profile, cost, chosen, most_nodes=args.max_nodes, lookup=args.lookup)
+    made_from = args.made_from(found.search) | {"around": chosen.row(), "jaxspec": __version__}
+    return {**policy_fields(tree), "batch": found.batch, "context": chosen.context, "made_from": made_from}
+
+
 def make_result(args: Args, found: Searched, started: float) -> dict[str, Any]:
     """Returns the verb's JSON."""
     profile, costs = args.inputs
@@ -133,6 +153,7 @@ def make_result(args: Args, found: Searched, started: float) -> dict[str, Any]:
         seed=args.seed,
         started=started,
         tree=args.out,
+        adaptive_tree=args.adaptive,
         **chosen.row(),
         tau_choosing=float(found.search.candidates.tau_S[choice.index]),
         measured_tokens_per_second=None,

@@ -102,7 +102,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"optimal"},
         {"candidates"},
         {"search"},
-        {"flags"},
+        {"flags", "policy"},
     ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (

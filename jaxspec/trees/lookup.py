@@ -49,8 +49,8 @@ class LookupBranch:
     def __post_init__(self) -> None:
         if self.length < 1 or not self.usual or not self.weight > 0 or not all(0 < p < 1 for p in self.usual):
             raise ValueError(
-                "a lookup branch needs a length of at least 1, chances between 0 and 1 and a weight above 0, not "
-                f"{self}"
+                f"a tree's looked-up branch needs a length of at least 1, not {self.length}, chances between 0 and 1, "
+                "and a weight above 0"
             )
 
     def begin(self, zeros_B: Array) -> Counts:

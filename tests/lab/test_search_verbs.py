@@ -13,9 +13,11 @@ from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
+from jaxspec.lab import cost_model
+from jaxspec.lab.costs import load_costs
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.simulate import join, simulate
-from jaxspec.trees import StaticTree, parse_tree, write_tree
+from jaxspec.trees import AdaptiveTree, StaticTree, parse_tree, resolve_tree, write_tree
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,34 @@ def test_a_search_writes_a_tree_file_and_the_agreed_keys(files, tmp_path, capsys
     assert printed.startswith("root\n├─ 0") and "Predicted at batch 4, context 1000" in printed
     assert "acceptance is of simulated for simulated, costs are of d for t" in printed
     assert f"--tree {out}" in printed and "costs are roofline" in printed
+
+
+def test_an_adaptive_tree_around_the_best_one_is_a_file_that_trees_are_read_from(files, tmp_path, capsys):
+    out = tmp_path / "adaptive.json"
+    result = run("search", files, tmp_path, "--max-nodes", "24", "--adaptive", str(out), "--lookup", "3")
+    tree, stored = parse_tree(str(out)), json.loads(out.read_text())
+    assert isinstance(tree, AdaptiveTree) and tree.lookup is not None and tree.lookup.length == 3
+    assert tree.budgets == (1, 2, 4, 8, 16) and tree.rate == pytest.approx(result["predicted_tokens_per_second"])
+    costs = cost_model.round_cost(load_costs(Path(files[3])), result["batch"], result["context"])
+    assert tree.verify_seconds == pytest.approx([costs.verify_N[n] for n in tree.budgets])
+    assert list(tree.verify_seconds) == sorted(tree.verify_seconds)
+    assert tree.reach and all(0 < p <= 1 for p in tree.reach)
+    assert parse_tree(str(out)) == tree and hash(tree) == hash(parse_tree(str(out)))
+    assert stored["made_from"]["around"]["spec"] == result["spec"]
+    assert resolve_tree(str(out)) == str(out)  # it is more than a text
+    stored["policy"]["budgets"] = [4, 2]
+    out.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"adaptive\.json: the budgets of an adaptive tree must rise"):
+        parse_tree(str(out))
+    stored["policy"] = {"budgets": 3}
+    out.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="its policy is none of this version"):
+        parse_tree(str(out))
+
+
+def test_a_lookup_without_an_adaptive_tree_is_wrong_usage(files, capsys):
+    assert main(["lab", "search", *files, "--lookup", "3"]) == EXIT_USAGE
+    assert "--lookup is for an adaptive tree" in capsys.readouterr().err
 
 
 def test_the_frontier_has_more_tokens_for_longer_waits(files, tmp_path, capsys):

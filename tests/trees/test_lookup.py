@@ -123,7 +123,7 @@ def test_a_pool_of_nothing_takes_the_branch_as_it_is():
 
 @pytest.mark.parametrize("wrong", [{"length": 0}, {"usual": ()}, {"usual": (0.0, 0.5)}, {"weight": 0.0}])
 def test_a_branch_that_cannot_be_is_refused(wrong: dict):
-    with pytest.raises(ValueError, match="a lookup branch needs"):
+    with pytest.raises(ValueError, match="looked-up branch needs"):
         LookupBranch(**wrong)
 
 
