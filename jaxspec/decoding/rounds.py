@@ -31,7 +31,7 @@ from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import constrain_tree
 from jaxspec.parallel.rows import scatter_rows
 from jaxspec.sampling import draw, round_noise
-from jaxspec.trees.adaptive import AdaptiveTree, Plan, PolicyState
+from jaxspec.trees.adaptive import AdaptiveTree, PolicyState, RoundPlan
 from jaxspec.trees.children import drawn
 from jaxspec.trees.shape import root_alone
 
@@ -285,7 +285,7 @@ def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state
     assert state.policy is not None
     plan = tree.plan(*_drafting(engine, weights, state), policy=state.policy, running_B=running_B)
 
-    def check(nodes: int, plan: Plan) -> tuple[verify.Accepted, KVCache, Array]:
+    def check(nodes: int, plan: RoundPlan) -> tuple[verify.Accepted, KVCache, Array]:
         cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
         scored = score(engine, weights, state, cut)
         accepted = accept(engine, state, cut, scored.logits_BNV)

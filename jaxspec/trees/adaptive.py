@@ -19,7 +19,7 @@ import numpy as np
 from jaxspec.base import ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
 from jaxspec.sampling import top_k
 from jaxspec.trees.dynamic import Candidates, DynamicTree, Front, best_of_pool
-from jaxspec.trees.lookup import Branch, Counts, LookupBranch, attach
+from jaxspec.trees.lookup import Branch, LookupBranch, MatchCounts, attach
 from jaxspec.trees.shape import root_alone
 
 MEMORY = 1 / 32
@@ -39,11 +39,11 @@ class PolicyState(NamedTuple):
     """Rounds that verified each of the budgets."""
     levels_BT: Array
     """Rounds that drafted each number of levels, from 1 on."""
-    lookup: Counts | None = None
+    lookup: MatchCounts | None = None
     """Of a looked-up branch."""
 
 
-class Plan(NamedTuple):
+class RoundPlan(NamedTuple):
     """The drafted candidates of a round, and the decision about them."""
 
     pool: Candidates
@@ -165,7 +165,7 @@ class AdaptiveTree:
         *,
         policy: PolicyState,
         running_B: Array,
-    ) -> Plan:
+    ) -> RoundPlan:
         """Drafts level by level while a level pays, then chooses the budget that pays most.
 
         With a looked-up branch `scratch.lookup` is what was found in the text.
@@ -185,7 +185,7 @@ class AdaptiveTree:
             pool, levels = self._draft(self.base, draft, choose, scratch, root_logits_BV, pays)
         if branch is not None:
             pool = attach(pool, branch)
-        return Plan(pool, root_token_B, self._budget(pool, rate, running_B), levels, branch)
+        return RoundPlan(pool, root_token_B, self._budget(pool, rate, running_B), levels, branch)
 
     def _draft(
         self,
@@ -212,7 +212,7 @@ class AdaptiveTree:
             levels += going
         return Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True))), levels
 
-    def cut(self, plan: Plan, nodes: int) -> Tree:
+    def cut(self, plan: RoundPlan, nodes: int) -> Tree:
         """Returns the tree of the root and the best `nodes - 1` candidates."""
         if nodes == 1:
             return root_alone(plan.root_B)
@@ -227,7 +227,9 @@ class AdaptiveTree:
         plan = self.plan(draft, choose, scratch, root_logits_BV, root_token_B, policy=policy, running_B=running_B)
         return self.cut(plan, self.nodes)
 
-    def learn(self, policy: PolicyState, plan: Plan, token_BP: Array, count_B: Array, running_B: Array) -> PolicyState:
+    def learn(
+        self, policy: PolicyState, plan: RoundPlan, token_BP: Array, count_B: Array, running_B: Array
+    ) -> PolicyState:
         """Returns the state behind a round that accepted `count` drafted tokens; rows that have ended keep theirs.
 
         `token_BP` are the accepted tokens and the bonus token behind them.

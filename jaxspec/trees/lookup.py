@@ -28,8 +28,8 @@ class Branch(NamedTuple):
     match_B: Array
 
 
-class Counts(NamedTuple):
-    """How often the token behind a match of 1, 2 .. tokens (axis `M`; the last stands for longer ones) was right."""
+class MatchCounts(NamedTuple):
+    """Trials of the token behind a match of 1, 2 .. tokens (axis `M`; the last stands for longer ones)."""
 
     right_BM: Array
     tried_BM: Array
@@ -53,12 +53,12 @@ class LookupBranch:
                 "and a weight above 0"
             )
 
-    def begin(self, zeros_B: Array) -> Counts:
+    def begin(self, zeros_B: Array) -> MatchCounts:
         """Returns the counts of rows that have tried nothing."""
         # Two buffers, or a program that takes them over would be given one twice.
-        return Counts(*(jnp.broadcast_to(zeros_B[:, None], (len(zeros_B), len(self.usual))) for _ in range(2)))
+        return MatchCounts(*(jnp.broadcast_to(zeros_B[:, None], (len(zeros_B), len(self.usual))) for _ in range(2)))
 
-    def branch(self, lookup: Lookup, counts: Counts) -> Branch:
+    def branch(self, lookup: Lookup, counts: MatchCounts) -> Branch:
         """Returns the looked-up tokens, each with the chance that the text follows the branch up to it."""
         step_K = jnp.arange(self.length)
         # Where the earlier place reaches the text's end, its tokens come again and again.
@@ -71,7 +71,9 @@ class LookupBranch:
         logp_BK = jnp.cumsum(jnp.log(chance_BK), axis=1)
         return Branch(token_BK, jnp.where(lookup.match_B[:, None] > 0, logp_BK, -jnp.inf), lookup.match_B)
 
-    def count(self, counts: Counts, branch: Branch, token_BP: Array, count_B: Array, running_B: Array) -> Counts:
+    def count(
+        self, counts: MatchCounts, branch: Branch, token_BP: Array, count_B: Array, running_B: Array
+    ) -> MatchCounts:
         """Returns the counts behind a round that wrote `count + 1` of the tokens `token_BP`.
 
         The branch is held to the text whether it was verified or not; rows that have ended keep their counts.
@@ -88,7 +90,7 @@ class LookupBranch:
         right_BM, tried_BM = (
             jnp.sum(is_bin_BKM & x_BK[..., None], axis=1, dtype=jnp.int32) for x_BK in (right_BK & tried_BK, tried_BK)
         )
-        return Counts(counts.right_BM + right_BM, counts.tried_BM + tried_BM)
+        return MatchCounts(counts.right_BM + right_BM, counts.tried_BM + tried_BM)
 
     def _bin(self, match_BK: Array) -> Array:
         return jnp.clip(match_BK - 1, 0, len(self.usual) - 1)

@@ -88,7 +88,8 @@ def test_an_adaptive_tree_around_the_best_one_is_a_file_that_trees_are_read_from
 
 
 def test_a_lookup_without_an_adaptive_tree_is_wrong_usage(files, capsys):
-    assert main(["lab", "search", *files, "--lookup", "3"]) == EXIT_USAGE
+    with pytest.raises(SystemExit, match=str(EXIT_USAGE)):
+        main(["lab", "search", *files, "--lookup", "3"])
     assert "--lookup is for an adaptive tree" in capsys.readouterr().err
 
 

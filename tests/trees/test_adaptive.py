@@ -13,7 +13,7 @@ from toys import draft_from, path_tables
 
 from jaxspec.base import Frontier
 from jaxspec.trees import AdaptiveTree, DynamicTree
-from jaxspec.trees.adaptive import MEMORY, Plan, PolicyState
+from jaxspec.trees.adaptive import MEMORY, PolicyState, RoundPlan
 from jaxspec.trees.children import drawn
 
 VOCAB, BATCH = 5, 3
@@ -35,12 +35,12 @@ class Drafting:
         return self.draft(scratch, frontier)
 
 
-def plan_of(tree: AdaptiveTree, drafting: Drafting, rate: float, running=(True,) * BATCH) -> Plan:
+def plan_of(tree: AdaptiveTree, drafting: Drafting, rate: float, running=(True,) * BATCH) -> RoundPlan:
     policy = tree.begin(jnp.zeros(BATCH, jnp.int32))
     policy = policy._replace(tokens_B=jnp.full(BATCH, rate), seconds_B=jnp.ones(BATCH))
 
     @jax.jit
-    def program(policy: PolicyState) -> Plan:
+    def program(policy: PolicyState) -> RoundPlan:
         return tree.plan(
             drafting,
             drawn("topk", jnp.zeros(BATCH), NO_NOISE),
@@ -75,7 +75,7 @@ def test_where_nothing_has_a_price_every_budget_is_the_dynamic_trees(seed: int, 
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def values(plan: Plan, running: Any = (True,) * BATCH) -> np.ndarray:
+def values(plan: RoundPlan, running: Any = (True,) * BATCH) -> np.ndarray:
     """Expected tokens of the likeliest candidates of every row, best first, summed over the running rows."""
     score = np.sort(np.asarray(plan.pool.score_BQ, np.float64), axis=1)[:, ::-1][:, : BASE.nodes - 1]
     return np.cumsum(np.exp(score)[np.asarray(running)].sum(0))

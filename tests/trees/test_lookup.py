@@ -10,7 +10,7 @@ import pytest
 from jaxspec.base import ROOT, Lookup
 from jaxspec.drafters.prompt_lookup import look_up
 from jaxspec.trees.dynamic import Candidates, best_of_pool
-from jaxspec.trees.lookup import Branch, Counts, LookupBranch, attach
+from jaxspec.trees.lookup import Branch, LookupBranch, MatchCounts, attach
 
 LONGEST, SLOTS = 4, 40
 
@@ -128,4 +128,4 @@ def test_a_branch_that_cannot_be_is_refused(wrong: dict):
 
 
 def test_counts_are_of_every_row():
-    assert isinstance(NOTHING, Counts) and NOTHING.right_BM.shape == (3, 3)
+    assert isinstance(NOTHING, MatchCounts) and NOTHING.right_BM.shape == (3, 3)
