@@ -96,7 +96,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"export", "import_features"},
         {"import_target"},
     ),
-    "lab": ({"costs", "profile"},),
+    "lab": ({"costs", "profile"}, {"ranks", "rates"}),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (
         {"cache", "kernels", "norm", "options", "remat", "rope", "weights"},
