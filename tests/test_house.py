@@ -96,7 +96,12 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"export", "import_features"},
         {"import_target"},
     ),
-    "lab": ({"costs", "profile"}, {"ranks", "rates"}),
+    "lab": (
+        {"costs", "profile"},
+        {"calibration", "ranks", "rates", "round_log", "simulate"},
+        {"given", "reading", "texts"},
+        {"making"},
+    ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (
         {"cache", "kernels", "norm", "options", "remat", "rope", "weights"},

@@ -38,14 +38,15 @@ class Profile:
     logp_TD: np.ndarray
     """Draft log-probability of that token given the text before it; NaN where the text has ended; float32."""
     top_TDK: np.ndarray
-    """Log-probabilities of the `K` likeliest children there, falling along `K`; float16. `D` may be 0: not kept."""
+    """Log-probabilities of the `K` likeliest children there, falling along `K`; NaN where the text has ended; float16.
+    `D` may be 0: not kept."""
     entropy_TD: np.ndarray
     """Entropy of the draft distribution there, in nats; NaN where the text has ended; float16."""
     sources: tuple[str, ...]
     """Source of each prompt, `P` in all."""
     facts: dict[str, Any]
-    """How it was made: `temperature`, `mode`, `rule`, `one_pass`, `target`, `drafter`, `prompts` (hashes), `ranks`
-    (`K`) and whatever else a reader needs; JSON."""
+    """How it was made: `temperature`, `mode`, `rule`, `one_pass`, `target`, `drafter`, `prompts` (names), `hashes`,
+    `ranks` (`K`), `kind` ("ranks" or "rates") and whatever else a reader needs; JSON."""
 
     def __post_init__(self) -> None:
         starts, depths = self.rank_TD.shape
@@ -62,6 +63,12 @@ class Profile:
     def ranks(self) -> int:
         """Children of a node whose ranks are known, `K`."""
         return int(self.facts["ranks"])
+
+    @property
+    def replayable(self) -> bool:
+        """Returns whether it holds texts; a profile of `kind` "rates" holds acceptance by depth and rank alone, as
+        `rates_DK` with intervals `lows_DK`, `highs_DK` and counts `tries_DK` among its facts."""
+        return self.facts.get("kind") != "rates"
 
     def of(self, prompts: np.ndarray) -> Profile:
         """Returns the profile of these prompts alone, in their order; `prompts` are indices, none twice."""

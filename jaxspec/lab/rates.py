@@ -33,10 +33,9 @@ def measure_rates(profile: Profile) -> Rates:
 
     A mean over places is not one over rounds, which stand closer where the text is hard: for tau replay a tree.
     """
-    if "rates" in profile.facts:
-        given = profile.facts["rates"]
-        names = ("rate", "low", "high", "tries")
-        return Rates(*(np.array(given[name], np.float64) for name in names))  # None becomes NaN
+    if not profile.replayable:
+        names = ("rates_DK", "lows_DK", "highs_DK", "tries_DK")
+        return Rates(*(np.array(profile.facts[name], np.float64) for name in names))  # null becomes NaN
     return rates_of(*count_hits(profile))
 
 
@@ -87,7 +86,7 @@ def replay_paths(profile: Profile, paths: Sequence[Path]) -> Counts:
     The plain loop: a round accepts the longest path of the text's ranks that is a node. Raises ValueError for a profile
     without texts.
     """
-    if not len(profile.prompt_T):
+    if not profile.replayable:
         raise ValueError("the profile holds rates alone, and no texts to replay: estimate tau from its rates")
     nodes, prompts = set(paths), len(profile.sources)
     deepest = max(map(len, paths), default=0)
