@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +95,21 @@ class Profile:
 
 ARRAYS = ("prompt_T", "rank_TD", "logp_TD", "top_TDK", "entropy_TD")
 FORMAT = "jaxspec profile 1"
+DAMAGED = (KeyError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""Errors of a file that is cut short, damaged or something else; a cut `.npz` may look like a pickle."""
 
 
 def load_profile(path: Path) -> Profile:
     """Returns the profile of a file. Raises ValueError where it is none, or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             facts = json.loads(bytes(found["facts"]))
             arrays = {name: found[name] for name in ARRAYS}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such profile; make one with `jaxspec lab profile`") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, OSError) as error:
         raise ValueError(f"{path}: is no acceptance profile ({error}); make one with `jaxspec lab profile`") from error
-    if facts.pop("format", None) != FORMAT:
+    known = isinstance(facts, dict) and facts.pop("format", None) == FORMAT
+    if not known or not isinstance(facts.get("ranks"), int) or not isinstance(facts.get("sources"), list):
         raise ValueError(f"{path}: is no acceptance profile of this version; make one with `jaxspec lab profile`")
     return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts)

@@ -209,7 +209,7 @@ def _rank(
         for step in range(steps):
             logits_1CV = drafter.logits(params, shared, hidden_DZE[step, row_C][None], step)
             # Behind the text's end any token will do.
-            of.append(_place(logits_1CV[0], place_Z[jnp.minimum(row_C + step + 2, len(place_Z) - 1)], ranks))
+            of.append(_place(logits_1CV, place_Z[jnp.minimum(row_C + step + 2, len(place_Z) - 1)], ranks))
         together = _Counted(*(jnp.stack(x, axis=1) for x in zip(*of, strict=True)))
         return _Counted(
             *(jax.lax.dynamic_update_slice_in_dim(o, x, index * chunk, 0) for o, x in zip(found, together, strict=True))
@@ -225,19 +225,20 @@ def _chunk(vocab: int) -> int:
     return min(MOST_ROWS, max(FEWEST_ROWS, 1 << (LOGITS_AT_ONCE // vocab).bit_length() >> 1))
 
 
-def _place(logits_CV: Array, token_C: Array, ranks: int) -> _Counted:
+def _place(logits_1CV: Array, token_C: Array, ranks: int) -> _Counted:
     """Returns the ranks of some tokens, -1 for none, and what else a profile keeps of their distributions."""
-    children = likeliest(logits_CV, ranks)
-    same_CK = children.token_BWR == token_C[:, None]
+    # Three axes: of two, XLA:CPU makes a full sort, fifty times slower.
+    children = likeliest(logits_1CV, ranks)
+    same_CK = children.token_BWR[0] == token_C[:, None]
     rank_C = jnp.where(jnp.any(same_CK, axis=-1), jnp.argmax(same_CK, axis=-1), MISSED)
-    logp_CV = jax.nn.log_softmax(logits_CV, axis=-1)
+    logp_CV = jax.nn.log_softmax(logits_1CV[0], axis=-1)
     logp_C = jnp.take_along_axis(logp_CV, jnp.maximum(token_C, 0)[:, None], axis=-1)[:, 0]
     # A token of probability 0 adds 0 to the entropy; `0 log 0` would be NaN.
     entropy_C = -jnp.sum(jnp.where(logp_CV > -jnp.inf, jnp.exp(logp_CV) * logp_CV, 0.0), axis=-1)
     return _Counted(
         rank_C.astype(jnp.int16),
         jnp.where(token_C < 0, -jnp.inf, logp_C),
-        children.logp_BWR.astype(jnp.float16),
+        children.logp_BWR[0].astype(jnp.float16),
         entropy_C,
     )
 
