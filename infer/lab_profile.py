@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -65,7 +65,7 @@ class Args:
     """Take the first N prompts or conversations."""
     temperature: tuple[float, ...] = (0.0,)
     """Temperatures of the texts, a profile each: 0 is greedy."""
-    draft_mode: Annotated[DraftMode, tyro.conf.arg(aliases=["--mode"])] = "topk"
+    draft_mode: DraftMode = "topk"
     """How a node's children are chosen: its likeliest tokens, or draws with or without (swor) replacement."""
     rule: RuleName | None = None
     """Which drafted tokens are kept. Default: target-draw for topk, specinfer for sample, recursive-rejection for swor.
