@@ -112,7 +112,7 @@ class Args:
             given = [f"--{name}" for name in ("drafter", "prompts", "answers", "rule") if getattr(self, name)]
             if given:
                 raise ValueError(f"--simulate takes no text and no drafter: leave out {', '.join(given)}")
-            _ = read_rates(self.simulate)
+            _ = self.simulate.endswith(".json") or read_rates(self.simulate)
             return
         if not self.drafter or len(set(self.drafter)) < len(self.drafter):
             raise ValueError("give one --drafter or several, each once (or rates with --simulate)")

@@ -124,7 +124,7 @@ def curves(facts: dict[str, Any]) -> list[CalibrationCurve]:
 
 def mean_error(calibration: list[dict[str, Any]], name: str) -> float:
     """Returns an error, such as `ece_before`, as the mean over all pairs of all depths; NaN where there is none."""
-    rows = [row for row in calibration if np.isfinite(row[name])]
+    rows = [row for row in calibration if row[name] is not None and np.isfinite(row[name])]
     pairs = sum(row["pairs"] for row in rows)
     return sum(row[name] * row["pairs"] for row in rows) / pairs if pairs else float("nan")
 

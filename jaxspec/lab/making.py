@@ -57,7 +57,6 @@ def rank_arms(
     groups = batches(texts)
     found: list[dict[int, Ranks]] = [{} for _ in arms]
     taps = list(dict.fromkeys(_taps(arm) for arm in arms))
-    # Drafters that read the same of the target, side by side.
     with progress.progress("ranks of the texts", len(groups) * len(arms), "batches") as bar:
         for group in groups:
             some = [texts[i] for i in group]

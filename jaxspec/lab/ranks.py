@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -144,9 +144,9 @@ def rank_texts(models: Models, texts: Sequence[Text], read_BLD: Array, *, depth:
     batch = _arrange(models, texts)
     shared = shared_tables(models.engine, models.weights)
     found = _rank(decoding_form(drafter), (steps, ranks), models.weights.drafter, shared, batch, read_BLD)
-    counted = _Counted(*(np.asarray(x)[: batch.starts] for x in found))
+    counted = Ranks(*(np.asarray(x)[: batch.starts] for x in found))
     ends = np.cumsum([text.starts for text in texts])
-    parts = [_Counted(*(x[end - text.starts : end] for x in counted)) for text, end in zip(texts, ends, strict=True)]
+    parts = [Ranks(*(x[end - text.starts : end] for x in counted)) for text, end in zip(texts, ends, strict=True)]
     return [
         _finish(_deepen(part, depth) if steps < depth else part, text) for part, text in zip(parts, texts, strict=True)
     ]
@@ -243,27 +243,20 @@ def _place(logits_1CV: Array, token_C: Array, ranks: int) -> _Counted:
     )
 
 
-def _deepen(first: _Counted, depth: int) -> _Counted:
+def _deepen(first: Ranks, depth: int) -> Ranks:
     """Returns what a drafter without features of its own has at every depth: that of depth 1, so many places later."""
-    starts = len(first.rank_XD)
+    starts = len(first.rank_TD)
     at_TD = np.minimum(np.arange(starts)[:, None] + np.arange(depth), max(starts - 1, 0))
-    return _Counted(*(x[at_TD, 0] if starts else np.zeros((0, depth, *x.shape[2:]), x.dtype) for x in first))
+    return Ranks(*(x[at_TD, 0] if starts else np.zeros((0, depth, *x.shape[2:]), x.dtype) for x in first))
 
 
-def _finish(counted: _Counted, text: Text) -> Ranks:
+def _finish(found: Ranks, text: Text) -> Ranks:
     """Returns a text's part with what lies behind its end marked as such."""
-    rank_XD, logp_XD, top_XDK, entropy_XD = (np.asarray(x) for x in counted)
     left_T = text.starts - np.arange(text.starts)
-    ended_TD = np.arange(1, rank_XD.shape[1] + 1) > left_T[:, None]
+    ended_TD = np.arange(1, found.rank_TD.shape[1] + 1) > left_T[:, None]
     return Ranks(
-        np.where(ended_TD, BEYOND, rank_XD).astype(np.int16),
-        np.where(ended_TD, np.nan, logp_XD).astype(np.float32),
-        np.where(ended_TD[..., None], np.nan, top_XDK).astype(np.float16),
-        np.where(ended_TD, np.nan, entropy_XD).astype(np.float16),
+        np.where(ended_TD, BEYOND, found.rank_TD).astype(np.int16),
+        np.where(ended_TD, np.nan, found.logp_TD).astype(np.float32),
+        np.where(ended_TD[..., None], np.nan, found.top_TDK).astype(np.float16),
+        np.where(ended_TD, np.nan, found.entropy_TD).astype(np.float16),
     )
-
-
-def in_order(parts: Iterator[tuple[int, Ranks]], texts: Sequence[Text]) -> Ranks:
-    """Returns the ranks of all texts, one behind the other, from pairs of a text's index and its own."""
-    found = dict(parts)
-    return Ranks(*(np.concatenate(arrays) for arrays in zip(*(found[i] for i in range(len(texts))), strict=True)))

@@ -1,4 +1,4 @@
-"""What a profile says, for readers: acceptance by depth and rank, tau of chains, calibration; tables and JSON."""
+"""Tables and JSON of a profile, for readers: acceptance by depth and rank, tau of chains, calibration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxspec.console.results import jsonable
 from jaxspec.evaluation.comparison import EVERY, groups
 from jaxspec.evaluation.statistics import CONFIDENCE, Counts, Interval, tau_interval
 from jaxspec.lab.calibration import calibrate, mean_error
@@ -33,7 +34,7 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
 def summarize(profile: Profile) -> Profile:
     """Returns the profile with what readers ask for among its facts: calibration, acceptance and tau, by source too."""
     facts = {"calibration": calibrate(profile), "by_source": dict(_by_source(profile))}
-    return dataclasses.replace(profile, facts={**profile.facts, **facts})
+    return dataclasses.replace(profile, facts={**profile.facts, **jsonable(facts)})
 
 
 def _by_source(profile: Profile) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -63,11 +64,12 @@ def logged_tau(profile: Profile) -> Interval:
 def _lists(rates: Rates) -> dict[str, Any]:
     """Returns rates in JSON's types."""
     names = {"rate_DK": "acceptance", "low_DK": "acceptance_low", "high_DK": "acceptance_high", "tries_DK": "tries"}
-    return {name: _plain(getattr(rates, field)) for field, name in names.items()}
+    return {name: np.round(getattr(rates, field), 6) for field, name in names.items()}
 
 
-def _plain(x_DK: np.ndarray) -> list[list[float | None]]:
-    return [[None if np.isnan(x) else round(float(x), 6) for x in row] for row in x_DK]
+def _interval(given: Sequence[float | None]) -> Interval:
+    """Returns an interval as facts hold it: null where no call was made."""
+    return Interval(*(float("nan") if x is None else x for x in given))
 
 
 def result_row(path: Path, profile: Profile) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _taus(profile: Profile) -> dict[str, Interval]:
     if not profile.replayable:
         return {profile.facts["logged_tree"]: logged_tau(profile)}
     every = profile.facts["by_source"][EVERY]
-    return {f"chain:{depth}": Interval(*every[f"tau_chain_{depth}"]) for depth in CHAINS}
+    return {f"chain:{depth}": _interval(every[f"tau_chain_{depth}"]) for depth in CHAINS}
 
 
 def tables_of(profile: Profile, name: str) -> list[Table]:
@@ -114,7 +116,7 @@ def tables_of(profile: Profile, name: str) -> list[Table]:
     columns = ["depth", *(f"rank {r}" for r in range(shown)), "any", "places", "ece", "calibrated", "entropy"]
     taus = [[spec[:40], str(tau)] for spec, tau in _taus(profile).items()]
     sources = [
-        [source, row["prompts"], *(str(Interval(*row[f"tau_chain_{depth}"])) for depth in CHAINS)]
+        [source, row["prompts"], *(str(_interval(row[f"tau_chain_{depth}"])) for depth in CHAINS)]
         for source, row in facts["by_source"].items()
         if profile.replayable and source != EVERY
     ]

@@ -30,7 +30,7 @@ EXTRA_NODES = 64
 
 
 class NodeCounts(NamedTuple):
-    """How often each node of a static tree was kept, and how often its children were tried, in rounds of a row."""
+    """Rounds of a row in which each node of a static tree was kept, and in which its children were tried."""
 
     kept_BN: Array
     tried_BN: Array
@@ -57,7 +57,7 @@ def generous_tree(depth: int, ranks: int, extra: int = EXTRA_NODES) -> StaticTre
     """
     if ranks == 1:
         return chain(depth)
-    nodes = {(0,) * d + (r,) for d in range(depth) for r in range(ranks)}
+    nodes: set[tuple[int, ...]] = {(0,) * d + (r,) for d in range(depth) for r in range(ranks)}
     # A path's cost is the sum of its ranks plus its length; each is pushed by its parent or its elder sibling alone.
     heap: list[tuple[int, tuple[int, ...]]] = [(1, (0,))]
     goal = len(nodes) + extra
@@ -88,9 +88,9 @@ def log_rounds(
         nodes = arrays.tokens_BL.shape[0], tree.nodes
         nothing = NodeCounts(jnp.zeros(nodes, jnp.int32), jnp.zeros(nodes, jnp.int32))
         state, counts = _run(models.engine, models.weights, state, nothing)
-        counts = NodeCounts(*map(np.asarray, counts))
+        kept_BN, tried_BN = map(np.asarray, counts)
         for row, (request, answer) in enumerate(zip(taken, collect(state), strict=False)):  # the padding's left out
-            hits, tries = by_rank(tree, counts.kept_BN[row], counts.tried_BN[row])
+            hits, tries = by_rank(tree, kept_BN[row], tried_BN[row])
             yield LoggedPrompt(request.key, hits, tries, len(answer.tokens) - 1, answer.calls)
         stopped()
 

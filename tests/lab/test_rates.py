@@ -140,3 +140,12 @@ def test_a_damaged_profile_is_refused(tmp_path: Path):
     np.savez(path, other=np.zeros(3))
     with pytest.raises(ValueError, match="is no acceptance profile"):
         load_profile(path)
+
+
+def test_a_source_without_a_round_is_told_by_nulls(tmp_path: Path):
+    """Its only answer has one token; the file is JSON that every reader reads."""
+    profile = summarize(profile_of([[[0, BEYOND]], []], sources=("a", "b")))
+    assert profile.facts["by_source"]["b"]["tau_chain_3"] == [None] * 3
+    assert profile.facts["calibration"][0]["ece_after"] is None
+    json.dumps(profile.facts, allow_nan=False)
+    assert len(tables_of(profile, "p")) == 3 and result_row(tmp_path, profile)["starts"] == 1

@@ -1,4 +1,4 @@
-"""Rounds that are decoded and counted: their counts are those of a replay where that is exact, and add up by any rule."""
+"""Rounds that are decoded and counted: the counts are a replay's where that is exact, and add up by any rule."""
 
 from __future__ import annotations
 
