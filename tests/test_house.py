@@ -98,9 +98,9 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "lab": (
         {"costs", "forest", "profile"},
-        {"acceptance", "cost_model", "drawing", "replay", "simulate"},
-        {"optimal"},
-        {"candidates"},
+        {"acceptance", "calibration", "cost_model", "drawing", "ranks", "rates", "replay", "round_log", "simulate"},
+        {"given", "optimal", "reading", "texts"},
+        {"candidates", "making"},
         {"search"},
         {"flags", "policy"},
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,15 @@ class Profile:
     logp_TD: np.ndarray
     """Draft log-probability of that token given the text before it; NaN where the text has ended; float32."""
     top_TDK: np.ndarray
-    """Log-probabilities of the `K` likeliest children there, falling along `K`; float16. `D` may be 0: not kept."""
+    """Log-probabilities of the `K` likeliest children there, falling along `K`; NaN where the text has ended; float16.
+    `D` may be 0: not kept."""
     entropy_TD: np.ndarray
     """Entropy of the draft distribution there, in nats; NaN where the text has ended; float16."""
     sources: tuple[str, ...]
     """Source of each prompt, `P` in all."""
     facts: dict[str, Any]
-    """How it was made: `temperature`, `mode`, `rule`, `one_pass`, `target`, `drafter`, `prompts` (hashes), `ranks`
-    (`K`) and whatever else a reader needs; JSON."""
+    """How it was made: `temperature`, `mode`, `rule`, `one_pass`, `target`, `drafter`, `prompts` (names), `hashes`,
+    `ranks` (`K`), `kind` ("ranks" or "rates") and whatever else a reader needs; JSON."""
 
     def __post_init__(self) -> None:
         starts, depths = self.rank_TD.shape
@@ -62,6 +64,12 @@ class Profile:
     def ranks(self) -> int:
         """Children of a node whose ranks are known, `K`."""
         return int(self.facts["ranks"])
+
+    @property
+    def replayable(self) -> bool:
+        """Returns whether it holds texts; a profile of `kind` "rates" holds acceptance by depth and rank alone, as
+        `rates_DK` with intervals `lows_DK`, `highs_DK` and counts `tries_DK` among its facts."""
+        return self.facts.get("kind") != "rates"
 
     def of(self, prompts: np.ndarray) -> Profile:
         """Returns the profile of these prompts alone, in their order; `prompts` are indices, none twice."""
@@ -87,18 +95,21 @@ class Profile:
 
 ARRAYS = ("prompt_T", "rank_TD", "logp_TD", "top_TDK", "entropy_TD")
 FORMAT = "jaxspec profile 1"
+DAMAGED = (KeyError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""Errors of a file that is cut short, damaged or something else; a cut `.npz` may look like a pickle."""
 
 
 def load_profile(path: Path) -> Profile:
     """Returns the profile of a file. Raises ValueError where it is none, or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             facts = json.loads(bytes(found["facts"]))
             arrays = {name: found[name] for name in ARRAYS}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such profile; make one with `jaxspec lab profile`") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, OSError) as error:
         raise ValueError(f"{path}: is no acceptance profile ({error}); make one with `jaxspec lab profile`") from error
-    if facts.pop("format", None) != FORMAT:
+    known = isinstance(facts, dict) and facts.pop("format", None) == FORMAT
+    if not known or not isinstance(facts.get("ranks"), int) or not isinstance(facts.get("sources"), list):
         raise ValueError(f"{path}: is no acceptance profile of this version; make one with `jaxspec lab profile`")
     return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts)
