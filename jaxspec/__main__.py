@@ -41,6 +41,7 @@ VERBS = {
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
     "bench device": Verb("jaxspec.infer.bench_device", "measure an accelerator within some minutes"),
+    "lab cost": Verb("jaxspec.infer.lab_cost", "price the parts of a round: measured, compiled, or by the roofline"),
 }
 
 EXAMPLES = """\

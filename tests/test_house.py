@@ -96,7 +96,12 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"export", "import_features"},
         {"import_target"},
     ),
-    "lab": ({"costs", "profile"},),
+    "lab": (
+        {"costs", "cpu_rates", "devices", "profile"},
+        {"round_parts"},
+        {"pricing", "roofline", "shapes"},
+        {"compiled", "measured"},
+    ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (
         {"cache", "kernels", "norm", "options", "remat", "rope", "weights"},

@@ -181,6 +181,12 @@ class CompiledBench:
             *([Point("commit", 1, 0, batch, context)] if drafting else []),
         ]
 
+    @property
+    def check(self) -> list[Point]:
+        """The whole reference round at the first batch and context, to hold the sum of its parts against."""
+        first = self.grid.places()[:1] if self.models.engine.tree is not None else []
+        return [Point("round", 1, 0, *place) for place in first]
+
     def measure(self, point: Point) -> float:
         """Returns the seconds of a part. Raises ValueError where the compiler's program cannot be priced."""
         sizes = self.layers if point.part in ("plain", "verify", "commit", "round") else self.layers[:1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxspec.base import Array
 from jaxspec.evaluation.machine import TimedProgram, in_turns
@@ -41,6 +43,13 @@ def rates_of_json(value: dict[str, Any]) -> CpuRates:
     """Returns the rates that `CpuRates.as_json` wrote."""
     rates = {int(rows): rate for rows, rate in value["matmul_flops_per_second"].items()}
     return CpuRates(value["bytes_per_second"], rates)
+
+
+def median_rates(known: Sequence[dict[str, Any]]) -> CpuRates:
+    """Returns the medians of rates in JSON, one or more."""
+    found = [rates_of_json(value) for value in known]
+    flops = {rows: float(np.median([r.flops_per_second[rows] for r in found])) for rows in found[0].flops_per_second}
+    return CpuRates(float(np.median([r.bytes_per_second for r in found])), flops)
 
 
 class RatePrograms(NamedTuple):

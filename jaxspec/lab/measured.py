@@ -16,6 +16,7 @@ from jaxspec.evaluation.device_decode import MEMORY_SHARE, DoesNotFit, memory_li
 from jaxspec.evaluation.loops import Loop, compile_loop, zero_of
 from jaxspec.evaluation.machine import TimedProgram
 from jaxspec.evaluation.stand_ins import CACHE_SCALE, at_prefix, cache_bytes, fill, stand_in_state
+from jaxspec.lab.pricing import words_of
 from jaxspec.lab.round_parts import Grid, PartPrograms, Point, given_arrays, sampling_at
 from jaxspec.serving.loading import Models
 
@@ -165,10 +166,3 @@ def available_bytes() -> float:
     lines: Sequence[str] = meminfo.read_text().splitlines() if meminfo.exists() else ()
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     return MEMORY_SHARE * free[0] if free else float("inf")
-
-
-def words_of(point: Point) -> str:
-    """Returns a part and its sizes in words."""
-    sizes = {"nodes": point.nodes if point.width == 0 else 0, "width": point.width}
-    said = [f"{name} {size}" for name, size in sizes.items() if size]
-    return " ".join([point.part, *said, f"batch {point.batch} context {point.context:,}"])

@@ -12,6 +12,7 @@ from jaxspec.base import KVCache, TokenMajorCache
 from jaxspec.decoding.rounds import shared_tables
 from jaxspec.lab.devices import Peaks
 from jaxspec.lab.round_parts import Grid, PartPrograms, Point, sampling_at
+from jaxspec.lab.shapes import shortened
 from jaxspec.planning.decode_program import abstract_state
 from jaxspec.planning.flops import count_flops
 from jaxspec.planning.work import Work, target_work, weight_bytes
@@ -31,7 +32,10 @@ class Roofline:
         self, models: Models, grid: Grid, peaks: Peaks, *, overhead: float = 0.0, routed: bool = False
     ) -> None:
         self.models, self.grid, self.peaks, self.overhead, self.routed = models, grid, peaks, overhead, routed
-        self.programs = PartPrograms(models, functools.partial(sampling_at, 0.0))
+        # The drafter's work does not depend on the target's layers, and few are traced in no time.
+        self.short = shortened(models, min(2, models.config.layers))
+        self.programs = PartPrograms(self.short, functools.partial(sampling_at, 0.0))
+        self.states: dict[tuple[int, int], Any] = {}
         self.itemsize = models.engine.target.empty_cache(1, 1).v_YBKSC.dtype.itemsize
 
     def points(self, batch: int, context: int) -> list[Point]:
@@ -78,11 +82,15 @@ class Roofline:
         state = self._state(point)
         program = self.programs.program(point, state)
         zero = jax.ShapeDtypeStruct((), jnp.int32)
-        return count_flops(program.step, self.models.weights, state, program.given, zero).total
+        return count_flops(program.step, self.short.weights, state, program.given, zero).total
 
     def _state(self, point: Point) -> Any:
-        models, capacity = self.models, point.context + self.grid.room
-        return abstract_state(models.engine, models.weights, batch=point.batch, capacity=capacity, slots=64)
+        place = point.batch, point.context
+        if place not in self.states:
+            models, capacity = self.short, point.context + self.grid.room
+            state = abstract_state(models.engine, models.weights, batch=point.batch, capacity=capacity, slots=64)
+            self.states[place] = state
+        return self.states[place]
 
     def _draft_cache_bytes(self, point: Point) -> float:
         """Returns the bytes of the drafter's keys and values up to the context."""
