@@ -121,10 +121,10 @@ def cpu_machine(rates: CpuRates) -> Machine:
     """Returns this machine's CPU by measured rates: few rows reach only a part of its peak."""
     rows = sorted(rates.flops_per_second)
     at = [rates.flops_per_second[n] for n in rows]
-    return Machine(CPU, rates.bytes_per_second, lambda i: float(np.interp(rows_of(i), rows, at)))
+    return Machine(CPU, rates.bytes_per_second, lambda i: float(np.interp(matmul_rows(i), rows, at)))
 
 
-def rows_of(matmul: hlo.Instruction) -> int:
+def matmul_rows(matmul: hlo.Instruction) -> int:
     """Returns the smaller side of a matmul's result, of one matmul of a batch."""
     dims = matmul.result[0].dims
     batched = re.search(r"lhs_batch_dims=\{([\d,]*)\}", matmul.attributes)
