@@ -26,7 +26,7 @@ from jaxspec.evaluation.stand_ins import cache_bytes
 from jaxspec.lab.compiled import CLOCK_DOUBT, CompiledBench, Machine, cpu_machine, tpu_machine
 from jaxspec.lab.costs import CostRow, CostTable, differences, load_costs
 from jaxspec.lab.cpu_rates import CpuRates, median_rates, rate_programs, rates_of_json
-from jaxspec.lab.devices import CPU, Peaks, check_device, device_here, is_tpu, peaks_of
+from jaxspec.lab.devices import CPU, DevicePeaks, check_device, device_here, is_tpu, peaks_of
 from jaxspec.lab.measured import RoundBench
 from jaxspec.lab.pricing import RATES, Ledger, Watch, price_points, rows_of
 from jaxspec.lab.roofline import Roofline
@@ -161,7 +161,7 @@ class Job(NamedTuple):
     against: list[tuple[str, CostTable]]
 
 
-class Priced(NamedTuple):
+class SourceFigures(NamedTuple):
     """The points that are left, and facts of the source."""
 
     left: list[Point]
@@ -244,7 +244,7 @@ def read_drafter(args: Args, shape: LlamaConfig) -> tuple[Any, int | None, str |
 # The sources.
 
 
-def measure(job: Job) -> Priced:
+def measure(job: Job) -> SourceFigures:
     """Times all parts on this machine, a batch and context at a time."""
     args, grid = job.args, job.args.grid
     rates = rate_programs(DTYPES[job.dtype]) if job.device == CPU else None
@@ -270,7 +270,7 @@ def measure(job: Job) -> Priced:
                 job.ledger.note({"event": RATES, "rates": rates.rates(found.rates).as_json()})
             bar.advance(1, f"batch {batch}, context {context:,}: {told(found.parts)}", at_once=True)
     known = job.ledger.rates
-    return Priced(left, {"rates": median_rates(known).as_json()} if known else {})
+    return SourceFigures(left, {"rates": median_rates(known).as_json()} if known else {})
 
 
 def told(parts: dict[Point, float]) -> str:
@@ -281,7 +281,7 @@ def told(parts: dict[Point, float]) -> str:
     return f"plain {1e3 * plain:.4g} ms, verify of {most} nodes {1e3 * verify[most]:.4g} ms"
 
 
-def compile_parts(job: Job) -> Priced:
+def compile_parts(job: Job) -> SourceFigures:
     """Prices the compiled programs of all parts."""
     machine, facts = compiled_machine(job)
     args = job.args
@@ -291,7 +291,7 @@ def compile_parts(job: Job) -> Priced:
         bar.advance(len(set(points) & job.ledger.done))
         left = price_points(bench, points, job.ledger, job.watch, bar)
     mesh = None if machine.mesh is None else dict(machine.mesh.shape)
-    return Priced(left, {**facts, "mesh": mesh, "layers_compiled": list(dict.fromkeys(bench.layers))})
+    return SourceFigures(left, {**facts, "mesh": mesh, "layers_compiled": list(dict.fromkeys(bench.layers))})
 
 
 def compiled_machine(job: Job) -> tuple[Machine, dict[str, Any]]:
@@ -312,12 +312,12 @@ def cpu_rates(job: Job) -> CpuRates:
     return rates_of_json(beside[0]) if beside else rate_programs(DTYPES[job.dtype]).measure()
 
 
-def count_work(job: Job) -> Priced:
+def count_work(job: Job) -> SourceFigures:
     """Prices all parts by their bytes and FLOPs."""
     facts: dict[str, Any] = {}
     if job.device == CPU:
         rates = cpu_rates(job)
-        peaks, facts = Peaks(CPU, rates.peak, rates.bytes_per_second), {"rates": rates.as_json()}
+        peaks, facts = DevicePeaks(CPU, rates.peak, rates.bytes_per_second), {"rates": rates.as_json()}
     else:
         peaks = peaks_of(job.device)
     args = job.args
@@ -326,10 +326,10 @@ def count_work(job: Job) -> Priced:
     with progress.progress("counting", len(points), "parts") as bar:
         left = price_points(bench, points, job.ledger, job.watch, bar)
     rates = {"peak_flops_per_second": peaks.flops, "bandwidth_bytes_per_second": peaks.bandwidth}
-    return Priced(left, {**facts, **rates, "routed": args.routed, "overhead_seconds": 1e-6 * args.overhead_us})
+    return SourceFigures(left, {**facts, **rates, "routed": args.routed, "overhead_seconds": 1e-6 * args.overhead_us})
 
 
-SOURCES: dict[str, Callable[[Job], Priced]] = {
+SOURCES: dict[str, Callable[[Job], SourceFigures]] = {
     "measured": measure,
     "compiled": compile_parts,
     "roofline": count_work,

@@ -99,8 +99,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "lab": (
         {"costs", "cpu_rates", "devices", "profile"},
         {"round_parts"},
-        {"pricing", "roofline", "shapes"},
-        {"compiled", "measured"},
+        {"pricing", "shapes"},
+        {"compiled", "measured", "roofline"},
     ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (

@@ -160,13 +160,20 @@ def _network(cost: Cost, machine: Machine) -> float:
 class CompiledBench:
     """Prices the parts of a round; programs of few layers are compiled, and layers extrapolated unless `exact`.
 
-    Greedy rows and rows that draw run other programs, so the temperature is the program's own.
+    Greedy rows and rows that draw run other programs, so the temperature is the program's own. Raises ValueError where
+    the target cannot be spread over the machine's devices.
     """
 
     def __init__(
         self, models: Models, grid: Grid, machine: Machine, *, temperature: float = 0.0, exact: bool = False
     ) -> None:
         self.models, self.grid, self.machine = models, grid, machine
+        devices = 1 if machine.mesh is None else machine.mesh.size
+        if models.config.kv_heads % devices:
+            raise ValueError(
+                f"--device {machine.name} has {devices} devices, over which {models.config.kv_heads} key-value heads "
+                "cannot be spread: take a slice whose devices divide them"
+            )
         self.sampling = lambda batch: sampling_at(temperature, batch)
         period, layers = layer_period(models.config), models.config.layers
         short = period * -(-SHORT // period)

@@ -26,7 +26,7 @@ KINDS = {
 CPU = "cpu"
 
 
-class Peaks(NamedTuple):
+class DevicePeaks(NamedTuple):
     """Peak rates a second of what runs a round: one device, or all chips of a slice."""
 
     device: str
@@ -56,7 +56,7 @@ def check_device(device: str) -> None:
         chip_of(device)
 
 
-def peaks_of(device: str) -> Peaks:
+def peaks_of(device: str) -> DevicePeaks:
     """Returns the peak rates of an accelerator by its vendor's figures: of one device, or of a whole TPU slice.
 
     Raises ValueError for a device that is not known.
@@ -64,10 +64,10 @@ def peaks_of(device: str) -> Peaks:
     check_device(device)
     if device in GPU_NAMES:
         sheet = GPUS[GPU_NAMES[device]]
-        return Peaks(device, sheet.flops, sheet.hbm_bandwidth)
+        return DevicePeaks(device, sheet.flops, sheet.hbm_bandwidth)
     if device == CPU:
         raise ValueError("a CPU has no data sheet here: its rates are measured")
     name, _, shape = device.partition(":")
     chips = math.prod(int(n) for n in shape.split("x")) if shape else 1
     chip = CHIPS[name] if shape else device_part(CHIPS[name])
-    return Peaks(device, chips * chip.flops, chips * chip.hbm_bandwidth, chips * chip.hbm_bytes)
+    return DevicePeaks(device, chips * chip.flops, chips * chip.hbm_bandwidth, chips * chip.hbm_bytes)

@@ -17,7 +17,7 @@ from jaxspec.evaluation.loops import Loop, compile_loop, zero_of
 from jaxspec.evaluation.machine import TimedProgram
 from jaxspec.evaluation.stand_ins import CACHE_SCALE, at_prefix, cache_bytes, fill, stand_in_state
 from jaxspec.lab.pricing import words_of
-from jaxspec.lab.round_parts import Grid, PartPrograms, Point, given_arrays, sampling_at
+from jaxspec.lab.round_parts import Grid, PartPrograms, Point, given_arrays, reference_parts, sampling_at
 from jaxspec.serving.loading import Models
 
 MOST_ITERATIONS = 4096
@@ -32,7 +32,7 @@ class TimedLoop(NamedTuple):
     count: int
 
 
-class Measured(NamedTuple):
+class PartTimes(NamedTuple):
     """Median seconds, all measured in turns."""
 
     parts: dict[Point, float]
@@ -70,7 +70,7 @@ class RoundBench:
 
     def measure(
         self, batch: int, context: int, *, repeats: int, tell: Callable[[str], None] = lambda status: None
-    ) -> Measured:
+    ) -> PartTimes:
         """Returns the median seconds of every part at one batch and context; all take turns.
 
         Raises DoesNotFit, a ValueError, where memory does not hold the caches.
@@ -90,7 +90,17 @@ class RoundBench:
             for name, rate in self.rates.items():
                 samples[name].append(rate.run())
         medians = {name: float(np.median(taken)) for name, taken in samples.items()}
-        return Measured({p: medians[p] for p in timed}, {name: medians[name] for name in self.rates})
+        parts = {point: medians[point] for point in timed} | self._rest(samples, batch, context)
+        return PartTimes(parts, {name: medians[name] for name in self.rates})
+
+    def _rest(self, samples: dict[Any, list[float]], batch: int, context: int) -> dict[Point, float]:
+        """Returns what the parts leave of the reference round, turn by turn; may be below 0. Nothing without one."""
+        if self.models.engine.tree is None:
+            return {}
+        whole = np.asarray(samples[Point("round", 1, 0, batch, context)])
+        parts = sum(np.asarray(samples[part]) for part in reference_parts(self.models.engine, batch, context))
+        # A turn's parts were disturbed alike.
+        return {Point("rest", 1, 0, batch, context): float(np.median(whole - parts))}
 
     def _hold(self, batch: int, context: int) -> None:
         """Makes the state of a batch, whose caches hold the longest context that fits; one batch is held at a time."""

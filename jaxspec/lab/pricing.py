@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from jaxspec.console.progress import Progress
 from jaxspec.data import jsonl
 from jaxspec.decoding.rounds import Engine
 from jaxspec.evaluation.measurements import MARGIN
 from jaxspec.lab.costs import PARTS, CostRow
-from jaxspec.lab.round_parts import Point, rest_of
+from jaxspec.lab.round_parts import Point, compared_round
 
 FIGURE, FAILED, RATES = "figure", "failed", "rates"
 """Kinds of lines of a ledger."""
@@ -77,18 +78,6 @@ def _point(line: dict[str, Any]) -> Point:
     return Point(*(line[name] for name in Point._fields))
 
 
-class Progress(Protocol):
-    """A progress line, `console.progress.Progress`."""
-
-    def tell(self, status: str) -> None:
-        """Shows what is being done."""
-        ...
-
-    def advance(self, count: int = 1, status: str | None = None, *, at_once: bool = False) -> None:
-        """Adds finished units."""
-        ...
-
-
 class Watch:
     """A time limit: whether the next piece of work, as long as the longest so far, still fits."""
 
@@ -138,18 +127,13 @@ class Result(NamedTuple):
 def rows_of(seconds: dict[Point, float], engine: Engine, source: str, device: str) -> Result:
     """Returns the rows of all figures.
 
-    `rest` is the commit where that was priced alone, else the whole reference round without its parts, and 0 where
+    `rest` is the commit where that was priced alone, else what the parts leave of the reference round, and 0 where
     fusion saves more than the rest costs.
     """
-    rows = [point.row(source, device, taken) for point, taken in seconds.items() if point.part in PARTS]
-    rounds = []
-    for batch, context in dict.fromkeys((point.batch, point.context) for point in seconds):
-        whole = rest_of(engine, seconds, batch, context) if engine.tree is not None else None
-        rounds += [whole] if whole else []
-        rest = seconds.get(Point("commit", 1, 0, batch, context))
-        if rest is None and whole is not None:
-            rest = max(0.0, whole["round_seconds"] - whole["parts_seconds"])
-        if rest is not None:
-            rows.append(Point("rest", 1, 0, batch, context).row(source, device, rest))
+    named = {(p._replace(part="rest", nodes=1) if p.part == "commit" else p): taken for p, taken in seconds.items()}
+    rows = [point.row(source, device, max(0.0, taken)) for point, taken in named.items() if point.part in PARTS]
+    places = dict.fromkeys((point.batch, point.context) for point in seconds)
+    found = [compared_round(engine, seconds, *place) for place in places if engine.tree is not None]
+    rounds = [whole for whole in found if whole is not None]
     order = {part: i for i, part in enumerate(PARTS)}
     return Result(sorted(rows, key=lambda row: (order[row.part], row.batch, row.context, row.nodes, row.width)), rounds)

