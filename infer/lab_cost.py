@@ -191,8 +191,8 @@ def main(argv: list[str]) -> int:
     table.save(Path(args.out))
     compared = [compare(path, table, other) for path, other in against]
     show(job, table, priced.left, compared)
-    if args.json:
-        write(job, table, priced.left, compared, started)
+    if args.json is not None:
+        write(args.json, job, table, priced.left, compared, started)
     return 0
 
 
@@ -228,7 +228,7 @@ def read_drafter(args: Args, shape: LlamaConfig) -> tuple[Any, int | None, str |
     """Returns the drafter's module, the number of tokens it scores (None: all), and its name; None thrice without."""
     if args.drafter is not None:
         found = open_drafter(args.drafter, target_layers=shape.layers)
-        scored = args.draft_vocab or (found.draft_vocab and len(found.draft_vocab))
+        scored = args.draft_vocab or (len(found.draft_vocab) if found.draft_vocab else None)
         check_width(args.drafter, found.module, shape)
         return found.module, scored, args.drafter
     if args.recipe == "none":
@@ -362,7 +362,7 @@ def facts_of(job: Job) -> dict[str, Any]:
         "rule": engine.rule.name,
         "children": CHILDREN,
         "one_pass": bool(engine.drafter is not None and engine.drafter.one_pass),
-        "reference_tree": engine.tree and engine.tree.spec,
+        "reference_tree": getattr(engine.tree, "spec", None),
         "layers": job.models.config.layers,
         "held_bytes": held + cache_bytes(job.models, **largest),
         "memory_bytes": memory if memory != float("inf") else None,
@@ -422,7 +422,9 @@ def show_part(title: str, rows: list[CostRow]) -> None:
     tables.print_table(title, columns, lines)
 
 
-def write(job: Job, table: CostTable, left: list[Point], compared: list[dict[str, Any]], started: float) -> None:
+def write(
+    path: str, job: Job, table: CostTable, left: list[Point], compared: list[dict[str, Any]], started: float
+) -> None:
     """Writes the verb's JSON."""
     facts = {name: value for name, value in table.facts.items() if name not in ("machine", "dtype")}
     failed = [{**point._asdict(), "reason": reason} for point, reason in job.ledger.failed.items()]
@@ -438,7 +440,7 @@ def write(job: Job, table: CostTable, left: list[Point], compared: list[dict[str
         failed=failed,
         left_out=[point._asdict() for point in left],
     )
-    results.write_json(job.args.json, found)
+    results.write_json(path, found)
 
 
 if __name__ == "__main__":

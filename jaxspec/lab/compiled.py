@@ -76,7 +76,7 @@ def seconds_of_layers(short: Priced, long: Priced, layers: tuple[int, int, int],
     first, second, wanted = layers
     share = 0.0 if first == second else (wanted - first) / (second - first)
     names = ("flops", "bytes", "computing", "moving", "behind")
-    at = {name: _between(getattr(short.cost, name), getattr(long.cost, name), share) for name in names}
+    at: dict[str, Any] = {name: _between(getattr(short.cost, name), getattr(long.cost, name), share) for name in names}
     return Priced(Cost(**at), _between(short.network, long.network, share)).seconds(bandwidth)
 
 

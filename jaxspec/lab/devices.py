@@ -39,7 +39,8 @@ class DevicePeaks(NamedTuple):
 def device_here() -> str:
     """Returns the short name of the device that JAX computes on; the name that JAX gives where there is none."""
     device = jax.devices()[0]
-    return CPU if device.platform == "cpu" else KINDS.get(device.device_kind, device.device_kind)
+    kind = str(device.device_kind)
+    return CPU if device.platform == "cpu" else KINDS.get(kind, kind)
 
 
 def is_tpu(device: str) -> bool:

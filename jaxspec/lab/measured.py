@@ -113,6 +113,7 @@ class RoundBench:
             state = stand_in_state(self.models, batch=batch, capacity=max(fits) + room, slots=OUTPUT_SLOTS)
             sampling = sampling_at(self.temperature, batch)
             self.state = jax.block_until_ready(state._replace(requests=state.requests._replace(sampling=sampling)))
+        assert self.state is not None
         if context + room > self.state.cache.capacity:
             self._refuse(batch, context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -18,16 +19,16 @@ from jaxspec.nn.options import Options
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import SHAPES, Decoder, DecoderConfig, LlamaConfig
 
-_QWEN3 = {"rope_theta": 1e6, "norm_eps": 1e-6, "max_positions": 40960, "family": "qwen3"}
+_QWEN3 = functools.partial(
+    DecoderConfig, 151936, head_dim=128, rope_theta=1e6, norm_eps=1e-6, max_positions=40960, family="qwen3"
+)
+_MIXED = Options(qk_norm=True, experts=128, chosen=8, expert_mlp=768)
 LAB_SHAPES: dict[str, LlamaConfig] = {
     **SHAPES,
-    "qwen3-8b": DecoderConfig(151936, 4096, 36, 32, 8, 128, 12288, **_QWEN3, options=Options(qk_norm=True)),
-    "qwen3-32b": DecoderConfig(151936, 5120, 64, 64, 8, 128, 25600, **_QWEN3, options=Options(qk_norm=True)),
-    "qwen3-30b-a3b": DecoderConfig(
-        151936, 2048, 48, 32, 4, 128, 6144, **_QWEN3 | {"family": "qwen3_moe"},
-        options=Options(qk_norm=True, experts=128, chosen=8, expert_mlp=768),
-    ),
-}  # fmt: skip
+    "qwen3-8b": _QWEN3(width=4096, layers=36, heads=32, kv_heads=8, mlp=12288, options=Options(qk_norm=True)),
+    "qwen3-32b": _QWEN3(width=5120, layers=64, heads=64, kv_heads=8, mlp=25600, options=Options(qk_norm=True)),
+    "qwen3-30b-a3b": _QWEN3(width=2048, layers=48, heads=32, kv_heads=4, mlp=6144, family="qwen3_moe", options=_MIXED),
+}
 """Shapes to price without weights: those of `decoder.SHAPES`, and of Qwen3 by its config.json files."""
 
 
@@ -43,7 +44,8 @@ def abstract_models(
     if drafter is None:
         weights = jax.eval_shape(lambda: Weights(_laid(target.init_params(jax.random.key(0)), for_cpu)))
         return Models(Engine(target), weights, cast(Any, None), shape)
-    drafter = cast(DrafterModule, drafter).clone(dtype=dtype, **({"token_major": True} if for_cpu else {}))
+    layout: dict[str, Any] = {"token_major": True} if for_cpu else {}
+    drafter = cast(DrafterModule, drafter).clone(dtype=dtype, **layout)
     target = target.clone(taps=drafter.taps)
 
     def init() -> Weights:
