@@ -44,6 +44,7 @@ VERBS = {
     "lab search": Verb("jaxspec.infer.lab_search", "find the draft tree of the most tokens per second"),
     "lab table": Verb("jaxspec.infer.lab_table", "find the best draft tree for every batch and context"),
     "bench device": Verb("jaxspec.infer.bench_device", "measure an accelerator within some minutes"),
+    "lab cost": Verb("jaxspec.infer.lab_cost", "price the parts of a round: measured, compiled, or by the roofline"),
 }
 
 EXAMPLES = """\
