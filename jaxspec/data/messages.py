@@ -46,6 +46,17 @@ class BadRecord(ValueError):
         self.kind = kind
 
 
+def decode_line(line: bytes) -> str:
+    """Returns the text of a line, or of a record of several. Raises BadRecord where it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = line[: error.start].split(b"\n")
+        within = f"line {len(before)} of it, " if len(before) > 1 else ""
+        place = f"{within}byte {len(before[-1]) + 1}"
+        raise BadRecord("not UTF-8", f"is not UTF-8 text ({error.reason} at {place})") from error
+
+
 class Arguments(dict):
     """The arguments of a tool call, with the JSON text that they were given as."""
 
