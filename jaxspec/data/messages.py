@@ -111,6 +111,11 @@ class Conversation(NamedTuple):
     """File and line that it was read from."""
 
     @property
+    def is_numbered(self) -> bool:
+        """Returns whether its id is the number of its line."""
+        return bool(self.place) and self.id.rpartition(":")[2] == self.place.rpartition(" ")[2]
+
+    @property
     def name(self) -> str:
         """The subject of a sentence about it."""
         named = f"conversation {self.id!r} of {self.source}"
