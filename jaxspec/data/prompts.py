@@ -87,7 +87,7 @@ def _prompt_of(line: bytes, id: str, is_json: bool) -> Prompt:
 
 
 def refuse_same_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Returns the prompts; one whose id an earlier one has gets a `problem`, for their answers could not be told apart."""
+    """Returns the prompts, with a `problem` where an earlier one has the id: answers are told apart by it."""
     places: dict[str, str] = {}
     found = []
     for prompt in prompts:
