@@ -283,7 +283,9 @@ def settings_of(args: Args, client: Client | None) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in SETTINGS}
     if client is not None:
         return found | {"endpoint_model": client.model}
-    return found | {"target_contents": fingerprint(target_folder(args.target))}
+    tokenizer = ChatTokenizer.load(target_folder(args.target), args.chat)
+    contents = {f"{name}_contents": value for name, value in tokenizer.fingerprint.items()}
+    return found | contents | {"target_contents": fingerprint(target_folder(args.target))}
 
 
 def count_failures(failures: Sequence[Failure]) -> dict[str, int]:

@@ -116,7 +116,7 @@ def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not item.strip():
             continue
-        if not equals or not name.isidentifier():
+        if not equals or not value or not name.isidentifier():
             raise ValueError(f"template arguments are {text!r}; they must be names and values: enable_thinking=false")
         try:
             found[name] = json.loads(_WORDS.get(value.lower(), value))

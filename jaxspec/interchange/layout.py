@@ -176,8 +176,8 @@ def head_shape(folder: Folder) -> dict[str, Any]:
     if scaling is not None and scaling.kind not in DRAFTER_ROPES:
         known = ", ".join(map(repr, ("default", *DRAFTER_ROPES)))
         raise ValueError(
-            f"{fields.path}: rope_type={scaling.kind!r} of a head is not supported; supported: {known}. A head knows the "
-            "positions it learned by alone: take one without, or train one for the target (jaxspec train eagle3)"
+            f"{fields.path}: rope_type={scaling.kind!r} of a head is not supported; supported: {known}. It drafts by "
+            "the positions that it learned: take another head, or train one for the target (jaxspec train eagle3)"
         )
     return {
         **layer,

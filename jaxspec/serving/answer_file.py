@@ -36,8 +36,10 @@ class AnswerFile:
         if not begun and path.exists() and path.stat().st_size:
             raise ValueError(f"{path}: exists, and no run of this verb began it; give another --out")
         compared = settings if not begun else {name: v for name, v in settings.items() if name in begun[0]}
-        if begun and begun[0].get("target_contents") and compared.get("target_contents"):
-            compared.pop("target", None)  # a target is known by its contents, whatever its folder is called
+        for name in ("target", "template"):
+            # Both are known by their contents, whatever the folder or file is called.
+            if f"{name}_contents" in compared and begun:
+                compared.pop(name, None)
         notes = jsonl.journal(self.state_path, compared or settings, of=path, fields=("id",))
         jsonl.drop_torn_line(path)
         alone = {"temperature": settings["temperature"]}  # of lines from before they said it

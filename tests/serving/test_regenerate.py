@@ -261,6 +261,9 @@ def test_what_the_template_drops_stops_a_run_before_it_begins_or_is_counted(tmp_
     flags = ("--prompts", path, "--template", template, "--skip-bad", "--keep-unfinished")
     done = regenerate(out, target, *flags, "--max-new-tokens", "4")
     assert done["left_out"] == {"records left out: dropped by the template": 1} and done["conversations"] == 2
+    template.rename(tmp_path / "moved.jinja")
+    flags = ("--prompts", path, "--template", tmp_path / "moved.jinja", "--skip-bad", "--keep-unfinished")
+    assert regenerate(out, target, *flags, "--max-new-tokens", "4")["tokens"] == 0
     late = next(json.loads(line) for line in lines_of(out) if '"late"' in line)
     if late["finish"] == "unfit":
         assert "unfit is 'late': message 2: the chat template drops a message of role system" in capsys.readouterr().err

@@ -145,6 +145,19 @@ def test_mixes_are_drawn_by_weight_and_wrong_ones_refused():
     mix = parse_template_mix("enable_thinking=true:3,enable_thinking=false:1")
     drawn = [mix.draw(5, i)["enable_thinking"] for i in range(400)]
     assert 0.65 < sum(drawn) / 400 < 0.85 and drawn == [mix.draw(5, i)["enable_thinking"] for i in range(400)]
-    for wrong in ("enable_thinking", "a=1:x", "a=1:-1", ":2", "a=1:0", "=1:1", "a=1,,b=2", "a=1,a=1:2", "a=1:nan", ""):
+    wrong = (
+        "enable_thinking",
+        "a=1:x",
+        "a=1:-1",
+        ":2",
+        "a=1:0",
+        "=1:1",
+        "a=1,,b=2",
+        "a=1,a=1:2",
+        "a=1:nan",
+        "a=:1",
+        "",
+    )
+    for text in wrong:
         with pytest.raises(ValueError, match="--template-mix is"):
-            parse_template_mix(wrong)
+            parse_template_mix(text)
