@@ -37,7 +37,7 @@ from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel import processes
 from jaxspec.serving import flags, loading
 from jaxspec.serving.answer_file import AnswerFile
-from jaxspec.serving.dialogue import CALLS, LENGTH, UNFIT, steps_of
+from jaxspec.serving.dialogue import CALLS, LENGTH, UNFIT, check_results, steps_of
 from jaxspec.serving.endpoint import Client, Endpoint, Failure, rewrite_remotely
 from jaxspec.serving.flags import Flags
 from jaxspec.serving.loading import Models
@@ -181,7 +181,7 @@ def read_prompts(args: Args, account: Account) -> list[Conversation] | None:
     """
     found = None
     if args.prompts is not None:
-        found = with_own_ids(read_conversations(args.prompts, limit=args.limit, account=account), account)
+        found = usable(read_conversations(args.prompts, limit=args.limit, account=account), account)
     if args.endpoint is None:
         tokenizer = ChatTokenizer.load(target_folder(args.target), args.chat)
         for choice in [] if args.templates is None else args.templates.choices:
@@ -195,10 +195,17 @@ def read_prompts(args: Args, account: Account) -> list[Conversation] | None:
     return found
 
 
-def with_own_ids(conversations: Sequence[Conversation], account: Account) -> list[Conversation]:
-    """Returns the conversations whose id no earlier one has; the account refuses or counts the others."""
+def usable(conversations: Sequence[Conversation], account: Account) -> list[Conversation]:
+    """Returns the conversations whose id no earlier one has, and whose tools' results follow a user's turn.
+
+    The account refuses or counts the others."""
     first: dict[str, Conversation] = {}
     for conversation in conversations:
+        try:
+            check_results(conversation.messages)
+        except BadRecord as error:
+            account.refuse(conversation.name, error)
+            continue
         if first.setdefault(conversation.id, conversation) is not conversation:
             place = first[conversation.id].place
             taken = BadRecord("the id of another", f"has the id {conversation.id!r} of {place}: give each its own")

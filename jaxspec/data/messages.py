@@ -147,7 +147,10 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
         return Conversation(*named, (), text=text, unread=tuple(fields))
     messages, learned, unread = _messages(fields)
     stored = _stored(fields.pop("answers", []), messages)
-    tools, variables = _tools(fields.pop("tools", [])), _mapping(fields.pop("chat_template_kwargs", {}))
+    if fields.get("tools") and fields.get("functions"):
+        raise BadRecord("tools", "has both `tools` and `functions`, its older name: keep one")
+    described = [fields.pop(name) for name in ("tools", "functions") if name in fields]
+    tools, variables = _tools(next(filter(None, described), [])), _mapping(fields.pop("chat_template_kwargs", {}))
     unfinished = fields.pop("finish", None) == "length"
     made_with = _mapping(fields.pop("made_with", {}))
     for name in ("tokens", "temperature", "sampling"):  # figures of `jaxspec regenerate` about its answers

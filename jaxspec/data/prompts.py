@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.messages import BadRecord, Message, decode_line, parse_conversation
+from jaxspec.data.messages import Message, decode_line, parse_conversation
 from jaxspec.data.shown import ShownContent
 
 
@@ -69,7 +69,8 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give JSON Lines, or plain text with one prompt a line")
+        lacking = "is a folder; name one of its files" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {lacking}; give JSON Lines, or plain text with one prompt a line")
     text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     lines = [(str(n), line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
@@ -149,9 +150,9 @@ def encode_prompt(prompt: Prompt, tokenizer: ChatTokenizer, *, raw: bool = False
     if not raw:
         try:
             ShownContent(tokenizer).check(prompt.messages, prompt.tools, prompt.variables)
-        except BadRecord as error:
+            return tokenizer.encode_prompt(prompt.messages, tools=prompt.tools, variables=prompt.variables)
+        except ValueError as error:
             raise ValueError(f"cannot be shown to the target: {error}") from error
-        return tokenizer.encode_prompt(prompt.messages, tools=prompt.tools, variables=prompt.variables)
     if len(prompt.messages) != 1:
         raise ValueError("is a conversation, which has no raw text: leave out --raw")
     if prompt.tools:

@@ -29,6 +29,8 @@ class AnswerFile:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.state_path = path, path.with_name(f"{path.name}.state")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: is not a file; give --out the name of one")
         if self.state_path.exists():
             jsonl.hold(self.state_path, of=path)
             jsonl.drop_torn_line(self.state_path)

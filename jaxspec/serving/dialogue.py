@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxspec.data.messages import Conversation, Message, StoredAnswer, to_record
+from jaxspec.data.messages import BadRecord, Conversation, Message, StoredAnswer, to_record
 
 STOPPED, LENGTH, UNFIT, CALLS = "stop", "length", "unfit", "calls"
 """Ways that a conversation ends: by itself; cut at the budget; at a turn that the target cannot read; at a call that
@@ -92,6 +92,17 @@ def steps_of(messages: Sequence[Message]) -> list[Step]:
         else:
             run.append(message)
     return steps
+
+
+def check_results(messages: Sequence[Message]) -> None:
+    """Raises BadRecord for a tool's result before the first user's turn: nothing is asked that it could follow."""
+    roles = [message["role"] for message in messages]
+    first = roles.index("user") if "user" in roles else 0
+    if "tool" in roles[:first]:
+        raise BadRecord(
+            "a result without a call",
+            f"message {roles.index('tool')}: a tool's result stands before the first user's turn, so nothing calls it",
+        )
 
 
 def hash_asked(conversation: Conversation) -> str:

@@ -13,7 +13,7 @@ from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading
-from jaxspec.serving.dialogue import steps_of
+from jaxspec.serving.dialogue import check_results, steps_of
 from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import parse_temperatures, user_header, write_user_turns
 
@@ -287,6 +287,13 @@ def test_prompts_without_a_question_are_said_to_be_that(tmp_path, target, capsys
     assert (
         "has no user turn that the target can answer" in shown and "unfit is 'text.txt:1': has no user's turn" in shown
     )
+
+
+def test_a_result_that_no_answer_can_call_is_refused():
+    turns = [message("tool", "r"), message("user", "u"), message("tool", "s")]
+    check_results(turns[1:])
+    with pytest.raises(ValueError, match="message 0: a tool's result stands before the first user's turn"):
+        check_results(turns)
 
 
 def test_runs_hold_what_is_said_before_each_answer():
