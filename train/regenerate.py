@@ -37,7 +37,7 @@ from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel import processes
 from jaxspec.serving import flags, loading
 from jaxspec.serving.answer_file import AnswerFile
-from jaxspec.serving.dialogue import CALLS, LENGTH, UNFIT, check_results, steps_of
+from jaxspec.serving.dialogue import CALLS, LENGTH, NO_TURN, UNFIT, check_results, steps_of
 from jaxspec.serving.endpoint import Client, Endpoint, Failure, rewrite_remotely
 from jaxspec.serving.flags import Flags
 from jaxspec.serving.loading import Models
@@ -281,6 +281,8 @@ def verdict(args: Args, output: AnswerFile, result: dict[str, Any], failures: Se
     reason = "no answer was finished; raise --max-new-tokens or use --keep-unfinished"
     if args.prompts is not None and not result["unfinished"]:
         reason = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
+        if any(output.reason(id) not in ("", NO_TURN) for id in output.done):
+            reason = f"{args.prompts} holds no conversation that the target can read: the reasons stand above"
     sys.stderr.write(f"jaxspec regenerate: {reason}\n")
     return cli.EXIT_FAILED
 

@@ -211,7 +211,8 @@ def read_reply(response: Mapping[str, Any]) -> Reply:
     except BadRecord as error:
         raise RequestFailed("unreadable", f"the answer cannot be read: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:
-        raise RequestFailed("unreadable", "the answer is not one of chat completions: it lacks a message") from error
+        said = json.dumps(response)[:200]
+        raise RequestFailed("unreadable", f"the answer {said} is not one of chat completions: no message") from error
     if finish not in ("stop", "length", "tool_calls", "function_call"):
         raise RequestFailed(f"finish {finish}", f"the answer ended by {finish!r}")
     ids = _ids(choice.get("token_ids"))
