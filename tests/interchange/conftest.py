@@ -14,7 +14,7 @@ def normed_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(normed_target: Path) -> list[Text]:
-    """What the target answers, with its states."""
+    """Texts as the target answers them, with its states."""
     return answered_texts(normed_target, COUNT)
 
 
