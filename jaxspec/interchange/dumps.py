@@ -356,17 +356,20 @@ def _numbers(cell: Any) -> np.ndarray:
 
 
 def describe(dump: Dump) -> dict[str, Any]:
-    """Returns the facts of a dump that `jaxspec inspect` shows, the shapes those of its first file."""
+    """Returns the facts of a dump that `jaxspec inspect` shows, the shapes of its first file that holds states."""
     kind = KINDS[dump.kind]
     facts: dict[str, Any] = {"kind": "hidden states", "family": dump.kind, "format": kind.title}
     facts |= {"files": len(dump.files), "in_use": dump.locked, "importable": kind.refusal is None}
     facts |= {"refusal": kind.refusal, "dtype": None}
-    if kind.refusal is None:
-        with _opened(dump.files[0]) as tensors:
+    if kind.refusal is not None:
+        return facts
+    for path in dump.files:
+        with contextlib.suppress(BadDocument), _opened(path) as tensors:
+            if (last := tensors.get(kind.last or kind.states)) is None:
+                continue
             shapes = {name: list(handle.get_shape()) for name, handle in tensors.items()}
-            facts["dtype"] = tensors[kind.last or kind.states].get_dtype()
-        facts["shapes"] = shapes
-        facts["loss_mask"] = "loss_mask" in shapes or dump.conversations is not None
+            about = {"dtype": last.get_dtype(), "shapes": shapes}
+            return facts | about | {"loss_mask": "loss_mask" in shapes or dump.conversations is not None}
     return facts
 
 

@@ -232,6 +232,8 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(
         dump_vllm(folder / "dump", texts)
         assert "is truncated or corrupt" in refused(capfd, "dump")
         assert imported("dump", "--skip-bad")["skipped"] == {"unreadable": 4}
+        assert main(["inspect", "dump", "--json", "told.json"]) == 0
+        assert json.loads(Path("told.json").read_text())["shapes"]["hidden_states"][1:] == [4, 32]
 
 
 @pytest.mark.parametrize("pack", [False, True])
