@@ -24,7 +24,7 @@ import tyro
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.chat import NO_TEMPLATE, IncrementalDecoder
-from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
+from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, refuse_same_ids, text_prompt
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.generation import stream
 from jaxspec.decoding.requests import Request, Settings, make_requests
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec generate", description=__doc__ or "")
     given = [text_prompt(str(number), text) for number, text in enumerate(args.prompt, 1)]
-    prompts = given or read_prompts(args.prompts or "")
+    prompts = given or refuse_same_ids(read_prompts(args.prompts or ""))
     failures = find_failures(prompts, args.settings)
     tell_failures(prompts, failures)
     tell_unread(prompts)

@@ -26,6 +26,8 @@ from jaxspec.interchange.hf import load_target, write_llama
 from jaxspec.targets.decoder import Decoder
 
 LAYERS, ANSWER = 8, 12
+COUNT = 24
+"""Documents of a dump."""
 TAPS = (2, 4, 5)
 """EAGLE-3's default layers of a target of eight."""
 TYPES = {np.float32: b"Float", np.dtype(ml_dtypes.bfloat16): b"BFloat16", np.int64: b"Long", np.int32: b"Int"}

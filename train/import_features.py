@@ -180,9 +180,11 @@ def report(args: Args, work: DumpImport, finding: Finding, outcome: ImportSummar
     result |= {"came_later": work.later, "finding": finding._asdict()}
     if outcome is not None:
         result |= {**outcome._asdict(), "train_with": train_with(args, work, outcome)}
-        rows = [[n, v] for n, v in outcome._asdict().items() if n != "skipped"]
+        rows = [[n, v] for n, v in outcome._asdict().items() if n not in ("skipped", "examples")]
         rows += [[f"skipped: {why}", count] for why, count in outcome.skipped.items()]
         tables.print_table(str(args.out), ["measure", "value"], rows)
+        for why, example in outcome.examples.items():
+            say(f"left out, {why}: {outcome.skipped[why]:,} documents; the first: {example}")
         sys.stdout.write(f"{result['train_with']}\n")
     elif not args.count_only:
         say(f"{args.out}: this part is finished, and files of other parts are missing")

@@ -14,7 +14,8 @@ from tyro.conf import Positional
 
 from jaxspec.console import cli, results
 from jaxspec.data import jsonl
-from jaxspec.data.conversations import read_records
+from jaxspec.data.account import Account, sentences
+from jaxspec.data.conversations import parse_records, read_records, unread_files
 from jaxspec.data.instructions import write_instructions
 
 
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> int:
     out = Path(args.out)
     if out.exists():
         raise ValueError(f"{out}: exists; give another --out, or remove it")
-    texts = [c.text for record in read_records(args.texts) if (c := record.parse()).text]
+    for line in sentences(unread_files(args.texts)):
+        sys.stderr.write(f"jaxspec instructions: {line}\n")
+    texts = [c.text for c in parse_records(read_records(args.texts), Account(flag="")) if c.text]
     if not texts:
         raise ValueError(f"{args.texts}: holds no plain text; give .txt files, or JSON Lines of texts")
     made = list(write_instructions(texts, args.count, seed=args.seed))

@@ -25,10 +25,11 @@ import tyro
 
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.account import Account
-from jaxspec.data.chat import TemplateChoice
+from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.chat_template import DATE, parse_variables
 from jaxspec.data.conversations import read_conversations
-from jaxspec.data.messages import Conversation
+from jaxspec.data.messages import BadRecord, Conversation
+from jaxspec.data.shown import ShownContent
 from jaxspec.data.turns import TurnEncoder
 from jaxspec.decoding.answers import total_tokens
 from jaxspec.interchange.hf import fingerprint
@@ -36,7 +37,7 @@ from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel import processes
 from jaxspec.serving import flags, loading
 from jaxspec.serving.answer_file import AnswerFile
-from jaxspec.serving.dialogue import CALLS, LENGTH, UNFIT
+from jaxspec.serving.dialogue import CALLS, LENGTH, NO_TURN, UNFIT, check_results, steps_of
 from jaxspec.serving.endpoint import Client, Endpoint, Failure, rewrite_remotely
 from jaxspec.serving.flags import Flags
 from jaxspec.serving.loading import Models
@@ -56,6 +57,8 @@ SETTINGS = (
     "top_p", "seed", "max_new_tokens", "shard", "dtype", "keep_unfinished",
 )  # fmt: skip
 """Flags that must stay the same when a run is resumed; prompts are compared one by one."""
+TOLD = 5
+"""Unfit conversations that are told with their reasons."""
 FINISHES = {"unfinished": LENGTH, "unfit": UNFIT, "calls": CALLS}
 """Ways to end that are counted, by the names of their counts."""
 
@@ -100,7 +103,10 @@ class Args(Flags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.part, self.mixture, self.templates
+        _ = self.part, self.mixture
+        drawn = [] if self.templates is None else [name for choice in self.templates.choices for name, _ in choice]
+        if twice := next((name for name, _ in parse_variables(self.template_args) if name in drawn), None):
+            raise ValueError(f"--template-args and --template-mix both set {twice}: give it in one of them")
         if self.endpoint is None and self.model is not None:
             raise ValueError("--model names the model of an --endpoint: give that too, or --target")
         if self.endpoint is not None:
@@ -152,9 +158,7 @@ def main(argv: list[str]) -> int:
         processes.refuse_several("jaxspec regenerate", "give each its --shard i/n and its own --out")
     # Read first: a file that cannot be read must not begin an output.
     account = Account(skip_bad=args.skip_bad)
-    conversations = None
-    if args.prompts is not None:
-        conversations = read_conversations(args.prompts, limit=args.limit, account=account)
+    conversations = read_prompts(args, account)
     with ExitStack() as opened:
         client = None if args.endpoint is None else opened.enter_context(closing(Client(args.server)))
         output = AnswerFile(Path(args.out), settings_of(args, client))
@@ -164,13 +168,77 @@ def main(argv: list[str]) -> int:
     seconds = {"wall_seconds": time.monotonic() - started}
     result |= {"left_out": dict(account.counts), "failures": count_failures(failures), **seconds}
     print_counts(result["sources"], result["by_temperature"], args)
-    unfit = [record["id"] for record in output.done.values() if record["finish"] == UNFIT]
-    if unfit:
-        shown = ", ".join(map(repr, unfit[:5])) + (f" and {len(unfit) - 5:,} more" if len(unfit) > 5 else "")
-        sys.stderr.write(f"jaxspec regenerate: unfit are {shown}\n")
+    tell_unfit(output)
     if args.json:
         results.write_json(args.json, result)
     return verdict(args, output, result, failures)
+
+
+def read_prompts(args: Args, account: Account) -> list[Conversation] | None:
+    """Returns the conversations of the file that can be asked, or None where there is no file.
+
+    What the target's template has no place for is found here too, before an output is begun.
+    """
+    found = None
+    if args.prompts is not None:
+        found = usable(read_conversations(args.prompts, limit=args.limit, account=account), account)
+    if args.endpoint is None:
+        tokenizer = ChatTokenizer.load(target_folder(args.target), args.chat)
+        for choice in [] if args.templates is None else args.templates.choices:
+            try:
+                tokenizer.template.check(dict(choice))
+            except ValueError as error:
+                raise ValueError(f"--template-mix: {error}") from error
+        found = None if found is None else shown_whole(found, tokenizer, account)
+    if found == []:
+        raise ValueError(f"{args.prompts}: holds no conversation that can be used; {'; '.join(account.sentences())}")
+    return found
+
+
+def usable(conversations: Sequence[Conversation], account: Account) -> list[Conversation]:
+    """Returns the conversations whose id no earlier one has, and whose tools' results follow a user's turn.
+
+    The account refuses or counts the others."""
+    first: dict[str, Conversation] = {}
+    for conversation in conversations:
+        try:
+            check_results(conversation.messages)
+        except BadRecord as error:
+            account.refuse(conversation.name, error)
+            continue
+        if first.setdefault(conversation.id, conversation) is not conversation:
+            place = first[conversation.id].place
+            taken = BadRecord("the id of another", f"has the id {conversation.id!r} of {place}: give each its own")
+            account.refuse(conversation.place, taken)
+    return list(first.values())
+
+
+def shown_whole(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, account: Account
+) -> list[Conversation]:
+    """Returns the conversations whose first prompt the template shows; the account refuses or counts the others."""
+    shown, found = ShownContent(tokenizer), []
+    for conversation in conversations:
+        try:
+            for step in steps_of(conversation.messages)[:1]:
+                shown.check(step.others, conversation.tools, conversation.variables)
+        except BadRecord as error:
+            account.refuse(conversation.name, error)
+            continue
+        except ValueError:  # unfit, and counted as such when it is asked
+            pass
+        found.append(conversation)
+    return found
+
+
+def tell_unfit(output: AnswerFile) -> None:
+    """Names the conversations that the target cannot read, each with the reason."""
+    unfit = [record["id"] for record in output.done.values() if record["finish"] == UNFIT]
+    for id in unfit[:TOLD]:
+        sys.stderr.write(f"jaxspec regenerate: unfit is {id!r}: {output.reason(id) or 'its reason was not noted'}\n")
+    if len(unfit) > TOLD:
+        rest = ", ".join(map(repr, unfit[TOLD : TOLD + 20])) + (", ..." if len(unfit) > TOLD + 20 else "")
+        sys.stderr.write(f"jaxspec regenerate: unfit are {len(unfit) - TOLD:,} more: {rest}\n")
 
 
 def fill(
@@ -182,9 +250,14 @@ def fill(
     if conversations is None:
         models = args.load_target()
         conversations = write_conversations(models, args)
+    chosen = list(select(conversations, args))
+    todo = output.left(chosen, {c.id for c in conversations} - {c.id for _, c in chosen})
     already = len(output.done)
-    todo = output.left(select(conversations, args))
     tell_left(args.out, already, len(todo))
+    if output.changed:
+        sys.stderr.write(
+            f"{args.out}: {output.changed:,} of them had been left out, have changed since and are asked again\n"
+        )
     failures: list[Failure] = []
     speed = (0.0, 0)
     if todo and client is not None:
@@ -208,6 +281,8 @@ def verdict(args: Args, output: AnswerFile, result: dict[str, Any], failures: Se
     reason = "no answer was finished; raise --max-new-tokens or use --keep-unfinished"
     if args.prompts is not None and not result["unfinished"]:
         reason = f"{args.prompts} has no user turn that the target can answer: give it conversations with one"
+        if any(output.reason(id) not in ("", NO_TURN) for id in output.done):
+            reason = f"{args.prompts} holds no conversation that the target can read: the reasons stand above"
     sys.stderr.write(f"jaxspec regenerate: {reason}\n")
     return cli.EXIT_FAILED
 
@@ -217,7 +292,9 @@ def settings_of(args: Args, client: Client | None) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in SETTINGS}
     if client is not None:
         return found | {"endpoint_model": client.model}
-    return found | {"target_contents": fingerprint(target_folder(args.target))}
+    tokenizer = ChatTokenizer.load(target_folder(args.target), args.chat)
+    contents = {f"{name}_contents": value for name, value in tokenizer.fingerprint.items()}
+    return found | contents | {"target_contents": fingerprint(target_folder(args.target))}
 
 
 def count_failures(failures: Sequence[Failure]) -> dict[str, int]:
@@ -275,21 +352,14 @@ def write_conversations(models: Models, args: Args) -> list[Conversation]:
     ]
 
 
-def select(conversations: list[Conversation], args: Args) -> Iterator[tuple[int, Conversation]]:
-    """Yields this shard's conversations with their indices. Raises ValueError if two of the file have one id."""
-    seen: set[str] = set()
-    for conversation in conversations:
-        if conversation.id in seen:
-            raise ValueError(f"{args.prompts}: two conversations have the id {conversation.id!r}; give each its own")
-        seen.add(conversation.id)
+def select(conversations: Sequence[Conversation], args: Args) -> Iterator[tuple[int, Conversation]]:
+    """Yields this shard's conversations with their indices."""
     part, parts = args.part
     return islice(enumerate(conversations), part, None, parts)
 
 
 def run(models: Models, todo: list[tuple[int, Conversation]], output: AnswerFile, args: Args) -> tuple[float, int]:
     """Rewrites `todo` into `output`; returns seconds, compilation included, and tokens."""
-    for choice in [] if args.templates is None else args.templates.choices:
-        models.tokenizer.template.check(dict(choice))
     ending = TurnEncoder(models.tokenizer).unmarked_end()
     if ending is not None:
         sys.stderr.write(

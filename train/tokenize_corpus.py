@@ -21,6 +21,7 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.data.account import sentences
 from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.chat_template import DATE, parse_variables
+from jaxspec.data.conversations import split_names, unread_files
 from jaxspec.data.tokenized_corpus import CorpusSettings, StoredCorpus, is_complete, write_corpus
 from jaxspec.data.turns import Thinking, TurnOptions
 from jaxspec.interchange import target_folders
@@ -90,6 +91,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = ChatTokenizer.load(target_folders.target_folder(args.target), args.chat)
     turns = TurnOptions(args.last_turn_only, args.max_turns, args.thinking)
     settings = CorpusSettings(args.length, args.limit, args.shard_documents, turns, args.skip_bad)
+    for named in split_names(args.data):
+        for line in sentences(unread_files(named.name)):
+            sys.stderr.write(f"jaxspec tokenize: {line}\n")
     work = write_corpus(folder, args.data, tokenizer, settings, part=args.part, verify=args.verify)
     with progress.progress("tokenizing", None, "conversations") as bar:
         for done in work:

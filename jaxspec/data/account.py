@@ -16,7 +16,7 @@ class Account:
     def __init__(self, *, skip_bad: bool = False, flag: str = "--skip-bad") -> None:
         self.skip_bad = skip_bad
         self.flag = flag
-        """How a user asks for bad records to be skipped."""
+        """How a user asks for bad records to be skipped; empty where nobody can."""
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
         """The first record of each kind that was skipped, in a sentence."""
@@ -25,7 +25,7 @@ class Account:
         """Counts a bad record. Raises ValueError naming its place, unless such records are skipped."""
         sentence = f"{place}: {error}" if place else str(error)
         if not self.skip_bad:
-            raise ValueError(f"{sentence} ({self.flag} leaves such records out)") from error
+            raise ValueError(f"{sentence} ({self.flag} leaves such records out)" if self.flag else sentence) from error
         kind = SKIPPED + (error.kind if isinstance(error, BadRecord) else "malformed")
         self.counts[kind] += 1
         self.examples.setdefault(kind, sentence)

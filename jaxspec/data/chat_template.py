@@ -21,6 +21,7 @@ from jaxspec.data.messages import Arguments, Message
 DATE = "2026-01-01"
 """The day that templates are told in data: one for all, so that the same text is the same tokens on every day."""
 _OURS = ("messages", "tools", "documents", "add_generation_prompt")
+_WORDS = {"true": "true", "false": "false", "none": "null", "null": "null"}
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -106,6 +107,8 @@ class ChatTemplate:
 def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
     """Returns the variables of `enable_thinking=false,reasoning_effort=low`: values are JSON, or else text.
 
+    `False` and `None` are not text either, which a template would take for true.
+
     Raises ValueError for an item without a name and a value.
     """
     found = {}
@@ -113,10 +116,10 @@ def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not item.strip():
             continue
-        if not equals or not name.isidentifier():
+        if not equals or not value or not name.isidentifier():
             raise ValueError(f"template arguments are {text!r}; they must be names and values: enable_thinking=false")
         try:
-            found[name] = json.loads(value)
+            found[name] = json.loads(_WORDS.get(value.lower(), value))
         except ValueError:
             found[name] = value
     return tuple(sorted(found.items()))

@@ -6,6 +6,7 @@ an object too, or stands in a text file.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import io
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxspec.data.account import Account
-from jaxspec.data.messages import BadRecord, Conversation, parse_conversation
+from jaxspec.data.messages import BadRecord, Conversation, decode_line, parse_conversation
 
 _RECORDS_AT_ONCE = 1024
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".array_record", ".arrayrecord")
+_OWN = (".state", ".partial", ".draft")
 _TEXT_SUFFIXES = (".txt", ".txt.gz")
-_TEXT_ENDS = "\f"  # between the texts of one file
+_TEXT_ENDS = b"\f"  # between the texts of one file
 
 
 class Record(NamedTuple):
@@ -37,19 +39,23 @@ class Record(NamedTuple):
     """The source, unless the conversation names one."""
     plain: bool = False
     """Whether `text` is plain text instead of JSON."""
+    alone: bool = True
+    """Whether its file is the only one that is read, so that its number tells it from the others."""
 
     def parse(self) -> Conversation:
         """Returns the conversation; raises BadRecord if it is malformed."""
-        id, place = self.place.split()[1], f"{self.path}, {self.place}"
+        number, place = self.place.split()[1], f"{self.path}, {self.place}"
+        id = number if self.alone and not self.plain else f"{self.path.name}:{number}"
+        text = self.text if isinstance(self.text, str) else decode_line(self.text)
         if self.plain:
-            found = parse_conversation({"text": self.text}, id=f"{self.path.name}:{id}", source=self.source)
-            return found._replace(place=place)
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            return parse_conversation({"text": text}, id=id, source=self.source)._replace(place=place)
         try:
-            record = json.loads(self.text)
+            record = json.loads(text)
         except json.JSONDecodeError as error:
             raise BadRecord("not JSON", f"is not JSON: {error.msg} at column {error.colno}") from error
         except ValueError as error:
-            raise BadRecord("not JSON", "holds a number, or bytes, that cannot be read") from error
+            raise BadRecord("not JSON", "holds a number that cannot be read") from error
         except RecursionError:
             raise BadRecord("not JSON", "is nested too deeply to be read") from None
         return parse_conversation(record, id=id, source=self.source)._replace(place=place)
@@ -107,12 +113,14 @@ def read_conversations(
 
     A line, or a record of an ArrayRecord file, is a conversation as `messages.parse_conversation` reads it: OpenAI's
     `{"id", "source", "messages": [{"role", "content"}]}`, ShareGPT's `{"conversations": [{"from", "value"}]}`, tokens
-    `{"input_ids", "loss_mask"}`, or a plain text `{"text"}`. `id` defaults to the line's number, `source` to the name
-    of the file, or of the folder if `path` is one. With `"finish": "length"`, as `jaxspec regenerate` writes it, the
-    conversation is unfinished. The text between two form feeds of a `.txt` (`.txt.gz`) file is a plain text too.
-    Raises ValueError naming the file and line of the first malformed line, unless `account` skips such.
+    `{"input_ids", "loss_mask"}`, or a plain text `{"text"}`. `id` defaults to the line's number, behind the file's name
+    if there are several files, `source` to the name of the file, or of the folder if `path` is one. With
+    `"finish": "length"`, as `jaxspec regenerate` writes it, the conversation is unfinished. The text between two form
+    feeds of a `.txt` (`.txt.gz`) file is a plain text too. Raises ValueError naming the file and line of the first
+    malformed line, unless `account` skips such; the account counts the entries of a folder that are not read, too.
     """
     account = account or Account()
+    account.counts.update(unread_files(path))
     conversations = parse_records(read_records(path, limit=limit), account)
     if not conversations:
         left_out = "".join(f"; {line}" for line in account.sentences())
@@ -136,7 +144,8 @@ def read_records(name: str | Path, *, limit: int | None = None) -> Iterator[Reco
             if left <= 0:
                 return
             left -= 1
-            yield Record(path, place, text, _stem(path) if alone else path.absolute().parent.name, plain)
+            source = _stem(path) if alone else path.absolute().parent.name
+            yield Record(path, place, text, source, plain, len(files) == 1)
 
 
 def find_files(name: str | Path) -> list[Path]:
@@ -164,6 +173,22 @@ def find_files(name: str | Path) -> list[Path]:
     return found
 
 
+def unread_files(name: str | Path) -> dict[str, int]:
+    """Returns the number of a folder's entries that `find_files` passes over, by words that name them; else nothing."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return {}
+    read = {path.name for path in find_files(folder)}
+    # The state of `jaxspec regenerate` lies beside its files.
+    names = sorted(p.name for p in folder.iterdir() if p.name not in read and not p.name.endswith(_OWN))
+    names = [name for name in names if not name.startswith(".")]
+    if not names:
+        return {}
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    kind = f"entries of {folder} that are not read, as they do not end in {', '.join(_SUFFIXES)}: {shown}"
+    return {kind: len(names)}
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -180,34 +205,32 @@ def _is_array_record(path: Path) -> bool:
     return ".array_record" in path.name or ".arrayrecord" in path.name
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    return ((f"line {number}", line) for number, line in _lines(path) if line.strip())
+def _read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    return ((f"line {number}", line) for number, line in enumerate(_lines(path), 1) if line.strip())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a text file, gzipped or not, with their numbers from 1."""
-    opened = (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.name.endswith(".gz") else path.open(encoding="utf-8-sig")
-    )
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a text file, gzipped or not, however they end."""
+    opened = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
     with opened as file:
         try:
-            yield from enumerate(file, 1)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
+            for number, line in enumerate(file):
+                whole = line if number else line.removeprefix(codecs.BOM_UTF8)
+                yield from whole.splitlines(keepends=True)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error})") from error
 
 
-def _read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    number, text = 0, io.StringIO()
-    for line in chain((line for _, line in _lines(path)), [_TEXT_ENDS]):
+def _read_texts(path: Path) -> Iterator[tuple[str, bytes]]:
+    number, text = 0, io.BytesIO()
+    for line in chain(_lines(path), [_TEXT_ENDS]):
         first, *others = line.split(_TEXT_ENDS)
         text.write(first)
         for begun in others:
             if (whole := text.getvalue()).strip():
                 number += 1
                 yield f"text {number}", whole
-            text = io.StringIO()
+            text = io.BytesIO()
             text.write(begun)
 
 

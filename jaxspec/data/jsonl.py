@@ -23,10 +23,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a JSON Lines file; none if it does not exist."""
     if not path.exists():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
-        raise ValueError(f"{path}: a line is not valid JSON ({error}); move it away") from error
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            found += [json.loads(line.decode("utf-8"))] if line else []
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: is not valid JSON ({error}); move the file away") from error
+    return found
 
 
 _HELD: dict[tuple[int, int], int] = {}

@@ -46,6 +46,17 @@ class BadRecord(ValueError):
         self.kind = kind
 
 
+def decode_line(line: bytes) -> str:
+    """Returns the text of a line, or of a record of several. Raises BadRecord where it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = line[: error.start].split(b"\n")
+        within = f"line {len(before)} of it, " if len(before) > 1 else ""
+        place = f"{within}byte {len(before[-1]) + 1}"
+        raise BadRecord("not UTF-8", f"is not UTF-8 text ({error.reason} at {place})") from error
+
+
 class Arguments(dict):
     """The arguments of a tool call, with the JSON text that they were given as."""
 
@@ -100,6 +111,11 @@ class Conversation(NamedTuple):
     """File and line that it was read from."""
 
     @property
+    def is_numbered(self) -> bool:
+        """Returns whether its id is the number of its line."""
+        return bool(self.place) and self.id.rpartition(":")[2] == self.place.rpartition(" ")[2]
+
+    @property
     def name(self) -> str:
         """The subject of a sentence about it."""
         named = f"conversation {self.id!r} of {self.source}"
@@ -131,7 +147,10 @@ def parse_conversation(record: object, *, id: str, source: str) -> Conversation:
         return Conversation(*named, (), text=text, unread=tuple(fields))
     messages, learned, unread = _messages(fields)
     stored = _stored(fields.pop("answers", []), messages)
-    tools, variables = _tools(fields.pop("tools", [])), _mapping(fields.pop("chat_template_kwargs", {}))
+    if fields.get("tools") and fields.get("functions"):
+        raise BadRecord("tools", "has both `tools` and `functions`, its older name: keep one")
+    described = [fields.pop(name) for name in ("tools", "functions") if name in fields]
+    tools, variables = _tools(next(filter(None, described), [])), _mapping(fields.pop("chat_template_kwargs", {}))
     unfinished = fields.pop("finish", None) == "length"
     made_with = _mapping(fields.pop("made_with", {}))
     for name in ("tokens", "temperature", "sampling"):  # figures of `jaxspec regenerate` about its answers

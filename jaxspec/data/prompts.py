@@ -1,5 +1,6 @@
 """Prompts in files: JSON Lines of texts or conversations, or plain text with one prompt a line."""
 
+import codecs
 import json
 import types
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.messages import Message, parse_conversation
+from jaxspec.data.messages import Message, decode_line, parse_conversation
+from jaxspec.data.shown import ShownContent
 
 
 class Prompt(NamedTuple):
@@ -67,17 +69,34 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give JSON Lines, or plain text with one prompt a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    lines = [(str(n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lacking = "is a folder; name one of its files" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {lacking}; give JSON Lines, or plain text with one prompt a line")
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = [(str(n), line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: holds no prompt")
-    is_json = path.suffix in (".jsonl", ".json") or lines[0][1].lstrip().startswith("{")
-    read = parse_prompt if is_json else lambda line, n: text_prompt(n, line.strip())
-    return [read(line, n)._replace(place=f"{path}:{n}") for n, line in lines[:limit]]
+    is_json = path.suffix in (".jsonl", ".json") or lines[0][1].lstrip().startswith(b"{")
+    return [_prompt_of(line, n, is_json)._replace(place=f"{path}:{n}") for n, line in lines[:limit]]
+
+
+def _prompt_of(line: bytes, id: str, is_json: bool) -> Prompt:
+    try:
+        text = decode_line(line)
+    except ValueError as error:
+        return Prompt(id, (), str(error))
+    return parse_prompt(text, id) if is_json else text_prompt(id, text.strip())
+
+
+def refuse_same_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the prompts, with a `problem` where an earlier one has the id: answers are told apart by it."""
+    places: dict[str, str] = {}
+    found = []
+    for prompt in prompts:
+        # A line that cannot be used has its number for an id, by which nobody asks for it.
+        first = prompt.place if prompt.problem else places.setdefault(prompt.id, prompt.place)
+        taken = f"has the id of {first}: give each its own"
+        found.append(prompt if first == prompt.place else prompt._replace(problem=taken))
+    return found
 
 
 def parse_prompt(line: str, id: str) -> Prompt:
@@ -85,7 +104,7 @@ def parse_prompt(line: str, id: str) -> Prompt:
     try:
         record = json.loads(line)
         fields = record if isinstance(record, dict) else {}
-        id = str(fields.get("id", id))
+        id = id if fields.get("id") is None else str(fields["id"])
         settings = own_settings(fields)
         c = parse_conversation(record, id=id, source="")
     except json.JSONDecodeError as error:
@@ -124,12 +143,18 @@ def drop_answers(messages: Sequence[Message]) -> tuple[Message, ...]:
 def encode_prompt(prompt: Prompt, tokenizer: ChatTokenizer, *, raw: bool = False) -> np.ndarray:
     """Returns int32 [L]: the prompt in the chat template or, if `raw`, its text as the tokenizer begins raw text.
 
-    Raises ValueError, a sentence without its subject, if the prompt has a problem.
+    Raises ValueError, a sentence without its subject, if the prompt has a problem, or the template drops a part of it.
     """
     if prompt.problem:
         raise ValueError(prompt.problem)
     if not raw:
-        return tokenizer.encode_prompt(prompt.messages, tools=prompt.tools, variables=prompt.variables)
+        try:
+            ShownContent(tokenizer).check(prompt.messages, prompt.tools, prompt.variables)
+            return tokenizer.encode_prompt(prompt.messages, tools=prompt.tools, variables=prompt.variables)
+        except ValueError as error:
+            raise ValueError(f"cannot be shown to the target: {error}") from error
     if len(prompt.messages) != 1:
         raise ValueError("is a conversation, which has no raw text: leave out --raw")
+    if prompt.tools:
+        raise ValueError("has tools, which raw text does not show: leave out --raw, or the tools")
     return tokenizer.encode_raw(prompt.messages[0]["content"])

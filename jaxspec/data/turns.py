@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer, EncodedConversation
 from jaxspec.data.messages import BadRecord, Conversation, Message, StoredAnswer
+from jaxspec.data.shown import ShownContent
 
 Thinking = Literal["told", "record"]
 """Whether a template thinks: as its variables tell, or by whether the record's turn has a thought."""
@@ -100,7 +101,7 @@ class TurnEncoder:
         added = tokenizer.tokenizer.get_added_tokens_decoder().values()
         self._special = tuple(token.content for token in added if token.special)
         self._headers: dict[bool, str] = {}
-        self._judged: dict[str, bool] = {}
+        self._shown = ShownContent(tokenizer)
 
     def render(self, c: Conversation) -> Rendered:
         """Returns the samples of a conversation of messages.
@@ -110,7 +111,7 @@ class TurnEncoder:
         counts: collections.Counter[str] = collections.Counter()
         said = [i for i, m in enumerate(c.messages) if m["role"] == "assistant"]
         try:
-            self._check_shown(c)
+            self._shown.check(c.messages, c.tools, c.variables)
             if not said:
                 return Rendered([], self._text(c, c.messages, c.variables), counts)
             chosen = said[-1:] if self.options.last_turn_only else said[: self.options.max_turns]
@@ -297,45 +298,6 @@ class TurnEncoder:
             return None
         found = [(tail.index(token), token) for token in self._special if token in tail]
         return min(found)[1] if found else None
-
-    def _check_shown(self, c: Conversation) -> None:
-        """Raises BadRecord for messages and calls that the template passes over without a word."""
-        for i, message in enumerate(c.messages):
-            role, content = message["role"], message["content"]
-            place = "first" if i == 0 else "later"
-            if role in ("system", "developer", "tool") and content.strip():
-                without = [*c.messages[:i], *c.messages[i + 1 :]]
-                self._judge(c, f"a message of role {role} in {place} place", c.messages, without, i)
-            if "tool_calls" in message:
-                bare = {name: value for name, value in message.items() if name != "tool_calls"}
-                self._judge(c, "tool calls", c.messages[: i + 1], [*c.messages[:i], bare], i)
-        if c.tools:
-            self._judge(c, "descriptions of tools", c.messages, c.messages, 0, bare=c._replace(tools=()))
-
-    def _judge(
-        self,
-        c: Conversation,
-        kind: str,
-        shown: Sequence[Message],
-        without: Sequence[Message],
-        i: int,
-        bare: Conversation | None = None,
-    ) -> None:
-        """Compares once for each kind the texts with and without a part; raises BadRecord where they are equal."""
-        if kind not in self._judged:
-            self._judged[kind] = self._text(c, shown, c.variables) == self._try_without(bare or c, without)
-        if self._judged[kind]:
-            raise BadRecord(
-                "dropped by the template",
-                f"message {i}: the chat template drops {kind} without a word, so the target is not shown it when it "
-                "is served: take it out, or use the template that the server uses",
-            )
-
-    def _try_without(self, c: Conversation, messages: Sequence[Message]) -> str | None:
-        try:
-            return self._text(c, messages, c.variables)
-        except ValueError:  # the part is needed, so it is not passed over
-            return None
 
 
 def _cut_answer(tail: str, message: Message) -> str:

@@ -24,6 +24,11 @@ CONVERSATIONS = "state.json"
 FLOATS = tuple(DTYPE_CODES.values())
 """Dtypes of states that are read, by safetensors' names."""
 
+INTEGERS = ("I64", "I32", "I16", "U64", "U32", "U16", "U8")
+"""Dtypes of token ids that are read."""
+_LOOKED_AT = 3
+"""Files of which none is of a known layout before a folder is no dump."""
+
 
 class BadDocument(ValueError):
     """A document of a dump that cannot be used; `kind` names the reason in two or three words."""
@@ -100,24 +105,20 @@ class DumpedDocument(NamedTuple):
 def find_dump(folder: str | Path, conversations: Path | None = None) -> Dump | None:
     """Returns the dump in a folder: in it, in its folder `hidden_states`, or in SpecForge's folders `rows_*`.
 
-    None if there is none. The kind is told by the tensors of the first files that no writer holds. `conversations` is
-    the folder of speculators' set, where that is neither the folder nor the one above. Raises ValueError where writers
-    hold all files, or the dump is of another kind than has a set.
+    None if there is none. The kind is told by the tensors of the first files that no writer holds and that can be read.
+    `conversations` is the folder of speculators' set, where that is neither the folder nor the one above. Raises
+    ValueError where writers hold all files, none can be read, or the dump is of another kind than has a set.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return None
     if _is_nemo(folder):
         return Dump("nemo", folder, tuple(sorted(folder.glob("shard-*.safetensors"))), 0, None)
-    inner = folder / "hidden_states"
-    states = inner if (folder / CONVERSATIONS).is_file() and inner.is_dir() else folder
-    listed = [p for p in states.glob("*.safetensors") if not p.name.startswith("model")]
-    listed = listed or [p for pattern in ("data_*.ckpt*", "rows_*/data_*.ckpt*") for p in states.glob(pattern)]
-    listed = [p for p in listed if p.name.endswith((".safetensors", ".ckpt", ".ckpt.gz"))]
-    free = [path for path in sorted(listed, key=_by_number) if not _is_locked(path)]
+    states, listed = _states_of(folder)
+    free = [path for path in listed if not _is_locked(path)]
     if listed and not free:
         raise ValueError(f"{folder}: its {len(listed):,} files are all in use by a writer; wait until it is done")
-    kind = next(filter(None, map(_kind_of, free[:3])), None)
+    kind = _kind_of_first(free)
     if kind is None:
         return None
     if conversations is not None and kind != "speculators":
@@ -127,6 +128,47 @@ def find_dump(folder: str | Path, conversations: Path | None = None) -> Dump | N
     return Dump(
         kind, folder, tuple(free), len(listed) - len(free), found[0] if kind == "speculators" and found else None
     )
+
+
+def _states_of(folder: Path) -> tuple[Path, list[Path]]:
+    """Returns the folder in which a dump's files lie, and those that may be some, in their order."""
+    inner = folder / "hidden_states"
+    states = inner if (folder / CONVERSATIONS).is_file() and inner.is_dir() else folder
+    listed = [p for p in states.glob("*.safetensors") if not p.name.startswith("model")]
+    listed = listed or [p for pattern in ("data_*.ckpt*", "rows_*/data_*.ckpt*") for p in states.glob(pattern)]
+    return states, sorted((p for p in listed if p.name.endswith((".safetensors", ".ckpt", ".ckpt.gz"))), key=_by_number)
+
+
+def unknown(folder: Path) -> str:
+    """Returns a sentence on a folder in which `find_dump` finds nothing: the tensors that it holds instead, if any."""
+    known = (
+        f"{folder}: holds no hidden states that are known: safetensors files of hidden_states and token_ids (vLLM, "
+        "speculators), or data_N.ckpt files of SpecForge in it or in its folders rows_*"
+    )
+    if not folder.is_dir():
+        return f"{folder}: no such folder; give that of a dump"
+    for path in _states_of(folder)[1]:
+        with contextlib.suppress(BadDocument), _opened(path) as tensors:
+            names = ", ".join(sorted(tensors)[:5]) or "no tensors"
+            return f"{known}; {path.name} holds {names}{', ...' if len(tensors) > 5 else ''}"
+    return known
+
+
+def _kind_of_first(files: Sequence[Path]) -> str | None:
+    """Returns the layout of the first of a few files that has one. Raises ValueError where none can be read."""
+    failures, others = [], 0
+    for path in files:
+        try:
+            kind = _kind_of(path)
+        except BadDocument as error:
+            failures.append(error)
+            continue
+        others += 1
+        if kind is not None or others == _LOOKED_AT:
+            return kind
+    if failures and not others:
+        raise ValueError(f"none of {len(files):,} files can be read; the first: {failures[0]}")
+    return None
 
 
 def _is_nemo(folder: Path) -> bool:
@@ -158,16 +200,16 @@ def _is_locked(path: Path) -> bool:
 
 
 def _kind_of(path: Path) -> str | None:
-    """Returns the name of the layout that a file is of; None if it is of none or cannot be read."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(ValueError, OSError):
-        names = set(open_weights_file(path, stack))
-        if path.suffix == ".safetensors":
-            found = {"hidden_states", "token_ids"} <= names
-            return ("speculators" if path.name.startswith("hs_") else "vllm") if found else None
-        if "hidden_state" in names:
-            return "specforge" if "aux_hidden_state" in names else "eagle"
-        if "hidden_states" in names:
-            return "dspark" if "target_last_hidden_states" in names else "dflash"
+    """Returns the name of the layout that a file is of, None if it is of none; raises BadDocument if it is not read."""
+    with _opened(path) as tensors:
+        names = set(tensors)
+    if path.suffix == ".safetensors":
+        found = {"hidden_states", "token_ids"} <= names
+        return ("speculators" if path.name.startswith("hs_") else "vllm") if found else None
+    if "hidden_state" in names:
+        return "specforge" if "aux_hidden_state" in names else "eagle"
+    if "hidden_states" in names:
+        return "dspark" if "target_last_hidden_states" in names else "dflash"
     return None
 
 
@@ -182,6 +224,8 @@ def _measured(dump: Dump, path: Path, tensors: dict[str, Any], width: int) -> St
     names = [name for name in ("token_ids" if safe else "input_ids", kind.states, kind.last) if name]
     if missing := next((name for name in names if name not in tensors), None):
         raise BadDocument("lacks a tensor", f"{path}: has no tensor {missing}, which {kind.title} hold")
+    if (found := tensors[names[0]].get_dtype()) not in INTEGERS:
+        raise BadDocument("wrong dtype", f"{path}: {names[0]} is {found}; token ids are integers: store them as I64")
     tokens = int(np.prod(tensors[names[0]].get_shape()))
     dtype = tensors[names[-1]].get_dtype()
     if dtype not in FLOATS:
@@ -232,14 +276,13 @@ class DumpReader:
             safe = path.suffix == ".safetensors"
             tokens_L = np.asarray(tensors["token_ids" if safe else "input_ids"][:]).reshape(-1)
             states_LND = self._states(tensors, sizes)
-            mask_L = None if "loss_mask" not in tensors else np.asarray(tensors["loss_mask"][:]).reshape(-1) != 0
+            mask_L = None if "loss_mask" not in tensors else np.asarray(tensors["loss_mask"][:]).reshape(-1)
         if self._rows is not None:
             tokens_L, mask_L = self._row(path, tokens_L)
         if np.min(tokens_L) < 0 or np.max(tokens_L) >= self._vocab:
             worst = int(np.max(tokens_L)) if np.max(tokens_L) >= self._vocab else int(np.min(tokens_L))
             raise BadDocument("ids outside", f"{path}: holds the token {worst}, and the target has {self._vocab:,}")
-        if mask_L is not None and len(mask_L) != len(tokens_L):
-            raise BadDocument("wrong mask", f"{path}: its loss mask is of {len(mask_L)} tokens, not {len(tokens_L)}")
+        mask_L = None if mask_L is None else _flags(path, mask_L, len(tokens_L))
         # A sum is finite only if all numbers are, and takes no copy.
         if not np.isfinite(np.sum(states_LND, dtype=np.float64)):
             raise BadDocument("not finite", f"{path}: its hidden states hold NaN or infinity")
@@ -271,6 +314,17 @@ class DumpReader:
         return tokens_L, mask_L
 
 
+def _flags(path: Path, mask_L: np.ndarray, length: int) -> np.ndarray:
+    """Returns a loss mask as bool; raises BadDocument where it is of another length, or holds other numbers."""
+    if len(mask_L) != length:
+        raise BadDocument("wrong mask", f"{path}: its loss mask is of {len(mask_L)} tokens, not {length}")
+    flags_L = mask_L.astype(np.float64)
+    if not np.all((flags_L == 0) | (flags_L == 1)):
+        worst = flags_L[(flags_L != 0) & (flags_L != 1)][0]
+        raise BadDocument("wrong mask", f"{path}: its loss mask holds {worst:g}; it must hold 0 and 1 alone")
+    return flags_L == 1
+
+
 class _Rows(NamedTuple):
     """The rows of a set that `datasets` saved."""
 
@@ -294,7 +348,7 @@ def _open_rows(folder: Path) -> _Rows:
         ids, masks = table["input_ids"], table["loss_mask"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{folder}: no set of input_ids and loss_mask that datasets saved ({error})") from error
-    return _Rows(len(table), lambda row: (_numbers(ids[row]), _numbers(masks[row]) != 0))
+    return _Rows(len(table), lambda row: (_numbers(ids[row]), _numbers(masks[row])))
 
 
 def _numbers(cell: Any) -> np.ndarray:
@@ -302,17 +356,20 @@ def _numbers(cell: Any) -> np.ndarray:
 
 
 def describe(dump: Dump) -> dict[str, Any]:
-    """Returns the facts of a dump that `jaxspec inspect` shows, the shapes those of its first file."""
+    """Returns the facts of a dump that `jaxspec inspect` shows, the shapes of its first file that holds states."""
     kind = KINDS[dump.kind]
     facts: dict[str, Any] = {"kind": "hidden states", "family": dump.kind, "format": kind.title}
     facts |= {"files": len(dump.files), "in_use": dump.locked, "importable": kind.refusal is None}
     facts |= {"refusal": kind.refusal, "dtype": None}
-    if kind.refusal is None:
-        with _opened(dump.files[0]) as tensors:
+    if kind.refusal is not None:
+        return facts
+    for path in dump.files:
+        with contextlib.suppress(BadDocument), _opened(path) as tensors:
+            if (last := tensors.get(kind.last or kind.states)) is None:
+                continue
             shapes = {name: list(handle.get_shape()) for name, handle in tensors.items()}
-            facts["dtype"] = tensors[kind.last or kind.states].get_dtype()
-        facts["shapes"] = shapes
-        facts["loss_mask"] = "loss_mask" in shapes or dump.conversations is not None
+            about = {"dtype": last.get_dtype(), "shapes": shapes}
+            return facts | about | {"loss_mask": "loss_mask" in shapes or dump.conversations is not None}
     return facts
 
 

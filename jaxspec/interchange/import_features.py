@@ -67,29 +67,38 @@ class ImportSummary(NamedTuple):
     """Tokens of the longest document."""
     skipped: dict[str, int]
     """Documents left out, by reason."""
+    examples: dict[str, str]
+    """The first of them by each reason, in a sentence."""
 
 
 def read_sample(work: DumpImport) -> Sample:
-    """Reads some documents of the dump, spread over it.
+    """Reads some documents of the dump, spread over it; of a dump whose documents there are bad, one that is not.
 
     Raises ValueError naming the first file that cannot be used, unless bad ones are skipped; and where none is left.
     """
-    reader, length, documents, tokens, size, dtype = work.reader, work.settings.length, [], 0, 0, "F32"
-    for at in np.unique(np.linspace(0, len(work.files) - 1, SAMPLE).astype(int)):
+    reader, found, failure = work.reader, [], None
+    spread = np.unique(np.linspace(0, len(work.files) - 1, SAMPLE).astype(int)).tolist()
+    others = [at for at in range(len(work.files)) if at not in spread]
+    for number, at in enumerate([*spread, *others]):
+        # Where bad ones take their places, others are read until there is one.
+        if number >= len(spread) and found:
+            break
         path = work.files[at]
         try:
             document = reader.read(path)
-            dtype = measure(work.dump, path, work.tables.config.width).dtype
         except BadDocument as error:
             if not work.settings.skip_bad:
                 raise ValueError(f"{error}; {SKIPPING}") from error
+            failure = failure or error
             continue
         if len(document.tokens_L) > 1:
-            documents.append(_cut(document, length))
-            tokens, size = tokens + len(documents[-1].tokens_L), size + path.stat().st_size
-    if not documents:
-        raise ValueError(f"{work.dump.folder}: none of {SAMPLE} documents spread over it has tokens and states")
-    return Sample(tuple(documents), dtype, tokens, size)
+            found.append((_cut(document, work.settings.length), path))
+    if not found:
+        why = "has two tokens or more" if failure is None else f"can be used; the first: {failure}"
+        raise ValueError(f"{work.dump.folder}: none of its {len(work.files):,} documents {why}")
+    dtype = measure(work.dump, found[-1][1], work.tables.config.width).dtype
+    tokens = sum(len(document.tokens_L) for document, _ in found)
+    return Sample(tuple(d for d, _ in found), dtype, tokens, sum(path.stat().st_size for _, path in found))
 
 
 def estimate(work: DumpImport, sample: Sample) -> tuple[int, int]:
@@ -172,7 +181,8 @@ def import_shards(work: DumpImport, finding: Finding, part: tuple[int, int] = (0
 
 def _write_shard(work: DumpImport, finding: Finding, shard: Shard, files: Sequence[Path]) -> Iterator[int]:
     """Writes one shard, and beside it the tokens of its documents and their part of the index."""
-    reader, entries, tokens, ids, cut, skipped = work.reader, [], [], [], [], Counter()
+    reader, entries, tokens, ids, cut = work.reader, [], [], [], []
+    skipped, examples = Counter(), {}
     writer = ShardWriter(shard, "group_size:1,uncompressed")
     for path in files:
         try:
@@ -181,6 +191,7 @@ def _write_shard(work: DumpImport, finding: Finding, shard: Shard, files: Sequen
             if not work.settings.skip_bad:
                 raise ValueError(f"{error}; {SKIPPING}") from error
             skipped[error.kind] += 1
+            examples.setdefault(error.kind, str(error))
             yield 1
             continue
         document = _cut(whole, work.settings.length)
@@ -195,7 +206,7 @@ def _write_shard(work: DumpImport, finding: Finding, shard: Shard, files: Sequen
     shards.write_array(_beside(shard, "index"), np.asarray(entries, ENTRY))
     shards.write_array(_beside(shard, "tokens"), np.concatenate([np.zeros(0, _TOKEN), *tokens]))
     masked = sum(int(held["assistant"].any()) for held in tokens)
-    writer.seal(ids=ids, truncated=cut, skipped=dict(skipped), with_answers=masked)
+    writer.seal(ids=ids, truncated=cut, skipped=dict(skipped), examples=examples, with_answers=masked)
 
 
 def _beside(shard: Shard, what: str) -> Path:
@@ -244,12 +255,14 @@ def finish_import(work: DumpImport) -> ImportSummary | None:
     skipped: Counter[str] = Counter()
     for note in notes:
         skipped.update(note["skipped"] if note else {})
+    examples = {kind: text for note in notes[::-1] if note for kind, text in note.get("examples", {}).items()}
     answers = sum(int(shards.read_array(_beside(shard, "tokens"))["assistant"].sum()) for shard in made)
     truncated = sum(sum(note["truncated"]) for note in notes if note)
     lengths = index["length"]
     return ImportSummary(
-        len(index), int(lengths.sum()), answers, truncated, int(chosen.sum()), int(lengths.max()), dict(skipped)
-    )
+        len(index), int(lengths.sum()), answers, truncated, int(chosen.sum()), int(lengths.max()), dict(skipped),
+        examples,
+    )  # fmt: skip
 
 
 def _held_out(work: DumpImport, made: Sequence[Shard], index: np.ndarray) -> np.ndarray:

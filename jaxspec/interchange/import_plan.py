@@ -13,7 +13,7 @@ from jaxspec.data.shards import Field
 from jaxspec.data.target_outputs import Kind
 from jaxspec.drafters.eagle3 import default_taps
 from jaxspec.interchange.dump_checks import TargetTables, load_target_tables
-from jaxspec.interchange.dumps import KINDS, BadDocument, Dump, DumpReader, find_dump, measure, names_of
+from jaxspec.interchange.dumps import KINDS, BadDocument, Dump, DumpReader, find_dump, measure, names_of, unknown
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.targets.decoder import LlamaConfig
 
@@ -87,10 +87,7 @@ def open_work(source: Path, out: Path, settings: ImportSettings) -> DumpImport:
     """
     dump = find_dump(source, settings.conversations)
     if dump is None:
-        raise ValueError(
-            f"{source}: holds no hidden states that are known: safetensors files of hidden_states and token_ids (vLLM, "
-            "speculators), or data_N.ckpt files of SpecForge in it or in its folders rows_*"
-        )
+        raise ValueError(unknown(source))
     if (refusal := KINDS[dump.kind].refusal) is not None:
         raise ValueError(f"{source}: holds {KINDS[dump.kind].title}: {refusal}")
     folder = target_folder(settings.target)
@@ -122,14 +119,15 @@ def choose_layers(
     dump: Dump, files: Sequence[Path], target: LlamaConfig, given: tuple[int, ...] | None
 ) -> tuple[int, ...]:
     """Returns the layers that a dump's states enter, the last state's last; raises ValueError where nothing tells."""
+    failure: BadDocument | None = None
     for path in files:
         try:
             count = measure(dump, path, target.width).states
             break
         except BadDocument as error:
-            failure = error
+            failure = failure or error
     else:
-        raise ValueError(f"{dump.folder}: none of its files can be read; the last: {failure}" if files else dump.folder)
+        raise ValueError(f"{dump.folder}: none of its {len(files):,} files can be used; the first: {failure}")
     if given is not None and KINDS[dump.kind].last is not None and target.layers not in given:
         given = (*given, target.layers)
     if given is None:

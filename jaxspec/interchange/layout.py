@@ -175,7 +175,10 @@ def head_shape(folder: Folder) -> dict[str, Any]:
     scaling = rope.scaling(layer["head_dim"], fields.integer("max_position_embeddings"))
     if scaling is not None and scaling.kind not in DRAFTER_ROPES:
         known = ", ".join(map(repr, ("default", *DRAFTER_ROPES)))
-        raise ValueError(f"{fields.path}: rope_type={scaling.kind!r} of a head is not supported; supported: {known}")
+        raise ValueError(
+            f"{fields.path}: rope_type={scaling.kind!r} of a head is not supported; supported: {known}. It drafts by "
+            "the positions that it learned: take another head, or train one for the target (jaxspec train eagle3)"
+        )
     return {
         **layer,
         "rope_theta": rope.theta,

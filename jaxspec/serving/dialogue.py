@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxspec.data.messages import Conversation, Message, StoredAnswer, to_record
+from jaxspec.data.messages import BadRecord, Conversation, Message, StoredAnswer, to_record
 
 STOPPED, LENGTH, UNFIT, CALLS = "stop", "length", "unfit", "calls"
 """Ways that a conversation ends: by itself; cut at the budget; at a turn that the target cannot read; at a call that
@@ -42,6 +44,10 @@ class Rewritten(NamedTuple):
     """The answers were drawn at."""
     sampling: Mapping[str, Any] = types.MappingProxyType({})
     """Further settings of the draws, where they are not the usual ones."""
+    asked: str = ""
+    """`hash_asked` of the conversation that was to be rewritten."""
+    reason: str = ""
+    """Why it is `unfit`."""
 
     @property
     def complete(self) -> bool:
@@ -52,6 +58,10 @@ class Rewritten(NamedTuple):
         """Returns its line of JSON: a conversation as `read_conversations` reads it, and facts about its answers."""
         about = {"finish": self.finish, "tokens": self.tokens, "temperature": self.temperature}
         return to_record(self.conversation) | about | ({"sampling": dict(self.sampling)} if self.sampling else {})
+
+
+NO_TURN = "has no user's turn"
+"""Why a conversation is unfit that nothing is asked in."""
 
 
 class Step(NamedTuple):
@@ -82,6 +92,31 @@ def steps_of(messages: Sequence[Message]) -> list[Step]:
         else:
             run.append(message)
     return steps
+
+
+def check_results(messages: Sequence[Message]) -> None:
+    """Raises BadRecord for a tool's result before the first user's turn: nothing is asked that it could follow."""
+    roles = [message["role"] for message in messages]
+    first = roles.index("user") if "user" in roles else 0
+    if "tool" in roles[:first]:
+        raise BadRecord(
+            "a result without a call",
+            f"message {roles.index('tool')}: a tool's result stands before the first user's turn, so nothing calls it",
+        )
+
+
+def hash_asked(conversation: Conversation) -> str:
+    """Returns a short hash of all of a conversation that its answers depend on; its own answers are none of that."""
+    steps = [
+        [[_without_id(m) for m in step.others], [[name, _without_id(m)] for name, m in step.results]]
+        for step in steps_of(conversation.messages)
+    ]
+    asked = [steps, [dict(tool) for tool in conversation.tools], sorted(conversation.variables.items())]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def _without_id(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name != "tool_call_id"}
 
 
 @dataclasses.dataclass
@@ -148,8 +183,8 @@ class Dialogue:
         self._next = [result]
         return None
 
-    def finished(self, finish: str) -> Rewritten:
-        """Returns the conversation as it stands."""
+    def finished(self, finish: str, reason: str = "") -> Rewritten:
+        """Returns the conversation as it stands; `reason` says why it is unfit."""
         conversation = self.original._replace(
             messages=tuple(self.messages),
             unfinished=finish == LENGTH,
@@ -158,4 +193,7 @@ class Dialogue:
             stored=tuple(self.stored),
             made_with=self.made_with if self.stored else {},
         )
-        return Rewritten(conversation, finish, self.turns, self.tokens, self.temperature, self.sampling)
+        return Rewritten(
+            conversation, finish, self.turns, self.tokens, self.temperature, self.sampling,
+            hash_asked(self.original), reason,
+        )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxspec.data.messages import Arguments, BadRecord, Message, parse_conversation
 from jaxspec.decoding.requests import Settings
-from jaxspec.serving.dialogue import UNFIT, Dialogue, Reply, Rewritten
+from jaxspec.serving.dialogue import NO_TURN, UNFIT, Dialogue, Reply, Rewritten
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which a request is sent again."""
@@ -211,7 +211,8 @@ def read_reply(response: Mapping[str, Any]) -> Reply:
     except BadRecord as error:
         raise RequestFailed("unreadable", f"the answer cannot be read: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:
-        raise RequestFailed("unreadable", "the answer is not one of chat completions: it lacks a message") from error
+        said = json.dumps(response)[:200]
+        raise RequestFailed("unreadable", f"the answer {said} is not one of chat completions: no message") from error
     if finish not in ("stop", "length", "tool_calls", "function_call"):
         raise RequestFailed(f"finish {finish}", f"the answer ended by {finish!r}")
     ids = _ids(choice.get("token_ids"))
@@ -277,12 +278,12 @@ def rewrite_remotely(client: Client, begun: Iterable[tuple[Dialogue, Settings]])
 
 def _write_all(client: Client, dialogue: Dialogue, settings: Settings) -> Rewritten | Failure:
     """Lets the server write every turn of one dialogue."""
-    finish = UNFIT if dialogue.ended else None
+    finish, reason = (UNFIT, NO_TURN) if dialogue.ended else (None, "")
     while finish is None:
         try:
             finish = dialogue.take(client.complete(dialogue, settings))
         except RequestFailed as error:
             if error.kind != UNFIT:
                 return Failure(dialogue.original.id, error.kind, str(error))
-            finish = UNFIT
-    return dialogue.finished(finish)
+            finish, reason = UNFIT, str(error)
+    return dialogue.finished(finish, reason)

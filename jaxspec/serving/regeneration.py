@@ -15,9 +15,10 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.chat_template import parse_variables
 from jaxspec.data.emitted import message_of
 from jaxspec.data.messages import Conversation
+from jaxspec.data.shown import ShownContent
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Settings
-from jaxspec.serving.dialogue import STOPPED, UNFIT, Dialogue, Reply, Rewritten
+from jaxspec.serving.dialogue import NO_TURN, STOPPED, UNFIT, Dialogue, Reply, Rewritten
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import RequestsByLength, serve_growing
 
@@ -89,17 +90,23 @@ def parse_template_mix(text: str) -> TemplateMix:
 
     Raises ValueError for any other form.
     """
+    wrong = f"--template-mix is {text!r}"
     choices, weights = [], []
     for item in text.split(","):
         name, colon, weight = item.rpartition(":")
+        choice = name if colon else item
         try:
             weights.append(float(weight) if colon else 1.0)
         except ValueError:
-            raise ValueError(f"--template-mix is {text!r}: {weight!r} is no weight; give NAME=VALUE:WEIGHT") from None
-        choice = name if colon else item
-        choices.append(parse_variables(choice) if "=" in choice else ())
+            raise ValueError(f"{wrong}: {weight!r} is no weight; give NAME=VALUE:WEIGHT") from None
+        try:
+            choices.append(parse_variables(choice) if "=" in choice else ())
+        except ValueError:
+            choices.append(())
     if not all(choices) or not all(0 <= w < math.inf for w in weights) or not sum(weights):
-        raise ValueError(f"--template-mix is {text!r}; it must be like enable_thinking=true:3,enable_thinking=false:1")
+        raise ValueError(f"{wrong}; it must be like enable_thinking=true:3,enable_thinking=false:1")
+    if twice := next((choice for i, choice in enumerate(choices) if choice in choices[:i]), None):
+        raise ValueError(f"{wrong}: holds {twice[0][0]}={twice[0][1]} twice; give it once, with a larger weight")
     return TemplateMix(tuple(choices), tuple(weights))
 
 
@@ -145,35 +152,43 @@ def rewrite(
     begun.
     """
     begun: dict[int, tuple[Dialogue, Settings]] = {}
-    waiting, unfit = RequestsByLength(), []
+    waiting, unfit, shown = RequestsByLength(), [], ShownContent(models.tokenizer)
     for index, conversation in numbered:
         begun[index] = begin_dialogue(index, conversation, settings, options)
-        if not _ask(models, waiting, index, *begun[index]):
-            unfit.append(begun.pop(index)[0].finished(UNFIT))
+        if (reason := _ask(models, waiting, index, *begun[index], shown)) is not None:
+            unfit.append(begun.pop(index)[0].finished(UNFIT, reason))
     yield [], unfit
     waiting.reverse()
     served = serve_growing(models, waiting, slots=options.batch, max_new_tokens=settings.max_new_tokens)
     for request, answer, _ in served:
         dialogue, own = begun[request.key]
-        finish = dialogue.take(_reply(models, dialogue, np.asarray(request.tokens), answer))
-        if finish is None and not _ask(models, waiting, request.key, dialogue, own):
+        finish, reason = dialogue.take(_reply(models, dialogue, np.asarray(request.tokens), answer)), None
+        if finish is None and (reason := _ask(models, waiting, request.key, dialogue, own, shown)) is not None:
             finish = UNFIT
         if finish is not None:
             del begun[request.key]
-        yield [answer], [] if finish is None else [dialogue.finished(finish)]
+        yield [answer], [] if finish is None else [dialogue.finished(finish, reason or "")]
 
 
-def _ask(models: Models, waiting: RequestsByLength, index: int, dialogue: Dialogue, settings: Settings) -> bool:
-    """Queues the dialogue's next turn; returns False where there is none, or the target cannot read it."""
+def _ask(
+    models: Models,
+    waiting: RequestsByLength,
+    index: int,
+    dialogue: Dialogue,
+    settings: Settings,
+    shown: ShownContent,
+) -> str | None:
+    """Queues the dialogue's next turn; returns why not where there is none, or the target cannot read it."""
     if dialogue.ended:
-        return False
-    tools, variables = dialogue.original.tools, dialogue.variables
+        return NO_TURN
+    messages, tools, variables = dialogue.ask(), dialogue.original.tools, dialogue.variables
     try:
-        tokens = models.tokenizer.encode_prompt(dialogue.ask(), tools=tools, variables=variables)
+        shown.check(messages, tools, variables)
+        tokens = models.tokenizer.encode_prompt(messages, tools=tools, variables=variables)
         waiting.add(models.request(tokens, settings, index))
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _reply(models: Models, dialogue: Dialogue, prompt: np.ndarray, answer: Answer) -> Reply:

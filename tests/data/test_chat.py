@@ -305,6 +305,10 @@ def test_variables_of_a_template_are_set_and_unknown_ones_refused(editable: Path
         ChatTokenizer.load(editable, TemplateChoice(None, (), "tomorrow"))
     with pytest.raises(ValueError, match="template arguments are 'mood'"):
         parse_variables("mood")
+    with pytest.raises(ValueError, match="template arguments are 'mood='"):
+        parse_variables("mood=")
+    found = dict(parse_variables("a=False,b=TRUE,c=None,d=no,e=1"))
+    assert found == {"a": False, "b": True, "c": None, "d": "no", "e": 1}
 
 
 DAYS = ("2026-01-01", "2026-01-02")

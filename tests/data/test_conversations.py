@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from jaxspec.data.account import Account
 from jaxspec.data.conversations import Named, read_all, read_conversations, split_names
 from jaxspec.data.messages import Conversation, parse_conversation
 
@@ -136,12 +137,49 @@ def test_what_is_wrong_in_a_shard_is_named(shards: Path):
     (shards / "part-1.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ValueError, match=r"part-1\.jsonl\.gz: not a whole gzip file"):
         read_conversations(shards / "part-1.jsonl.gz")
-    (shards / "x.jsonl").write_bytes(b'{"messages": "\xff"}')
-    with pytest.raises(ValueError, match=r"x\.jsonl: not UTF-8 text"):
+    (shards / "x.jsonl").write_bytes(b'{"text": "a"}\r\n{"text": "\xff"}')
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: is not UTF-8 text \(invalid start byte at byte 11\)"):
         read_conversations(shards / "x.jsonl")
+    account = Account(skip_bad=True)
+    assert [c.text for c in read_conversations(shards / "x.jsonl", account=account)] == ["a"]
+    assert account.counts == {"records left out: not UTF-8": 1}
+    (shards / "x.txt").write_bytes(b"one\fa\nb\n\xff")
+    with pytest.raises(
+        ValueError, match=r"x\.txt, text 2: is not UTF-8 text \(invalid start byte at line 3 of it, byte 1\)"
+    ):
+        read_conversations(shards / "x.txt")
     (shards / "empty").mkdir()
     with pytest.raises(ValueError, match="the folder holds no file that ends in"):
         read_conversations(shards / "empty")
+
+
+def test_what_a_folder_holds_besides_is_named(shards: Path):
+    for name in ("notes.txt", "more.json", ".hidden", "out.jsonl.state"):
+        (shards / name).write_text("{}")
+    account = Account()
+    assert len(read_conversations(shards, account=account)) == 6
+    (line,) = account.sentences()
+    assert line.startswith(f"3 entries of {shards} that are not read, as they do not end in .jsonl, ")
+    assert line.endswith(": README.md, more.json, notes.txt")
+    account = Account()
+    read_conversations(shards / "part-0.jsonl", account=account)
+    assert account.sentences() == []
+
+
+def test_lines_without_ids_in_several_files_have_ids_of_their_own(tmp_path: Path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, {"messages": GOOD["messages"]}, "", {"messages": GOOD["messages"]})
+    assert [c.id for c in read_conversations(tmp_path)] == ["a.jsonl:1", "a.jsonl:3", "b.jsonl:1", "b.jsonl:3"]
+    assert [c.id for c in read_conversations(f"{tmp_path}/a*")] == ["1", "3"]
+
+
+def test_lines_may_end_as_on_other_systems(tmp_path: Path):
+    lines = [json.dumps(GOOD | {"id": i}) for i in "abc"]
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
+        assert [c.id for c in read_conversations(tmp_path / "x.jsonl")] == ["a", "b", "c"]
+        (tmp_path / "x.txt").write_bytes(end.join(("one", "two")).encode())
+        assert read_conversations(tmp_path / "x.txt")[0].text == "one\ntwo"
 
 
 def test_weights_stand_behind_names():

@@ -82,6 +82,7 @@ def test_tools_system_texts_variables_and_loss_flags_are_kept():
         U, A | {"weight": 0}, U, A | {"train": True}, tools='[{"name": "f"}]', system="s", chat_template_kwargs={"v": 1}
     )
     assert c.tools == ({"type": "function", "function": {"name": "f"}},) and c.variables == {"v": 1}
+    assert parse(U, A, functions=[{"name": "f"}], tools=[]).tools == c.tools
     assert c.messages[0] == {"role": "system", "content": "s"} and c.learned == (True, True, False, True, True)
     again = parse_conversation(json.loads(json.dumps(to_record(c))), id="1", source="s")
     assert (again.messages, again.tools, again.learned) == (c.messages, c.tools, c.learned)
@@ -104,6 +105,7 @@ def test_tools_system_texts_variables_and_loss_flags_are_kept():
         ([U, A | {"weight": 0, "train": True}], {}, "weight and train contradict each other"),
         ([U | {"content": "bad \ud83d"}], {}, r"half of a surrogate pair (\ud83d)"),
         ([U, A], {"tools": "{"}, "`tools` is text that is not JSON"),
+        ([U, A], {"tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "has both `tools` and `functions`"),
         ([U, A], {"chat_template_kwargs": 3}, "must be an object of names and values"),
         ([{"role": "system", "content": "a"}, U], {"system": "b"}, "another system message: keep one"),
         ([U, A], {"answers": [{"message": 0, "answer_ids": [1]}]}, "is of no assistant turn"),

@@ -205,6 +205,40 @@ def read(folder: Path, target: str | None) -> Published:
     return read_drafter(folder, target_layers=7, tables=None if target is None else lambda: tables_of(target))
 
 
+STRETCHED = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512},
+    "longrope": {
+        "factor": 4.0, "original_max_position_embeddings": 512, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", STRETCHED)
+@pytest.mark.parametrize("head", [PLAIN, "eagle3"])
+def test_a_head_whose_positions_are_stretched_is_refused_with_the_remedy(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, kind: str, field: str
+):
+    folder = published(head, target, tmp_path / "head", lambda stored: None)
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_parameters")}
+    told = {"rope_type": kind, **STRETCHED[kind]}
+    config |= {
+        field: told | ({"rope_theta": 1e4} if field == "rope_parameters" else {}),
+        "max_position_embeddings": 2048,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for words in (
+        ["import", "drafter", str(folder), str(tmp_path / "out"), "--target", target],
+        ["inspect", str(folder)],
+    ):
+        assert main(words) == 1
+        said = capsys.readouterr().err
+        assert f"config.json: rope_type='{kind}' of a head is not supported; supported: 'default', " in said
+        assert said.count("\n") == 1 and "train one for the target (jaxspec train eagle3)" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_copy_of_the_embedding_is_left_out_and_said(target: str, tmp_path: Path):
     folder = published(PLAIN, target, tmp_path / "a", lambda stored: None)
     found = read(folder, target)

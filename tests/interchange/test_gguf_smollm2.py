@@ -14,7 +14,12 @@ from safetensors.numpy import load_file
 
 from jaxspec.__main__ import main
 from jaxspec.data.chat import ChatTokenizer
+from jaxspec.decoding.generation import generate_plain
+from jaxspec.decoding.requests import Settings, make_requests
+from jaxspec.evaluation.equivalence import Divergence, divergences
+from jaxspec.evaluation.peers import load_transformers
 from jaxspec.interchange.target_folders import smollm2_file, target_folder
+from jaxspec.serving.loading import load_models
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 # The package itself cannot be imported without others.
@@ -81,6 +86,41 @@ def test_the_chat_is_that_of_the_files_template(folder: Path):
     ids = ChatTokenizer.load(folder).encode_prompt([{"role": "user", "content": "Hi"}])
     text = ChatTokenizer.load(folder).tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def questions() -> list[str]:
+    """Fifty questions of several kinds and lengths."""
+    places = ("France", "Japan", "the Roman Empire", "the Moon", "Brazil")
+    asks = (
+        "What is the capital of {}?",
+        "Write two sentences about the history of {}.",
+        "I have {n} apples and give away {m}. How many are left, if I came from {}?",
+        "Translate into French: I have never been to {}.",
+        "Write a short poem about {}.",
+        "List three facts about {}.",
+        "Write a Python function that prints {!r} {n} times.",
+        "Summarize: people have lived in {} for a long time, and they have built many roads and bridges there.",
+        "Is {} larger than {m} football fields? Explain.",
+        "Continue the story: once upon a time in {}, there was a fox who",
+    )
+    return [ask.format(place, n=17 + i, m=3 + i) for i, place in enumerate(places) for ask in asks]
+
+
+def test_greedy_texts_of_fifty_prompts_are_those_of_transformers_but_for_near_ties(folder: Path):
+    pytest.importorskip("transformers")
+    models = load_models(str(folder))
+    theirs = load_transformers(str(folder), models)
+    parted: list[Divergence] = []
+    for question in questions():
+        prompt = models.tokenizer.encode_prompt([{"role": "user", "content": question}])
+        requests = make_requests([models.request(prompt, Settings(max_new_tokens=64))])
+        (tokens,) = theirs(requests)
+        ours = generate_plain(models.engine, models.weights, requests)
+        other = ours[0]._replace(tokens=tokens)
+        parted += divergences(models.engine, models.weights, requests, ours, [other])
+    print(f"{len(parted)} of {len(questions())} texts part at near ties: {parted}")
+    assert len(questions()) == 50
+    assert all(divergence.near_tie for divergence in parted), parted
 
 
 def test_it_answers(folder: Path, capfd: pytest.CaptureFixture[str]):

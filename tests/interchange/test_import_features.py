@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from dump_toys import (
     ANSWER,
+    COUNT,
     LAYERS,
     TAPS,
     Text,
@@ -33,30 +34,6 @@ from jaxspec.__main__ import main
 from jaxspec.data import shards
 from jaxspec.data.feature_store import FORMAT, FeatureStore
 from jaxspec.data.tokenized_corpus import StoredCorpus
-
-COUNT = 24
-"""Documents of a dump."""
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of eight layers."""
-    home = tmp_path_factory.mktemp("dumps")
-    write_normed_target(home / "target")
-    return home
-
-
-@pytest.fixture(scope="module")
-def texts(home: Path) -> list[Text]:
-    return answered_texts(home / "target", COUNT)
-
-
-@pytest.fixture
-def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder beside the target, in which a test runs."""
-    (tmp_path / "target").symlink_to(home / "target")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def refused(capfd: pytest.CaptureFixture[str], dump: str, *flags: str, target: str = "target") -> str:
@@ -173,9 +150,9 @@ def test_last_states_that_cannot_be_told_apart_are_refused(
 
 
 def test_the_state_entering_layer_0_is_the_embedding(
-    folder: Path, home: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
 ):
-    found = answered_texts(home / "target", 12, (0, 3))
+    found = answered_texts(folder / "target", 12, (0, 3))
     dump_vllm(folder / "dump", found)
     words = ("--layers", "0,3,8", "--recompute", "no")
     done = imported("dump", *words)
@@ -192,7 +169,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", [*BROKEN, "unreadable", "lacks a tensor", "wrong dtype"])
+@pytest.mark.parametrize("kind", [*BROKEN, "unreadable", "lacks a tensor", "wrong dtype", "wrong mask"])
 def test_a_bad_document_stops_the_import_or_is_counted(
     folder: Path, texts: list[Text], kind: str, capfd: pytest.CaptureFixture[str]
 ):
@@ -202,6 +179,9 @@ def test_a_bad_document_stops_the_import_or_is_counted(
         dump_vllm(folder / "dump", [BROKEN[kind](texts[2])], "cmpl-2-0")
     elif kind == "unreadable":
         bad.write_bytes(bad.read_bytes()[:-40])
+    elif kind == "wrong mask":
+        mask = np.where(np.arange(len(texts[2].tokens_L)) == 3, 0.5, 1).astype(np.float32)
+        dump_vllm(folder / "dump", [texts[2]], "cmpl-2-0", loss_mask=mask)
     elif kind == "wrong dtype":
         dump_vllm(folder / "dump", [texts[2]], "cmpl-2-0", hidden_states=np.zeros((9, 4, 32), np.int8))
     else:
@@ -210,7 +190,50 @@ def test_a_bad_document_stops_the_import_or_is_counted(
     assert "cmpl-2-0.safetensors" in said and "--skip-bad leaves such documents out" in said
     done = imported("dump", "--skip-bad", "--shard-gb", "1e-6")  # a file a document, and one without any
     assert done["skipped"] == {kind: 1} and done["documents"] == COUNT - 1
+    assert "cmpl-2-0.safetensors" in done["examples"][kind]
+    assert f"left out, {kind}: 1 documents; the first: " in capfd.readouterr().err
     check_store([text for i, text in enumerate(texts) if i != 2], masked=False)
+
+
+def test_token_ids_that_are_no_integers_are_refused_by_file_and_field(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    dump_vllm(folder / "dump", texts)
+    dump_vllm(folder / "dump", texts[2:3], "cmpl-2-0", token_ids=texts[2].tokens_L.astype(np.float32))
+    assert "cmpl-2-0.safetensors: token_ids is F32; token ids are integers: store them as I64" in refused(capfd, "dump")
+    dump_pickles(folder / "eagle", [{"input_ids": half(t.tokens_L), "hidden_state": t.features_LD} for t in texts])
+    assert "data_0.ckpt: input_ids is BF16; token ids are integers" in refused(capfd, "eagle")
+
+
+def test_the_good_documents_of_a_dump_are_kept_wherever_the_bad_ones_lie(folder: Path, texts: list[Text]):
+    dump_vllm(folder / "dump", texts[:12])
+    spread = set(np.linspace(0, 11, 8).astype(int).tolist())
+    for i in spread:
+        bad = texts[i]._replace(states_LND=np.full_like(texts[i].states_LND, np.nan))
+        dump_vllm(folder / "dump", [bad], f"cmpl-{i}-0")
+    done = imported("dump", "--skip-bad")
+    assert done["skipped"] == {"not finite": len(spread)} and done["documents"] == 12 - len(spread)
+    check_store([text for i, text in enumerate(texts[:12]) if i not in spread], masked=False)
+
+
+@pytest.mark.parametrize("name", ["{}.safetensors", "data_{}.ckpt", "data_{}.ckpt.gz"])
+def test_files_that_cannot_be_read_are_named_with_the_reason(
+    folder: Path, texts: list[Text], name: str, capfd: pytest.CaptureFixture[str]
+):
+    (folder / "dump").mkdir()
+    for i in range(4):
+        (folder / "dump" / name.format(i)).write_bytes(b"garbage of no kind")
+    said = refused(capfd, "dump")
+    first = sorted(path.name for path in (folder / "dump").iterdir())[0]
+    assert "none of 4 files can be read; the first: " in said and first in said
+    assert main(["inspect", "dump"]) == 1
+    # Where others can be, they are a dump.
+    if name == "{}.safetensors":
+        dump_vllm(folder / "dump", texts)
+        assert "is truncated or corrupt" in refused(capfd, "dump")
+        assert imported("dump", "--skip-bad")["skipped"] == {"unreadable": 4}
+        assert main(["inspect", "dump", "--json", "told.json"]) == 0
+        assert json.loads(Path("told.json").read_text())["shapes"]["hidden_states"][1:] == [4, 32]
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -305,6 +328,9 @@ def test_dumps_that_no_drafter_is_trained_from_are_named(
     assert "flash: holds offline DFlash files of SpecForge: they hold no last hidden state" in refused(capfd, "flash")
     assert "nemo: holds shards of NeMo Automodel: they hold no last hidden state" in refused(capfd, "nemo")
     assert "empty: holds no hidden states that are known" in refused(capfd, "empty")
+    save_file({"fc": text.tokens_L}, folder / "empty" / "head.safetensors")
+    assert "; head.safetensors holds fc" in refused(capfd, "empty")
+    assert "absent: no such folder; give that of a dump" in refused(capfd, "absent")
     assert main(["inspect", "flash", "--json", "flash.json"]) == 0
     told = json.loads(Path("flash.json").read_text())
     assert told["family"] == "dflash" and told["importable"] is False and "no last hidden state" in told["refusal"]
@@ -333,10 +359,10 @@ def test_a_target_whose_logits_or_tables_are_not_read_is_refused(
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_target_whose_layers_are_quantized_or_that_reads_images_is_none_that_is_run(
-    folder: Path, home: Path, texts: list[Text], nested: bool
+    folder: Path, texts: list[Text], nested: bool
 ):
     dump_specforge(folder / "dump", texts, behind=False)
-    shutil.copytree(home / "target", folder / "other")
+    shutil.copytree(folder / "target", folder / "other")
     config = json.loads((folder / "other" / "config.json").read_text())
     if nested:
         config = {"model_type": "seeing", "architectures": ["SeeingModel"], "text_config": config}

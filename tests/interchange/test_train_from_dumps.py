@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dump_toys import (
+    COUNT,
     TAPS,
     Text,
-    answered_texts,
     check_store,
     dump_specforge,
     dump_speculators,
     imported,
     write_foreign_target,
-    write_normed_target,
 )
 
 from jaxspec.__main__ import main
@@ -53,33 +52,15 @@ from jaxspec.distillation.objective import Objective
 objective = Objective(steps=2, weights=(("soft_cross_entropy", 1.0),), noise=0.0)
 config = derive("toy.py", name="toy3", drafter="eagle3", objective=objective)
 """
-COUNT = 24
-"""Documents of a dump."""
 ONE = make_mesh(devices=jax.devices()[:1])
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of eight layers, and two configs."""
-    home = tmp_path_factory.mktemp("dumps")
-    write_normed_target(home / "target")
-    (home / "toy.py").write_text(CONFIG)
-    (home / "toy3.py").write_text(EAGLE3)
-    return home
-
-
-@pytest.fixture(scope="module")
-def texts(home: Path) -> list[Text]:
-    return answered_texts(home / "target", COUNT)
-
-
 @pytest.fixture
-def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the target and the configs, in which a test runs."""
-    for name in ("target", "toy.py", "toy3.py"):
-        (tmp_path / name).symlink_to(home / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(folder: Path) -> Path:
+    """The folder beside the target, with two configs."""
+    (folder / "toy.py").write_text(CONFIG)
+    (folder / "toy3.py").write_text(EAGLE3)
+    return folder
 
 
 def loss_of(taps: tuple[int, ...], *changes: str, stored: bool) -> float:

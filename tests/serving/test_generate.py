@@ -118,6 +118,64 @@ def test_a_bad_prompt_is_named_and_the_others_are_answered(tmp_path, target, cap
     assert result["rows"][2]["tokens"] > 0 and result["failed"] == 4
 
 
+def test_a_prompt_whose_id_another_has_and_one_of_other_bytes_are_named_by_their_lines(tmp_path, target, capsys):
+    path = tmp_path / "mixed.jsonl"
+    lines = [{"id": "a", "prompt": "1 and 2"}, {"id": "a", "prompt": "3"}, {"id": None, "prompt": "4"}, {"prompt": "5"}]
+    path.write_bytes(b'{"prompt": "caf\xe9"}\r\n' + "\n".join(map(json.dumps, lines)).encode())
+    result = generate(tmp_path, "--target", target, "--prompts", path, code=1)
+    shown = capsys.readouterr().err
+    assert f"{path}:1: prompt '1' is not UTF-8 text (invalid continuation byte at byte 16)" in shown
+    assert f"{path}:3: prompt 'a' has the id of {path}:2: give each its own" in shown
+    assert [bool(r["error"]) for r in result["rows"]] == [True, False, True, False, False]
+
+
+DROPPED = {
+    "tools": ({"tools": [{"name": "f", "parameters": {}}]}, "message 0: the chat template drops descriptions of tools"),
+    "a system message": (
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "1"}]},
+        "message 0: the chat template drops a message of role system in first place",
+    ),
+    "calls and results": (
+        {
+            "messages": [
+                {"role": "user", "content": "1"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+                {"role": "tool", "content": "2"},
+            ]
+        },
+        "message 1: the chat template drops tool calls",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", DROPPED)
+def test_a_prompt_of_which_the_template_drops_a_part_is_not_answered(tmp_path, target, capsys, part):
+    template, path = tmp_path / "t.jinja", tmp_path / "p.jsonl"
+    template.write_text(
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    record, sentence = DROPPED[part]
+    lines = [
+        {"id": "whole", "prompt": "1 and 2"},
+        {"id": "lost", "messages": [{"role": "user", "content": "1"}]} | record,
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = generate(tmp_path, "--target", target, "--template", template, "--prompts", path, code=1)
+    assert (
+        f"{path}:2: prompt 'lost' cannot be shown to the target: {sentence} without a word" in capsys.readouterr().err
+    )
+    assert [r["finish_reason"] == "error" for r in result["rows"]] == [False, True]
+
+
+def test_tools_are_not_left_out_of_raw_text(tmp_path, target, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt": "1", "tools": [{"name": "f"}]}))
+    generate(tmp_path, "--target", target, "--raw", "--prompts", path, code=1)
+    assert (
+        "prompt 'a' has tools, which raw text does not show: leave out --raw, or the tools" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("verb", ["generate", "bench decode"])
 def test_prompts_are_read_and_named_before_the_target_is(tmp_path, verb, capsys):
     path = tmp_path / "bad.jsonl"

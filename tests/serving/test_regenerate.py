@@ -13,7 +13,7 @@ from jaxspec.__main__ import main
 from jaxspec.data.conversations import read_conversations
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving import loading
-from jaxspec.serving.dialogue import steps_of
+from jaxspec.serving.dialogue import check_results, steps_of
 from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import parse_temperatures, user_header, write_user_turns
 
@@ -237,11 +237,36 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
-def test_two_conversations_of_one_id_are_refused(tmp_path, target, capsys):
-    path = tmp_path / "twice.jsonl"
-    path.write_text("\n".join([json.dumps({"id": "x", "messages": [message("user", "hi")]})] * 2))
-    assert main(["regenerate", "--out", str(tmp_path / "o"), "--target", str(target), "--prompts", str(path)]) == 1
-    assert "two conversations have the id 'x'" in capsys.readouterr().err
+def test_two_conversations_of_one_id_are_refused_or_the_later_left_out(tmp_path, target, capsys):
+    path, out = tmp_path / "twice.jsonl", tmp_path / "o"
+    path.write_text("\n\n".join([json.dumps({"id": "x", "messages": [message("user", "hi")]})] * 2))
+    assert main(["regenerate", "--out", str(out), "--target", str(target), "--prompts", str(path)]) == 1
+    assert f"{path}, line 3: has the id 'x' of {path}, line 1: give each its own (--skip" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["twice.jsonl"]
+    done = regenerate(out, target, "--prompts", path, "--skip-bad", "--keep-unfinished")
+    assert done["left_out"] == {"records left out: the id of another": 1} and len(lines_of(out)) == 1
+
+
+def test_what_the_template_drops_stops_a_run_before_it_begins_or_is_counted(tmp_path, target, capsys):
+    path, out, template = tmp_path / "p.jsonl", tmp_path / "o", tmp_path / "t.jinja"
+    template.write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    lost = {"id": "lost", "messages": [message("user", "1")], "tools": [{"name": "f"}]}
+    late = {"id": "late", "messages": [*map(message, ("user", "assistant", "system", "user"), "1234")]}
+    path.write_text("\n".join(json.dumps(r) for r in (lost, {"id": "a", "messages": [message("user", "2")]}, late)))
+    words = ["regenerate", "--out", str(out), "--target", str(target), "--prompts", str(path), "--template"]
+    assert main([*words, str(template)]) == 1
+    said = capsys.readouterr().err
+    assert f"{path}, line 1: conversation 'lost' of p: message 0: the chat template drops descriptions of tools" in said
+    assert not out.with_name("o.state").exists()
+    flags = ("--prompts", path, "--template", template, "--skip-bad", "--keep-unfinished")
+    done = regenerate(out, target, *flags, "--max-new-tokens", "4")
+    assert done["left_out"] == {"records left out: dropped by the template": 1} and done["conversations"] == 2
+    template.rename(tmp_path / "moved.jinja")
+    flags = ("--prompts", path, "--template", tmp_path / "moved.jinja", "--skip-bad", "--keep-unfinished")
+    assert regenerate(out, target, *flags, "--max-new-tokens", "4")["tokens"] == 0
+    late = next(json.loads(line) for line in lines_of(out) if '"late"' in line)
+    if late["finish"] == "unfit":
+        assert "unfit is 'late': message 2: the chat template drops a message of role system" in capsys.readouterr().err
 
 
 def test_prompts_that_cannot_be_read_begin_no_output(tmp_path, target, capsys):
@@ -259,7 +284,16 @@ def test_prompts_without_a_question_are_said_to_be_that(tmp_path, target, capsys
         ["regenerate", "--out", str(tmp_path / "o"), "--target", str(target), "--prompts", str(tmp_path / "text.txt")]
     )
     shown = capsys.readouterr().err
-    assert "has no user turn that the target can answer" in shown and "unfit are 'text.txt:1'" in shown
+    assert (
+        "has no user turn that the target can answer" in shown and "unfit is 'text.txt:1': has no user's turn" in shown
+    )
+
+
+def test_a_result_that_no_answer_can_call_is_refused():
+    turns = [message("tool", "r"), message("user", "u"), message("tool", "s")]
+    check_results(turns[1:])
+    with pytest.raises(ValueError, match="message 0: a tool's result stands before the first user's turn"):
+        check_results(turns)
 
 
 def test_runs_hold_what_is_said_before_each_answer():

@@ -131,13 +131,33 @@ def test_a_mix_of_variables_that_the_template_does_not_read_is_refused(
 ):
     words = ["--target", str(folder / "target"), "--prompts", str(folder / "prompts.jsonl"), "--max-new-tokens", "4"]
     assert main(["regenerate", *words, "--template-mix", "thinking=true:1", "--out", str(tmp_path / "o.jsonl")]) == 1
-    assert "the chat template does not read 'thinking'; it reads enable_thinking" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--template-mix: the chat template does not read 'thinking'; it reads enable_thinking" in said
+    assert not list(tmp_path.iterdir())
+    twice = ["--template-args", "enable_thinking=true", "--template-mix", "enable_thinking=false:1"]
+    with pytest.raises(SystemExit):
+        main(["regenerate", *words, *twice, "--out", str(tmp_path / "o.jsonl")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--template-args and --template-mix both set enable_thinking: give it in one of them" in said
 
 
 def test_mixes_are_drawn_by_weight_and_wrong_ones_refused():
     mix = parse_template_mix("enable_thinking=true:3,enable_thinking=false:1")
     drawn = [mix.draw(5, i)["enable_thinking"] for i in range(400)]
     assert 0.65 < sum(drawn) / 400 < 0.85 and drawn == [mix.draw(5, i)["enable_thinking"] for i in range(400)]
-    for wrong in ("enable_thinking", "a=1:x", "a=1:-1", ":2", "a=1:0"):
+    wrong = (
+        "enable_thinking",
+        "a=1:x",
+        "a=1:-1",
+        ":2",
+        "a=1:0",
+        "=1:1",
+        "a=1,,b=2",
+        "a=1,a=1:2",
+        "a=1:nan",
+        "a=:1",
+        "",
+    )
+    for text in wrong:
         with pytest.raises(ValueError, match="--template-mix is"):
-            parse_template_mix(wrong)
+            parse_template_mix(text)
