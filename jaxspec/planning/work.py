@@ -64,7 +64,7 @@ def target_work(
     """
     count, size = matmul_weights(params)
     if config.tied:
-        count, size = count + params["embed"].size, size + params["embed"].nbytes
+        count, size = count + params["embed"].size, size + _nbytes(params["embed"])
     c, seen = config, prefix + tokens
     if c.options.experts:
         each = 3 * c.width * c.options.expert_mlp

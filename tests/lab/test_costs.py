@@ -65,6 +65,14 @@ def test_one_token_takes_the_weights_by_the_bandwidth_where_memory_binds():
     assert seconds == pytest.approx((size + LOGIT_BYTES * 128256) / PEAKS.bandwidth, rel=1e-12)
 
 
+def test_a_tied_head_is_read_as_a_matmul():
+    """Of weights in a CPU's layout too."""
+    tied = dataclasses.replace(TOY, tied=True)
+    models = [abstract_models(shape, None, dtype=jnp.float32, for_cpu=True) for shape in (tied, TOY)]
+    one, other = (Roofline(m, GRID, PEAKS).work(Point("plain", 1, 0, 1, 16)) for m in models)
+    assert one == other
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_token_of_context_adds_its_keys_and_values_for_every_row(batch: int):
     """Of Llama-3-8B in bf16, 131,072 bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -38,12 +39,18 @@ OTHERS: dict[str, Any] = {
 EVERY = {**KINDS, **OTHERS}
 RANKS = 5
 TREES = {"chain": chain(STEPS), "bushy": StaticTree(parse_paths("0 1 2 4 00 01 02 10 20 000 001 010 100 0000 0100"))}
-FAST = ("eagle", "eagle3", "medusa", "parallelspec", "peagle", "draft_lm like the target")
+FAST = ("eagle", "peagle", "draft_lm like the target")
 """Kinds that every run of the tests decodes with; the slow ones have the others too."""
-PAIRS = [
-    *[(kind, "chain") for kind in ("eagle", "draft_lm like the target")],
-    *[pytest.param(kind, "bushy", marks=() if kind in FAST else pytest.mark.slow) for kind in EVERY],
-]
+WALKED = (
+    *("eagle", "fspad", "eagle3", "medusa", "parallelspec both ways", "parallelspec in medusa", "peagle", "draft_lm"),
+    *("eagle zero logits", "eagle3 of a draft vocabulary"),
+)
+"""Kinds that every run of the tests compares place by place."""
+
+
+def marked(kinds: Iterable[str], *fast: str) -> list[Any]:
+    """Returns the kinds, all but some of them marked as slow."""
+    return [pytest.param(kind, marks=() if kind in fast else pytest.mark.slow) for kind in kinds]
 
 
 @functools.cache
@@ -85,7 +92,8 @@ def decoded(kind: str, tree: str) -> tuple[list[Text], list[Any]]:
     return [Text(np.asarray(r.tokens), a.tokens) for r, a in zip(asked(), answers, strict=True)], answers
 
 
-@pytest.mark.parametrize(("kind", "tree"), PAIRS)
+@pytest.mark.parametrize("tree", [pytest.param("chain", marks=pytest.mark.slow), "bushy"])
+@pytest.mark.parametrize("kind", marked(EVERY, *FAST))
 def test_replay_of_a_static_tree_makes_the_calls_of_decoding(kind: str, tree: str):
     models = models_of(kind, tree)
     texts, answers = decoded(kind, tree)
@@ -121,7 +129,7 @@ def drafted_one_by_one(models: Models, text: Text) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(jnp.stack(levels, axis=1), axis=-1))
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", marked(EVERY, *WALKED))
 def test_ranks_are_those_of_drafting_level_by_level(kind: str):
     """At every start and depth, whether decoding would get there or not."""
     models, rng = models_of(kind, "chain"), np.random.default_rng(4)
