@@ -115,6 +115,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"candidates", "compiled", "making", "measured", "roofline"},
         {"search"},
         {"flags", "policy"},
+        {"here"},
     ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (

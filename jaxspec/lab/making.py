@@ -74,7 +74,7 @@ def rank_arms(
                     found[at] |= dict(zip(group, part, strict=True))
                     bar.advance(1, arm.name)
             stopped("while drafters read the texts")
-    return [_joined(by_text, len(texts)) for by_text in found]
+    return [joined(by_text, len(texts)) for by_text in found]
 
 
 def _taps(arm: ProfiledDrafter) -> tuple[int, ...]:
@@ -83,7 +83,8 @@ def _taps(arm: ProfiledDrafter) -> tuple[int, ...]:
     return drafter.taps
 
 
-def _joined(by_text: dict[int, Ranks], texts: int) -> Ranks:
+def joined(by_text: dict[int, Ranks], texts: int) -> Ranks:
+    """Returns the ranks of `texts` texts, by their numbers, one after another."""
     return Ranks(*(np.concatenate(x) for x in zip(*(by_text[i] for i in range(texts)), strict=True)))
 
 
