@@ -163,9 +163,8 @@ class Args:
     @property
     def settings(self) -> list[Settings]:
         """Settings of the answers, one a temperature."""
-        shared = {"top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
-        drawn = {"draft_temperature": self.draft_temperature}
-        return [Settings(self.max_new_tokens, t, **shared, **drawn) for t in self.temperature]
+        drawn = (self.top_k, self.top_p, self.draft_temperature, self.seed)
+        return [Settings(self.max_new_tokens, temperature, *drawn) for temperature in self.temperature]
 
     @property
     def chat(self) -> TemplateChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from random_models import write_drafter, write_target
 from jaxspec.console.cli import run
 from jaxspec.data.prompts import encode_prompt, read_prompts
 from jaxspec.decoding.requests import Settings
-from jaxspec.infer import lab_profile
 from jaxspec.lab import making
 from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.rates import replay_paths
@@ -21,6 +21,7 @@ from jaxspec.serving import queue
 from jaxspec.serving.loading import load_models
 from jaxspec.trees import parse_tree
 
+lab_profile: Any = importlib.import_module("jaxspec.infer.lab_profile")
 TREE = "static:0,1,00,01,10,000"
 PROMPTS = ("3 and 4 make 7, they say", "what do 5 and 6 make?", "8 and 9", "1 and 1 make 2, or so it seems")
 
