@@ -91,7 +91,7 @@ class Args:
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all draws."""
     json: str | None = None
     """File for the result."""
 
@@ -106,16 +106,11 @@ class Args:
         name = "quickstart" if self.target == "tiny" else f"quickstart_{Path(self.target).stem}"
         return self.folder or Path("runs") / name
 
-    @property
-    def given_trees(self) -> tuple[str, ...] | None:
-        """The trees given, those of files by what they hold, as the drafter's folder keeps one."""
-        return None if self.trees is None else tuple(map(resolve_tree, self.trees))
-
     def sizes(self, models: Models) -> Sizes:
         """Returns the sizes that are given, the others as they suit the target."""
         given = {name: value for name in Sizes._fields if (value := getattr(self, name, None)) is not None}
-        if self.given_trees is not None:
-            given["trees"] = self.given_trees
+        if self.trees is not None:  # those of files by what they hold, as the drafter's folder keeps one
+            given["trees"] = tuple(map(resolve_tree, self.trees))
         return usual_sizes(models)._replace(**given)
 
 
@@ -285,8 +280,8 @@ def make_drafter(
 
 def find_trees(models: Models, drafted: Models, questions: Sequence[str], args: Args) -> dict[str, TreePolicy]:
     """Returns the trees that the lab finds, by the target's own answers to a few questions."""
-    answers = decode(models, questions, args).answers
-    texts = [Text(prompt(models, q), answer.tokens) for q, answer in zip(questions, answers, strict=True)]
+    pairs = zip(questions, decode(models, questions, args).answers, strict=True)
+    texts = [Text(prompt(models, question), answer.tokens) for question, answer in pairs]
     with progress.progress("tree lab", 1, "searches") as bar:
         found = trees_here(drafted, texts, seed=args.seed, tell=bar.tell)
         bar.advance()
@@ -384,7 +379,7 @@ def prompt(models: Models, question: str) -> np.ndarray:
 
 
 def print_texts(models: Models, questions: Sequence[str], measured: Measured) -> None:
-    """Prints the longest of the answers, decoded both ways."""
+    """Prints the longest answer, decoded both ways."""
     longest = longest_answer(measured)
     for name, text in (
         ("question", questions[longest]),
@@ -441,9 +436,9 @@ def print_result(questions: Sequence[str], measured: Measured, found: dict[str, 
     for d in measured.parted:
         verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
         sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")
-    question = questions[longest_answer(measured)][:60]
     of = "" if args.target == "tiny" else f"--target {args.target} "
     tree = f"--tree {args.home / 'tree.json'} " if found["tree"].startswith("adaptive") else ""
+    question = questions[longest_answer(measured)][:60]
     sys.stdout.write(f'next: jaxspec generate {of}--drafter {found["drafter_checkpoint"]} {tree}"{question}"\n')
 
 
