@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,10 +13,12 @@ from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
+from jaxspec.decoding.rounds import Weights
 from jaxspec.lab import cost_model
 from jaxspec.lab.costs import load_costs
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.simulate import join, simulate
+from jaxspec.serving.loading import Models
 from jaxspec.trees import AdaptiveTree, StaticTree, parse_tree, resolve_tree, write_tree
 
 
@@ -206,7 +208,8 @@ def test_every_verb_that_keeps_a_trees_text_keeps_that_of_the_file(tree_file):
     assert bench_device.Args(minutes=1, out=Path("o"), tree=tree_file, tau=2).plan.tree == WIDE.spec
     assert bench_device.Args(minutes=1, out=Path("o")).plan.tree == "dynamic:64x6x10"
     assert compare.Args(recipes=("eagle2",), train="t", eval="e", tree=(tree_file,)).trees == [WIDE.spec]
-    assert quickstart.Args(trees=(tree_file, "chain:2")).given_trees == (WIDE.spec, "chain:2")
+    models = Models(cast(Any, None), Weights({}), cast(Any, None), cast(Any, None))
+    assert quickstart.Args(trees=(tree_file, "chain:2")).sizes(models).trees == (WIDE.spec, "chain:2")
 
 
 def test_generate_drafts_the_tree_of_a_file_and_says_which(tmp_path, tree_file):
