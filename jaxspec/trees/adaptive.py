@@ -60,10 +60,10 @@ class RoundPlan(NamedTuple):
 class AdaptiveTree:
     """A dynamic tree (EAGLE-2), with or without a looked-up branch, that drafts and verifies as much as pays.
 
-    `base` bounds what is drafted: the most levels, and the beam. Children are the likeliest tokens,
-    so the tree is a function of the committed text and of what was accepted in it, and any rule that is lossless for
-    such trees stays so. All rows of a batch share a decision, since they share the target's call. Raises ValueError
-    where budgets, costs and calibration do not go together.
+    `base` bounds what is drafted: the most levels, and the beam. Children are the likeliest tokens, so the tree is a
+    function of the committed text and of what was accepted in it, and any rule that is lossless for such trees stays
+    so. All rows of a batch share a decision, since they share the target's call. Raises ValueError where budgets, costs
+    and calibration do not go together.
     """
 
     base: DynamicTree | None
@@ -128,7 +128,7 @@ class AdaptiveTree:
 
     @property
     def spec(self) -> str:
-        """A name to print, which `parse_tree` reads if it has one budget and no drafted tree; else a file holds it."""
+        """A name to print; `parse_tree` reads it if there is one budget, else a tree file holds the whole."""
         branch = [] if self.lookup is None else [f"lookup:{self.lookup.length}"]
         drafted = [] if self.base is None else [self.base.spec]
         words = "+".join(branch + drafted)
