@@ -218,6 +218,10 @@ def measured(args: Args) -> list[tuple[Path, Profile]]:
 
 def load_drafter(args: Args, plain: Models, drafter: str) -> ProfiledDrafter:
     """Returns a drafter; says where it drafts less deep than is asked. Raises ValueError naming what does not fit."""
+    if drafter == loading.LOOKUP:
+        raise ValueError(
+            "prompt lookup drafts one branch and ranks no children: there is no profile of --drafter lookup"
+        )
     models = loading.add_drafter(
         plain, drafter, tree="none", draft_vocab=args.draft_vocab, dtype=loading.DTYPES[args.dtype]
     )
