@@ -277,7 +277,7 @@ def _draft_step(
     frontier = Frontier(token_BW + zero, parent_BW, visible_BWM, 2, width)
     logits_BWV, scratch = drafter.expand(weights.drafter, shared, state.draft, scratch, frontier)
     count = min(CHILDREN, logits_BWV.shape[-1])
-    return state, (children(engine, state)(logits_BWV, count, width), scratch)
+    return state, (children(engine, weights, state)(logits_BWV, count, width), scratch)
 
 
 def _extend_step(
@@ -288,7 +288,7 @@ def _extend_step(
     count_B = jnp.full(token_BP.shape[0], token_BP.shape[1])
     shared = shared_tables(engine, weights)
     draft, logits_BV = drafter.extend(weights.drafter, shared, state.draft, token_BP + zero, features_BPD, count_B)
-    chosen = children(engine, state)(logits_BV[:, None], min(CHILDREN, logits_BV.shape[-1]), ROOT)
+    chosen = children(engine, weights, state)(logits_BV[:, None], min(CHILDREN, logits_BV.shape[-1]), ROOT)
     after = state._replace(draft=draft, root_logits_BV=logits_BV)
     return _again(state, after), chosen
 
