@@ -1,0 +1,120 @@
+"""Predictions beside what `jaxspec bench decode --json` measured of the same trees on the same device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxspec.lab.devices import CPU, KINDS
+from jaxspec.lab.findings import Finding
+from jaxspec.lab.search import Rated
+from jaxspec.trees import StaticTree, parse_tree
+
+NEEDED = ("arm", "batch", "prefix", "tokens_per_second", "tau")
+"""Keys of a row of `bench decode` that are compared."""
+
+
+class Measured(NamedTuple):
+    """An arm of a bench."""
+
+    file: Path
+    arm: str
+    tree: str | None
+    """None: plain decoding."""
+    drafter: str | None
+    batch: int
+    context: int
+    """Tokens of prompt and half an answer, in the mean."""
+    tokens_per_second: float
+    tau: float
+    temperature: float
+    device: str
+
+
+class Compared(NamedTuple):
+    """A measured arm beside a prediction of it."""
+
+    measured: Measured
+    finding: Finding
+    predicted: Rated
+
+    @property
+    def error(self) -> float:
+        """Predicted tokens a second over measured ones, less 1."""
+        return self.predicted.tokens_per_second.value / self.measured.tokens_per_second - 1
+
+
+class Comparison(NamedTuple):
+    """Arms that are compared, and those that are not, with the reason."""
+
+    compared: list[Compared]
+    left_out: list[tuple[Measured, str]]
+
+
+def read_bench(path: Path) -> list[Measured]:
+    """Returns the arms of a result of `bench decode`. Raises ValueError where the file is none."""
+    remedy = "make it with `jaxspec bench decode --json FILE`"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such result; {remedy}") from None
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{path}: is no JSON ({problem}); {remedy}") from problem
+    if not isinstance(found, dict) or found.get("command") != "bench decode":
+        raise ValueError(f"{path}: is no result of bench decode; {remedy}")
+    rows, machine = found.get("rows"), found.get("machine")
+    if not isinstance(rows, list) or not rows or not isinstance(machine, dict):
+        raise ValueError(f"{path}: has no rows or no machine; {remedy}")
+    if found.get("simulated_acceptance") is not None:
+        raise ValueError(
+            f"{path}: its acceptance is simulated, so that tau says nothing: leave out --simulate-acceptance"
+        )
+    kind = machine.get("accelerator")
+    device = CPU if kind is None else KINDS.get(kind, str(kind))
+    try:
+        return [_arm(path, row, float(found.get("temperature") or 0), device) for row in rows]
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(f"{path}: a row lacks one of {', '.join(NEEDED)}, or it is no number; {remedy}") from problem
+
+
+def _arm(path: Path, row: dict[str, Any], temperature: float, device: str) -> Measured:
+    sizes = int(row["batch"]), int(row["prefix"]), float(row["tokens_per_second"]), float(row["tau"] or 1)
+    if not min(sizes) > 0:
+        raise ValueError("a figure is not above 0")
+    return Measured(path, str(row["arm"]), row.get("tree"), row.get("drafter"), *sizes, temperature, device)
+
+
+def compare(measured: Sequence[Measured], findings: Sequence[Finding]) -> Comparison:
+    """Returns each measured arm with the prediction of every search on its device, or why there is none."""
+    found = Comparison([], [])
+    for arm in measured:
+        problem = "no file of costs is of this device"
+        for finding in _suited(arm, findings):
+            try:
+                found.compared.append(Compared(arm, finding, _predict(arm, finding)))
+                problem = ""
+            except ValueError as reason:
+                problem = problem and str(reason)
+        if problem:
+            found.left_out.append((arm, problem))
+    return found
+
+
+def _suited(arm: Measured, findings: Sequence[Finding]) -> list[Finding]:
+    """Returns the searches on an arm's device: of its drafter and temperature where profiles are of them."""
+    here = [f for f in findings if f.flags.inputs.costs.facts.get("device") == arm.device]
+    for name, value in (("temperature", arm.temperature), ("drafter", arm.drafter)):
+        same = [f for f in here if f.flags.inputs.profile.facts.get(name) == value]
+        here = same or here
+    return here
+
+
+def _predict(arm: Measured, finding: Finding) -> Rated:
+    """Returns an arm's prediction. Raises ValueError for a tree that cannot be replayed, and beyond profile or costs."""
+    tree = parse_tree(arm.tree or "none")
+    if not isinstance(tree, StaticTree):
+        raise ValueError("its nodes depend on what is drafted, and only static trees are replayed")
+    shape = tuple(sorted(tree.paths, key=lambda path: (len(path), path)))
+    return finding.search.rate(shape, finding.flags.cost_at(arm.batch, arm.context))
