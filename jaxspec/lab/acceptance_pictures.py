@@ -143,7 +143,10 @@ def _errors(known: list[dict[str, Any]], name: str, number: int) -> Picture:
         [row["depth"], row["pairs"], *(row.get(key) for key in named.values()), (row.get("entropy") or {}).get("mean")]
         for row in known
     ]
-    note = "Mean distance of draft probability from the accepted share over bins of equal size. After: by the curve of the other half of the prompts."
+    note = (
+        "Mean distance of draft probability from the accepted share over bins of equal size. After: by the curve of "
+        "the other half of the prompts."
+    )
     return Picture(
         f"ece-{number}", caption, drawing, Table(caption, columns, rows), note, legend([s.name for s in series])
     )

@@ -112,7 +112,7 @@ def _suited(arm: Measured, findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _predict(arm: Measured, finding: Finding) -> Rated:
-    """Returns an arm's prediction. Raises ValueError for a tree that cannot be replayed, and beyond profile or costs."""
+    """Returns an arm's prediction. Raises ValueError where it cannot be replayed or costed."""
     tree = parse_tree(arm.tree or "none")
     if not isinstance(tree, StaticTree):
         raise ValueError("its nodes depend on what is drafted, and only static trees are replayed")

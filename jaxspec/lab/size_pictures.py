@@ -148,7 +148,8 @@ def sensitivity_picture(finding: Finding, number: int) -> Picture:
         ]
         for name, e in rows
     ]
-    note = f"Share of tokens/s that the chosen tree of {_nodes(finding.choice.chosen.tree.nodes)} gives away to the best tree then."
+    chosen = _nodes(finding.choice.chosen.tree.nodes)
+    note = f"Share of tokens/s that the chosen tree of {chosen} gives away to the best tree then."
     return Picture(
         f"errors-{number}", caption, bar_chart(caption, told, bars, full=full), Table(caption, columns, lines), note
     )

@@ -43,10 +43,11 @@ def axis_over(
     """Returns an axis that holds all values that are numbers, with ticks of round numbers; of `whole` ones alone."""
     known = [float(value) for value in values if math.isfinite(value)] or [0.0]
     low, high = min([*known, 0.0] if from_zero else known), max(known)
-    if high <= low:
+    if high - low <= 1e-12 * max(1.0, abs(low), abs(high)):
         low, high = (low, low + 1) if from_zero else (low - 0.5, high + 0.5)
     step = _step((high - low) / (8 if whole else 5), whole)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
     ticks = tuple(i * step for i in range(first, last + 1))
     return Axis(label, ticks[0], ticks[-1], percent=percent, ticks=ticks)
 

@@ -31,7 +31,9 @@ def element(name: str, /, *content: Content, **attributes: Content | bool) -> Ma
     In names of attributes `_` stands for `-`, and one at the end falls away (`class_`). Those that are None or False
     are left out; True stands alone.
     """
-    given = "".join(_attribute(key, value) for key, value in attributes.items() if value not in (None, False))
+    # 0 equals False, and is a value.
+    kept = {key: value for key, value in attributes.items() if value is not None and value is not False}
+    given = "".join(_attribute(key, value) for key, value in kept.items())
     if name in VOID:
         return Markup(f"<{name}{given}>")
     return Markup(f"<{name}{given}>{joined(*content)}</{name}>")

@@ -20,14 +20,13 @@ STYLE = (
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; overflow-wrap: anywhere;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; font-size: 1rem; }
 header, main, footer { max-width: 80rem; margin: 0 auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1.6rem 0 .5rem; }
 h2 { font-size: 1.3rem; line-height: 1.25; margin: 2.6rem 0 .4rem; padding-top: .7rem;
   border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .3rem; }
-h1, h2, h3, p, li, figcaption, summary, dd { overflow-wrap: anywhere; }
 p, .answers { max-width: 46rem; }
 p { margin: .4rem 0; }
 a { color: var(--link); }
@@ -51,20 +50,20 @@ figure svg.plot { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; max-width: 100%; }
 .legend { list-style: none; margin: .1rem 0 .3rem; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem .9rem;
   font-size: .82rem; }
-.legend li { display: flex; align-items: center; gap: .35rem; }
+.legend li { display: flex; min-width: 0; align-items: center; gap: .35rem; }
 .legend svg { flex: none; width: 30px; height: 14px; }
 details { margin: .45rem 0; }
 summary { cursor: pointer; font-size: .85rem; color: var(--link); width: fit-content; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
-th, td { text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { overflow-wrap: normal; text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; }
 tbody th { font-weight: 400; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td { white-space: nowrap; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 tbody th { min-width: 5rem; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem .9rem; font-size: .9rem; }
+dl { display: grid; grid-template-columns: fit-content(14rem) minmax(0, 1fr); gap: .2rem .9rem; font-size: .9rem; }
 dt { color: var(--soft); }
 dd { margin: 0; }
 footer { margin-top: 3rem; padding-bottom: 2rem; font-size: .85rem; color: var(--soft); }
@@ -99,7 +98,8 @@ svg .edge { stroke: var(--c0); fill: none; stroke-opacity: .55; stroke-linecap: 
   figure, tr { break-inside: avoid; }
   h2, h3, figcaption { break-after: avoid; }
   .scroll { overflow: visible; }
-  details::details-content { content-visibility: visible; block-size: auto; }
+  td { white-space: normal; }
+  table { font-size: .75rem; }
 }
 @media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 """
