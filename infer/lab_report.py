@@ -18,7 +18,7 @@ import tyro
 from jaxspec import __version__
 from jaxspec.console import cli, marks, progress, results
 from jaxspec.console.disk import writing
-from jaxspec.lab.findings import Finding, find, machine_of, name_files
+from jaxspec.lab.findings import SearchFinding, find, machine_of, name_files
 from jaxspec.lab.flags import LimitFlags, SearchFlags, numbers
 from jaxspec.lab.predicted import Comparison, compare, read_bench
 from jaxspec.lab.report import Making, make_page
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def find_all(args: Args) -> list[Finding]:
+def find_all(args: Args) -> list[SearchFinding]:
     """Returns a search in every profile with every file of costs. Raises ValueError naming a file that is none."""
     shared = {field.name: getattr(args, field.name) for field in fields(LimitFlags)}
     pairs = [SearchFlags(**shared, profile=Path(p), cost=Path(c)) for p in args.profile for c in args.cost]
@@ -142,7 +142,7 @@ def take_pictures(page: Path, folder: Path) -> list[Path]:
 
 
 def make_result(
-    args: Args, findings: list[Finding], comparison: Comparison, pictures: list[Path], started: float
+    args: Args, findings: list[SearchFinding], comparison: Comparison, pictures: list[Path], started: float
 ) -> dict[str, Any]:
     """Returns the verb's JSON."""
     return results.result(

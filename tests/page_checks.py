@@ -42,7 +42,7 @@ class PageReader(HTMLParser):
 
 
 def check_page(text: str) -> PageReader:
-    """Returns a page as it is read. Asserts that it is whole, loads nothing, and has a plot and a table in each figure."""
+    """Returns a page as it is read. It must be whole, load nothing, and have a plot and a table a figure."""
     assert text.startswith("<!DOCTYPE html>\n<html")
     read = PageReader(text)
     assert len(set(read.ids)) == len(read.ids)

@@ -11,9 +11,9 @@ from jaxspec.lab.calibration import calibrate
 from jaxspec.lab.profile import Profile
 from jaxspec.lab.rates import Rates, measure_rates
 from jaxspec.pages.axes import Axis, axis_over
-from jaxspec.pages.charts import Cell, Named, cell_grid
+from jaxspec.pages.charts import Cell, GridAxis, cell_grid
 from jaxspec.pages.lines import Frame, Reference, Series, legend, line_plot
-from jaxspec.pages.page import Picture, Table
+from jaxspec.pages.page import DataTable, Picture
 
 SHOWN_RANKS = 3
 """Ranks that have a line of their own."""
@@ -64,7 +64,12 @@ def _by_depth(rates: Rates, name: str, number: int, columns: list[str], rows: li
     drawing = line_plot(caption, told, Frame(x, y), series)
     note = "A mean over places of the text; rounds stand denser where text is hard. Band: 95 % over prompts."
     return Picture(
-        f"acceptance-{number}", caption, drawing, Table(caption, columns, rows), note, legend([s.name for s in series])
+        f"acceptance-{number}",
+        caption,
+        drawing,
+        DataTable(caption, columns, rows),
+        note,
+        legend([s.name for s in series]),
     )
 
 
@@ -75,11 +80,11 @@ def _by_both(rates: Rates, name: str, number: int, columns: list[str], rows: lis
     drawing = cell_grid(
         caption,
         f"{depths} depths across, {ranks} ranks down",
-        Named("rank", [str(r) for r in range(ranks)]),
-        Named("depth", [str(d + 1) for d in range(depths)]),
+        GridAxis("rank", [str(r) for r in range(ranks)]),
+        GridAxis("depth", [str(d + 1) for d in range(depths)]),
         cells,
     )
-    table = Table(caption, columns, rows)
+    table = DataTable(caption, columns, rows)
     return Picture(
         f"ranks-{number}",
         caption,
@@ -121,7 +126,7 @@ def _curves(known: list[dict[str, Any]], name: str, number: int) -> Picture:
         kept = np.unique(np.linspace(0, len(row["q"]) - 1, MOST_POINTS).round().astype(int))
         rows += [[row["depth"], row["q"][i], row["p"][i]] for i in kept]
     note = "Isotonic regression over all children and places. Below the diagonal the drafter is too sure of itself."
-    table = Table(caption, ["depth", "draft probability", "accepted"], rows)
+    table = DataTable(caption, ["depth", "draft probability", "accepted"], rows)
     return Picture(f"calibration-{number}", caption, drawing, table, note, legend([s.name for s in series]))
 
 
@@ -148,7 +153,7 @@ def _errors(known: list[dict[str, Any]], name: str, number: int) -> Picture:
         "the other half of the prompts."
     )
     return Picture(
-        f"ece-{number}", caption, drawing, Table(caption, columns, rows), note, legend([s.name for s in series])
+        f"ece-{number}", caption, drawing, DataTable(caption, columns, rows), note, legend([s.name for s in series])
     )
 
 

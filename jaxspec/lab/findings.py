@@ -24,7 +24,7 @@ Cell = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a profile and a file of costs are called on a page."""
+    """Names of a profile and a file of costs on a page."""
 
     profile: str
     machine: str
@@ -33,7 +33,7 @@ class Names:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class SearchFinding:
     """A search in one profile with one file of costs."""
 
     names: Names
@@ -74,7 +74,7 @@ class Finding:
 
 
 def name_files(profiles: Sequence[Path], costs: Mapping[Path, str]) -> dict[tuple[Path, Path], Names]:
-    """Returns what each profile and each file of costs, given with its device and source, is called: no two alike."""
+    """Returns the names of each profile and each file of costs, given with its device and source: no two alike."""
     stems = [path.stem for path in profiles]
     machines = list(costs.values())
     by_profile = {path: path.stem if stems.count(path.stem) == 1 else str(path) for path in profiles}
@@ -100,7 +100,7 @@ def find(
     names: Names,
     at: tuple[int | None, int | None],
     over: tuple[Sequence[int] | None, Sequence[int] | None],
-) -> Finding:
+) -> SearchFinding:
     """Returns a search at a batch and context, and over a grid of them; None is what the costs have.
 
     Batches and contexts of the grid that costs or limits refuse are kept with the reason. Raises ValueError where the
@@ -120,7 +120,7 @@ def find(
     search = flags.search([(batch, context), *cells])
     cost = flags.cost_at(batch, context)
     choice, forest = search.choose(cost), search.candidates.forest
-    return Finding(
+    return SearchFinding(
         names,
         flags,
         search,

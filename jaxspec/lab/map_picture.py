@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxspec.lab.findings import Finding
+from jaxspec.lab.findings import SearchFinding
 from jaxspec.lab.search import Choice
-from jaxspec.pages.charts import Cell, Named, cell_grid
-from jaxspec.pages.page import Picture, Table
+from jaxspec.pages.charts import Cell, GridAxis, cell_grid
+from jaxspec.pages.page import DataTable, Picture
 
 COLUMNS = ["batch", "context", "nodes", "levels", "tau", "tokens/s", "plain tokens/s", "x plain", "tree"]
 
 
-def map_picture(finding: Finding, number: int) -> Picture:
+def map_picture(finding: SearchFinding, number: int) -> Picture:
     """Returns the best tree of each batch, across, and context, down, coloured by its gain over plain decoding."""
     most = max([1.0, *(speedup(choice) for choice in finding.cells.values())])
     cells = [[_cell(finding, (b, c), most) for b in finding.batches] for c in finding.contexts]
@@ -25,11 +25,11 @@ def map_picture(finding: Finding, number: int) -> Picture:
     drawing = cell_grid(
         caption,
         f"{len(finding.cells)} batches and contexts; plain decoding is fastest at {len(plain_cells(finding))} of them",
-        Named("context", [f"{c:,}" for c in finding.contexts]),
-        Named("batch", [f"{b:,}" for b in finding.batches]),
+        GridAxis("context", [f"{c:,}" for c in finding.contexts]),
+        GridAxis("batch", [f"{b:,}" for b in finding.batches]),
         cells,
     )
-    return Picture(f"map-{number}", caption, drawing, Table(caption, COLUMNS, rows), note, scrolls=True)
+    return Picture(f"map-{number}", caption, drawing, DataTable(caption, COLUMNS, rows), note, scrolls=True)
 
 
 def speedup(choice: Choice) -> float:
@@ -37,12 +37,12 @@ def speedup(choice: Choice) -> float:
     return choice.chosen.tokens_per_second.value / choice.plain.tokens_per_second.value
 
 
-def plain_cells(finding: Finding) -> list[tuple[int, int]]:
+def plain_cells(finding: SearchFinding) -> list[tuple[int, int]]:
     """Returns the batches and contexts at which no tree pays."""
     return [cell for cell, choice in finding.cells.items() if not choice.chosen.shape]
 
 
-def _cell(finding: Finding, at: tuple[int, int], most: float) -> Cell:
+def _cell(finding: SearchFinding, at: tuple[int, int], most: float) -> Cell:
     choice = finding.cells.get(at)
     where = f"batch {at[0]}, context {at[1]:,}"
     if choice is None:

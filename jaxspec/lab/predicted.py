@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxspec.lab.devices import CPU, KINDS
-from jaxspec.lab.findings import Finding
+from jaxspec.lab.findings import SearchFinding
 from jaxspec.lab.search import Rated
 from jaxspec.trees import StaticTree, parse_tree
 
@@ -16,7 +16,7 @@ NEEDED = ("arm", "batch", "prefix", "tokens_per_second", "tau")
 """Keys of a row of `bench decode` that are compared."""
 
 
-class Measured(NamedTuple):
+class MeasuredArm(NamedTuple):
     """An arm of a bench."""
 
     file: Path
@@ -36,8 +36,8 @@ class Measured(NamedTuple):
 class Compared(NamedTuple):
     """A measured arm beside a prediction of it."""
 
-    measured: Measured
-    finding: Finding
+    measured: MeasuredArm
+    finding: SearchFinding
     predicted: Rated
 
     @property
@@ -50,10 +50,10 @@ class Comparison(NamedTuple):
     """Arms that are compared, and those that are not, with the reason."""
 
     compared: list[Compared]
-    left_out: list[tuple[Measured, str]]
+    left_out: list[tuple[MeasuredArm, str]]
 
 
-def read_bench(path: Path) -> list[Measured]:
+def read_bench(path: Path) -> list[MeasuredArm]:
     """Returns the arms of a result of `bench decode`. Raises ValueError where the file is none."""
     remedy = "make it with `jaxspec bench decode --json FILE`"
     try:
@@ -79,14 +79,14 @@ def read_bench(path: Path) -> list[Measured]:
         raise ValueError(f"{path}: a row lacks one of {', '.join(NEEDED)}, or it is no number; {remedy}") from problem
 
 
-def _arm(path: Path, row: dict[str, Any], temperature: float, device: str) -> Measured:
+def _arm(path: Path, row: dict[str, Any], temperature: float, device: str) -> MeasuredArm:
     sizes = int(row["batch"]), int(row["prefix"]), float(row["tokens_per_second"]), float(row["tau"] or 1)
     if not min(sizes) > 0:
         raise ValueError("a figure is not above 0")
-    return Measured(path, str(row["arm"]), row.get("tree"), row.get("drafter"), *sizes, temperature, device)
+    return MeasuredArm(path, str(row["arm"]), row.get("tree"), row.get("drafter"), *sizes, temperature, device)
 
 
-def compare(measured: Sequence[Measured], findings: Sequence[Finding]) -> Comparison:
+def compare(measured: Sequence[MeasuredArm], findings: Sequence[SearchFinding]) -> Comparison:
     """Returns each measured arm with the prediction of every search on its device, or why there is none."""
     found = Comparison([], [])
     for arm in measured:
@@ -102,7 +102,7 @@ def compare(measured: Sequence[Measured], findings: Sequence[Finding]) -> Compar
     return found
 
 
-def _suited(arm: Measured, findings: Sequence[Finding]) -> list[Finding]:
+def _suited(arm: MeasuredArm, findings: Sequence[SearchFinding]) -> list[SearchFinding]:
     """Returns the searches on an arm's device: of its drafter and temperature where profiles are of them."""
     here = [f for f in findings if f.flags.inputs.costs.facts.get("device") == arm.device]
     for name, value in (("temperature", arm.temperature), ("drafter", arm.drafter)):
@@ -111,7 +111,7 @@ def _suited(arm: Measured, findings: Sequence[Finding]) -> list[Finding]:
     return here
 
 
-def _predict(arm: Measured, finding: Finding) -> Rated:
+def _predict(arm: MeasuredArm, finding: SearchFinding) -> Rated:
     """Returns an arm's prediction. Raises ValueError where it cannot be replayed or costed."""
     tree = parse_tree(arm.tree or "none")
     if not isinstance(tree, StaticTree):

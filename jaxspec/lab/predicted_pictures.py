@@ -12,7 +12,7 @@ from jaxspec.lab.search import Rated
 from jaxspec.pages.axes import axis_over
 from jaxspec.pages.lines import Frame, Reference, Series, legend, line_plot
 from jaxspec.pages.markup import Markup, joined
-from jaxspec.pages.page import Picture, Table, bullets, grid, paragraph
+from jaxspec.pages.page import DataTable, Picture, bullets, grid, paragraph
 
 COLUMNS = ["arm", "prediction", "batch", "context", "tau measured", "tau predicted", "tokens/s measured"]
 COLUMNS += ["tokens/s predicted", "error", "file"]
@@ -71,4 +71,4 @@ def _scatter(
     line = Reference("as predicted", (across.low, across.high), (up.low, up.high))
     drawing = line_plot(caption, summary(compared), Frame(across, up), series, [line])
     note = "A mark an arm; on the dotted diagonal the prediction is right."
-    return Picture(anchor, caption, drawing, Table(caption, COLUMNS, rows), note, legend([s.name for s in series]))
+    return Picture(anchor, caption, drawing, DataTable(caption, COLUMNS, rows), note, legend([s.name for s in series]))

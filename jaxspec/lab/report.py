@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxspec.lab.acceptance_pictures import acceptance_pictures, calibration_pictures
-from jaxspec.lab.findings import Finding
+from jaxspec.lab.findings import SearchFinding
 from jaxspec.lab.flags import digest
 from jaxspec.lab.map_picture import map_picture, plain_cells
 from jaxspec.lab.predicted import Comparison
@@ -14,7 +14,7 @@ from jaxspec.lab.predicted_pictures import predicted_section
 from jaxspec.lab.size_pictures import sensitivity_picture, size_pictures
 from jaxspec.lab.tree_picture import tree_picture
 from jaxspec.pages.markup import Content, Markup, element, joined
-from jaxspec.pages.page import Picture, Section, Table, bullets, document, facts, folded, grid, paragraph, table
+from jaxspec.pages.page import DataTable, Picture, Section, bullets, document, facts, folded, grid, paragraph, table
 
 TITLE = "A search for draft trees"
 SOURCES = {
@@ -36,14 +36,14 @@ COLUMNS += ["shapes tried"]
 
 
 class Making(NamedTuple):
-    """How a page is made."""
+    """The making of a page, which it ends with."""
 
     command: str
     versions: Mapping[str, Any]
     """Names and versions of programs, machine, commit; None is left out."""
 
 
-def make_page(findings: Sequence[Finding], comparison: Comparison, measured: int, making: Making) -> str:
+def make_page(findings: Sequence[SearchFinding], comparison: Comparison, measured: int, making: Making) -> str:
     """Returns the page; `measured` is the number of files that the comparison was made of."""
     by_profile = {f.names.profile: [g for g in findings if g.names.profile == f.names.profile] for f in findings}
     several = len(by_profile) > 1
@@ -77,7 +77,7 @@ def _or_none(pictures: Sequence[Sequence[Picture]]) -> Markup:
     return joined(*(grid(mine) for mine in pictures if mine))
 
 
-def drawn_trees(findings: Sequence[Finding]) -> Markup:
+def drawn_trees(findings: Sequence[SearchFinding]) -> Markup:
     """Returns the drawings of the chosen trees, and a sentence for searches where none pays."""
     pays = [f for f in findings if f.choice.chosen.shape]
     trees = [tree_picture(f"tree-{i}", f.names.whole, f.choice.chosen.shape, f.shares) for i, f in enumerate(pays, 1)]
@@ -86,11 +86,11 @@ def drawn_trees(findings: Sequence[Finding]) -> Markup:
     return joined(grid(trees) if trees else None, None if told is None else paragraph(told))
 
 
-def _cautions(findings: Sequence[Finding]) -> Markup:
+def _cautions(findings: Sequence[SearchFinding]) -> Markup:
     return joined(*(paragraph(text, soft=True) for text in cautions(findings)))
 
 
-def cautions(findings: Sequence[Finding]) -> list[str]:
+def cautions(findings: Sequence[SearchFinding]) -> list[str]:
     """Returns what a reader must know of the inputs: models that differ, and texts that are simulated."""
     found = []
     for f in findings:
@@ -103,12 +103,12 @@ def cautions(findings: Sequence[Finding]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def lead(findings: Sequence[Finding]) -> Markup:
+def lead(findings: Sequence[SearchFinding]) -> Markup:
     """Returns the answers, a sentence a search."""
     return bullets(map(answer, findings))
 
 
-def answer(finding: Finding) -> Markup:
+def answer(finding: SearchFinding) -> Markup:
     """Returns the chosen tree of a search in a sentence."""
     chosen = finding.choice.chosen
     where = f", batch {chosen.batch}, context {chosen.context:,}: "
@@ -123,7 +123,7 @@ def answer(finding: Finding) -> Markup:
     return joined(element("strong", finding.names.whole), where, text)
 
 
-def best_table(findings: Sequence[Finding]) -> Table:
+def best_table(findings: Sequence[SearchFinding]) -> DataTable:
     """Returns the chosen tree of every search, with intervals."""
     rows = []
     for f in findings:
@@ -132,14 +132,14 @@ def best_table(findings: Sequence[Finding]) -> Table:
         spread = f"{_short(speed.value)} [{_short(speed.low)}, {_short(speed.high)}]"
         sizes = chosen.batch, chosen.context, chosen.tree.nodes, chosen.tree.depth
         rows.append([f.names.whole, *sizes, str(chosen.tau), spread, plain, f.speedup, f.search.candidates.tried])
-    return Table("Best trees, with 95 % intervals over prompts", COLUMNS, rows)
+    return DataTable("Best trees, with 95 % intervals over prompts", COLUMNS, rows)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def where_plain(findings: Sequence[Finding]) -> str:
+def where_plain(findings: Sequence[SearchFinding]) -> str:
     """Returns in a sentence where drafts do not help."""
     found = [(f.names.whole, b, c) for f in findings for b, c in plain_cells(f)]
     if not found:
@@ -151,7 +151,7 @@ def where_plain(findings: Sequence[Finding]) -> str:
 # How it was made.
 
 
-def _made(findings: Sequence[Finding], making: Making) -> Markup:
+def _made(findings: Sequence[SearchFinding], making: Making) -> Markup:
     known = [(name, str(value)) for name, value in making.versions.items() if value is not None]
     profiles = {f.flags.profile: f for f in findings}
     costs = {f.flags.cost: f for f in findings}
@@ -171,7 +171,7 @@ def _made(findings: Sequence[Finding], making: Making) -> Markup:
     )
 
 
-def _profile_table(profiles: Mapping[Any, Finding]) -> Table:
+def _profile_table(profiles: Mapping[Any, SearchFinding]) -> DataTable:
     names = ("kind", "target", "drafter", "temperature", "mode", "rule")
     rows = []
     for path, f in profiles.items():
@@ -179,26 +179,28 @@ def _profile_table(profiles: Mapping[Any, Finding]) -> Table:
         reporting = len(f.search.reporting.sources)
         counts = len(profile.sources) - reporting, reporting, len(profile.prompt_T)
         rows.append([str(path), digest(path), *(profile.facts.get(name) for name in names), *counts])
-    return Table("Acceptance profiles", ["file", "SHA-256", *names, "prompts choosing", "reporting", "places"], rows)
+    return DataTable(
+        "Acceptance profiles", ["file", "SHA-256", *names, "prompts choosing", "reporting", "places"], rows
+    )
 
 
-def _cost_table(costs: Mapping[Any, Finding]) -> Table:
+def _cost_table(costs: Mapping[Any, SearchFinding]) -> DataTable:
     names = ("target", "drafter", "dtype", "device")
     rows = []
     for path, f in costs.items():
         known = f.flags.inputs.costs.facts
         source = str(known.get("source"))
         rows.append([str(path), digest(path), *(known.get(n) for n in names), SOURCES.get(source, source)])
-    return Table("Costs of a round", ["file", "SHA-256", *names, "source"], rows)
+    return DataTable("Costs of a round", ["file", "SHA-256", *names, "source"], rows)
 
 
-def _limits(finding: Finding) -> list[tuple[str, Content]]:
+def _limits(finding: SearchFinding) -> list[tuple[str, Content]]:
     made = finding.flags.made_from(finding.search)
     limits = [(name.replace("_", " "), str(value)) for name, value in made["limits"].items() if value is not None]
     return [*limits, ("seed of the halves", str(made["seed"]))]
 
 
-def _all_facts(finding: Finding) -> Markup:
+def _all_facts(finding: SearchFinding) -> Markup:
     inputs = finding.flags.inputs
     told = {"profile": inputs.profile.facts, "costs": inputs.costs.facts}
     lines = [(f"{part}: {name}", _cut(value)) for part, known in told.items() for name, value in known.items()]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxspec.lab.findings import Finding
+from jaxspec.lab.findings import SearchFinding
 from jaxspec.lab.search import ERROR, Rated
 from jaxspec.pages.axes import Axis, axis_over, doubling_axis
 from jaxspec.pages.charts import Bar, bar_chart
 from jaxspec.pages.lines import Frame, Reference, Series, legend, line_plot
-from jaxspec.pages.page import Picture, Table
+from jaxspec.pages.page import DataTable, Picture
 
 FIGURES = ["tau", "tau low", "tau high", "tokens/s", "tokens/s low", "tokens/s high", "x plain", "tree"]
 
 
-def size_pictures(findings: Sequence[Finding], number: int) -> list[Picture]:
+def size_pictures(findings: Sequence[SearchFinding], number: int) -> list[Picture]:
     """Returns the figures of the searches in one profile: tau of all machines, then tokens/s of each, by nodes; then by
     depth."""
     nodes = _pictures(findings, f"nodes-{number}", "nodes", lambda f: f.by_nodes, lambda rated: rated.tree.nodes)
@@ -24,10 +24,10 @@ def size_pictures(findings: Sequence[Finding], number: int) -> list[Picture]:
 
 
 def _pictures(
-    findings: Sequence[Finding],
+    findings: Sequence[SearchFinding],
     anchor: str,
     unit: str,
-    points: Callable[[Finding], list[Rated]],
+    points: Callable[[SearchFinding], list[Rated]],
     size: Callable[[Rated], int],
 ) -> list[Picture]:
     sizes = [size(rated) for finding in findings for rated in points(finding)]
@@ -43,10 +43,10 @@ def _pictures(
 
 
 def _tau_picture(
-    findings: Sequence[Finding],
+    findings: Sequence[SearchFinding],
     anchor: str,
     x: Axis,
-    points: Callable[[Finding], list[Rated]],
+    points: Callable[[SearchFinding], list[Rated]],
     size: Callable[[Rated], int],
 ) -> Picture:
     """Returns tau of the fastest tree of each size, a line a machine."""
@@ -63,14 +63,14 @@ def _tau_picture(
         anchor,
         caption,
         line_plot(caption, _told(series, unit), Frame(x, y), series),
-        Table(caption, ["machine", unit, *FIGURES], rows),
+        DataTable(caption, ["machine", unit, *FIGURES], rows),
         "Of each size the tree that is fastest on the machine; ringed: the chosen one. Band: 95 % over prompts.",
         legend([one.name for one in series]),
     )
 
 
 def _speed_picture(
-    finding: Finding, anchor: str, number: int, x: Axis, rated: list[Rated], size: Callable[[Rated], int]
+    finding: SearchFinding, anchor: str, number: int, x: Axis, rated: list[Rated], size: Callable[[Rated], int]
 ) -> Picture:
     """Returns tokens a second of the fastest tree of each size on one machine, beside plain decoding; `number` is the
     machine's."""
@@ -91,7 +91,7 @@ def _speed_picture(
             series,
             [Reference("plain decoding", (x.low, x.high), (level, level))],
         ),
-        Table(caption, [unit, *FIGURES], [[size(r), *_figures(finding, r)] for r in rated]),
+        DataTable(caption, [unit, *FIGURES], [[size(r), *_figures(finding, r)] for r in rated]),
         f"Batch {chosen.batch}, context {chosen.context:,}; ringed: the chosen tree.",
     )
 
@@ -122,13 +122,13 @@ def _told(series: Sequence[Series], unit: str) -> str:
     )
 
 
-def _figures(finding: Finding, rated: Rated) -> list[Any]:
+def _figures(finding: SearchFinding, rated: Rated) -> list[Any]:
     plain = finding.choice.plain.tokens_per_second.value
     speed = rated.tokens_per_second
     return [*rated.tau, *speed, speed.value / plain, rated.tree.spec]
 
 
-def sensitivity_picture(finding: Finding, number: int) -> Picture:
+def sensitivity_picture(finding: SearchFinding, number: int) -> Picture:
     """Returns what the chosen tree loses to the best one where acceptance or a part of the cost is off."""
     parts = {"acceptance": "acceptance", "target": "target's time", "draft": "drafter's time", "other": "other time"}
     rows = [(f"{parts[e['error']]} {e['factor'] - 1:+.0%}".replace("-", "−"), e) for e in finding.sensitivity]
@@ -151,11 +151,11 @@ def sensitivity_picture(finding: Finding, number: int) -> Picture:
     chosen = _nodes(finding.choice.chosen.tree.nodes)
     note = f"Share of tokens/s that the chosen tree of {chosen} gives away to the best tree then."
     return Picture(
-        f"errors-{number}", caption, bar_chart(caption, told, bars, full=full), Table(caption, columns, lines), note
+        f"errors-{number}", caption, bar_chart(caption, told, bars, full=full), DataTable(caption, columns, lines), note
     )
 
 
-def _lost(finding: Finding, error: dict[str, Any]) -> str:
+def _lost(finding: SearchFinding, error: dict[str, Any]) -> str:
     text = f"{100 * error['lost']:.1f} %"
     same = error["best_nodes"] == finding.choice.chosen.tree.nodes
     return text if same else f"{text}, {_nodes(error['best_nodes'])}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from jaxspec.lab.forest import Path, Shape
 from jaxspec.pages.markup import Markup, element, joined
-from jaxspec.pages.page import Picture, Table, folded
+from jaxspec.pages.page import DataTable, Picture, folded
 from jaxspec.trees import StaticTree
 
 MOST_DRAWN = 64
@@ -25,7 +25,7 @@ def tree_picture(anchor: str, caption: str, shape: Shape, shares: Mapping[Path, 
     note += "; rN: the rank is N, where ranks before it are left out." if _gaps(shape) else "."
     note += f" {left_out} nodes that fewer rounds reach are not drawn." if left_out else ""
     rows = [[_named(path), len(path), path[-1] if path else "-", shares[path]] for path in ((), *shape)]
-    table = Table(f"Nodes of the tree: {caption}", ["path of ranks", "depth", "rank", "share of rounds"], rows)
+    table = DataTable(f"Nodes of the tree: {caption}", ["path of ranks", "depth", "rank", "share of rounds"], rows)
     spec = folded("As --tree takes it", element("pre", StaticTree(shape).spec))
     return Picture(anchor, caption, _drawing(caption, kept, shares), table, note, scrolls=True, more=spec)
 

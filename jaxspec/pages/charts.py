@@ -24,14 +24,16 @@ class Cell(NamedTuple):
     """Text for a pointer that rests on it."""
 
 
-class Named(NamedTuple):
+class GridAxis(NamedTuple):
     """A name of a grid's axis, and those along it."""
 
     label: str
     names: Sequence[str]
 
 
-def cell_grid(title: str, description: str, rows: Named, columns: Named, cells: Sequence[Sequence[Cell]]) -> Markup:
+def cell_grid(
+    title: str, description: str, rows: GridAxis, columns: GridAxis, cells: Sequence[Sequence[Cell]]
+) -> Markup:
     """Returns a grid of cells with names at its left and its top, as wide as a plot or wider."""
     tall = 38.0 if any(cell.below for row in cells for cell in row) else 22.0
     left = max(34.0, 8 + 6.2 * max(len(name) for name in rows.names))

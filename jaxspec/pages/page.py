@@ -26,7 +26,7 @@ class Section(NamedTuple):
     content: Markup
 
 
-class Table(NamedTuple):
+class DataTable(NamedTuple):
     """Rows of values under named columns; the first column names the row."""
 
     caption: str
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
     """Its name in links, and of its PNG."""
     caption: str
     drawing: Markup
-    table: Table
+    table: DataTable
     """The numbers that are drawn."""
     note: Content = None
     legend: Markup | None = None
@@ -51,7 +51,7 @@ class Picture(NamedTuple):
     scrolls: bool = False
     """Whether the drawing may be wider than a phone, and scrolls sideways then."""
     more: Markup | None = None
-    """What stands below all that."""
+    """More below all that."""
 
 
 def document(title: str, lead: Markup, sections: Sequence[Section], foot: Content = None) -> str:
@@ -91,7 +91,7 @@ def bullets(items: Iterable[Content]) -> Markup:
     return element("ul", *(element("li", item) for item in items), class_="answers")
 
 
-def table(shown: Table) -> Markup:
+def table(shown: DataTable) -> Markup:
     """Returns a table that scrolls by itself where it is too wide, by the keyboard too."""
     numeric = [any(_is_number(row[i]) for row in shown.rows) for i in range(len(shown.columns))]
     head = [

@@ -56,7 +56,8 @@ details { margin: .45rem 0; }
 summary { cursor: pointer; font-size: .85rem; color: var(--link); width: fit-content; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
-th, td { overflow-wrap: normal; text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal; }
 th { font-weight: 600; }
 tbody th { font-weight: 400; }
 td.number, th.number { text-align: right; white-space: nowrap; }

@@ -1,4 +1,4 @@
-"""Tests of `jaxspec lab report`: the page and its figures, what it compares, its refusals, and its looks in Chromium."""
+"""Tests of `jaxspec lab report`: the page and its figures, comparisons, refusals, and its looks in Chromium."""
 
 import dataclasses
 import json

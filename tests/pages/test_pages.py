@@ -10,10 +10,22 @@ from page_checks import check_in_chromium, check_page
 
 from jaxspec.pages import chromium
 from jaxspec.pages.axes import Axis, axis_over, doubling_axis
-from jaxspec.pages.charts import Bar, Cell, Named, bar_chart, cell_grid
+from jaxspec.pages.charts import Bar, Cell, GridAxis, bar_chart, cell_grid
 from jaxspec.pages.lines import Frame, Reference, Series, legend, line_plot
 from jaxspec.pages.markup import Markup, element, escape, joined
-from jaxspec.pages.page import Picture, Section, Table, bullets, document, facts, figure, folded, grid, paragraph, table
+from jaxspec.pages.page import (
+    DataTable,
+    Picture,
+    Section,
+    bullets,
+    document,
+    facts,
+    figure,
+    folded,
+    grid,
+    paragraph,
+    table,
+)
 
 HOSTILE = """<script>alert("1")</script> & ' </style></title><img src=http://x/y onerror=z>"""
 NEEDS_CHROMIUM = pytest.mark.skipif(chromium.find_chromium() is None, reason="Chromium is not installed")
@@ -34,13 +46,13 @@ def test_attributes_are_named_as_in_html_and_numbers_are_short():
 
 def whole_page(text: str) -> str:
     """Returns a page with every block, all texts of which are `text`."""
-    numbers = Table(text, [text, "n"], [[text, 1], [text, None], [text, float("nan")]])
+    numbers = DataTable(text, [text, "n"], [[text, 1], [text, None], [text, float("nan")]])
     one = Series(text, [1, 2, 4], [1, float("nan"), 3], [0, 0, 0], [2, 2, 4], best=(4, 3), best_name=text)
     frame = Frame(doubling_axis(text, [1, 4]), axis_over(text, [1, 3]))
     dots = one._replace(joined=False, best=None)
     plot = line_plot(text, text, frame, [one, dots], [Reference(text, (1, 4), (1, 2))])
     cells = cell_grid(
-        text, text, Named(text, [text]), Named(text, [text, "2"]), [[Cell(text, text, 0.5, text), Cell("-")]]
+        text, text, GridAxis(text, [text]), GridAxis(text, [text, "2"]), [[Cell(text, text, 0.5, text), Cell("-")]]
     )
     bars = bar_chart(text, text, [Bar(text[:20], 0.5, text[:20]), Bar("b", 2.0, "")], full=1.0)
     pictures = [
@@ -65,14 +77,14 @@ def test_no_text_breaks_a_page(text: str):
 
 
 def test_a_table_names_its_columns_and_rows_and_scrolls_by_the_keyboard():
-    made = table(Table("c", ["name", "value"], [["a", 0.123456], ["b", None]]))
+    made = table(DataTable("c", ["name", "value"], [["a", 0.123456], ["b", None]]))
     assert made.startswith('<div class="scroll" role="region" tabindex="0" aria-label="c">')
     assert '<th scope="row">a</th><td class="number">0.1235</td>' in made
     assert '<th scope="col" class="number">value</th>' in made and '<td class="number">-</td>' in made
 
 
 def test_a_figure_has_the_numbers_behind_its_plot():
-    made = figure(Picture("f", "c", Markup("<svg></svg>"), Table("t", ["x"], [[1]])))
+    made = figure(Picture("f", "c", Markup("<svg></svg>"), DataTable("t", ["x"], [[1]])))
     assert made.index("<figcaption>") < made.index("<svg>") < made.index("<summary>The numbers") < made.index("<table>")
 
 
