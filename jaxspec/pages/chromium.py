@@ -39,7 +39,7 @@ class OpenPage:
         self._read, self._number = b"", 0
         self._session: str | None = None
         self.complaints: list[str] = []
-        """What the console got, uncaught errors, and addresses that were asked for beside the page's own."""
+        """Texts of the console, uncaught errors, and addresses that were asked for beside the page's own."""
 
     def open(self, path: Path, *, width: int, dark: bool, scale: float) -> None:
         """Shows a file. Raises ValueError where that fails."""
