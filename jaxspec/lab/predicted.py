@@ -90,8 +90,8 @@ def compare(measured: Sequence[MeasuredArm], findings: Sequence[SearchFinding]) 
     """Returns each measured arm with the prediction of every search on its device, or why there is none."""
     found = Comparison([], [])
     for arm in measured:
-        problem = "no file of costs is of this device"
-        for finding in _suited(arm, findings):
+        suited, problem = _suited(arm, findings)
+        for finding in suited:
             try:
                 found.compared.append(Compared(arm, finding, _predict(arm, finding)))
                 problem = ""
@@ -102,13 +102,31 @@ def compare(measured: Sequence[MeasuredArm], findings: Sequence[SearchFinding]) 
     return found
 
 
-def _suited(arm: MeasuredArm, findings: Sequence[SearchFinding]) -> list[SearchFinding]:
-    """Returns the searches on an arm's device: of its drafter and temperature where profiles are of them."""
+def _suited(arm: MeasuredArm, findings: Sequence[SearchFinding]) -> tuple[list[SearchFinding], str]:
+    """Returns the searches on an arm's device and of its temperature, those of its drafter where there are some, and
+    why there may be none.
+
+    Given rates are of any temperature. Plain decoding needs no acceptance: one search a file of costs is enough.
+    """
     here = [f for f in findings if f.flags.inputs.costs.facts.get("device") == arm.device]
-    for name, value in (("temperature", arm.temperature), ("drafter", arm.drafter)):
-        same = [f for f in here if f.flags.inputs.profile.facts.get(name) == value]
-        here = same or here
-    return here
+    if arm.tree is None:
+        return list({f.flags.cost: f for f in reversed(here)}.values()), "no file of costs is of this device"
+    about = [(f, f.flags.inputs.profile.facts) for f in here]
+    warm = [(f, of) for f, of in about if of.get("kind") == "simulated" or of.get("temperature") == arm.temperature]
+    if here and not warm:
+        return [], f"no profile is of temperature {arm.temperature:g}"
+    same = [f for f, of in warm if of.get("drafter") == arm.drafter]
+    return same or [f for f, _ in warm], "no file of costs is of this device"
+
+
+def mismatches(compared: Sequence[Compared]) -> list[str]:
+    """Returns a sentence for each drafter that was measured and stands beside the acceptance of another."""
+    found = []
+    for c in compared:
+        of = c.finding.flags.inputs.profile.facts.get("drafter")
+        if c.measured.tree is not None and of != c.measured.drafter:
+            found.append(f"Measured with {c.measured.drafter}, predicted with the acceptance of {of}.")
+    return list(dict.fromkeys(found))
 
 
 def _predict(arm: MeasuredArm, finding: SearchFinding) -> Rated:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxspec.lab.predicted import Compared, Comparison
+from jaxspec.lab.predicted import Compared, Comparison, mismatches
 from jaxspec.lab.search import Rated
 from jaxspec.pages.axes import axis_over
 from jaxspec.pages.lines import Frame, Reference, Series, legend, line_plot
@@ -28,7 +28,8 @@ def predicted_section(found: Comparison, files: int) -> Markup:
     told = joined(paragraph(f"{len(left)} arms are not compared:"), bullets(left)) if left else None
     if not found.compared:
         return joined(paragraph("No measured arm has a prediction."), told)
-    return joined(paragraph(summary(found.compared)), grid(predicted_pictures(found.compared)), told)
+    others = [paragraph(text, soft=True) for text in mismatches(found.compared)]
+    return joined(paragraph(summary(found.compared)), *others, grid(predicted_pictures(found.compared)), told)
 
 
 def summary(compared: list[Compared]) -> str:

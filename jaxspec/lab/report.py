@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxspec.lab.acceptance_pictures import acceptance_pictures, calibration_pictures
+from jaxspec.lab.costs import differences
 from jaxspec.lab.findings import SearchFinding
 from jaxspec.lab.flags import digest
 from jaxspec.lab.map_picture import map_picture, plain_cells
@@ -67,8 +69,8 @@ def make_page(findings: Sequence[SearchFinding], comparison: Comparison, measure
     return document(TITLE, lead(findings), sections, "Predictions, unless a figure says that it was measured.")
 
 
-def _sizes(name: str, pictures: Sequence[Picture], several: bool) -> Markup:
-    return joined(element("h3", f"Acceptance of {name}") if several else None, grid(pictures))
+def _sizes(name: str, pictures: Sequence[Sequence[Picture]], several: bool) -> Markup:
+    return joined(element("h3", f"Acceptance of {name}") if several else None, *map(grid, pictures))
 
 
 def _or_none(pictures: Sequence[Sequence[Picture]]) -> Markup:
@@ -144,8 +146,9 @@ def where_plain(findings: Sequence[SearchFinding]) -> str:
     found = [(f.names.whole, b, c) for f in findings for b, c in plain_cells(f)]
     if not found:
         return "A tree pays at every batch and context that was tried."
+    tried = sum(len(f.cells) for f in findings)
     cells = "; ".join(f"{name}: batch {b}, context {c:,}" for name, b, c in found[:8])
-    return f"Plain decoding is fastest at {len(found)}: {cells}{' and others' if len(found) > 8 else ''}."
+    return f"Plain decoding is fastest at {len(found)} of {tried}: {cells}{' and others' if len(found) > 8 else ''}."
 
 
 # How it was made.
@@ -161,6 +164,7 @@ def _made(findings: Sequence[SearchFinding], making: Making) -> Markup:
         element("h3", "Files"),
         table(_profile_table(profiles)),
         table(_cost_table(costs)),
+        *map(table, _apart(costs)),
         element("h3", "Search"),
         facts(_limits(findings[0])),
         element("h3", "Terms"),
@@ -192,6 +196,22 @@ def _cost_table(costs: Mapping[Any, SearchFinding]) -> DataTable:
         source = str(known.get("source"))
         rows.append([str(path), digest(path), *(known.get(n) for n in names), SOURCES.get(source, source)])
     return DataTable("Costs of a round", ["file", "SHA-256", *names, "source"], rows)
+
+
+def _apart(costs: Mapping[Any, SearchFinding]) -> list[DataTable]:
+    """Returns how far costs are from measured ones of the same device, part by part, where both are given."""
+    columns = ["part", "sizes", "ratio, median", "error, median", "error, worst"]
+    found = []
+    for mine, other in itertools.permutations(costs.values(), 2):
+        ours, theirs = mine.flags.inputs.costs, other.flags.inputs.costs
+        alike = all(ours.facts.get(name) == theirs.facts.get(name) for name in ("device", "target"))
+        if alike and theirs.facts.get("source") == "measured" != ours.facts.get("source"):
+            rows = [
+                [d.part, d.points, d.ratio, d.median_error, d.worst_error] for d in differences(ours.rows, theirs.rows)
+            ]
+            caption = f"Costs of {mine.flags.cost.name} against the measured ones of {other.flags.cost.name}"
+            found.append(DataTable(caption, columns, rows))
+    return found
 
 
 def _limits(finding: SearchFinding) -> list[tuple[str, Content]]:

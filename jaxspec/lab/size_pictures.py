@@ -15,12 +15,12 @@ from jaxspec.pages.page import DataTable, Picture
 FIGURES = ["tau", "tau low", "tau high", "tokens/s", "tokens/s low", "tokens/s high", "x plain", "tree"]
 
 
-def size_pictures(findings: Sequence[SearchFinding], number: int) -> list[Picture]:
-    """Returns the figures of the searches in one profile: tau of all machines, then tokens/s of each, by nodes; then by
+def size_pictures(findings: Sequence[SearchFinding], number: int) -> list[list[Picture]]:
+    """Returns the figures of the searches in one profile: tau of all machines and tokens/s of each, by nodes; then by
     depth."""
     nodes = _pictures(findings, f"nodes-{number}", "nodes", lambda f: f.by_nodes, lambda rated: rated.tree.nodes)
     depths = _pictures(findings, f"depth-{number}", "levels", lambda f: f.by_depth, lambda rated: rated.tree.depth)
-    return [*nodes, *depths]
+    return [nodes, depths]
 
 
 def _pictures(

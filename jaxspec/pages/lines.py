@@ -68,7 +68,7 @@ def line_plot(
         *(_reference(frame, reference) for reference in references),
         *(_band(frame, _look(number, one), one) for number, one in enumerate(series)),
         *(_line(frame, _look(number, one), one) for number, one in enumerate(series)),
-        *(_best(frame, one) for one in series if one.best is not None),
+        *_rings(frame, series),
         class_="plot",
         role="img",
         viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
@@ -167,10 +167,17 @@ def _mark(number: int, x: float, y: float) -> Markup:
     return element("path", d=f"M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}", class_=f"mark c{number % COLOURS}")
 
 
-def _best(frame: Frame, one: Series) -> Markup:
-    """Returns a ring around the best point, with its name above."""
-    assert one.best is not None
-    x, y = frame.at(*one.best)
-    inside = min(max(x, LEFT + 14), WIDTH - RIGHT - 14)
-    text = element("text", one.best_name, x=inside, y=y - 9, text_anchor="middle", class_="strong halo")
-    return joined(element("circle", cx=x, cy=y, r=5.6, class_="ring"), text)
+def _rings(frame: Frame, series: Sequence[Series]) -> list[Markup]:
+    """Returns a ring around the best point of each series, with its name above, where no other name stands."""
+    drawn: list[Markup] = []
+    names: list[tuple[float, float]] = []
+    for one in series:
+        if one.best is None:
+            continue
+        x, y = frame.at(*one.best)
+        drawn.append(element("circle", cx=x, cy=y, r=5.6, class_="ring"))
+        inside = min(max(x, LEFT + 14), WIDTH - RIGHT - 14)
+        if all(abs(inside - other) > 18 or abs(y - height) > 12 for other, height in names):
+            names.append((inside, y))
+            drawn.append(element("text", one.best_name, x=inside, y=y - 9, text_anchor="middle", class_="strong halo"))
+    return drawn

@@ -14,7 +14,7 @@ from page_checks import check_in_chromium, check_page
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
 from jaxspec.lab.costs import CostTable
-from jaxspec.lab.profile import Profile
+from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.simulate import join, simulate
 from jaxspec.lab.tree_picture import layout, tree_picture
 from jaxspec.pages.chromium import find_chromium
@@ -111,7 +111,8 @@ def test_the_page_says_how_it_was_made(made):
 def test_measured_trees_are_compared_with_the_predictions_of_their_device_and_temperature(made):
     _, result = made
     assert {row["arm"] for row in result["measured"]} == {"plain", "chain:2", "static"}
-    assert {row["search"] for row in result["measured"]} == {"easy on cpu (measured)"}
+    assert {row["search"] for row in result["measured"]} == {"easy on cpu (measured)", "hard on cpu (measured)"}
+    assert len([row for row in result["measured"] if row["arm"] == "plain"]) == 1
     for row in result["measured"]:
         assert row["error"] == pytest.approx(row["predicted_tokens_per_second"] / 3.0 - 1)
     assert next(row for row in result["measured"] if row["arm"] == "plain")["expected_tau"] == 1
@@ -220,6 +221,32 @@ def test_a_measurement_of_another_device_is_left_out_with_the_reason(files, tmp_
     assert main(["lab", "report", str(page), *files[:2], *files[4:6], "--measured", path]) == 0
     text = page.read_text(encoding="utf-8")
     assert "No measured arm has a prediction" in text and "no file of costs is of this device" in text
+
+
+def test_a_profile_of_another_temperature_or_drafter_is_left_out_or_said(files, tmp_path):
+    profile = load_profile(Path(files[1]))
+    facts = {**profile.facts, "kind": "ranks", "calibration": []}
+    dataclasses.replace(profile, facts=facts).save(tmp_path / "cold.npz")
+    page, out = tmp_path / "p.html", tmp_path / "r.json"
+    flags = ["--profile", str(tmp_path / "cold.npz"), *files[6:], "--json", str(out)]
+    hot = bench(tmp_path / "bench.json", temperature=1.0)
+    assert main(["lab", "report", str(page), *flags, "--measured", hot]) == 0
+    result = json.loads(out.read_text())
+    assert [row["arm"] for row in result["measured"]] == ["plain"]
+    assert {row["reason"] for row in result["left_out"]} == {"no profile is of temperature 1"}
+    assert main(["lab", "report", str(page), *flags, "--measured", bench(tmp_path / "bench.json")]) == 0
+    assert "Measured with None, predicted with the acceptance of simulated." in page.read_text(encoding="utf-8")
+
+
+def test_costs_of_one_device_say_how_far_they_are_from_measured_ones(files, tmp_path):
+    on(times(cost_table(batches=(1, 4), contexts=(512,)), 15), "cpu", "compiled").save(tmp_path / "compiled.json")
+    page = tmp_path / "p.html"
+    flags = [*files[:2], *files[6:], "--cost", str(tmp_path / "compiled.json")]
+    assert main(["lab", "report", str(page), *flags]) == 0
+    text = page.read_text(encoding="utf-8")
+    check_page(text)
+    assert "Costs of compiled.json against the measured ones of cpu.json" in text
+    assert '<th scope="row">verify</th><td class="number">14</td><td class="number">0.5</td>' in text
 
 
 def test_pictures_without_chromium_are_refused_before_the_search(files, tmp_path, capsys, monkeypatch):
