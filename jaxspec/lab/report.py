@@ -164,6 +164,7 @@ def _made(findings: Sequence[SearchFinding], making: Making) -> Markup:
         element("h3", "Files"),
         table(_profile_table(profiles)),
         table(_cost_table(costs)),
+        *(paragraph(SOURCES[name], soft=True) for name in sorted(_sources(findings) & SOURCES.keys())),
         *map(table, _apart(costs)),
         element("h3", "Search"),
         facts(_limits(findings[0])),
@@ -189,13 +190,16 @@ def _profile_table(profiles: Mapping[Any, SearchFinding]) -> DataTable:
 
 
 def _cost_table(costs: Mapping[Any, SearchFinding]) -> DataTable:
-    names = ("target", "drafter", "dtype", "device")
+    names = ("target", "drafter", "dtype", "device", "source")
     rows = []
     for path, f in costs.items():
         known = f.flags.inputs.costs.facts
-        source = str(known.get("source"))
-        rows.append([str(path), digest(path), *(known.get(n) for n in names), SOURCES.get(source, source)])
-    return DataTable("Costs of a round", ["file", "SHA-256", *names, "source"], rows)
+        rows.append([str(path), digest(path), *(known.get(name) for name in names)])
+    return DataTable("Costs of a round", ["file", "SHA-256", *names], rows)
+
+
+def _sources(findings: Sequence[SearchFinding]) -> set[str]:
+    return {str(f.flags.inputs.costs.facts.get("source")) for f in findings}
 
 
 def _apart(costs: Mapping[Any, SearchFinding]) -> list[DataTable]:

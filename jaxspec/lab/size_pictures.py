@@ -64,8 +64,9 @@ def _tau_picture(
         caption,
         line_plot(caption, _told(series, unit), Frame(x, y), series),
         DataTable(caption, ["machine", unit, *FIGURES], rows),
-        "Of each size the tree that is fastest on the machine; ringed: the chosen one. Band: 95 % over prompts.",
-        legend([one.name for one in series]),
+        f"Of each size the tree that is fastest on the machine. Ringed, and in {unit} beside its name: the chosen one. "
+        "Band: 95 % over prompts.",
+        legend([f"{one.name}: {one.best_name}" for one in series]),
     )
 
 
