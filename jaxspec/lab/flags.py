@@ -1,4 +1,4 @@
-"""The flags that `jaxspec lab search` and `jaxspec lab table` share."""
+"""The flags that `jaxspec lab search`, `jaxspec lab table` and `jaxspec lab report` share."""
 
 from __future__ import annotations
 
@@ -27,13 +27,9 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchFlags:
-    """The flags of a search; each verb adds its own."""
+class LimitFlags:
+    """The flags of a search but for its files."""
 
-    profile: Path
-    """Acceptance profile, as jaxspec lab profile writes it."""
-    cost: Path
-    """Costs, as jaxspec lab cost writes them."""
     max_nodes: int = 64
     """Most nodes of a tree, the root included."""
     max_depth: int | None = None
@@ -61,6 +57,16 @@ class SearchFlags:
             raise ValueError(f"--max-depth is {self.max_depth}; it must be at least 0")
         if self.max_cache_gib is not None and not self.max_cache_gib > 0:
             raise ValueError(f"--max-cache-gib is {self.max_cache_gib}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchFlags(LimitFlags):
+    """The flags of a search in one profile with one file of costs; each verb adds its own."""
+
+    profile: Path
+    """Acceptance profile, as jaxspec lab profile writes it."""
+    cost: Path
+    """Costs, as jaxspec lab cost writes them."""
 
     @functools.cached_property
     def inputs(self) -> Inputs:
@@ -102,9 +108,9 @@ class SearchFlags:
         profile, costs = self.inputs
         facts = ("target", "drafter", "temperature", "mode", "rule", "simulated_texts")
         return {
-            "profile": {"file": self.profile.name, "sha256": _digest(self.profile)}
+            "profile": {"file": self.profile.name, "sha256": digest(self.profile)}
             | {name: profile.facts.get(name) for name in facts},
-            "costs": {"file": self.cost.name, "sha256": _digest(self.cost)} | describe(costs),
+            "costs": {"file": self.cost.name, "sha256": digest(self.cost)} | describe(costs),
             "limits": {
                 "max_nodes": self.max_nodes,
                 "max_depth": search.limits.depth,
@@ -127,7 +133,8 @@ class SearchFlags:
         return found
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Returns the first 16 digits of a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
