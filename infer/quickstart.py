@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -331,7 +331,7 @@ def recipe(steps: int, args: Args) -> DistillConfig:
 
 
 def pick_tree(
-    drafted: Models, trees: dict[str, TreePolicy], questions: Sequence[str], sizes: Sizes, args: Args
+    drafted: Models, trees: Mapping[str, TreePolicy], questions: Sequence[str], sizes: Sizes, args: Args
 ) -> tuple[str, dict[str, float]]:
     """Returns the fastest tree by tokens a second on a few questions of their own, and every tree's speed."""
     # All are measured once and the best few again, in turns, for the median.

@@ -98,7 +98,7 @@ class Models(NamedTuple):
             vocab = DraftVocab(token_U, self.engine.target.shared_tables(target).head_VD[token_U])
         ready, params = prepare(cast(DrafterModule, drafter), params)
         reading = cast(Decoder, self.engine.target).clone(taps=drafter.taps)
-        engine = Engine(reading, drafter_for_tree(ready, tree), tree)
+        engine = Engine(reading, drafter_for_tree(cast(Drafter, ready), tree), tree)
         return self._replace(engine=engine, weights=Weights(target, params, vocab))
 
     def with_prompt_lookup(self, tree: TreePolicy) -> Models:
@@ -108,10 +108,8 @@ class Models(NamedTuple):
 
     def with_tree(self, tree: TreePolicy) -> Models:
         """Returns the same models with another tree."""
-        drafter = self.engine.drafter
-        return self._replace(
-            engine=dataclasses.replace(self.engine, drafter=drafter and drafter_for_tree(drafter, tree), tree=tree)
-        )
+        drafter = None if self.engine.drafter is None else drafter_for_tree(self.engine.drafter, tree)
+        return self._replace(engine=dataclasses.replace(self.engine, drafter=drafter, tree=tree))
 
     def with_rule(self, mode: DraftMode, rule: str | None = None) -> Models:
         """Returns the same models with children chosen by `mode` and kept by `rule` (None: the usual one of the mode).

@@ -151,9 +151,11 @@ class AdaptiveTree:
         nothing_B = zeros_B.astype(jnp.float32)
         seconds = self.fixed_seconds + self.verify_seconds[-1]
         # Integers by broadcasting the rows' own zeros: fresh ones would lie on another device than the state.
-        counts = [jnp.broadcast_to(zeros_B[:, None], (len(zeros_B), n)) for n in (len(self.budgets), self.levels)]
+        budgets_BX, levels_BT = (
+            jnp.broadcast_to(zeros_B[:, None], (len(zeros_B), n)) for n in (len(self.budgets), self.levels)
+        )
         looked = None if self.lookup is None else self.lookup.begin(zeros_B)
-        return PolicyState(nothing_B + self.rate * seconds, nothing_B + seconds, *counts, looked)
+        return PolicyState(nothing_B + self.rate * seconds, nothing_B + seconds, budgets_BX, levels_BT, looked)
 
     def plan(
         self,
