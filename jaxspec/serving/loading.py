@@ -96,14 +96,15 @@ class Models(NamedTuple):
         if draft_vocab is not None:
             token_U = jnp.asarray(draft_vocab, jnp.int32)
             vocab = DraftVocab(token_U, self.engine.target.shared_tables(target).head_VD[token_U])
-        ready, params = prepare(cast(DrafterModule, drafter), params)
         reading = cast(Decoder, self.engine.target).clone(taps=drafter.taps)
-        engine = Engine(reading, drafter_for_tree(cast(Drafter, ready), tree), tree)
-        return self._replace(engine=engine, weights=Weights(target, params, vocab))
+        engine = Engine(reading, drafter_for_tree(drafter, tree), tree)  # which refuses what does not go together
+        module, params = prepare(cast(DrafterModule, drafter), params)
+        ready = drafter_for_tree(cast(Drafter, module), tree)
+        return self._replace(engine=dataclasses.replace(engine, drafter=ready), weights=Weights(target, params, vocab))
 
     def with_prompt_lookup(self, tree: TreePolicy) -> Models:
         """Returns the target with prompt lookup as its only drafter."""
-        engine = Engine(self.engine.target, PromptLookup(), tree)
+        engine = Engine(self.engine.target, drafter_for_tree(PromptLookup(), tree), tree)
         return self._replace(engine=engine, weights=Weights(self.weights.target))
 
     def with_tree(self, tree: TreePolicy) -> Models:
@@ -120,11 +121,24 @@ class Models(NamedTuple):
 
 
 def drafter_for_tree(drafter: Drafter, tree: TreePolicy) -> Drafter:
-    """Returns `drafter`, with prompt lookup beside it where the tree has a branch for looked-up tokens."""
+    """Returns `drafter`, with prompt lookup beside it where the tree has a branch for looked-up tokens.
+
+    Raises ValueError where the tree has levels that the drafter beside it does not draft.
+    """
     alone = drafter.head if isinstance(drafter, PromptLookup) else drafter
-    if getattr(tree, "lookup", None) is not None:
-        return PromptLookup(alone)
-    return drafter if alone is None else alone
+    if getattr(tree, "lookup", None) is None:
+        return drafter if alone is None else alone
+    drafted: TreePolicy | None = getattr(tree, "base", None)
+    if drafted is not None and alone is None:
+        raise ValueError(
+            "the tree has drafted levels beside its looked-up branch: add a drafter, or take lookup:LENGTH"
+        )
+    if drafted is not None and alone is not None and alone.deepest is not None and drafted.depth > alone.deepest:
+        raise ValueError(
+            f"the tree is {drafted.depth} deep and the drafter drafts {alone.deepest} tokens ahead: take a tree of "
+            f"depth {alone.deepest} or less"
+        )
+    return PromptLookup(alone)
 
 
 Model = TypeVar("Model", Decoder, DrafterModule)

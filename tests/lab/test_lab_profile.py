@@ -201,7 +201,7 @@ def test_a_simulated_profile(tmp_path: Path):
     out = tmp_path / "s.npz"
     assert lab_profile.main(["--simulate", "0.7,0.1;0.6", "--out", str(out), "--simulated-prompts", "7"]) == 0
     profile: Profile = load_profile(out)
-    assert len(profile.sources) == 7 and np.asarray(profile.facts["rates"]).shape == (2, 2)
+    assert len(profile.sources) == 7 and np.asarray(profile.facts["simulated_rates"]).shape == (2, 2)
 
 
 def test_labels_tell_drafters_apart():
