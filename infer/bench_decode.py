@@ -50,11 +50,12 @@ PARTS = ("round", "draft", "target", "verify", "commit", "overhead")
 @dataclass(frozen=True, kw_only=True)
 class Args(DraftFlags):
     drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a drafter; repeat the flag to compare several, each with every tree. Default: plain decoding alone."""
+    """Folder of a drafter, or `lookup`; repeat the flag to compare several, each with every tree. Default: plain
+    decoding alone."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A tree to time, an arm each: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM or
-    best_first:NODESxDEPTHxWIDTH. Repeat the flag, or join trees by commas. Default: the tree saved with the
-    drafter."""
+    """A tree to time, an arm each: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM,
+    best_first:NODESxDEPTHxWIDTH, lookup:LENGTH, or a FILE.json of jaxspec lab search. Repeat the flag, or join trees by
+    commas. Default: the tree saved with the drafter."""
     prompts: str | None = None
     """File of prompts, as `jaxspec generate` reads it; default: user turns that the target writes itself."""
     limit: int = 16
@@ -125,7 +126,8 @@ class Args(DraftFlags):
     @property
     def trees(self) -> list[str]:
         """The trees named, in order; a comma inside a static tree's paths joins no trees."""
-        return [spec for item in self.tree for spec in re.split(r",\s*(?=none|chain|static|dynamic|best_first)", item)]
+        between = r",\s*(?=none|chain|static|dynamic|best_first|lookup|[^,]+\.json\s*(?:,|$))"
+        return [spec for item in self.tree for spec in re.split(between, item)]
 
 
 def main(argv: list[str]) -> int:

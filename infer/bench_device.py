@@ -47,7 +47,7 @@ from jaxspec.serving.flags import Shape
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import SHAPES, Decoder
 from jaxspec.training.resolve import DistillStep, build_step, drafter_for
-from jaxspec.trees import parse_tree
+from jaxspec.trees import parse_tree, resolve_tree
 
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 QUERY_BLOCK = 512
@@ -131,6 +131,7 @@ class Args:
         lists: dict[str, Any] = {name: numbers(name, getattr(self, name)) for name in sizes}
         lists |= {"recipes": words("recipes", self.recipes), "xla": words("xla", self.xla, XLA_FLAGS)}
         same = {f.name: getattr(self, f.name) for f in dataclasses.fields(DevicePlan) if f.name not in lists}
+        same["tree"] = resolve_tree(self.tree)
         return DevicePlan(**same | lists)
 
 

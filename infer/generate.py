@@ -31,7 +31,7 @@ from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.serving import loading, queue
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
-from jaxspec.trees import parse_tree
+from jaxspec.trees import parse_tree, resolve_tree
 
 RUN_FLAGS = ("prompt", "prompts", "slots", "out", "json")
 """Flags that do not change an answer, or not by themselves."""
@@ -46,10 +46,11 @@ class Args(DraftFlags):
     """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line. A
     line of JSON may set temperature, top_k, top_p, seed, max_new_tokens, draft_temperature and stop_ids for itself."""
     drafter: str = "none"
-    """Folder of a drafter; `none` decodes plainly, one token a target call."""
+    """Folder of a drafter; `lookup` looks the newest tokens up in the text, `none` decodes plainly, a token a call."""
     tree: str | None = None
-    """Tree drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM or, for
-    Medusa and ParallelSpec, best_first:NODESxDEPTHxWIDTH. Default: the tree saved with the drafter, else EAGLE-2's
+    """Tree drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM,
+    lookup:LENGTH, lookup:LENGTH+dynamic:NODESxDEPTHxBEAM, a FILE.json of jaxspec lab search or, for Medusa and
+    ParallelSpec, best_first:NODESxDEPTHxWIDTH. Default: the tree saved with the drafter, else EAGLE-2's
     dynamic:60x6x10."""
     slots: int = 8
     """Prompts decoded side by side."""
@@ -123,6 +124,8 @@ class Log:
     def __init__(self, path: Path, args: Args, prompts: Sequence[Prompt]) -> None:
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in RUN_FLAGS}
+        if args.tree is not None:
+            settings["tree"] = resolve_tree(args.tree)  # a tree file may change before the run goes on
         told = [[p.tools, {**p.variables}] if p.tools or p.variables else [] for p in prompts]
         asked = [[p.id, p.messages, {**p.settings}, *more] for p, more in zip(prompts, told, strict=True)]
         text = json.dumps(asked)

@@ -1,9 +1,8 @@
 """The main job on a small target, start to end: distil an EAGLE-2 head, then decode losslessly with it.
 
-The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the fastest tree on this
-machine is picked from a handful, and held-out questions are decoded both ways. No network, no other data. The bundled
-tiny target takes some minutes, `--target smollm2` far longer. A run that was stopped goes on where it was: give the
-same command.
+The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the tree lab finds the fastest
+tree on this machine, and held-out questions are decoded both ways. No network, no other data. The bundled tiny target
+takes some minutes, `--target smollm2` far longer. A run that was stopped goes on: give the same command.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxspec.base import TreePolicy
 from jaxspec.checkpoints.models import save_drafter
 from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
 from jaxspec.console import cli, progress, results, tables
@@ -32,6 +32,8 @@ from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.distillation.objective import Objective
 from jaxspec.drafters import EagleOptions
 from jaxspec.evaluation.equivalence import Divergence, divergences
+from jaxspec.lab.here import keep_tree, trees_here
+from jaxspec.lab.ranks import Text
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
@@ -39,7 +41,7 @@ from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import SENSIBLE, VARIED, RewriteOptions, UserTurn, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
-from jaxspec.trees import parse_tree
+from jaxspec.trees import chain, parse_tree, resolve_tree
 
 FINALISTS = 3
 """Trees that are measured more than once."""
@@ -52,28 +54,17 @@ class Sizes(NamedTuple):
     held_out: int
     steps: int
     trees: tuple[str, ...]
-    """Candidates: on a CPU each verified node costs, so chains and small trees win."""
+    """Candidates; empty: those that the tree lab finds for this drafter on this machine."""
     draft_vocab: int
-    """Tokens that the head scores: the commonest of the target's answers. The rest are never drafted, and still
-    decoded."""
+    """Tokens that the head scores: the commonest of the answers. The rest are never drafted, and still decoded."""
     tuning: int
-    """Questions on which trees are measured; drawn like the held-out ones, and like them not trained on."""
+    """Questions on which trees are measured; like the held-out ones not trained on."""
     passes: int
-    """Times that arms take turns; other users of the machine disturb single passes."""
+    """Times that arms take turns."""
 
 
-TINY = Sizes(
-    900,
-    20,
-    400,
-    ("chain:3", "chain:4", "chain:5", "static:0,1,00,000,0000", "dynamic:12x5x3"),
-    1024,
-    tuning=20,
-    passes=5,
-)
-# A token of a target of 135M parameters costs some twenty times as much. Matmuls take 4, 8 or 16 rows, and the root is
-# one of them.
-LARGER = Sizes(1000, 12, 200, ("chain:3", "chain:7", "dynamic:8x4x3", "dynamic:16x5x4"), 4096, tuning=8, passes=3)
+TINY = Sizes(900, 20, 400, (), 1024, tuning=20, passes=5)
+LARGER = Sizes(1000, 12, 200, (), 4096, tuning=8, passes=3)
 MOST_TINY = 20_000_000
 """Parameters of a target up to which the sizes are those of the bundled one."""
 
@@ -86,21 +77,21 @@ class Args:
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the target folder's own."""
     folder: Path | None = None
-    """Where questions, answers, the training run and the drafter are kept; a second call resumes or replaces what is
-    there. Default: runs/quickstart, and for another target than the bundled one runs/quickstart_TARGET."""
+    """Where all is kept; a second call resumes or replaces what is there. Default: runs/quickstart, and for another
+    target than the bundled one runs/quickstart_TARGET."""
     conversations: int | None = None
-    """Conversations that the target writes and the drafter learns from; default: 900, or 1,000 of a target of more than
-    20M parameters."""
+    """Conversations that the target writes and the drafter learns from; default: 900, or 1,000 of more than 20M
+    parameters."""
     held_out: int | None = None
     """Further questions, kept apart, that both arms answer at the end; default: 20, or 12."""
     steps: int | None = None
     """Training steps of 8 rows of 256 tokens; default: 400, or 200."""
     trees: tuple[str, ...] | None = None
-    """Trees to measure, of which the fastest is used; default: four or five small ones."""
+    """Trees to measure, of which the fastest is used; default: a few that the tree lab finds for this machine."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all draws."""
     json: str | None = None
     """File for the result."""
 
@@ -118,6 +109,8 @@ class Args:
     def sizes(self, models: Models) -> Sizes:
         """Returns the sizes that are given, the others as they suit the target."""
         given = {name: value for name in Sizes._fields if (value := getattr(self, name, None)) is not None}
+        if self.trees is not None:  # those of files by what they hold, as the drafter's folder keeps one
+            given["trees"] = tuple(map(resolve_tree, self.trees))
         return usual_sizes(models)._replace(**given)
 
 
@@ -128,7 +121,7 @@ def usual_sizes(models: Models) -> Sizes:
 
 
 class TimedAnswers(NamedTuple):
-    """The answers to some questions, in order, and the seconds they took: prefill included, compilation not."""
+    """Answers to some questions, in order, and the seconds they took: prefill included, compilation not."""
 
     answers: list[Answer]
     seconds: float
@@ -276,11 +269,24 @@ def make_drafter(
     head, scored, done = train_head(models, conversations, sizes, args)
     seconds = time.monotonic() - began
     say("4/5 trees are measured on this machine")
-    drafted = models.with_drafter(head, done.params, parse_tree(sizes.trees[0]), scored)
-    tree, speeds = pick_tree(drafted, tuning, sizes, args)
-    folder, about = args.home / "drafter", {"target": args.target, "tree": tree}
+    drafted = models.with_drafter(head, done.params, chain(1), scored)
+    trees = {tree.spec: tree for tree in map(parse_tree, sizes.trees)} or find_trees(models, drafted, tuning, args)
+    fastest, speeds = pick_tree(drafted, trees, tuning, sizes, args)
+    folder = args.home / "drafter"
+    about = {"target": args.target, "tree": keep_tree(args.home / "tree.json", trees, speeds, fastest)}
     save_drafter(folder, "eagle", head, done.params, about, draft_vocab=scored, manifest=done.manifest)
-    return Drafted(drafted.with_tree(parse_tree(tree)), tree, speeds, folder, scored, done, seconds)
+    return Drafted(drafted.with_tree(trees[fastest]), fastest, speeds, folder, scored, done, seconds)
+
+
+def find_trees(models: Models, drafted: Models, questions: Sequence[str], args: Args) -> dict[str, TreePolicy]:
+    """Returns the trees that the lab finds, by the target's own answers to a few questions."""
+    pairs = zip(questions, decode(models, questions, args).answers, strict=True)
+    texts = [Text(prompt(models, question), answer.tokens) for question, answer in pairs]
+    with progress.progress("tree lab", 1, "searches") as bar:
+        found = trees_here(drafted, texts, seed=args.seed, tell=bar.tell)
+        bar.advance()
+    say(found.told)
+    return found.trees
 
 
 def train_head(
@@ -324,18 +330,18 @@ def recipe(steps: int, args: Args) -> DistillConfig:
     )
 
 
-def pick_tree(drafted: Models, questions: Sequence[str], sizes: Sizes, args: Args) -> tuple[str, dict[str, float]]:
-    """Returns the fastest tree by tokens a second on a few questions of their own, and every tree's speed.
-
-    All are measured once and the best few again, in turns, for the median.
-    """
-    passes: dict[str, list[float]] = {tree: [] for tree in sizes.trees}
+def pick_tree(
+    drafted: Models, trees: Mapping[str, TreePolicy], questions: Sequence[str], sizes: Sizes, args: Args
+) -> tuple[str, dict[str, float]]:
+    """Returns the fastest tree by tokens a second on a few questions of their own, and every tree's speed."""
+    # All are measured once and the best few again, in turns, for the median.
+    passes: dict[str, list[float]] = {name: [] for name in trees}
     finalists = min(FINALISTS, len(passes))
     best = list(passes)
     with progress.progress("trees", len(passes) + finalists * (sizes.passes - 1), "passes") as bar:
         for turn in range(sizes.passes):
             for tree in best:
-                timed = decode(drafted.with_tree(parse_tree(tree)), questions, args)
+                timed = decode(drafted.with_tree(trees[tree]), questions, args)
                 passes[tree].append(timed.tokens_per_second)
                 bar.advance(status=f"{tree} {timed.tokens_per_second:,.0f} tokens/s")
             if turn == 0:
@@ -373,7 +379,7 @@ def prompt(models: Models, question: str) -> np.ndarray:
 
 
 def print_texts(models: Models, questions: Sequence[str], measured: Measured) -> None:
-    """Prints the longest of the answers, decoded both ways."""
+    """Prints the longest answer, decoded both ways."""
     longest = longest_answer(measured)
     for name, text in (
         ("question", questions[longest]),
@@ -430,9 +436,10 @@ def print_result(questions: Sequence[str], measured: Measured, found: dict[str, 
     for d in measured.parted:
         verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
         sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")
-    question = questions[longest_answer(measured)][:60]
     of = "" if args.target == "tiny" else f"--target {args.target} "
-    sys.stdout.write(f'next: jaxspec generate {of}--drafter {found["drafter_checkpoint"]} "{question}"\n')
+    tree = f"--tree {args.home / 'tree.json'} " if found["tree"].startswith("adaptive") else ""
+    question = questions[longest_answer(measured)][:60]
+    sys.stdout.write(f'next: jaxspec generate {of}--drafter {found["drafter_checkpoint"]} {tree}"{question}"\n')
 
 
 if __name__ == "__main__":

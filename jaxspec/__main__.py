@@ -40,7 +40,12 @@ VERBS = {
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
+    "lab profile": Verb("jaxspec.infer.lab_profile", "measure a drafter's acceptance by depth and rank, for any tree"),
+    "lab search": Verb("jaxspec.infer.lab_search", "find the draft tree of the most tokens per second"),
+    "lab table": Verb("jaxspec.infer.lab_table", "find the best draft tree for every batch and context"),
+    "lab report": Verb("jaxspec.infer.lab_report", "write one page about a search for draft trees, with its figures"),
     "bench device": Verb("jaxspec.infer.bench_device", "measure an accelerator within some minutes"),
+    "lab cost": Verb("jaxspec.infer.lab_cost", "price the parts of a round: measured, compiled, or by the roofline"),
 }
 
 EXAMPLES = """\

@@ -101,6 +101,18 @@ class SharedTables(NamedTuple):
     """Rows of the LM head to score with: those of the draft vocabulary, where the drafter has one."""
 
 
+class Lookup(NamedTuple):
+    """The newest tokens of each row, where the row's text holds them once more (prompt lookup)."""
+
+    tokens_BS: Array
+    """The text, prompt first; the newest token is the root."""
+    length_B: Array
+    at_B: Array
+    """Index of the token that stood behind the earlier place."""
+    match_B: Array
+    """Tokens up to the newest that are the same there; 0: there is no such place."""
+
+
 class Frontier(NamedTuple):
     """Nodes of one level of the tree, whose children are drafted in one call."""
 

@@ -82,8 +82,9 @@ class Args:
     """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size.
     Repeat the flag for more."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A tree to measure with: chain:DEPTH, static:eagle1, static:0,1,00 or dynamic:NODESxDEPTHxBEAM. Repeat the flag
-    for more. Default: EAGLE-2's dynamic:60x6x10. A drafter that cannot draft so deep gets the tree cut to its depth."""
+    """A tree to measure with: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, or a FILE.json of
+    jaxspec lab search. Repeat the flag for more. Default: EAGLE-2's dynamic:60x6x10. A drafter that cannot draft so
+    deep gets the tree cut to its depth."""
     temperature: tuple[float, ...] = (0.0, 1.0)
     """Temperatures to measure at; 0 is greedy."""
     max_new_tokens: int = 256

@@ -27,7 +27,7 @@ from jaxspec.console import cli, progress, results, tables
 from jaxspec.evaluation import figures
 from jaxspec.parallel.agreement import say
 from jaxspec.planning.chips import chip_of
-from jaxspec.planning.decode_program import tpu_mesh
+from jaxspec.planning.decode_program import LIBTPU_ENVIRONMENT, tpu_mesh
 from jaxspec.planning.plan import (
     PARTS,
     Costs,
@@ -42,15 +42,6 @@ from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.resolve import DistillStep, build_step, check_length, drafter_for
 
 PROG = "jaxspec plan"
-LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
-"""So that libtpu neither looks for a TPU nor talks of missing one."""
 NOTES = """\
 activations: all that is not held between steps, gathered weights, gradients and the program included
 compute, memory: time of the instructions that matmuls and HBM hold up, one after another; network: of all messages
@@ -86,7 +77,7 @@ class Args:
     decode_capacity: int = 4096
     """Cache slots of each."""
     decode_tree: str = "dynamic:60x6x10"
-    """Draft tree."""
+    """Draft tree, as --tree of jaxspec generate names it."""
     plot: Path | None = None
     """Draw memory and time into this PNG."""
     json: Path | None = None
@@ -106,7 +97,7 @@ def main(argv: list[str]) -> int:
     config = load(args.config, args.overrides)
     if not isinstance(config, DistillConfig):
         raise ValueError(f"{args.config}: holds a {type(config).__name__}, not a DistillConfig")
-    for name, value in LIBTPU.items():
+    for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     try:

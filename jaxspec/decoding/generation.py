@@ -11,7 +11,15 @@ import numpy as np
 
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Requests, round_up
-from jaxspec.decoding.rounds import RUNNING, DecodeState, Engine, Weights, decode_rounds, prefill
+from jaxspec.decoding.rounds import (
+    RUNNING,
+    DecodeState,
+    Engine,
+    Weights,
+    begin_policy,
+    decode_rounds,
+    prefill,
+)
 from jaxspec.trees import chain
 
 FINISH_REASONS = ("running", "stop", "length")
@@ -79,7 +87,7 @@ def run_prefill(engine: Engine, weights: Weights, requests: Requests, capacity: 
     # Made of the state's own zeros, so that it lies where the state lies: `run_rounds` would be compiled again for its
     # own result if fresh zeros, bound to no device, came in beside weights that are.
     nothing_BP = jnp.broadcast_to(state.calls_B[:, None], (requests.length_B.shape[0], engine.path))
-    return state._replace(accepted_BP=nothing_BP)
+    return state._replace(accepted_BP=nothing_BP, policy=begin_policy(engine, state.calls_B))
 
 
 def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:

@@ -13,10 +13,11 @@ from jaxspec import verify
 from jaxspec.base import (
     Array,
     Cache,
+    Children,
     ChooseChildren,
     Drafter,
+    DraftLogits,
     DraftMode,
-    Frontier,
     KVCache,
     Params,
     SharedTables,
@@ -30,7 +31,9 @@ from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import constrain_tree
 from jaxspec.parallel.rows import scatter_rows
 from jaxspec.sampling import draw, round_noise
+from jaxspec.trees.adaptive import AdaptiveTree, PolicyState, RoundPlan
 from jaxspec.trees.children import drawn
+from jaxspec.trees.shape import root_alone
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
 """Values of `DecodeState.finish_B`: the row goes on, has ended on a stop id, or at its budget of new tokens."""
@@ -62,6 +65,12 @@ class Engine:
         if (self.drafter is None) != (self.tree is None):
             raise ValueError("a drafter and a tree come together: give both, or neither for plain decoding")
         if self.tree is not None and self.drafter is not None:
+            looks_up = isinstance(self.tree, AdaptiveTree) and self.tree.lookup is not None
+            if looks_up and not getattr(self.drafter, "looks_up", False):
+                raise ValueError(
+                    f"the tree {getattr(self.tree, 'spec', '')} has a looked-up branch, and the drafter looks nothing "
+                    "up: take PromptLookup(drafter)"
+                )
             self.rule.check(self.mode, self.tree)
             if self.mode not in self.tree.modes:
                 name = getattr(self.tree, "spec", self.tree)
@@ -124,6 +133,8 @@ class DecodeState(NamedTuple):
     """Target calls spent on the row, prefill not counted."""
     accepted_BP: Array
     """Rounds in which the row accepted 0, 1, .. T drafted tokens."""
+    policy: PolicyState | None = None
+    """Of an adaptive tree; None with any other."""
 
 
 def shared_tables(engine: Engine, weights: Weights) -> SharedTables:
@@ -166,8 +177,14 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
         finish_B=jnp.zeros(batch, jnp.int32),
         calls_B=jnp.zeros(batch, jnp.int32),
         accepted_BP=jnp.zeros((batch, engine.path), jnp.int32),
+        policy=begin_policy(engine, jnp.zeros(batch, jnp.int32)),
     )
     return emit(state, reading.root_B[:, None], jnp.ones(batch, jnp.int32))
+
+
+def begin_policy(engine: Engine, zeros_B: Array) -> PolicyState | None:
+    """Returns the state of an engine's adaptive tree before the first round, made of the rows' zeros; else None."""
+    return engine.tree.begin(zeros_B) if isinstance(engine.tree, AdaptiveTree) else None
 
 
 class PrefillState(NamedTuple):
@@ -240,50 +257,79 @@ class Scored(NamedTuple):
 
 def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
     """Runs one round: grow the tree, score it, accept a path, extend the drafter, commit the path."""
-    tree = grow(engine, weights, state)
-    scored = score(engine, weights, state, tree)
-    accepted = accept(engine, state, tree, scored.logits_BNV)
+    if isinstance(engine.tree, AdaptiveTree):
+        checked = check_as_planned(engine, engine.tree, weights, state)
+        state = state._replace(policy=checked.policy)
+    else:
+        tree = grow(engine, weights, state)
+        scored = score(engine, weights, state, tree)
+        checked = Checked(accept(engine, state, tree, scored.logits_BNV), scored.fresh, scored.read_BND)
     if engine.drafter is not None:
-        draft, root_logits_BV = extend(engine, weights, state, scored.read_BND, accepted)
+        draft, root_logits_BV = extend(engine, weights, state, checked.read_BND, checked.accepted)
         state = state._replace(draft=draft, root_logits_BV=root_logits_BV)
-    return commit(state, scored.fresh, accepted)
+    return commit(state, checked.fresh, checked.accepted)
+
+
+class Checked(NamedTuple):
+    """The path that a round accepts, and what the target put out at the nodes that it goes through."""
+
+    accepted: verify.Accepted
+    fresh: KVCache
+    read_BND: Array
+    policy: PolicyState | None = None
+
+
+def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state: DecodeState) -> Checked:
+    """Drafts as deep as pays, then scores and accepts within the budget that pays: one of a few compiled branches."""
+    running_B = state.finish_B == RUNNING
+    assert state.policy is not None
+    plan = tree.plan(*_drafting(engine, weights, state), policy=state.policy, running_B=running_B)
+
+    def check(nodes: int, plan: RoundPlan) -> tuple[verify.Accepted, KVCache, Array]:
+        cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
+        scored = score(engine, weights, state, cut)
+        accepted = accept(engine, state, cut, scored.logits_BNV)
+        # The path alone leaves the branch, in arrays of one shape for all budgets; its nodes are numbered by depth.
+        read_BPD = jnp.take_along_axis(scored.read_BND, accepted.path_BP[:, :, None], axis=1)
+        depth_BP = jnp.broadcast_to(jnp.arange(engine.path), accepted.path_BP.shape)
+        return accepted._replace(path_BP=depth_BP), kv.take_rows(scored.fresh, accepted.path_BP), read_BPD
+
+    # One number for all rows: an index for each row would compute every branch.
+    accepted, fresh, read_BPD = jax.lax.switch(plan.index, [functools.partial(check, n) for n in tree.budgets], plan)
+    return Checked(
+        accepted, fresh, read_BPD, tree.learn(state.policy, plan, accepted.token_BP, accepted.count_B, running_B)
+    )
 
 
 def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
     """Returns the round's draft tree: `engine.tree` calls the drafter's `expand` once a level."""
     if engine.tree is None or engine.drafter is None:
-        return _root_alone(state.root_B, engine.rows)
-    assert state.root_logits_BV is not None
-    shared, vocab = shared_tables(engine, weights), weights.vocab
-    draft = functools.partial(_draft_level, engine.drafter, weights, shared, state.draft)
+        return root_alone(state.root_B, engine.rows)
+    return _in_whole(engine, weights, engine.tree.grow(*_drafting(engine, weights, state)))
+
+
+def _drafting(
+    engine: Engine, weights: Weights, state: DecodeState
+) -> tuple[DraftLogits, ChooseChildren, Any, Array, Array]:
+    """Returns the arguments of `TreePolicy.grow` in this round."""
+    assert engine.drafter is not None and engine.tree is not None and state.root_logits_BV is not None
+    draft = functools.partial(engine.drafter.expand, weights.drafter, shared_tables(engine, weights), state.draft)
     scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
-    tree = engine.tree.grow(draft, children(engine, state), scratch, state.root_logits_BV, state.root_B)
-    # Rules compare tokens and distributions with the target's, which are of the whole vocabulary.
-    return tree if vocab is None else _in_full(tree, vocab, state.root_B, shared.embed_VD.shape[0])
+    return draft, children(engine, weights, state), scratch, state.root_logits_BV, state.root_B
 
 
-def _root_alone(root_B: Array, rows: int) -> Tree:
-    """Returns the tree of plain decoding: the root, and behind it padding up to `rows` that no node sees."""
-    token_BN = jnp.zeros((root_B.shape[0], rows), jnp.int32).at[:, 0].set(root_B)
-    nothing = jnp.zeros_like(token_BN)
-    alone_BNN = jnp.broadcast_to(jnp.eye(rows, dtype=bool), (*token_BN.shape, rows))
-    root_BN = jnp.broadcast_to(jnp.arange(rows) == 0, token_BN.shape)
-    return Tree(token_BN, nothing - 1, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
-
-
-def _draft_level(
-    drafter: Drafter, weights: Weights, shared: SharedTables, draft: Any, scratch: Any, frontier: Frontier
-) -> tuple[Array, Any]:
-    """The `DraftLogits` of one round: logits of a level's children, by the drafter's state `draft`."""
-    if weights.vocab is not None:
-        frontier = frontier._replace(token_BW=weights.vocab.token_U[frontier.token_BW])
-    return drafter.expand(weights.drafter, shared, draft, scratch, frontier)
-
-
-def children(engine: Engine, state: DecodeState) -> ChooseChildren:
+def children(engine: Engine, weights: Weights, state: DecodeState) -> ChooseChildren:
     """Returns how this round's children are chosen: at each row's draft temperature, with noise of this round."""
     noise = functools.partial(_draft_noise, state.requests.sampling.seed_B, state.length_B)
-    return drawn(engine.mode, state.requests.draft_temperature_B, noise)
+    choose, vocab = drawn(engine.mode, state.requests.draft_temperature_B, noise), weights.vocab
+    if vocab is None:
+        return choose
+
+    def choose_in_whole(logits_BWV: Array, count: int, slot: int) -> Children:
+        found = choose(logits_BWV, count, slot)
+        return found._replace(token_BWR=vocab.token_U[found.token_BWR])
+
+    return choose_in_whole
 
 
 def _draft_noise(seed_B: Array, length_B: Array, slot: int, shape: tuple[int, ...]) -> Array:
@@ -291,15 +337,15 @@ def _draft_noise(seed_B: Array, length_B: Array, slot: int, shape: tuple[int, ..
     return round_noise(seed_B, length_B, DRAFTING + 1 + slot, functools.partial(jax.random.gumbel, shape=shape))
 
 
-def _in_full(tree: Tree, vocab: DraftVocab, root_B: Array, size: int) -> Tree:
-    """Returns a tree drafted in a draft vocabulary with its tokens and distributions in the whole one of `size`."""
-    distributions = tree.distributions
-    if distributions is not None:
-        whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
-        distributions = distributions._replace(
-            distribution_BEV=whole_BEV.at[..., vocab.token_U].set(distributions.distribution_BEV)
-        )
-    return tree._replace(token_BN=vocab.token_U[tree.token_BN].at[:, 0].set(root_B), distributions=distributions)
+def _in_whole(engine: Engine, weights: Weights, tree: Tree) -> Tree:
+    """Returns a tree with the distributions of a draft vocabulary over the whole one, as the target's are."""
+    vocab, distributions = weights.vocab, tree.distributions
+    if vocab is None or distributions is None:
+        return tree
+    size = engine.target.shared_tables(weights.target).embed_VD.shape[0]
+    whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
+    whole_BEV = whole_BEV.at[..., vocab.token_U].set(distributions.distribution_BEV)
+    return tree._replace(distributions=distributions._replace(distribution_BEV=whole_BEV))
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:

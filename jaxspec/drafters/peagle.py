@@ -85,8 +85,11 @@ class PEagle(TapReader, MaskTokens):
 
     def setup(self) -> None:
         super().setup()
-        several = self.config.layers > 1 and self.is_given("layers")
-        self.upper = self.param("layers", self._init_upper) if several else ()
+        self.upper = ()
+        if self.has_variable("params", "layers"):  # taken as they are: laid out for a CPU, their shapes are others
+            self.upper = self.get_variable("params", "layers")
+        elif self.config.layers > 1 and self.is_initializing():
+            self.upper = self.param("layers", self._init_upper)
 
     @property
     def layer_count(self) -> int:

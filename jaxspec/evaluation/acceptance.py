@@ -94,15 +94,31 @@ class Setup:
 
     def _answers(self, models: Models, settings: Settings, stopped: Callable[[str], None]) -> list[list[int]]:
         """Returns the target's answers by plain decoding; noted ones are not decoded again."""
-        of = (settings.temperature,)
-        left = [_request_of(models, self, settings, i) for i in self.texts.missing(of, len(self.prompts))]
-        if left:
-            with progress.progress(f"the target's own texts, {_named(settings)}", len(left), "prompts") as bar:
-                for request, answer, _ in queue.serve(models.plain(), left, slots=self.slots):
-                    self.texts.add(of, request.key, answer=answer.tokens.tolist())
-                    bar.advance(1)
-                    stopped("while the target answered the prompts")
-        return self.texts.all(of, "answer")
+        return answer_prompts(models, self.prompts, self.texts, settings, self.slots, stopped)
+
+
+def answer_prompts(
+    models: Models,
+    prompts: Sequence[np.ndarray],
+    texts: Notebook,
+    settings: Settings,
+    slots: int,
+    stopped: Callable[[str], None],
+) -> list[list[int]]:
+    """Returns the target's answers by plain decoding at one temperature; those in the notebook are not decoded again.
+
+    `stopped` is told after every prompt where the work is, and may raise. Raises ValueError naming a prompt that the
+    target cannot answer.
+    """
+    of = (settings.temperature,)
+    left = [request_of(models, prompts, settings, i) for i in texts.missing(of, len(prompts))]
+    if left:
+        with progress.progress(f"the target's own texts, {_named(settings)}", len(left), "prompts") as bar:
+            for request, answer, _ in queue.serve(models.plain(), left, slots=slots):
+                texts.add(of, request.key, answer=answer.tokens.tolist())
+                bar.advance(1)
+                stopped("while the target answered the prompts")
+    return texts.all(of, "answer")
 
 
 def measure(
@@ -157,10 +173,10 @@ def _replay_left(models: Models, setup: Setup, settings: Settings, of: Of, stopp
             stopped(f"while {recipe}, seed {seed} was measured")
 
 
-def _request_of(models: Models, setup: Setup, settings: Settings, index: int) -> Request:
+def request_of(models: Models, prompts: Sequence[np.ndarray], settings: Settings, index: int) -> Request:
     """Returns prompt `index` as a request. Raises ValueError naming a prompt that the target cannot answer."""
     try:
-        return models.request(setup.prompts[index], settings.for_row(index), index)
+        return models.request(prompts[index], settings.for_row(index), index)
     except ValueError as error:
         raise ValueError(f"prompt {index + 1} {error}") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, KVCache, Tree, TreePolicy
+from jaxspec.base import Array, Cache, Tree, TreePolicy
 from jaxspec.decoding.requests import NO_STOP, blank_requests
 from jaxspec.decoding.rounds import DecodeState
 from jaxspec.planning.decode_program import abstract_state
@@ -98,8 +98,8 @@ def plain_view(state: DecodeState) -> DecodeState:
 def cache_bytes(models: Models, *, batch: int, capacity: int) -> int:
     """Returns the bytes of all caches of a state."""
     shapes = abstract_state(models.engine, models.weights, batch=batch, capacity=capacity, slots=64)
-    caches = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, KVCache))
-    return sum(a.size * a.dtype.itemsize for c in caches if isinstance(c, KVCache) for a in c)
+    caches = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Cache))
+    return sum(a.size * a.dtype.itemsize for c in caches if isinstance(c, Cache) for a in c)
 
 
 def stand_in_tree(batch: int, nodes: int, vocab: int) -> Tree:

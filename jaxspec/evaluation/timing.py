@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.base import Array
+from jaxspec.base import Array, Drafter, TreePolicy
 from jaxspec.console import progress, tables
 from jaxspec.decoding import rounds as phases
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_rounds, sizes
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import DecodeState, Engine, shared_tables
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.evaluation.machine import TimedProgram, in_turns
 from jaxspec.planning.work import Work, draft_ratio, draft_work, drafter_passes, mbsu, target_work
 from jaxspec.serving.loading import Models
+from jaxspec.trees import AdaptiveTree
 from jaxspec.verify import simulated
 
 Peer = Callable[[Requests], list[np.ndarray]]
@@ -239,11 +241,26 @@ def _without_dispatch(seconds: dict[str, float]) -> Parts:
 def memory_bound_speedup(models: Models, tau: float) -> float:
     """Returns the arm's `work.mbsu`; that of plain decoding is its tau, 1."""
     engine, weights = models.engine, models.weights
-    if engine.tree is None or engine.drafter is None:
+    drafting = passes_of(engine)
+    if drafting is None:
         return tau
-    head_VD = shared_tables(engine, weights).head_VD if engine.drafter.vocab is None else None
+    drafter, tree = drafting
+    head_VD = shared_tables(engine, weights).head_VD if drafter.vocab is None else None
     ratio = draft_ratio(weights.drafter, weights.target, head_VD)
-    return mbsu(tau, ratio=ratio, passes=drafter_passes(engine.drafter, engine.tree.depth))
+    return mbsu(tau, ratio=ratio, passes=drafter_passes(drafter, tree.depth))
+
+
+def passes_of(engine: Engine) -> tuple[Drafter, TreePolicy] | None:
+    """Returns the drafter that runs passes and the tree that they grow, of an adaptive tree all it may draft.
+
+    None where nothing is drafted, or looked-up tokens alone.
+    """
+    drafter, tree = engine.drafter, engine.tree
+    if isinstance(drafter, PromptLookup):
+        drafter = drafter.head
+    if isinstance(tree, AdaptiveTree):
+        tree = tree.base
+    return None if drafter is None or tree is None else (drafter, tree)
 
 
 def round_work(models: Models, batch: int, prefix: float) -> Work:
@@ -252,7 +269,8 @@ def round_work(models: Models, batch: int, prefix: float) -> Work:
     itemsize = engine.target.empty_cache(1, 1).v_YBKSC.dtype.itemsize
     nodes = 1 if engine.tree is None else engine.tree.nodes
     work = target_work(weights.target, models.config, batch=batch, tokens=nodes, prefix=prefix, itemsize=itemsize)
-    if engine.tree is None or engine.drafter is None:
+    drafting = passes_of(engine)
+    if drafting is None:
         return work
-    shared = shared_tables(engine, weights)
-    return work + draft_work(engine.drafter, weights.drafter, shared, engine.tree, batch=batch)
+    drafter, tree = drafting
+    return work + draft_work(drafter, weights.drafter, shared_tables(engine, weights), tree, batch=batch)

@@ -46,6 +46,8 @@ class Cost:
     """Seconds of instructions that are bound by memory."""
     sent: Counter[Message] = field(default_factory=Counter)
     """Collectives, and how often each runs."""
+    behind: float = 0.0
+    """Of `moving`, the seconds of copies that run while other instructions do."""
 
     @property
     def seconds(self) -> float:
@@ -59,11 +61,13 @@ class Cost:
             self.computing + other.computing,
             self.moving + other.moving,
             self.sent + other.sent,
+            self.behind + other.behind,
         )
 
     def __mul__(self, count: int) -> Cost:
         sent = Counter({message: n * count for message, n in self.sent.items()})
-        return Cost(self.flops * count, self.bytes * count, self.computing * count, self.moving * count, sent)
+        rest = self.computing * count, self.moving * count, sent, self.behind * count
+        return Cost(self.flops * count, self.bytes * count, *rest)
 
 
 _FREE = {
@@ -74,13 +78,20 @@ _ALIASES = ("ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "Allocate
 """Custom calls that move no data."""
 
 
-def cost_of(program: Program, *, flops_per_second: Callable[[Instruction], float], bytes_per_second: float) -> Cost:
+def cost_of(
+    program: Program,
+    *,
+    flops_per_second: Callable[[Instruction], float],
+    bytes_per_second: float,
+    busy_seconds: Callable[[Instruction], float] | None = None,
+) -> Cost:
     """Returns the cost of one run of the program.
 
-    `flops_per_second` is the rate of a matmul or convolution, which may depend on its types. Raises ValueError if the
+    `flops_per_second` is the rate of a matmul or convolution, which may depend on its types. `busy_seconds` is the
+    least time of an instruction besides its traffic, where more is known of it than its FLOPs. Raises ValueError if the
     trips of a loop are not known.
     """
-    return _Costing(program, flops_per_second, bytes_per_second).of_computation(program.entry)
+    return _Costing(program, flops_per_second, bytes_per_second, busy_seconds).of_computation(program.entry)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +101,7 @@ class _Costing:
     program: Program
     flops_per_second: Callable[[Instruction], float]
     bytes_per_second: float
+    busy_seconds: Callable[[Instruction], float] | None
     _known: dict[str, Cost] = field(default_factory=dict)
 
     def of_computation(self, name: str) -> Cost:
@@ -118,12 +130,14 @@ class _Costing:
         for matmul, count in matmuls(self.program, i):
             flops += count
             busy += count / self.flops_per_second(matmul)
+        if self.busy_seconds is not None:
+            busy = max(busy, self.busy_seconds(i))
         moved = float(traffic(self.program, computation, i))
         inside = _with_inside(self.program, i)
         sent = Counter(m for _, inner in inside if (m := message_of(inner, self.program.devices)))
         waiting = moved / self.bytes_per_second
         bound = (busy, 0.0) if busy >= waiting else (0.0, waiting)
-        return Cost(flops, moved, *bound, sent)
+        return Cost(flops, moved, *bound, sent, bound[1] if i.opcode.endswith("-start") else 0.0)
 
 
 def message_of(i: Instruction, devices: int) -> Message | None:
@@ -329,8 +343,18 @@ def _read(program: Program, inside: Mapping[str, Instruction], x: Instruction) -
         elif user.opcode == "fusion":
             inner = program.named(user.called("calls") or "")
             parameter = _parameter(inner, user.operands.index(x.name))
-            piece = x.result[0].bytes if parameter is None else _read(program, inner, parameter)
+            if parameter is not None and _is_view(inner, program.computations[user.called("calls") or ""][-1]):
+                piece = _read(program, inside, user)  # the array itself, by another shape
+            else:
+                piece = x.result[0].bytes if parameter is None else _read(program, inner, parameter)
         else:
             return x.result[0].bytes
         pieces += piece
     return min(pieces, x.result[0].bytes)
+
+
+def _is_view(inside: Mapping[str, Instruction], root: Instruction) -> bool:
+    """Returns whether a computation only gives its parameter another shape."""
+    while root.opcode == "bitcast" and root.operands and root.operands[0] in inside:
+        root = inside[root.operands[0]]
+    return root.opcode == "parameter"

@@ -22,6 +22,16 @@ from jaxspec.parallel.mesh import make_mesh, replicated, shardings
 from jaxspec.planning import hlo
 from jaxspec.sampling import Sampling
 
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+"""Variables of a process that compiles: so that libtpu neither looks for a TPU nor talks of missing one."""
+
 
 class Plan(NamedTuple):
     """One chip's needs for a compiled decode program, in bytes, and all that its loop does besides computing."""

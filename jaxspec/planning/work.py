@@ -39,18 +39,38 @@ def _nbytes(array: Any) -> int:
     return array.size * array.dtype.itemsize
 
 
-def target_work(params: Any, config: LlamaConfig, *, batch: int, tokens: int, prefix: float, itemsize: int) -> Work:
+def touched_experts(experts: int, chosen: int, tokens: int) -> float:
+    """Returns how many of a layer's experts `tokens` tokens reach, `E (1 - (1 - k/E)^n)`, in the mean.
+
+    Each token has `chosen` of them, all equally likely. Real routers prefer some, so that fewer are reached.
+    """
+    return experts * (1 - (1 - chosen / experts) ** tokens)
+
+
+def target_work(
+    params: Any,
+    config: LlamaConfig,
+    *,
+    batch: int,
+    tokens: int,
+    prefix: float,
+    itemsize: int,
+    routed: bool = False,
+) -> Work:
     """Returns the work of one call of the target: weights, 2 FLOPs a weight and token, and attention.
 
-    A tied head counts as a matmul. The cache is read up to `prefix`, not to its capacity. All experts are read, and a
-    token is multiplied by those chosen for it.
+    A tied head counts as a matmul. The cache is read up to `prefix`, not to its capacity. All experts are read, or with
+    `routed` those that uniform routing reaches; a token is multiplied by those chosen for it.
     """
     count, size = matmul_weights(params)
     if config.tied:
-        count, size = count + params["embed"].size, size + params["embed"].nbytes
+        count, size = count + params["embed"].size, size + _nbytes(params["embed"])
     c, seen = config, prefix + tokens
     if c.options.experts:
         each = 3 * c.width * c.options.expert_mlp
+        if routed:
+            reached = touched_experts(c.options.experts, c.options.chosen, batch * tokens)
+            size = round(size - c.layers * (c.options.experts - reached) * each * (size / count))
         count -= c.layers * (c.options.experts - c.options.chosen) * each
     cache = 2 * c.layers * batch * c.kv_heads * c.head_dim * prefix * itemsize
     attention = 4 * c.layers * batch * tokens * c.heads * c.head_dim * seen
@@ -65,14 +85,14 @@ def draft_work(drafter: Drafter, params: Any, shared: SharedTables, tree: TreePo
     the prefix is left out.
     """
     calls = 1 + len(frontier_widths(tree, shared.head_VD.shape[0], batch))
-    others, head, one_head = _weight_bytes(drafter, params, shared)
+    others, head, one_head = weight_bytes(drafter, params, shared)
     passes, heads = (1, min(calls, 2) if one_head else calls) if drafter.one_pass else (calls, calls)
     count = count_flops(*_drafting(drafter, params, shared, tree, batch))
     return Work(passes * others + heads * head, count.total)
 
 
-def _weight_bytes(drafter: Drafter, params: Any, shared: SharedTables) -> tuple[int, int, bool]:
-    """Returns bytes of the layers' weights, bytes of one LM head, and whether all depths share that head."""
+def weight_bytes(drafter: Drafter, params: Any, shared: SharedTables) -> tuple[int, int, bool]:
+    """Returns bytes of a drafter's layers' weights, bytes of one LM head, and whether all depths share that head."""
     _, whole = matmul_weights(params)
     if drafter.vocab is None:
         return whole, _nbytes(shared.head_VD), True

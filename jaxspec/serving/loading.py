@@ -20,6 +20,7 @@ from jaxspec.decoding.requests import Request, Settings
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.drafters import DRAFTERS, DraftLM, DraftLMConfig, Eagle, EagleConfig
 from jaxspec.drafters.module import DrafterModule
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.interchange.hf import load_target
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.target_folders import target_folder
@@ -33,6 +34,9 @@ from jaxspec.verify import rule_named
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 DEFAULT_TREE = "dynamic:60x6x10"
 """EAGLE-2's own tree, for a drafter that was saved without one."""
+
+LOOKUP, DEFAULT_LOOKUP = "lookup", "lookup:7"
+"""The drafter that has no folder, prompt lookup, and its tree where none is given."""
 
 
 class Models(NamedTuple):
@@ -92,13 +96,21 @@ class Models(NamedTuple):
         if draft_vocab is not None:
             token_U = jnp.asarray(draft_vocab, jnp.int32)
             vocab = DraftVocab(token_U, self.engine.target.shared_tables(target).head_VD[token_U])
-        engine = Engine(cast(Decoder, self.engine.target).clone(taps=drafter.taps), drafter, tree)
-        ready, params = prepare(cast(DrafterModule, drafter), params)
+        reading = cast(Decoder, self.engine.target).clone(taps=drafter.taps)
+        engine = Engine(reading, drafter_for_tree(drafter, tree), tree)  # which refuses what does not go together
+        module, params = prepare(cast(DrafterModule, drafter), params)
+        ready = drafter_for_tree(cast(Drafter, module), tree)
         return self._replace(engine=dataclasses.replace(engine, drafter=ready), weights=Weights(target, params, vocab))
+
+    def with_prompt_lookup(self, tree: TreePolicy) -> Models:
+        """Returns the target with prompt lookup as its only drafter."""
+        engine = Engine(self.engine.target, drafter_for_tree(PromptLookup(), tree), tree)
+        return self._replace(engine=engine, weights=Weights(self.weights.target))
 
     def with_tree(self, tree: TreePolicy) -> Models:
         """Returns the same models with another tree."""
-        return self._replace(engine=dataclasses.replace(self.engine, tree=tree))
+        drafter = None if self.engine.drafter is None else drafter_for_tree(self.engine.drafter, tree)
+        return self._replace(engine=dataclasses.replace(self.engine, drafter=drafter, tree=tree))
 
     def with_rule(self, mode: DraftMode, rule: str | None = None) -> Models:
         """Returns the same models with children chosen by `mode` and kept by `rule` (None: the usual one of the mode).
@@ -106,6 +118,27 @@ class Models(NamedTuple):
         Raises ValueError where the rule is not one for that mode or tree.
         """
         return self._replace(engine=dataclasses.replace(self.engine, mode=mode, rule=rule_named(rule, mode)))
+
+
+def drafter_for_tree(drafter: Drafter, tree: TreePolicy) -> Drafter:
+    """Returns `drafter`, with prompt lookup beside it where the tree has a branch for looked-up tokens.
+
+    Raises ValueError where the tree has levels that the drafter beside it does not draft.
+    """
+    alone = drafter.head if isinstance(drafter, PromptLookup) else drafter
+    if getattr(tree, "lookup", None) is None:
+        return drafter if alone is None else alone
+    drafted: TreePolicy | None = getattr(tree, "base", None)
+    if drafted is not None and alone is None:
+        raise ValueError(
+            "the tree has drafted levels beside its looked-up branch: add a drafter, or take lookup:LENGTH"
+        )
+    if drafted is not None and alone is not None and alone.deepest is not None and drafted.depth > alone.deepest:
+        raise ValueError(
+            f"the tree is {drafted.depth} deep and the drafter drafts {alone.deepest} tokens ahead: take a tree of "
+            f"depth {alone.deepest} or less"
+        )
+    return PromptLookup(alone)
 
 
 Model = TypeVar("Model", Decoder, DrafterModule)
@@ -227,9 +260,12 @@ def add_drafter(
 ) -> Models:
     """Returns a loaded target with the drafter of a folder.
 
-    `tree` defaults to the one saved with the drafter. `draft_vocab` is a file of maps (see `data.draft_vocab`), `none`
-    for all tokens, or None for those saved with the drafter. Raises ValueError naming the folder and what does not fit.
+    The drafter `lookup` is prompt lookup. `tree` defaults to the one saved with the drafter. `draft_vocab` is a file of
+    maps (see `data.draft_vocab`), `none` for all tokens, or None for those saved with the drafter. Raises ValueError
+    naming the folder and what does not fit.
     """
+    if str(drafter) == LOOKUP:
+        return plain.with_prompt_lookup(parse_tree(tree or DEFAULT_LOOKUP))
     target = functools.partial(plain.engine.target.shared_tables, plain.weights.target)
     layers = plain.config.layers
     head = open_drafter(drafter, dtype=dtype, tokenizer=plain.tokenizer, target_layers=layers, tables=target)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from jaxspec.trees.adaptive import AdaptiveTree
 from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
+from jaxspec.trees.lookup import LookupBranch
 from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, parse_paths
+from jaxspec.trees.tree_file import is_tree_file, read_tree, write_tree
 
 __all__ = [
     "EAGLE1_PATHS",
     "MEDUSA_PATHS",
+    "AdaptiveTree",
     "BestFirstTree",
     "DynamicTree",
     "StaticTree",
     "chain",
     "cut_tree",
+    "is_tree_file",
     "parse_paths",
     "parse_tree",
+    "policy_fields",
+    "read_policy",
+    "read_tree",
+    "resolve_tree",
+    "write_tree",
 ]
 
 NAMED = {"eagle1": EAGLE1_PATHS, "medusa": MEDUSA_PATHS}
@@ -26,13 +37,21 @@ GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
 """Trees that three sizes describe."""
 
 
-def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
+Policy = StaticTree | DynamicTree | BestFirstTree | AdaptiveTree
+
+
+def parse_tree(text: str) -> Policy:
     """Returns the tree that a command line names.
 
     `none` (one node, plain decoding), `chain:4`, `static:eagle1`, `static:medusa`, `static:0,1,00,01`,
     `dynamic:60x6x10` (nodes x depth x beam; EAGLE-2's own setting), `best_first:60x4x10` (nodes x depth x
-    width, for Medusa and ParallelSpec). Raises ValueError for anything else.
+    width, for Medusa and ParallelSpec), `lookup:7` (a branch of so many looked-up tokens), `lookup:7+dynamic:16x4x4`
+    (the best 16 nodes of both), or a tree file, `FILE.json`. Raises ValueError for anything else.
     """
+    if is_tree_file(text):
+        return _from_file(text.strip())
+    if "lookup" in text:
+        return _with_lookup(text.strip())
     kind, _, rest = text.strip().partition(":")
     if kind == "none" and not rest:
         return chain(0)
@@ -46,16 +65,79 @@ def parse_tree(text: str) -> StaticTree | DynamicTree | BestFirstTree:
             return GROWN[kind](*map(int, sizes))
     raise ValueError(
         f"tree {text!r} is not one of none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, "
-        "best_first:NODESxDEPTHxWIDTH"
+        "best_first:NODESxDEPTHxWIDTH, lookup:LENGTH, lookup:LENGTH+dynamic:NODESxDEPTHxBEAM, FILE.json"
     )
 
 
-def cut_tree(tree: StaticTree | DynamicTree | BestFirstTree, depth: int) -> StaticTree | DynamicTree | BestFirstTree:
+def _with_lookup(text: str) -> AdaptiveTree:
+    """Returns a tree of one budget with a looked-up branch. Raises ValueError for what is none."""
+    first, plus, rest = text.partition("+")
+    kind, _, length = first.partition(":")
+    base = parse_tree(rest) if plus else None
+    if kind != "lookup" or not length.isdecimal() or not (base is None or isinstance(base, DynamicTree)):
+        raise ValueError(f"tree {text!r} is neither lookup:LENGTH nor lookup:LENGTH+dynamic:NODESxDEPTHxBEAM")
+    branch = LookupBranch(int(length))
+    nodes = 1 + branch.length if base is None else base.nodes
+    # One budget: whatever it costs, it is taken.
+    return AdaptiveTree(base, (nodes,), (1.0,), level_seconds=0.0, fixed_seconds=0.0, rate=1.0, lookup=branch)
+
+
+def _from_file(path: str) -> Policy:
+    """Returns the tree of a tree file. Raises ValueError naming the file and what is wrong with it."""
+    found = read_tree(path)
+    spec = found["spec"]
+    if is_tree_file(spec):  # files that name each other would never end
+        raise ValueError(f"{path}: its spec names another file, {spec!r}: write the tree itself there")
+    try:
+        return read_policy(found["policy"]) if "policy" in found else parse_tree(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def policy_fields(tree: AdaptiveTree) -> dict[str, Any]:
+    """Returns the fields `spec` and `policy` of an adaptive tree's file; JSON."""
+    policy = dataclasses.asdict(tree) | {"base": None if tree.base is None else tree.base.spec}
+    return {"spec": tree.spec, "policy": policy}
+
+
+def read_policy(fields: Any) -> AdaptiveTree:
+    """Returns an adaptive tree from the `policy` of its file. Raises ValueError for what is none."""
+    try:
+        base, lookup = fields["base"], fields["lookup"]
+        given = {name: _tuples(value) for name, value in fields.items()} | {
+            "base": None if base is None else parse_tree(base),
+            "lookup": None if lookup is None else LookupBranch(**{n: _tuples(v) for n, v in lookup.items()}),
+        }
+        return AdaptiveTree(**given)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"its policy is none of this version ({error}); make it anew") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def resolve_tree(text: str) -> str:
+    """Returns the text of a tree, that of a tree file in the file's place: what a record keeps when the file is gone.
+
+    An adaptive tree is more than a text, so its file stays named. Raises ValueError for a text that `parse_tree`
+    refuses.
+    """
+    tree = parse_tree(text)
+    return tree.spec if is_tree_file(text) and not tree.spec.startswith("adaptive") else text
+
+
+def cut_tree(tree: Policy, depth: int) -> Policy:
     """Returns `tree` without the nodes below `depth`, for a drafter that cannot draft deeper."""
     if tree.depth <= depth:
         return tree
     if isinstance(tree, StaticTree):
         return StaticTree(tuple(path for path in tree.paths if len(path) <= depth))
+    if isinstance(tree, AdaptiveTree):
+        # Looked-up tokens may be as deep as they are: they are not the drafter's.
+        if tree.base is None or tree.base.depth <= depth:
+            return tree
+        raise ValueError(f"the tree {tree.spec} is made for a drafter that drafts {tree.base.depth} tokens ahead")
     if depth < 1:
         return chain(0)
     if isinstance(tree, BestFirstTree):

@@ -98,12 +98,12 @@ class DynamicTree:
             logits_BWV, scratch = draft(scratch, frontier)
             found = choose(logits_BWV, beam, frontier.slot)
             families.append(found)
-            level, front = self._expand(front, found, frontier)
+            level, front = self.expand(front, found, frontier)
             pool.append(level)
         candidates = Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)))
-        return self._rerank(candidates, families, slots, root_token_B)
+        return self.rerank(candidates, families, slots, root_token_B)
 
-    def _expand(self, front: Front, found: Children, frontier: Frontier) -> tuple[Candidates, Front]:
+    def expand(self, front: Front, found: Children, frontier: Frontier) -> tuple[Candidates, Front]:
         """EAGLE-2's expansion: returns the `beam^2` children of a level, and the best `beam` as the next level."""
         beam, d = self.beam, frontier.depth
         batch = front.token_BW.shape[0]
@@ -125,37 +125,48 @@ class DynamicTree:
             visible_BWM=jnp.concatenate([above, itself], axis=2),
         )
 
-    def _rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
+    def rerank(self, pool: Candidates, families: list[Children], expanded: list[Array], root_token_B: Array) -> Tree:
         """EAGLE-2's reranking: returns the tree of the best `nodes - 1` candidates, in the order of the pool.
 
         `expanded` are the candidates in each scratch slot, level by level.
         """
-        beam = self.beam
-        # A drawn candidate is kept by the bound known before its draw, not by its own probability: kept for turning
-        # out likely, it would no longer have the distribution it was drawn from. The bound falls from sibling to
-        # sibling and from parent to child, so parents and elder siblings stay.
-        # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
-        _, chosen = top_k(pool.bound_BQ, self.nodes - 1)
-        # Sorted, parents stand before their children and siblings in the order of their draws.
-        chosen = jnp.sort(chosen, axis=1)
-        node_of = numbered(chosen, self.pool)
-        parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)
-        parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
-        levels = np.concatenate([np.ones(beam, np.int32), np.repeat(np.arange(2, self.depth + 1), beam**2)])
-        distribution_BQ = (
-            numbered(jnp.concatenate(expanded, axis=1), self.pool) if expanded else jnp.zeros_like(pool.parent_BQ)
-        )
-        depth_BN = below_root(jnp.asarray(levels, jnp.int32)[chosen], 0)
-        parent_BN = below_root(parent, ROOT)
-        score_BN = below_root(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0)
-        valid_BN = below_root(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf
-        token_BN = jnp.concatenate([root_token_B[:, None], jnp.take_along_axis(pool.token_BQ, chosen, axis=1)], axis=1)
-        return Tree(
-            token_BN.astype(jnp.int32),
-            parent_BN,
-            depth_BN,
-            score_BN,
-            valid_BN,
-            ancestor_mask(parent_BN, self.depth),
-            stack_distributions(families, below_root(jnp.take_along_axis(distribution_BQ, chosen, axis=1), 0)),
-        )
+        tree, chosen = best_of_pool(pool, self.depths, self.nodes, root_token_B)
+        if not families or families[0].distribution_BWV is None:
+            return tree
+        distribution_BQ = numbered(jnp.concatenate(expanded, axis=1), self.pool) if expanded else pool.parent_BQ * 0
+        row_BN = below_root(jnp.take_along_axis(distribution_BQ, chosen, axis=1), 0)
+        return tree._replace(distributions=stack_distributions(families, row_BN))
+
+    @property
+    def depths(self) -> np.ndarray:
+        """Depth of every candidate, in the order of the pool."""
+        rest = np.repeat(np.arange(2, self.depth + 1, dtype=np.int32), self.beam**2)
+        return np.concatenate([np.ones(self.beam, np.int32), rest])
+
+
+def best_of_pool(pool: Candidates, depth_Q: np.ndarray, nodes: int, root_token_B: Array) -> tuple[Tree, Array]:
+    """Returns the tree of the root and the best `nodes - 1` candidates, in the order of the pool, and their places.
+
+    Parents stand before their children in the pool, and none has a smaller bound than its child.
+    """
+    # A drawn candidate is kept by the bound known before its draw, not by its own probability: kept for turning
+    # out likely, it would no longer have the distribution it was drawn from. The bound falls from sibling to
+    # sibling and from parent to child, so parents and elder siblings stay.
+    # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
+    _, chosen = top_k(pool.bound_BQ, nodes - 1)
+    # Sorted, parents stand before their children and siblings in the order of their draws.
+    chosen = jnp.sort(chosen, axis=1)
+    node_of = numbered(chosen, len(depth_Q))
+    parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)
+    parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
+    parent_BN = below_root(parent, ROOT)
+    token_BN = jnp.concatenate([root_token_B[:, None], jnp.take_along_axis(pool.token_BQ, chosen, axis=1)], axis=1)
+    tree = Tree(
+        token_BN.astype(jnp.int32),
+        parent_BN,
+        below_root(jnp.asarray(depth_Q, jnp.int32)[chosen], 0),
+        below_root(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0),
+        below_root(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf,
+        ancestor_mask(parent_BN, int(depth_Q.max(initial=1))),
+    )
+    return tree, chosen

@@ -1,10 +1,10 @@
-"""Functions that tree policies share: ancestor masks, node numbers, and draft distributions in one array."""
+"""Functions that tree policies share: single nodes, ancestor masks, node numbers, draft distributions in one array."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Children, DraftDistributions
+from jaxspec.base import ROOT, Array, Children, DraftDistributions, Tree
 from jaxspec.parallel.rows import scatter_rows
 
 
@@ -18,6 +18,15 @@ def ancestor_mask(parent_BN: Array, depth: int) -> Array:
         above = jnp.einsum("bnm,bmk->bnk", above.astype(jnp.float32), above.astype(jnp.float32)) > 0
         reach *= 2
     return above
+
+
+def root_alone(root_B: Array, rows: int = 1) -> Tree:
+    """Returns the tree of one node, the root; behind it padding up to `rows` nodes that no node sees."""
+    token_BN = jnp.zeros((root_B.shape[0], rows), jnp.int32).at[:, 0].set(root_B)
+    nothing = jnp.zeros_like(token_BN)
+    alone_BNN = jnp.broadcast_to(jnp.eye(rows, dtype=bool), (*token_BN.shape, rows))
+    root_BN = jnp.broadcast_to(jnp.arange(rows) == 0, token_BN.shape)
+    return Tree(token_BN, nothing + ROOT, nothing, nothing.astype(jnp.float32), root_BN, alone_BNN)
 
 
 def below_root(x_BK: Array, root: float) -> Array:

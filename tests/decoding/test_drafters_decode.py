@@ -44,7 +44,7 @@ from jaxspec.drafters import (
 from jaxspec.evaluation.replay import record, replay
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
+from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths, parse_tree
 from jaxspec.verify import RULES
 
 VOCAB, WIDTH, DEEPEST, ROWS, BUDGET = 12, 16, 3, 8, 24
@@ -310,10 +310,21 @@ def test_an_lm_head_of_another_vocabulary_is_refused(drafter: Any):
 
 
 @pytest.mark.parametrize("head", ["medusa", "parallelspec", "peagle"])
-@pytest.mark.parametrize("tree", [chain(4), DynamicTree(5, 4, 2), BestFirstTree(5, 4, 2)], ids=lambda tree: tree.spec)
+@pytest.mark.parametrize(
+    "tree",
+    [chain(4), DynamicTree(5, 4, 2), BestFirstTree(5, 4, 2), parse_tree("lookup:7+dynamic:5x4x2")],
+    ids=lambda tree: tree.spec,
+)
 def test_a_tree_deeper_than_the_drafter_drafts_is_refused(head: str, tree: Any):
     with pytest.raises(ValueError, match=r"^the tree is 4 deep and the drafter drafts 3 tokens ahead: [^.]*$"):
         models().with_drafter(HEADS[head], None, tree)
+
+
+def test_drafted_levels_without_a_drafter_are_refused():
+    plain = models().plain()
+    assert plain.with_prompt_lookup(parse_tree("lookup:3")).engine.tree is not None
+    with pytest.raises(ValueError, match=r"^the tree has drafted levels beside its looked-up branch: [^.]*$"):
+        plain.with_prompt_lookup(parse_tree("lookup:7+dynamic:5x4x2"))
 
 
 @pytest.mark.parametrize(

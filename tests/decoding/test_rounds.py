@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import pytest
 from toys import RememberingDrafter, TableDrafter, TableTarget, batch_of, texts_of
 
 from jaxspec.base import KVCache
-from jaxspec.data.prompts import SETTINGS
 from jaxspec.decoding.answers import Answer, total_tau
 from jaxspec.decoding.generation import (
     NO_LIMIT,
@@ -27,12 +25,14 @@ from jaxspec.decoding.generation import (
     start,
     stream,
 )
-from jaxspec.decoding.requests import Request, Requests, Settings, fill_up, make_requests
+from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights, grow
 from jaxspec.drafters.eagle import Eagle, EagleConfig
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.nn import cache as kv
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.trees import DynamicTree, chain, parse_paths
+from jaxspec.trees import AdaptiveTree, DynamicTree, chain, parse_paths
+from jaxspec.trees.lookup import LookupBranch
 from jaxspec.trees.static import StaticTree
 from jaxspec.verify import RULES
 
@@ -43,6 +43,11 @@ TREES = {
     "chain": chain(3, rows=ROWS),
     "static": StaticTree(parse_paths("0 1 00 01 10 000 001"), rows=ROWS),
     "dynamic": DynamicTree(ROWS, 3, 3),
+    "adaptive": AdaptiveTree(DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.4, 1.7, 1.9), 0.75, 0.1, rate=1.0),
+    "lookup": AdaptiveTree(None, (ROWS,), (1.0,), 0.0, 0.0, rate=1.0, lookup=LookupBranch(ROWS - 1)),
+    "both": AdaptiveTree(
+        DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.4, 1.7, 1.9), 0.75, 0.1, rate=1.0, lookup=LookupBranch(5)
+    ),
 }
 CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24)
 
@@ -81,6 +86,8 @@ def pair(drafter: str, tree: str, dtype: str = "float32") -> tuple[Engine, Weigh
     m = models(dtype)
     if drafter == "table":
         return Engine(m.target, TableDrafter(), TREES[tree]), m.weights._replace(drafter=m.table)
+    if drafter == "lookup":
+        return Engine(m.target, PromptLookup(None if tree == "lookup" else m.eagle), TREES[tree]), m.weights
     return Engine(m.target, m.eagle, TREES[tree]), m.weights
 
 
@@ -135,7 +142,14 @@ def accepted_of(answers: list[Answer]) -> np.ndarray:
     return np.stack([answer.accepted for answer in answers])
 
 
-PAIRS = [*(("table", tree) for tree in TREES), ("eagle", "chain"), ("eagle", "dynamic")]
+LOOKED_UP = ("lookup", "both")
+PAIRS = [
+    *(("table", tree) for tree in TREES if tree not in LOOKED_UP),
+    *(("lookup", tree) for tree in LOOKED_UP),
+    ("eagle", "chain"),
+    ("eagle", "dynamic"),
+    ("eagle", "adaptive"),
+]
 
 
 @pytest.mark.parametrize("batch", batches())
@@ -157,7 +171,7 @@ def test_speculative_text_is_plain_text_token_for_token(drafter: str, tree: str,
 
 
 @pytest.mark.parametrize("batch", ["greedy", "mixed"])
-@pytest.mark.parametrize("tree", ["chain", "dynamic"])
+@pytest.mark.parametrize("tree", ["chain", "dynamic", "adaptive"])
 def test_a_draft_vocabulary_drafts_no_other_token_and_leaves_the_text_alone(tree: str, batch: str):
     engine, weights = pair("eagle", tree)
     token_U = jnp.arange(1, VOCAB, 2)
@@ -194,6 +208,21 @@ def test_the_cases_above_do_accept_and_do_end_inside_paths():
     assert len({a.tokens.tobytes() for a in sampled}) == 4 and total_tau(sampled) > 1.2
 
 
+def test_an_adaptive_tree_uses_all_its_budgets_and_counts_its_rounds():
+    """Otherwise the cases above show little of it."""
+    engine, weights = pair("table", "adaptive")
+    used, drafted = np.zeros(4, int), np.zeros(3, int)
+    for name in ("greedy", "sampled"):
+        state = run_rounds(engine, weights, start(engine, weights, batches()[name]), NO_LIMIT)
+        policy, calls = state.policy, np.asarray(state.calls_B)
+        assert policy is not None
+        np.testing.assert_array_equal(np.asarray(policy.budgets_BX).sum(1), calls)
+        np.testing.assert_array_equal(np.asarray(policy.levels_BT).sum(1), calls)
+        used += np.asarray(policy.budgets_BX).sum(0)
+        drafted += np.asarray(policy.levels_BT).sum(0)
+    assert (used > 0).sum() >= 3 and (drafted > 0).sum() >= 2, (used, drafted)
+
+
 def test_one_node_is_plain_decoding_one_token_wide():
     m, requests = models(), rows_of(batches()["sampled"], 1)
     engine = Engine(m.target, TableDrafter(), chain(0))
@@ -213,7 +242,14 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(batch: str):
     assert_same_text(turned, [together[i] for i in (2, 0, 3, 1)])
 
 
-@pytest.mark.parametrize(("drafter", "tree"), [("eagle", "chain"), ("eagle", "dynamic")])
+@pytest.mark.parametrize(
+    ("drafter", "tree"),
+    [
+        ("eagle", "chain"),
+        ("eagle", "dynamic"),
+        ("eagle", "adaptive"),
+    ],
+)
 def test_finished_rows_stay_as_they_were(drafter: str, tree: str):
     engine, weights = pair(drafter, tree)
     state, before = start(engine, weights, batches()["mixed"]), {}
@@ -331,72 +367,23 @@ def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered
     [
         (None, 1, "topk", "target-draw"), ("dynamic", 4, "topk", "target-draw"), ("chain", 9, "topk", "target-draw"),
         ("dynamic", 2, "swor", "recursive-rejection"), ("static", 2, "sample", "traversal"),
+        ("adaptive", 2, "topk", "target-draw"), ("both", 2, "topk", "target-draw"),
     ],
 )  # fmt: skip
 def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: str | None, batch: int, mode, rule):
     """XLA copies a whole cache every round where a write is not ordered behind the reads (see `cache.commit`)."""
     m = models()
-    engine = Engine(m.target, m.eagle, TREES[tree], mode=mode, rule=RULES[rule]) if tree else Engine(m.target)
+    drafter = PromptLookup(m.eagle) if tree in LOOKED_UP else m.eagle
+    engine = Engine(m.target, drafter, TREES[tree], mode=mode, rule=RULES[rule]) if tree else Engine(m.target)
     weights = m.weights if tree else Weights(m.weights.target)
     state = start(engine, weights, batch_of(prompts(0, (3,) * batch), max_new_tokens=BUDGET))
-    caches = [state.cache, *([state.draft.cache] if tree else [])]
+    draft = state.draft.head if tree in LOOKED_UP else state.draft
+    caches = [state.cache, *([draft.cache] if tree else [])]
     program = run_rounds.lower(engine, weights, state, NO_LIMIT).compile().as_text()
     assert program is not None and "copy(" in program
     assert not cache_copies(program, {a.shape for c in caches for a in c})
     assert program[program.index("\nENTRY") :].count(" while(") == 1
     assert not re.search(r"callback|infeed|outfeed| send\(| recv\(", program)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "complaint"),
-    [
-        ([], "no prompts"),
-        ([[1], []], "prompt 1 is empty"),
-        ([[-1], [2]], "prompt 0 has a negative token"),
-    ],
-)
-def test_a_prompt_that_cannot_be_is_refused_by_its_row(prompts: list[list[int]], complaint: str):
-    with pytest.raises(ValueError, match=complaint):
-        make_requests([Request(prompt) for prompt in prompts])
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"max_new_tokens": 0}, "max-new-tokens is 0; it must be at least 1"),
-        ({"max_new_tokens": -2}, "max-new-tokens is -2"),
-        ({"max_new_tokens": 2**31}, "max-new-tokens is 2147483648"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"draft_temperature": -1.0}, "draft-temperature is -1.0"),
-        ({"top_k": -1}, "top-k is -1"),
-        ({"top_k": 2**31}, "top-k is 2147483648"),
-        ({"top_p": 0.0}, "top-p is 0.0"),
-        ({"top_p": 1.5}, "top-p is 1.5"),
-        ({"seed": -1}, "seed is -1; it must be from 0 to"),
-        ({"seed": 2**32}, "seed is 4294967296"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_by_name(change: dict[str, Any], complaint: str):
-    with pytest.raises(ValueError, match=complaint):
-        Settings(**change)
-
-
-def test_every_row_has_its_own_settings_and_stop_ids():
-    settings = [Settings(4, 0.5, stop_ids=(7,)), Settings(5, 0.0, 3, 0.9, 0.25, 11, (8, 9))]
-    requests = make_requests([Request([1, 2], settings[0]), Request([3], settings[1])])
-    assert requests.stop_BR.tolist() == [[7, -1], [8, 9]] and requests.budget_B.tolist() == [4, 5]
-    assert requests.sampling.temperature_B.tolist() == [0.5, 0.0] and requests.sampling.top_k_B.tolist() == [0, 3]
-    assert requests.draft_temperature_B.tolist() == [0.5, 0.25] and requests.sampling.seed_B.tolist() == [0, 11]
-    assert make_requests([Request([1])] * 2).stop_BR.tolist() == [[-1], [-1]]
-    assert make_requests([Request([1])], width=40, stop_width=3).tokens_BL.shape == (1, 40)
-    filled = make_requests(fill_up([Request([1, 2], settings[0])], 3))
-    assert filled.budget_B.tolist() == [4, 1, 1] and filled.length_B.tolist() == [2, 2, 2]
-
-
-def test_a_line_of_a_prompts_file_may_set_every_setting():
-    assert list(SETTINGS) and set(SETTINGS) == {field.name for field in dataclasses.fields(Settings)}
 
 
 def test_a_drafter_without_a_tree_is_refused():

@@ -19,7 +19,7 @@ from jaxspec.decoding.generation import NO_LIMIT
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.rounds import Engine, Weights, decode_rounds, prefill
 from jaxspec.sampling import Sampling, distribution_of
-from jaxspec.trees import DynamicTree, StaticTree, chain, parse_paths
+from jaxspec.trees import AdaptiveTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import DEFAULT_RULES, RULES, rejection, rule_named, rules
 
 pytestmark = pytest.mark.usefixtures("compile_fully")
@@ -27,10 +27,15 @@ pytestmark = pytest.mark.usefixtures("compile_fully")
 VOCAB, LENGTH, BATCH = 3, 5, 50_000
 TEMPERATURE, TOP_P = 0.8, 0.85
 FORKED = StaticTree(parse_paths("0 1 00 01"))
+ADAPTIVE = AdaptiveTree(
+    DynamicTree(6, 3, 2), (1, 2, 4, 6), (1.0, 1.1, 1.4, 1.7), 0.2, 0.1, rate=1.2, reach=(0.9, 0.7)
+)  # prices at which rounds of every budget and number of levels are chosen
 ENGINES: list[tuple[DraftMode, str, Any]] = [
     ("topk", "target-draw", DynamicTree(5, 2, 2)),
     ("topk", "recursive-rejection", FORKED),
     ("topk", "traversal", DynamicTree(5, 2, 2)),
+    ("topk", "target-draw", ADAPTIVE),
+    ("topk", "recursive-rejection", ADAPTIVE),
     ("sample", "specinfer", FORKED),
     ("sample", "specinfer", DynamicTree(5, 2, 2)),
     ("sample", "speculative-sampling", chain(3)),

@@ -34,6 +34,7 @@ ENGINES = {
     "recursive-rejection": engine_of("swor", "recursive-rejection", DynamicTree(8, 3, 3)),
     "traversal": engine_of("swor", "traversal", StaticTree(parse_paths("0 1 00 01 10 000"))),
     "block": engine_of("sample", "block", chain(4)),
+    "adaptive": pair("lookup", "both"),
 }
 
 
@@ -84,7 +85,7 @@ def serve(slots: Slots, rows: Sequence[Request]) -> dict[int, Answer]:
     return done
 
 
-@pytest.mark.parametrize("rule", ["target-draw", "traversal"])
+@pytest.mark.parametrize("rule", ["target-draw", "traversal", "adaptive"])
 def test_rows_that_take_the_place_of_others_write_what_they_write_alone(rule: str):
     engine, weights = ENGINES[rule]
     rows = random_rows(np.random.default_rng(1), 20)

@@ -116,6 +116,35 @@ def test_a_slice_of_stacked_weights_reads_that_slice_alone():
     assert 100 * 4 * size <= moved <= 1.01 * 100 * 8 * size
 
 
+RESHAPED = """HloModule drawn_by_hand
+%view (w: f32[4096]) -> f32[64,64] {
+  %w = f32[4096]{0} parameter(0)
+  ROOT %b = f32[64,64]{1,0} bitcast(%w)
+}
+%multiply (x: f32[8,64], v: f32[4096]) -> f32[8,64] {
+  %x = f32[8,64]{1,0} parameter(0)
+  %v = f32[4096]{0} parameter(1)
+  %again = f32[64,64]{1,0} fusion(%v), kind=kLoop, calls=%view
+  ROOT %d = f32[8,64]{1,0} dot(%x, %again), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (a: f32[8,64], c: f32[4096]) -> f32[8,64] {
+  %a = f32[8,64]{1,0} parameter(0)
+  %c = f32[4096]{0} parameter(1)
+  ROOT %f = f32[8,64]{1,0} fusion(%a, %c), kind=kOutput, calls=%multiply
+}
+"""
+
+
+def test_a_weight_that_a_fusion_takes_by_another_shape_is_read_whole():
+    assert cost(hlo.parse(RESHAPED)).bytes == 4 * (4096 + 2 * 8 * 64)
+
+
+def test_an_instruction_takes_at_least_its_own_seconds():
+    program = hlo.parse(RESHAPED)
+    found = cost_of(program, flops_per_second=lambda _: 1e9, bytes_per_second=1e9, busy_seconds=lambda _: 1.0)
+    assert (found.computing, found.moving, found.behind) == (1.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("groups", "found"),
     [

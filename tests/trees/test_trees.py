@@ -354,6 +354,8 @@ ROUND_TRIPS = [
     "dynamic:8x3x3",
     "best_first:60x4x10",
     "best_first:9x15x2",
+    "lookup:7",
+    "lookup:15+dynamic:16x4x4",
 ]
 
 
@@ -379,6 +381,7 @@ def test_tree_names_stand_for_the_papers_trees():
         "static:0,0", "static:a", "static:0..1", "static:.", "dynamic:60x6", "dynamic:8x3x3x3", "dynamic:8x3x3xfoo",
         "dynamic:8x-3x3", "dynamic:0x3x3", "dynamic:100x2x3",
         "best_first:60x4", "best_first:8x3xw", "best_first:0x3x3", "best_first:14x2x3", "best:8x3x3",
+        "lookup", "lookup:", "lookup:0", "lookup:x", "lookup:7+", "lookup:7+chain:3", "lookup:3+dynamic:99x2x3",
     ],
 )  # fmt: skip
 def test_a_tree_that_cannot_be_is_refused(text: str):

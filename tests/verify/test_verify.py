@@ -19,7 +19,7 @@ from toys import code_of, grow, node_paths, path_tables, random_tree, tree_of
 from jaxspec import verify
 from jaxspec.base import Tree
 from jaxspec.sampling import Sampling, draw, warp_logits
-from jaxspec.trees import DynamicTree, StaticTree, chain
+from jaxspec.trees import AdaptiveTree, DynamicTree, StaticTree, chain
 
 pytestmark = pytest.mark.usefixtures("compile_fully")
 
@@ -134,6 +134,11 @@ def trees(vocab: int) -> dict[str, tuple[Tree, int]]:
         "2x2": StaticTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1))),
         "lopsided": StaticTree(((0,), (1,), (1, 0), (1, 0, 0)), rows=6),
         "top-k": DynamicTree(6, 3, 2),
+    }
+    free, base = (1.0,) * 3, DynamicTree(6, 3, 2)
+    # Deterministic children: a tree that stops early and is cut is one more function of the text before it.
+    policies |= {
+        f"adaptive at {price}": AdaptiveTree(base, (1, 3, 6), free, price, 0.0, 1.0) for price in (0.0, 0.5, 9.0)
     }
     found = {name: (jax.jit(lambda p=p: grow(p, draft))(), p.depth) for name, p in policies.items()}
     rng = np.random.default_rng(vocab)

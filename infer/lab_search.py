@@ -1,0 +1,246 @@
+"""Find the draft tree of the most tokens per second for a drafter's acceptance and a machine's costs.
+
+Shapes of a dynamic program, a heap and a beam are replayed on one half of the profile's prompts; the best is reported
+on the other half. Plain decoding is always among them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jaxspec import __version__
+from jaxspec.console import cli, results, tables
+from jaxspec.lab.acceptance import acceptance_table, product_gap
+from jaxspec.lab.cost_model import RoundCost
+from jaxspec.lab.drawing import draw
+from jaxspec.lab.flags import SearchFlags, numbers
+from jaxspec.lab.forest import Shape
+from jaxspec.lab.optimal import edge_sensitivity
+from jaxspec.lab.policy import adaptive_tree
+from jaxspec.lab.replay import node_shares
+from jaxspec.lab.search import Choice, Rated, Search, frontier
+from jaxspec.trees import policy_fields, write_tree
+
+LONGEST = 60
+"""Letters of a tree's text in a printed table."""
+EDGES = 8
+"""Edges of the tree that are printed with their sensitivity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(SearchFlags):
+    batch: str = "1"
+    """Rows decoded together. Of several, such as 1,2,4, the one that --objective rates best is taken."""
+    context: int | None = None
+    """Committed tokens of a row; default: the middle one of the costs."""
+    objective: Literal["tokens_per_second", "latency", "frontier"] = "tokens_per_second"
+    """The batch chosen: tokens_per_second of all rows together; latency, the seconds that a row waits for a token;
+    frontier prints the batches that nothing beats in both, and chooses as tokens_per_second does. At one batch the
+    tree is the same for all three."""
+    out: Path | None = None
+    """File for the tree, which --tree of every verb takes."""
+    adaptive: Path | None = None
+    """File for an adaptive tree around it, which decides in every round how deep to draft and how much to verify."""
+    lookup: int | None = None
+    """Tokens of a looked-up branch (prompt lookup) beside the adaptive tree's drafts; default: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cli.refuse_below_one(self, "context", "lookup")
+        for name in ("out", "adaptive"):
+            if (path := getattr(self, name)) is not None and path.suffix != ".json":
+                raise ValueError(f"--{name} {path} must end in .json, so that --tree knows it for a file")
+        if self.lookup is not None and self.adaptive is None:
+            raise ValueError("--lookup is for an adaptive tree: give --adaptive FILE.json too")
+        _ = self.batches
+
+    @property
+    def batches(self) -> list[int]:
+        """The batches to choose from."""
+        return numbers("--batch", self.batch)
+
+
+class Searched(NamedTuple):
+    """The choices of a search, one a batch."""
+
+    search: Search
+    costs: dict[int, RoundCost]
+    choices: dict[int, Choice]
+    batch: int
+    """The batch that the objective takes."""
+    frontier: list[Rated]
+
+    @property
+    def choice(self) -> Choice:
+        """The choice at that batch."""
+        return self.choices[self.batch]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec lab search", description=__doc__ or "")
+    found = run_search(args)
+    result = make_result(args, found, started)
+    print_search(args, found, result)
+    if args.out is not None:
+        write_tree(args.out, tree_fields(args, found))
+        sys.stdout.write(f"{args.out}: give it as --tree {args.out}\n")
+    if args.adaptive is not None:
+        write_tree(args.adaptive, adaptive_fields(args, found))
+        sys.stdout.write(f"{args.adaptive}: give it as --tree {args.adaptive}\n")
+    if args.json is not None:
+        results.write_json(args.json, result)
+    return 0
+
+
+def run_search(args: Args) -> Searched:
+    """Returns the trees of all batches, those of the costs too, which make the frontier."""
+    grid, contexts = args.cost_grid
+    context = args.context or contexts[len(contexts) // 2]
+    others = [batch for batch in grid if batch not in args.batches and fits(args, batch, context)]
+    cells = [(batch, context) for batch in sorted([*args.batches, *others])]
+    search = args.search(cells)
+    costs = {batch: args.cost_at(batch, context) for batch, _ in cells}
+    choices = {batch: search.choose(cost) for batch, cost in costs.items()}
+    asked = [choices[batch].chosen for batch in args.batches]
+    by_latency = args.objective == "latency"
+    best = min(asked, key=lambda r: r.seconds_per_token if by_latency else -r.tokens_per_second.value)
+    return Searched(search, costs, choices, best.batch, frontier(choice.chosen for choice in choices.values()))
+
+
+def fits(args: Args, batch: int, context: int) -> bool:
+    """Returns whether a batch that was not asked for can be on the frontier: by the costs and the caches' memory."""
+    try:
+        args.limits.allow(args.cost_at(batch, context))
+    except ValueError:
+        return False
+    return True
+
+
+def tree_fields(args: Args, found: Searched) -> dict[str, Any]:
+    """Returns the fields of the tree file."""
+    chosen, plain = found.choice.chosen, found.choice.plain
+    return {
+        **chosen.row(),
+        "plain_tokens_per_second": plain.tokens_per_second.value,
+        "made_from": args.made_from(found.search) | {"objective": args.objective, "jaxspec": __version__},
+    }
+
+
+def adaptive_fields(args: Args, found: Searched) -> dict[str, Any]:
+    """Returns the fields of the adaptive tree's file."""
+    profile, _ = args.inputs
+    chosen, cost = found.choice.chosen, found.costs[found.batch]
+    tree = adaptive_tree(profile, cost, chosen, most_nodes=args.max_nodes, lookup=args.lookup)
+    made_from = args.made_from(found.search) | {"around": chosen.row(), "jaxspec": __version__}
+    return {**policy_fields(tree), "batch": found.batch, "context": chosen.context, "made_from": made_from}
+
+
+def make_result(args: Args, found: Searched, started: float) -> dict[str, Any]:
+    """Returns the verb's JSON."""
+    profile, costs = args.inputs
+    choice, cost = found.choice, found.costs[found.batch]
+    chosen = choice.chosen
+    shares = node_shares(found.search.reporting, chosen.shape)
+    return results.result(
+        "lab search",
+        dtype=str(costs.facts.get("dtype") or "fp32"),
+        seed=args.seed,
+        started=started,
+        tree=args.out,
+        adaptive_tree=args.adaptive,
+        **chosen.row(),
+        tau_choosing=float(found.search.candidates.tau_S[choice.index]),
+        measured_tokens_per_second=None,
+        plain_tokens_per_second=choice.plain.tokens_per_second.value,
+        speedup=chosen.tokens_per_second.value / choice.plain.tokens_per_second.value,
+        objective=args.objective,
+        frontier=[point.row() for point in found.frontier],
+        runner_up=choice.runner_up and choice.runner_up.row(),
+        shapes_tried=found.search.candidates.tried,
+        shapes_replayed=len(found.search.candidates.forest.shapes),
+        node_shares=[{"path": list(path), "share": share} for path, share in shares.items()],
+        accept_histogram=found.search.counts(chosen.shape).accepted_PA.sum(0),
+        edge_sensitivity=edges_of(found.search, chosen.shape),
+        sensitivity=found.search.sensitivity(cost, choice.index),
+        product_gap=product_gap(profile) if profile.facts.get("one_pass") else None,
+        made_from=args.made_from(found.search),
+    )
+
+
+def edges_of(search: Search, shape: Shape) -> list[dict[str, Any]]:
+    """Returns by how much tokens per round grow with each rate of the table, the greatest first."""
+    table = acceptance_table(search.reporting, given="kept", by_parent=False)
+    slope_DK = edge_sensitivity(table, shape)
+    rows = [
+        {"depth": d, "rank": r, "rate": float(table.rate_DK[d, r]), "slope": float(slope)}
+        for (d, r), slope in ((index, slope_DK[index]) for index in zip(*slope_DK.nonzero(), strict=True))
+    ]
+    return sorted(rows, key=lambda row: -row["slope"])
+
+
+def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
+    """Prints the chosen tree, its figures beside the runner-up's and plain decoding's, and what errors would change."""
+    choice = found.choice
+    chosen, plain = choice.chosen, choice.plain
+    where = f"batch {chosen.batch}, context {chosen.context}"
+    if chosen.shape:
+        sys.stdout.write(draw(chosen.shape, node_shares(found.search.reporting, chosen.shape)) + "\n")
+    else:
+        sys.stdout.write(f"no tree pays at {where}: plain decoding is fastest\n")
+    arms = {"chosen": chosen, "runner-up": choice.runner_up, "plain": plain}
+    rows = [figures(name, rated, plain) for name, rated in arms.items() if rated is not None]
+    columns = ["", "tree", "nodes", "depth", "tau", "tokens/s", "x plain", "ms a token"]
+    tables.print_table(f"Predicted at {where}", columns, rows)
+    if args.objective == "frontier" or len(args.batches) > 1:
+        rows = [figures(f"batch {p.batch}", p, found.choices[p.batch].plain) for p in found.frontier]
+        tables.print_table("Nothing beats these in both tokens/s and ms a token", columns, rows)
+    edges = [[e["depth"] + 1, e["rank"], e["rate"], e["slope"]] for e in result["edge_sensitivity"][:EDGES]]
+    if edges:
+        tables.print_table("Tokens a round by rate", ["level", "rank", "rate", "d tokens / d rate"], edges)
+    errors = [
+        [f"{e['error']} x {e['factor']:g}", e["predicted_tokens_per_second"], shorten(e["best_spec"]), e["lost"]]
+        for e in result["sensitivity"]
+    ]
+    tables.print_table("If it were off", ["error", "tokens/s", "best tree then", "lost"], errors)
+    of = result["made_from"]
+    if of["profile"]["simulated_texts"]:
+        sys.stdout.write("the profile holds rates alone: prompts are simulated, with independent draws\n")
+    models = [f"{of[part]['drafter']} for {of[part]['target']}" for part in ("profile", "costs")]
+    if models[0] != models[1]:
+        sys.stdout.write(f"acceptance is of {models[0]}, costs are of {models[1]}\n")
+    sys.stdout.write(
+        f"{result['shapes_tried']:,} shapes, {result['shapes_replayed']:,} replayed on {of['prompts_choosing']} "
+        f"prompts; figures are of {of['prompts_reporting']} others, intervals by resampling prompts; costs are "
+        f"{of['costs']['source']}\n"
+    )
+
+
+def figures(name: str, rated: Rated, plain: Rated) -> list[Any]:
+    """Returns a row of the printed table."""
+    speed = rated.tokens_per_second
+    ratio = speed.value / plain.tokens_per_second.value
+    return [
+        name,
+        shorten(rated.tree.spec),
+        rated.tree.nodes,
+        rated.tree.depth,
+        str(rated.tau),
+        f"{tables.four_digits(speed.value)} [{tables.four_digits(speed.low)}, {tables.four_digits(speed.high)}]",
+        ratio,
+        1e3 * rated.seconds_per_token,
+    ]
+
+
+def shorten(spec: str) -> str:
+    """Returns a tree's text, cut where it is long."""
+    return spec if len(spec) <= LONGEST else spec[: LONGEST - 3] + "..."
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

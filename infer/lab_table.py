@@ -1,0 +1,109 @@
+"""Find the best draft tree for every batch and context, as a table that a server can load."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxspec import __version__
+from jaxspec.console import cli, results, tables
+from jaxspec.lab.flags import SearchFlags, numbers
+from jaxspec.lab.search import Choice
+
+FORMAT = "jaxspec tree table 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(SearchFlags):
+    batches: str | None = None
+    """Batches, such as 1,2,4,8; default: those of the costs."""
+    contexts: str | None = None
+    """Committed tokens of a row, such as 512,2048; default: those of the costs."""
+    out: Path | None = None
+    """File for the table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batches", "contexts"):
+            if (text := getattr(self, name)) is not None:
+                numbers(f"--{name}", text)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec lab table", description=__doc__ or "")
+    table = make_table(args)
+    print_grid(table)
+    if args.out is not None:
+        results.write_json(args.out, table)
+        sys.stdout.write(f"{args.out}: trees by batch and context\n")
+    if args.json is not None:
+        dtype = str(args.inputs.costs.facts.get("dtype") or "fp32")
+        keys = {key: value for key, value in table.items() if key != "format"}
+        results.write_json(
+            args.json,
+            results.result("lab table", dtype=dtype, seed=args.seed, started=started, table=args.out, **keys),
+        )
+    return 0
+
+
+def make_table(args: Args) -> dict[str, Any]:
+    """Returns the table: a row for each batch and context, and the drafts' lengths where all trees are chains."""
+    known = args.cost_grid
+    batches = list(known[0]) if args.batches is None else numbers("--batches", args.batches)
+    contexts = list(known[1]) if args.contexts is None else numbers("--contexts", args.contexts)
+    cells = [(batch, context) for context in contexts for batch in batches]
+    search = args.search(cells)
+    rows = [make_row(search.choose(args.cost_at(*cell))) for cell in cells]
+    chains = all(row["nodes"] == row["depth"] + 1 for row in rows)
+    return {
+        "format": FORMAT,
+        "batches": batches,
+        "contexts": contexts,
+        "rows": rows,
+        "draft_len_schedule": schedules(rows) if chains else None,
+        "made_from": args.made_from(search) | {"jaxspec": __version__},
+    }
+
+
+def make_row(choice: Choice) -> dict[str, Any]:
+    """Returns a row of the table."""
+    plain = choice.plain.tokens_per_second.value
+    speedup = choice.chosen.tokens_per_second.value / plain
+    return {**choice.chosen.row(), "plain_tokens_per_second": plain, "speedup": speedup}
+
+
+def schedules(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Returns by context the draft's length for batches up to each key, longest batches of one length alone."""
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        mine = found.setdefault(str(row["context"]), {})
+        if mine and list(mine.values())[-1] == row["depth"]:
+            mine.popitem()
+        mine[str(row["batch"])] = row["depth"]
+    return found
+
+
+def print_grid(table: dict[str, Any]) -> None:
+    """Prints nodes and depth of each cell with its speed-up, contexts down and batches across, then the trees."""
+    cells = {(row["batch"], row["context"]): row for row in table["rows"]}
+    columns = ["context", *(f"batch {batch}" for batch in table["batches"])]
+    grid = [[c, *(cell_text(cells[batch, c]) for batch in table["batches"])] for c in table["contexts"]]
+    tables.print_table("Nodes x depth of the best tree, and tokens/s over plain decoding", columns, grid)
+    specs = dict.fromkeys(row["spec"] for row in table["rows"])
+    for spec in specs:
+        row = next(row for row in table["rows"] if row["spec"] == spec)
+        sys.stdout.write(f"{row['nodes']}x{row['depth']}: {spec}\n")
+
+
+def cell_text(row: dict[str, Any]) -> str:
+    """Returns a cell of the grid."""
+    return "plain" if row["nodes"] == 1 else f"{row['nodes']}x{row['depth']}, {row['speedup']:.2f}x"
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,113 @@
+"""Trees to try with a drafter on this machine: its acceptance on texts at hand, costs by the clock, and the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxspec.base import TreePolicy
+from jaxspec.lab.candidates import Limits
+from jaxspec.lab.cost_model import RoundCost, round_cost
+from jaxspec.lab.costs import CostTable
+from jaxspec.lab.making import joined
+from jaxspec.lab.measured import RoundBench
+from jaxspec.lab.policy import adaptive_tree
+from jaxspec.lab.pricing import rows_of
+from jaxspec.lab.profile import Profile
+from jaxspec.lab.ranks import Text, batches, rank_texts, read_target
+from jaxspec.lab.reading import summarize
+from jaxspec.lab.round_parts import Grid, with_reference
+from jaxspec.lab.search import Choice, Search
+from jaxspec.serving.loading import Models
+from jaxspec.trees import AdaptiveTree, policy_fields, write_tree
+
+DEPTH, RANKS, LOOKUP = 8, 8, 15
+"""Depth and ranks of the profile, and tokens of the looked-up branch."""
+NODES, WIDTHS = (1, 2, 4, 8, 16), (1, 2, 4)
+"""Sizes that are timed: on a CPU each verified node costs."""
+REPEATS = 5
+
+
+class TreesHere(NamedTuple):
+    """Trees worth measuring, and the search behind them."""
+
+    trees: dict[str, TreePolicy]
+    """By name: the best fixed one, its runner-up, the adaptive trees around it without and with looked-up tokens."""
+    choice: Choice
+    cost: RoundCost
+
+    @property
+    def told(self) -> str:
+        """A sentence about what is predicted."""
+        chosen, plain = self.choice.chosen, self.choice.plain
+        return (
+            f"tree lab: {chosen.tree.spec} is predicted to write {chosen.tokens_per_second.value:,.0f} tokens/s at a "
+            f"tau of {chosen.tau.value:.2f}, plain decoding {plain.tokens_per_second.value:,.0f}"
+        )
+
+
+def trees_here(
+    models: Models, texts: Sequence[Text], *, seed: int = 0, tell: Callable[[str], None] = lambda status: None
+) -> TreesHere:
+    """Returns the trees to try for the drafter of `models`, one row at a time, in texts such as these.
+
+    `texts` are the target's own greedy answers, two at least. Raises ValueError for fewer.
+    """
+    texts = [text for text in texts if text.starts > 0]
+    tell("acceptance")
+    profile = summarize(text_profile(models, texts))
+    tell("costs")
+    context = max(1, int(np.median([text.length for text in texts])))
+    cost = round_cost(costs_here(models, context, tell), 1, context)
+    tell("search")
+    search = Search(profile, [cost], Limits(max(NODES), profile.rank_TD.shape[1]), seed=seed)
+    choice = search.choose(cost)
+    fixed = [rated.tree for rated in (choice.chosen, choice.runner_up) if rated is not None]
+    adaptive = [
+        adaptive_tree(profile, cost, choice.chosen, most_nodes=max(NODES), lookup=lookup) for lookup in (None, LOOKUP)
+    ]
+    return TreesHere({tree.spec: tree for tree in (*fixed, *adaptive)}, choice, cost)
+
+
+def text_profile(models: Models, texts: Sequence[Text]) -> Profile:
+    """Returns the profile of the drafter of `models` over greedy texts."""
+    drafter = models.engine.drafter
+    assert drafter is not None
+    depth = min(DEPTH, drafter.deepest or DEPTH)
+    found = {}
+    for group in batches(texts):
+        some = [texts[i] for i in group]
+        parts = rank_texts(models, some, read_target(models, some), depth=depth, ranks=RANKS)
+        found |= dict(zip(group, parts, strict=True))
+    prompt_T = np.repeat(np.arange(len(texts), dtype=np.int32), [text.starts for text in texts])
+    facts = {"kind": "ranks", "ranks": RANKS, "depth": depth, "temperature": 0.0, "one_pass": drafter.one_pass}
+    return Profile(prompt_T, *joined(found, len(texts)), sources=("",) * len(texts), facts=facts)
+
+
+def costs_here(models: Models, context: int, tell: Callable[[str], None]) -> CostTable:
+    """Returns what a round of one row costs on this machine behind so many committed tokens."""
+    timed = with_reference(models)
+    bench = RoundBench(timed, Grid(NODES, WIDTHS, (1,), (context,)))
+    parts = bench.measure(1, context, repeats=REPEATS, tell=tell).parts
+    device = jax.devices()[0].device_kind
+    rows = rows_of(parts, timed.engine, "measured", device).rows
+    one_pass = timed.engine.drafter is not None and timed.engine.drafter.one_pass
+    return CostTable(tuple(rows), {"source": "measured", "device": device, "one_pass": one_pass})
+
+
+def keep_tree(path: Path, trees: Mapping[str, TreePolicy], speeds: Mapping[str, float], fastest: str) -> str:
+    """Returns the text of the tree that a drafter's folder keeps: the fastest, or the fastest that is fixed.
+
+    An adaptive tree is more than a text: it is written to the tree file `path`, which is removed where none is fastest.
+    """
+    tree = trees[fastest]
+    if not isinstance(tree, AdaptiveTree):
+        path.unlink(missing_ok=True)
+        return fastest
+    write_tree(path, policy_fields(tree))
+    fixed = [name for name, other in trees.items() if not isinstance(other, AdaptiveTree)]
+    return max(fixed, key=lambda name: speeds[name], default="none")

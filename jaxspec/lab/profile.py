@@ -1,0 +1,115 @@
+"""Acceptance profiles: the ranks that a target's own text has among the tokens that a drafter would draft.
+
+Under the rule `target-draw` with the likeliest children, a target's text is one fixed path whatever drafts for it. A
+profile holds, for every place of such texts and every depth below it, the rank of the text's token among the drafted
+ones, after the drafter has fed itself along the text. What any static tree would have had accepted is a look-up there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxspec.console.disk import writing
+
+MISSED = -1
+"""Rank of a token that is not among the `K` likeliest children."""
+BEYOND = -2
+"""Rank at a depth behind the end of the text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Ranks and draft log-probabilities along texts; axes: start `T`, depth `D` from 1 on, rank `K`, prompt `P`.
+
+    Start `t` is a place whose token is the root: the last one emitted. Starts of a prompt are consecutive, from the
+    answer's first token to its last but one. Raises ValueError for arrays that do not go together.
+    """
+
+    prompt_T: np.ndarray
+    """Index of the prompt that each start belongs to, not falling; int32."""
+    rank_TD: np.ndarray
+    """Rank from 0 of the text's token at each depth among its parent's children, `MISSED` or `BEYOND`; int16."""
+    logp_TD: np.ndarray
+    """Draft log-probability of that token given the text before it; NaN where the text has ended; float32."""
+    top_TDK: np.ndarray
+    """Log-probabilities of the `K` likeliest children there, falling along `K`; NaN where the text has ended; float16.
+    `D` may be 0: not kept."""
+    entropy_TD: np.ndarray
+    """Entropy of the draft distribution there, in nats; NaN where the text has ended; float16."""
+    sources: tuple[str, ...]
+    """Source of each prompt, `P` in all."""
+    facts: dict[str, Any]
+    """How it was made: `temperature`, `mode`, `rule`, `one_pass`, `target`, `drafter`, `prompts` (names), `hashes`,
+    `ranks` (`K`), `kind` ("ranks" or "rates") and whatever else a reader needs; JSON."""
+
+    def __post_init__(self) -> None:
+        starts, depths = self.rank_TD.shape
+        if not (self.prompt_T.shape == (starts,) and self.logp_TD.shape == self.entropy_TD.shape == (starts, depths)):
+            raise ValueError(
+                f"a profile of {starts} starts and {depths} depths holds arrays of other sizes: make it anew"
+            )
+        if starts and not 0 <= self.prompt_T.min() <= self.prompt_T.max() < len(self.sources):
+            raise ValueError(f"a profile names prompts that its {len(self.sources)} sources do not have: make it anew")
+        if np.any(np.diff(self.prompt_T) < 0):
+            raise ValueError("a profile's starts are not in the order of their prompts: make it anew")
+
+    @property
+    def ranks(self) -> int:
+        """Children of a node whose ranks are known, `K`."""
+        return int(self.facts["ranks"])
+
+    @property
+    def replayable(self) -> bool:
+        """Returns whether it holds texts; a profile of `kind` "rates" holds acceptance by depth and rank alone, as
+        `rates_DK` with intervals `lows_DK`, `highs_DK` and counts `tries_DK` among its facts."""
+        return self.facts.get("kind") != "rates"
+
+    def of(self, prompts: np.ndarray) -> Profile:
+        """Returns the profile of these prompts alone, in their order; `prompts` are indices, none twice."""
+        places = [np.flatnonzero(self.prompt_T == p) for p in prompts]
+        at = np.concatenate(places) if places else np.zeros(0, np.int64)
+        return dataclasses.replace(
+            self,
+            prompt_T=np.repeat(np.arange(len(prompts), dtype=np.int32), [len(p) for p in places]),
+            rank_TD=self.rank_TD[at],
+            logp_TD=self.logp_TD[at],
+            top_TDK=self.top_TDK[at],
+            entropy_TD=self.entropy_TD[at],
+            sources=tuple(self.sources[p] for p in prompts),
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes one compressed `.npz` file with the facts as JSON among the arrays."""
+        text = json.dumps({"format": FORMAT, "sources": self.sources, **self.facts})
+        arrays = {n: getattr(self, n) for n in ARRAYS}
+        with writing(path), path.open("wb") as file:
+            np.savez_compressed(file, facts=np.frombuffer(text.encode(), np.uint8), **arrays)
+
+
+ARRAYS = ("prompt_T", "rank_TD", "logp_TD", "top_TDK", "entropy_TD")
+FORMAT = "jaxspec profile 1"
+DAMAGED = (KeyError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""Errors of a file that is cut short, damaged or something else; a cut `.npz` may look like a pickle."""
+
+
+def load_profile(path: Path) -> Profile:
+    """Returns the profile of a file. Raises ValueError where it is none, or damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+            facts = json.loads(bytes(found["facts"]))
+            arrays = {name: found[name] for name in ARRAYS}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such profile; make one with `jaxspec lab profile`") from None
+    except (*DAMAGED, OSError) as error:
+        raise ValueError(f"{path}: is no acceptance profile ({error}); make one with `jaxspec lab profile`") from error
+    known = isinstance(facts, dict) and facts.pop("format", None) == FORMAT
+    if not known or not isinstance(facts.get("ranks"), int) or not isinstance(facts.get("sources"), list):
+        raise ValueError(f"{path}: is no acceptance profile of this version; make one with `jaxspec lab profile`")
+    return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts)

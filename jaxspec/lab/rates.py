@@ -1,0 +1,109 @@
+"""Acceptance by depth and rank of a profile, with intervals over prompts, and tau of a tree by its plainest replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxspec.evaluation.statistics import CONFIDENCE, Counts, resamples
+from jaxspec.lab.profile import BEYOND, Profile
+
+Path = tuple[int, ...]
+"""A node of a tree: the ranks from the root's child down to it."""
+
+
+class Rates(NamedTuple):
+    """Probability that the child of rank `K` of a node at depth `D - 1` is accepted once the node is; `D` from 1 on.
+
+    NaN where nothing was tried.
+    """
+
+    rate_DK: np.ndarray
+    low_DK: np.ndarray
+    """Ends of the percentile bootstrap interval over prompts."""
+    high_DK: np.ndarray
+    tries_DK: np.ndarray
+    """Places that the rate is the mean over."""
+
+
+def measure_rates(profile: Profile) -> Rates:
+    """Returns the rates of a profile: means over all places of its texts, or those that it was made with.
+
+    A mean over places is not one over rounds, which stand closer where the text is hard: for tau replay a tree.
+    """
+    if not profile.replayable:
+        names = ("rates_DK", "lows_DK", "highs_DK", "tries_DK")
+        return Rates(*(np.array(profile.facts[name], np.float64) for name in names))  # null becomes NaN
+    return rates_of(*count_hits(profile))
+
+
+def count_hits(profile: Profile) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each prompt's hits of every rank, `[P, D, K]`, and its places that have a depth at all, `[P, D, 1]`."""
+    prompts, (_, depths) = len(profile.sources), profile.rank_TD.shape
+    hits_PDK = np.zeros((prompts, depths, profile.ranks))
+    tries_PD1 = np.zeros((prompts, depths, 1))
+    for d, rank_T in enumerate(profile.rank_TD.T):
+        there = rank_T >= 0
+        np.add.at(hits_PDK[:, d], (profile.prompt_T[there], rank_T[there]), 1)
+        tries_PD1[:, d, 0] = np.bincount(profile.prompt_T[rank_T != BEYOND], minlength=prompts)
+    return hits_PDK, tries_PD1
+
+
+def rates_of(hits_PDK: np.ndarray, tries_PDK: np.ndarray) -> Rates:
+    """Returns the pooled rates of some prompts, and their intervals over resampled prompts."""
+    tries_PDK = np.broadcast_to(tries_PDK, hits_PDK.shape)
+    pooled, tries_DK = _share(hits_PDK.sum(0), tries_PDK.sum(0)), tries_PDK.sum(0)
+    weights = resamples(len(hits_PDK))
+    # A depth at a time: all resamples of all cells at once would be large.
+    drawn = [
+        _share(weights @ hits_PDK[:, d].astype(np.float64), weights @ tries_PDK[:, d].astype(np.float64))
+        for d in range(hits_PDK.shape[1])
+    ]
+    ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = np.stack([_quantiles(x, ends) for x in drawn], axis=1)
+    return Rates(pooled, low, high, tries_DK.astype(np.int64))
+
+
+def _share(hits: np.ndarray, tries: np.ndarray) -> np.ndarray:
+    return np.divide(hits, tries, out=np.full(hits.shape, np.nan), where=tries > 0)
+
+
+def _quantiles(x_SK: np.ndarray, ends: Sequence[float]) -> np.ndarray:
+    """Returns quantiles over the samples that have a value, NaN where none has one."""
+    found = np.full((len(ends), x_SK.shape[1]), np.nan)
+    for k, x_S in enumerate(x_SK.T):
+        some_S = x_S[np.isfinite(x_S)]
+        if some_S.size:
+            found[:, k] = np.quantile(some_S, ends)
+    return found
+
+
+def replay_paths(profile: Profile, paths: Sequence[Path]) -> Counts:
+    """Returns tokens and calls of every prompt when a static tree of these paths drafts along its text.
+
+    The plain loop: a round accepts the longest path of the text's ranks that is a node. Raises ValueError for a profile
+    without texts.
+    """
+    if not profile.replayable:
+        raise ValueError("the profile holds rates alone, and no texts to replay: estimate tau from its rates")
+    nodes, prompts = set(paths), len(profile.sources)
+    deepest = max(map(len, paths), default=0)
+    accepted_PA = np.zeros((prompts, deepest + 1), np.int64)
+    tokens_P = np.bincount(profile.prompt_T, minlength=prompts)
+    for prompt, rank_TD in enumerate(_of_prompts(profile)):
+        at, ranks = 0, rank_TD[:, :deepest].tolist()
+        while at < len(ranks):
+            accepted = 0
+            while accepted < len(ranks[at]) and tuple(ranks[at][: accepted + 1]) in nodes:
+                accepted += 1
+            accepted_PA[prompt, accepted] += 1
+            at += 1 + accepted
+    return Counts(tokens_P, accepted_PA.sum(axis=1), accepted_PA)
+
+
+def _of_prompts(profile: Profile) -> list[np.ndarray]:
+    """Returns the ranks of every prompt's starts."""
+    ends = np.cumsum(np.bincount(profile.prompt_T, minlength=len(profile.sources)))
+    return np.split(profile.rank_TD, ends[:-1])

@@ -1,0 +1,200 @@
+"""The search for the tree of the most tokens per second, by replay on a profile and a cost model.
+
+Shapes are chosen on one half of the prompts and reported on the other, so that the best of thousands is not believed
+for its luck. Plain decoding is always among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec.evaluation.statistics import Counts, Interval, ratio_interval, tau_interval
+from jaxspec.lab.candidates import MOST_SHAPES, Limits, ReplayedShapes, find_candidates
+from jaxspec.lab.cost_model import RoundCost
+from jaxspec.lab.forest import Shape, make_forest
+from jaxspec.lab.profile import Profile
+from jaxspec.lab.replay import replay
+from jaxspec.trees import StaticTree
+
+NEAR = 0.99
+"""Least share of the best rate at which a smaller tree is taken, where the prompts cannot tell the two apart."""
+ERROR = 0.1
+"""Relative error of acceptance and costs that a choice is tried against."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rated:
+    """A tree with what it makes of a batch and context."""
+
+    shape: Shape
+    batch: int
+    context: int
+    tau: Interval
+    """Tokens per target call on the reporting prompts."""
+    round_seconds: float
+
+    @property
+    def tree(self) -> StaticTree:
+        """The tree as decoding takes it."""
+        return StaticTree(self.shape)
+
+    @property
+    def tokens_per_second(self) -> Interval:
+        """Tokens of all rows a second, with tau's interval."""
+        return Interval(*(self.batch * t / self.round_seconds for t in self.tau))
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Seconds that one row waits for a token."""
+        return self.round_seconds / self.tau.value
+
+    def row(self) -> dict[str, Any]:
+        """Returns the tree and its figures as JSON's types."""
+        speed = self.tokens_per_second
+        return {
+            "spec": self.tree.spec,
+            "nodes": self.tree.nodes,
+            "depth": self.tree.depth,
+            "batch": self.batch,
+            "context": self.context,
+            "expected_tau": self.tau.value,
+            "tau_low": self.tau.low,
+            "tau_high": self.tau.high,
+            "predicted_tokens_per_second": speed.value,
+            "predicted_tokens_per_second_low": speed.low,
+            "predicted_tokens_per_second_high": speed.high,
+            "seconds_per_token": self.seconds_per_token,
+            "round_seconds": self.round_seconds,
+        }
+
+
+class Choice(NamedTuple):
+    """The tree chosen for a batch and context."""
+
+    chosen: Rated
+    runner_up: Rated | None
+    """The next best shape; None where nothing else fits."""
+    plain: Rated
+    index: int
+    """Place of the chosen shape among the candidates."""
+
+
+def split_prompts(profile: Profile, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the prompts that choose and those that report: halves of every source, drawn at random.
+
+    Raises ValueError for a profile of one prompt.
+    """
+    if len(profile.sources) < 2:
+        raise ValueError("a profile of one prompt cannot both choose a tree and report on it: profile more prompts")
+    rng, halves = np.random.default_rng(seed), ([], [])
+    turn = 0
+    for source in dict.fromkeys(profile.sources):
+        mine = rng.permutation([p for p, s in enumerate(profile.sources) if s == source])
+        for prompt in mine:  # in turns over all sources, so that halves differ by one prompt at most
+            halves[turn % 2].append(int(prompt))
+            turn += 1
+    return np.sort(halves[0]), np.sort(halves[1])
+
+
+class Search:
+    """ReplayedShapes replayed on one half of a profile's prompts, and reports on the other half.
+
+    `costs` are all that the search is asked about later; shapes are drawn for them. Raises ValueError for a profile
+    that cannot be replayed, of one prompt, or without text.
+    """
+
+    def __init__(
+        self, profile: Profile, costs: Sequence[RoundCost], limits: Limits, *, most: int = MOST_SHAPES, seed: int = 0
+    ) -> None:
+        choosing, reporting = split_prompts(profile, seed)
+        self.limits = limits
+        self.candidates: ReplayedShapes = find_candidates(profile.of(choosing), costs, limits, most=most)
+        self.reporting = profile.of(reporting)
+        self.counts = functools.cache(functools.partial(replay, self.reporting))
+
+    def choose(self, cost: RoundCost) -> Choice:
+        """Returns the tree for a batch and context: the fastest, or the smallest that prompts cannot tell from it.
+
+        Where the reporting prompts find it slower than plain decoding, plain decoding is chosen.
+        """
+        rate_S = self.candidates.rates(cost, self.limits)
+        index = pick(self.candidates, rate_S)
+        shapes = self.candidates.forest.shapes
+        plain, chosen = self.rate((), cost), self.rate(shapes[index], cost)
+        order = [int(i) for i in np.argsort(-rate_S, kind="stable")[:2] if rate_S[i] > 0]
+        if chosen.tokens_per_second.value < plain.tokens_per_second.value:
+            order, index, chosen = [index], 0, plain
+        other = next((i for i in order if i != index), None)
+        return Choice(chosen, None if other is None else self.rate(shapes[other], cost), plain, index)
+
+    def rate(self, shape: Shape, cost: RoundCost) -> Rated:
+        """Returns any tree's figures on the reporting prompts. Raises ValueError beyond the profile or the costs."""
+        forest = make_forest([shape])
+        seconds = float(cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
+        return Rated(shape, cost.batch, cost.context, tau_interval(self.counts(shape)), seconds)
+
+    def sensitivity(self, cost: RoundCost, index: int) -> list[dict[str, Any]]:
+        """Returns how the choice changes where acceptance or a part of the cost is off by `ERROR`.
+
+        A row names the error, the tree that would be best then, and the share of its rate that the chosen tree loses.
+        """
+        return [self._under(name, factor, cost, index) for name in ERRORS for factor in (1 - ERROR, 1 + ERROR)]
+
+    def _under(self, name: str, factor: float, cost: RoundCost, index: int) -> dict[str, Any]:
+        found, forest = self.candidates, self.candidates.forest
+        rate_S = found.rates(cost if name == "acceptance" else cost.scaled(**{name: factor}), self.limits)
+        if name == "acceptance":
+            # Replay holds what happened; a table says by how much it would be more or less.
+            rate_S = rate_S * forest.sums(found.table.scaled(factor).values(forest))
+            rate_S = rate_S / forest.sums(found.table.values(forest))
+        best = int(rate_S.argmax())
+        tree = StaticTree(forest.shapes[best])
+        return {
+            "error": name,
+            "factor": factor,
+            "predicted_tokens_per_second": float(rate_S[index]),
+            "best_spec": tree.spec,
+            "best_nodes": tree.nodes,
+            "best_tokens_per_second": float(rate_S[best]),
+            "lost": float(1 - rate_S[index] / rate_S[best]),
+        }
+
+
+ERRORS = ("acceptance", "target", "draft", "other")
+"""Errors that a choice is tried against: of the rates, and of the parts of a round's cost."""
+
+
+def pick(found: ReplayedShapes, rate_S: np.ndarray) -> int:
+    """Returns the shape of the highest rate or, of those near it that the prompts cannot tell from it, the smallest.
+
+    Near is `NEAR` of the rate; told apart are rates whose paired interval over resampled prompts leaves out 1. Ties go
+    to fewer nodes, then to fewer levels.
+    """
+    nodes_S, depth_S = found.forest.nodes_S, found.forest.depth_S
+    best = int(np.lexsort((depth_S, nodes_S, -rate_S))[0])
+    near = np.flatnonzero((rate_S >= NEAR * rate_S[best]) & (nodes_S < nodes_S[best]))
+    for index in near[np.lexsort((-rate_S[near], nodes_S[near]))]:
+        # Rate over tau is what the cost makes of a call, without error over prompts.
+        per_tau = (rate_S[index] / found.tau_S[index]) / (rate_S[best] / found.tau_S[best])
+        if ratio_interval(_counts(found, int(index)), _counts(found, best)).high * per_tau >= 1:
+            return int(index)
+    return best
+
+
+def _counts(found: ReplayedShapes, index: int) -> Counts:
+    return Counts(found.tokens_P, found.calls_SP[index], np.zeros((len(found.tokens_P), 0)))
+
+
+def frontier(points: Iterable[Rated]) -> list[Rated]:
+    """Returns the points that no other beats in both tokens per second and seconds per token, by batch."""
+    ordered = sorted(points, key=lambda p: (p.seconds_per_token, -p.tokens_per_second.value))
+    kept: list[Rated] = []
+    for point in ordered:
+        if not kept or point.tokens_per_second.value > kept[-1].tokens_per_second.value:
+            kept.append(point)
+    return kept
