@@ -136,7 +136,7 @@ def adaptive_fields(args: Args, found: Searched) -> dict[str, Any]:
     """Returns the fields of the adaptive tree's file."""
     profile, _ = args.inputs
     chosen, cost = found.choice.chosen, found.costs[found.batch]
-    tree = adaptive_tree(profile, cost, chosen, most_nodes=args.max_nodes, lookup=args.lookup)
+    tree = adaptive_tree(profile, cost, found.choice, most_nodes=args.max_nodes, lookup=args.lookup)
     made_from = args.made_from(found.search) | {"around": chosen.row(), "jaxspec": __version__}
     return {**policy_fields(tree), "batch": found.batch, "context": chosen.context, "made_from": made_from}
 

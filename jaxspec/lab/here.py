@@ -67,9 +67,7 @@ def trees_here(
     search = Search(profile, [cost], Limits(max(NODES), profile.rank_TD.shape[1]), seed=seed)
     choice = search.choose(cost)
     fixed = [rated.tree for rated in (choice.chosen, choice.runner_up) if rated is not None]
-    adaptive = [
-        adaptive_tree(profile, cost, choice.chosen, most_nodes=max(NODES), lookup=lookup) for lookup in (None, LOOKUP)
-    ]
+    adaptive = [adaptive_tree(profile, cost, choice, most_nodes=max(NODES), lookup=lookup) for lookup in (None, LOOKUP)]
     return TreesHere({tree.spec: tree for tree in (*fixed, *adaptive)}, choice, cost)
 
 

@@ -8,29 +8,32 @@ import numpy as np
 
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.profile import BEYOND, Profile
-from jaxspec.lab.search import Rated
+from jaxspec.lab.search import Choice
 from jaxspec.trees import AdaptiveTree, DynamicTree
 from jaxspec.trees.lookup import LookupBranch
 
-DEEPER = 2
-"""Levels that an adaptive tree may draft beyond the best fixed one: it stops by itself where they do not pay."""
+DEEPER, DEEPEST_AT_LEAST, BEAM_AT_LEAST = 2, 4, 2
+"""Levels that an adaptive tree may draft beyond the best fixed one, and the least depth and beam: it stops by itself
+where they do not pay, and where no fixed tree pays, some places do."""
 POINTS = 33
 """Points of a calibration curve in the decode program."""
 
 
 def adaptive_tree(
-    profile: Profile, cost: RoundCost, chosen: Rated, *, most_nodes: int, lookup: int | None = None
+    profile: Profile, cost: RoundCost, choice: Choice, *, most_nodes: int, lookup: int | None = None
 ) -> AdaptiveTree:
-    """Returns the adaptive tree around the best fixed one.
+    """Returns the adaptive tree around the best fixed one, or its runner-up where that is plain decoding.
 
-    Its beam is the widest level of `chosen`, a node's children at least, and it may go `DEEPER`. Budgets are 1, 2, 4 ..
-    up to `most_nodes` nodes. With `lookup` it has a looked-up branch of so many tokens. Raises ValueError where the
-    costs do not know its sizes, or no level is left to draft and nothing is looked up.
+    Its beam is the widest level of that tree, a node's children at least, and it may go `DEEPER`. Budgets are 1, 2, 4
+    and so on up to `most_nodes` nodes. With `lookup` it has a looked-up branch of so many tokens. Raises ValueError
+    where the costs do not know its sizes.
     """
     known = min(most_nodes, cost.most_nodes)
-    beam = max((max(path) + 1 for path in chosen.shape), default=1)
-    beam = min(max(beam, *(np.bincount([len(p) for p in chosen.shape] or [0]).tolist())), profile.ranks)
-    depth = min(max(map(len, chosen.shape), default=0) + DEEPER, profile.rank_TD.shape[1])
+    shape = choice.chosen.shape or (choice.runner_up.shape if choice.runner_up else ())
+    branches = max((max(path) + 1 for path in shape), default=1)
+    widest = max(np.bincount([len(path) for path in shape] or [0]).tolist())
+    beam = min(max(branches, widest, BEAM_AT_LEAST), profile.ranks)
+    depth = min(max(max(map(len, shape), default=0) + DEEPER, DEEPEST_AT_LEAST), profile.rank_TD.shape[1])
     # The path that is read is the deepest there may be, whatever was accepted.
     deepest = max(depth, lookup or 0)
     if deepest + 1 >= len(cost.extend_P) or beam >= len(cost.level_W):
@@ -46,7 +49,7 @@ def adaptive_tree(
         tuple(float(cost.verify_N[n]) for n in budgets),
         level_seconds=0.0 if cost.one_pass else float(cost.level_W[beam]),
         fixed_seconds=float(cost.extend_P[deepest + 1]) + cost.rest,
-        rate=chosen.tokens_per_second.value / chosen.batch,
+        rate=choice.chosen.tokens_per_second.value / cost.batch,
         calibration=tuple(_curve(depth) for depth in profile.facts.get("calibration") or ()),
         reach=reach(profile, beam),
         lookup=None if lookup is None else LookupBranch(lookup),

@@ -89,6 +89,17 @@ def test_an_adaptive_tree_around_the_best_one_is_a_file_that_trees_are_read_from
         parse_tree(str(out))
 
 
+def test_where_no_fixed_tree_pays_an_adaptive_one_may_still_draft(tmp_path, capsys):
+    simulate(np.full((4, 3), 0.02), prompts=8, tokens=60, seed=0).save(tmp_path / "profile.npz")
+    cost_table().save(tmp_path / "costs.json")
+    flags = ["--profile", str(tmp_path / "profile.npz"), "--cost", str(tmp_path / "costs.json")]
+    result = run("search", flags, tmp_path, "--max-nodes", "8", "--adaptive", str(tmp_path / "adaptive.json"))
+    assert result["spec"] == "none"
+    tree = parse_tree(str(tmp_path / "adaptive.json"))
+    assert isinstance(tree, AdaptiveTree) and tree.base is not None
+    assert tree.base.depth >= 3 and tree.base.beam >= 2 and tree.budgets == (1, 2, 4, 8)
+
+
 def test_a_lookup_without_an_adaptive_tree_is_wrong_usage(files, capsys):
     with pytest.raises(SystemExit, match=str(EXIT_USAGE)):
         main(["lab", "search", *files, "--lookup", "3"])
