@@ -1,4 +1,4 @@
-"""Acceptance by depth and rank of a profile, with intervals over prompts, and tau of a tree by its plainest replay."""
+"""Acceptance by depth and rank of a profile, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxspec.evaluation.statistics import CONFIDENCE, Counts, resamples
+from jaxspec.evaluation.statistics import CONFIDENCE, resamples
 from jaxspec.lab.profile import BEYOND, Profile
-
-Path = tuple[int, ...]
-"""A node of a tree: the ranks from the root's child down to it."""
 
 
 class Rates(NamedTuple):
@@ -78,32 +75,3 @@ def _quantiles(x_SK: np.ndarray, ends: Sequence[float]) -> np.ndarray:
         if some_S.size:
             found[:, k] = np.quantile(some_S, ends)
     return found
-
-
-def replay_paths(profile: Profile, paths: Sequence[Path]) -> Counts:
-    """Returns tokens and calls of every prompt when a static tree of these paths drafts along its text.
-
-    The plain loop: a round accepts the longest path of the text's ranks that is a node. Raises ValueError for a profile
-    without texts.
-    """
-    if not profile.replayable:
-        raise ValueError("the profile holds rates alone, and no texts to replay: estimate tau from its rates")
-    nodes, prompts = set(paths), len(profile.sources)
-    deepest = max(map(len, paths), default=0)
-    accepted_PA = np.zeros((prompts, deepest + 1), np.int64)
-    tokens_P = np.bincount(profile.prompt_T, minlength=prompts)
-    for prompt, rank_TD in enumerate(_of_prompts(profile)):
-        at, ranks = 0, rank_TD[:, :deepest].tolist()
-        while at < len(ranks):
-            accepted = 0
-            while accepted < len(ranks[at]) and tuple(ranks[at][: accepted + 1]) in nodes:
-                accepted += 1
-            accepted_PA[prompt, accepted] += 1
-            at += 1 + accepted
-    return Counts(tokens_P, accepted_PA.sum(axis=1), accepted_PA)
-
-
-def _of_prompts(profile: Profile) -> list[np.ndarray]:
-    """Returns the ranks of every prompt's starts."""
-    ends = np.cumsum(np.bincount(profile.prompt_T, minlength=len(profile.sources)))
-    return np.split(profile.rank_TD, ends[:-1])

@@ -14,7 +14,8 @@ from jaxspec.evaluation.comparison import EVERY, groups
 from jaxspec.evaluation.statistics import CONFIDENCE, Counts, Interval, tau_interval
 from jaxspec.lab.calibration import calibrate, mean_error
 from jaxspec.lab.profile import Profile
-from jaxspec.lab.rates import Rates, measure_rates, replay_paths
+from jaxspec.lab.rates import Rates, measure_rates
+from jaxspec.lab.replay import replay
 
 CHAINS = (3, 5)
 """Depths of the chains whose tau is replayed."""
@@ -52,7 +53,7 @@ def _by_source(profile: Profile) -> Iterator[tuple[str, dict[str, Any]]]:
 def tau_of(profile: Profile, depth: int) -> Interval:
     """Returns tau of a chain, with its interval over prompts; of a chain as deep as the profile where that is less."""
     deepest = min(depth, profile.rank_TD.shape[1])
-    return tau_interval(replay_paths(profile, [(0,) * d for d in range(1, deepest + 1)]))
+    return tau_interval(replay(profile, tuple((0,) * d for d in range(1, deepest + 1))))
 
 
 def logged_tau(profile: Profile) -> Interval:

@@ -199,13 +199,8 @@ class AdaptiveTree:
         pays: Callable[[Front, int], Array],
     ) -> tuple[Candidates, Array]:
         """Returns the candidates of the levels that pay, and the number of these levels."""
-        beam, batch = base.beam, len(root_logits_BV)
-        found = self._calibrated(choose(root_logits_BV[:, None], beam, ROOT), 1)
-        token, score, bound = (x[:, 0] for x in found[:3])
-        nowhere = jnp.full((batch, beam), ROOT)
-        pool = [Candidates(token, score, bound, nowhere)]
-        itself = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
-        front = Front(token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam)), nowhere, itself)
+        first, front = base.begin(self._calibrated(choose(root_logits_BV[:, None], base.beam, ROOT), 1))
+        pool = [first]
         going, levels = jnp.bool_(True), jnp.int32(1)
         for d in range(1, base.depth):
             going &= pays(front, d + 1)

@@ -85,13 +85,10 @@ class DynamicTree:
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
         """Expands `depth` levels, then reranks all candidates and keeps the best `nodes - 1` (EAGLE-2)."""
-        beam, batch = self.beam, root_token_B.shape[0]
+        beam = self.beam
         found = choose(root_logits_BV[:, None], beam, ROOT)
-        token, score, bound = (x[:, 0] for x in found[:3])
-        nowhere = jnp.full((batch, beam), ROOT)
-        pool, families, slots = [Candidates(token, score, bound, nowhere)], [found], []
-        itself = jnp.broadcast_to(jnp.eye(beam, dtype=bool), (batch, beam, beam))
-        front = Front(token, score, jnp.broadcast_to(jnp.arange(beam), (batch, beam)), nowhere, itself)
+        first, front = self.begin(found)
+        pool, families, slots = [first], [found], []
         for d in range(1, self.depth):
             slots.append(front.candidate_BW)
             frontier = Frontier(front.token_BW, front.parent_slot_BW, front.visible_BWM, d, beam * (d - 1))
@@ -102,6 +99,14 @@ class DynamicTree:
             pool.append(level)
         candidates = Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True)))
         return self.rerank(candidates, families, slots, root_token_B)
+
+    def begin(self, found: Children) -> tuple[Candidates, Front]:
+        """Returns the root's children as candidates, all of which are expanded first."""
+        token, score, bound = (x[:, 0] for x in found[:3])
+        nowhere = jnp.full_like(token, ROOT)
+        itself = jnp.broadcast_to(jnp.eye(self.beam, dtype=bool), (*token.shape, self.beam))
+        place = jnp.broadcast_to(jnp.arange(self.beam), token.shape)
+        return Candidates(token, score, bound, nowhere), Front(token, score, place, nowhere, itself)
 
     def expand(self, front: Front, found: Children, frontier: Frontier) -> tuple[Candidates, Front]:
         """EAGLE-2's expansion: returns the `beam^2` children of a level, and the best `beam` as the next level."""

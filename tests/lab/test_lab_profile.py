@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from random_models import write_drafter, write_target
+from slow_replay import replay_paths
 
 from jaxspec.console.cli import run
 from jaxspec.data.prompts import encode_prompt, read_prompts
 from jaxspec.decoding.requests import Settings
 from jaxspec.lab import making
 from jaxspec.lab.profile import Profile, load_profile
-from jaxspec.lab.rates import replay_paths
+from jaxspec.lab.replay import replay
 from jaxspec.serving import queue
 from jaxspec.serving.loading import load_models
 from jaxspec.trees import parse_tree
@@ -122,8 +123,8 @@ def test_rules_that_toss_coins_get_rates_alone(place: Place):
     assert (found["rule"], found["mode"], found["kind"], found["starts"]) == ("recursive-rejection", "swor", "rates", 0)
     profile = load_profile(Path(found["profile"]))
     assert not profile.replayable and len(profile.facts["tries_DK"]) == 3
-    with pytest.raises(ValueError, match="holds rates alone"):
-        replay_paths(profile, [(0,)])
+    with pytest.raises(ValueError, match="trees cannot be replayed on it"):
+        replay(profile, ((0,),))
 
 
 def test_greedy_decoding_is_the_same_by_every_rule(place: Place, result: dict[str, Any], capsys: Any):

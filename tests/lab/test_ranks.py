@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from drafter_toys import KINDS, SHAPE, STEPS, VOCAB, WIDTH
 from random_models import random_weights
+from slow_replay import replay_paths
 from toys import each_request
 
 from jaxspec.base import Frontier
@@ -22,7 +23,6 @@ from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config
 from jaxspec.evaluation.replay import record, replay
 from jaxspec.lab.profile import BEYOND, MISSED, Profile
 from jaxspec.lab.ranks import Ranks, Text, batches, padded_length, rank_texts, read_target
-from jaxspec.lab.rates import replay_paths
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import StaticTree, chain, parse_paths

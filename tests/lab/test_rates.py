@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from slow_replay import replay_paths
 
 from jaxspec.evaluation.statistics import tau_interval
 from jaxspec.lab.given import given_profile, read_rates
 from jaxspec.lab.profile import BEYOND, MISSED, Profile, load_profile
-from jaxspec.lab.rates import measure_rates, rates_of, replay_paths
+from jaxspec.lab.rates import measure_rates, rates_of
 from jaxspec.lab.reading import CHAINS, result_row, summarize, tables_of
 from jaxspec.lab.simulate import simulate
 
