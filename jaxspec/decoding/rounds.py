@@ -16,7 +16,6 @@ from jaxspec.base import (
     Children,
     ChooseChildren,
     Drafter,
-    DraftLogits,
     DraftMode,
     KVCache,
     Params,
@@ -31,7 +30,7 @@ from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import constrain_tree
 from jaxspec.parallel.rows import scatter_rows
 from jaxspec.sampling import draw, round_noise
-from jaxspec.trees.adaptive import AdaptiveTree, PolicyState, RoundPlan
+from jaxspec.trees.adaptive import AdaptiveTree, Drafting, PolicyState, RoundPlan
 from jaxspec.trees.children import drawn
 from jaxspec.trees.shape import root_alone
 
@@ -283,7 +282,7 @@ def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state
     """Drafts as deep as pays, then scores and accepts within the budget that pays: one of a few compiled branches."""
     running_B = state.finish_B == RUNNING
     assert state.policy is not None
-    plan = tree.plan(*_drafting(engine, weights, state), policy=state.policy, running_B=running_B)
+    plan = tree.plan(_drafting(engine, weights, state), state.policy, running_B)
 
     def check(nodes: int, plan: RoundPlan) -> tuple[verify.Accepted, KVCache, Array]:
         cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
@@ -308,14 +307,12 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
     return _in_whole(engine, weights, engine.tree.grow(*_drafting(engine, weights, state)))
 
 
-def _drafting(
-    engine: Engine, weights: Weights, state: DecodeState
-) -> tuple[DraftLogits, ChooseChildren, Any, Array, Array]:
+def _drafting(engine: Engine, weights: Weights, state: DecodeState) -> Drafting:
     """Returns the arguments of `TreePolicy.grow` in this round."""
     assert engine.drafter is not None and engine.tree is not None and state.root_logits_BV is not None
     draft = functools.partial(engine.drafter.expand, weights.drafter, shared_tables(engine, weights), state.draft)
     scratch = engine.drafter.scratch(state.draft, engine.tree.slots)
-    return draft, children(engine, weights, state), scratch, state.root_logits_BV, state.root_B
+    return Drafting(draft, children(engine, weights, state), scratch, state.root_logits_BV, state.root_B)
 
 
 def children(engine: Engine, weights: Weights, state: DecodeState) -> ChooseChildren:

@@ -43,6 +43,17 @@ class PolicyState(NamedTuple):
     """Of a looked-up branch."""
 
 
+class Drafting(NamedTuple):
+    """The means to draft a round's tree: the arguments of `TreePolicy.grow`, in its order."""
+
+    draft: DraftLogits
+    choose: ChooseChildren
+    scratch: Any
+    """With a looked-up branch `scratch.lookup` is what was found in the text."""
+    root_logits_BV: Array
+    root_token_B: Array
+
+
 class RoundPlan(NamedTuple):
     """The drafted candidates of a round, and the decision about them."""
 
@@ -157,54 +168,34 @@ class AdaptiveTree:
         looked = None if self.lookup is None else self.lookup.begin(zeros_B)
         return PolicyState(nothing_B + self.rate * seconds, nothing_B + seconds, budgets_BX, levels_BT, looked)
 
-    def plan(
-        self,
-        draft: DraftLogits,
-        choose: ChooseChildren,
-        scratch: Any,
-        root_logits_BV: Array,
-        root_token_B: Array,
-        *,
-        policy: PolicyState,
-        running_B: Array,
-    ) -> RoundPlan:
-        """Drafts level by level while a level pays, then chooses the budget that pays most.
-
-        With a looked-up branch `scratch.lookup` is what was found in the text.
-        """
+    def plan(self, by: Drafting, policy: PolicyState, running_B: Array) -> RoundPlan:
+        """Drafts level by level while a level pays, then chooses the budget that pays most."""
         rate = exchange_rate(policy, running_B)
         branch = None
         if self.lookup is not None:
             assert policy.lookup is not None
-            branch = self.lookup.branch(scratch.lookup, policy.lookup)
+            branch = self.lookup.branch(by.scratch.lookup, policy.lookup)
         levels = jnp.int32(1)
         if self.base is None:
-            empty = jnp.zeros((len(root_token_B), 0))
+            empty = jnp.zeros((len(running_B), 0))
             pool = Candidates(empty.astype(jnp.int32), empty, empty, empty.astype(jnp.int32))
         else:
-            known_BT = _reached_by(branch, self.levels, len(root_token_B))
+            known_BT = _reached_by(branch, self.levels, len(running_B))
             pays = functools.partial(self._pays, rate, known_BT, running_B)
-            pool, levels = self._draft(self.base, draft, choose, scratch, root_logits_BV, pays)
+            pool, levels = self._draft(self.base, by, pays)
         if branch is not None:
             pool = attach(pool, branch)
-        return RoundPlan(pool, root_token_B, self._budget(pool, rate, running_B), levels, branch)
+        return RoundPlan(pool, by.root_token_B, self._budget(pool, rate, running_B), levels, branch)
 
-    def _draft(
-        self,
-        base: DynamicTree,
-        draft: DraftLogits,
-        choose: ChooseChildren,
-        scratch: Any,
-        root_logits_BV: Array,
-        pays: Callable[[Front, int], Array],
-    ) -> tuple[Candidates, Array]:
+    def _draft(self, base: DynamicTree, by: Drafting, pays: Callable[[Front, int], Array]) -> tuple[Candidates, Array]:
         """Returns the candidates of the levels that pay, and the number of these levels."""
-        first, front = base.begin(self._calibrated(choose(root_logits_BV[:, None], base.beam, ROOT), 1))
+        first, front = base.begin(self._calibrated(by.choose(by.root_logits_BV[:, None], base.beam, ROOT), 1))
+        scratch = by.scratch
         pool = [first]
         going, levels = jnp.bool_(True), jnp.int32(1)
         for d in range(1, base.depth):
             going &= pays(front, d + 1)
-            level, front, scratch = self._level(base, going, d, (draft, choose), (scratch, front))
+            level, front, scratch = self._level(base, by, d, going, (scratch, front))
             pool.append(level)
             levels += going
         return Candidates(*(jnp.concatenate(p, axis=1) for p in zip(*pool, strict=True))), levels
@@ -221,8 +212,8 @@ class AdaptiveTree:
         """Returns the tree of the largest budget, as a row in its first round drafts it."""
         running_B = jnp.ones(len(root_token_B), bool)
         policy = self.begin(jnp.zeros(len(root_token_B), jnp.int32))
-        plan = self.plan(draft, choose, scratch, root_logits_BV, root_token_B, policy=policy, running_B=running_B)
-        return self.cut(plan, self.nodes)
+        by = Drafting(draft, choose, scratch, root_logits_BV, root_token_B)
+        return self.cut(self.plan(by, policy, running_B), self.nodes)
 
     def learn(
         self, policy: PolicyState, plan: RoundPlan, token_BP: Array, count_B: Array, running_B: Array
@@ -254,21 +245,15 @@ class AdaptiveTree:
         return jnp.asarray(self.verify_seconds, jnp.float32)
 
     def _level(
-        self,
-        base: DynamicTree,
-        going: Array,
-        d: int,
-        by: tuple[DraftLogits, ChooseChildren],
-        carry: tuple[Any, Front],
+        self, base: DynamicTree, by: Drafting, d: int, going: Array, carry: tuple[Any, Front]
     ) -> tuple[Candidates, Front, Any]:
         """Expands the frontier at depth `d` where `going`; else no candidate of the level can be chosen."""
-        draft, choose = by
         slot = base.beam * (d - 1)
 
         def expand(scratch: Any, front: Front) -> tuple[Candidates, Front, Any]:
             frontier = Frontier(front.token_BW, front.parent_slot_BW, front.visible_BWM, d, slot)
-            logits_BWV, scratch = draft(scratch, frontier)
-            found = self._calibrated(choose(logits_BWV, base.beam, slot), d + 1)
+            logits_BWV, scratch = by.draft(scratch, frontier)
+            found = self._calibrated(by.choose(logits_BWV, base.beam, slot), d + 1)
             return *base.expand(front, found, frontier), scratch
 
         shapes = jax.eval_shape(expand, *carry)

@@ -13,7 +13,7 @@ from toys import draft_from, path_tables
 
 from jaxspec.base import Frontier
 from jaxspec.trees import AdaptiveTree, DynamicTree
-from jaxspec.trees.adaptive import MEMORY, PolicyState, RoundPlan
+from jaxspec.trees.adaptive import MEMORY, Drafting, PolicyState, RoundPlan
 from jaxspec.trees.children import drawn
 
 VOCAB, BATCH = 5, 3
@@ -22,7 +22,7 @@ FREE = AdaptiveTree(BASE, (1, 3, 8), (1.0, 1.0, 1.0), 0.0, 0.0, rate=1.0)
 NO_NOISE: Any = None
 
 
-class Drafting:
+class TableDrafting:
     """Drafts by a table of the next tokens behind every path, each row by its own; counts the levels that run."""
 
     def __init__(self, seed: int) -> None:
@@ -35,21 +35,15 @@ class Drafting:
         return self.draft(scratch, frontier)
 
 
-def plan_of(tree: AdaptiveTree, drafting: Drafting, rate: float, running=(True,) * BATCH) -> RoundPlan:
+def plan_of(tree: AdaptiveTree, drafting: TableDrafting, rate: float, running=(True,) * BATCH) -> RoundPlan:
     policy = tree.begin(jnp.zeros(BATCH, jnp.int32))
     policy = policy._replace(tokens_B=jnp.full(BATCH, rate), seconds_B=jnp.ones(BATCH))
 
     @jax.jit
     def program(policy: PolicyState) -> RoundPlan:
-        return tree.plan(
-            drafting,
-            drawn("topk", jnp.zeros(BATCH), NO_NOISE),
-            jnp.zeros((BATCH, tree.slots), jnp.int32),
-            drafting.root_logits_BV,
-            jnp.arange(BATCH),
-            policy=policy,
-            running_B=jnp.asarray(running),
-        )
+        choose, scratch = drawn("topk", jnp.zeros(BATCH), NO_NOISE), jnp.zeros((BATCH, tree.slots), jnp.int32)
+        by = Drafting(drafting, choose, scratch, drafting.root_logits_BV, jnp.arange(BATCH))
+        return tree.plan(by, policy, jnp.asarray(running))
 
     drafting.calls.clear()
     plan = jax.block_until_ready(program(policy))
@@ -57,7 +51,7 @@ def plan_of(tree: AdaptiveTree, drafting: Drafting, rate: float, running=(True,)
     return plan
 
 
-def base_tree(drafting: Drafting, nodes: int) -> Any:
+def base_tree(drafting: TableDrafting, nodes: int) -> Any:
     choose = drawn("topk", jnp.zeros(BATCH), NO_NOISE)
     base = dataclasses.replace(BASE, nodes=nodes)
     scratch = jnp.zeros((BATCH, base.slots), jnp.int32)
@@ -67,7 +61,7 @@ def base_tree(drafting: Drafting, nodes: int) -> Any:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("nodes", [3, 8])
 def test_where_nothing_has_a_price_every_budget_is_the_dynamic_trees(seed: int, nodes: int):
-    drafting = Drafting(seed)
+    drafting = TableDrafting(seed)
     plan = plan_of(FREE, drafting, rate=1.0)
     assert sorted(drafting.calls) == [1, 2] and int(plan.levels) == 3
     assert FREE.budgets[int(plan.index)] == 8  # more nodes cost nothing
@@ -88,7 +82,7 @@ def test_the_budget_is_the_one_that_pays_most(seed: int):
     seconds = tuple(np.cumsum(rng.random(3) + 0.01))
     tree = dataclasses.replace(FREE, verify_seconds=seconds)
     rate = float(rng.choice([0.1, 0.5, 1.0, 3.0]))
-    plan = plan_of(tree, Drafting(seed), rate, running)
+    plan = plan_of(tree, TableDrafting(seed), rate, running)
     tokens = [0.0 if n == 1 else values(plan, running)[n - 2] for n in tree.budgets]
     worth = np.array(tokens) - rate * sum(running) * np.array(seconds)
     assert int(plan.index) == int(np.argmax(worth))
@@ -96,7 +90,7 @@ def test_the_budget_is_the_one_that_pays_most(seed: int):
 
 @pytest.mark.parametrize("price", [0.0, 0.3, 0.6, 0.9, 10.0])
 def test_a_level_is_drafted_while_its_frontier_is_worth_its_seconds(price: float):
-    drafting = Drafting(3)
+    drafting = TableDrafting(3)
     every = plan_of(FREE, drafting, 1.0)
     reached = [np.exp(np.asarray(every.pool.score_BQ[:, :3])).sum(1)]  # all of depth 1 is expanded
     deeper = np.asarray(every.pool.score_BQ[:, 3:12])
@@ -113,7 +107,7 @@ def test_a_level_is_drafted_while_its_frontier_is_worth_its_seconds(price: float
 
 
 def test_levels_that_are_not_drafted_hold_no_node():
-    drafting = Drafting(1)
+    drafting = TableDrafting(1)
     tree = dataclasses.replace(FREE, level_seconds=100.0)
     cut = tree.cut(plan_of(tree, drafting, rate=1.0), 8)
     assert np.asarray(cut.valid_BN).sum(1).tolist() == [4] * BATCH  # the root and its three children
@@ -122,7 +116,7 @@ def test_levels_that_are_not_drafted_hold_no_node():
 
 def test_where_a_call_is_dear_plain_decoding_is_chosen():
     tree = dataclasses.replace(FREE, verify_seconds=(1.0, 5.0, 9.0), level_seconds=1.0)
-    plan = plan_of(tree, Drafting(0), rate=10.0)
+    plan = plan_of(tree, TableDrafting(0), rate=10.0)
     assert int(plan.index) == 0 and int(plan.levels) == 1
     cut = tree.cut(plan, 1)
     assert cut.token_BN.shape == (BATCH, 1) and cut.ancestors_BNN.shape == (BATCH, 1, 1)
@@ -130,7 +124,7 @@ def test_where_a_call_is_dear_plain_decoding_is_chosen():
 
 def test_a_calibration_that_changes_nothing_is_none():
     line = (tuple(np.linspace(0, 1, 257).tolist()),) * 2
-    plans = [plan_of(t, Drafting(2), 1.0) for t in (FREE, dataclasses.replace(FREE, calibration=(line,)))]
+    plans = [plan_of(t, TableDrafting(2), 1.0) for t in (FREE, dataclasses.replace(FREE, calibration=(line,)))]
     known = np.asarray(plans[0].pool.score_BQ)
     likely = known > np.log(0.01)
     np.testing.assert_allclose(np.asarray(plans[1].pool.score_BQ)[likely], known[likely], atol=1e-4)
@@ -139,8 +133,8 @@ def test_a_calibration_that_changes_nothing_is_none():
 def test_a_calibration_is_of_its_depth():
     halved = ((0.0, 1.0), (0.0, 0.5))
     same = ((0.0, 1.0), (0.0, 1.0))
-    plan = plan_of(dataclasses.replace(FREE, calibration=(same, halved)), Drafting(2), 1.0)
-    plain = plan_of(FREE, Drafting(2), 1.0)
+    plan = plan_of(dataclasses.replace(FREE, calibration=(same, halved)), TableDrafting(2), 1.0)
+    plain = plan_of(FREE, TableDrafting(2), 1.0)
     first, second = (np.asarray(p.pool.score_BQ[:, :3]) for p in (plan, plain))
     np.testing.assert_allclose(np.maximum(first, -9), np.maximum(second, -9), atol=1e-4)
     best = [np.max(np.asarray(p.pool.score_BQ[:, 3:12]), axis=1) for p in (plan, plain)]
@@ -148,7 +142,7 @@ def test_a_calibration_is_of_its_depth():
 
 
 def test_a_row_learns_from_its_own_rounds_and_remembers_what_was_chosen():
-    plan = plan_of(FREE, Drafting(0), 1.0)
+    plan = plan_of(FREE, TableDrafting(0), 1.0)
     before = FREE.begin(jnp.zeros(BATCH, jnp.int32))
     count, running = jnp.asarray([0, 2, 3]), jnp.asarray([True, True, False])
     after = FREE.learn(before, plan, jnp.zeros((BATCH, 4), jnp.int32), count, running)
