@@ -173,7 +173,7 @@ def describe(config: DistillConfig, args: Args) -> tuple[dict[str, Any], tuple[F
     if args.top_k >= shape.vocab:
         raise ValueError(f"--top-k is {args.top_k}, and the target has {shape.vocab} tokens; give fewer")
     taps = drafter_taps(config, shape)
-    fields = feature_fields(shape.width, shape.vocab, args.store, taps=len(taps), top_k=args.top_k)
+    fields = feature_fields(shape.width, shape.vocab, args.store, taps=len(taps), top_k=args.top_k, whole=True)
     about = {
         "target": config.target,
         "weights": fingerprint(folder),

@@ -26,8 +26,13 @@ CONTENTS = "contents.json"
 ENTRY = np.dtype([("key", "<u8"), ("length", "<i4")])
 
 
-def feature_fields(width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: int = 0) -> tuple[Field, ...]:
-    """Returns the arrays of a record: features `width` wide, the same for each of `taps` layers, and `top_k` tokens."""
+def feature_fields(
+    width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: int = 0, whole: bool = False
+) -> tuple[Field, ...]:
+    """Returns the arrays of a record: features `width` wide, the same for each of `taps` layers, and `top_k` tokens.
+
+    With `whole` the facts of the whole distribution are among them, see `target_outputs.Whole`.
+    """
     fields = []
     for name, parts in (("features", 1), ("taps", taps)):
         if parts:
@@ -36,6 +41,8 @@ def feature_fields(width: int, vocab: int, kind: Kind, *, taps: int = 0, top_k: 
     if top_k:
         token = "uint16" if vocab <= 1 << 16 else "int32"
         fields += [Field("top_tokens", token, top_k), Field("top_logp", "float32", top_k), Field("rest", "float32", 1)]
+    if whole:
+        fields += [Field("best_token", "int32", 1), Field("log_total", "float32", 1)]
     return tuple(fields)
 
 
@@ -289,18 +296,22 @@ def open_features(names: str) -> FeatureStore:
 class FeatureBatches:
     """Packed batches with the target's outputs, read from a store: arrays of `ARRAYS`, zero on padding.
 
-    With `taps` the auxiliary hidden states are among them, and with `top_k` that many of the likeliest tokens. Raises
-    ValueError if a document is not stored, or fewer than `top_k` tokens are.
+    With `taps` the auxiliary hidden states are among them, with `top_k` that many of the likeliest tokens, and with
+    `whole` the facts of the whole distribution where the store has them. Raises ValueError if a document is not stored,
+    or fewer than `top_k` tokens are.
     """
 
-    def __init__(self, packed: PackedBatches, store: FeatureStore, *, taps: bool = False, top_k: int = 0) -> None:
+    def __init__(
+        self, packed: PackedBatches, store: FeatureStore, *, taps: bool = False, top_k: int = 0, whole: bool = False
+    ) -> None:
         if top_k > store.top_k:
             raise ValueError(
                 f"{store.folder}: holds {store.top_k} log-probabilities a token, and data.top_k is {top_k}"
             )
         self.packed, self.corpus = packed, packed.corpus
         self._store, self._top_k, self._places = store, top_k, store.find(packed.corpus)
-        wanted = ARRAYS[:2] + (ARRAYS[2:4] if taps else ()) + (ARRAYS[4:] if top_k else ())
+        wanted = ARRAYS[:2] + (ARRAYS[2:4] if taps else ()) + (ARRAYS[4:7] if top_k else ())
+        wanted += ARRAYS[7:] if whole else ()
         self._names = [name for name in wanted if name in store.empty(0, 0, ARRAYS)]
 
     def __len__(self) -> int:

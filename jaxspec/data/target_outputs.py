@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array, Params, Target, TargetOutput
-from jaxspec.sampling import sharded_top_k
+from jaxspec.sampling import argmax, sharded_top_k
 
 Kind = Literal["fp32", "bf16", "int8"]
 KINDS: dict[Kind, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -19,7 +19,11 @@ LEAST = -1e30
 """A finite stand-in for the log of no mass at all."""
 
 
-ARRAYS = ("features", "features_scale", "taps", "taps_scale", "top_tokens", "top_logp", "rest")
+ARRAYS = (
+    *("features", "features_scale", "taps", "taps_scale"),
+    *("top_tokens", "top_logp", "rest"),
+    *("best_token", "log_total"),
+)
 """The arrays of a `Stored` by the names they have in files and host batches; `[B, L, width]` each."""
 
 
@@ -32,6 +36,18 @@ class Likely(NamedTuple):
     """Log of the mass of all other tokens."""
 
 
+class Whole(NamedTuple):
+    """The facts of a target's whole distribution that a drafter with a draft vocabulary learns by.
+
+    With them no logits but those of the draft vocabulary are computed in training.
+    """
+
+    token_BL1: Array
+    """The likeliest next token."""
+    total_BL1: Array
+    """Log of the sum of the exponentials of all logits, of the features as they are stored."""
+
+
 class Stored(NamedTuple):
     """The stored part of a `TargetOutput`; see `store`. Scales are fp32, and None unless the numbers are int8."""
 
@@ -41,20 +57,25 @@ class Stored(NamedTuple):
     taps_scale_BLY: Array | None = None
     """One scale a layer of auxiliary hidden states, since the sizes of their numbers differ."""
     likely: Likely | None = None
+    whole: Whole | None = None
 
 
 def to_arrays(stored: Stored) -> dict[str, Array]:
     """Returns the arrays that are not None, by their names in `ARRAYS`."""
     likely = (None,) * 3 if stored.likely is None else stored.likely
-    return {n: x for n, x in zip(ARRAYS, (*stored[:4], *likely), strict=True) if x is not None}
+    whole = (None,) * 2 if stored.whole is None else stored.whole
+    return {n: x for n, x in zip(ARRAYS, (*stored[:4], *likely, *whole), strict=True) if x is not None}
 
 
 def from_arrays(arrays: Mapping[str, Array]) -> Stored | None:
     """Returns the inverse of `to_arrays`; None if there are no features."""
     if "features" not in arrays:
         return None
-    found = [arrays.get(name) for name in ARRAYS]
-    return Stored(*found[:4], None if found[4] is None else Likely(*found[4:]))  # type: ignore[arg-type]
+    found: list[Any] = [arrays.get(name) for name in ARRAYS]
+    likely, whole = found[4:7], found[7:]
+    return Stored(
+        *found[:4], None if likely[0] is None else Likely(*likely), None if whole[0] is None else Whole(*whole)
+    )
 
 
 def shrink(x_BLD: Array, kind: Kind, parts: int = 1) -> tuple[Array, Array | None]:
@@ -82,12 +103,15 @@ def grow(x_BLD: Array, scale_BLY: Array | None, dtype: jnp.dtype) -> Array:
 def store(target: Target, params: Params, out: TargetOutput, *, kind: Kind, taps: int, top_k: int) -> Stored:
     """Returns the parts of `out` that cannot be computed from others.
 
-    These are the features and the inputs of `taps` layers, as `kind` stores them, and the `top_k` likeliest next tokens
-    (0: none).
+    These are the features and the inputs of `taps` layers, as `kind` stores them, the `top_k` likeliest next tokens
+    (0: none), and what a draft vocabulary needs of the whole distribution.
     """
+    features = shrink(out.features_BLD, kind)
     tapped = (None, None) if out.taps_BLD is None else shrink(out.taps_BLD, kind, taps)
     likely = likeliest(target, params, out.features_BLD, top_k) if top_k else None
-    return Stored(*shrink(out.features_BLD, kind), *tapped, likely)
+    # Of the features as training will see them: its logits and this total are then of one distribution.
+    whole = whole_of(target, params, grow(*features, out.features_BLD.dtype))
+    return Stored(*features, *tapped, likely, whole)
 
 
 def restore(stored: Stored, dtype: jnp.dtype) -> TargetOutput:
@@ -98,12 +122,26 @@ def restore(stored: Stored, dtype: jnp.dtype) -> TargetOutput:
 
 def likeliest(target: Target, params: Params, features_BLD: Array, count: int, *, chunk: int = 128) -> Likely:
     """Returns the `count` likeliest next tokens of every feature, from fp32 logits of `chunk` positions at a time."""
+    return _by_chunks(functools.partial(_likeliest_of_chunk, target, params, count), features_BLD, chunk)
+
+
+def whole_of(target: Target, params: Params, features_BLD: Array, *, chunk: int = 128) -> Whole:
+    """Returns the likeliest token and the total of every feature, from fp32 logits of `chunk` positions at a time."""
+
+    def find(features_BCD: Array) -> Whole:
+        logits_BCV = target.logits(params, features_BCD)
+        return Whole(argmax(logits_BCV)[..., None], jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True))
+
+    return _by_chunks(find, features_BLD, chunk)
+
+
+def _by_chunks(function: Callable[[Array], Any], features_BLD: Array, chunk: int) -> Any:
+    """Returns what a function of `[B, C, D]` finds at every position, `chunk` positions of each row at a time."""
     length = features_BLD.shape[1]
     size = min(chunk, length)
     padded = jnp.pad(features_BLD, [(0, 0), (0, -length % size), (0, 0)])
     pieces = jnp.moveaxis(padded.reshape(len(padded), -1, size, padded.shape[-1]), 1, 0)
-
-    found = jax.lax.map(functools.partial(_likeliest_of_chunk, target, params, count), pieces)
+    found = jax.lax.map(function, pieces)
     # [X, B, C, R] -> [B, L, R]: the chunks of a row one after another, without the padding.
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(len(padded), -1, x.shape[-1])[:, :length], found)
 

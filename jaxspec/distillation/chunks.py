@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.data.target_outputs import Likely
+from jaxspec.data.target_outputs import Likely, Whole
 
 
 class Chunk(NamedTuple):
@@ -33,6 +33,9 @@ class Chunk(NamedTuple):
     key: Array
     likely: Likely | None = None
     """The target's likeliest tokens at the position, where the drafter learns from these and not from its logits."""
+    whole: Whole | None = None
+    """The facts of the target's whole distribution, where they are stored and the drafter has a vocabulary of its own:
+    its logits are then computed of that vocabulary alone."""
 
 
 class Layout(NamedTuple):

@@ -50,7 +50,7 @@ def batch_loss(
     # Gathered once, outside the loop over chunks, which would gather them for every chunk.
     params = gather_width(params)
     unrolled = unroll_batch(task, params, read_tables(task.target, frozen), inputs, axes)
-    heads = read_heads(task, frozen._replace(params=gather_width(frozen.params)))
+    heads = read_heads(task, frozen._replace(params=gather_width(frozen.params)), batch)
     return score_batch(task, task.drafter.scoring(params), heads, inputs, unrolled, learning=learning, axes=axes)
 
 
@@ -157,7 +157,7 @@ def find_masks(task: Task, heads: Heads, inputs: StepInputs, unrolled: Unrolled)
     mask_TBL = step_masks(inputs.batch, task.objective)
     if unrolled.kept_TBL is not None:
         mask_TBL &= unrolled.kept_TBL
-    learnable_BL = find_learnable(task.target, heads, inputs.target.features_BLD, task.objective.chunk)
+    learnable_BL = find_learnable(task.target, heads, inputs, task.objective.chunk)
     return StepMasks(mask_TBL, mask_TBL & by_pair(jnp.broadcast_to(learnable_BL, mask_TBL.shape)))
 
 
@@ -172,5 +172,5 @@ def cut_chunks(layout: Layout, inputs: StepInputs, unrolled: Unrolled, masks: St
         layout.cut(by_position(masks.trained_TBL)),
         layout.cut(by_position(masks.logits_TBL)),
         jax.random.split(jax.random.key(0) if keys is None else keys.losses, layout.chunks),
-        None if batch.stored is None else jax.tree.map(layout.cut_rows, batch.stored.likely),
+        *jax.tree.map(layout.cut_rows, (batch.likely, batch.whole)),
     )

@@ -19,7 +19,7 @@ from jaxspec.data.target_outputs import lump
 from jaxspec.distillation.chunks import Chunk, Layout, skip_empty
 from jaxspec.distillation.metrics import ChunkMetrics, StepMasks, sum_devices
 from jaxspec.distillation.objective import Objective, steps_of
-from jaxspec.distillation.task import Frozen, Task, read_tables
+from jaxspec.distillation.task import Batch, Frozen, StepInputs, Task, read_tables
 from jaxspec.losses import FEATURE_LOSSES, Scores, agreement, expected_acceptance, logit_loss
 from jaxspec.losses.loss import log_probs, of_token
 from jaxspec.parallel.mesh import AXIS_RULES, splits
@@ -35,17 +35,23 @@ class Heads(NamedTuple):
     shared: SharedTables
     """The rows of the target's LM head that the drafter scores, for a drafter without its own; no embedding."""
     target: Params
-    """`Target.scoring`: the target's LM head."""
+    """`Target.scoring`: the target's LM head; its rows of the draft vocabulary where the rest is stored."""
     vocab_U: Array | None
     """As `Frozen`'s."""
 
 
-def read_heads(task: Task, frozen: Frozen) -> Heads:
-    """Returns what the loop over chunks reads of the frozen arrays, and no more: what is in here is gathered."""
+def read_heads(task: Task, frozen: Frozen, batch: Batch) -> Heads:
+    """Returns what the loop over chunks reads of the frozen arrays, and no more: what is in here is gathered.
+
+    Of a batch that holds the facts of the whole distribution, the target scores the draft vocabulary alone.
+    """
     shared = read_tables(task.target, frozen)
     own_head = task.drafter.vocab is not None
     tables = shared._replace(embed_VD=None, **({"head_VD": None} if own_head else {}))
-    return Heads(tables, task.target.scoring(frozen.params), frozen.vocab_U)
+    head, ids = task.target.scoring(frozen.params), frozen.vocab_U
+    if ids is not None and batch.whole is not None:
+        head = jax.tree.map(lambda table_V: table_V[ids], head)
+    return Heads(tables, head, ids)
 
 
 class TargetScores(NamedTuple):
@@ -73,8 +79,11 @@ def score_target(target: Target, heads: Heads, chunk: Chunk) -> TargetScores:
         same_BCR = likely.token_BLR == token_BC[..., None]
         token_BC = jnp.where(jnp.any(same_BCR, axis=-1), jnp.argmax(same_BCR, axis=-1), -1)
     if (ids := heads.vocab_U) is not None:
-        everything = jax.nn.logsumexp(logits_BCV, axis=-1)
-        logits_BCV = logits_BCV[..., ids]
+        if chunk.whole is None:
+            everything = jax.nn.logsumexp(logits_BCV, axis=-1)
+            logits_BCV = logits_BCV[..., ids]
+        else:
+            everything = chunk.whole.total_BL1[..., 0]
         # At least 1e-7 is left outside: rounding may leave none, whose log is -inf.
         inside = jnp.minimum(jax.nn.logsumexp(logits_BCV, axis=-1) - everything, -1e-7)
         rest_BC = jnp.log(-jnp.expm1(inside))
@@ -138,11 +147,13 @@ def loss_rates(objective: Objective, masks: StepMasks, axes: tuple[str, ...] = (
     return rates
 
 
-def find_learnable(target: Target, heads: Heads, features_BLD: Array, chunk: int) -> Array:
+def find_learnable(target: Target, heads: Heads, inputs: StepInputs, chunk: int) -> Array:
     """Returns `[B, L]`: whether the target's likeliest token after a feature is one that the drafter scores."""
-    ids = heads.vocab_U
+    ids, features_BLD = heads.vocab_U, inputs.target.features_BLD
     if ids is None:
         return jnp.ones(features_BLD.shape[:2], bool)
+    if inputs.batch.whole is not None:
+        return _find(ids, inputs.batch.whole.token_BL1[..., 0])[0]
 
     def find(features_BCD: Array) -> Array:
         return _find(ids, argmax(target.logits(heads.target, features_BCD)))[0]
@@ -258,7 +269,8 @@ def _scan_own_rows(task: Task, scoring: Params, heads: Heads, rates: Rates, chun
         return jax.tree.map(lambda x: x[None], sums), each
 
     specs: dict[str, Any] = dict.fromkeys(Chunk._fields, by_step)
-    specs |= {"key": P(), "target_features_BCD": by_chunk, "token_BC": by_chunk, "likely": by_chunk}
+    specs |= {"key": P(), "target_features_BCD": by_chunk, "token_BC": by_chunk}
+    specs |= {"likely": by_chunk, "whole": by_chunk}
     specs |= {name: None for name, x in chunks._asdict().items() if x is None}
     # Arguments, never closures: an array of another placement that the body closed over would be refused.
     in_specs = (P(), P(), P(), Chunk(**specs))

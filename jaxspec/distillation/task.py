@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxspec.base import Array, Learner, Params, SharedTables, Target, TargetOutput
-from jaxspec.data.target_outputs import Stored
+from jaxspec.data.target_outputs import Likely, Stored, Whole
 from jaxspec.distillation.objective import Objective
 
 
@@ -51,6 +51,16 @@ class Batch(NamedTuple):
     """Tokens to train on: the assistant's."""
     stored: Stored | None = None
     """The target's outputs, where they are read from disk."""
+
+    @property
+    def likely(self) -> Likely | None:
+        """The target's likeliest tokens, where they are stored."""
+        return None if self.stored is None else self.stored.likely
+
+    @property
+    def whole(self) -> Whole | None:
+        """The facts of the target's whole distribution, where they are stored."""
+        return None if self.stored is None else self.stored.whole
 
 
 class StepKeys(NamedTuple):

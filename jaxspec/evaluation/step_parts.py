@@ -73,7 +73,7 @@ def score_and_back(task: Task, unrolled: Any, params: Params, frozen: Frozen, *i
     def loss(scoring: Params, outputs: Any) -> Any:
         drafted = unrolled._replace(hidden_TBLD=outputs[0], features_TBLD=outputs[1])
         step_inputs = StepInputs(batch, out, split_key(key))
-        part, sums = score_batch(task, scoring, read_heads(task, frozen), step_inputs, drafted, learning=True)
+        part, sums = score_batch(task, scoring, read_heads(task, frozen, batch), step_inputs, drafted, learning=True)
         return part, sums.mean_loss(task.objective)  # the step needs no more of the sums
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(task.drafter.scoring(params), tuple(unrolled[:2]))

@@ -177,7 +177,7 @@ def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> T
     `taps` are the target's layers that the drafter reads. Raises ValueError where the store was made by another target
     or otherwise than this run would make it, or does not hold what the drafter or its losses need.
     """
-    top_k = config.data.top_k or 0
+    top_k, scored = config.data.top_k or 0, config.draft_vocab is not None
     if config.data.features is None:
         if top_k:
             raise ValueError("data.top_k is for stored features: give data.features too, or leave it out")
@@ -194,8 +194,8 @@ def read_features(config: DistillConfig, data: Data, taps: tuple[int, ...]) -> T
     if taps:
         store.check(taps=list(taps))
     return TrainingData(
-        FeatureBatches(data.train, store, taps=bool(taps), top_k=top_k),
-        FeatureBatches(data.eval, store, taps=bool(taps)),
+        FeatureBatches(data.train, store, taps=bool(taps), top_k=top_k, whole=scored),
+        FeatureBatches(data.eval, store, taps=bool(taps), whole=scored),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from jaxspec.base import SharedTables
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.scoring import read_heads
-from jaxspec.distillation.task import Frozen, Task
+from jaxspec.distillation.task import Batch, Frozen, Task
 from jaxspec.drafters import (
     DRAFTERS,
     DraftLM,
@@ -46,6 +46,7 @@ DRAFTER: dict[str, Any] = {
     "draft_lm with one table": DraftLM(DraftLMConfig(VOCAB, 8, 1, 2, 1, 4, 16, tied=True)),
 }
 TARGET = LlamaConfig(VOCAB, 8, 1, 2, 1, 4, 16)
+NO_ROWS = Batch(*[jnp.zeros((1, 1), jnp.int32)] * 4)
 every = pytest.mark.parametrize("name", DRAFTER)
 
 
@@ -74,7 +75,7 @@ def test_logits_of_what_the_loop_is_given_are_those_of_everything(name: str):
     frozen = target.init_params(jax.random.key(0))
     shared = target.shared_tables(frozen)
     params, hidden = drafter.init_params(jax.random.key(2), shared), jax.random.normal(jax.random.key(3), (1, 4, 8))
-    heads = read_heads(Task(target, drafter, Objective()), Frozen(frozen))
+    heads = read_heads(Task(target, drafter, Objective()), Frozen(frozen), NO_ROWS)
     logits = drafter.logits(drafter.scoring(params), heads.shared, hidden, 1)
     np.testing.assert_array_equal(logits, drafter.logits(params, shared, hidden, 1))
     assert len(jax.tree.leaves(heads)) == (1 if drafter.vocab else 2)  # the target's head, and the drafter's rows of it
