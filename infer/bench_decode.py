@@ -6,13 +6,11 @@ All arms run in one process on the same prompts and budgets, taking turns; figur
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
-from pathlib import Path
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Request, Requests, make_requests
 from jaxspec.evaluation import timing
+from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
@@ -125,9 +124,8 @@ class Args(DraftFlags):
 
     @property
     def trees(self) -> list[str]:
-        """The trees named, in order; a comma inside a static tree's paths joins no trees."""
-        between = r",\s*(?=none|chain|static|dynamic|best_first|lookup|[^,]+\.json\s*(?:,|$))"
-        return [spec for item in self.tree for spec in re.split(between, item)]
+        """The trees named, in order."""
+        return split_trees(self.tree)
 
 
 def main(argv: list[str]) -> int:
@@ -140,7 +138,7 @@ def main(argv: list[str]) -> int:
     models = every[0]
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
     load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
-    arms = make_arms(every, args)
+    arms = make_arms(every, args.drafter, args.trees, profile=args.profile)
     found = BenchFigures({}, [], [])
     with cli.sigterm_interrupts():
         try:
@@ -153,14 +151,6 @@ def main(argv: list[str]) -> int:
     if args.json:
         results.write_json(args.json, result)
     return 0
-
-
-class DecodingArm(NamedTuple):
-    """Models to time, with the drafter's folder and the tree by which they are named."""
-
-    models: Models
-    drafter: str | None = None
-    tree: str | None = None
 
 
 class BenchFigures(NamedTuple):
@@ -264,35 +254,6 @@ def readable_requests(models: Models, prompts: Sequence[Prompt] | None, args: Ar
         except ValueError as error:
             sys.stderr.write(f"jaxspec bench decode: {prompt.name} {cli.sentence(error)}\n")
     return requests
-
-
-def make_arms(every: list[Models], args: Args) -> dict[str, DecodingArm]:
-    """Returns `plain`, then an arm a drafter and tree, named by the tree and by the part of the path that differs."""
-    arms = {"plain": DecodingArm(every[0].plain())}
-    labels = [f"{label} " for label in telling(args.drafter)] if len(args.drafter) > 1 else [""]
-    for models, label, drafter in zip(every, labels, args.drafter or [None], strict=True):
-        if models.engine.tree is None:
-            continue
-        for tree in [parse_tree(spec) for spec in args.trees] or [models.engine.tree]:
-            spec = str(getattr(tree, "spec", tree))
-            try:
-                arms[label + spec] = DecodingArm(timing.simulate(models.with_tree(tree), args.profile), drafter, spec)
-            except ValueError as error:
-                raise ValueError(f"{drafter or args.shape}: {error}") from error
-    return arms
-
-
-def telling(paths: Sequence[str]) -> list[str]:
-    """Returns each path without the folders that all begin with, and those that all end with."""
-    parts = [Path(path).parts for path in paths]
-    front, back = common_words(parts), common_words([part[::-1] for part in parts])
-    return ["/".join(part[front : len(part) - back]) or path for part, path in zip(parts, paths, strict=True)]
-
-
-def common_words(rows: Sequence[Sequence[str]]) -> int:
-    """Returns the number of words that all rows begin with."""
-    columns = zip(*rows, strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def compare_drafting(rows: list[dict[str, Any]]) -> None:

@@ -50,7 +50,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"chat", "conversations"},
         {"emitted", "instructions", "shown"},
         {"prompts", "turns"},
-        {"corpus"},
+        {"corpus", "questions"},
         {"draft_vocab", "packing", "pipeline", "tokenized_corpus"},
         {"feature_store"},
     ),
@@ -72,8 +72,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"peagle"},
     ),
     "evaluation": (
-        {"equivalence", "loops", "machine", "measurements", "peers", "stand_ins", "statistics"},
-        {"comparison", "device_plan", "step_parts"},
+        {"equivalence", "loops", "machine", "measurements", "peers", "rows", "stand_ins", "statistics"},
+        {"comparison", "device_plan", "metrics", "row_checks", "step_parts"},
         {
             "device_attention",
             "device_figures",
@@ -84,7 +84,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "replay",
             "timing",
         },
-        {"acceptance", "device_decode", "device_target"},
+        {"acceptance", "arms", "device_decode", "device_target"},
+        {"side_by_side"},
     ),
     "interchange": (
         {"pickled", "tensors"},

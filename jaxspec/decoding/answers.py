@@ -19,6 +19,8 @@ class Answer(NamedTuple):
     """Target calls, prefill not counted."""
     accepted: np.ndarray
     """`[P]`: rounds that accepted 0, 1, .. T drafted tokens."""
+    call_of: np.ndarray = np.zeros(0, np.int32)
+    """`[N]`: the target call that gave each token; 0 for prefill. Empty for answers of other programs."""
 
     @property
     def tau(self) -> float:

@@ -126,6 +126,8 @@ class DecodeState(NamedTuple):
     root_logits_BV: Array | None
     """Draft logits of the root's children."""
     output_BO: Array
+    call_BO: Array
+    """Number of the target call that gave each token of the output; 0 for prefill."""
     produced_B: Array
     finish_B: Array
     calls_B: Array
@@ -172,6 +174,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
         draft=reading.draft,
         root_logits_BV=reading.root_logits_BV,
         output_BO=jnp.zeros((batch, slots), jnp.int32),
+        call_BO=jnp.zeros((batch, slots), jnp.int32),
         produced_B=jnp.zeros(batch, jnp.int32),
         finish_B=jnp.zeros(batch, jnp.int32),
         calls_B=jnp.zeros(batch, jnp.int32),
@@ -236,11 +239,14 @@ def emit(state: DecodeState, token_BP: Array, count_B: Array) -> DecodeState:
     room_B = state.requests.budget_B - state.produced_B
     kept_B = jnp.where(running_B, jnp.minimum(jnp.minimum(count_B, to_stop_B), room_B), 0)
     # Slots behind the kept tokens take garbage that the next round overwrites; `sizes` leaves room for the last one.
-    output_BO = scatter_rows(state.output_BO, state.produced_B[:, None] + index_P, token_BP)
+    at_BP = state.produced_B[:, None] + index_P
+    output_BO = scatter_rows(state.output_BO, at_BP, token_BP)
+    call_BO = scatter_rows(state.call_BO, at_BP, jnp.broadcast_to(state.calls_B[:, None], at_BP.shape))
     stopped_B = running_B & (kept_B == to_stop_B)
     full_B = running_B & (kept_B == room_B)
     finish_B = jnp.where(stopped_B, STOPPED, jnp.where(full_B, LENGTH, state.finish_B))
-    return state._replace(output_BO=output_BO, produced_B=state.produced_B + kept_B, finish_B=finish_B)
+    produced_B = state.produced_B + kept_B
+    return state._replace(output_BO=output_BO, call_BO=call_BO, produced_B=produced_B, finish_B=finish_B)
 
 
 class Scored(NamedTuple):

@@ -82,6 +82,7 @@ def at_prefix(state: DecodeState, prefix: int) -> DecodeState:
         root_B=jnp.copy(state.root_B),
         draft=draft,
         output_BO=jnp.zeros_like(state.output_BO),
+        call_BO=jnp.zeros_like(state.call_BO),
         produced_B=jnp.zeros_like(state.produced_B),
         finish_B=jnp.zeros_like(state.finish_B),
         calls_B=jnp.zeros_like(state.calls_B),

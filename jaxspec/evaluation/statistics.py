@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,11 @@ import numpy as np
 RESAMPLES = 5000
 """Bootstrap samples of the prompts."""
 CONFIDENCE = 0.95
+FEW = 30
+"""Units below which percentiles are corrected for bias and skewness (BCa; Efron 1987)."""
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""`[K, P]`, how often each of `P` units counts in each of `K` samples -> the figure of each sample `[K]`."""
 
 
 class Interval(NamedTuple):
@@ -106,3 +112,59 @@ def acceptance(accepted_A: np.ndarray) -> Acceptance:
     """Returns conditional acceptance by depth from a histogram of rounds that accepted 0, 1 .. T tokens."""
     reached = np.cumsum(np.asarray(accepted_A, np.float64)[::-1])[::-1]
     return Acceptance(_quotient(reached[1:], reached[:-1]), reached[:-1].astype(np.int64))
+
+
+def quotient(above_P: np.ndarray, below_P: np.ndarray) -> Statistic:
+    """Returns the statistic of a ratio of sums: numerator and denominator of a unit stay together."""
+    above_P, below_P = (np.asarray(x, np.float64) for x in (above_P, below_P))
+    return lambda weights_KP: _quotient(weights_KP @ above_P, weights_KP @ below_P)
+
+
+def over(ours: Statistic, theirs: Statistic) -> Statistic:
+    """Returns the paired ratio of two statistics: both of the same resampled units."""
+    return lambda weights_KP: _quotient(ours(weights_KP), theirs(weights_KP))
+
+
+def resampled(statistic: Statistic, strata: Sequence[Hashable]) -> Interval:
+    """Returns a figure of `len(strata)` units with its bootstrap interval; each stratum keeps its number of units.
+
+    Of fewer than `FEW` units it is the BCa interval, of more the percentile interval.
+    """
+    units = len(strata)
+    if not units:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    values = np.concatenate([statistic(np.ones((1, units))), statistic(_stratified(tuple(strata)))])
+    if units >= FEW or units < 2:
+        return _interval(values, CONFIDENCE)
+    return _bca(values, statistic(1 - np.eye(units)))
+
+
+@functools.lru_cache(maxsize=8)
+def _stratified(strata: tuple[Hashable, ...]) -> np.ndarray:
+    """Returns `[draws, units]` as `resamples`, drawn within each stratum."""
+    weights = np.zeros((RESAMPLES, len(strata)))
+    for number, name in enumerate(dict.fromkeys(strata)):
+        mine = np.flatnonzero([s == name for s in strata])
+        weights[:, mine] = resamples(len(mine), seed=number)
+    return weights
+
+
+def _bca(values: np.ndarray, without_P: np.ndarray) -> Interval:
+    """Returns the bias-corrected and accelerated interval; `without` are the figures without each unit."""
+    value, drawn = float(values[0]), values[1:][np.isfinite(values[1:])]
+    without_P = without_P[np.isfinite(without_P)]
+    if not np.isfinite(value) or not drawn.size or not without_P.size:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    if np.ptp(drawn) == 0:
+        return Interval(value, value, value)
+    normal, away_P = NormalDist(), np.mean(without_P) - without_P
+    # Half of the samples that equal the figure count as below it, as with figures that take few values.
+    below = (np.mean(drawn < value) + np.mean(drawn <= value)) / 2
+    bias = normal.inv_cdf(float(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn))))
+    spread = float(np.sum(away_P**2)) ** 1.5
+    skew = float(np.sum(away_P**3)) / (6 * spread) if spread else 0.0
+    ends = []
+    for side in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2):
+        z = bias + normal.inv_cdf(side)
+        ends.append(float(np.quantile(drawn, normal.cdf(bias + z / (1 - skew * z)))))
+    return Interval(value, ends[0], ends[1])

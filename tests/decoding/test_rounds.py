@@ -268,6 +268,19 @@ def test_finished_rows_stay_as_they_were(drafter: str, tree: str):
     raise AssertionError("some row never finished")
 
 
+@pytest.mark.parametrize("tree", ["chain", "dynamic", "adaptive"])
+def test_every_token_has_the_number_of_the_call_that_gave_it(tree: str):
+    engine, weights = pair("eagle", tree)
+    for answer in generate(engine, weights, batches()["mixed"]):
+        emitted = np.bincount(answer.call_of, minlength=answer.calls + 1)
+        assert len(answer.call_of) == len(answer.tokens) and np.all(np.diff(answer.call_of) >= 0)
+        assert emitted[0] == 1 and np.all(emitted[1:] >= 1) and len(emitted) == answer.calls + 1
+        kept = np.repeat(np.arange(len(answer.accepted)), answer.accepted)
+        # All rounds but the last emit what they accepted and one token more; the last may be cut.
+        assert 0 <= np.sum(kept + 1) - np.sum(emitted[1:]) < len(answer.accepted)
+    assert all(a.call_of.tolist() == list(range(len(a.tokens))) for a in plain("mixed"))
+
+
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_streamed_answers_grow_to_the_whole_text(rounds: int):
     engine, weights = pair("table", "dynamic")

@@ -21,6 +21,7 @@ from jaxspec.base import SharedTables, TreePolicy
 from jaxspec.decoding.answers import block_efficiency
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig, Medusa, MedusaConfig
 from jaxspec.evaluation import timing
+from jaxspec.evaluation.arms import telling
 from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
 from jaxspec.planning.flops import _jaxprs
 from jaxspec.planning.work import (
@@ -148,7 +149,7 @@ def test_drafters_are_compared_with_every_tree(tmp_path, target, capsys):
     ],
 )
 def test_arms_are_named_by_what_tells_their_drafters_apart(paths, labels):
-    assert importlib.import_module("jaxspec.infer.bench_decode").telling(paths) == labels
+    assert telling(paths) == labels
 
 
 def test_a_missing_peer_is_one_sentence(target, monkeypatch, capsys):

@@ -1,0 +1,338 @@
+"""Evaluate drafters and trees against plain decoding on a set of questions, all arms in one run on the same tokens.
+
+Reads Spec-Bench's question.jsonl, SPEED-Bench's prepared files, lines with `turns`, `prompt` or `messages`, and plain
+text. Every answer becomes a line of rows.jsonl in --out, with the tokens of each target call; all figures are computed
+from these rows, and `--check` asserts what must hold of them. A run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from jaxspec.console import cli, results, tables
+from jaxspec.console.progress import progress
+from jaxspec.data import jsonl
+from jaxspec.data.questions import Question, read_questions
+from jaxspec.decoding.requests import Settings
+from jaxspec.evaluation import metrics, side_by_side
+from jaxspec.evaluation.acceptance import fingerprint
+from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
+from jaxspec.evaluation.row_checks import check
+from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, read_evaluation, to_record
+from jaxspec.evaluation.side_by_side import SideBySide
+from jaxspec.interchange import hf, target_folders
+from jaxspec.parallel.agreement import say
+from jaxspec.serving import loading
+from jaxspec.serving.flags import DraftFlags
+from jaxspec.serving.loading import Models
+from jaxspec.trees import parse_tree
+
+SERVED_CHAIN = "chain:3"
+"""The draft that servers verify by default: heads are served as chains."""
+SHOWN = 20
+"""Problems of a file of rows that are printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(DraftFlags):
+    """Command line of `jaxspec evaluate`."""
+
+    drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of a drafter, or `lookup`; repeat the flag to compare several, each with every tree."""
+    tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A draft tree, an arm each, as `jaxspec bench decode` takes them. Default: the tree saved with the drafter, and
+    beside it chain:3, which is what servers verify."""
+    prompts: str | None = None
+    """File of questions. Needed, unless --check is given."""
+    limit: int | None = None
+    """Take the first N questions of every task."""
+    temperature: tuple[float, ...] = (0.0,)  # type: ignore[assignment]
+    """Temperatures, a pass each; 0 is greedy."""
+    seeds: str = "0"
+    """Seeds of the draws above temperature 0, such as 0,1,2; greedy decoding draws nothing and takes the first."""
+    batch: int = 1
+    """Answers decoded together."""
+    repeats: int = 1
+    """Times that every batch is decoded by every arm; times are medians over them."""
+    out: Path = Path("runs/evaluate")
+    """Folder of rows.jsonl and summary.json."""
+    check: Path | None = None
+    """Assert the invariants of a file of rows, or of the one in a folder, and do nothing else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.check is not None:
+            return
+        if self.prompts is None:
+            raise ValueError("--prompts is missing: name a file of questions, such as Spec-Bench's question.jsonl")
+        for spec in self.trees:
+            parse_tree(spec)
+        if twice := next((path for path in self.drafter if self.drafter.count(path) > 1), None):
+            raise ValueError(f"--drafter {twice} is given twice; give every drafter once")
+        if not self.drafter:
+            self.needs_drafter(tree=self.tree)
+        if not self.temperature or len(set(self.temperature)) < len(self.temperature):
+            raise ValueError("--temperature needs one or more different temperatures")
+        cli.refuse_below_one(self, "batch", "repeats", *([] if self.limit is None else ["limit"]))
+        _ = self.passes
+
+    @property
+    def trees(self) -> list[str]:
+        """The trees named, in order."""
+        return split_trees(self.tree)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of all answers, at the first temperature."""
+        return Settings(self.max_new_tokens, self.temperature[0], self.top_k, self.top_p, self.draft_temperature)
+
+    @property
+    def passes(self) -> list[Settings]:
+        """The settings of every temperature and seed."""
+        words = [word.strip() for word in self.seeds.split(",")]
+        if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+            raise ValueError(f"--seeds is {self.seeds!r}; it must be different whole numbers such as 0,1,2")
+        seeds = [int(word) for word in words]
+        return [
+            replace(self.settings, temperature=temperature, seed=seed)
+            for temperature in self.temperature
+            for seed in (seeds if temperature else seeds[:1])
+        ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the verb; returns 1 where rows do not hold what they must."""
+    started = time.monotonic()
+    args = cli.parse(list(argv), Args, prog="jaxspec evaluate", description=__doc__ or "")
+    if args.check is not None:
+        return tell_problems(args.check)
+    args.refuse_slow_dtype()
+    assert args.prompts is not None
+    questions = check_questions(read_questions(args.prompts, limit=args.limit))
+    arms = make_arms(*load_every(args))
+    setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens)
+    book = RowBook(args.out / "rows.jsonl", begun_with(args, setup, questions))
+    with cli.sigterm_interrupts():
+        for settings in args.passes:
+            evaluate(setup, questions, settings, book)
+    evaluation = Evaluation(book.settings, book.rows)
+    result = summary_of(args, evaluation, started)
+    results.write_json(args.out / "summary.json", result)
+    if args.json:
+        results.write_json(args.json, result)
+    print_result(result)
+    return tell_problems(args.out)
+
+
+def load_every(args: Args) -> tuple[list[Models], tuple[str, ...], Sequence[str | None]]:
+    """Returns the target with each drafter, or alone, the drafters, and the trees of all (None: each its own)."""
+    plain = args.load_target()
+    first = args.trees[0] if args.trees else None
+    every = [args.add_drafter(plain, drafter, first) for drafter in args.drafter] or [plain]
+    beside = () if loading.LOOKUP in args.drafter else (SERVED_CHAIN,)  # looked-up tokens have a tree of their own
+    return every, args.drafter, args.trees or (None, *beside)
+
+
+def check_questions(questions: list[Question]) -> list[Question]:
+    """Returns the questions; says what of their lines is not used. Raises ValueError where two have one id."""
+    seen: dict[str, str] = {}
+    for question in questions:
+        prompt = question.prompt
+        first = seen.setdefault(prompt.id, prompt.name)
+        if first != prompt.name and not prompt.problem:
+            raise ValueError(f"{prompt.name}: has the id of {first}; give each question its own")
+    own = sum(bool(question.prompt.settings) for question in questions)
+    if own:
+        say(f"note: {own:,} questions name settings of their own, which are not used: all arms share the run's")
+    return questions
+
+
+class RowBook:
+    """The file of rows: a stopped run goes on behind its last whole batch."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, results.jsonable(settings)
+        noted = jsonl.journal(path, self.settings, of=path.parent, fields=("id", "task"))
+        self.rows = [from_record(record) for record in noted]
+        self._drop_torn_batch()
+        self.known = {row.key for row in self.rows}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Notes the rows of a batch; they are on disk when this returns."""
+        new = [row for row in rows if row.key not in self.known]
+        jsonl.append(self.path, [to_record(row) for row in new])
+        self.rows += new
+        self.known |= {row.key for row in new}
+
+    def has(self, rows: Sequence[tuple[Any, ...]]) -> bool:
+        """Returns whether all these keys are noted."""
+        return all(key in self.known for key in rows)
+
+    def _drop_torn_batch(self) -> None:
+        """Removes the last batch if a kill left only a part of it."""
+        if not self.rows or self.rows[-1].error:
+            return
+        last = self.rows[-1]
+        mine = [r for r in self.rows if (r.group, r.temperature, r.seed) == (last.group, last.temperature, last.seed)]
+        if len(mine) == last.group_rows * len(self.settings["arms"]):
+            return
+        self.rows = self.rows[: -len(mine)]
+        lines = self.path.read_bytes().split(b"\n")[: 1 + len(self.rows)]
+        self.path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def evaluate(setup: SideBySide, questions: Sequence[Question], settings: Settings, book: RowBook) -> None:
+    """Measures all arms at one temperature and seed; batches that are noted are not decoded again."""
+    warmed: set[Any] = set()
+    named = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}, seed {settings.seed}"
+    for turn in range(max(question.turns for question in questions)):
+        asked = side_by_side.ask(setup.plain, questions, answers_of(setup, book, settings), settings, turn)
+        book.add(side_by_side.failures(setup, asked, settings))
+        groups = side_by_side.group(setup, asked)
+        left = [(n, g) for n, g in enumerate(groups) if not book.has(side_by_side.keys(setup, g, settings))]
+        label = f"{named}, turn {turn + 1}" if turn else named
+        with progress(label, sum(len(g.asked) for _, g in left), "questions") as bar:
+            for number, group in left:
+                rows = []
+                for arm, mine in side_by_side.measure(setup, group, settings, warmed, number):
+                    rows += mine
+                    bar.tell(f"{arm}: {tables.four_digits(speed_of(mine))} tokens/s")
+                book.add(rows)
+                bar.advance(len(group.asked))
+
+
+def speed_of(rows: Sequence[Row]) -> float:
+    """Returns new tokens a second of a batch."""
+    return sum(row.length for row in rows) / sum(row.seconds for row in rows)
+
+
+def answers_of(setup: SideBySide, book: RowBook, settings: Settings) -> dict[str, list[str]]:
+    """Returns plain decoding's answers so far as text, by question id, in the order of turns."""
+    mine = [
+        r
+        for r in book.rows
+        if (r.arm, r.temperature, r.seed) == (PLAIN, settings.temperature, settings.seed) and not r.error
+    ]
+    found: dict[str, list[str]] = {}
+    for row in sorted(mine, key=lambda r: r.turn):
+        stopped = row.tokens[-1] in setup.plain.stop_ids
+        tokens = row.tokens[:-1] if stopped else row.tokens
+        found.setdefault(row.id, []).append(setup.plain.tokenizer.decode(list(tokens)))
+    return found
+
+
+def begun_with(args: Args, setup: SideBySide, questions: Sequence[Question]) -> dict[str, Any]:
+    """Returns the settings that all rows of a file share."""
+    folder, tokenizer = target_folders.target_folder(args.target), setup.plain.tokenizer
+    assert args.prompts is not None
+    return {
+        "format": FORMAT,
+        "target": args.target,
+        "target_weights": hf.fingerprint(folder),
+        **tokenizer.fingerprint,
+        "prompts": Path(args.prompts).name,
+        "prompts_sha256": hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest(),
+        "questions": len(questions),
+        "limit": args.limit,
+        "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "draft_temperature": args.draft_temperature,
+        "temperatures": list(args.temperature),
+        "seeds": args.seeds,
+        "batch": args.batch,
+        "repeats": args.repeats,
+        "stop_ids": list(setup.plain.stop_ids),
+        "machine": results.machine_facts(),
+        "arms": {name: facts_of(arm) for name, arm in setup.arms.items()},
+    }
+
+
+def facts_of(arm: DecodingArm) -> dict[str, Any]:
+    """Returns the facts of an arm, its drafter's weights among them."""
+    drafted = arm.models.weights.drafter is not None
+    return arm.facts() | {"drafter_weights": fingerprint(arm.models) if drafted else None}
+
+
+def summary_of(args: Args, evaluation: Evaluation, started: float) -> dict[str, Any]:
+    """Returns the verb's JSON: the settings of the rows and every figure."""
+    shared = {k: v for k, v in evaluation.settings.items() if k not in ("dtype", "machine")}
+    return results.result(
+        "evaluate",
+        dtype=loading.DTYPES[args.dtype],
+        seed=args.passes[0].seed,
+        started=started,
+        **shared,
+        rows=str(args.out / "rows.jsonl"),
+        failed=sum(bool(row.error) for row in evaluation.rows if row.arm == PLAIN),
+        peak_memory_bytes=peak_memory(),
+        formulas=metrics.FORMULAS,
+        summary=metrics.summarize_all(evaluation.rows, evaluation.arms),
+    )
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that the accelerator held, or on a CPU this process."""
+    facts = jax.devices()[0].memory_stats() or {}
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Prints a table for every temperature, and how each figure is computed."""
+    columns = {
+        "task": "task",
+        "arm": "method",
+        "answers": "answers",
+        "tau": "tau_micro",
+        "tau, mean of answers": "tau_macro",
+        "tokens/s": "tokens_per_second",
+        "x plain": "speedup",
+        "95 %": None,
+        "efficiency": "efficiency",
+        "same": "identical_fraction",
+    }
+    for temperature in dict.fromkeys(row["temperature"] for row in result["summary"]):
+        rows = [
+            [
+                f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]" if key is None else row[key]
+                for key in columns.values()
+            ]
+            for row in result["summary"]
+            if row["temperature"] == temperature
+        ]
+        title = "Greedy" if temperature == 0 else f"Temperature {temperature:g}"
+        tables.print_table(f"{title}, batch {result['batch']}, {result['dtype']}", list(columns), rows)
+    for name in ("tau_micro", "tau_macro", "speedup", "efficiency", "identical_fraction"):
+        sys.stdout.write(f"{name}: {metrics.FORMULAS[name]}\n")
+    if result["failed"]:
+        sys.stdout.write(f"{result['failed']} turns could not be read by the target: rows.jsonl says why\n")
+
+
+def tell_problems(path: Path) -> int:
+    """Asserts the invariants of a file of rows; returns the exit code."""
+    evaluation = read_evaluation(path)
+    problems = check(evaluation)
+    for problem in problems[:SHOWN]:
+        sys.stderr.write(f"jaxspec evaluate: {path}: {problem}\n")
+    if len(problems) > SHOWN:
+        sys.stderr.write(f"jaxspec evaluate: {path}: {len(problems) - SHOWN:,} problems more\n")
+    if not problems:
+        sys.stdout.write(f"{path}: all invariants hold of {len(evaluation.rows):,} rows\n")
+    return cli.EXIT_FAILED if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

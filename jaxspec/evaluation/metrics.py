@@ -1,0 +1,213 @@
+"""Figures of an evaluation, computed from its rows alone; a conversation is the unit that is resampled.
+
+Notation, of one answer: `L` new tokens (stop id counted), `R` target calls without the prefill call; of each call
+`d_j` drafted, `a_j` accepted, `e_j` emitted tokens; `D` levels and `N` nodes of the arm's tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec.evaluation.equivalence import NEAR_TIE
+from jaxspec.evaluation.rows import PLAIN, Row
+from jaxspec.evaluation.statistics import Interval, Statistic, over, quotient, resampled
+
+FORMULAS = {
+    "tau_micro": "sum e / sum R: tokens per target call, bonus token in; the prefill call and its token out",
+    "tau_macro": "mean over answers of (sum e / R), as HASS and z-lab's DFlash print it; short answers weigh more",
+    "tau_raw": "1 + sum a / sum R, as vLLM prints it: without the cut at a stop id or the budget",
+    "length_sglang": "sum L / sum R: the prefill token in, its call out",
+    "length_specdec": "mean over answers of L / (R + 1), as specdec_bench prints it",
+    "survival": "S_i: share of all rounds with a >= i",
+    "conditional": "c_i = S_i / S_(i-1): acceptance at depth i of rounds that got there",
+    "acceptance_rate": "of a chain sum a / sum d; of a tree (tau_raw - 1) / D",
+    "alpha": "solves tau_raw = (1 - alpha^(D+1)) / (1 - alpha): a model, not a measurement",
+    "mbsu": "tau / (1 + cost): the speed-up if time were the weights read alone",
+    "speedup": "plain seconds / seconds, over the same prompts, prefill in",
+    "speedup_macro": "mean over conversations of that ratio",
+    "decode_speedup": "plain seconds per token / seconds per token of the rounds alone",
+    "efficiency": "decode_speedup / tau: time of a plain call over time of a round",
+    "tokens_per_second": "sum L / sum of seconds, prefill in, all answers of a batch together",
+    "user_tokens_per_second": "sum e / sum of each answer's own rounds, prefill out",
+    "ttft_ms": "median milliseconds from a prompt to its first token",
+    "identical_fraction": "share of answers whose token ids are those of plain decoding",
+    "near_ties": f"answers that differ, where the target's two scores are less than {NEAR_TIE} apart",
+}
+"""Name of a figure -> how it is computed."""
+LISTS = ("survival", "conditional", "histogram")
+
+
+class Units(NamedTuple):
+    """Sums of the rows of one arm by conversation `U`."""
+
+    names: tuple[str, ...]
+    tasks: tuple[str, ...]
+    emitted_U: np.ndarray
+    calls_U: np.ndarray
+    accepted_U: np.ndarray
+    length_U: np.ndarray
+    seconds_U: np.ndarray
+    own_seconds_U: np.ndarray
+    macro_U: np.ndarray
+    """Sum of `sum e / R` over the answers with `R > 0`."""
+    counted_U: np.ndarray
+    """Number of those answers."""
+
+
+def units_of(rows: Sequence[Row]) -> Units:
+    """Returns the sums of one arm's rows by conversation, in the order in which the names sort."""
+    by_unit: dict[str, list[Row]] = {}
+    for row in rows:
+        by_unit.setdefault(row.unit, []).append(row)
+    names = sorted(by_unit)
+    sums = [
+        (
+            sum(sum(r.emitted) for r in mine),
+            sum(r.calls for r in mine),
+            sum(sum(r.accepted) for r in mine),
+            sum(r.length for r in mine),
+            sum(r.seconds for r in mine),
+            sum(r.own_seconds for r in mine),
+            sum(sum(r.emitted) / r.calls for r in mine if r.calls),
+            sum(r.calls > 0 for r in mine),
+        )
+        for mine in (by_unit[name] for name in names)
+    ]
+    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 8
+    return Units(tuple(names), tuple(by_unit[name][0].task for name in names), *columns)
+
+
+def survival(rows: Sequence[Row], depth: int) -> np.ndarray:
+    """Returns `S_1 .. S_D` over all rounds of the rows; NaN where there is none."""
+    accepted = np.concatenate([np.asarray(r.accepted, np.int64) for r in rows] or [np.zeros(0, np.int64)])
+    if not accepted.size:
+        return np.full(depth, np.nan)
+    return np.asarray([np.mean(accepted >= i) for i in range(1, depth + 1)])
+
+
+def conditional(survival_D: np.ndarray) -> np.ndarray:
+    """Returns `c_1 .. c_D`; NaN where no round got there."""
+    before_D = np.concatenate([[1.0], survival_D[:-1]])
+    return np.divide(survival_D, before_D, out=np.full_like(survival_D, np.nan), where=before_D > 0)
+
+
+def alpha_of(tau: float, depth: int) -> float:
+    """Returns the acceptance of independent drafts that gives `tau` with a chain of `depth`; NaN where none does."""
+    if not np.isfinite(tau) or not 1 <= tau <= depth + 1:
+        return float("nan")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        # The sum has no division, which the closed form lacks at alpha = 1.
+        low, high = (middle, high) if sum(middle**i for i in range(depth + 1)) < tau else (low, middle)
+    return (low + high) / 2
+
+
+def same_conversations(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Returns the rows of both whose question, turn and seed are in both."""
+    keys = {(r.unit, r.turn, r.seed) for r in ours} & {(r.unit, r.turn, r.seed) for r in theirs}
+    return tuple([r for r in rows if (r.unit, r.turn, r.seed) in keys] for rows in (ours, theirs))  # type: ignore[return-value]
+
+
+def speedups(ours: Sequence[Row], plain: Sequence[Row]) -> dict[str, Any]:
+    """Returns the speed-ups of an arm over plain decoding on the same answers, each with its paired interval."""
+    ours, plain = same_conversations(ours, plain)
+    u, p = units_of(ours), units_of(plain)
+    per_answer_token = over(quotient(p.own_seconds_U, p.emitted_U), quotient(u.own_seconds_U, u.emitted_U))
+    per_token = over(quotient(p.seconds_U, p.length_U), quotient(u.seconds_U, u.length_U))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        each_U = (p.seconds_U / p.length_U) / (u.seconds_U / u.length_U)
+    whole, decode = resampled(per_token, u.tasks), resampled(per_answer_token, u.tasks)
+    return {
+        **_named("speedup", whole),
+        "speedup_macro": float(np.mean(each_U)) if each_U.size else float("nan"),
+        **_named("decode_speedup", decode),
+    }
+
+
+def summarize(rows: Sequence[Row], facts: Mapping[str, Any], plain: Sequence[Row]) -> dict[str, Any]:
+    """Returns the figures of one arm's rows (of a task or of all, at one temperature); `plain` are the plain arm's.
+
+    `facts` are the arm's (`depth`, `nodes`, `cost`). Rows with an error are counted and left out.
+    """
+    # In one order, so that sums of floats do not depend on how rows were joined.
+    failed, rows = sum(bool(r.error) for r in rows), sorted((r for r in rows if not r.error), key=lambda r: r.key)
+    plain = sorted((r for r in plain if not r.error), key=lambda r: r.key)
+    units, depth = units_of(rows), int(facts["depth"])
+    tau = _figure(quotient(units.emitted_U, units.calls_U), units)
+    raw = 1 + _ratio(units.accepted_U, units.calls_U)
+    kept_D = survival(rows, depth)
+    found = {
+        "prompts": len(units.names),
+        "answers": len(rows),
+        "failed": failed,
+        "without_rounds": sum(not r.calls for r in rows),
+        "tokens": int(np.sum(units.length_U)),
+        "target_calls": int(np.sum(units.calls_U)),
+        **_named("tau_micro", tau),
+        **_named("tau_macro", _figure(quotient(units.macro_U, units.counted_U), units)),
+        "tau_raw": raw,
+        "length_sglang": _ratio(units.length_U, units.calls_U),
+        "length_specdec": float(np.mean([r.length / (r.calls + 1) for r in rows])) if rows else float("nan"),
+        "survival": kept_D.tolist(),
+        "conditional": conditional(kept_D).tolist(),
+        "histogram": histogram(rows, depth).tolist(),
+        "acceptance_rate": (raw - 1) / depth if depth else None,
+        "alpha": alpha_of(raw, depth) if depth else None,
+        "mbsu": tau.value / (1 + float(facts["cost"])),
+        "tokens_per_second": _ratio(units.length_U, units.seconds_U),
+        "user_tokens_per_second": _ratio(units.emitted_U, units.own_seconds_U),
+        "ttft_ms": 1e3 * float(np.median([r.ttft for r in rows])) if rows else float("nan"),
+        **speedups(rows, plain),
+        **agreement(rows),
+    }
+    return found | {"efficiency": found["decode_speedup"] / tau.value if tau.value else float("nan")}
+
+
+def histogram(rows: Sequence[Row], depth: int) -> np.ndarray:
+    """Returns the rounds that accepted 0, 1 .. D drafted tokens."""
+    accepted = [a for r in rows for a in r.accepted]
+    return np.bincount(np.asarray(accepted, np.int64), minlength=depth + 1)
+
+
+def agreement(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns how many answers are those of plain decoding; None where they need not be."""
+    compared = [r for r in rows if r.identical is not None]
+    parted = [r.divergence[1] for r in compared if r.divergence is not None]
+    return {
+        "identical_fraction": float(np.mean([bool(r.identical) for r in compared])) if compared else None,
+        "near_ties": sum(margin < NEAR_TIE for margin in parted),
+        "differing": sum(margin >= NEAR_TIE for margin in parted),
+    }
+
+
+def summarize_all(rows: Sequence[Row], arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a summary for each temperature, task (`all` first) and arm."""
+    tasks = sorted({row.task for row in rows})
+    found = []
+    for temperature in sorted({row.temperature for row in rows}):
+        for task in [None, *tasks] if len(tasks) > 1 else [None]:
+            chosen = [r for r in rows if r.temperature == temperature and task in (None, r.task)]
+            plain = [r for r in chosen if r.arm == PLAIN]
+            for arm, facts in arms.items():
+                mine = [r for r in chosen if r.arm == arm]
+                if mine:
+                    about = {"task": task or "all", "method": arm, "temperature": temperature}
+                    found.append(about | summarize(mine, facts, plain))
+    return found
+
+
+def _figure(statistic: Statistic, units: Units) -> Interval:
+    return resampled(statistic, units.tasks)
+
+
+def _ratio(above_U: np.ndarray, below_U: np.ndarray) -> float:
+    below = float(np.sum(below_U))
+    return float(np.sum(above_U)) / below if below else float("nan")
+
+
+def _named(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

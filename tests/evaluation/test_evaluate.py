@@ -1,0 +1,120 @@
+"""`jaxspec evaluate`: rows of all arms, two turns, resumption, checks, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+from random_models import write_target
+
+from jaxspec.__main__ import main
+from jaxspec.console.results import jsonable
+from jaxspec.evaluation.metrics import summarize_all
+from jaxspec.evaluation.rows import read_evaluation
+
+QUESTIONS = [
+    {"question_id": 1, "category": "math", "turns": ["how much is 2 and 3?", "and what is one more?"]},
+    {"question_id": 2, "category": "math", "turns": ["what does everybody know"]},
+    {"question_id": 3, "category": "rag", "turns": ["say it again and again and again"]},
+    {"question_id": 4, "category": "rag", "turns": [""]},
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("evaluate")
+    write_target(home / "target")
+    (home / "set.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    return home
+
+
+@pytest.fixture
+def folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(home)
+    return home
+
+
+WORDS = ["evaluate", "--target", "target", "--prompts", "set.jsonl", "--drafter", "lookup", "--max-new-tokens", "12"]
+
+
+def test_every_answer_of_every_arm_is_a_sound_row(folder: Path, capsys: pytest.CaptureFixture[str]):
+    more = ("--temperature", "0", "1", "--seeds", "0,1", "--batch", "2", "--repeats", "2")
+    assert main([*WORDS, *more, "--out", "whole", "--json", "result.json"]) == 0
+    said = capsys.readouterr().out
+    assert "all invariants hold of" in said and "1 turns could not be read" not in said
+    found = read_evaluation("whole")
+    # 4 turns that can be read and one that cannot, 2 arms, greedy once and two seeds at temperature 1.
+    assert len(found.rows) == (4 + 1) * 2 * 3 and list(found.arms) == ["plain", "lookup:7"]
+    assert {(r.id, r.turn) for r in found.rows if not r.error} == {("1", 0), ("1", 1), ("2", 0), ("3", 0)}
+    assert {r.error for r in found.rows if r.id == "4"} == {"has `turns` that are not texts"}
+    assert all(r.identical for r in found.rows if not r.error) and all(
+        len(r.decode_seconds) == 2 for r in found.rows if not r.error
+    )
+    first, second = (next(r for r in found.rows if (r.id, r.turn, r.arm) == ("1", t, "plain")) for t in (0, 1))
+    assert second.prompt_tokens > first.prompt_tokens + first.length  # it holds the first turn and its answer
+    result = json.loads(Path("result.json").read_text())
+    assert result == json.loads(Path("whole/summary.json").read_text())
+    assert result["summary"] == jsonable(summarize_all(found.rows, found.arms))
+    assert {(s["task"], s["method"]) for s in result["summary"]} == {
+        (task, arm) for task in ("all", "math", "rag") for arm in found.arms
+    }
+    assert main(["evaluate", "--check", "whole"]) == 0
+
+
+def test_a_stopped_run_goes_on_behind_its_last_whole_batch(folder: Path):
+    assert main([*WORDS, "--out", "one"]) == 0
+    path = folder / "one" / "rows.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept, torn in ((len(lines) - 3, b""), (len(lines) - 2, b'{"id": "1", "ta'), (1, b"")):
+        path.write_bytes(b"".join(lines[:kept]) + torn)
+        assert main([*WORDS, "--out", "one"]) == 0
+        again = read_evaluation("one")
+        wanted = [json.loads(line) for line in lines[1:]]
+        assert sorted((r.id, r.arm, r.turn, r.tokens) for r in again.rows) == sorted(
+            (w["id"], w.get("arm", "plain"), w.get("turn", 0), tuple(w.get("tokens", ()))) for w in wanted
+        )
+
+
+def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*WORDS, "--out", "two", "--limit", "1"]) == 0
+    assert main([*WORDS, "--out", "two", "--limit", "1", "--batch", "2"]) == 1
+    assert "was begun with batch=1, not 2" in capsys.readouterr().err
+    path = folder / "two" / "rows.jsonl"
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[-1])
+    lines[-1] = json.dumps(row | {"tokens": [*row["tokens"], 5]})
+    path.write_text("\n".join(lines) + "\n")
+    assert main(["evaluate", "--check", str(path)]) == 1
+    assert "and one by prefill, and has" in capsys.readouterr().err
+    path.write_text("{}\n")
+    assert main(["evaluate", "--check", str(path)]) == 1
+    assert "is not a file of rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evaluate"], "--prompts is missing"),
+        ([*WORDS[:5], "--tree", "chain:2"], "--tree needs a --drafter"),
+        ([*WORDS, "--tree", "chainsaw"], "chainsaw"),
+        ([*WORDS, "--drafter", "lookup"], "--drafter lookup is given twice"),
+        ([*WORDS, "--batch", "0"], "batch"),
+        ([*WORDS, "--seeds", "a"], "--seeds is 'a'"),
+        ([*WORDS, "--temperature", "0", "0"], "different temperatures"),
+        (["evaluate", "--check", "absent"], "absent: no such file"),
+        ([*WORDS[:4], "absent.jsonl"], "absent.jsonl: no such file"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]):
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code in (1, 2) and told in said and said.strip().count("\n") == 0
+
+
+def test_two_questions_of_one_id_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "twice.jsonl").write_text('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n')
+    assert main([*WORDS[:4], "twice.jsonl", *WORDS[5:], "--out", "three"]) == 1
+    assert "twice.jsonl:2: prompt 'a': has the id of" in capsys.readouterr().err

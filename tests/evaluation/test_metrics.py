@@ -1,0 +1,266 @@
+"""Figures of an evaluation: a second, slow computation of each, hand-made rows, traps, and what must hold of rows."""
+
+import dataclasses
+import itertools
+import math
+import random
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxspec.decoding.answers import Answer
+from jaxspec.evaluation.metrics import alpha_of, summarize, summarize_all, survival
+from jaxspec.evaluation.row_checks import check
+from jaxspec.evaluation.rows import PLAIN, Evaluation, Row, from_record, rounds_of, to_record
+from jaxspec.evaluation.statistics import quotient, resampled
+
+STOP, DEPTH, BUDGET = 0, 3, 64
+ARMS = {
+    PLAIN: {"depth": 0, "nodes": 1, "cost": 0.0, "tree": None},
+    "chain:3": {"depth": DEPTH, "nodes": 4, "cost": 0.25, "tree": "chain:3"},
+}
+SETTINGS: dict[str, Any] = {"arms": ARMS, "stop_ids": [STOP], "max_new_tokens": BUDGET}
+
+
+def make_pair(id: str, task: str, accepted: list[int], cut: int = 0, *, finish: str = "stop", turn: int = 0, tie=None):
+    """The rows of plain decoding and of a chain of one answer; the last round is cut by `cut` tokens."""
+    emitted = [a + 1 for a in accepted]
+    if emitted:
+        emitted[-1] -= cut
+    length = 1 + sum(emitted)
+    tokens = tuple([7] * (length - 1) + [STOP if finish == "stop" else 7])
+    shared: dict[str, Any] = {
+        "id": id,
+        "task": task,
+        "turn": turn,
+        "finish": finish,
+        "prompt_hash": "p",
+        "group": f"{turn}:{id}",
+    }
+    plain = Row(
+        **shared,
+        tokens=tokens,
+        emitted=(1,) * (length - 1),
+        accepted=(0,) * (length - 1),
+        group_calls=length - 1,
+        prefill_seconds=(0.5, 0.25, 0.125),
+        decode_seconds=tuple(0.01 * (length - 1) * x for x in (1, 2, 3)),
+        identical=True,
+    )
+    other = dataclasses.replace(
+        plain,
+        arm="chain:3",
+        emitted=tuple(emitted),
+        accepted=tuple(accepted),
+        group_calls=len(emitted),
+        decode_seconds=tuple(0.015 * len(emitted) * x for x in (1, 2, 3)),
+    )
+    return [plain, other]
+
+
+def some_rows() -> list[Row]:
+    rng = random.Random(0)
+    rows = []
+    for number in range(40):
+        accepted = [rng.randint(0, DEPTH) for _ in range(rng.randint(1, 12))]
+        task, finish = rng.choice(["math", "chat"]), rng.choice(["stop", "length"])
+        rows += make_pair(f"q{number}", task, accepted, rng.randint(0, accepted[-1]), finish=finish)
+        if task == "chat":
+            rows += make_pair(f"q{number}", task, [1, 2], turn=1)
+    return rows
+
+
+def mine(rows: list[Row], arm: str) -> list[Row]:
+    return [row for row in rows if row.arm == arm]
+
+
+def test_every_figure_is_that_of_a_second_slow_computation():
+    rows = some_rows()
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    emitted = calls = kept = length = 0
+    each, specdec, ours, theirs, rounds = [], [], Fraction(0), Fraction(0), []
+    for row in rows:
+        seconds = Fraction(sorted(row.prefill_seconds)[1]) + Fraction(sorted(row.decode_seconds)[1])
+        if row.arm == PLAIN:
+            theirs += seconds
+            continue
+        ours += seconds
+        emitted, calls, kept = emitted + sum(row.emitted), calls + len(row.emitted), kept + sum(row.accepted)
+        length += len(row.tokens)
+        each.append(Fraction(sum(row.emitted), len(row.emitted)))
+        specdec.append(Fraction(len(row.tokens), len(row.emitted) + 1))
+        rounds += row.accepted
+    tau = emitted / calls
+    expected = {
+        "tau_micro": tau,
+        "tau_macro": float(sum(each) / len(each)),
+        "tau_raw": 1 + kept / calls,
+        "length_sglang": length / calls,
+        "length_specdec": float(sum(specdec) / len(specdec)),
+        "acceptance_rate": kept / (DEPTH * calls),
+        "mbsu": tau / 1.25,
+        "speedup": float(theirs / ours),
+        "tokens_per_second": float(length / ours),
+        "user_tokens_per_second": tau / 0.03,
+        "decode_speedup": (0.02 * 1) / (0.03 / tau),
+        "efficiency": 0.02 / 0.03,
+        "identical_fraction": 1.0,
+        "ttft_ms": 250.0,
+        "answers": len(each),
+        "target_calls": calls,
+        "tokens": length,
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-9), name
+    assert found["histogram"] == [rounds.count(k) for k in range(DEPTH + 1)]
+    assert found["survival"] == pytest.approx([sum(a >= i for a in rounds) / calls for i in (1, 2, 3)])
+    at_least = [sum(a >= i for a in rounds) for i in range(DEPTH + 1)]
+    assert found["conditional"] == pytest.approx([b / a for a, b in itertools.pairwise(at_least)])
+
+
+def test_the_conversions_between_conventions_hold():
+    rows = mine(some_rows(), "chain:3")
+    found = summarize(rows, ARMS["chain:3"], [])
+    assert found["tau_raw"] == pytest.approx(1 + sum(found["survival"]))
+    answers = len(rows)
+    assert found["length_sglang"] == pytest.approx(found["tau_micro"] + answers / found["target_calls"])
+    assert sum(k * h for k, h in enumerate(found["histogram"])) == sum(sum(r.accepted) for r in rows)
+    assert found["tau_micro"] <= found["tau_raw"] <= found["tau_micro"] + DEPTH * answers / found["target_calls"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("depth", [1, 7])
+def test_alpha_is_the_acceptance_that_gives_tau(alpha: float, depth: int):
+    tau = sum(alpha**i for i in range(depth + 1))
+    assert alpha_of(tau, depth) == pytest.approx(alpha, abs=1e-6)
+    assert math.isnan(alpha_of(depth + 1.5, depth)) and math.isnan(alpha_of(0.5, depth))
+
+
+def test_hand_made_rows_have_known_figures():
+    rows = make_pair("a", "x", [3, 0], 0) + make_pair("b", "x", [1], 0)
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    assert found["tau_micro"] == pytest.approx(7 / 3)
+    assert found["tau_macro"] == pytest.approx((5 / 2 + 2) / 2)
+    assert survival(mine(rows, "chain:3"), DEPTH).tolist() == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+
+
+def test_rows_may_be_permuted_and_split():
+    rows = some_rows()
+    whole = summarize_all(rows, ARMS)
+    turned = rows[::-1]
+    assert summarize_all(turned, ARMS) == whole
+    calls = [s["target_calls"] for s in whole if s["method"] == "chain:3"]
+    assert calls[0] == sum(calls[1:])  # tasks add up to all
+    assert [s["task"] for s in whole][:2] == ["all", "all"] and {s["task"] for s in whole} == {"all", "math", "chat"}
+
+
+TRAPS = {
+    "a stop id as bonus": make_pair("a", "x", [2, 1]),
+    "a stop id inside the accepted path": make_pair("a", "x", [2, 3], 2),
+    "a stop id by prefill": make_pair("a", "x", []),
+    "a budget of one": make_pair("a", "x", [], finish="length"),
+    "a cut at the budget": make_pair("a", "x", [3, 3], 1, finish="length"),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_traps_are_sound_rows_and_are_counted(name: str):
+    rows = TRAPS[name]
+    assert check(Evaluation(SETTINGS, rows)) == []
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    if rows[1].calls:
+        assert found["tau_micro"] == sum(rows[1].emitted) / rows[1].calls and not found["without_rounds"]
+    else:
+        # An answer without a round has no tau; it is counted, and left out of the mean.
+        assert found["without_rounds"] == 1 and math.isnan(found["tau_micro"]) and math.isnan(found["tau_macro"])
+    assert found["answers"] == 1
+
+
+def broken(**changes: Any) -> list[Row]:
+    plain, other = make_pair("a", "x", [2, 1])
+    return [plain, dataclasses.replace(other, **changes)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (broken(emitted=(3, 3)), "emits 6 tokens and one by prefill, and has 6"),
+        (broken(accepted=(2,)), "has 2 target calls and 1 counts"),
+        (broken(accepted=(4, 1)), "accepts 4 tokens in a round of a tree that is 3 deep"),
+        (broken(emitted=(2, 3), accepted=(2, 2)), "round 0 emits 2 tokens and accepts 2"),
+        (broken(emitted=(3, 2), accepted=(2, 0)), "its last round emits 2 tokens and accepts 0"),
+        (broken(emitted=(5,), accepted=(3,), group_calls=1), "which a tree 3 deep cannot"),
+        (broken(tokens=(7, STOP, 7, 7, 7, STOP)), "goes on behind a stop id"),
+        (broken(tokens=(7,) * 6, identical=False, divergence=(5, 0.0)), "stopped at 7, which is no stop id"),
+        (broken(finish="running"), "neither stop nor length"),
+        (broken(prompt_hash="other"), "has another prompt than plain decoding"),
+        (broken(identical=False), "its tokens are those of plain decoding"),
+        (broken(tokens=(7, 8, 7, 7, 7, STOP)), "its tokens are not those of plain decoding"),
+        (broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False), "does not say where"),
+        (broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False, divergence=(2, 0.0)), "does not part from plain"),
+        (broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False, divergence=(1, 0.5)), "which no rounding explains"),
+        (broken(error="is empty"), "has an error and yet tokens"),
+        (broken(arm="other"), "is of an arm that the first line does not name"),
+        (broken(decode_seconds=(float("nan"),) * 3), "not finite"),
+        (broken(decode_seconds=()), "has 3 times of prefill and 0 of its rounds"),
+        (broken(group_rows=2), "do not agree about its size"),
+        (broken(group_calls=5), "says 5 target calls"),
+        (broken(turn=1), "has a row of plain and none of chain:3"),
+        ([*broken(), broken()[1]], "stands 2 times"),
+    ],
+)
+def test_rows_that_cannot_be_are_named(rows: list[Row], told: str):
+    assert any(told in problem for problem in check(Evaluation(SETTINGS, rows)))
+
+
+def test_plain_decoding_gives_one_token_a_call():
+    plain, other = make_pair("a", "x", [2, 1])
+    plain = dataclasses.replace(plain, emitted=(1, 1), accepted=(0, 0))
+    problems = check(Evaluation(SETTINGS, [plain, other]))
+    assert any("is plain decoding of 6 tokens in 2 target calls" in problem for problem in problems)
+
+
+def test_sound_rows_pass_and_a_near_tie_is_sound():
+    assert check(Evaluation(SETTINGS, some_rows())) == []
+    rows = broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False, divergence=(1, 1e-5))
+    assert check(Evaluation(SETTINGS, rows)) == []
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    assert (found["identical_fraction"], found["near_ties"], found["differing"]) == (0.0, 1, 0)
+
+
+def test_a_row_with_an_error_is_counted_and_has_no_figures():
+    rows = [*make_pair("a", "x", [2, 1]), *(Row(id="b", task="x", arm=arm, error="is empty") for arm in ARMS)]
+    assert check(Evaluation(SETTINGS, rows)) == []
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    assert found["failed"] == 1 and found["answers"] == 1 and found["tau_micro"] == 2.5
+
+
+def test_rows_come_back_from_their_records():
+    for row in some_rows():
+        assert from_record(to_record(row)) == row
+    with pytest.raises(ValueError, match="has a field 'speed' that rows do not have"):
+        from_record({"id": "a", "task": "x", "speed": 1})
+    with pytest.raises(ValueError, match="has no 'task'"):
+        from_record({"id": "a"})
+
+
+def test_rounds_of_an_answer_are_its_calls():
+    answer = Answer(np.arange(7), "stop", 3, np.array([1, 0, 2, 0]), np.array([0, 1, 2, 2, 2, 3, 3]))
+    assert rounds_of(answer) == ((1, 3, 2), (0, 2, 2))
+    assert rounds_of(Answer(np.arange(1), "stop", 0, np.zeros(4, int), np.zeros(1, int))) == ((), ())
+
+
+def test_strata_keep_their_number_of_units_and_few_units_have_a_skewed_interval():
+    rng = np.random.default_rng(0)
+    above, below = rng.exponential(size=60), np.ones(60)
+    strata = ["a"] * 30 + ["b"] * 30
+    above[30:] += 100  # a difference between strata that no resampling within them sees
+    apart, together = resampled(quotient(above, below), strata), resampled(quotient(above, below), ["a"] * 60)
+    assert apart.high - apart.low < 0.1 * (together.high - together.low)
+    few = resampled(quotient(above[:12], below[:12]), ["a"] * 12)
+    assert few.low < few.value < few.high and few.high - few.value > few.value - few.low
+    assert all(math.isnan(x) for x in resampled(quotient(above[:0], below[:0]), []))
+    one = resampled(quotient(np.ones(5), np.ones(5)), ["a"] * 5)
+    assert one == (1.0, 1.0, 1.0)
