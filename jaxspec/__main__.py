@@ -40,6 +40,7 @@ VERBS = {
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "evaluate": Verb("jaxspec.infer.evaluate", "measure drafters and trees on a question set, task by task"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
+    "bench peers": Verb("jaxspec.infer.bench_peers", "time other libraries beside this one, on the same tokens"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
     "lab profile": Verb("jaxspec.infer.lab_profile", "measure a drafter's acceptance by depth and rank, for any tree"),
     "lab search": Verb("jaxspec.infer.lab_search", "find the draft tree of the most tokens per second"),

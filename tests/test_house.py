@@ -84,8 +84,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "replay",
             "timing",
         },
-        {"acceptance", "arms", "device_decode", "device_target"},
-        {"side_by_side"},
+        {"acceptance", "arms", "device_decode", "device_target", "peer_workers"},
+        {"peer_processes", "side_by_side"},
     ),
     "interchange": (
         {"pickled", "tensors"},
