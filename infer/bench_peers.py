@@ -24,7 +24,7 @@ from jaxspec.decoding.requests import Request, Settings, bucket
 from jaxspec.evaluation import peer_processes
 from jaxspec.evaluation.arms import split_trees
 from jaxspec.evaluation.peer_processes import PeerProcess
-from jaxspec.evaluation.peer_workers import Asked, PeerSpec, Reply, serve
+from jaxspec.evaluation.peer_workers import PeerPrompt, PeerSpec, Reply, serve
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
@@ -222,9 +222,9 @@ def ask_all(peer: PeerProcess, asked: Sequence[Request], settings: dict[str, Any
     return [peer.ask(make_asked(request, settings)) for request in asked]
 
 
-def make_asked(request: Request, settings: dict[str, Any]) -> Asked:
+def make_asked(request: Request, settings: dict[str, Any]) -> PeerPrompt:
     """Returns a request as a worker takes it."""
-    return Asked([int(t) for t in request.tokens], list(request.settings.stop_ids), settings)
+    return PeerPrompt([int(t) for t in request.tokens], list(request.settings.stop_ids), settings)
 
 
 def measure(

@@ -8,11 +8,14 @@ from these rows, and `--check` asserts what must hold of them. A run that was st
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from jaxspec.console.progress import progress
 from jaxspec.data import jsonl
 from jaxspec.data.questions import Question, read_questions
 from jaxspec.decoding.requests import Settings
-from jaxspec.evaluation import metrics, side_by_side
+from jaxspec.evaluation import metrics, served, side_by_side
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
 from jaxspec.evaluation.row_checks import check
@@ -33,8 +36,10 @@ from jaxspec.evaluation.side_by_side import SideBySide
 from jaxspec.interchange import hf, target_folders
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
+from jaxspec.serving.endpoint import Client, Endpoint
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
+from jaxspec.serving.streaming_client import read_version
 from jaxspec.trees import parse_tree
 
 SERVED_CHAIN = "chain:3"
@@ -66,6 +71,13 @@ class Args(DraftFlags):
     """Times that every batch is decoded by every arm; times are medians over them."""
     out: Path = Path("runs/evaluate")
     """Folder of rows.jsonl and summary.json."""
+    endpoint: str | None = None
+    """Let a server that speaks OpenAI's API answer (vLLM, SGLang): its address, such as http://localhost:8000/v1. Its
+    acceptance is read from its own metrics. The key is read from JAXSPEC_API_KEY or OPENAI_API_KEY."""
+    model: str | None = None
+    """With --endpoint: the model's name. Default: the first that the server lists."""
+    concurrency: int = 1
+    """With --endpoint: requests in flight."""
     check: Path | None = None
     """Assert the invariants of a file of rows, or of the one in a folder, and do nothing else."""
 
@@ -81,9 +93,13 @@ class Args(DraftFlags):
             raise ValueError(f"--drafter {twice} is given twice; give every drafter once")
         if not self.drafter:
             self.needs_drafter(tree=self.tree)
+        if self.endpoint is None and self.model is not None:
+            raise ValueError("--model names the model of an --endpoint: give that too, or --target")
+        if self.endpoint is not None and self.drafter:
+            raise ValueError("--endpoint has its own drafter: leave out --drafter and --tree")
         if not self.temperature or len(set(self.temperature)) < len(self.temperature):
             raise ValueError("--temperature needs one or more different temperatures")
-        cli.refuse_below_one(self, "batch", "repeats", *([] if self.limit is None else ["limit"]))
+        cli.refuse_below_one(self, "batch", "repeats", "concurrency", *([] if self.limit is None else ["limit"]))
         _ = self.passes
 
     @property
@@ -116,9 +132,11 @@ def main(argv: Sequence[str]) -> int:
     args = cli.parse(list(argv), Args, prog="jaxspec evaluate", description=__doc__ or "")
     if args.check is not None:
         return tell_problems(args.check)
-    args.refuse_slow_dtype()
     assert args.prompts is not None
     questions = check_questions(read_questions(args.prompts, limit=args.limit))
+    if args.endpoint is not None:
+        return evaluate_served(args, questions, started)
+    args.refuse_slow_dtype()
     arms = make_arms(*load_every(args))
     setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens)
     book = RowBook(args.out / "rows.jsonl", begun_with(args, setup, questions))
@@ -132,6 +150,56 @@ def main(argv: Sequence[str]) -> int:
         results.write_json(args.json, result)
     print_result(result)
     return tell_problems(args.out)
+
+
+def evaluate_served(args: Args, questions: Sequence[Question], started: float) -> int:
+    """Lets a server answer; writes a row for each answer and the figures by task."""
+    key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+    server = Endpoint(args.endpoint or "", args.model, key, args.concurrency)
+    path, rows, summary = args.out / "served.jsonl", [], []
+    args.out.mkdir(parents=True, exist_ok=True)
+    with closing(Client(server)) as client:
+        about = {"format": served.FORMAT, "endpoint": args.endpoint, "model": client.model}
+        about |= {"server_version": read_version(client), "concurrency": args.concurrency}
+        path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        tasks = len({question.task for question in questions}) * len(args.passes)
+        with progress("served", tasks, "tasks") as bar:
+            for settings in args.passes:
+                for done in served.answer_tasks(client, questions, settings):
+                    jsonl.append(path, map(asdict, done.rows))
+                    rows += done.rows
+                    summary.append(served.summarize_served(done))
+                    bar.advance(1, f"{summary[-1]['task']}: {tables.cell(summary[-1]['acceptance_length'])}")
+    result = results.result(
+        "evaluate",
+        dtype="unknown",
+        seed=args.passes[0].seed,
+        started=started,
+        **about,
+        prompts_sha256=hashlib.sha256(Path(args.prompts or "").read_bytes()).hexdigest(),
+        max_new_tokens=args.max_new_tokens,
+        rows=str(path),
+        failed=sum(bool(row.error) for row in rows),
+        formulas=served.FORMULAS,
+        summary=summary,
+    )
+    results.write_json(args.out / "summary.json", result)
+    if args.json:
+        results.write_json(args.json, result)
+    print_served(result)
+    return 0
+
+
+def print_served(result: dict[str, Any]) -> None:
+    """Prints what a server did, task by task, and how each figure is computed."""
+    columns = ["task", "temperature", "answers", "failed", "drafts", "acceptance_length", "acceptance_rate"]
+    columns += ["tau_micro", "tokens_per_second", "user_tokens_per_second", "ttft_ms"]
+    title = f"{result['model']} at {result['endpoint']}, {result['concurrency']} requests in flight"
+    tables.print_table(title, columns, [[row[name] for name in columns] for row in result["summary"]])
+    for name, formula in result["formulas"].items():
+        sys.stdout.write(f"{name}: {formula}\n")
+    if not any(row["drafts"] for row in result["summary"]):
+        sys.stdout.write("the server shows no counters of speculative decoding at /metrics\n")
 
 
 def load_every(args: Args) -> tuple[list[Models], tuple[str, ...], Sequence[str | None]]:

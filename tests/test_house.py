@@ -72,7 +72,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"peagle"},
     ),
     "evaluation": (
-        {"equivalence", "loops", "machine", "measurements", "peers", "rows", "stand_ins", "statistics"},
+        {"equivalence", "loops", "machine", "measurements", "peers", "rows", "served", "stand_ins", "statistics"},
         {"comparison", "device_plan", "metrics", "row_checks", "step_parts"},
         {
             "device_attention",
@@ -134,7 +134,11 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "pages": ({"axes", "chromium", "markup", "style"}, {"lines", "page"}, {"charts"}),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
-    "serving": ({"dialogue", "loading"}, {"answer_file", "endpoint", "flags", "queue"}, {"regeneration"}),
+    "serving": (
+        {"dialogue", "loading", "served_acceptance"},
+        {"answer_file", "endpoint", "flags", "queue"},
+        {"regeneration", "streaming_client"},
+    ),
     "targets": (
         {"decoder", "rope_places"},
         {"fields"},

@@ -13,7 +13,7 @@ import numpy as np
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Request, make_requests
 from jaxspec.evaluation.equivalence import divergences
-from jaxspec.evaluation.peer_workers import Asked, PeerSpec, Reply
+from jaxspec.evaluation.peer_workers import PeerPrompt, PeerSpec, Reply
 from jaxspec.serving.loading import Models
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -38,7 +38,7 @@ class PeerProcess:
             self.close()
             raise ValueError(self.about["failed"])
 
-    def ask(self, asked: Asked) -> Reply:
+    def ask(self, asked: PeerPrompt) -> Reply:
         """Returns the worker's answer to a prompt. Raises ValueError where its process ends instead."""
         assert self._process.stdin is not None
         try:

@@ -52,7 +52,7 @@ class PeerSpec(NamedTuple):
     """New tokens."""
 
 
-class Asked(NamedTuple):
+class PeerPrompt(NamedTuple):
     """A prompt for a worker."""
 
     tokens: list[int]
@@ -75,7 +75,7 @@ def serve(spec: PeerSpec, asked: TextIO, told: TextIO) -> None:
         return
     _tell(told, {"version": peer.version, **peer.about})
     for line in asked:
-        prompt = Asked(**json.loads(line))
+        prompt = PeerPrompt(**json.loads(line))
         peer.configure(**prompt.settings)
         _tell(told, peer.answer(prompt))
 
@@ -103,7 +103,7 @@ class Worker:
     def configure(self) -> None:
         """Changes how it decodes; takes no settings unless the kind has some."""
 
-    def answer(self, asked: Asked) -> Reply:
+    def answer(self, asked: PeerPrompt) -> Reply:
         """Returns `tokens`, `seconds`, `prefill_seconds`, and the target's `calls` that gave `counted` of the tokens.
 
         A first call that reads the prompt alone, and its token, are not counted.
@@ -121,7 +121,7 @@ class OwnWorker(Worker):
         self.version = importlib.metadata.version("jaxspec-decoding")
         self.about = {"tree": None if models.engine.tree is None else str(getattr(models.engine.tree, "spec", ""))}
 
-    def answer(self, asked: Asked) -> Reply:
+    def answer(self, asked: PeerPrompt) -> Reply:
         """See `Worker`."""
         models, spec = self.models, self.spec
         settings = Settings(spec.budget, stop_ids=tuple(asked.stops))
@@ -180,7 +180,7 @@ class TransformersWorker(Worker):
         if self.calls == 1:
             self.first = time.perf_counter()
 
-    def answer(self, asked: Asked) -> Reply:
+    def answer(self, asked: PeerPrompt) -> Reply:
         """See `Worker`. The target's first call counts, for it checks drafts together with the prompt."""
         import transformers
 
@@ -228,7 +228,7 @@ class LlamaCppWorker(Worker):
             verbose=False,
         )
 
-    def answer(self, asked: Asked) -> Reply:
+    def answer(self, asked: PeerPrompt) -> Reply:
         """See `Worker`."""
         self.model.reset()
         found: list[int] = []

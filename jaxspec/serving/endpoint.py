@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import email.utils
 import importlib
@@ -83,7 +84,8 @@ class Client:
         self._http = self._httpx.Client(base_url=endpoint.base, headers=headers, limits=limits, timeout=timeout)
         self.retries: collections.Counter[str] = collections.Counter()
         """Requests that were sent again, by what was wrong."""
-        self._ask_ids = True
+        self.gives_ids = True
+        """Whether the server may know the field that asks for token ids."""
         self._lock = threading.Lock()
         self.model = endpoint.model or self._first_model()
 
@@ -119,14 +121,37 @@ class Client:
             body["tools"] = [dict(tool) for tool in dialogue.original.tools]
         if dialogue.variables:
             body["chat_template_kwargs"] = dict(dialogue.variables)
-        if self._ask_ids:
+        if self.gives_ids:
             try:
                 return read_reply(self._send("POST", "/chat/completions", body | {"return_token_ids": True}))
             except RequestFailed as error:
                 if "return_token_ids" not in str(error):
                     raise
-                self._ask_ids = False  # a server that refuses what it does not know
+                self.gives_ids = False  # a server that refuses what it does not know
         return read_reply(self._send("POST", "/chat/completions", body))
+
+    @contextlib.contextmanager
+    def open_stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+        """Yields the lines of a streamed response, asked for once. Raises RequestFailed, and ServerRefused."""
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    self._refuse(response.status_code, response.text)
+                yield response.iter_lines()
+        except self._httpx.TimeoutException as error:
+            raise RequestFailed("timeout", f"no answer within {self.endpoint.timeout:g} s") from error
+        except self._httpx.TransportError as error:
+            raise RequestFailed("connection", str(error) or type(error).__name__) from error
+
+    def read_text(self, path: str) -> str | None:
+        """Returns the text at a path of the server's root, beside its API; None where there is none."""
+        address = self.endpoint.base.removesuffix("/v1") + path
+        try:
+            response = self._http.get(address)
+        except self._httpx.TransportError:
+            return None
+        return response.text if response.status_code == 200 else None
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         """Returns the JSON of a response, after as many tries as the endpoint allows."""

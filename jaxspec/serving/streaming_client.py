@@ -1,0 +1,134 @@
+"""Answers of a server that speaks OpenAI's API, streamed: text, token ids where it gives them, and when they came."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxspec.serving.endpoint import Client, RequestFailed
+from jaxspec.serving.served_acceptance import AnswerAcceptance, Counters, of_answer, parse_counters
+
+END = "[DONE]"
+
+
+class StreamedAnswer(NamedTuple):
+    """An answer and the time it took."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Ids, where the server gives them."""
+    count: int
+    """New tokens by the server's own count; 0 where it does not say."""
+    prompt_tokens: int
+    finish: str
+    ttft_seconds: float
+    """From the request to the first chunk with text."""
+    seconds: float
+    chunk_seconds: tuple[float, ...]
+    """When each chunk with text came."""
+    acceptance: AnswerAcceptance | None
+    """The rounds of the answer, where the server tells them."""
+
+
+@dataclasses.dataclass
+class _Heard:
+    """The chunks of a stream taken together so far."""
+
+    began: float
+    text: str = ""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    times: list[float] = dataclasses.field(default_factory=list)
+    finish: str = ""
+    usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    acceptance: AnswerAcceptance | None = None
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Takes up a chunk. Raises RequestFailed where it is an error."""
+        if chunk.get("error"):
+            raise RequestFailed("stream", f"the stream broke off: {json.dumps(chunk['error'])[:200]}")
+        self.acceptance = of_answer(chunk) or self.acceptance
+        if isinstance(usage := chunk.get("usage"), Mapping):
+            self.usage = usage
+        for choice in chunk.get("choices") or ():
+            said = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            ids = choice.get("token_ids")
+            self.tokens += ids if isinstance(ids, list) else []
+            if said or ids:
+                self.times.append(time.perf_counter() - self.began)
+            self.text += said
+            self.finish = choice.get("finish_reason") or self.finish
+
+    def answer(self) -> StreamedAnswer:
+        """Returns the whole answer. Raises RequestFailed where the stream ended without a reason to end."""
+        if self.finish not in ("stop", "length"):
+            raise RequestFailed("stream", f"the stream ended with finish_reason {self.finish!r}")
+        counts = [self.usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
+        count, prompt = (c if isinstance(c, int) else 0 for c in counts)
+        seconds = time.perf_counter() - self.began
+        first = self.times[0] if self.times else seconds
+        return StreamedAnswer(
+            self.text, tuple(self.tokens), count or len(self.tokens), prompt, self.finish, first, seconds,
+            tuple(self.times), self.acceptance,
+        )  # fmt: skip
+
+
+def stream(client: Client, path: str, body: Mapping[str, Any]) -> StreamedAnswer:
+    """Returns a server's answer to a request body; a server that refuses to give token ids is asked without them.
+
+    Raises RequestFailed naming what is wrong. A request is sent once: a second one would be timed with a warm cache.
+    """
+    asked = {**body, "model": client.model, "stream": True, "stream_options": {"include_usage": True}}
+    if client.gives_ids:
+        try:
+            return _stream_once(client, path, asked | {"return_token_ids": True})
+        except RequestFailed as error:
+            if "return_token_ids" not in str(error):
+                raise
+            client.gives_ids = False
+    return _stream_once(client, path, asked)
+
+
+def _stream_once(client: Client, path: str, body: Mapping[str, Any]) -> StreamedAnswer:
+    heard = _Heard(time.perf_counter())
+    with client.open_stream(path, body) as lines:
+        for chunk in read_events(lines):
+            heard.add(chunk)
+    return heard.answer()
+
+
+def read_events(lines: Iterator[str]) -> Iterator[Mapping[str, Any]]:
+    """Yields the objects of a stream of server-sent events until it ends. Raises RequestFailed for one that is none."""
+    for line in lines:
+        if not line.startswith("data:"):
+            continue
+        data = line[len("data:") :].strip()
+        if data == END:
+            return
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise RequestFailed("unreadable", f"a chunk is not JSON: {data[:100]}") from None
+        if not isinstance(chunk, dict):
+            raise RequestFailed("unreadable", f"a chunk is no object: {data[:100]}")
+        yield chunk
+
+
+def read_counters(client: Client) -> Counters | None:
+    """Returns a server's counters of speculative decoding; None where it shows none."""
+    text = client.read_text("/metrics")
+    return None if text is None else parse_counters(text)
+
+
+def read_version(client: Client) -> str | None:
+    """Returns the server's version, as vLLM and SGLang tell it; None where it does not."""
+    for path in ("/version", "/server_info", "/get_server_info"):
+        try:
+            found = json.loads(client.read_text(path) or "")
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("version"), str):
+            return found["version"]
+    return None
