@@ -85,7 +85,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "timing",
         },
         {"acceptance", "arms", "device_decode", "device_target", "peer_workers"},
-        {"peer_processes", "side_by_side"},
+        {"golden", "peer_processes", "side_by_side"},
+        {"served_check"},
     ),
     "interchange": (
         {"pickled", "tensors"},

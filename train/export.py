@@ -15,9 +15,13 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from jaxspec import __version__
 from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
-from jaxspec.interchange import export
+from jaxspec.data.prompts import Prompt, read_prompts
+from jaxspec.evaluation.golden import MOST, NAME, make_golden
+from jaxspec.interchange import export, hf
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 
@@ -42,6 +46,11 @@ class Args:
     """Checkpoint of a run: best (by its evaluations), last, or the number of a step."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Dtype of the weights. Default: as they are stored."""
+    golden: Path | None = None
+    """File of prompts: golden.json is written beside the model, with what it must do where it is served, for
+    jaxspec check-served. The drafter is read back from the export, so the format must be one that jaxspec reads."""
+    golden_tree: str = "chain:3"
+    """The chain that the server verifies, for --golden."""
     overwrite: bool = False
     """Replace a model that was exported to the folder before."""
     json: Path | None = None
@@ -53,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     args = cli.parse(list(argv), Args, prog="jaxspec export", description=__doc__ or "")
     refuse_to_overwrite(args.out, args.overwrite)
+    if args.golden is not None and args.target is None:
+        raise ValueError("--golden needs --target, whose answers they are")
+    prompts = [] if args.golden is None else read_prompts(args.golden, limit=MOST)
     model = export.find_model(
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )
@@ -65,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
     for note in notes:
         say(f"note: {args.run}: {note}")
     export.write(args.to, args.out, model, args.target, target_name=args.target_name)
+    if prompts:
+        write_golden(args, prompts)
     facts = export.facts(model) | {
         "format": args.to,
         "path": args.out,
@@ -74,6 +88,19 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         results.write_json(args.json, results.result("export", seed=None, started=started, **facts, notes=notes))
     return 0
+
+
+def write_golden(args: Args, prompts: Sequence[Prompt]) -> None:
+    """Writes the golden prompts of what was exported, as it was exported."""
+    assert args.target is not None
+    models = loading.load_models(args.target, drafter=args.out, tree=args.golden_tree)
+    folder = target_folder(args.target)
+    facts = {"target": args.target, "target_weights": hf.fingerprint(folder), "dtype": "float32"}
+    facts |= {"format_of_drafter": args.to, "version": __version__, **models.tokenizer.fingerprint}
+    golden = make_golden(models, prompts, args.golden_tree, facts)
+    golden.save(args.out / NAME)
+    length, count = golden.acceptance["acceptance_length"], len(golden.prompts)
+    say(f"{args.out / NAME}: {count} golden prompts, acceptance length {length:.3f} with {args.golden_tree}")
 
 
 if __name__ == "__main__":

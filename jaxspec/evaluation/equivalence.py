@@ -87,3 +87,22 @@ def _scores_behind(engine: Engine, weights: Weights, requests: Requests, row: in
     size = jnp.asarray([len(context)], jnp.int32)
     sampling = jax.tree.map(lambda s: s[row : row + 1], requests.sampling)
     return next_scores(engine.target, weights.target, jnp.asarray(tokens_BL), size, size, sampling)[0]
+
+
+def top_margins(target: Target, params: Params, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+    """Returns at every token of an answer the likeliest token's fp32 logit less the next one's."""
+    context = [*prompt, *output]
+    tokens_BL = np.zeros((1, bucket(len(context))), np.int32)
+    tokens_BL[0, : len(context)] = context
+    best_L2 = np.asarray(_best_two(target, params, jnp.asarray(tokens_BL)))
+    at = np.arange(len(prompt) - 1, len(context) - 1)
+    return [float(margin) for margin in best_L2[at, 0] - best_L2[at, 1]]
+
+
+@functools.partial(jax.jit, static_argnames="target")
+def _best_two(target: Target, params: Params, tokens_BL: Array) -> Array:
+    """Returns `[L, 2]`: the two greatest logits behind every token of the one row."""
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    features_BLD = target.forward(params, tokens_BL, positions_BL, causal_mask(tokens_BL.shape[1])).features_BLD
+    # A row at a time: all logits of a long answer would take hundreds of megabytes.
+    return jax.lax.map(lambda x_D: jax.lax.top_k(target.logits(params, x_D[None, None])[0, 0], 2)[0], features_BLD[0])

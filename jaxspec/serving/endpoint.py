@@ -144,6 +144,16 @@ class Client:
         except self._httpx.TransportError as error:
             raise RequestFailed("connection", str(error) or type(error).__name__) from error
 
+    def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
+        """Returns the ids that the server makes of messages, as vLLM tells them; None where it does not."""
+        body = {"model": self.model, "messages": list(messages), "add_generation_prompt": True}
+        try:
+            response = self._http.post(self.endpoint.base.removesuffix("/v1") + "/tokenize", json=body)
+            found = response.json().get("tokens") if response.status_code == 200 else None
+        except (self._httpx.TransportError, ValueError, AttributeError):
+            return None
+        return None if (ids := _ids(found)) is None else list(ids)
+
     def read_text(self, path: str) -> str | None:
         """Returns the text at a path of the server's root, beside its API; None where there is none."""
         address = self.endpoint.base.removesuffix("/v1") + path
