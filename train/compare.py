@@ -79,8 +79,8 @@ class Args:
     headline: str | None = None
     """Recipes that get all the seeds, such as eagle2,hass; the others then get the first only. Default: all."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size.
-    Repeat the flag for more."""
+    """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size, or of
+    one of them: best:optimizer.peak_lr=4e-3. Repeat the flag for more."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to measure with: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, or a FILE.json of
     jaxspec lab search. Repeat the flag for more. Default: EAGLE-2's dynamic:60x6x10. A drafter that cannot draft so
@@ -115,6 +115,7 @@ class Args:
         cli.refuse_below_one(self, "limit", "tokens", "slots", "max_new_tokens")
         for stranger in set(self.headline_names) - set(self.names):
             raise ValueError(f"--headline names {stranger}, which is not compared: {', '.join(self.names)} are")
+        _ = self.changes_of(self.names[0])
         for spec in self.tree:
             parse_tree(spec)
         if not self.temperature or len(set(self.temperature)) < len(self.temperature):
@@ -130,6 +131,19 @@ class Args:
     def headline_names(self) -> list[str]:
         """Recipes that get every seed."""
         return self.names if self.headline is None else [Path(w.strip()).stem for w in self.headline.split(",")]
+
+    def changes_of(self, recipe: str) -> list[str]:
+        """Returns the changes of a recipe: those of all first, then its own. ValueError for one of a stranger."""
+        shared, own = [], []
+        for change in self.set:
+            name, colon, rest = change.partition(":")
+            if not colon or "=" in name:
+                shared.append(change)
+            elif name not in self.names:
+                raise ValueError(f"--set {change}: {name} is not compared: {', '.join(self.names)} are")
+            elif name == recipe:
+                own.append(rest)
+        return [*shared, *own]
 
     @property
     def trees(self) -> list[str]:
@@ -210,7 +224,9 @@ def plan(args: Args) -> tuple[str, list[Arm]]:
 
     Raises ValueError where recipes name different targets.
     """
-    configs = {name: load_recipe(given, args.set) for name, given in zip(args.names, args.recipes, strict=True)}
+    configs = {
+        name: load_recipe(given, args.changes_of(name)) for name, given in zip(args.names, args.recipes, strict=True)
+    }
     for name, config in configs.items():
         if not isinstance(config, DistillConfig | PretrainConfig):
             raise ValueError(f"{name}: holds a {type(config).__name__}, not a DistillConfig or PretrainConfig")

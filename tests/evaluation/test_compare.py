@@ -234,6 +234,20 @@ def test_changes_are_made_to_every_recipe_that_is_trained(folder: Path):
     assert compare.begun_with(dataclasses.replace(args, train="chats.jsonl", eval="chats.jsonl"), "target")["set"]
 
 
+def test_a_change_may_be_of_one_recipe():
+    changes = ("data.batch=4", "hass:optimizer.peak_lr=0.5", "hass:data.batch=2")
+    args = compare.Args(recipes=("eagle2", "hass"), set=changes)
+    assert args.changes_of("eagle2") == ["data.batch=4"]
+    assert args.changes_of("hass") == ["data.batch=4", "optimizer.peak_lr=0.5", "data.batch=2"]
+    _, arms = compare.plan(args)
+    assert {arm.recipe: (arm.config.data.batch, arm.config.optimizer.peak_lr) for arm in arms} == {
+        "eagle2": (4, 5e-3),
+        "hass": (2, 0.5),
+    }
+    with pytest.raises(ValueError, match="--set best:data.batch=4: best is not compared: eagle2, hass are"):
+        compare.Args(recipes=("eagle2", "hass"), set=("best:data.batch=4",))
+
+
 def test_one_chat_template_serves_all(folder: Path):
     args = compare.Args(recipes=("eagle2_vicuna_7b", "hass_vicuna_13b"), target="target")
     assert compare.template_of(compare.plan(args)[1]).name == "vicuna"
