@@ -128,7 +128,7 @@ class Args:
     def plan(self) -> DevicePlan:
         """The sizes of all measurements. Raises ValueError for a list that cannot be read."""
         sizes = ("parts", "nodes", "prefixes", "batches")
-        lists: dict[str, Any] = {name: numbers(name, getattr(self, name)) for name in sizes}
+        lists: dict[str, Any] = {name: cli.sizes(f"--{name}", getattr(self, name)) for name in sizes}
         lists |= {"recipes": words("recipes", self.recipes), "xla": words("xla", self.xla, XLA_FLAGS)}
         same = {f.name: getattr(self, f.name) for f in dataclasses.fields(DevicePlan) if f.name not in lists}
         same["tree"] = resolve_tree(self.tree)
@@ -141,14 +141,6 @@ def words(name: str, text: str, known: Collection[str] = ()) -> tuple[str, ...]:
     if known and (unknown := set(found) - set(known)):
         raise ValueError(f"--{name} names {min(unknown)!r}; there are {', '.join(known)}")
     return found
-
-
-def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Returns the whole numbers of a flag's text, each once. Raises ValueError where there is anything else."""
-    found = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in found):
-        raise ValueError(f"--{name} is {text!r}; give whole numbers of at least 1, joined by commas")
-    return tuple(dict.fromkeys(map(int, found)))
 
 
 def main(argv: list[str]) -> int:

@@ -115,10 +115,7 @@ class Args(DraftFlags):
     @property
     def passes(self) -> list[Settings]:
         """The settings of every temperature and seed."""
-        words = [word.strip() for word in self.seeds.split(",")]
-        if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-            raise ValueError(f"--seeds is {self.seeds!r}; it must be different whole numbers such as 0,1,2")
-        seeds = [int(word) for word in words]
+        seeds = cli.seeds("--seeds", self.seeds)
         return [
             replace(self.settings, temperature=temperature, seed=seed)
             for temperature in self.temperature

@@ -135,17 +135,10 @@ class Args:
     def grid(self) -> Grid:
         """The sizes to price. Raises ValueError for a list that cannot be read."""
         nodes, widths, batches, contexts = (
-            numbers(name, getattr(self, name)) for name in ("nodes", "widths", "batches", "contexts")
+            tuple(sorted(cli.sizes(f"--{name}", getattr(self, name))))
+            for name in ("nodes", "widths", "batches", "contexts")
         )
         return Grid(nodes, widths, batches, contexts)
-
-
-def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Returns the whole numbers of a flag's text, ascending. Raises ValueError where there is anything else."""
-    found = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in found):
-        raise ValueError(f"--{name} is {text!r}; give whole numbers of at least 1, joined by commas")
-    return tuple(sorted(set(map(int, found))))
 
 
 class Job(NamedTuple):

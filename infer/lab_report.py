@@ -19,7 +19,7 @@ from jaxspec import __version__
 from jaxspec.console import cli, marks, progress, results
 from jaxspec.console.disk import writing
 from jaxspec.lab.findings import SearchFinding, find, machine_of, name_files
-from jaxspec.lab.flags import LimitFlags, SearchFlags, numbers
+from jaxspec.lab.flags import LimitFlags, SearchFlags
 from jaxspec.lab.predicted import Comparison, compare, read_bench
 from jaxspec.lab.report import Making, make_page
 from jaxspec.pages.chromium import find_chromium, open_page
@@ -69,7 +69,7 @@ class Args(LimitFlags):
     def over(self) -> tuple[list[int] | None, list[int] | None]:
         """Batches and contexts of the map; None: those of the costs."""
         batches, contexts = (
-            None if (text := getattr(self, name)) is None else numbers(f"--{name}", text)
+            None if (text := getattr(self, name)) is None else sorted(cli.sizes(f"--{name}", text))
             for name in ("batches", "contexts")
         )
         return batches, contexts

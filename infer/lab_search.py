@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
+from jaxspec.data.prompts import Prompt, read_prompts
+from jaxspec.decoding.requests import Settings
+from jaxspec.evaluation.rows import PLAIN
 from jaxspec.lab.acceptance import acceptance_table, product_gap
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.drawing import draw
-from jaxspec.lab.flags import SearchFlags, numbers
+from jaxspec.lab.flags import SearchFlags
 from jaxspec.lab.forest import Shape
 from jaxspec.lab.optimal import edge_sensitivity
 from jaxspec.lab.policy import adaptive_tree
 from jaxspec.lab.replay import node_shares
 from jaxspec.lab.search import Choice, Rated, Search, frontier
-from jaxspec.trees import policy_fields, write_tree
+from jaxspec.lab.trial import TriedTree, try_trees
+from jaxspec.serving import loading
+from jaxspec.trees import parse_tree, policy_fields, write_tree
 
 LONGEST = 60
 """Letters of a tree's text in a printed table."""
+MEASURED_TOKENS = 128
+"""New tokens of an answer that is decoded to measure."""
 EDGES = 8
 """Edges of the tree that are printed with their sensitivity."""
 
@@ -47,10 +55,17 @@ class Args(SearchFlags):
     """File for an adaptive tree around it, which decides in every round how deep to draft and how much to verify."""
     lookup: int | None = None
     """Tokens of a looked-up branch (prompt lookup) beside the adaptive tree's drafts; default: none."""
+    measure: Path | None = None
+    """File of prompts on which the chosen tree, the runner-up and plain decoding are then decoded in turns, with the
+    profile's target and drafter, at its temperature."""
+    limit: int = 8
+    """Prompts of --measure that are taken."""
+    repeats: int = 3
+    """Times that each of them decodes these prompts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        cli.refuse_below_one(self, "context", "lookup")
+        cli.refuse_below_one(self, "context", "lookup", "limit", "repeats")
         for name in ("out", "adaptive"):
             if (path := getattr(self, name)) is not None and path.suffix != ".json":
                 raise ValueError(f"--{name} {path} must end in .json, so that --tree knows it for a file")
@@ -61,7 +76,7 @@ class Args(SearchFlags):
     @property
     def batches(self) -> list[int]:
         """The batches to choose from."""
-        return numbers("--batch", self.batch)
+        return sorted(cli.sizes("--batch", self.batch))
 
 
 class Searched(NamedTuple):
@@ -84,9 +99,14 @@ def main(argv: list[str]) -> int:
     """Runs the verb."""
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec lab search", description=__doc__ or "")
+    prompts = [] if args.measure is None else read_prompts(args.measure, limit=args.limit)
     found = run_search(args)
-    result = make_result(args, found, started)
+    tried = try_choice(args, found, prompts) if prompts else {}
+    result = make_result(args, found, started) | {"measured": {name: t._asdict() for name, t in tried.items()}}
+    if "chosen" in tried:
+        result["measured_tokens_per_second"] = tried["chosen"].tokens_per_second
     print_search(args, found, result)
+    print_tried(found, tried)
     if args.out is not None:
         write_tree(args.out, tree_fields(args, found))
         sys.stdout.write(f"{args.out}: give it as --tree {args.out}\n")
@@ -111,6 +131,19 @@ def run_search(args: Args) -> Searched:
     by_latency = args.objective == "latency"
     best = min(asked, key=lambda r: r.seconds_per_token if by_latency else -r.tokens_per_second.value)
     return Searched(search, costs, choices, best.batch, frontier(choice.chosen for choice in choices.values()))
+
+
+def try_choice(args: Args, found: Searched, prompts: Sequence[Prompt]) -> dict[str, TriedTree]:
+    """Returns how the chosen tree, the runner-up and plain decoding decode; a tree of one node is plain decoding."""
+    facts, choice = args.inputs.profile.facts, found.choice
+    if facts.get("kind") == "simulated" or facts.get("simulated_texts"):
+        raise ValueError(f"--measure needs a profile that was measured: {args.profile} holds simulated texts")
+    models = loading.load_models(facts["target"], drafter=facts["drafter"])
+    settings = Settings(MEASURED_TOKENS, float(facts.get("temperature") or 0.0))
+    trees = {"chosen": choice.chosen, "runner-up": choice.runner_up}
+    policies = {name: parse_tree(r.tree.spec) for name, r in trees.items() if r is not None and r.shape}
+    tried = try_trees(models, policies, prompts, settings, batch=found.batch, repeats=args.repeats)
+    return tried if choice.chosen.shape else {"chosen": tried[PLAIN], **tried}
 
 
 def fits(args: Args, batch: int, context: int) -> bool:
@@ -219,6 +252,20 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
         f"prompts; figures are of {of['prompts_reporting']} others, intervals by resampling prompts; costs are "
         f"{of['costs']['source']}\n"
     )
+
+
+def print_tried(found: Searched, tried: dict[str, TriedTree]) -> None:
+    """Prints measured figures beside the predicted ones."""
+    choice, rows = found.choice, []
+    predicted = {"chosen": choice.chosen, "runner-up": choice.runner_up, PLAIN: choice.plain}
+    for name, one in tried.items():
+        rated = predicted[name]
+        assert rated is not None
+        guess = rated.tokens_per_second.value
+        rows.append([name, rated.tau.value, one.tau, guess, one.tokens_per_second, guess / one.tokens_per_second])
+    if rows:
+        columns = ["", "tau predicted", "measured", "tokens/s predicted", "measured", "predicted / measured"]
+        tables.print_table("Measured, prefill left out", columns, rows)
 
 
 def figures(name: str, rated: Rated, plain: Rated) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
-from jaxspec.lab.flags import SearchFlags, numbers
+from jaxspec.lab.flags import SearchFlags
 from jaxspec.lab.search import Choice
 
 FORMAT = "jaxspec tree table 1"
@@ -29,7 +29,7 @@ class Args(SearchFlags):
         super().__post_init__()
         for name in ("batches", "contexts"):
             if (text := getattr(self, name)) is not None:
-                numbers(f"--{name}", text)
+                sorted(cli.sizes(f"--{name}", text))
 
 
 def main(argv: list[str]) -> int:
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
 def make_table(args: Args) -> dict[str, Any]:
     """Returns the table: a row for each batch and context, and the drafts' lengths where all trees are chains."""
     known = args.cost_grid
-    batches = list(known[0]) if args.batches is None else numbers("--batches", args.batches)
-    contexts = list(known[1]) if args.contexts is None else numbers("--contexts", args.contexts)
+    batches = list(known[0]) if args.batches is None else sorted(cli.sizes("--batches", args.batches))
+    contexts = list(known[1]) if args.contexts is None else sorted(cli.sizes("--contexts", args.contexts))
     cells = [(batch, context) for context in contexts for batch in batches]
     search = args.search(cells)
     rows = [make_row(search.choose(args.cost_at(*cell))) for cell in cells]

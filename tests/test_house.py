@@ -113,6 +113,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "round_parts",
             "simulate",
             "tree_picture",
+            "trial",
         },
         {"acceptance_pictures", "given", "optimal", "pricing", "reading", "shapes", "texts"},
         {"candidates", "compiled", "making", "measured", "roofline"},

@@ -157,10 +157,8 @@ class Args:
 
     def seeds_of(self, recipe: str) -> list[int]:
         """Returns the seeds that a recipe is trained with."""
-        words = [word.strip() for word in self.seeds.split(",")]
-        if not all(w.isdecimal() for w in words) or len(set(words)) < len(words):
-            raise ValueError(f"--seeds is {self.seeds!r}; it must be different whole numbers such as 0,1,2")
-        return [int(word) for word in (words if recipe in self.headline_names else words[:1])]
+        seeds = cli.seeds("--seeds", self.seeds)
+        return list(seeds if recipe in self.headline_names else seeds[:1])
 
 
 def main(argv: Sequence[str]) -> int:

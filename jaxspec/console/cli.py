@@ -163,3 +163,19 @@ def refuse_below_one(args: object, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def sizes(flag: str, text: str) -> tuple[int, ...]:
+    """Returns the numbers of a flag's list, each once, in their order. Raises ValueError for any below 1."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"{flag} is {text!r}; give whole numbers of at least 1, joined by commas")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def seeds(flag: str, text: str) -> tuple[int, ...]:
+    """Returns the seeds of a flag's list. Raises ValueError for what is no whole number, or stands twice."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(map(int, filter(str.isdecimal, words)))) < len(words):
+        raise ValueError(f"{flag} is {text!r}; it must be different whole numbers such as 0,1,2")
+    return tuple(map(int, words))

@@ -137,11 +137,3 @@ def digest(path: Path) -> str:
     """Returns the first 16 digits of a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def numbers(flag: str, text: str) -> list[int]:
-    """Returns the whole numbers above 0 of a flag's list, each once and ascending. Raises ValueError for others."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise ValueError(f"{flag} is {text!r}; it must be whole numbers above 0 such as 1,2,4")
-    return sorted({int(word) for word in words})

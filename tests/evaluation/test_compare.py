@@ -244,7 +244,7 @@ def test_a_change_may_be_of_one_recipe():
         "eagle2": (4, 5e-3),
         "hass": (2, 0.5),
     }
-    with pytest.raises(ValueError, match="--set best:data.batch=4: best is not compared: eagle2, hass are"):
+    with pytest.raises(ValueError, match=r"--set best:data\.batch=4: best is not compared: eagle2, hass are"):
         compare.Args(recipes=("eagle2", "hass"), set=("best:data.batch=4",))
 
 

@@ -16,7 +16,7 @@ from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
 from jaxspec.decoding.rounds import Weights
 from jaxspec.lab import cost_model
 from jaxspec.lab.costs import load_costs
-from jaxspec.lab.profile import Profile
+from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.simulate import join, simulate
 from jaxspec.serving.loading import Models
 from jaxspec.trees import AdaptiveTree, StaticTree, parse_tree, resolve_tree, write_tree
@@ -64,6 +64,24 @@ def test_a_search_writes_a_tree_file_and_the_agreed_keys(files, tmp_path, capsys
     assert printed.startswith("root\n├─ 0") and "Predicted at batch 4, context 1000" in printed
     assert "acceptance is of simulated for simulated, costs are of d for t" in printed
     assert f"--tree {out}" in printed and "costs are roofline" in printed
+
+
+def test_the_chosen_tree_is_measured_beside_its_prediction(files, tmp_path, capsys):
+    target, drafter = write_target(tmp_path / "target"), write_drafter(tmp_path / "drafter")
+    profile = load_profile(Path(files[1]))
+    facts = profile.facts | {"kind": "ranks", "target": str(target), "drafter": str(drafter)}
+    named = dataclasses.replace(profile, facts=facts)
+    named.save(tmp_path / "named.npz")
+    (tmp_path / "prompts.txt").write_text("how much is 2 and 3?\nsay it again\nwhat does everybody know\n")
+    flags = ["--profile", str(tmp_path / "named.npz"), *files[2:], "--max-nodes", "8"]
+    more = ("--measure", str(tmp_path / "prompts.txt"), "--repeats", "1", "--limit", "2")
+    result = run("search", flags, tmp_path, "--context", "1000", *more)
+    measured = result["measured"]
+    assert set(measured) == {"plain", "chosen", "runner-up"} and measured["plain"]["tau"] == 1
+    assert result["measured_tokens_per_second"] == measured["chosen"]["tokens_per_second"] > 0
+    assert "Measured, prefill left out" in capsys.readouterr().out
+    assert main(["lab", "search", *files, "--measure", str(tmp_path / "prompts.txt")]) == 1
+    assert "--measure needs a profile that was measured" in capsys.readouterr().err
 
 
 def test_an_adaptive_tree_around_the_best_one_is_a_file_that_trees_are_read_from(files, tmp_path, capsys):
