@@ -39,6 +39,7 @@ VERBS = {
     "inspect": Verb("jaxspec.train.inspect", "say what a folder holds, and to which formats it exports"),
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "evaluate": Verb("jaxspec.infer.evaluate", "measure drafters and trees on a question set, task by task"),
+    "report": Verb("jaxspec.infer.report", "write one page about evaluations, or the tables of a document"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),
     "lab profile": Verb("jaxspec.infer.lab_profile", "measure a drafter's acceptance by depth and rank, for any tree"),

@@ -88,7 +88,7 @@ def _look(number: int, one: Series) -> int:
 
 def _swatch(number: int) -> Markup:
     line = element("path", d="M1 7H29", class_=f"line c{number % COLOURS}", stroke_dasharray=_dash(number))
-    return element("svg", line, _mark(number, 15, 7), viewBox="0 0 30 14", aria_hidden="true")
+    return element("svg", line, mark(number, 15, 7), viewBox="0 0 30 14", aria_hidden="true")
 
 
 def _dash(number: int) -> str | None:
@@ -148,7 +148,7 @@ def _line(frame: Frame, number: int, one: Series) -> Markup:
             element("path", d=_path(points), class_=f"line c{number % COLOURS}", stroke_dasharray=_dash(number))
         )
     if not one.joined or len(points) <= CROWDED:
-        drawn += [_mark(number, x, y) for x, y in points]
+        drawn += [mark(number, x, y) for x, y in points]
     return joined(*drawn)
 
 
@@ -156,7 +156,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _mark(number: int, x: float, y: float) -> Markup:
+def mark(number: int, x: float, y: float) -> Markup:
     """Returns a mark: a dot, square, triangle or diamond, by the number of the series."""
     shapes = (
         "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
