@@ -75,11 +75,18 @@ def line_plot(
     )
 
 
-def legend(names: Sequence[str]) -> Markup | None:
-    """Returns the names of series, each with its line and mark; None for one alone."""
+def legend(names: Sequence[str], looks: Sequence[int] | None = None) -> Markup | None:
+    """Returns the names of series, each with its line and mark (by default those of its place); None for one alone."""
     if len(names) < 2:
         return None
-    return element("ul", *(element("li", _swatch(i), name) for i, name in enumerate(names)), class_="legend")
+    looks = range(len(names)) if looks is None else looks
+    items = [element("li", _swatch(look), name) for name, look in zip(names, looks, strict=True)]
+    return element("ul", *items, class_="legend")
+
+
+def legend_of(series: Sequence[Series]) -> Markup | None:
+    """Returns the legend of series as a plot draws them; None for one alone."""
+    return legend([one.name for one in series], [_look(number, one) for number, one in enumerate(series)])
 
 
 def _look(number: int, one: Series) -> int:

@@ -64,7 +64,7 @@ def interval_chart(
 
 def stacked_bars(title: str, description: str, axis: Axis, bars: Sequence[StackedBar]) -> Markup:
     """Returns horizontal bars of numbered parts, each bar below its name; parts below 0 have no length."""
-    tall, top = 36.0, 4.0
+    tall, top = 40.0, 4.0
     bottom = top + len(bars) * tall
     drawn: list[Markup] = [_across(axis, top, bottom)]
     for number, bar in enumerate(bars):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxspec.pages.axes import axis_over, doubling_axis
-from jaxspec.pages.lines import Frame, Series, legend, line_plot
+from jaxspec.pages.lines import Frame, Series, legend_of, line_plot
 from jaxspec.pages.page import DataTable, Picture
 from jaxspec.pages.whiskers import StackedBar, numbered_legend, stacked_bars
 from jaxspec.report.given_files import PARTS, PredictedTree, TimedArm
@@ -109,5 +109,5 @@ def _budget(
         "Lines: measured by the runs. Points: the trees of the files given, at a batch of the runs."
         if predicted
         else None,
-        legend([s.name for s in series]),
+        legend_of(series),
     )

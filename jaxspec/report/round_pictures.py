@@ -17,7 +17,7 @@ from jaxspec.evaluation.breakdown import (
 )
 from jaxspec.evaluation.rows import Row
 from jaxspec.pages.axes import Axis, axis_over
-from jaxspec.pages.lines import Frame, Series, legend, line_plot
+from jaxspec.pages.lines import Frame, Series, legend_of, line_plot
 from jaxspec.pages.page import DataTable, Picture
 from jaxspec.report.runs import ALL, Method, Report
 from jaxspec.report.speed_pictures import one_named
@@ -99,7 +99,7 @@ def _picture(
     names = [s.name for s in series]
     if len(names) == 1 and note is None:
         note = f"{names[0]}."
-    return Picture(anchor, caption, line_plot(caption, told, frame, series), numbers, note, legend(names))
+    return Picture(anchor, caption, line_plot(caption, told, frame, series), numbers, note, legend_of(series))
 
 
 # Along answers and prompts.
@@ -119,7 +119,7 @@ def _binned(
     report: Report, temperature: float, anchor: str, bins_of: Callable[[Sequence[Row]], list[TauBin]]
 ) -> Picture | None:
     """Returns tau by bin, a line a method; None without a round."""
-    bins = {m: bins_of(m.rows(temperature)) for m in report.methods}
+    bins = {m: mine for m in report.methods if (mine := bins_of(m.rows(temperature)))}
     every = [b for mine in bins.values() for b in mine]
     if not every:
         return None

@@ -41,6 +41,11 @@ class ReportRun:
         return self.evaluation.settings
 
     @property
+    def temperatures(self) -> list[float]:
+        """Temperatures of its rows."""
+        return sorted({row.temperature for row in self.evaluation.rows})
+
+    @property
     def failed(self) -> list[Row]:
         """Rows with an error, one a question and turn."""
         by_turn = {(row.id, row.turn): row for row in self.evaluation.rows if row.error}
@@ -53,7 +58,7 @@ class Method(NamedTuple):
     run: ReportRun
     arm: str
     label: str
-    """The arm's name; of several runs, the run's before it."""
+    """The arm's name; of several runs, the run's behind it."""
     look: int
     """Number of its colour and mark on the page."""
 
@@ -112,21 +117,22 @@ class Report:
         return [Method(run, PLAIN, self._label(run, PLAIN), first + i) for i, run in enumerate(self.runs)]
 
     def _label(self, run: ReportRun, arm: str) -> str:
-        return arm if len(self.runs) == 1 else f"{run.name}: {arm}"
+        return arm if len(self.runs) == 1 else f"{arm} ({run.name})"
 
     @property
     def temperatures(self) -> list[float]:
         """All temperatures."""
-        return sorted({row.temperature for run in self.runs for row in run.evaluation.rows})
+        return sorted({temperature for run in self.runs for temperature in run.temperatures})
 
     @property
     def tasks(self) -> list[str]:
         """All tasks, without `all`."""
         return sorted({row.task for run in self.runs for row in run.evaluation.rows})
 
-    def best(self, temperature: float) -> Method | None:
-        """Returns the method of the greatest speed-up over all tasks; None where none was measured."""
-        known = [(m, f) for m in self.methods if (f := m.figures(temperature)) and math.isfinite(f["speedup"])]
+    def best(self, temperature: float, run: ReportRun | None = None) -> Method | None:
+        """Returns the method of the greatest speed-up over all tasks, of one run or of all; None without one."""
+        mine = [m for m in self.methods if run in (None, m.run)]
+        known = [(m, f) for m in mine if (f := m.figures(temperature)) and math.isfinite(f["speedup"])]
         return max(known, key=lambda one: one[1]["speedup"])[0] if known else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxspec.evaluation.breakdown import PromptTimes, prompt_times
 from jaxspec.pages.axes import axis_over, doubling_axis
-from jaxspec.pages.lines import Frame, Reference, Series, legend, line_plot
+from jaxspec.pages.lines import Frame, Reference, Series, legend, legend_of, line_plot
 from jaxspec.pages.page import DataTable, Picture
 from jaxspec.pages.whiskers import IntervalGroup, IntervalRow, interval_chart
 from jaxspec.report.runs import ALL, Method, Report
@@ -52,7 +52,7 @@ def _by_task(report: Report, temperature: float, number: int) -> Picture:
         mine = [(m, f) for t, m, f in rows if t == task]
         points = [IntervalRow(*interval(f, "speedup"), m.look, f"{m.label}: {spread(f, 'speedup')}") for m, f in mine]
         groups.append(IntervalGroup(f"{task} ({counted(max(f['prompts'] for _, f in mine), 'prompt')})", points))
-    caption = f"Speed-up by task, {at_temperature(temperature)}"
+    caption, shown = f"Speed-up by task, {at_temperature(temperature)}", list(dict.fromkeys(m for _, m, _ in rows))
     told = "; ".join(f"{t}, {m.label}: {spread(f, 'speedup')}" for t, m, f in rows)
     columns = ["task", "method", "prompts", "x plain", "low", "high", "tau", "decode x plain", "efficiency"]
     numbers = [
@@ -68,7 +68,7 @@ def _by_task(report: Report, temperature: float, number: int) -> Picture:
         one_named(
             report, "Plain seconds over seconds, prefill in. Whiskers: 95 %. Left of the line at 1 drafts cost time."
         ),
-        legend([m.label for m in report.methods]),
+        legend([m.label for m in shown], [m.look for m in shown]),
     )
 
 
@@ -78,8 +78,8 @@ def _why(report: Report, temperature: float, number: int) -> Picture:
     x = axis_over("tau: tokens per target call", [f["tau_micro"] for _, _, f in rows])
     y = axis_over("decode speed-up, prefill out", [*(f["decode_speedup"] for _, _, f in rows), 1.0])
     series = []
-    for method in report.methods:
-        mine = [f for _, m, f in rows if m.label == method.label]
+    for method in dict.fromkeys(m for _, m, _ in rows):
+        mine = [f for _, m, f in rows if m is method]
         points = [[f[name] for f in mine] for name in ("tau_micro", "decode_speedup")]
         series.append(Series(method.label, *points, joined=False, look=method.look))
     rays = []
@@ -98,13 +98,14 @@ def _why(report: Report, temperature: float, number: int) -> Picture:
         line_plot(caption, told, Frame(x, y), series, rays),
         DataTable(caption, columns, numbers),
         one_named(report, "A mark a task. Dotted rays: equal efficiency, a plain call's time over a round's."),
-        legend([m.label for m in report.methods]),
+        legend_of(series),
     )
 
 
 def _by_prompt(report: Report, temperature: float, number: int) -> Picture:
     """Returns plain milliseconds a token against those with drafts, a point a prompt, the worst ten named."""
-    times = {m: prompt_times(m.rows(temperature), m.plain_rows(temperature)) for m in report.methods}
+    measured = {m: prompt_times(m.rows(temperature), m.plain_rows(temperature)) for m in report.methods}
+    times = {m: mine for m, mine in measured.items() if mine}
     every = [(m, t) for m, mine in times.items() for t in mine]
     axis = axis_over("plain ms a token", [v for _, t in every for v in (t.plain_ms, t.ms)])
     y = axis_over("ms a token with drafts", [axis.high])
@@ -123,13 +124,13 @@ def _by_prompt(report: Report, temperature: float, number: int) -> Picture:
         caption,
         line_plot(caption, told, Frame(axis, y), series, [Reference("as fast", (0, axis.high), (0, axis.high))]),
         DataTable(caption, columns, numbers),
-        f"Time of the rounds alone. Above the diagonal drafts cost time. {told}. The slowest: {slowest}.",
-        legend([m.label for m in report.methods]),
+        f"Rounds alone. Above the diagonal drafts cost time. Prompts on it or below: {told}. The slowest: {slowest}.",
+        legend_of(series),
     )
 
 
 def _below(times: Sequence[PromptTimes]) -> str:
-    return f"{sum(t.speedup >= 1 for t in times):,} of {len(times):,} prompts at plain decoding's speed or above"
+    return f"{sum(t.speedup >= 1 for t in times):,} of {len(times):,}"
 
 
 # Over batches.
@@ -174,7 +175,7 @@ def _batch_map(report: Report, temperature: float, number: int) -> Picture:
         line_plot(caption, told, Frame(x, y), series, [Reference("plain decoding", (x.low, x.high), (1, 1))]),
         DataTable(caption, ["method", "batch", "x plain", "low", "high", "tau"], numbers),
         "Runs whose arms have one name, each over plain decoding at its batch. Band: 95 %.",
-        legend(list(points)),
+        legend_of(series),
     )
 
 
@@ -195,5 +196,5 @@ def _frontier(report: Report, temperature: float, number: int) -> Picture:
         line_plot(caption, told, Frame(x, y), series),
         DataTable(caption, ["method", "batch", x.label, y.label], numbers),
         "Along a line the batch grows. Of one answer: its rounds alone; of all: prefill in.",
-        legend(list(points)),
+        legend_of(series),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from jaxspec.evaluation.breakdown import PromptTimes, prompt_times
 from jaxspec.pages.markup import Markup, element, joined
 from jaxspec.pages.page import DataTable, bullets, folded, paragraph, table
-from jaxspec.report.runs import ALL, Method, Report, differing, not_comparable
+from jaxspec.report.runs import ALL, Method, Report, ReportRun, differing, not_comparable
 from jaxspec.report.wording import at_temperature, counted, identical, interval, known, per_second, spoken, spread
 
 SHOWN = 20
@@ -16,9 +16,9 @@ SHOWN = 20
 FEW = 10
 """Prompts of a task below which a reader is warned of its intervals."""
 MATRICES = {
-    "Speed-up over plain decoding": lambda f: spread(f, "speedup"),
-    "tau: tokens per target call, over all rounds (micro)": lambda f: spread(f, "tau_micro"),
-    "tau: mean over answers (macro)": lambda f: spread(f, "tau_macro"),
+    "Speed-up": lambda f: spread(f, "speedup"),
+    "tau (micro)": lambda f: spread(f, "tau_micro"),
+    "tau (macro)": lambda f: spread(f, "tau_macro"),
     "Tokens/s, prefill in": lambda f: "-" if f is None else per_second(f["tokens_per_second"]),
     "Token-identical to plain decoding": identical,
 }
@@ -38,26 +38,27 @@ EVERY_FIGURE = (
 
 def lead(report: Report) -> Markup:
     """Returns the answer in a few sentences, and what a reader must know before reading on."""
-    answers = [answer(report, temperature) for temperature in report.temperatures]
+    answers = [answer(report, run, temperature) for run in report.runs for temperature in run.temperatures]
     return joined(bullets(answers), *(paragraph(text, soft=True) for text in cautions(report)))
 
 
-def answer(report: Report, temperature: float) -> Markup:
-    """Returns the best method at a temperature in a sentence."""
-    title = element("strong", at_temperature(temperature).capitalize())
-    best = report.best(temperature)
+def answer(report: Report, run: ReportRun, temperature: float) -> Markup:
+    """Returns the best method of a run at a temperature in a sentence."""
+    name = at_temperature(temperature)
+    title = element("strong", f"{run.name}, {name}" if len(report.runs) > 1 else name.capitalize())
+    best = report.best(temperature, run)
     if best is None:
         return joined(title, ": no method with drafts was measured.")
     figures = best.figures(temperature)
     assert figures is not None
     speed, (_, low, high) = spread(figures, "speedup"), interval(figures, "speedup")
-    text = f": {best.label} is fastest, {speed} times plain decoding (95 % interval), with "
+    text = f": {best.arm} is fastest, {speed} times plain decoding (95 % interval), with "
     if not known(low):
-        text = f": {best.label} is fastest, {speed} times plain decoding (too few prompts for an interval), with "
+        text = f": {best.arm} is fastest, {speed} times plain decoding (too few prompts for an interval), with "
     elif high < 1:
-        text = f": no method beats plain decoding; the nearest is {best.label}, {speed} times as fast, with "
+        text = f": no method beats plain decoding; the nearest is {best.arm}, {speed} times as fast, with "
     elif low <= 1:
-        text = f": {best.label} is at {speed} times plain decoding, which is not told apart from 1, with "
+        text = f": {best.arm} is at {speed} times plain decoding, which is not told apart from 1, with "
     sizes = f"{counted(figures['prompts'], 'prompt')}, {counted(figures['answers'], 'answer')}"
     return joined(title, text, f"{figures['tau_micro']:.2f} tokens per target call. {told_identical(figures)} {sizes}.")
 
@@ -83,7 +84,8 @@ def cautions(report: Report) -> list[str]:
             text = f"{run.name}: {counted(len(run.problems), 'invariant')} of its rows do not hold (see Checks)."
             found.append(f"Do not trust these figures. {text}")
         if run.failed:
-            found.append(f"{run.name}: {counted(len(run.failed), 'turn')} failed and are in no figure (see Checks).")
+            told = counted(len(run.failed), "failed turn")
+            found.append(f"{run.name}: {told}, left out of every figure (see Checks).")
     apart = not_comparable(report.runs)
     if apart:
         names = ", ".join(name.replace("_", " ") for name in apart)
@@ -115,9 +117,12 @@ def result_tables(report: Report) -> Markup:
         blocks += [element("h3", at_temperature(temperature).capitalize()) if several else None]
         blocks += [
             element("div", *made[:FIRST_SHOWN], class_="side"),
-            folded("More: tau as a mean of answers, tokens/s, identity, all figures", *rest),
+            folded("More: macro tau, tokens/s, identity, other figures", *rest),
         ]
-    note = "Ends in brackets: 95 %, by resampling conversations within tasks, paired between methods."
+    note = (
+        "Speed-up: plain decoding's seconds over the method's, prefill in. tau: tokens per target call, micro over all "
+    )
+    note += "rounds, macro as a mean of answers. In brackets: 95 %, by resampling conversations within tasks, paired."
     return joined(*blocks, paragraph(note, soft=True))
 
 
