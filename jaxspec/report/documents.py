@@ -56,7 +56,7 @@ class Renewed(NamedTuple):
     """Whether a table was not current."""
 
 
-class Asked(NamedTuple):
+class AskedTable(NamedTuple):
     """A table as a comment asks for it."""
 
     file: Path
@@ -128,7 +128,7 @@ def _table(document: Path, words: str) -> list[str]:
                                                          break_on_hyphens=False)]  # fmt: skip
 
 
-def _asked(document: Path, words: str) -> Asked:
+def _asked(document: Path, words: str) -> AskedTable:
     """Returns what a comment asks for. Raises ValueError naming the word that is wrong."""
     try:
         name, kind, *rest = shlex.split(words)
@@ -144,7 +144,7 @@ def _asked(document: Path, words: str) -> Asked:
                 f"{word!r} is no option of {kind}; there are {', '.join(OPTIONS[kind])}, each with a value"
             )
         options[key] = value
-    return Asked(_beside(document, name), kind, options)
+    return AskedTable(_beside(document, name), kind, options)
 
 
 def _beside(document: Path, name: str) -> Path:
@@ -157,14 +157,14 @@ def _beside(document: Path, name: str) -> Path:
     raise ValueError(f"{name}: no such file, neither beside {document.name} nor in a folder above it")
 
 
-def _figures(asked: Asked) -> list[tuple[str, Figure]]:
+def _figures(asked: AskedTable) -> list[tuple[str, Figure]]:
     names = asked.options.get("figures", BY_DEFAULT[asked.kind]).split(",")
     if stranger := next((name for name in names if name not in FIGURES), None):
         raise ValueError(f"there is no figure {stranger!r}; there are {', '.join(FIGURES)}")
     return [FIGURES[name] for name in names]
 
 
-def _temperatures(asked: Asked, summary: Sequence[Mapping[str, Any]]) -> list[float]:
+def _temperatures(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> list[float]:
     known_here = sorted({float(row["temperature"]) for row in summary})
     given = asked.options.get("temperature")
     if given is None:
@@ -174,7 +174,9 @@ def _temperatures(asked: Asked, summary: Sequence[Mapping[str, Any]]) -> list[fl
     return [float(given)]
 
 
-def _by_method(asked: Asked, summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[float]]:
+def _by_method(
+    asked: AskedTable, summary: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]], list[float]]:
     """Returns columns and rows of a line a method, and the temperatures."""
     figures, task = _figures(asked), asked.options.get("task", ALL)
     warm = _temperatures(asked, summary)
@@ -189,7 +191,7 @@ def _by_method(asked: Asked, summary: Sequence[Mapping[str, Any]]) -> tuple[list
     return ["method", *(["temperature"] if len(warm) > 1 else []), *(title for title, _ in figures)], rows, warm
 
 
-def _by_task(asked: Asked, summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[float]]:
+def _by_task(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[float]]:
     """Returns columns and rows of a line a task, with the figures of each method; and the temperature, by default the
     lowest."""
     figures = _figures(asked)
