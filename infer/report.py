@@ -120,7 +120,7 @@ def find_texts(args: Args, report: Report) -> AnswerTexts:
     except (ValueError, OSError) as error:
         reason = cli.sentence(error).rstrip(".")
         return AnswerTexts(lacking=f"No text is shown: {reason}. Name the target's place with --target.")
-    return AnswerTexts(rows, tokenizer)
+    return AnswerTexts(rows, tokenizer, method.label)
 
 
 def make_result(

@@ -63,9 +63,14 @@ for (const slider of document.querySelectorAll(".slider")) {
 """
 
 
-def coloured_answers(rows: Sequence[Row], tokenizer: ChatTokenizer) -> Markup:
-    """Returns the texts of answers, with what their colours and lines mean. Raises ValueError as `pieces_of` does."""
-    return joined(_keys(), *(_answer(number, row, pieces_of(row, tokenizer)) for number, row in enumerate(rows, 1)))
+def coloured_answers(rows: Sequence[Row], tokenizer: ChatTokenizer, method: str) -> Markup:
+    """Returns the texts of a method's answers, with what their colours and lines mean.
+
+    Raises ValueError as `pieces_of` does.
+    """
+    return joined(
+        _keys(), *(_answer(number, row, pieces_of(row, tokenizer), method) for number, row in enumerate(rows, 1))
+    )
 
 
 def _keys() -> Markup:
@@ -84,7 +89,7 @@ def _keys() -> Markup:
     )
 
 
-def _answer(number: int, row: Row, pieces: Sequence[TextPiece]) -> Markup:
+def _answer(number: int, row: Row, pieces: Sequence[TextPiece], method: str) -> Markup:
     tau = sum(row.emitted) / row.calls if row.calls else 1.0
     told = f"{counted(row.length, 'token')} in {counted(row.calls, 'round')}, tau {tau:.2f}"
     name = f"{spoken(row.task)}, question {row.id}" + (f", turn {row.turn + 1}" if row.turn else "")
@@ -93,7 +98,7 @@ def _answer(number: int, row: Row, pieces: Sequence[TextPiece]) -> Markup:
     lines = _by_round(row, pieces)
     return joined(
         element("h3", name),
-        paragraph(f"{row.arm}, {at_temperature(row.temperature)}: {told}.", soft=True),
+        paragraph(f"{method}, {at_temperature(row.temperature)}: {told}.", soft=True),
         _slider(anchor, row.calls),
         words,
         folded("Round by round", table(DataTable(f"Rounds of {name}", ["round", "accepted", "tokens", "text"], lines))),

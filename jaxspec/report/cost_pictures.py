@@ -65,7 +65,7 @@ def _sizes(report: Report, temperature: float) -> dict[str, list[Sized]]:
     for method in report.methods:
         if (figures := method.figures(temperature)) is not None:
             drafter = str(method.facts.get("drafter") or "drafts")
-            name = f"{method.run.name}: {drafter}" if len(report.runs) > 1 else drafter
+            name = f"{drafter} ({method.run.name})" if len(report.runs) > 1 else drafter
             groups.setdefault(name, []).append((int(method.facts["nodes"]), method, figures))
     return {name: sorted(sized, key=lambda one: one[0]) for name, sized in groups.items()}
 

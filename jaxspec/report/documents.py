@@ -56,6 +56,14 @@ class Renewed(NamedTuple):
     """Whether a table was not current."""
 
 
+class MadeTable(NamedTuple):
+    """A table of texts, and the temperatures that it is of."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    temperatures: list[float]
+
+
 class AskedTable(NamedTuple):
     """A table as a comment asks for it."""
 
@@ -174,9 +182,7 @@ def _temperatures(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> li
     return [float(given)]
 
 
-def _by_method(
-    asked: AskedTable, summary: Sequence[Mapping[str, Any]]
-) -> tuple[list[str], list[list[str]], list[float]]:
+def _by_method(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> MadeTable:
     """Returns columns and rows of a line a method, and the temperatures."""
     figures, task = _figures(asked), asked.options.get("task", ALL)
     warm = _temperatures(asked, summary)
@@ -188,10 +194,11 @@ def _by_method(
         for row in summary
         if row["task"] == task and row["temperature"] == t
     ]
-    return ["method", *(["temperature"] if len(warm) > 1 else []), *(title for title, _ in figures)], rows, warm
+    columns = ["method", *(["temperature"] if len(warm) > 1 else []), *(title for title, _ in figures)]
+    return MadeTable(columns, rows, warm)
 
 
-def _by_task(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[float]]:
+def _by_task(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> MadeTable:
     """Returns columns and rows of a line a task, with the figures of each method; and the temperature, by default the
     lowest."""
     figures = _figures(asked)
@@ -205,7 +212,8 @@ def _by_task(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> tuple[l
     for task in dict.fromkeys(task for task, _ in here):
         cells = [told(here[task, m]) if (task, m) in here else "-" for m in methods for _, told in figures]
         rows.append(["all tasks" if task == ALL else spoken(task), *cells])
-    return ["task", *(f"`{m}` {title}" for m in methods for title, _ in figures)], rows, [temperature]
+    columns = ["task", *(f"`{m}` {title}" for m in methods for title, _ in figures)]
+    return MadeTable(columns, rows, [temperature])
 
 
 def _about(found: Mapping[str, Any], temperatures: Sequence[float]) -> str:

@@ -41,6 +41,7 @@ class AnswerTexts(NamedTuple):
 
     rows: Sequence[Row] = ()
     tokenizer: ChatTokenizer | None = None
+    method: str = ""
     lacking: str = ""
     """A sentence; empty where texts are shown."""
 
@@ -153,7 +154,7 @@ def _cost(report: Report, given: GivenFiles) -> Markup:
 def _texts(texts: AnswerTexts) -> Markup:
     if texts.lacking or texts.tokenizer is None:
         return paragraph(texts.lacking or "No answer was chosen.")
-    return coloured_answers(texts.rows, texts.tokenizer)
+    return coloured_answers(texts.rows, texts.tokenizer, texts.method)
 
 
 # How it was made.

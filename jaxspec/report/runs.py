@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -40,7 +41,12 @@ class ReportRun:
         """Settings that all rows share."""
         return self.evaluation.settings
 
-    @property
+    @functools.cached_property
+    def tasks(self) -> list[str]:
+        """Tasks of its rows."""
+        return sorted({row.task for row in self.evaluation.rows})
+
+    @functools.cached_property
     def temperatures(self) -> list[float]:
         """Temperatures of its rows."""
         return sorted({row.temperature for row in self.evaluation.rows})
@@ -86,16 +92,11 @@ class Method(NamedTuple):
     def figures(self, temperature: float, task: str = ALL) -> Mapping[str, Any] | None:
         """Returns the figures of a task at a temperature (`metrics.summarize`); None where nothing was measured."""
         # With one task, `all` is that task.
-        wanted = {task} | ({ALL} if task in self.run_tasks and len(self.run_tasks) == 1 else set())
+        wanted = (task, ALL) if self.run.tasks == [task] else (task,)
         for row in self.run.summary:
             if row["method"] == self.arm and row["temperature"] == temperature and row["task"] in wanted:
                 return row if row["answers"] else None
         return None
-
-    @property
-    def run_tasks(self) -> set[str]:
-        """Tasks of the run."""
-        return {row.task for row in self.run.evaluation.rows}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Report:
     @property
     def tasks(self) -> list[str]:
         """All tasks, without `all`."""
-        return sorted({row.task for run in self.runs for row in run.evaluation.rows})
+        return sorted({task for run in self.runs for task in run.tasks})
 
     def best(self, temperature: float, run: ReportRun | None = None) -> Method | None:
         """Returns the method of the greatest speed-up over all tasks, of one run or of all; None without one."""

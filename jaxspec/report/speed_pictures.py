@@ -79,7 +79,7 @@ def _why(report: Report, temperature: float, number: int) -> Picture:
     y = axis_over("decode speed-up, prefill out", [*(f["decode_speedup"] for _, _, f in rows), 1.0])
     series = []
     for method in dict.fromkeys(m for _, m, _ in rows):
-        mine = [f for _, m, f in rows if m is method]
+        mine = [f for _, m, f in rows if m == method]
         points = [[f[name] for f in mine] for name in ("tau_micro", "decode_speedup")]
         series.append(Series(method.label, *points, joined=False, look=method.look))
     rays = []
@@ -107,8 +107,9 @@ def _by_prompt(report: Report, temperature: float, number: int) -> Picture:
     measured = {m: prompt_times(m.rows(temperature), m.plain_rows(temperature)) for m in report.methods}
     times = {m: mine for m, mine in measured.items() if mine}
     every = [(m, t) for m, mine in times.items() for t in mine]
-    axis = axis_over("plain ms a token", [v for _, t in every for v in (t.plain_ms, t.ms)])
-    y = axis_over("ms a token with drafts", [axis.high])
+    x = axis_over("plain ms a token", [t.plain_ms for _, t in every])
+    y = axis_over("ms a token with drafts", [t.ms for _, t in every])
+    end = min(x.high, y.high)
     series = [
         Series(m.label, [t.plain_ms for t in mine], [t.ms for t in mine], joined=False, look=m.look)
         for m, mine in times.items()
@@ -118,11 +119,11 @@ def _by_prompt(report: Report, temperature: float, number: int) -> Picture:
     worst = sorted(((m, t) for m, t in every if known(t.speedup)), key=lambda one: one[1].speedup)[:WORST]
     columns = ["prompt", "method", "plain ms", "ms", "x plain", "least", "greatest", "tau"]
     numbers = [[t.unit, m.label, t.plain_ms, t.ms, t.speedup, t.low, t.high, t.tau] for m, t in every]
-    slowest = ", ".join(f"{t.unit} {t.speedup:.2f}{f' ({m.label})' if len(times) > 1 else ''}" for m, t in worst)
+    slowest = ", ".join(f"{t.unit} {t.speedup:.2f}{f' by {m.label}' if len(times) > 1 else ''}" for m, t in worst)
     return Picture(
         f"prompts-{number}",
         caption,
-        line_plot(caption, told, Frame(axis, y), series, [Reference("as fast", (0, axis.high), (0, axis.high))]),
+        line_plot(caption, told, Frame(x, y), series, [Reference("as fast", (0, end), (0, end))]),
         DataTable(caption, columns, numbers),
         f"Rounds alone. Above the diagonal drafts cost time. Prompts on it or below: {told}. The slowest: {slowest}.",
         legend_of(series),

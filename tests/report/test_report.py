@@ -70,6 +70,12 @@ def made(home: Path) -> tuple[str, dict[str, Any]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def single(home: Path, made) -> tuple[str, dict[str, Any]]:
+    """The page of one run, and its JSON."""
+    return write_page(home)
+
+
 def data_of(text: str) -> dict[str, Any]:
     return json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
 
@@ -101,8 +107,24 @@ def test_figures_of_the_page_are_those_of_the_rows(home: Path, made):
     assert f"{best['method']} is fastest, {spread(best, 'speedup')} times plain decoding" in text
 
 
-def test_prompts_and_tasks_that_are_slower_are_named(home: Path):
-    text, _ = write_page(home)
+def figure_of(text: str, anchor: str) -> str:
+    return text.split(f'<figure id="{anchor}"')[1].split("</figure>")[0]
+
+
+def test_every_line_of_a_table_has_its_mark(single):
+    """A point of each task and method, and of each prompt and method."""
+    text, _ = single
+    methods, tasks, prompts = len(ARMS) - 1, len(TASKS), 12 * len(TASKS)
+    for anchor, points in (("speed-1", (tasks + 1) * methods), ("why-2", (tasks + 1) * methods),
+                           ("prompts-1", prompts * methods)):  # fmt: skip
+        figure = figure_of(text, anchor)
+        drawing = figure.split('<svg class="plot"')[1].split("</svg>")[0]
+        lines = figure.split("<tbody>")[1].split("</tbody>")[0].count("<tr>")
+        assert drawing.count('class="mark ') == lines == points, anchor
+
+
+def test_prompts_and_tasks_that_are_slower_are_named(home: Path, single):
+    text, _ = single
     against = text.split('<section id="against"')[1].split("</section>")[0]
     report = load_runs([str(home / "one")])
     for method in report.methods:
@@ -153,8 +175,8 @@ def test_without_files_the_page_says_what_it_lacks(home: Path):
     assert "All answers were decoded in a batch of 4." in text
 
 
-def test_failed_turns_are_named_and_in_no_figure(home: Path):
-    text, result = write_page(home)
+def test_failed_turns_are_named_and_in_no_figure(single):
+    text, result = single
     assert result["runs"][0]["failed"] == 1 and "1 failed turn, left out of every figure" in text
     assert ">gone</th><td>qa</td>" in text and "is too long" in text
     assert "all invariants hold of 219 rows" in text
