@@ -152,8 +152,8 @@ def _cost(report: Report, given: GivenFiles) -> Markup:
 
 
 def _texts(texts: AnswerTexts) -> Markup:
-    if texts.lacking or texts.tokenizer is None:
-        return paragraph(texts.lacking or "No answer was chosen.")
+    if texts.lacking or texts.tokenizer is None or not texts.rows:
+        return paragraph(texts.lacking or "No text is shown: no answer has a round.")
     return coloured_answers(texts.rows, texts.tokenizer, texts.method)
 
 
