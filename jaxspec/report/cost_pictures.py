@@ -93,7 +93,9 @@ def _budget(
         Series(name, [float(n) for n, _, _ in sized], [f[key] for _, _, f in sized]) for name, sized in groups.items()
     ]
     if predicted:
-        series.append(Series("predicted by the lab", *zip(*predicted, strict=True), joined=False))
+        series.append(
+            Series("predicted by the lab", [p[0] for p in predicted], [p[1] for p in predicted], joined=False)
+        )
     x = doubling_axis("nodes of the tree, root included", [v for s in series for v in s.x])
     y = axis_over(label, [v for s in series for v in s.y])
     short = label.split(":")[0].split(",")[0]

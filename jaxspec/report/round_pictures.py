@@ -126,10 +126,10 @@ def _binned(
     along = bins_of is tau_along
     # A point stands at the middle of its bin along the answer, and at the end of one of prompt lengths.
     places = {m: [b.first + POSITIONS / 2 if along else float(b.last) for b in mine] for m, mine in bins.items()}
-    series = [
-        Series(m.label, places[m], *([b.tau[i] for b in mine] for i in range(3)), look=m.look)
-        for m, mine in bins.items()
-    ]
+    series = []
+    for m, mine in bins.items():
+        value, low, high = ([b.tau[i] for b in mine] for i in range(3))
+        series.append(Series(m.label, places[m], value, low, high, look=m.look))
     x = (
         axis_over(f"token of the answer, in bins of {POSITIONS}", [0.0, *(b.last + 1.0 for b in every)])
         if along

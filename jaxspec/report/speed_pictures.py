@@ -159,10 +159,10 @@ def by_batch(methods: Sequence[Method], temperature: float) -> dict[str, list[tu
 def _batch_map(report: Report, temperature: float, number: int) -> Picture:
     points = by_batch(report.methods, temperature)
     batches = [batch for mine in points.values() for batch, _ in mine]
-    series = [
-        Series(arm, [b for b, _ in mine], *([interval(f, "speedup")[end] for _, f in mine] for end in range(3)))
-        for arm, mine in points.items()
-    ]
+    series = []
+    for arm, mine in points.items():
+        value, low, high = ([interval(f, "speedup")[end] for _, f in mine] for end in range(3))
+        series.append(Series(arm, [b for b, _ in mine], value, low, high))
     y = axis_over(
         "times plain decoding's speed", [v for s in series for v in (*s.y, *(s.high or ())) if known(v)] + [1]
     )
@@ -183,7 +183,7 @@ def _batch_map(report: Report, temperature: float, number: int) -> Picture:
 def _frontier(report: Report, temperature: float, number: int) -> Picture:
     points = by_batch([*report.plains, *report.methods], temperature)
     keys = ("user_tokens_per_second", "tokens_per_second")
-    series = [Series(arm, *([f[key] for _, f in mine] for key in keys)) for arm, mine in points.items()]
+    series = [Series(arm, [f[keys[0]] for _, f in mine], [f[keys[1]] for _, f in mine]) for arm, mine in points.items()]
     x = axis_over("tokens/s of one answer", [v for s in series for v in s.x])
     y = axis_over("tokens/s of all answers", [v for s in series for v in s.y])
     caption = f"Tokens/s of one and of all, {at_temperature(temperature)}"

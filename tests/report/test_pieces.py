@@ -79,7 +79,7 @@ def test_pieces_are_the_whole_text_and_no_character_is_torn(text: str, seed: int
 
 def test_bytes_of_a_character_are_one_piece_of_the_round_that_completes_it(byte_fallback: ChatTokenizer):
     tokens = [int(i) for i in byte_fallback.encode("on 鬱 mat 🦉 it")]
-    spoken = [byte_fallback.tokenizer.id_to_token(i) for i in tokens]
+    spoken = [str(byte_fallback.tokenizer.id_to_token(i)) for i in tokens]
     assert sum(piece.startswith("<0x") for piece in spoken) == 7
     # Every round gives one token, so that every byte is of another round.
     row = row_of(tokens, [1] * (len(tokens) - 1), [0] * (len(tokens) - 1))
