@@ -20,7 +20,7 @@ from jaxspec.console.disk import writing
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.report.given_files import read_result
 from jaxspec.report.runs import ALL
-from jaxspec.report.wording import at_temperature, identical, known, per_second, spoken, spread
+from jaxspec.report.wording import at_temperature, counted, identical, known, per_second, spoken, spread
 
 BEGIN = re.compile(r"<!--\s*table:\s*(?P<words>.*?)\s*-->\s*")
 END = re.compile(r"<!--\s*end\s*-->\s*")
@@ -220,8 +220,9 @@ def _about(found: Mapping[str, Any], temperatures: Sequence[float]) -> str:
     """Returns what stands below a table: everything that its numbers depend on."""
     machine = found["machine"]
     device = machine.get("accelerator") or f"{machine.get('cpu')}, {machine.get('cores')} cores"
+    failed = f" ({counted(found['failed'], 'failed turn')} left out)" if found.get("failed") else ""
     return (
-        f"{found['questions']:,} questions of {found['prompts']}, target {Path(found['target']).name}, "
+        f"{found['questions']:,} questions of {found['prompts']}{failed}, target {Path(found['target']).name}, "
         f"{' and '.join(map(at_temperature, temperatures))}, batch {found['batch']}, {found['dtype']}, up to "
         f"{found['max_new_tokens']:,} new tokens, {device}; in brackets 95 % over conversations:"
     )

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder with a document and the result that its tables are made of."""
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
-    result = {"command": "evaluate", **settings(dtype="float32"), "summary": SUMMARY}
+    result = {"command": "evaluate", **settings(dtype="float32"), "failed": 2, "summary": SUMMARY}
     (tmp_path / "results/eval.json").write_text(json.dumps(jsonable(result)))
     (tmp_path / "docs/results.md").write_text(TEXT)
     return tmp_path
@@ -56,7 +56,10 @@ def test_tables_are_written_from_the_results_and_stay(folder: Path, capsys: pyte
             assert f"| `{figures['method']}` | " in text and f" | {spread(figures, 'tau_macro')} | " in text
         elif figures["method"] == "chain:3" and figures["temperature"] == 0.5:
             assert f"| {figures['task'].replace('_', ' ')} | {spread(figures, 'speedup')} |" in text
-    assert "12 questions of question.jsonl, target tiny, greedy and temperature 0.5, batch 1, float32" in text
+    assert (
+        "12 questions of question.jsonl (2 failed turns left out), target tiny, greedy and temperature 0.5, batch 1,"
+        in text
+    )
     assert "[eval.json](../results/eval.json)" in text
     assert "2 tables, written" in capsys.readouterr().out
     assert main(["report", "--markdown", str(path)]) == 0
