@@ -5,7 +5,6 @@ Every acceptance profile is searched with every file of costs. The page is one H
 
 from __future__ import annotations
 
-import platform
 import shlex
 import sys
 import time
@@ -15,17 +14,14 @@ from typing import Any
 
 import tyro
 
-from jaxspec import __version__
 from jaxspec.console import cli, marks, progress, results
 from jaxspec.console.disk import writing
 from jaxspec.lab.findings import SearchFinding, find, machine_of, name_files
 from jaxspec.lab.flags import LimitFlags, SearchFlags
 from jaxspec.lab.predicted import Comparison, compare, read_bench
 from jaxspec.lab.report import Making, make_page
-from jaxspec.pages.chromium import find_chromium, open_page
-
-SHARP = 2.0
-"""Pixels of a picture for one of the page."""
+from jaxspec.pages.chromium import find_chromium
+from jaxspec.pages.pictures import take_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +78,15 @@ def main(argv: list[str]) -> int:
     measured = [arm for path in args.measured for arm in read_bench(Path(path))]
     findings = find_all(args)
     comparison = compare(measured, findings)
-    page = make_page(findings, comparison, len(args.measured), Making(command_of(argv), versions()))
+    page = make_page(findings, comparison, len(args.measured), Making(command_of(argv), results.versions()))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with writing(args.out):
         args.out.write_text(page, encoding="utf-8")
     sys.stdout.write(f"{args.out}: the page\n")
-    pictures = [] if args.png is None else take_pictures(args.out, args.png)
+    pictures = []
+    if args.png is not None:
+        pictures = take_pictures(args.out, args.png)
+        sys.stdout.write(f"{args.png}: {len(pictures)} pictures\n")
     if args.json is not None:
         results.write_json(args.json, make_result(args, findings, comparison, pictures, started))
     return 0
@@ -111,34 +110,6 @@ def find_all(args: Args) -> list[SearchFinding]:
 def command_of(argv: list[str]) -> str:
     """Returns the command line that makes the page again."""
     return shlex.join(["jaxspec", "lab", "report", *argv])
-
-
-def versions() -> dict[str, Any]:
-    """Returns the versions of all that computes the page, and the machine it is made on."""
-    machine = results.machine_facts()
-    return {
-        "jaxspec": __version__,
-        "commit": results.git_sha(),
-        "jax": machine["jax"],
-        "Python": platform.python_version(),
-        "processor": f"{machine['cpu']}, {machine['cores']} cores",
-        "accelerator": machine["accelerator"],
-    }
-
-
-def take_pictures(page: Path, folder: Path) -> list[Path]:
-    """Writes PNGs of the whole page and of every figure, named by its anchor; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    with open_page(page, scale=SHARP) as shown:
-        anchors = shown.evaluate("Array.from(document.querySelectorAll('figure')).map(figure => figure.id)")
-        for name, selector in {"page": "html", **{anchor: f"#{anchor}" for anchor in anchors}}.items():
-            path = folder / f"{name}.png"
-            with writing(path):
-                path.write_bytes(shown.picture(selector))
-            found.append(path)
-    sys.stdout.write(f"{folder}: {len(found)} pictures\n")
-    return found
 
 
 def make_result(

@@ -40,6 +40,7 @@ VERBS = {
     "compare": Verb("jaxspec.train.compare", "train several recipes alike and compare the tau they reach"),
     "evaluate": Verb("jaxspec.infer.evaluate", "measure drafters and trees on a question set, task by task"),
     "check-served": Verb("jaxspec.infer.check_served", "hold a served drafter to the golden prompts of its export"),
+    "report": Verb("jaxspec.infer.report", "write one page about evaluations, or the tables of a document"),
     "bench decode": Verb("jaxspec.infer.bench_decode", "time speculative against plain decoding, phase by phase"),
     "bench peers": Verb("jaxspec.infer.bench_peers", "time other libraries beside this one, on the same tokens"),
     "bench train": Verb("jaxspec.train.bench_train", "time and count a training step of several recipes, side by side"),

@@ -41,14 +41,18 @@ class PageReader(HTMLParser):
         assert self.open and self.open.pop() == tag, tag
 
 
-def check_page(text: str) -> PageReader:
-    """Returns a page as it is read. It must be whole, load nothing, and have a plot and a table a figure."""
+def check_page(text: str, *, scripts: int = 0) -> PageReader:
+    """Returns a page as it is read. It must be whole, load nothing, and have a plot and a table a figure.
+
+    `scripts` are those that it must have, data among them.
+    """
     assert text.startswith("<!DOCTYPE html>\n<html")
     read = PageReader(text)
     assert len(set(read.ids)) == len(read.ids)
     assert not [address for address in read.loads if not address.startswith(("#", "data:"))]
     assert {address[1:] for address in read.loads if address.startswith("#")} <= set(read.ids)
-    assert not {"script", "iframe", "object", "embed", "img"} & set(read.names)
+    assert read.names.count("script") == scripts
+    assert not {"iframe", "object", "embed", "img"} & set(read.names)
     assert "url(" not in text and "@import" not in text
     for figure in text.split("<figure")[1:]:
         inside = figure.split("</figure>")[0]

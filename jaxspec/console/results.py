@@ -54,6 +54,19 @@ def git_sha() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
+def versions() -> dict[str, Any]:
+    """Returns the versions of all that computes here, and the machine; starts the JAX backend."""
+    machine = machine_facts()
+    return {
+        "jaxspec": __version__,
+        "commit": git_sha(),
+        "jax": machine["jax"],
+        "Python": platform.python_version(),
+        "processor": f"{machine['cpu']}, {machine['cores']} cores",
+        "accelerator": machine["accelerator"],
+    }
+
+
 def result(command: str, *, dtype: Any, seed: int | None, started: float, **keys: Any) -> dict[str, Any]:
     """Returns the result of a verb: the keys common to all verbs, then its own `keys`.
 

@@ -122,7 +122,8 @@ def from_record(record: Mapping[str, Any]) -> Row:
         raise ValueError(f"has a field {stranger!r} that rows do not have")
     if missing := next((n for n in ("id", "task") if n not in record), None):
         raise ValueError(f"has no {missing!r}")
-    return Row(**{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()})
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    return Row(**given)
 
 
 class Evaluation(NamedTuple):

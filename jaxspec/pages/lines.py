@@ -75,11 +75,18 @@ def line_plot(
     )
 
 
-def legend(names: Sequence[str]) -> Markup | None:
-    """Returns the names of series, each with its line and mark; None for one alone."""
+def legend(names: Sequence[str], looks: Sequence[int] | None = None) -> Markup | None:
+    """Returns the names of series, each with its line and mark (by default those of its place); None for one alone."""
     if len(names) < 2:
         return None
-    return element("ul", *(element("li", _swatch(i), name) for i, name in enumerate(names)), class_="legend")
+    looks = range(len(names)) if looks is None else looks
+    items = [element("li", _swatch(look), name) for name, look in zip(names, looks, strict=True)]
+    return element("ul", *items, class_="legend")
+
+
+def legend_of(series: Sequence[Series]) -> Markup | None:
+    """Returns the legend of series as a plot draws them; None for one alone."""
+    return legend([one.name for one in series], [_look(number, one) for number, one in enumerate(series)])
 
 
 def _look(number: int, one: Series) -> int:
@@ -88,7 +95,7 @@ def _look(number: int, one: Series) -> int:
 
 def _swatch(number: int) -> Markup:
     line = element("path", d="M1 7H29", class_=f"line c{number % COLOURS}", stroke_dasharray=_dash(number))
-    return element("svg", line, _mark(number, 15, 7), viewBox="0 0 30 14", aria_hidden="true")
+    return element("svg", line, mark(number, 15, 7), viewBox="0 0 30 14", aria_hidden="true")
 
 
 def _dash(number: int) -> str | None:
@@ -148,7 +155,7 @@ def _line(frame: Frame, number: int, one: Series) -> Markup:
             element("path", d=_path(points), class_=f"line c{number % COLOURS}", stroke_dasharray=_dash(number))
         )
     if not one.joined or len(points) <= CROWDED:
-        drawn += [_mark(number, x, y) for x, y in points]
+        drawn += [mark(number, x, y) for x, y in points]
     return joined(*drawn)
 
 
@@ -156,7 +163,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _mark(number: int, x: float, y: float) -> Markup:
+def mark(number: int, x: float, y: float) -> Markup:
     """Returns a mark: a dot, square, triangle or diamond, by the number of the series."""
     shapes = (
         "m-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from jaxspec.pages.style import STYLE
 LONG = 40
 """Letters from which a cell may break."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""Content security policy: the page loads nothing and runs nothing."""
+"""Content security policy: the page loads nothing, and runs nothing but a script whose hash is added."""
 
 
 class Section(NamedTuple):
@@ -54,16 +57,29 @@ class Picture(NamedTuple):
     """More below all that."""
 
 
-def document(title: str, lead: Markup, sections: Sequence[Section], foot: Content = None) -> str:
+class Extras(NamedTuple):
+    """Parts of a page that most pages lack."""
+
+    style: str = ""
+    script: str = ""
+    """JavaScript of ours, which the policy allows by its hash; texts of others never stand in it."""
+    data: Any = None
+    """Values that programs may read from the page: JSON in the element `data`."""
+
+
+def document(
+    title: str, lead: Markup, sections: Sequence[Section], foot: Content = None, extras: Extras | None = None
+) -> str:
     """Returns a whole page: title, `lead` below it, links to the sections, and the sections."""
+    extras = Extras() if extras is None else extras
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", http_equiv="Content-Security-Policy", content=policy(extras.script)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("link", rel="icon", href="data:,"),
         element("title", title),
-        element("style", Markup(STYLE)),
+        element("style", Markup(STYLE + extras.style)),
     )
     links = [element("li", element("a", s.title, href=f"#{s.anchor}")) for s in sections]
     body = element(
@@ -72,8 +88,24 @@ def document(title: str, lead: Markup, sections: Sequence[Section], foot: Conten
         element("header", element("h1", title), lead, element("nav", element("ul", *links), aria_label="Sections")),
         element("main", *map(_section, sections), id="results"),
         None if foot is None else element("footer", foot),
+        None if extras.data is None else _data(extras.data),
+        element("script", Markup(extras.script)) if extras.script else None,
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def policy(script: str) -> str:
+    """Returns the content security policy of a page with this script, which may be empty."""
+    if not script:
+        return POLICY
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"{POLICY}; script-src 'sha256-{digest}'"
+
+
+def _data(value: Any) -> Markup:
+    # No text in it can end the element, or begin another, without a `<`.
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+    return element("script", Markup(text), type="application/json", id="data")
 
 
 def _section(section: Section) -> Markup:

@@ -1,0 +1,1 @@
+"""Evaluations told: one page about runs of `jaxspec evaluate`, and tables in documents."""
