@@ -72,10 +72,11 @@ def from_arrays(arrays: Mapping[str, Array]) -> Stored | None:
     if "features" not in arrays:
         return None
     found: list[Any] = [arrays.get(name) for name in ARRAYS]
-    likely, whole = found[4:7], found[7:]
+    features, features_scale, taps, taps_scale, top, logp, rest, best, total = found
+    likely = None if top is None else Likely(top, logp, rest)
     return Stored(
-        *found[:4], None if likely[0] is None else Likely(*likely), None if whole[0] is None else Whole(*whole)
-    )
+        features, features_scale, taps, taps_scale, likely, None if best is None else Whole(best, total)
+    )  # fmt: skip
 
 
 def shrink(x_BLD: Array, kind: Kind, parts: int = 1) -> tuple[Array, Array | None]:

@@ -215,8 +215,7 @@ class LlamaCppWorker(Worker):
 
     def load(self) -> None:
         """See `Worker`."""
-        import llama_cpp
-
+        llama_cpp = importlib.import_module("llama_cpp")
         if not Path(self.spec.target).is_file():
             raise ValueError(f"{self.spec.target}: no such GGUF file")
         self.version = importlib.metadata.version("llama-cpp-python")

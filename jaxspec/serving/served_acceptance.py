@@ -34,10 +34,15 @@ class Counters(NamedTuple):
         """Returns what was added since an earlier reading. Raises ValueError where the server was started again."""
         positions = max(len(self.by_position), len(before.by_position))
         now, then = (c.by_position + (0.0,) * (positions - len(c.by_position)) for c in (self, before))
-        each = [a - b for a, b in zip((*self[:3], *now), (*before[:3], *then), strict=True)]
-        if min(each) < 0:
+        gained = Counters(
+            self.drafts - before.drafts,
+            self.draft_tokens - before.draft_tokens,
+            self.accepted_tokens - before.accepted_tokens,
+            tuple(a - b for a, b in zip(now, then, strict=True)),
+        )
+        if min(*gained[:3], *gained.by_position, 0.0) < 0:
             raise ValueError("the server's counters have fallen: it was started again, so the run must be repeated")
-        return Counters(*each[:3], tuple(each[3:]))
+        return gained
 
     def figures(self) -> dict[str, Any]:
         """Returns `acceptance_length` (1 + accepted / drafts), `survival` by position, and `acceptance_rate`.

@@ -46,7 +46,8 @@ DRAFTER: dict[str, Any] = {
     "draft_lm with one table": DraftLM(DraftLMConfig(VOCAB, 8, 1, 2, 1, 4, 16, tied=True)),
 }
 TARGET = LlamaConfig(VOCAB, 8, 1, 2, 1, 4, 16)
-NO_ROWS = Batch(*[jnp.zeros((1, 1), jnp.int32)] * 4)
+NOTHING_BL = jnp.zeros((1, 1), jnp.int32)
+NO_ROWS = Batch(NOTHING_BL, NOTHING_BL, NOTHING_BL, NOTHING_BL)
 every = pytest.mark.parametrize("name", DRAFTER)
 
 

@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         s.drafts, s.accepted = s.drafts + 3, s.accepted + 2
         choices: list[Any] = [{"delta": {"role": "assistant", "content": ""}}]
         choices += [{"delta": {"content": f"{len(body['messages'])} "}, "token_ids": [5, 6]} for _ in range(2)]
-        chunks = [{"choices": [c]} for c in choices]
+        chunks: list[dict[str, Any]] = [{"choices": [c]} for c in choices]
         if s.fault == "error":
             chunks.append({"error": {"message": "out of memory"}})
         elif s.fault != "cut":
