@@ -54,7 +54,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"draft_vocab", "packing", "pipeline", "tokenized_corpus"},
         {"feature_store"},
     ),
-    "decoding": ({"answers", "requests"}, {"rounds"}, {"generation"}, {"slots"}),
+    "decoding": ({"answers", "requests", "seen_tree"}, {"rounds"}, {"generation"}, {"slots"}),
     "distillation": (
         {"chunks", "objective", "optimizer"},
         {"metrics", "task"},
@@ -133,7 +133,11 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "pages": ({"axes", "chromium", "markup", "style"}, {"lines", "page"}, {"charts"}),
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
-    "serving": ({"dialogue", "loading"}, {"answer_file", "endpoint", "flags", "queue"}, {"regeneration"}),
+    "serving": (
+        {"answer_text", "dialogue", "loading", "outbox"},
+        {"answer_file", "endpoint", "flags", "queue", "scheduler"},
+        {"regeneration"},
+    ),
     "targets": (
         {"decoder", "rope_places"},
         {"fields"},
