@@ -134,9 +134,12 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "parallel": ({"mesh", "agreement"}, {"processes", "rows"}),
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "serving": (
-        {"answer_text", "dialogue", "loading", "outbox"},
-        {"answer_file", "endpoint", "flags", "queue", "scheduler"},
-        {"regeneration"},
+        {"answer_text", "api_errors", "dialogue", "loading", "outbox"},
+        {"answer_file", "endpoint", "flags", "http_guard", "queue", "scheduler", "strict_json"},
+        {"api_request", "http_server", "regeneration"},
+        {"api_reply", "demo_page"},
+        {"http_answers"},
+        {"http_app"},
     ),
     "targets": (
         {"decoder", "rope_places"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-VOID = {"meta", "link", "br", "hr", "img"}
+VOID = {"meta", "link", "br", "hr", "img", "input"}
 """Elements of HTML without content or an end."""
 
 
