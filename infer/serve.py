@@ -6,6 +6,7 @@ decoding works. Answers are those of plain decoding: drafts change the speed alo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -120,16 +121,14 @@ def main(argv: list[str]) -> int:
 
     if not is_loopback(args.host) and args.key is None:
         raise cli.WrongUsage(f"--host {args.host} is reached from other machines, so that it needs an --api-key")
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("jaxspec.serve").setLevel(logging.INFO)
+    log_to_stderr()
     server, scheduler = make_server(args)
     sys.stderr.write("compiling\n")
     scheduler.start()
     sys.stderr.write(f"{args.model} for demonstration and evaluation; Ctrl-C ends it\n")
-    try:
+    # Uvicorn raises the signal again that has ended it.
+    with cli.sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
         server.run()
-    except KeyboardInterrupt:  # uvicorn raises the signal again that has ended it
-        pass
     if args.json:
         tally = dataclasses.asdict(scheduler.tally)
         facts = {"target": args.target, "drafter": None if args.drafter == "none" else args.drafter, **tally}
@@ -143,6 +142,16 @@ def need_packages() -> None:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"jaxspec serve needs {' and '.join(missing)}: pip install 'jaxspec-decoding[serve]'")
+
+
+def log_to_stderr() -> None:
+    """Lets the server and uvicorn write to stderr: of each request its size and seed, and no text."""
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name, level in (("jaxspec.serve", logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [shown], False
+        logger.setLevel(level)
 
 
 def make_server(args: Args) -> tuple[DemoServer, Scheduler]:
