@@ -2,7 +2,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const STEP = 96, ROW = 20, LEFT = 14, TOP = 16, LONGEST = 9;
+const STEP = 96, ROW = 22, LEFT = 14, TOP = 24, LONGEST = 9;
 const find = (id) => document.getElementById(id);
 
 function svgElement(name, attributes, text) {
@@ -38,7 +38,7 @@ function layout(parents) {
 
 function drawTree(drawing, tree, round) {
   const { places, width, height } = layout(tree.parents);
-  const kept = new Set(tree.path);
+  const kept = new Set(tree.path), inner = new Set(tree.parents);
   const told = tree.path.slice(1).map((node) => tree.tokens[node]);
   const title = `Round ${round}: ${tree.tokens.length - 1} drafted tokens, ${told.length} accepted`;
   const parts = [svgElement("title", {}, title), svgElement("desc", {}, `accepted: ${told.join("") || "none"}`)];
@@ -54,8 +54,9 @@ function drawTree(drawing, tree, round) {
     parts.push(here
       ? svgElement("rect", { x: at.x - 5, y: at.y - 5, width: 10, height: 10 })
       : svgElement("circle", { cx: at.x, cy: at.y, r: 4 }));
-    const label = { x: at.x + 9, y: at.y + 4, class: here ? "halo bold" : "halo" };
-    parts.push(svgElement("text", label, visible(tree.tokens[node])));
+    // Beside a leaf; above any other node, whose lines begin where the text would stand.
+    const place = inner.has(node) ? { x: at.x - 5, y: at.y - 8 } : { x: at.x + 9, y: at.y + 4 };
+    parts.push(svgElement("text", { ...place, class: here ? "halo bold" : "halo" }, visible(tree.tokens[node])));
   });
   drawing.setAttribute("width", width);
   drawing.setAttribute("height", height);

@@ -1,4 +1,4 @@
-"""The package `openai` against a real socket, version 3 and version 2: every field read, streams equal to whole texts."""
+"""The package `openai`, versions 3 and 2, against a real socket: every field read, streams equal to whole texts."""
 
 from __future__ import annotations
 
@@ -144,14 +144,16 @@ def test_without_a_seed_texts_differ(served: Running):
 
 def test_stop_strings_cut_streams_and_whole_texts_alike(served: Running):
     fields = {"seed": 2, "temperature": 1, "max_tokens": 80}
-    text = served.ask(TEXT, completion("5 and 6", **fields))[1]["choices"][0]["text"]
-    whole = [at for at in range(4, len(text) - 2) if "\N{REPLACEMENT CHARACTER}" not in text[at : at + 2]]
+    text = served.ask(TEXT, completion("9 and 4 make 13, they", **fields))[1]["choices"][0]["text"]
+    whole = [at for at in range(1, len(text) - 2) if "\N{REPLACEMENT CHARACTER}" not in text[at : at + 2]]
     stop = text[whole[len(whole) // 2] :][:2]
     for stops in (stop, [stop, "never said"], ["never said"]):
-        found = served.ask(TEXT, completion("5 and 6", stop=stops, **fields))[1]
+        found = served.ask(TEXT, completion("9 and 4 make 13, they", stop=stops, **fields))[1]
         expected = text[: text.find(stop)] if stop in stops else text
         assert found["choices"][0]["text"] == expected
-        body = completion("5 and 6", stop=stops, stream=True, stream_options={"include_usage": True}, **fields)
+        body = completion(
+            "9 and 4 make 13, they", stop=stops, stream=True, stream_options={"include_usage": True}, **fields
+        )
         with served.send(served.post(TEXT, body)) as client:
             chunks = events(read_all(client))
         assert chunks[-1] == "[DONE]" and chunks[-2]["usage"] == found["usage"]
