@@ -184,7 +184,8 @@ def limits_of(args: Args, models: Models) -> ServedLimits:
     """Returns the limits of a request; a prompt leaves the target a position for its answer."""
     config = models.config
     longest = min(args.longest, config.max_positions - 1)
-    return ServedLimits(args.model, longest, args.max_new_tokens, config.max_positions, config.vocab)
+    most_new = min(args.max_new_tokens, config.max_positions - 1)
+    return ServedLimits(args.model, longest, most_new, config.max_positions, config.vocab, most_answers=args.queue)
 
 
 def make_slots(models: Models, args: Args, limits: ServedLimits, rows: int) -> Slots:

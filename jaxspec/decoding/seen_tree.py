@@ -24,10 +24,9 @@ class SeenTree(NamedTuple):
 
 def see(tree: Tree, accepted: Accepted, nodes: int) -> SeenTree:
     """Returns a tree and its accepted path, padded to `nodes` nodes."""
-    pad = ((0, 0), (0, nodes - tree.token_BN.shape[1]))
-    return SeenTree(
-        jnp.pad(tree.token_BN, pad),
-        jnp.pad(tree.parent_BN, pad, constant_values=ROOT),
-        jnp.pad(tree.valid_BN, pad),
-        accepted.path_BP,
-    )
+    token_BN, parent_BN, valid_BN = tree.token_BN, tree.parent_BN, tree.valid_BN
+    if missing := nodes - token_BN.shape[1]:
+        pad = ((0, 0), (0, missing))
+        token_BN, valid_BN = jnp.pad(token_BN, pad), jnp.pad(valid_BN, pad)
+        parent_BN = jnp.pad(parent_BN, pad, constant_values=ROOT)
+    return SeenTree(token_BN, parent_BN, valid_BN, accepted.path_BP)

@@ -75,6 +75,8 @@ class ServedLimits(NamedTuple):
     positions: int
     """Of the target: prompt and answer together."""
     vocab: int
+    most_answers: int = MOST_CHOICES * MOST_PROMPTS
+    """Of one request: more would never find a place to wait."""
 
 
 class Report(NamedTuple):
@@ -151,14 +153,16 @@ def _asked(
         if value is not None and not any(same):
             sentence = f"{name} is {shown(value)}, which this server does not support: leave it out"
             raise wrong(name, sentence, "unsupported_value")
-    choices = _integer(fields, "n", 1, MOST_CHOICES)
+    choices = _integer(fields, "n", 1, MOST_CHOICES) or 1
+    if choices * len(prompts) > limits.most_answers:
+        raise wrong("n", f"n asks for {choices * len(prompts)} answers; this server lets {limits.most_answers} wait")
     seed = _integer(fields, "seed", -(2**63), 2**63 - 1)
     temperature = _number(fields, "temperature", 0.0, 2.0)
     return Asked(
         prompts=prompts,
         chat=chat,
         variables=variables,
-        choices=1 if choices is None else choices,
+        choices=choices,
         most_new=_most_new(fields, limits, chat),
         temperature=1.0 if temperature is None else temperature,
         seed=None if seed is None else seed % SEEDS,

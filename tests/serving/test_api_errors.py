@@ -14,6 +14,8 @@ from http_toys import Running, chat, completion, running
 from jaxspec.infer.serve import Args
 from jaxspec.infer.serve import main as serve_main
 from jaxspec.serving import http_guard
+from jaxspec.serving.api_errors import ApiError
+from jaxspec.serving.api_request import ServedLimits, read_completion
 from jaxspec.serving.http_app import Service
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -224,6 +226,14 @@ def test_a_fault_of_the_server_shows_no_traceback(served: Running, monkeypatch: 
     monkeypatch.setattr(Service, "encode", fail)
     status, found, _ = served.ask(CHAT, chat())
     assert status == 500 and found["error"]["type"] == "server_error" and "secret" not in json.dumps(found)
+
+
+def test_more_answers_than_may_ever_wait_are_refused_for_good():
+    limits = ServedLimits("target", 96, 96, 256, 300, most_answers=3)
+    assert read_completion(completion(["a", "b", "c"]), limits).choices == 1
+    with pytest.raises(ApiError, match="lets 3 wait") as refused:
+        read_completion(completion(["a", "b"], n=2), limits)
+    assert refused.value.status == 400 and refused.value.param == "n"
 
 
 @pytest.mark.parametrize(
