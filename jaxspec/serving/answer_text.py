@@ -9,7 +9,7 @@ from jaxspec.data.chat import ChatTokenizer, IncrementalDecoder
 
 
 class TextPiece(NamedTuple):
-    """What some tokens add to a text."""
+    """The text that some tokens add."""
 
     text: str
     used: int

@@ -16,7 +16,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class ApiReply:
     """The fields that all parts of one response share."""
 
     asked: Asked

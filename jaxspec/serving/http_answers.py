@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxspec.serving.api_errors import FAILED, ApiError
-from jaxspec.serving.api_reply import DONE, Reply, event
+from jaxspec.serving.api_reply import DONE, ApiReply, event
 from jaxspec.serving.outbox import Delta, Outbox
 from jaxspec.serving.scheduler import CLOSING, AnswerJob
 
@@ -58,7 +58,7 @@ class Inbox:
             self._loop.call_soon_threadsafe(self._told.set)
 
 
-async def answer_whole(inbox: Inbox, reply: Reply) -> dict[str, Any]:
+async def answer_whole(inbox: Inbox, reply: ApiReply) -> dict[str, Any]:
     """Returns the whole response. Raises ApiError where an answer fails."""
     found: list[list[Delta]] = [[] for _ in inbox.jobs]
     async for index, delta in inbox.deltas():
@@ -66,7 +66,7 @@ async def answer_whole(inbox: Inbox, reply: Reply) -> dict[str, Any]:
     return reply.whole(found)
 
 
-async def answer_events(inbox: Inbox, reply: Reply) -> AsyncIterator[bytes]:
+async def answer_events(inbox: Inbox, reply: ApiReply) -> AsyncIterator[bytes]:
     """Yields server-sent events; a failure is the last one."""
     for chunk in reply.opening():
         yield event(chunk)

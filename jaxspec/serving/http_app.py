@@ -23,7 +23,7 @@ from jaxspec.data.prompts import Prompt, encode_prompt
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving.answer_text import AnswerText
 from jaxspec.serving.api_errors import FAILED, LIMITED, ApiError
-from jaxspec.serving.api_reply import Reply
+from jaxspec.serving.api_reply import ApiReply
 from jaxspec.serving.api_request import SEEDS, Asked, ServedLimits, check_room, read_chat, read_completion
 from jaxspec.serving.demo_page import page_files
 from jaxspec.serving.http_answers import EventStream, Inbox, answer_events, answer_whole, while_connected
@@ -128,7 +128,7 @@ async def _answer(service: Service, read: Read, request: Request) -> Response:
     inbox = Inbox()
     inbox.jobs = service.jobs(asked, prompts, inbox)
     model, show = service.limits.model, functools.partial(_shown, service.models)
-    reply = Reply(asked, [tokens.tolist() for tokens in prompts], model, service.fingerprint, show)
+    reply = ApiReply(asked, [tokens.tolist() for tokens in prompts], model, service.fingerprint, show)
     service.submit(asked, inbox.jobs)
     if asked.stream:
         return EventStream(answer_events(inbox, reply), inbox.cancel)

@@ -24,7 +24,7 @@ class DraftedTree(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What one round, or several that were merged, added to an answer."""
+    """The part of an answer that one round added, or several that were merged."""
 
     text: str
     ids: tuple[int, ...]

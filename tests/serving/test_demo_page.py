@@ -100,12 +100,12 @@ def test_both_answers_stream_side_by_side_with_their_figures(served: Running, tm
 
 @needs_chromium
 def test_text_of_the_model_stays_text_and_errors_are_told(served: Running, monkeypatch: pytest.MonkeyPatch):
-    chunks = api_reply.Reply.chunks
+    chunks = api_reply.ApiReply.chunks
 
-    def with_markup(reply: api_reply.Reply, index: int, delta: Delta) -> Any:
+    def with_markup(reply: api_reply.ApiReply, index: int, delta: Delta) -> Any:
         return chunks(reply, index, delta._replace(text=delta.text + EVIL))
 
-    monkeypatch.setattr(api_reply.Reply, "chunks", with_markup)
+    monkeypatch.setattr(api_reply.ApiReply, "chunks", with_markup)
     with open_page(served.url + "/") as page:
         answer(page, prompt="3 and 4 make", most=8)
         assert EVIL in page.evaluate("document.querySelector('#plain .answer').textContent")

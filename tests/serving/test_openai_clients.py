@@ -38,7 +38,7 @@ def answer_of(served: Running, prompt: str, settings: Settings) -> tuple[str, in
 
 
 def calls_by(served: Running, folder: str | None) -> dict[str, Any]:
-    """What the package brings back, in a process of its own."""
+    """Returns what the package brings back, in a process of its own."""
     environment = os.environ | ({} if folder is None else {"PYTHONPATH": folder})
     script = Path(__file__).with_name("openai_calls.py")
     done = subprocess.run(
