@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -122,13 +123,14 @@ def main(argv: list[str]) -> int:
     if not is_loopback(args.host) and args.key is None:
         raise cli.WrongUsage(f"--host {args.host} is reached from other machines, so that it needs an --api-key")
     log_to_stderr()
-    server, scheduler = make_server(args)
-    sys.stderr.write("compiling\n")
-    scheduler.start()
-    sys.stderr.write(f"{args.model} for demonstration and evaluation; Ctrl-C ends it\n")
-    # Uvicorn raises the signal again that has ended it.
-    with cli.sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
-        server.run()
+    # Before minutes of compiling, so that a port that is taken is told at once.
+    with bind(args.host, args.port) as bound, cli.sigterm_interrupts():
+        server, scheduler = make_server(args)
+        sys.stderr.write("compiling all that answers will run\n")
+        scheduler.start()
+        # Uvicorn raises the signal again that has ended it.
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run([bound])
     if args.json:
         tally = dataclasses.asdict(scheduler.tally)
         facts = {"target": args.target, "drafter": None if args.drafter == "none" else args.drafter, **tally}
@@ -142,6 +144,18 @@ def need_packages() -> None:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"jaxspec serve needs {' and '.join(missing)}: pip install 'jaxspec-decoding[serve]'")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket at an address, which does not listen yet. Raises ValueError where it is taken or not ours."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ValueError(f"cannot listen at {host}, port {port} ({error.strerror}): give another --port") from error
+    return bound
 
 
 def log_to_stderr() -> None:
@@ -170,7 +184,7 @@ def make_server(args: Args) -> tuple[DemoServer, Scheduler]:
     scheduler = Scheduler(lanes, most_waiting=args.queue)
     service = Service(models, scheduler, limits, fingerprint_of(args, models), keyed=args.key is not None)
     app = Guard(make_app(service), hosts=(*LOOPBACK, args.host, *args.allow_host), key=args.key)
-    return DemoServer(app, scheduler, host=args.host, port=args.port), scheduler
+    return DemoServer(app, scheduler, name=args.model), scheduler
 
 
 def load(args: Args) -> Models:
@@ -190,7 +204,7 @@ def limits_of(args: Args, models: Models) -> ServedLimits:
 
 def make_slots(models: Models, args: Args, limits: ServedLimits, rows: int) -> Slots:
     """Returns slots for any request that is let in. Prompts are padded to few widths: each is compiled at the start."""
-    widths = [2**n for n in range(5, CHUNK.bit_length()) if 2**n < bucket(limits.longest)]
+    widths = [width for width in (32, 128, CHUNK) if width < bucket(limits.longest)]
     sizes: dict[str, Any] = {"longest": limits.longest, "max_new_tokens": limits.most_new}
     stops = max(1, len(models.stop_ids))
     return Slots(models.engine, models.weights, rows, **sizes, stops=stops, widths=(*widths, bucket(limits.longest)))

@@ -7,7 +7,7 @@ that no one knows are ignored, as OpenAI's own server does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxspec.serving.api_errors import ApiError, wrong
@@ -293,9 +293,9 @@ def _boolean(fields: Mapping[str, Any], name: str, place: str | None = None) -> 
     return bool(value)
 
 
-def check_room(tokens: Sequence[int], most_new: int | None, limits: ServedLimits) -> int:
-    """Returns the tokens that an answer to a prompt may have. Raises ApiError where there is no room for it."""
-    length, code = len(tokens), "context_length_exceeded"
+def check_room(length: int, most_new: int | None, limits: ServedLimits) -> int:
+    """Returns the tokens that an answer to a prompt of `length` may have. Raises ApiError where there is no room."""
+    code = "context_length_exceeded"
     if length > limits.longest or length >= limits.positions:
         most = min(limits.longest, limits.positions - 1)
         raise ApiError(400, f"the prompt has {length} tokens, and this server reads at most {most}", code=code)

@@ -72,7 +72,7 @@ class Service:
         log.info("%d prompts, %s tokens, seed %d", len(prompts), "+".join(str(len(p)) for p in prompts), seed)
         found = []
         for tokens in prompts:
-            most_new = check_room(tokens, asked.most_new, self.limits)
+            most_new = check_room(len(tokens), asked.most_new, self.limits)
             for choice in range(asked.choices):
                 # The draws depend on seed and choice alone, as those of `jaxspec generate` on seed and prompt.
                 settings = Settings(most_new, asked.temperature, seed=seed).for_row(choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import uvicorn
@@ -12,18 +13,17 @@ from jaxspec.serving.scheduler import Scheduler
 GRACE_SECONDS, LAST_SECONDS = 3.0, 4
 """In which answers may finish after a signal, and after which connections are cut."""
 MOST_CONNECTIONS = 256
+log = logging.getLogger("jaxspec.serve")
 
 
 class DemoServer(uvicorn.Server):
-    """Serves an application in front of a scheduler."""
+    """Serves an application in front of a scheduler, at a socket that it is given."""
 
-    def __init__(self, app: ASGIApp, scheduler: Scheduler, *, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, scheduler: Scheduler, *, name: str) -> None:
         # Everything is said, so that packages which happen to be installed change nothing.
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 http="h11",
                 loop="asyncio",
                 ws="none",
@@ -37,7 +37,16 @@ class DemoServer(uvicorn.Server):
                 timeout_graceful_shutdown=LAST_SECONDS,
             )
         )
-        self._scheduler = scheduler
+        self._scheduler, self._name = scheduler, name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen, and tells where."""
+        await super().startup(sockets)
+        host = self.servers[0].sockets[0].getsockname()[0]
+        place = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+        log.info(
+            "%s is served for demonstration and evaluation: a page at %s, clients at %sv1", self._name, place, place
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the answers before the connections: uvicorn waits for these."""

@@ -162,7 +162,7 @@ def _tree_of(record: RoundRecord, row: int) -> DraftedTree:
     number = np.cumsum(tree.valid_BN[row]) - 1
     path = number[tree.path_BP[row][: int(record.accepted_B[row]) + 1]]
     parent = np.where(kept > 0, number[tree.parent_BN[row][kept]], ROOT)
-    return DraftedTree(tree.token_BN[row][kept], parent, tuple(path.tolist()))
+    return DraftedTree(np.asarray(tree.token_BN[row])[kept], parent, tuple(path.tolist()))
 
 
 class Scheduler:

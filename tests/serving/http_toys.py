@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib
 import json
 import socket
 import threading
@@ -14,11 +15,11 @@ from typing import Any
 
 from serve_toys import toy_models
 
-from jaxspec.infer.serve import Args, make_server
 from jaxspec.serving.http_server import DemoServer
 from jaxspec.serving.loading import Models
 from jaxspec.serving.scheduler import Scheduler
 
+serve: Any = importlib.import_module("jaxspec.infer.serve")
 LIMITS: dict[str, Any] = {"longest": 96, "max_new_tokens": 96, "batch": 4, "template": "none", "port": 0}
 
 
@@ -83,9 +84,10 @@ def running(folder: Path, **flags: Any) -> Iterator[Running]:
     """Runs a server in a thread of this process, and checks that it ends."""
     models = toy_models(folder)
     given = LIMITS | {"target": str(folder / "target"), "drafter": str(folder / "drafter"), "tree": "dynamic:8x3x3"}
-    server, scheduler = make_server(Args(**(given | flags)))
+    server, scheduler = serve.make_server(serve.Args(**(given | flags)))
     scheduler.start()
-    thread = threading.Thread(target=server.run, daemon=True)
+    bound = serve.bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
     while not server.started:

@@ -92,7 +92,8 @@ def refused(client: openai.OpenAI) -> dict[str, Any]:
     found = {}
     for name, fields in {"range": {"temperature": 3}, "model": {"model": "other"}, "tools": {"logprobs": True}}.items():
         try:
-            client.chat.completions.create(messages=MESSAGES, **(SETTINGS | fields))
+            create: Any = client.chat.completions.create
+            create(messages=MESSAGES, **(SETTINGS | fields))
         except openai.APIStatusError as error:
             found[name] = [type(error).__name__, error.status_code, error.code, error.param, error.type]
     return found
@@ -102,7 +103,8 @@ def calls(url: str) -> dict[str, Any]:
     """Everything that a client of one thread asks."""
     streamed: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        chat, text = client.chat.completions.create, client.completions.create
+        chat: Any = client.chat.completions.create
+        text: Any = client.completions.create
         return {
             "models": [m.id for m in client.models.list()],
             "model": client.models.retrieve("target").owned_by,
@@ -121,7 +123,7 @@ def calls(url: str) -> dict[str, Any]:
 async def calls_async(url: str) -> dict[str, Any]:
     """The same by the asynchronous client, several at once."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        chat = client.chat.completions.create
+        chat: Any = client.chat.completions.create
 
         async def stream(seed: int) -> dict[str, Any]:
             return await read_async(await chat(messages=MESSAGES, stream=True, **(SETTINGS | {"seed": seed})))

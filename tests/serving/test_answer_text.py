@@ -1,7 +1,5 @@
 """Answers as text: whole whatever the pieces, cut before a stop string wherever it stands."""
 
-import itertools
-
 import pytest
 
 from jaxspec.data.chat import ChatTokenizer
@@ -20,17 +18,13 @@ def said(tokenizer: ChatTokenizer, size: int, stops: tuple[str, ...]) -> tuple[s
     """The text of TEXT's tokens pushed `size` at a time, the tokens used, and whether a stop string ended it."""
     ids, text, used = tokenizer.encode(TEXT).tolist(), AnswerText(tokenizer, stops), 0
     told = ""
-    for part in itertools.batched(ids, size) if hasattr(itertools, "batched") else batches(ids, size):
+    for part in (ids[at : at + size] for at in range(0, len(ids), size)):
         piece = text.push(part, last=used + len(part) == len(ids))
         told, used = told + piece.text, used + piece.used
         assert "\N{REPLACEMENT CHARACTER}" not in piece.text
         if piece.stopped:
             return told, used, True
     return told, used, False
-
-
-def batches(ids: list[int], size: int) -> list[list[int]]:
-    return [ids[at : at + size] for at in range(0, len(ids), size)]
 
 
 STOPS = [

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_toys import Running, chat, completion, running
+from http_toys import Running, chat, completion, running, serve
 
-from jaxspec.infer.serve import Args
-from jaxspec.infer.serve import main as serve_main
 from jaxspec.serving import http_guard
 from jaxspec.serving.api_errors import ApiError
 from jaxspec.serving.api_request import ServedLimits, read_completion
@@ -248,17 +246,22 @@ def test_more_answers_than_may_ever_wait_are_refused_for_good():
 )
 def test_flags_that_cannot_be_are_refused_in_a_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture):
     with pytest.raises((SystemExit, ValueError)) as refused:
-        serve_main(flags)
+        serve.main(flags)
     assert said in capsys.readouterr().err + str(refused.value)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(served: Running):
+    with pytest.raises(ValueError, match=f"port {served.port} .*: give another --port"):
+        serve.main(["--target", "no such folder", "--port", str(served.port)])
 
 
 def test_without_its_packages_the_verb_says_how_to_install_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'jaxspec-decoding\[serve\]'"):
-        serve_main([])
+        serve.main([])
 
 
 def test_the_key_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch):
-    assert Args().key is None
+    assert serve.Args().key is None
     monkeypatch.setenv("JAXSPEC_API_KEY", "sesame")
-    assert Args().key == "sesame" and Args(api_key="other").key == "other"
+    assert serve.Args().key == "sesame" and serve.Args(api_key="other").key == "other"
