@@ -17,6 +17,8 @@ from jaxspec.serving.api_errors import DENIED, ApiError
 
 MOST_BYTES = 2**20
 """Of a body."""
+MOST_DISCARDED = 8 * MOST_BYTES
+"""Of a longer body, read and dropped: a client that still sends does not see a refusal, but a broken connection."""
 BODY_SECONDS = 10.0
 """In which a body arrives."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -76,10 +78,10 @@ class Guard:
     def _check(self, path: str, headers: Headers) -> None:
         host = headers.get("host", "").lower()
         if not self._is_ours(host):
-            raise ApiError(403, "this server does not answer under that host name: see --allow-host", headers=CLOSE)
+            raise ApiError(403, "this server does not answer under that host name: see --allow-host")
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
-            raise ApiError(403, "pages of other origins may not use this server", headers=CLOSE)
+            raise ApiError(403, "pages of other origins may not use this server")
         if self._key is not None and path.startswith("/v1"):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             # Compared in constant time, so that the time of a refusal says nothing about the key.
@@ -112,23 +114,23 @@ async def read_body(request: Request) -> bytes:
     charsets = {word for word in parameters if word.startswith("charset=")}
     if kind != "application/json" or charsets - {"charset=utf-8", 'charset="utf-8"'}:
         # A form of another page can be posted without asking, with types of forms alone.
-        raise ApiError(415, "the content type must be application/json, in UTF-8", headers=CLOSE)
+        raise ApiError(415, "the content type must be application/json, in UTF-8")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ApiError(415, "the body must not be compressed", headers=CLOSE)
+        raise ApiError(415, "the body must not be compressed")
+    too_long = ApiError(413, f"the body is longer than {MOST_BYTES} bytes", headers=CLOSE)
     declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared[:20]) > MOST_BYTES:
-        raise _too_long()
-    body = bytearray()
+    if not declared.isdecimal() or int(declared[:20]) > MOST_DISCARDED:
+        raise too_long
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                body += part
-                if len(body) > MOST_BYTES:
-                    raise _too_long()
+                size += len(part)
+                if size > MOST_DISCARDED:
+                    break
+                body += part if size <= MOST_BYTES else b""
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", headers=CLOSE) from None
+    if size > MOST_BYTES:
+        raise too_long
     return bytes(body)
-
-
-def _too_long() -> ApiError:
-    return ApiError(413, f"the body is longer than {MOST_BYTES} bytes", headers=CLOSE)

@@ -151,10 +151,13 @@ def test_bodies_of_other_types_and_too_long_ones_are_refused(served: Running):
         assert served.ask(CHAT, chat(), content_type=kind)[0] == 415
     assert served.ask(CHAT, chat(), content_type="application/json; charset=UTF-8")[0] == 200
     assert served.ask(CHAT, chat(), content_encoding="gzip")[0] == 415
-    assert served.ask(CHAT, b" " * (http_guard.MOST_BYTES + 1))[0] == 413
-    with served.send(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-                     b"transfer-encoding: chunked\r\n\r\n") as client:  # fmt: skip
-        client.sendall(b"100000\r\n" + b" " * 2**20 + b"\r\n1\r\n \r\n")
+    for more in (1, http_guard.MOST_BYTES, 5 * http_guard.MOST_BYTES):
+        assert served.ask(CHAT, b" " * (http_guard.MOST_BYTES + more))[0] == 413
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with served.send(head + b"content-length: 99999999999\r\n\r\n") as client:
+        assert client.recv(64).startswith(b"HTTP/1.1 413")
+    with served.send(head + b"transfer-encoding: chunked\r\n\r\n") as client:
+        client.sendall(b"100000\r\n" + b" " * 2**20 + b"\r\n1\r\n \r\n0\r\n\r\n")
         assert client.recv(64).startswith(b"HTTP/1.1 413")
 
 
