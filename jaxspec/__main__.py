@@ -22,6 +22,7 @@ class Verb(NamedTuple):
 VERBS = {
     "quickstart": Verb("jaxspec.infer.quickstart", "train a drafter for the bundled tiny model, then decode with it"),
     "generate": Verb("jaxspec.infer.generate", "answer prompts with a target, with or without a drafter"),
+    "serve": Verb("jaxspec.infer.serve", "let clients of OpenAI's API and a page talk to a target and its drafter"),
     "configs": Verb("jaxspec.train.configs", "list the experiments, or show one with every field"),
     "pretrain": Verb("jaxspec.train.pretrain", "train a small target language model from scratch"),
     "instructions": Verb("jaxspec.train.instructions", "make user turns about passages of plain text"),

@@ -55,7 +55,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"draft_vocab", "packing", "pipeline", "tokenized_corpus"},
         {"feature_store"},
     ),
-    "decoding": ({"answers", "requests"}, {"rounds"}, {"generation"}, {"slots"}),
+    "decoding": ({"answers", "requests", "seen_tree"}, {"rounds"}, {"generation"}, {"slots"}),
     "distillation": (
         {"chunks", "objective", "optimizer"},
         {"metrics", "task"},
@@ -144,9 +144,12 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"page"},
     ),
     "serving": (
-        {"dialogue", "loading", "served_acceptance"},
-        {"answer_file", "endpoint", "flags", "queue"},
-        {"regeneration", "streaming_client"},
+        {"answer_text", "api_errors", "dialogue", "loading", "outbox", "served_acceptance"},
+        {"answer_file", "endpoint", "flags", "http_guard", "queue", "scheduler", "strict_json"},
+        {"api_request", "http_server", "regeneration", "streaming_client"},
+        {"api_reply", "demo_page"},
+        {"http_answers"},
+        {"http_app"},
     ),
     "targets": (
         {"decoder", "rope_places"},

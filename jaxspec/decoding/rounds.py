@@ -26,6 +26,7 @@ from jaxspec.base import (
     TreePolicy,
 )
 from jaxspec.decoding.requests import Requests
+from jaxspec.decoding.seen_tree import SeenTree, see
 from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import constrain_tree
 from jaxspec.parallel.rows import scatter_rows
@@ -262,17 +263,7 @@ class Scored(NamedTuple):
 
 def decode_step(engine: Engine, weights: Weights, state: DecodeState) -> DecodeState:
     """Runs one round: grow the tree, score it, accept a path, extend the drafter, commit the path."""
-    if isinstance(engine.tree, AdaptiveTree):
-        checked = check_as_planned(engine, engine.tree, weights, state)
-        state = state._replace(policy=checked.policy)
-    else:
-        tree = grow(engine, weights, state)
-        scored = score(engine, weights, state, tree)
-        checked = Checked(accept(engine, state, tree, scored.logits_BNV), scored.fresh, scored.read_BND)
-    if engine.drafter is not None:
-        draft, root_logits_BV = extend(engine, weights, state, checked.read_BND, checked.accepted)
-        state = state._replace(draft=draft, root_logits_BV=root_logits_BV)
-    return commit(state, checked.fresh, checked.accepted)
+    return finish_round(engine, weights, state, check_round(engine, weights, state))
 
 
 class Checked(NamedTuple):
@@ -281,7 +272,27 @@ class Checked(NamedTuple):
     accepted: verify.Accepted
     fresh: KVCache
     read_BND: Array
+    seen: SeenTree
     policy: PolicyState | None = None
+
+
+def check_round(engine: Engine, weights: Weights, state: DecodeState) -> Checked:
+    """Grows the round's tree, scores it and accepts a path."""
+    if isinstance(engine.tree, AdaptiveTree):
+        return check_as_planned(engine, engine.tree, weights, state)
+    tree = grow(engine, weights, state)
+    scored = score(engine, weights, state, tree)
+    accepted = accept(engine, state, tree, scored.logits_BNV)
+    return Checked(accepted, scored.fresh, scored.read_BND, see(tree, accepted, tree.token_BN.shape[1]))
+
+
+def finish_round(engine: Engine, weights: Weights, state: DecodeState, checked: Checked) -> DecodeState:
+    """Lets the drafter read the accepted path, and commits it."""
+    state = state._replace(policy=checked.policy)
+    if engine.drafter is not None:
+        draft, root_logits_BV = extend(engine, weights, state, checked.read_BND, checked.accepted)
+        state = state._replace(draft=draft, root_logits_BV=root_logits_BV)
+    return commit(state, checked.fresh, checked.accepted)
 
 
 def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state: DecodeState) -> Checked:
@@ -290,20 +301,21 @@ def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state
     assert state.policy is not None
     plan = tree.plan(_drafting(engine, weights, state), state.policy, running_B)
 
-    def check(nodes: int, plan: RoundPlan) -> tuple[verify.Accepted, KVCache, Array]:
+    def check(nodes: int, plan: RoundPlan) -> Checked:
         cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
         scored = score(engine, weights, state, cut)
         accepted = accept(engine, state, cut, scored.logits_BNV)
         # The path alone leaves the branch, in arrays of one shape for all budgets; its nodes are numbered by depth.
         read_BPD = jnp.take_along_axis(scored.read_BND, accepted.path_BP[:, :, None], axis=1)
         depth_BP = jnp.broadcast_to(jnp.arange(engine.path), accepted.path_BP.shape)
-        return accepted._replace(path_BP=depth_BP), kv.take_rows(scored.fresh, accepted.path_BP), read_BPD
+        fresh, seen = kv.take_rows(scored.fresh, accepted.path_BP), see(cut, accepted, tree.nodes)
+        return Checked(accepted._replace(path_BP=depth_BP), fresh, read_BPD, seen)
 
     # One number for all rows: an index for each row would compute every branch.
-    accepted, fresh, read_BPD = jax.lax.switch(plan.index, [functools.partial(check, n) for n in tree.budgets], plan)
-    return Checked(
-        accepted, fresh, read_BPD, tree.learn(state.policy, plan, accepted.token_BP, accepted.count_B, running_B)
-    )
+    checked = jax.lax.switch(plan.index, [functools.partial(check, n) for n in tree.budgets], plan)
+    accepted = checked.accepted
+    learned = tree.learn(state.policy, plan, accepted.token_BP, accepted.count_B, running_B)
+    return checked._replace(policy=learned)
 
 
 def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,18 @@ from jaxspec.base import Array, Cache
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_rounds, sizes
 from jaxspec.decoding.requests import Request, blank_requests, bucket, make_requests, round_up
-from jaxspec.decoding.rounds import CHUNK, RUNNING, STOPPED, DecodeState, Engine, Weights, prefill
+from jaxspec.decoding.rounds import (
+    CHUNK,
+    RUNNING,
+    STOPPED,
+    DecodeState,
+    Engine,
+    Weights,
+    check_round,
+    finish_round,
+    prefill,
+)
+from jaxspec.decoding.seen_tree import SeenTree
 from jaxspec.parallel.mesh import constrain_tree
 
 
@@ -36,6 +48,28 @@ def admit(state: DecodeState, fresh: DecodeState, row: Array) -> DecodeState:
     return constrain_tree(jax.tree.map(replace_row, state, fresh, is_leaf=lambda x: isinstance(x, Cache)))
 
 
+class RoundRecord(NamedTuple):
+    """One round of a running batch, for those who follow its answers."""
+
+    token_BP: Any
+    """Tokens that it added to the rows; the first `added_B` count."""
+    added_B: Any
+    """0 for rows that had ended."""
+    accepted_B: Any
+    """Drafted tokens that were accepted, those behind the end of an answer too."""
+    finish_B: Any
+    tree: SeenTree
+
+
+def recorded_round(engine: Engine, weights: Weights, state: DecodeState) -> tuple[DecodeState, RoundRecord]:
+    """Runs one round, as `rounds.decode_step`, and returns the state with the record of it."""
+    checked = check_round(engine, weights, state)
+    after = constrain_tree(finish_round(engine, weights, state, checked))
+    added_B, accepted = after.produced_B - state.produced_B, checked.accepted
+    return after, RoundRecord(accepted.token_BP, added_B, accepted.count_B, after.finish_B, checked.seen)
+
+
+_recorded = jax.jit(recorded_round, static_argnames="engine", donate_argnames="state")
 _vacant = jax.jit(vacant, static_argnames=("engine", "batch", "capacity", "slots", "stops"))
 _admit = jax.jit(admit, donate_argnames="state")
 
@@ -44,15 +78,23 @@ class Slots:
     """Rows of one running batch that take a new request whenever one of them has finished, without compiling anew.
 
     `longest` is the longest prompt's tokens, `max_new_tokens` the largest budget and `stops` the most stop ids there
-    will be. Rounds are one program; a prompt is read by one of a few, by its padded width. What a row sees does not
-    depend on its neighbours, so its answer is the one it would have alone.
+    will be. Rounds are one program; a prompt is read by one of a few, by its padded width, or by as many as there are
+    `widths`. What a row sees does not depend on its neighbours, so its answer is the one it would have alone.
     """
 
     def __init__(
-        self, engine: Engine, weights: Weights, count: int, *, longest: int, max_new_tokens: int, stops: int
+        self,
+        engine: Engine,
+        weights: Weights,
+        count: int,
+        *,
+        longest: int,
+        max_new_tokens: int,
+        stops: int,
+        widths: Sequence[int] = (),
     ) -> None:
         self.engine, self.weights, self.stops = engine, weights, stops
-        self.longest, self.max_new_tokens = longest, max_new_tokens
+        self.longest, self.max_new_tokens, self.widths = longest, max_new_tokens, widths
         self.widest = bucket(longest)
         capacity, self.output = sizes(engine, self.widest, max_new_tokens)
         self._state = _vacant(engine, weights, count, capacity, self.output, stops)
@@ -61,10 +103,12 @@ class Slots:
 
     def width(self, length: int) -> int:
         """Returns the padded width of a prompt: few values, so few programs."""
+        if self.widths:
+            return min((width for width in self.widths if width >= length), default=self.widest)
         return bucket(length) if length <= CHUNK else self.widest
 
-    def admit(self, request: Request, row: int) -> None:
-        """Reads the request's prompt into a free row.
+    def admit(self, request: Request, row: int) -> Array:
+        """Reads the request's prompt into a free row; returns the first token of its answer `[1]`, on the device.
 
         Raises ValueError, and leaves the slots as they are, for a prompt, budget or number of stop ids beyond those
         that the slots are made for.
@@ -85,6 +129,7 @@ class Slots:
         fresh = run_prefill(self.engine, self.weights, requests, round_up(width + 1), self.output)
         self.free.remove(row)
         self._state = _admit(self._state, fresh, np.int32(row))
+        return fresh.root_B
 
     def run(self, *, limit: int = int(NO_LIMIT)) -> dict[int, Answer]:
         """Runs rounds until a row finishes or `limit` of them are done; returns the answers of rows that have."""
@@ -99,3 +144,13 @@ class Slots:
         answers = collect(self._state)
         self.free += done
         return {row: answers[row] for row in done}
+
+    def step(self) -> RoundRecord:
+        """Runs one round of all rows; returns its record on the host. Rows stay taken until they are released."""
+        self._state, record = _recorded(self.engine, self.weights, self._state)
+        return jax.device_get(record)
+
+    def release(self, row: int) -> None:
+        """Frees a row, whether its answer has ended or not."""
+        self._state = self._state._replace(finish_B=self._state.finish_B.at[row].set(STOPPED))
+        self.free.append(row)

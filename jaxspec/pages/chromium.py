@@ -41,8 +41,8 @@ class OpenPage:
         self.complaints: list[str] = []
         """Texts of the console, uncaught errors, and addresses that were asked for beside the page's own."""
 
-    def open(self, path: Path, *, width: int, dark: bool, scale: float) -> None:
-        """Shows a file. Raises ValueError where that fails."""
+    def open(self, path: Path | str, *, width: int, dark: bool, scale: float) -> None:
+        """Shows a file, or the page at an address. Raises ValueError where that fails."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -51,7 +51,7 @@ class OpenPage:
         self._call("Emulation.setEmulatedMedia", features=shade)
         size = {"width": width, "height": 900, "deviceScaleFactor": scale, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **size)
-        self._address = path.resolve().as_uri()
+        self._address = path if isinstance(path, str) else path.resolve().as_uri()
         found = self._call("Page.navigate", url=self._address)
         if found.get("errorText"):
             raise ValueError(f"{path}: Chromium cannot show it: {found['errorText']}")
@@ -118,15 +118,18 @@ class OpenPage:
                 self.complaints.append(about["exceptionDetails"]["text"])
             case "Network.requestWillBeSent":
                 address = about["request"]["url"]
-                if address != self._address and not address.startswith("data:"):
+                # A server's page may ask its own server.
+                own = address == self._address or (self._address.endswith("/") and address.startswith(self._address))
+                if not own and not address.startswith("data:"):
                     self.complaints.append(f"asked for {address}")
 
 
 @contextlib.contextmanager
-def open_page(path: Path, *, width: int = 1280, dark: bool = False, scale: float = 1.0) -> Iterator[OpenPage]:
+def open_page(path: Path | str, *, width: int = 1280, dark: bool = False, scale: float = 1.0) -> Iterator[OpenPage]:
     """Opens a page in a window of so many pixels, as a reader who prefers light or dark sees it.
 
-    Raises ValueError where Chromium is missing or fails.
+    The page is a file, or the address of one; what an address that ends in `/` holds may be asked for too. Raises
+    ValueError where Chromium is missing or fails.
     """
     program = find_chromium()
     if program is None:
