@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from jaxspec import __version__
 from jaxspec.data.prompts import Prompt, encode_prompt
 from jaxspec.decoding.requests import Settings
 from jaxspec.serving.answer_text import AnswerText
@@ -30,6 +31,7 @@ from jaxspec.serving.http_answers import EventStream, Inbox, answer_events, answ
 from jaxspec.serving.http_guard import error_response, read_body
 from jaxspec.serving.loading import Models
 from jaxspec.serving.scheduler import AnswerJob, QueueFull, Scheduler, Stopping
+from jaxspec.serving.served_acceptance import ACCEPTED, BY_POSITION, DRAFTED_TOKENS, DRAFTS
 from jaxspec.serving.strict_json import read_object
 
 RETRY_SECONDS = 2
@@ -110,6 +112,9 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/models/{name:path}", functools.partial(_model, service), methods=["GET"]),
         Route("/v1/completions", functools.partial(_answer, service, read_completion), methods=["POST"]),
         Route("/v1/chat/completions", functools.partial(_answer, service, read_chat), methods=["POST"]),
+        Route("/tokenize", functools.partial(_tokenize, service), methods=["POST"]),
+        Route("/metrics", functools.partial(_metrics, service), methods=["GET"]),
+        Route("/version", _version, methods=["GET"]),
     ]
     for path, file in page_files(service.limits, DRAFTED in service.scheduler.lanes, service.keyed).items():
         shown = Response(file.content, headers=dict(file.headers), media_type=file.kind)
@@ -160,6 +165,30 @@ async def _model(service: Service, request: Request) -> Response:
     if request.path_params["name"] != service.limits.model:
         raise ApiError(404, "the model does not exist", param="model", code="model_not_found")
     return JSONResponse(_card(service))
+
+
+async def _tokenize(service: Service, request: Request) -> Response:
+    """Tells the ids of a conversation, as vLLM's route of this name does."""
+    body = await read_body(request)
+    _, (tokens, *_) = await run_in_threadpool(_read, service, read_chat, body)
+    return JSONResponse({"tokens": tokens.tolist(), "count": len(tokens), "max_model_len": service.limits.positions})
+
+
+async def _metrics(service: Service, _: Request) -> Response:
+    """Tells the counters of drafts in Prometheus' text form, by vLLM's names."""
+    tally = service.scheduler.tally
+    by_depth = list(tally.accepted_by_depth)
+    lines = [
+        f"jaxspec:{DRAFTS} {tally.drafts}",
+        f"jaxspec:{DRAFTED_TOKENS} {tally.draft_tokens}",
+        f"jaxspec:{ACCEPTED} {sum(by_depth)}",
+        *(f'jaxspec:{BY_POSITION}{{position="{depth}"}} {count}' for depth, count in enumerate(by_depth)),
+    ]
+    return Response("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+
+async def _version(_: Request) -> Response:
+    return JSONResponse({"version": __version__})
 
 
 async def _static(shown: Response, _: Request) -> Response:

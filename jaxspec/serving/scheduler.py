@@ -60,6 +60,18 @@ class Tally:
     failed: int = 0
     tokens: int = 0
     rounds: int = 0
+    drafts: int = 0
+    """Rounds of a row that drafted."""
+    draft_tokens: int = 0
+    accepted_by_depth: list[int] = dataclasses.field(default_factory=list)
+    """Of these rounds, how many accepted a token at depth 1, 2 .., those behind a stop id included."""
+
+    def count_draft(self, drafted: int, accepted: int) -> None:
+        """Counts a round that drafted."""
+        self.drafts, self.draft_tokens = self.drafts + 1, self.draft_tokens + drafted
+        self.accepted_by_depth += [0] * (accepted - len(self.accepted_by_depth))
+        for depth in range(accepted):
+            self.accepted_by_depth[depth] += 1
 
 
 class Lane:
@@ -141,6 +153,8 @@ class Lane:
                 delta = delta._replace(tree=_tree_of(record, row))
             ids = record.token_BP[row][: record.added_B[row]].tolist()
             self._tally.rounds += 1
+            if delta.nodes > 1:
+                self._tally.count_draft(delta.nodes - 1, delta.accepted)
             self._give(row, ids, int(record.finish_B[row]), delta)
 
     def _give(self, row: int, ids: Sequence[int], finish: int, delta: Delta) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-DRAFTS, DRAFTED, ACCEPTED, BY_POSITION = (
+DRAFTS, DRAFTED_TOKENS, ACCEPTED, BY_POSITION = (
     f"spec_decode_num_{name}_total" for name in ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
 )
 """Names of vLLM's counters behind their prefix."""
@@ -61,7 +61,7 @@ class Counters(NamedTuple):
 
 def parse_counters(text: str) -> Counters | None:
     """Returns the counters of a metrics page in Prometheus' text form, engines added up; None where it has none."""
-    sums = {DRAFTS: 0.0, DRAFTED: 0.0, ACCEPTED: 0.0}
+    sums = {DRAFTS: 0.0, DRAFTED_TOKENS: 0.0, ACCEPTED: 0.0}
     positions: dict[int, float] = {}
     found = False
     for line in text.splitlines():
@@ -78,7 +78,7 @@ def parse_counters(text: str) -> Counters | None:
     if not found:
         return None
     by_position = tuple(positions.get(i, 0.0) for i in range(max(positions, default=-1) + 1))
-    return Counters(sums[DRAFTS], sums[DRAFTED], sums[ACCEPTED], by_position)
+    return Counters(sums[DRAFTS], sums[DRAFTED_TOKENS], sums[ACCEPTED], by_position)
 
 
 class AnswerAcceptance(NamedTuple):
