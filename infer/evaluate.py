@@ -67,6 +67,8 @@ class Args(DraftFlags):
     """Seeds of the draws above temperature 0, such as 0,1,2; greedy decoding draws nothing and takes the first."""
     batch: int = 1
     """Answers decoded together."""
+    slots: int = 0
+    """Decode in this many slots, which answers enter and leave one by one, in the place of batches."""
     repeats: int = 1
     """Times that every batch is decoded by every arm; times are medians over them."""
     out: Path = Path("runs/evaluate")
@@ -100,6 +102,8 @@ class Args(DraftFlags):
         if not self.temperature or len(set(self.temperature)) < len(self.temperature):
             raise ValueError("--temperature needs one or more different temperatures")
         cli.refuse_below_one(self, "batch", "repeats", "concurrency", *([] if self.limit is None else ["limit"]))
+        if self.slots < 0 or (self.slots and self.batch > 1):
+            raise ValueError("--slots and --batch are two ways: give --slots of at least 1, or --batch")
         _ = self.passes
 
     @property
@@ -135,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         return evaluate_served(args, questions, started)
     args.refuse_slow_dtype()
     arms = make_arms(*load_every(args))
-    setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens)
+    setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens, args.slots)
     book = RowBook(args.out / "rows.jsonl", begun_with(args, setup, questions))
     with cli.sigterm_interrupts():
         for settings in args.passes:
@@ -318,6 +322,7 @@ def begun_with(args: Args, setup: SideBySide, questions: Sequence[Question]) -> 
         "seeds": args.seeds,
         "batch": args.batch,
         "repeats": args.repeats,
+        **({"slots": args.slots} if args.slots else {}),
         "stop_ids": list(setup.plain.stop_ids),
         "machine": results.machine_facts(),
         "arms": {name: facts_of(arm) for name, arm in setup.arms.items()},
@@ -379,7 +384,8 @@ def print_result(result: dict[str, Any]) -> None:
             if row["temperature"] == temperature
         ]
         title = "Greedy" if temperature == 0 else f"Temperature {temperature:g}"
-        tables.print_table(f"{title}, batch {result['batch']}, {result['dtype']}", list(columns), rows)
+        size = f"{result['slots']} slots" if "slots" in result else f"batch {result['batch']}"
+        tables.print_table(f"{title}, {size}, {result['dtype']}", list(columns), rows)
     for name in ("tau_micro", "tau_macro", "speedup", "efficiency", "identical_fraction"):
         sys.stdout.write(f"{name}: {metrics.FORMULAS[name]}\n")
     if result["failed"]:

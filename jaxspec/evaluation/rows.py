@@ -53,7 +53,9 @@ class Row:
     prefill_seconds: tuple[float, ...] = ()
     """Of the batch, in each repeat: from the prompt to the first token."""
     decode_seconds: tuple[float, ...] = ()
-    """Of the batch's rounds, in each repeat."""
+    """Of the batch's rounds, in each repeat; in slots of everything, prefill included."""
+    own_latency: tuple[float, ...] = ()
+    """In slots, in each repeat: seconds from when its prompt was read to its last token."""
     identical: bool | None = None
     """Whether the tokens are those of plain decoding; None where a rule keeps the distribution and not the text."""
     divergence: tuple[int, float] | None = None
@@ -87,12 +89,17 @@ class Row:
 
     @property
     def ttft(self) -> float:
-        """Median seconds from the prompt to the first token of its batch."""
+        """Median seconds from the prompt to the first token of its batch; in slots it is not told apart, and 0."""
         return float(np.median(self.prefill_seconds or (np.nan,)))
 
     @property
     def own_seconds(self) -> float:
-        """Median seconds of the rounds until this answer ended; those of a batch go on until its longest has."""
+        """Median seconds of the rounds until this answer ended; those of a batch go on until its longest has.
+
+        In slots, from when its prompt was read.
+        """
+        if self.own_latency:
+            return float(np.median(self.own_latency))
         if not self.group_calls:
             return 0.0
         return float(np.median(self.decode_seconds or (np.nan,))) * self.calls / self.group_calls

@@ -22,6 +22,7 @@ from jaxspec.decoding.requests import Request, Requests, Settings, fill_up, make
 from jaxspec.evaluation.arms import DecodingArm
 from jaxspec.evaluation.equivalence import divergences
 from jaxspec.evaluation.rows import PLAIN, Row, rounds_of
+from jaxspec.serving import queue
 from jaxspec.serving.loading import Models
 from jaxspec.verify import RULES
 
@@ -47,6 +48,7 @@ class AnswerBatch(NamedTuple):
     name: str
     asked: list[Asked]
     requests: Requests
+    """Of a batch the arrays it is decoded as, padded to its size; in slots those of all answers."""
     capacity_for: int
     """Width of the prompts that its caches are made for."""
 
@@ -59,6 +61,8 @@ class SideBySide:
     batch: int
     repeats: int
     max_new_tokens: int
+    slots: int = 0
+    """Slots that answers enter and leave one by one, in the place of batches; 0: batches."""
 
     @property
     def plain(self) -> Models:
@@ -96,6 +100,9 @@ def ask(
 def group(setup: SideBySide, asked: Sequence[Asked]) -> list[AnswerBatch]:
     """Returns the readable turns in batches of like length, the shortest first."""
     able = sorted((a for a in asked if a.request is not None), key=lambda a: (len(_tokens(a)), a.index))
+    if setup.slots and able:
+        requests = make_requests([a.request for a in able if a.request])
+        return [AnswerBatch(f"turn {able[0].turn}, {setup.slots} slots", able, requests, 0)]
     classes: dict[int, list[Asked]] = {}
     for one in able:
         classes.setdefault(max(LEAST_WIDTH, 2 ** (len(_tokens(one)) - 1).bit_length()), []).append(one)
@@ -130,12 +137,13 @@ def measure(
     other one begins with the last arm.
     """
     order = list(setup.arms)
-    for name in order:
+    decode = _decode_in_slots if setup.slots else _decode
+    for name in order if not setup.slots else ():
         _warm(setup, name, chosen, warmed)
     taken: dict[str, list[Timed]] = {name: [] for name in order}
     for repeat in range(setup.repeats):
         for name in order if (turn + repeat) % 2 == 0 else order[::-1]:
-            taken[name].append(_decode(setup, name, chosen))
+            taken[name].append(decode(setup, name, chosen))
     plain = taken[PLAIN][0].answers
     for name, runs in taken.items():
         yield name, _rows(setup, name, chosen, at, runs, plain)
@@ -147,6 +155,8 @@ class Timed(NamedTuple):
     answers: list[Answer]
     prefill_seconds: float
     decode_seconds: float
+    own_latency: Sequence[float] = ()
+    """Of each answer, in slots."""
 
 
 def _decode(setup: SideBySide, name: str, chosen: AnswerBatch, limit: Any = NO_LIMIT) -> Timed:
@@ -158,6 +168,17 @@ def _decode(setup: SideBySide, name: str, chosen: AnswerBatch, limit: Any = NO_L
     between = time.perf_counter()
     state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, limit))
     return Timed(collect(state), between - started, time.perf_counter() - between)
+
+
+def _decode_in_slots(setup: SideBySide, name: str, chosen: AnswerBatch) -> Timed:
+    """Returns all answers by one arm, its rows taking the next prompt as they end; everything is compiled before."""
+    models, wall = setup.arms[name].models, 0.0
+    requests = [a.request._replace(key=number) for number, a in enumerate(chosen.asked) if a.request is not None]
+    answers: dict[int, Answer] = {}
+    latency = [0.0] * len(requests)
+    for request, answer, seconds, began in queue.serve(models, requests, slots=setup.slots):
+        answers[request.key], latency[request.key], wall = answer, seconds - began, seconds
+    return Timed([answers[number] for number in range(len(requests))], 0.0, wall, latency)
 
 
 def _warm(setup: SideBySide, name: str, chosen: AnswerBatch, warmed: set[Any]) -> None:
@@ -195,6 +216,7 @@ def _rows(
                 group_calls=calls,
                 prefill_seconds=tuple(run.prefill_seconds for run in runs),
                 decode_seconds=tuple(run.decode_seconds for run in runs),
+                own_latency=tuple(run.own_latency[number] for run in runs if run.own_latency),
                 identical=number not in parted if comparable else None,
                 divergence=parted.get(number),
             )

@@ -25,6 +25,8 @@ class Answered(NamedTuple):
     answer: Answer
     seconds: float
     """Spent on the queue so far, on the host's clock; without the compilation that was done ahead."""
+    began: float = 0.0
+    """Of these seconds, those before its prompt was read; known of requests in slots."""
 
 
 class Queue:
@@ -150,17 +152,18 @@ class RequestsByLength:
 
 def _refill(running: Slots, waiting: list[Request]) -> Iterator[Answered]:
     """Answers what waits, the last first, in the slots; the caller may append to `waiting` between two answers."""
-    held: dict[int, Request] = {}
+    held: dict[int, tuple[Request, float]] = {}
     started = time.perf_counter()
     while waiting or held:
         while waiting and running.free:
-            row = running.free[0]
-            held[row] = waiting.pop()
-            running.admit(held[row], row)
+            row, request = running.free[0], waiting.pop()
+            held[row] = request, time.perf_counter() - started
+            running.admit(request, row)
         done = running.run()
         seconds = time.perf_counter() - started
         for row, answer in done.items():
-            yield Answered(held.pop(row), answer, seconds)
+            request, began = held.pop(row)
+            yield Answered(request, answer, seconds, began)
 
 
 def _warm_slots(running: Slots, requests: Sequence[Request]) -> None:

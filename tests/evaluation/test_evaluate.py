@@ -60,6 +60,18 @@ def test_every_answer_of_every_arm_is_a_sound_row(folder: Path, capsys: pytest.C
     assert main(["evaluate", "--check", "whole"]) == 0
 
 
+def test_slots_give_the_same_rows_and_latencies(folder: Path):
+    assert main([*WORDS, "--slots", "2", "--temperature", "1", "--repeats", "2", "--out", "slots"]) == 0
+    assert main([*WORDS, "--temperature", "1", "--out", "batches"]) == 0
+    slots, batches = ({r.key: r for r in read_evaluation(f).rows} for f in ("slots", "batches"))
+    assert {k: r.tokens for k, r in slots.items()} == {k: r.tokens for k, r in batches.items()}
+    for row in slots.values():
+        if not row.error:
+            assert len(row.own_latency) == 2 and max(row.own_latency) <= max(row.decode_seconds)
+            assert row.own_seconds > 0 and row.group_rows == (3 if row.turn == 0 else 1)
+    assert main(["evaluate", "--check", "slots"]) == 0
+
+
 def test_a_stopped_run_goes_on_behind_its_last_whole_batch(folder: Path):
     assert main([*WORDS, "--out", "one"]) == 0
     path = folder / "one" / "rows.jsonl"
@@ -100,6 +112,7 @@ def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.Capt
         ([*WORDS, "--drafter", "lookup"], "--drafter lookup is given twice"),
         ([*WORDS, "--batch", "0"], "batch"),
         ([*WORDS, "--seeds", "a"], "--seeds is 'a'"),
+        ([*WORDS, "--slots", "2", "--batch", "2"], "--slots and --batch are two ways"),
         ([*WORDS, "--temperature", "0", "0"], "different temperatures"),
         (["evaluate", "--check", "absent"], "absent: no such file"),
         ([*WORDS[:4], "absent.jsonl"], "absent.jsonl: no such file"),
