@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     model = export.find_model(
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )
-    if args.target is not None and args.to == "orbax" and model.layout != "published":
+    unused = args.target is not None and args.golden is None
+    if unused and args.to == "orbax" and model.layout != "published":
         needed = ", ".join(name for name in export.FORMATS if name != "orbax")
         raise ValueError(f"--target is for {needed}, and for published heads; orbax needs none: leave it out")
     if reason := export.refusal(model, args.to):

@@ -61,6 +61,12 @@ def test_golden_prompts_are_what_decoding_does(golden: Golden):
     assert golden.acceptance["survival"][0] == pytest.approx(accepted[1:].sum() / accepted.sum())
 
 
+def test_a_folder_of_jaxspecs_own_has_golden_prompts_too(golden: Golden):
+    assert main(["export", "drafter", "own", "--target", "target", "--golden", "prompts.jsonl"]) == 0
+    own = read_golden("own")
+    assert own.acceptance == golden.acceptance and own.facts["format_of_drafter"] == "orbax"
+
+
 def test_acceptance_by_position_is_that_of_histograms():
     found = acceptance_of(np.asarray([[1, 2, 1], [0, 0, 4]]))
     assert found["rounds"] == 8 and found["survival"] == pytest.approx([7 / 8, 5 / 8])
