@@ -225,7 +225,7 @@ def answer_many(models: Models, requests: list[Request], args: Args, log: Log | 
     seconds, tokens = 0.0, 0
     if left:
         with progress.progress("answering", len(left), "prompts") as bar:
-            for request, answer, seconds in queue.serve(models, left, slots=args.slots):
+            for request, answer, seconds, _ in queue.serve(models, left, slots=args.slots):
                 answers[request.key] = answer
                 if log is not None:
                     log.note(request.key, answer)

@@ -85,7 +85,8 @@ def complain(argv: Sequence[str]) -> str:
     """Returns one sentence about an unknown verb, with the verbs that look like it."""
     words = [word for word in argv[:2] if not word.startswith("-")] or list(argv[:1])
     name = " ".join(words[:1] if words[0] not in {verb.split()[0] for verb in VERBS} else words)
-    close = difflib.get_close_matches(name, VERBS, n=3, cutoff=0.5) or [verb for verb in VERBS if name in verb.split()]
+    # A word of a verb names all that have it.
+    close = [verb for verb in VERBS if name in verb.split()] or difflib.get_close_matches(name, VERBS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see jaxspec --help."
     return f"jaxspec: there is no verb {name!r}; {hint}\n"
 

@@ -114,7 +114,7 @@ def answer_prompts(
     left = [request_of(models, prompts, settings, i) for i in texts.missing(of, len(prompts))]
     if left:
         with progress.progress(f"the target's own texts, {_named(settings)}", len(left), "prompts") as bar:
-            for request, answer, _ in queue.serve(models.plain(), left, slots=slots):
+            for request, answer, *_ in queue.serve(models.plain(), left, slots=slots):
                 texts.add(of, request.key, answer=answer.tokens.tolist())
                 bar.advance(1)
                 stopped("while the target answered the prompts")

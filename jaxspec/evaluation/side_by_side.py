@@ -32,7 +32,7 @@ WARM_ROUNDS = 2
 """Rounds of the first, uncounted call of a program."""
 
 
-class Asked(NamedTuple):
+class AskedTurn(NamedTuple):
     """A turn of a question as the target reads it, or why it cannot."""
 
     index: int
@@ -46,7 +46,7 @@ class AnswerBatch(NamedTuple):
     """Answers that are decoded in one batch."""
 
     name: str
-    asked: list[Asked]
+    asked: list[AskedTurn]
     requests: Requests
     """Of a batch the arrays it is decoded as, padded to its size; in slots those of all answers."""
     capacity_for: int
@@ -77,7 +77,7 @@ class SideBySide:
 
 def ask(
     models: Models, questions: Sequence[Question], done: Mapping[str, Sequence[str]], at: Settings, turn: int
-) -> list[Asked]:
+) -> list[AskedTurn]:
     """Returns turn `turn` of all questions that have it; `done` are the answers so far by question id.
 
     `at` holds the run's seed, from which each question's own follows. A question whose earlier turn failed has no
@@ -91,19 +91,19 @@ def ask(
         try:
             tokens = encode_prompt(question.asked(answers), models.tokenizer)
             request = models.request(tokens, at.for_row(index), index)
-            found.append(Asked(index, question, turn, request))
+            found.append(AskedTurn(index, question, turn, request))
         except ValueError as error:
-            found.append(Asked(index, question, turn, None, str(error)))
+            found.append(AskedTurn(index, question, turn, None, str(error)))
     return found
 
 
-def group(setup: SideBySide, asked: Sequence[Asked]) -> list[AnswerBatch]:
+def group(setup: SideBySide, asked: Sequence[AskedTurn]) -> list[AnswerBatch]:
     """Returns the readable turns in batches of like length, the shortest first."""
     able = sorted((a for a in asked if a.request is not None), key=lambda a: (len(_tokens(a)), a.index))
     if setup.slots and able:
         requests = make_requests([a.request for a in able if a.request])
         return [AnswerBatch(f"turn {able[0].turn}, {setup.slots} slots", able, requests, 0)]
-    classes: dict[int, list[Asked]] = {}
+    classes: dict[int, list[AskedTurn]] = {}
     for one in able:
         classes.setdefault(max(LEAST_WIDTH, 2 ** (len(_tokens(one)) - 1).bit_length()), []).append(one)
     groups = []
@@ -123,7 +123,7 @@ def keys(setup: SideBySide, chosen: AnswerBatch, at: Settings) -> list[tuple[Any
     return [(arm, at.temperature, at.seed, *one) for arm in setup.arms for one in asked]
 
 
-def failures(setup: SideBySide, asked: Sequence[Asked], at: Settings) -> list[Row]:
+def failures(setup: SideBySide, asked: Sequence[AskedTurn], at: Settings) -> list[Row]:
     """Returns a row of every arm for each turn that the target cannot read."""
     return [_row(a, name, at, error=a.problem) for a in asked if a.request is None for name in setup.arms]
 
@@ -224,7 +224,7 @@ def _rows(
     return rows
 
 
-def _row(asked: Asked, arm: str, at: Settings, **figures: Any) -> Row:
+def _row(asked: AskedTurn, arm: str, at: Settings, **figures: Any) -> Row:
     """Returns a row with the facts of its prompt."""
     tokens = [] if asked.request is None else _tokens(asked)
     return Row(
@@ -240,6 +240,6 @@ def _row(asked: Asked, arm: str, at: Settings, **figures: Any) -> Row:
     )
 
 
-def _tokens(asked: Asked) -> Sequence[int] | np.ndarray:
+def _tokens(asked: AskedTurn) -> Sequence[int] | np.ndarray:
     assert asked.request is not None
     return asked.request.tokens

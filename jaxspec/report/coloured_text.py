@@ -8,7 +8,7 @@ from jaxspec.data.chat import ChatTokenizer
 from jaxspec.evaluation.rows import Row
 from jaxspec.pages.markup import Markup, element, joined
 from jaxspec.pages.page import DataTable, folded, paragraph, table
-from jaxspec.report.pieces import BONUS, PREFILL, TextPiece, pieces_of
+from jaxspec.report.pieces import BONUS, PREFILL, ColouredPiece, pieces_of
 from jaxspec.report.wording import at_temperature, counted, spoken
 
 STYLE = """
@@ -89,7 +89,7 @@ def _keys() -> Markup:
     )
 
 
-def _answer(number: int, row: Row, pieces: Sequence[TextPiece], method: str) -> Markup:
+def _answer(number: int, row: Row, pieces: Sequence[ColouredPiece], method: str) -> Markup:
     tau = sum(row.emitted) / row.calls if row.calls else 1.0
     told = f"{counted(row.length, 'token')} in {counted(row.calls, 'round')}, tau {tau:.2f}"
     name = f"{spoken(row.task)}, question {row.id}" + (f", turn {row.turn + 1}" if row.turn else "")
@@ -105,7 +105,7 @@ def _answer(number: int, row: Row, pieces: Sequence[TextPiece], method: str) -> 
     )
 
 
-def _spans(pieces: Sequence[TextPiece]) -> list[Markup]:
+def _spans(pieces: Sequence[ColouredPiece]) -> list[Markup]:
     found, before = [], -1
     for piece in pieces:
         last = piece.last
@@ -137,7 +137,7 @@ def _slider(anchor: str, rounds: int) -> Markup | None:
     return element("div", name, slider, told, class_="slider", hidden=True, data_of=anchor)
 
 
-def _by_round(row: Row, pieces: Sequence[TextPiece]) -> list[list[object]]:
+def _by_round(row: Row, pieces: Sequence[ColouredPiece]) -> list[list[object]]:
     texts: dict[int, str] = {}
     for piece in pieces:
         texts[piece.last.round] = texts.get(piece.last.round, "") + piece.text

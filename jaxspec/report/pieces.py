@@ -23,7 +23,7 @@ class TokenOrigin(NamedTuple):
     """Of a drafted token, from 1; 0 of others."""
 
 
-class TextPiece(NamedTuple):
+class ColouredPiece(NamedTuple):
     """A run of tokens that make whole characters, and their text."""
 
     text: str
@@ -60,7 +60,7 @@ def origins(row: Row) -> list[TokenOrigin]:
     return found
 
 
-def pieces_of(row: Row, tokenizer: ChatTokenizer) -> list[TextPiece]:
+def pieces_of(row: Row, tokenizer: ChatTokenizer) -> list[ColouredPiece]:
     """Returns an answer's text in pieces, which together are the whole text; special tokens are shown.
 
     Tokens that hold a part of a character are one piece with those that complete it. Raises ValueError for an id that
@@ -75,13 +75,13 @@ def pieces_of(row: Row, tokenizer: ChatTokenizer) -> list[TextPiece]:
     for token, origin in zip(row.tokens, given, strict=True):
         waiting.append(origin)
         if text := decoder.push([token]):
-            found.append(TextPiece(text, tuple(waiting)))
+            found.append(ColouredPiece(text, tuple(waiting)))
             waiting = []
     rest = decoder.flush()
     if waiting and (rest or not found):
-        found.append(TextPiece(rest, tuple(waiting)))
+        found.append(ColouredPiece(rest, tuple(waiting)))
     elif waiting:  # tokens without a text of their own
-        found[-1] = TextPiece(found[-1].text, (*found[-1].tokens, *waiting))
+        found[-1] = ColouredPiece(found[-1].text, (*found[-1].tokens, *waiting))
     return found
 
 

@@ -79,7 +79,7 @@ class ServedLimits(NamedTuple):
     """Of one request: more would never find a place to wait."""
 
 
-class Report(NamedTuple):
+class VendorFields(NamedTuple):
     """The vendor field `jaxspec` of a request."""
 
     wanted: bool = False
@@ -110,7 +110,7 @@ class Asked:
     """Whether a last chunk has the usage."""
     ids: bool
     """Whether the answer's token ids are returned, as vLLM does."""
-    report: Report
+    report: VendorFields
 
 
 def read_chat(fields: Mapping[str, Any], limits: ServedLimits) -> Asked:
@@ -255,13 +255,13 @@ def _usage(given: object, stream: bool) -> bool:
     return _boolean(given, "include_usage", "stream_options.include_usage")
 
 
-def _report(given: object) -> Report:
+def _report(given: object) -> VendorFields:
     """Returns the vendor field: true, or an object that asks for more."""
     if given is None or isinstance(given, bool):
-        return Report(bool(given))
+        return VendorFields(bool(given))
     if not isinstance(given, dict) or not given.keys() <= {"plain", "tree"}:
         raise wrong("jaxspec", "jaxspec must be true, or an object of `plain` and `tree`")
-    return Report(True, _boolean(given, "plain", "jaxspec.plain"), _boolean(given, "tree", "jaxspec.tree"))
+    return VendorFields(True, _boolean(given, "plain", "jaxspec.plain"), _boolean(given, "tree", "jaxspec.tree"))
 
 
 def _is_integer(value: object) -> bool:

@@ -160,7 +160,7 @@ def rewrite(
     yield [], unfit
     waiting.reverse()
     served = serve_growing(models, waiting, slots=options.batch, max_new_tokens=settings.max_new_tokens)
-    for request, answer, _ in served:
+    for request, answer, *_ in served:
         dialogue, own = begun[request.key]
         finish, reason = dialogue.take(_reply(models, dialogue, np.asarray(request.tokens), answer)), None
         if finish is None and (reason := _ask(models, waiting, request.key, dialogue, own, shown)) is not None:
@@ -256,7 +256,7 @@ def write_user_turns(
     for attempt in reversed(list(itertools.islice(attempts, batch))):
         waiting.add(models.request(header, settings.for_row(attempt), attempt))
     early: dict[int, Answer] = {}
-    for request, answer, _ in serve_growing(models, waiting, slots=batch, max_new_tokens=settings.max_new_tokens):
+    for request, answer, *_ in serve_growing(models, waiting, slots=batch, max_new_tokens=settings.max_new_tokens):
         early[request.key] = answer
         for attempt in itertools.islice(attempts, 1):
             waiting.add(models.request(header, settings.for_row(attempt), attempt))

@@ -84,7 +84,7 @@ def test_a_second_answer_reads_the_first(whole, target):
     two = next(c for c in read_conversations(whole) if sum(m["role"] == "assistant" for m in c.messages) == 2)
     tokens = models.tokenizer.encode_prompt(two.messages[:-1])
     queue = Queue([models.request(tokens, Settings(max_new_tokens=40))], batch=4)
-    (((_, answer, _),),) = answer_batches(models, queue, max_new_tokens=40)
+    (((_, answer, *_),),) = answer_batches(models, queue, max_new_tokens=40)
     assert models.tokenizer.decode(answer.tokens) == two.messages[-1]["content"]
 
 
