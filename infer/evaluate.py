@@ -71,6 +71,9 @@ class Args(DraftFlags):
     """Decode in this many slots, which answers enter and leave one by one, in the place of batches."""
     repeats: int = 1
     """Times that every batch is decoded by every arm; times are medians over them."""
+    rejected: int = 0
+    """Keep the rejected drafts of the first N questions of every task, which are decoded once more for them, untimed.
+    The page of jaxspec report shows them."""
     out: Path = Path("runs/evaluate")
     """Folder of rows.jsonl and summary.json."""
     endpoint: str | None = None
@@ -102,6 +105,8 @@ class Args(DraftFlags):
         if not self.temperature or len(set(self.temperature)) < len(self.temperature):
             raise ValueError("--temperature needs one or more different temperatures")
         cli.refuse_below_one(self, "batch", "repeats", "concurrency", *([] if self.limit is None else ["limit"]))
+        if self.rejected < 0:
+            raise ValueError(f"--rejected {self.rejected} must be 0 or more")
         if self.slots < 0 or (self.slots and self.batch > 1):
             raise ValueError("--slots and --batch are two ways: give --slots of at least 1, or --batch")
         _ = self.passes
@@ -139,7 +144,8 @@ def main(argv: Sequence[str]) -> int:
         return evaluate_served(args, questions, started)
     args.refuse_slow_dtype()
     arms = make_arms(*load_every(args))
-    setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens, args.slots)
+    kept = first_of_tasks(questions, args.rejected)
+    setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens, args.slots, kept)
     book = RowBook(args.out / "rows.jsonl", begun_with(args, setup, questions))
     with cli.sigterm_interrupts():
         for settings in args.passes:
@@ -224,6 +230,14 @@ def check_questions(questions: list[Question]) -> list[Question]:
     if own:
         say(f"note: {own:,} questions name settings of their own, which are not used: all arms share the run's")
     return questions
+
+
+def first_of_tasks(questions: Sequence[Question], count: int) -> frozenset[str]:
+    """Returns the ids of the first `count` questions of every task."""
+    by_task: dict[str, list[str]] = {}
+    for question in questions:
+        by_task.setdefault(question.task, []).append(question.prompt.id)
+    return frozenset(name for mine in by_task.values() for name in mine[:count])
 
 
 class RowBook:
@@ -322,7 +336,7 @@ def begun_with(args: Args, setup: SideBySide, questions: Sequence[Question]) -> 
         "seeds": args.seeds,
         "batch": args.batch,
         "repeats": args.repeats,
-        **({"slots": args.slots} if args.slots else {}),
+        **{name: value for name in ("slots", "rejected") if (value := getattr(args, name))},
         "stop_ids": list(setup.plain.stop_ids),
         "machine": results.machine_facts(),
         "arms": {name: facts_of(arm) for name, arm in setup.arms.items()},

@@ -6,7 +6,6 @@ Every acceptance profile is searched with every file of costs. The page is one H
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any
 import tyro
 
 from jaxspec.console import cli, marks, progress, results
-from jaxspec.console.disk import writing
 from jaxspec.lab.findings import SearchFinding, find, machine_of, name_files
 from jaxspec.lab.flags import LimitFlags, SearchFlags
 from jaxspec.lab.predicted import Comparison, compare, read_bench
 from jaxspec.lab.report import Making, make_page
-from jaxspec.pages.chromium import find_chromium
-from jaxspec.pages.pictures import take_pictures
+from jaxspec.pages.pictures import check_page_flags, write_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +45,7 @@ class Args(LimitFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         cli.refuse_below_one(self, "batch", "context")
-        if self.out.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"{self.out} must end in .html, for it is a page")
+        check_page_flags(self.out, self.png)
         for name in ("profile", "cost"):
             given = getattr(self, name)
             if not given:
@@ -58,8 +54,6 @@ class Args(LimitFlags):
             if twice:
                 raise ValueError(f"--{name} {twice[0]} is given twice; give every file once")
         _ = self.over
-        if self.png is not None and find_chromium() is None:
-            raise ValueError("--png needs Chromium, and none is installed: install it, or leave out --png")
 
     @property
     def over(self) -> tuple[list[int] | None, list[int] | None]:
@@ -79,14 +73,7 @@ def main(argv: list[str]) -> int:
     findings = find_all(args)
     comparison = compare(measured, findings)
     page = make_page(findings, comparison, len(args.measured), Making(command_of(argv), results.versions()))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(args.out):
-        args.out.write_text(page, encoding="utf-8")
-    sys.stdout.write(f"{args.out}: the page\n")
-    pictures = []
-    if args.png is not None:
-        pictures = take_pictures(args.out, args.png)
-        sys.stdout.write(f"{args.png}: {len(pictures)} pictures\n")
+    pictures = write_page(args.out, page, args.png)
     if args.json is not None:
         results.write_json(args.json, make_result(args, findings, comparison, pictures, started))
     return 0

@@ -18,9 +18,7 @@ from typing import Any
 import tyro
 
 from jaxspec.console import cli, marks, results
-from jaxspec.console.disk import writing
-from jaxspec.pages.chromium import find_chromium
-from jaxspec.pages.pictures import take_pictures
+from jaxspec.pages.pictures import check_page_flags, write_page
 from jaxspec.report.documents import renew
 from jaxspec.report.given_files import GivenFiles, read_given
 from jaxspec.report.page import AnswerTexts, PageOrigin, make_page
@@ -66,14 +64,11 @@ class Args:
             raise ValueError("a report needs a run: give the folder of jaxspec evaluate --out, or --markdown FILE.md")
         if self.out is None:
             raise ValueError("--out is missing: name the page, such as --out report.html")
-        if self.out.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"--out {self.out} must end in .html, for it is a page")
+        check_page_flags(self.out, self.png)
         for name in ("bench", "lab", "text"):
             given = getattr(self, name)
             if twice := [one for one in given if given.count(one) > 1]:
                 raise ValueError(f"--{name} {twice[0]} is given twice; give each once")
-        if self.png is not None and find_chromium() is None:
-            raise ValueError("--png needs Chromium, and none is installed: install it, or leave out --png")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,16 +82,9 @@ def main(argv: Sequence[str]) -> int:
     texts = find_texts(args, report)
     command = shlex.join(["jaxspec", "report", *argv])
     page = make_page(report, given, texts, PageOrigin(command, results.versions()))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(args.out):
-        args.out.write_text(page, encoding="utf-8")
-    sys.stdout.write(f"{args.out}: the page\n")
+    pictures = write_page(args.out, page, args.png)
     if texts.lacking:
         sys.stdout.write(f"{texts.lacking}\n")
-    pictures = []
-    if args.png is not None:
-        pictures = take_pictures(args.out, args.png)
-        sys.stdout.write(f"{args.png}: {len(pictures)} pictures\n")
     if args.json is not None:
         results.write_json(args.json, make_result(args, report, (given, texts), pictures, started))
     return 0

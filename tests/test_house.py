@@ -73,7 +73,18 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"peagle"},
     ),
     "evaluation": (
-        {"equivalence", "loops", "machine", "measurements", "peers", "rows", "served", "stand_ins", "statistics"},
+        {
+            "equivalence",
+            "loops",
+            "machine",
+            "measurements",
+            "peers",
+            "rejected_drafts",
+            "rows",
+            "served",
+            "stand_ins",
+            "statistics",
+        },
         {"comparison", "device_plan", "metrics", "row_checks", "step_parts"},
         {
             "device_attention",
@@ -139,8 +150,8 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "report": (
         {"given_files", "pieces", "runs", "wording"},
-        {"coloured_text", "cost_pictures", "documents", "speed_pictures", "tables"},
-        {"round_pictures"},
+        {"arm_table", "coloured_text", "cost_pictures", "recipe_table", "speed_pictures", "tables"},
+        {"documents", "round_pictures"},
         {"page"},
     ),
     "serving": (

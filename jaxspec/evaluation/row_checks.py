@@ -54,6 +54,10 @@ def _counts(row: Row, depth: int) -> Iterator[str]:
         yield f"round {wrong[0]} emits {row.emitted[wrong[0]]} tokens and accepts {row.accepted[wrong[0]]}"
     if calls and not 1 <= row.emitted[-1] <= row.accepted[-1] + 1:
         yield f"its last round emits {row.emitted[-1]} tokens and accepts {row.accepted[-1]}"
+    if row.rejected and len(row.rejected) != calls:
+        yield f"has {calls} target calls and the rejected drafts of {len(row.rejected)}"
+    elif wrong := [j for j, (a, r) in enumerate(zip(row.accepted, row.rejected, strict=False)) if a + len(r) > depth]:
+        yield f"round {wrong[0]} accepts and rejects more drafts than its tree is deep"
     if calls < math.ceil((length - 1) / (depth + 1)):
         yield f"has {calls} target calls for {length} tokens, which a tree {depth} deep cannot"
     if row.arm == PLAIN and calls != length - 1:

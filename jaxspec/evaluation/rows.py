@@ -44,6 +44,9 @@ class Row:
     """`e_j`: tokens that each of the `R` target calls behind prefill gave, after the cut at a stop id or the budget."""
     accepted: tuple[int, ...] = ()
     """`a_j`: drafted tokens that each accepted, before that cut."""
+    rejected: tuple[tuple[int, ...], ...] = ()
+    """For each of them the drafted tokens behind the accepted path, the first child at each depth; empty where they
+    were not kept (`evaluate --rejected`)."""
     group: str = ""
     """The batch that it was decoded in."""
     group_rows: int = 1
@@ -130,6 +133,8 @@ def from_record(record: Mapping[str, Any]) -> Row:
     if missing := next((n for n in ("id", "task") if n not in record), None):
         raise ValueError(f"has no {missing!r}")
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    if "rejected" in given:
+        given["rejected"] = tuple(map(tuple, given["rejected"]))
     return Row(**given)
 
 

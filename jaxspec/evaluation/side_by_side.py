@@ -21,7 +21,9 @@ from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_roun
 from jaxspec.decoding.requests import Request, Requests, Settings, fill_up, make_requests
 from jaxspec.evaluation.arms import DecodingArm
 from jaxspec.evaluation.equivalence import divergences
+from jaxspec.evaluation.rejected_drafts import rejected_drafts
 from jaxspec.evaluation.rows import PLAIN, Row, rounds_of
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import queue
 from jaxspec.serving.loading import Models
 from jaxspec.verify import RULES
@@ -63,6 +65,8 @@ class SideBySide:
     max_new_tokens: int
     slots: int = 0
     """Slots that answers enter and leave one by one, in the place of batches; 0: batches."""
+    rejected_of: frozenset[str] = frozenset()
+    """Ids of the questions whose rejected drafts are kept."""
 
     @property
     def plain(self) -> Models:
@@ -105,7 +109,7 @@ def group(setup: SideBySide, asked: Sequence[AskedTurn]) -> list[AnswerBatch]:
         return [AnswerBatch(f"turn {able[0].turn}, {setup.slots} slots", able, requests, 0)]
     classes: dict[int, list[AskedTurn]] = {}
     for one in able:
-        classes.setdefault(max(LEAST_WIDTH, 2 ** (len(_tokens(one)) - 1).bit_length()), []).append(one)
+        classes.setdefault(_padded(one), []).append(one)
     groups = []
     for width, mine in classes.items():
         for begin in range(0, len(mine), setup.batch):
@@ -211,6 +215,7 @@ def _rows(
                 finish=answer.finish,
                 emitted=emitted,
                 accepted=accepted,
+                rejected=_rejected(setup, name, asked, answer),
                 group=chosen.name,
                 group_rows=count,
                 group_calls=calls,
@@ -222,6 +227,22 @@ def _rows(
             )
         )
     return rows
+
+
+def _rejected(setup: SideBySide, name: str, asked: AskedTurn, answer: Answer) -> tuple[tuple[int, ...], ...]:
+    """Returns the rejected drafts of an answer whose drafts are kept; says where they cannot be."""
+    models = setup.arms[name].models
+    if models.engine.tree is None or asked.request is None or asked.question.prompt.id not in setup.rejected_of:
+        return ()
+    found = rejected_drafts(models, asked.request, answer.tokens.tolist(), _padded(asked))
+    if found is None:
+        say(f"note: {asked.question.prompt.id}: {name} writes another text alone than in the batch; no drafts are kept")
+    return tuple(map(tuple, found or ()))
+
+
+def _padded(asked: AskedTurn) -> int:
+    """Returns the width that a prompt's caches are made for."""
+    return max(LEAST_WIDTH, 2 ** (len(_tokens(asked)) - 1).bit_length())
 
 
 def _row(asked: AskedTurn, arm: str, at: Settings, **figures: Any) -> Row:

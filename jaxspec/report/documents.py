@@ -1,4 +1,4 @@
-"""Tables of documents, made from results of `jaxspec evaluate` that are kept beside them.
+"""Tables of documents, made from results of `evaluate`, `compare` and `bench decode` that are kept beside them.
 
 A table stands between two comments, and is written anew from the file that the first one names:
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxspec.console.disk import writing
 from jaxspec.evaluation.rows import PLAIN
+from jaxspec.report import arm_table, recipe_table
 from jaxspec.report.given_files import read_result
 from jaxspec.report.runs import ALL
 from jaxspec.report.wording import at_temperature, counted, identical, known, per_second, spoken, spread
@@ -45,7 +46,21 @@ BY_DEFAULT = {
     "tasks": "tau_micro,speedup",
 }
 """Kind of a table -> its figures."""
-OPTIONS = {"methods": ("figures", "task", "temperature"), "tasks": ("figures", "method", "temperature")}
+OPTIONS = {
+    "methods": ("figures", "task", "temperature"),
+    "tasks": ("figures", "method", "temperature"),
+    "recipes": recipe_table.OPTIONS,
+    "arms": arm_table.OPTIONS,
+}
+
+
+RESULTS = {
+    "methods": ("evaluate", "summary"),
+    "tasks": ("evaluate", "summary"),
+    "recipes": ("compare", "recipes"),
+    "arms": ("bench decode", "rows"),
+}
+"""Kind of a table -> the verb whose result it is made of, and the key of its figures."""
 
 
 class Renewed(NamedTuple):
@@ -123,16 +138,22 @@ def _with_tables(document: Path, lines: Sequence[str]) -> tuple[int, list[str]]:
 
 def _table(document: Path, words: str) -> list[str]:
     asked = _asked(document, words)
-    found = read_result(asked.file, ("evaluate",))
-    summary = found.get("summary")
-    if not isinstance(summary, list) or not summary:
-        raise ValueError(f"{asked.file}: has no figures; give the summary.json of jaxspec evaluate")
+    verb, key = RESULTS[asked.kind]
+    found = read_result(asked.file, (verb,))
+    if not isinstance(found.get(key), list) or not found[key]:
+        raise ValueError(f"{asked.file}: has no figures; give the result of jaxspec {verb}")
     try:
-        columns, rows, at = (_by_task if asked.kind == "tasks" else _by_method)(asked, summary)
-        below = [_about(found, at), f"[{asked.file.name}]({_link(document, asked.file)})"]
+        if asked.kind == "recipes":
+            columns, rows, about = recipe_table.by_recipe(asked.options, found)
+        elif asked.kind == "arms":
+            columns, rows, about = arm_table.by_arm(asked.options, found)
+        else:
+            columns, rows, at = (_by_task if asked.kind == "tasks" else _by_method)(asked, found[key])
+            about = _about(found, at)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{asked.file}: lacks a figure or setting ({error}); evaluate again") from error
-    return [*_markdown(columns, rows), "", *textwrap.wrap(" ".join(below), COLUMNS, break_long_words=False,
+        raise ValueError(f"{asked.file}: lacks a figure or setting ({error}); make it again") from error
+    below = f"{about} [{asked.file.name}]({_link(document, asked.file)})"
+    return [*_markdown(columns, rows), "", *textwrap.wrap(below, COLUMNS, break_long_words=False,
                                                          break_on_hyphens=False)]  # fmt: skip
 
 

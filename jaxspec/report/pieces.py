@@ -85,6 +85,16 @@ def pieces_of(row: Row, tokenizer: ChatTokenizer) -> list[ColouredPiece]:
     return found
 
 
+def rejected_texts(row: Row, tokenizer: ChatTokenizer) -> dict[int, str]:
+    """Returns the text of the drafts that each round rejected, by the round's number; none where none were kept."""
+    found = {}
+    for number, drafts in enumerate(row.rejected, 1):
+        if drafts:
+            decoder = IncrementalDecoder(tokenizer, skip_special=False)
+            found[number] = decoder.push(list(drafts)) + decoder.flush()
+    return found
+
+
 def load_tokenizer(settings: Any, target: str | None) -> ChatTokenizer:
     """Returns the tokenizer of the target that a run's settings name, or of `target`.
 
@@ -107,7 +117,8 @@ def _load(folder: Path) -> ChatTokenizer:
 def choose_answers(rows: Sequence[Row], wanted: Sequence[str], most: int = 4) -> list[Row]:
     """Returns the first answers to the wanted questions; by default those of the first question of `most` tasks.
 
-    A question is named by its id or by `task/id`. Raises ValueError naming one that is not there.
+    Answers whose rejected drafts were kept come first. A question is named by its id or by `task/id`. Raises ValueError
+    naming one that is not there.
     """
     found: list[Row] = []
     for name in wanted:
@@ -118,7 +129,7 @@ def choose_answers(rows: Sequence[Row], wanted: Sequence[str], most: int = 4) ->
     if wanted:
         return found
     first: dict[str, Row] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: not row.rejected):
         if row.turn == 0 and row.calls:
             first.setdefault(row.task, row)
     return list(first.values())[:most]

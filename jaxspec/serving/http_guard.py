@@ -23,6 +23,8 @@ BODY_SECONDS = 10.0
 """In which a body arrives."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WILDCARDS = ("0.0.0.0", "::", "")
+KEYED = ("/v1", "/tokenize")
+"""Beginnings of the addresses that need the key; the page, and counters for who watches the server, do not."""
 SECURE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -82,7 +84,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             raise ApiError(403, "pages of other origins may not use this server")
-        if self._key is not None and path.startswith("/v1"):
+        if self._key is not None and path.startswith(KEYED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             # Compared in constant time, so that the time of a refusal says nothing about the key.
             same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._key)

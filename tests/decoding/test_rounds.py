@@ -378,9 +378,11 @@ def test_the_search_for_cache_copies_finds_the_one_of_an_unordered_write(ordered
 @pytest.mark.parametrize(
     ("tree", "batch", "mode", "rule"),
     [
-        (None, 1, "topk", "target-draw"), ("dynamic", 4, "topk", "target-draw"), ("chain", 9, "topk", "target-draw"),
-        ("dynamic", 2, "swor", "recursive-rejection"), ("static", 2, "sample", "traversal"),
-        ("adaptive", 2, "topk", "target-draw"), ("both", 2, "topk", "target-draw"),
+        (None, 1, "topk", "target-draw"), ("dynamic", 4, "topk", "target-draw"), ("both", 2, "topk", "target-draw"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("chain", 9, "topk", "target-draw"), ("dynamic", 2, "swor", "recursive-rejection"),
+            ("static", 2, "sample", "traversal"), ("adaptive", 2, "topk", "target-draw"),
+        )),
     ],
 )  # fmt: skip
 def test_the_compiled_rounds_are_one_loop_that_writes_the_caches_in_place(tree: str | None, batch: int, mode, rule):

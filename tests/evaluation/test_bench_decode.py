@@ -298,6 +298,7 @@ def tinier(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", LlamaConfig(97, 16, 1, 2, 1, 8, 32))
 
 
+@pytest.mark.slow
 def test_a_shape_with_simulated_acceptance_needs_no_model(tmp_path, tinier, capsys):
     path = tmp_path / "out.json"
     flags = ["--shape", "tiny", "--tree", "chain:3,dynamic:8x3x3", "--simulate-acceptance", "0.7", "--limit", "2"]

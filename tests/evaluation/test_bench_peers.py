@@ -37,6 +37,7 @@ def reply(tokens: list[int], seconds: float = 1.0, prefill: float = 0.5) -> dict
     return {"tokens": tokens, "seconds": seconds, "prefill_seconds": prefill, "calls": 2, "counted": len(tokens) - 1}
 
 
+@pytest.mark.slow
 def test_peers_answer_the_same_tokens_in_processes_of_their_own(folder: Path):
     pytest.importorskip("transformers")
     more = ("--limit", "2", "--tune", "1", "--drafter", "lookup", "--assistant", "target", "--gguf", "absent.gguf")

@@ -123,7 +123,10 @@ def differing(head: Head, tree: str, requests: list[Requests], rows: int | None)
     return len(margins), margins
 
 
-@pytest.mark.parametrize(("tree", "batch"), [*((tree, 4) for tree in TREES), (TREES[0], 1)])
+ALONE = pytest.param(TREES[0], 1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("tree", "batch"), [*((tree, 4) for tree in TREES), ALONE])
 def test_greedy_text_is_plain_decodings_token_for_token(head: Head, tree: str, batch: int):
     assert differing(head, tree, batches(head, 3 * batch, batch), None) == (0, [])
 

@@ -72,6 +72,21 @@ def test_slots_give_the_same_rows_and_latencies(folder: Path):
     assert main(["evaluate", "--check", "slots"]) == 0
 
 
+def test_rejected_drafts_of_the_first_questions_are_kept(folder: Path):
+    assert main([*WORDS, "--rejected", "1", "--temperature", "0", "1", "--out", "rejected"]) == 0
+    assert main([*WORDS, "--temperature", "0", "1", "--out", "unkept"]) == 0
+    kept, unkept = (read_evaluation(name).rows for name in ("rejected", "unkept"))
+    assert {r.key: r.tokens for r in kept} == {r.key: r.tokens for r in unkept}
+    mine = [r for r in kept if r.arm != "plain" and r.id in ("1", "3") and not r.error]
+    assert mine and all(r.rejected == () for r in [*(r for r in kept if r not in mine), *unkept])
+    for row in mine:
+        assert len(row.rejected) == row.calls
+        for number, (accepted, drafts) in enumerate(zip(row.accepted, row.rejected, strict=True)):
+            behind = row.tokens[1 + sum(row.emitted[:number]) + accepted :]
+            assert accepted + len(drafts) <= 7 and (not drafts or not behind or drafts[0] != behind[0])
+    assert any(any(r.rejected) for r in mine) and main(["evaluate", "--check", "rejected"]) == 0
+
+
 def test_a_stopped_run_goes_on_behind_its_last_whole_batch(folder: Path):
     assert main([*WORDS, "--out", "one"]) == 0
     path = folder / "one" / "rows.jsonl"

@@ -1,7 +1,7 @@
 """Exported heads in the package `speculators` itself, and dumped hidden states that it reads too.
 
 It has an environment of its own, since it wants other versions of transformers than we do: `python -m venv DIR &&
-DIR/bin/pip install speculators==0.9.0`, and then
+DIR/bin/pip install speculators==0.9.0`, without torchvision where that is not the torch's own, and then
 `JAXSPEC_SPECULATORS=DIR/bin/python python -m pytest -m slow tests/interchange/test_speculators_parity.py`.
 """
 

@@ -166,3 +166,122 @@ def test_names_do_not_break_a_table(folder: Path, name: str):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_documents_of_the_project_are_current(document: Path):
     assert not renew(document, write=False).changed
+
+
+COMPARED = {
+    "command": "compare",
+    "baseline": "eagle2",
+    "dtype": "float32",
+    "max_new_tokens": 64,
+    "recipes": [
+        {
+            "recipe": recipe,
+            "source": source,
+            "temperature": temperature,
+            "tree": tree,
+            "drafted_tree": "chain:2" if (recipe, tree) == ("medusa", "chain:3") else tree,
+            "prompts": 12,
+            "tau": tau + place / 10,
+            "tau_low": tau - 0.5,
+            "tau_high": tau + 0.5,
+            "ratio": tau / 2,
+            "ratio_low": tau / 2 - 0.125,
+            "ratio_high": tau / 2 + 0.125,
+            "seeds": [0, 1],
+            "drafter_passes": 3,
+            "drafter_parameters": 1234567,
+            "train_tokens": 1_001_163,
+        }
+        for source in ("all", "gsm8k")
+        for place, (tree, temperature) in enumerate([("chain:3", 0.0), ("chain:3", 1.0), ("dynamic:8x3x2", 0.0)])
+        for recipe, tau in (("medusa", 1.5), ("eagle2", 2.0), ("best", 2.5))
+        if (recipe, tree) != ("medusa", "dynamic:8x3x2")
+    ],
+}
+BENCHED = {
+    "command": "bench decode",
+    "target": "models/smollm2",
+    "machine": {"cpu": "a processor", "cores": 2},
+    "temperature": 0.0,
+    "dtype": "float32",
+    "max_new_tokens": 40,
+    "repeats": 3,
+    "machine_copy_bytes_per_second": 54e9,
+    "machine_matmul_flops_per_second": 214e9,
+    "peer": {"name": "transformers", "version": "5.24.0", "tokens_per_second": 10.0, "identical_fraction": 1.0},
+    "rows": [
+        {"arm": arm, "batch": batch, "nodes": 1, "tokens_per_second": speed, "speedup": speed / 25, "tau": speed / 20,
+         "efficiency": 0.5, "identical_fraction": 1.0, "round_ms": 30.26}
+        for batch in (1, 4) for arm, speed in (("plain", 25.0), ("chain:3", 50.0))
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (
+            "compare.json recipes intervals=no facts=passes,seeds",
+            [
+                "| recipe | passes | seeds | tau, greedy | over `eagle2` | tau, temperature 1 | over `eagle2` |",
+                "| `best` | 3 | 2 | 2.50 | 1.250 | 2.60 | 1.250 |",
+                "| `eagle2` | 3 | 2 | 2.00 | 1 | 2.10 | 1 |",
+                "| `medusa` | 3 | 2 | 1.50 | 0.750 | 1.60 | 0.750 |",
+                "12 held-out prompts, tree chain:3, 1.00M trained tokens, up to 64 new tokens, float32, "
+                "chain:2 for medusa:",
+            ],
+        ),
+        (
+            "compare.json recipes tree=dynamic:8x3x2,chain:3 temperature=0 recipes=eagle2,medusa source=gsm8k",
+            [
+                "| recipe | `dynamic:8x3x2`, greedy | over `eagle2` | `chain:3`, greedy | over `eagle2` |",
+                "| `eagle2` | 2.20 [1.50, 2.50] | 1 | 2.00 [1.50, 2.50] | 1 |",
+                "| `medusa` | - | - | 1.50 [1.00, 2.00] | 0.750 [0.625, 0.875] |",
+            ],
+        ),
+        (
+            "bench.json arms figures=nodes,tokens_per_second,speedup,tau,identical,round_ms",
+            [
+                "| arm | nodes | tokens/s | x plain | tau | identical | round, ms |",
+                "| `plain` | 1 | 25 | 1.00 | 1.25 | 100 % | 30.3 |",
+                "| `chain:3` | 1 | 50 | 2.00 | 2.50 | 100 % | 30.3 |",
+                "| transformers 5.24.0 | 1 | 10 | 0.40 | 1.00 | 100 % | - |",
+            ],
+        ),
+        ("bench.json arms batch=4 arms=chain:3 figures=tau", ["| arm | tau |", "| `chain:3` | 2.50 |"]),
+    ],
+)
+def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list[str]):
+    (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
+    (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
+    document = tmp_path / "page.md"
+    document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n")
+    assert main(["report", "--markdown", str(document)]) == 0
+    text = " ".join(document.read_text().split())
+    for line in lines:
+        assert line in text
+    if words.startswith("bench"):
+        assert "transformers" not in text or "batch=4" not in words
+        assert "Target smollm2, greedy, batch" in text and "copied 54.0 GB/s and multiplied 214 GFLOP/s" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compare.json recipes source=mt", "there is no source 'mt'; there are all, gsm8k"),
+        ("compare.json recipes tree=chain:9", "tree=chain:9 was not compared; there are chain:3, dynamic:8x3x2"),
+        ("compare.json recipes facts=flops", "there is no fact 'flops'; there are parameters, passes, seeds"),
+        ("compare.json recipes intervals=maybe", "intervals=maybe must be yes or no"),
+        ("bench.json arms batch=2", "nothing was measured in a batch of 2; there are 1, 4"),
+        ("bench.json arms arms=tree", "there is no arm 'tree'; there are plain, chain:3"),
+        ("bench.json arms figures=mood", "there is no figure 'mood'"),
+        ("bench.json recipes", "is no result of compare"),
+    ],
+)
+def test_what_a_result_does_not_have_is_named(tmp_path: Path, words: str, said: str, capsys):
+    (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
+    (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
+    document = tmp_path / "page.md"
+    document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n")
+    assert main(["report", "--markdown", str(document)]) == EXIT_FAILED
+    assert said in capsys.readouterr().err

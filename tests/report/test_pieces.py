@@ -21,6 +21,7 @@ from jaxspec.report.pieces import (
     load_tokenizer,
     origins,
     pieces_of,
+    rejected_texts,
 )
 
 
@@ -130,3 +131,12 @@ def test_a_question_of_each_task_is_chosen_or_those_that_are_named():
     assert choose_answers([second, *rows], ["q7"])[0].turn == 0 and choose_answers([], []) == []
     with pytest.raises(ValueError, match="--text q99: no answer of this question"):
         choose_answers(rows, ["q99"])
+
+
+def test_rejected_drafts_are_texts_of_their_rounds_and_their_answers_are_chosen():
+    row = row_of(some_tokens()[:4], [1, 2], [0, 1])
+    assert rejected_texts(row, tiny_tokenizer()) == {}
+    word = [int(i) for i in tiny_tokenizer().encode("naïve")]
+    kept = dataclasses.replace(row, rejected=((), tuple(word)))
+    assert rejected_texts(kept, tiny_tokenizer()) == {2: tiny_tokenizer().decode(word)}
+    assert choose_answers([row, kept], ()) == [kept] and choose_answers([row], ()) == [row]

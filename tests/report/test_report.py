@@ -18,6 +18,7 @@ from report_toys import (
     failed_rows,
     lab_table,
     some_rows,
+    tiny_tokenizer,
     write_rows,
 )
 
@@ -266,8 +267,6 @@ def test_names_stay_text_and_data_cannot_end_its_element(hostile: Path):
 
 
 def test_text_of_a_model_stays_text(tmp_path: Path):
-    from report_toys import tiny_tokenizer
-
     tokens = [int(i) for i in tiny_tokenizer().encode(f"{HOSTILE}<b>bold</b>" * 3)]
     rows = [dataclasses.replace(row, tokens=tuple(tokens)) for row in some_rows(1)]
     rounds = {"emitted": (1,) * (len(tokens) - 1), "accepted": (0,) * (len(tokens) - 1), "group_calls": len(tokens) - 1}
@@ -371,6 +370,29 @@ def test_the_slider_shows_an_answer_round_by_round(home: Path, made):
         assert shown.evaluate(f"Math.max(...{visible}.map(s => Number(s.dataset.round)))") == 2
         shown.evaluate(move.format(state=state, to=rounds))
         assert shown.evaluate(f"{visible}.length") == whole and not shown.complaints
+
+
+@NEEDS_CHROMIUM
+def test_rejected_drafts_are_struck_through_on_demand(tmp_path: Path):
+    drafts = [int(i) for i in tiny_tokenizer().encode("<b>not so</b>")]
+    rows = [
+        row if row.arm == PLAIN else dataclasses.replace(row, rejected=tuple(tuple(drafts[a:3]) for a in row.accepted))
+        for row in some_rows(1)
+    ]
+    write_rows(tmp_path / "kept", rows)
+    text, _ = write_page(tmp_path, runs=("kept",))
+    check_page(text, scripts=SCRIPTS)
+    assert "<b>" not in text
+    shown_rows = [row for row in rows if row.arm == "chain:3"]
+    with open_page(tmp_path / "page.html", width=360) as shown:
+        struck = "Array.from(document.querySelectorAll('#text-1 del')).filter(e => e.getClientRects().length)"
+        assert shown.evaluate(f"{struck}.length") == 0
+        shown.evaluate("document.querySelector('.slider [type=checkbox]').click()")
+        count = shown.evaluate(f"{struck}.length")
+        assert count in [sum(bool(r) for r in row.rejected) for row in shown_rows] and count > 0
+        line = f"getComputedStyle({struck}[0]).textDecorationLine"
+        assert shown.evaluate(line) == "line-through" and not shown.complaints
+        assert shown.evaluate("document.documentElement.scrollWidth <= 360")
 
 
 @NEEDS_CHROMIUM

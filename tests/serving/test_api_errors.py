@@ -204,6 +204,7 @@ def test_a_server_with_a_key_asks_for_it_but_shows_its_page(folder: Path):
         for authorization in ("", "Bearer other", "Bearer", "Basic sesame", "Bearer sesam", "Bearer s\xe9same"):
             status, found, headers = keyed.ask(CHAT, chat(), authorization=authorization)
             assert (status, found["error"]["code"]) == (401, "invalid_api_key") and headers["www-authenticate"]
+        assert keyed.ask("/tokenize", chat(), authorization="")[0] == 401
         assert keyed.ask(CHAT, chat(), authorization="Bearer sesame")[0] == 200
         connection = http.client.HTTPConnection("127.0.0.1", keyed.port, timeout=60)
         connection.request("GET", "/")

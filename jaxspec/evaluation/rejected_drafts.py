@@ -1,0 +1,50 @@
+"""The drafts that an answer's rounds rejected, found by decoding it once more, one round at a time and untimed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxspec.decoding.requests import Request
+from jaxspec.decoding.rounds import RUNNING
+from jaxspec.decoding.seen_tree import SeenTree
+from jaxspec.decoding.slots import Slots
+from jaxspec.serving.loading import Models
+
+
+def rejected_drafts(models: Models, request: Request, tokens: Sequence[int], longest: int) -> list[list[int]] | None:
+    """Returns for every target call of an answer the drafts behind the accepted path, the first child at each depth.
+
+    `tokens` is the answer and `longest` the width of prompts that the program is compiled for. None where one row alone
+    writes another text, which a near tie of two tokens can do to answers that were decoded in a batch.
+    """
+    settings = request.settings
+    engine, weights = models.engine, models.weights
+    slots = Slots(
+        engine,
+        weights,
+        1,
+        longest=max(longest, len(request.tokens)),
+        max_new_tokens=settings.max_new_tokens,
+        stops=len(settings.stop_ids),
+    )
+    text, found = [int(slots.admit(request, 0)[0])], []
+    while len(text) < len(tokens):
+        record = slots.step()
+        text += record.token_BP[0, : record.added_B[0]].tolist()
+        found.append(behind_path(record.tree, int(record.accepted_B[0])))
+        if record.finish_B[0] != RUNNING:
+            break
+    return found if text == list(tokens) else None
+
+
+def behind_path(tree: SeenTree, accepted: int, row: int = 0) -> list[int]:
+    """Returns the tokens below the last accepted node of a row's tree, the first child at each depth."""
+    parents: Any = tree.parent_BN[row]
+    node, found = int(tree.path_BP[row, accepted]), []
+    while True:
+        below = [n for n in range(node + 1, len(parents)) if parents[n] == node and tree.valid_BN[row, n]]
+        if not below:
+            return found
+        node = below[0]
+        found.append(int(tree.token_BN[row, node]))
