@@ -40,9 +40,9 @@ def random_arguments(
     tokens_BL = jax.random.randint(key, rows, 0, arm.task.target.config.vocab)  # type: ignore[attr-defined]
     ones_BL = jnp.ones(rows, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(rows[1]), rows)
-    state = init_state(arm.task.drafter, arm.optimizer, key, arm.task.target.shared_tables(params))
-    vocab_U = jnp.arange(scored) if scored else None
-    return StepArguments(Frozen(params, vocab_U), state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL))
+    frozen = Frozen(params, jnp.arange(scored) if scored else None)
+    state = init_state(arm.task.drafter, arm.optimizer, key, read_tables(arm.task.target, frozen))
+    return StepArguments(frozen, state, Batch(tokens_BL, ones_BL, positions_BL, ones_BL))
 
 
 def step_of(arm: DistillStep) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from jaxspec.data.draft_vocab import load_maps
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.distillation.compilers import lower_step
 from jaxspec.distillation.step import init_state, train_step
-from jaxspec.distillation.task import Batch, Frozen, Task, TrainState
+from jaxspec.distillation.task import Batch, Frozen, Task, TrainState, read_tables
 from jaxspec.interchange.exported import is_exported
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
@@ -277,15 +277,16 @@ def abstract_arguments(step: DistillStep, scored: int | None) -> tuple[Frozen, T
     params = jax.eval_shape(target.init_params, key)
     if step.int8_target:
         params = jax.eval_shape(quantize_layers, params)
-    state = jax.eval_shape(lambda p: init_state(drafter, step.optimizer, key, target.shared_tables(p)), params)
+    ids: Any = scored and jax.ShapeDtypeStruct((scored,), jnp.int32)
+    frozen = Frozen(params, ids)
+    state = jax.eval_shape(lambda f: init_state(drafter, step.optimizer, key, read_tables(target, f)), frozen)
     if step.rows[0] % (spread := math.prod(mesh.shape[axis] for axis in ROW_AXES)):
         raise ValueError(
             f"data.batch is {step.rows[0]}, and the mesh spreads rows over {spread} devices: let it be a multiple"
         )
     integers: Any = jax.ShapeDtypeStruct(step.rows, jnp.int32, sharding=batch_sharding(mesh))
     flags: Any = jax.ShapeDtypeStruct(step.rows, jnp.bool_, sharding=batch_sharding(mesh))
-    ids: Any = scored and jax.ShapeDtypeStruct((scored,), jnp.int32)
-    frozen, state = decode_program.place(mesh, (Frozen(params, ids), state))
+    frozen, state = decode_program.place(mesh, (frozen, state))
     return frozen, state, Batch(integers, integers, integers, flags)
 
 

@@ -24,7 +24,7 @@ from jaxspec.data.pipeline import Batches
 from jaxspec.distillation.compilers import compile_step, under
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import eval_step, init_state
-from jaxspec.distillation.task import Frozen, TrainState
+from jaxspec.distillation.task import Frozen, TrainState, read_tables
 from jaxspec.interchange import hf
 from jaxspec.interchange.hf import load_tables, load_target
 from jaxspec.interchange.hf_config import read_config, read_table_config
@@ -116,7 +116,7 @@ def digest(text: str) -> str:
 def _init(built: DistillStep, key: Array, params: Params | None, frozen: Frozen) -> TrainState:
     """The state of step 0."""
     task = built.task
-    return init_state(task.drafter, built.optimizer, key, task.target.shared_tables(frozen.params), params)
+    return init_state(task.drafter, built.optimizer, key, read_tables(task.target, frozen), params)
 
 
 def _updates(

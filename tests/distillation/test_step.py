@@ -14,8 +14,8 @@ from jaxspec.distillation.chunks import shift
 from jaxspec.distillation.loss import add_noise, batch_loss, step_masks
 from jaxspec.distillation.objective import Objective
 from jaxspec.distillation.step import eval_step, init_state, train_step
-from jaxspec.distillation.task import Batch, Frozen, Task, TrainState
-from jaxspec.drafters import Eagle, EagleConfig
+from jaxspec.distillation.task import Batch, Frozen, Task, TrainState, read_tables
+from jaxspec.drafters import Eagle, EagleConfig, Medusa, MedusaConfig
 from jaxspec.losses import expected_acceptance, smooth_l1, soft_cross_entropy
 from jaxspec.nn.attention import causal_mask, segment_mask
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
@@ -217,6 +217,15 @@ def test_with_a_draft_vocabulary_only_what_it_holds_is_trained(frozen, batch: Ba
         inside = jnp.isin(shift(best, j + 1), some) & mask
         assert float(sums.weight_T["kl"][j]) == int(inside.sum()) < int(mask.sum()) == int(sums.count_T[j])
     assert (sums.accept_T < plain.count_T).all() and (sums.agree_T <= sums.weight_T["kl"]).all()
+
+
+def test_lm_heads_begin_as_the_targets_rows_of_the_draft_vocabulary(frozen):
+    some = jnp.asarray([1, 4, 9, 16, 25, 36, 49])
+    drafter = Medusa(MedusaConfig(16, tokens=2, vocab=len(some)))
+    shared = read_tables(TARGET, Frozen(frozen, some))
+    state = init_state(drafter, optax.sgd(1.0), jax.random.key(2), shared)
+    wanted = TARGET.shared_tables(frozen).head_VD[some]
+    assert state.params["heads"].shape[0] == 2 and all((head == wanted).all() for head in state.params["heads"])
 
 
 def test_tokens_outside_the_mask_do_not_matter(frozen, batch: Batch):

@@ -72,6 +72,12 @@ def test_a_draft_vocabulary_saves_logits_of_the_draft_alone(tmp_path):
     assert row["head_and_loss_flops"] == 2 * 256 * c.width * (2 * c.vocab + 2 * 3 * 1000)
 
 
+def test_every_drafter_learns_with_a_draft_vocabulary(tmp_path):
+    arms = recipes("eagle", "fspad", "eagle3:2", "medusa:2", "parallelspec:2", "draft_lm")
+    rows = bench(tmp_path / "out.json", "--length", "64", "--draft-vocab", "1000", "--count-only", *arms)["rows"]
+    assert len(rows) == 6 and all(row["flops_per_step"] > 0 for row in rows)
+
+
 def test_count_only_times_nothing(counted):
     assert all(ROW_KEYS <= row.keys() for row in counted.values())
     assert all(row["step_ms"] is row["steps_per_second"] is row["mfu"] is None for row in counted.values())
