@@ -18,7 +18,7 @@ from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.chat_template import DATE, parse_variables
 from jaxspec.data.conversations import read_conversations
 from jaxspec.data.corpus import Documents, tokenize_conversations
-from jaxspec.data.draft_vocab import count_tokens, save_maps
+from jaxspec.data.draft_vocab import count_halves, save_maps, together, unseen_coverage
 from jaxspec.data.tokenized_corpus import StoredCorpus, is_corpus
 from jaxspec.interchange import target_folders
 from jaxspec.interchange.hf_config import read_table_config
@@ -64,21 +64,22 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = ChatTokenizer.load(folder, TemplateChoice(args.template, parse_variables(args.template_args), DATE))
     tokenizer.check_ids(vocab)
     corpus = read_corpus(args, tokenizer)
-    counts = count_tokens(corpus, vocab)
+    halves = count_halves(corpus, vocab)
+    counts = together(halves)
     used = int((counts.times_V > 0).sum())
     if not used:
         raise ValueError(f"{args.data}: holds no assistant turn; give conversations with answers")
     tokens = counts.commonest(args.size)
     save_maps(args.out, tokens, vocab)
     rows = [
-        {"size": n, "coverage": counts.coverage(counts.commonest(n))}
+        {"size": n, "coverage": counts.coverage(counts.commonest(n)), "unseen_coverage": unseen_coverage(halves, n)}
         for n in sorted({args.size, *(s for s in SIZES if s < used)})
         if n <= used
     ]
     tables.print_table(
         f"{int(counts.times_V.sum()):,} tokens of answers use {used:,} of {vocab:,}",
-        ["commonest tokens", "share of the answers' tokens"],
-        [[row["size"], f"{row['coverage']:.2%}"] for row in rows],
+        ["commonest tokens", "share of the answers' tokens", "of answers that did not choose them"],
+        [[row["size"], *(_share(row[key]) for key in ("coverage", "unseen_coverage"))] for row in rows],
     )
     if len(tokens) < args.size:
         sys.stderr.write(f"jaxspec draft-vocab: only {used:,} tokens are used, so {len(tokens):,} are kept\n")
@@ -88,11 +89,16 @@ def main(argv: Sequence[str]) -> int:
             "size": len(tokens),
             "vocab": vocab,
             "coverage": counts.coverage(tokens),
+            "unseen_coverage": unseen_coverage(halves, args.size),
             "rows": rows,
             "counted": int(counts.times_V.sum()),
         }
         results.write_json(args.json, results.result("draft-vocab", dtype="int32", seed=None, started=started, **found))
     return 0
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
 
 
 def read_corpus(args: Args, tokenizer: ChatTokenizer) -> Documents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxspec.data.corpus import Corpus, Documents
+from jaxspec.data.corpus import Documents
 
-_TOGETHER = 1024  # documents of a corpus on disk that are counted together
+_TOGETHER = 1024  # documents of a corpus that are read together, an even number
 
 
 class Frequencies(NamedTuple):
@@ -32,13 +33,37 @@ class Frequencies(NamedTuple):
 
 def count_tokens(corpus: Documents, vocab: int) -> Frequencies:
     """Returns the frequencies of the assistant's tokens in a corpus."""
-    if isinstance(corpus, Corpus):
-        return Frequencies(np.bincount(corpus.tokens[corpus.assistant_mask], minlength=vocab))
-    times_V, count = np.zeros(vocab, np.int64), len(corpus.lengths)
+    return together(count_halves(corpus, vocab))
+
+
+def together(halves: Sequence[Frequencies]) -> Frequencies:
+    """Returns the frequencies of several parts of a corpus as one."""
+    return Frequencies(np.sum([half.times_V for half in halves], axis=0))
+
+
+def count_halves(corpus: Documents, vocab: int) -> tuple[Frequencies, Frequencies]:
+    """Returns the frequencies of the assistant's tokens in every other document, and in the others."""
+    halves, count = np.zeros((2, vocab), np.int64), len(corpus.lengths)
     for first in range(0, count, _TOGETHER):
         some = corpus.read(range(first, min(first + _TOGETHER, count)))
-        times_V += np.bincount(np.concatenate([tokens[mask] for tokens, mask in some]), minlength=vocab)
-    return Frequencies(times_V)
+        for half, times_V in enumerate(halves):
+            mine = [tokens[mask] for tokens, mask in some[half::2]]  # _TOGETHER is even
+            times_V += np.bincount(np.concatenate([*mine, np.zeros(0, np.int64)]), minlength=vocab)
+    return Frequencies(halves[0]), Frequencies(halves[1])
+
+
+def unseen_coverage(halves: tuple[Frequencies, Frequencies], count: int) -> float | None:
+    """Returns the share of uses that the `count` commonest tokens of other documents make up, both halves in turn.
+
+    It says what to expect of answers to come, a little low, for half of the documents choose. None where one half has
+    no answer.
+    """
+    one, other = halves
+    if not one.times_V.any() or not other.times_V.any():
+        return None
+    found = [(of, by.commonest(count)) for of, by in ((one, other), (other, one))]
+    uses = sum(int(of.times_V.sum()) for of, _ in found)
+    return sum(int(of.times_V[tokens].sum()) for of, tokens in found) / uses
 
 
 def save_maps(path: str | Path, tokens: np.ndarray, vocab: int) -> None:

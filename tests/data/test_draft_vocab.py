@@ -9,7 +9,15 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
 from jaxspec.data.corpus import Corpus
-from jaxspec.data.draft_vocab import Frequencies, count_tokens, load_maps, save_maps
+from jaxspec.data.draft_vocab import (
+    Frequencies,
+    count_halves,
+    count_tokens,
+    load_maps,
+    save_maps,
+    together,
+    unseen_coverage,
+)
 
 
 def corpus(tokens: list[int], spoken: list[bool]) -> Corpus:
@@ -25,6 +33,18 @@ def test_the_commonest_tokens_are_the_assistants_in_ascending_order():
     assert found.commonest(3).tolist() == [3, 5, 7] and found.commonest(1).tolist() == [7]
     assert found.commonest(99).tolist() == [3, 5, 7, 9]
     assert found.coverage(found.commonest(3)) == 7 / 8
+
+
+def test_coverage_of_unseen_answers_is_that_of_tokens_chosen_by_the_other_documents():
+    texts = [[1, 1, 1, 2], [2, 2, 3], [1, 4, 4], [2, 5]]
+    tokens, ends = np.concatenate(texts), np.cumsum([0, *map(len, texts)])
+    each = (np.zeros(4, np.int32), ("",), ("a", "b", "c", "d"), np.zeros(4, bool))
+    halves = count_halves(Corpus(tokens.astype(np.int32), np.ones(len(tokens), bool), ends, *each), 8)
+    assert [half.times_V[1:6].tolist() for half in halves] == [[4, 1, 0, 2, 0], [0, 3, 1, 0, 1]]
+    assert together(halves).times_V.tolist() == np.bincount(tokens, minlength=8).tolist()
+    assert unseen_coverage(halves, 1) == (1 * 1 + 0) / 12  # 2 of the first half, 1 of the second
+    assert unseen_coverage(halves, 2) == ((1 + 0) + 0) / 12 and unseen_coverage(halves, 9) == (1 + 3) / 12
+    assert unseen_coverage((halves[0], Frequencies(np.zeros(8, np.int64))), 2) is None
 
 
 def test_ties_go_to_the_lower_id():
