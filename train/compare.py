@@ -302,14 +302,16 @@ def encode_all(prompts: Sequence[Prompt], tokenizer: ChatTokenizer) -> list[np.n
 
 
 def begun_with(args: Args, target: str) -> dict[str, Any]:
-    """Returns the settings that all comparisons in one folder must share."""
+    """Returns the settings that all comparisons in one folder must share.
+
+    Changes of `--set` are not among them: every arm keeps its own, and recipes may be added with theirs.
+    """
     files = {"train": args.train, "eval": args.eval, "prompts": args.prompts or args.eval}
     return {
         "target": target,
         "template": args.template,
         "draft_vocab": args.draft_vocab,
         **files,
-        **({"set": list(args.set)} if args.set else {}),
         **{f"{name}_contents": contents(path) for name, path in files.items()},
         "limit": args.limit,
         "tokens": int(args.tokens),

@@ -19,7 +19,7 @@ from jaxspec.drafters.module import DrafterModule, DrafterOptions, TargetShape, 
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import Prefix, as_mask, attend, causal_mask
 from jaxspec.nn.decoder_layer import decoder_layer
-from jaxspec.nn.layer_weights import layer_shapes, layer_weights
+from jaxspec.nn.layer_weights import check_layer, layer_shapes, layer_weights
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.norm import rms_norm
 from jaxspec.nn.remat import recompute
@@ -66,8 +66,7 @@ class DraftLMConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        check_layer(self)
 
 
 class DraftLMState(NamedTuple):

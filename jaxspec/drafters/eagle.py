@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Params, SharedTables
 from jaxspec.drafters.one_layer import HEAD_LAYER, LayerOptions, OneLayer
 from jaxspec.drafters.recurrent import Recurrent
-from jaxspec.nn.layer_weights import layer_shapes
+from jaxspec.nn.layer_weights import check_layer, layer_shapes
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.matmul import multiply
 from jaxspec.nn.mlp import constrain_rows
@@ -81,8 +81,7 @@ class EagleConfig:
     """Tokens of an embedding of its own, as some published files have it; 0: it reads the target's."""
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        check_layer(self)
 
     @property
     def group(self) -> int:

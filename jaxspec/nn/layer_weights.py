@@ -25,6 +25,17 @@ class LayerShape(Protocol):
     def mlp(self) -> int: ...
 
 
+def check_layer(c: LayerShape) -> None:
+    """Raises ValueError naming the size that no layer can have."""
+    for name in ("width", "heads", "kv_heads", "head_dim", "mlp"):
+        if (size := getattr(c, name)) < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+    if c.heads % c.kv_heads:
+        raise ValueError(f"heads={c.heads} must be a multiple of kv_heads={c.kv_heads}")
+    if c.head_dim % 2:
+        raise ValueError(f"head_dim={c.head_dim} must be even for rotary positions")
+
+
 def layer_shapes(c: LayerShape, options: Options = PLAIN) -> dict[str, Shape]:
     """Returns the shape of every weight of one decoder layer.
 

@@ -16,7 +16,7 @@ from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import AttentionOptions, Prefix, as_mask, attend, attend_text, cap
 from jaxspec.nn.decoder_layer import decoder_layer
 from jaxspec.nn.kernels import Kernel
-from jaxspec.nn.layer_weights import layer_shapes, layer_weights
+from jaxspec.nn.layer_weights import check_layer, layer_shapes, layer_weights
 from jaxspec.nn.lm_head import score_tokens
 from jaxspec.nn.mlp import constrain_rows
 from jaxspec.nn.norm import rms_norm
@@ -54,10 +54,7 @@ class LlamaConfig:
     """No departure. A config of another family has its own, see `DecoderConfig`."""
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+        check_layer(self)
 
     @property
     def group(self) -> int:

@@ -152,6 +152,15 @@ def test_every_weight_learns_at_every_step():
         assert (parts > 1e-6).all(), "queries, keys and values all learn"
 
 
-def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="kv_heads=3"):
-        EagleConfig(16, 4, 3, 4, 20)
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((16, 4, 3, 4, 20), "heads=4 must be a multiple of kv_heads=3"),
+        ((16, 4, 0, 4, 20), "kv_heads=0 must be at least 1"),
+        ((0, 4, 2, 4, 20), "width=0 must be at least 1"),
+        ((16, 4, 2, 3, 20), "head_dim=3 must be even"),
+    ],
+)
+def test_sizes_that_no_layer_can_have_are_refused(sizes: tuple[int, ...], said: str):
+    with pytest.raises(ValueError, match=said):
+        EagleConfig(*sizes)
