@@ -193,6 +193,8 @@ def test_changed_settings_are_refused_by_name(folder: Path, watch: Watch, capfd:
     shown = capfd.readouterr().err
     assert "trained with other settings (optimizer.peak_lr was 0.001, is 0.01): give another --out, or move" in shown
     recipe.write_text(RECIPE.format(rate=1e-3, drafter="eagle"))
+    assert main([*words, "--set", "optimizer.peak_lr=0.02"]) == 1
+    assert "optimizer.peak_lr was 0.001, is 0.02" in capfd.readouterr().err
     chats = folder / "chats.jsonl"
     before = chats.read_text()
     chats.write_text(before.replace("they say", "they said"))
@@ -231,7 +233,8 @@ def test_changes_are_made_to_every_recipe_that_is_trained(folder: Path):
     args = compare.Args(recipes=("slow.py", "ready.py"), target="target", set=("optimizer.peak_lr=0.5", "data.batch=4"))
     changed, ready = (arm.config for arm in compare.plan(args)[1])
     assert (changed.optimizer.peak_lr, changed.data.batch, ready.optimizer.peak_lr) == (0.5, 4, 1e-3)
-    assert compare.begun_with(dataclasses.replace(args, train="chats.jsonl", eval="chats.jsonl"), "target")["set"]
+    same = [dataclasses.replace(args, train="chats.jsonl", eval="chats.jsonl", set=s) for s in ((), args.set)]
+    assert compare.begun_with(same[0], "target") == compare.begun_with(same[1], "target")  # each arm keeps its own
 
 
 def test_a_change_may_be_of_one_recipe():
