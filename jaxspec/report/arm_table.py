@@ -53,7 +53,7 @@ def by_arm(options: Mapping[str, str], found: Mapping[str, Any]) -> tuple[list[s
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get("identical_fraction" if name == "identical" else name)
-    if not known(value):
+    if value is None or not known(value):
         return "-"
     if name == "identical":
         return f"{100 * value:.4g} %"

@@ -161,6 +161,6 @@ def test_every_weight_learns_at_every_step():
         ((16, 4, 2, 3, 20), "head_dim=3 must be even"),
     ],
 )
-def test_sizes_that_no_layer_can_have_are_refused(sizes: tuple[int, ...], said: str):
+def test_sizes_that_no_layer_can_have_are_refused(sizes: tuple[int, int, int, int, int], said: str):
     with pytest.raises(ValueError, match=said):
         EagleConfig(*sizes)
