@@ -107,6 +107,8 @@ class Args(DraftFlags):
         cli.refuse_below_one(self, "batch", "repeats", "concurrency", *([] if self.limit is None else ["limit"]))
         if self.rejected < 0:
             raise ValueError(f"--rejected {self.rejected} must be 0 or more")
+        if self.rejected and not self.drafter:
+            raise ValueError("--rejected needs a --drafter: nothing else is drafted here")
         if self.slots < 0 or (self.slots and self.batch > 1):
             raise ValueError("--slots and --batch are two ways: give --slots of at least 1, or --batch")
         _ = self.passes

@@ -26,7 +26,7 @@ def rejected_drafts(models: Models, request: Request, tokens: Sequence[int], lon
         1,
         longest=max(longest, len(request.tokens)),
         max_new_tokens=settings.max_new_tokens,
-        stops=len(settings.stop_ids),
+        stops=max(1, len(settings.stop_ids)),
     )
     text, found = [int(slots.admit(request, 0)[0])], []
     while len(text) < len(tokens):
@@ -38,13 +38,13 @@ def rejected_drafts(models: Models, request: Request, tokens: Sequence[int], lon
     return found if text == list(tokens) else None
 
 
-def behind_path(tree: SeenTree, accepted: int, row: int = 0) -> list[int]:
-    """Returns the tokens below the last accepted node of a row's tree, the first child at each depth."""
-    parents: Any = tree.parent_BN[row]
-    node, found = int(tree.path_BP[row, accepted]), []
+def behind_path(tree: SeenTree, accepted: int) -> list[int]:
+    """Returns the tokens below the last accepted node of the first row's tree, the first child at each depth."""
+    parents: Any = tree.parent_BN[0]
+    node, found = int(tree.path_BP[0, accepted]), []
     while True:
-        below = [n for n in range(node + 1, len(parents)) if parents[n] == node and tree.valid_BN[row, n]]
+        below = [n for n in range(node + 1, len(parents)) if parents[n] == node and tree.valid_BN[0, n]]
         if not below:
             return found
         node = below[0]
-        found.append(int(tree.token_BN[row, node]))
+        found.append(int(tree.token_BN[0, node]))

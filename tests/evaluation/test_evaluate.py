@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from random_models import write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console.results import jsonable
+from jaxspec.decoding.seen_tree import SeenTree
 from jaxspec.evaluation.metrics import summarize_all
+from jaxspec.evaluation.rejected_drafts import behind_path
 from jaxspec.evaluation.rows import read_evaluation
 
 QUESTIONS = [
@@ -72,6 +75,15 @@ def test_slots_give_the_same_rows_and_latencies(folder: Path):
     assert main(["evaluate", "--check", "slots"]) == 0
 
 
+def test_drafts_behind_a_path_are_the_first_children_below_it():
+    """Root 5 with children 6 and 7; 6 has 8 and 9, 9 has 10; the last node is padding."""
+    parents, valid = [-1, 0, 0, 1, 1, 4, 2], [True] * 6 + [False]
+    tree = SeenTree(*(np.array([x]) for x in ([5, 6, 7, 8, 9, 10, 0], parents, valid, [0, 1, 4, 4])))
+    assert behind_path(tree, 0) == [6, 8] and behind_path(tree, 1) == [8] and behind_path(tree, 2) == [10]
+    beside = tree._replace(path_BP=np.array([[0, 2, 2, 2]]))
+    assert behind_path(beside, 1) == []  # node 7 has padding below it alone
+
+
 def test_rejected_drafts_of_the_first_questions_are_kept(folder: Path):
     assert main([*WORDS, "--rejected", "1", "--temperature", "0", "1", "--out", "rejected"]) == 0
     assert main([*WORDS, "--temperature", "0", "1", "--out", "unkept"]) == 0
@@ -122,6 +134,7 @@ def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.Capt
     ("words", "told"),
     [
         (["evaluate"], "--prompts is missing"),
+        ([*WORDS[:5], "--rejected", "1"], "--rejected needs a --drafter"),
         ([*WORDS[:5], "--tree", "chain:2"], "--tree needs a --drafter"),
         ([*WORDS, "--tree", "chainsaw"], "chainsaw"),
         ([*WORDS, "--drafter", "lookup"], "--drafter lookup is given twice"),
