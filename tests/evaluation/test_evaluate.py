@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from random_models import write_target
 
@@ -78,9 +78,9 @@ def test_slots_give_the_same_rows_and_latencies(folder: Path):
 def test_drafts_behind_a_path_are_the_first_children_below_it():
     """Root 5 with children 6 and 7; 6 has 8 and 9, 9 has 10; the last node is padding."""
     parents, valid = [-1, 0, 0, 1, 1, 4, 2], [True] * 6 + [False]
-    tree = SeenTree(*(np.array([x]) for x in ([5, 6, 7, 8, 9, 10, 0], parents, valid, [0, 1, 4, 4])))
+    tree = SeenTree(*(jnp.array([x]) for x in ([5, 6, 7, 8, 9, 10, 0], parents, valid, [0, 1, 4, 4])))
     assert behind_path(tree, 0) == [6, 8] and behind_path(tree, 1) == [8] and behind_path(tree, 2) == [10]
-    beside = tree._replace(path_BP=np.array([[0, 2, 2, 2]]))
+    beside = tree._replace(path_BP=jnp.array([[0, 2, 2, 2]]))
     assert behind_path(beside, 1) == []  # node 7 has padding below it alone
 
 
