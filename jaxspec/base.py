@@ -14,6 +14,7 @@ Arrays of two or more axes carry their axes as a suffix (`logits_BLV`); einsum s
 | `T` | tree depth or draft steps | `P` | `T + 1`: nodes of a deepest path, root included |
 | `R` | stop ids of a row; children of a node | `O` | output slots |
 | `E` | expanded nodes: the root, then one per draft scratch slot | `U` | tokens of a draft vocabulary |
+| `A` | tokens of all rows in one axis, without padding | | |
 """
 
 from __future__ import annotations
@@ -75,6 +76,18 @@ class Packed(NamedTuple):
 
 Mask = Array | Packed
 """Which keys each token sees: an array `[B, L, M]`, or `Packed`."""
+
+
+class Ragged(NamedTuple):
+    """Tokens of several rows in one axis `A`, as many of each row as it has: matmuls then see no padding.
+
+    Attention, where each row has a prefix of its own, takes them as `[B, N]` (`nn.ragged`).
+    """
+
+    from_A: Array
+    """Place `b * N + n` of each token in `[B, N]`; behind the last token any."""
+    place_BN: Array
+    """Place of each row's tokens in `A`. Any where there is none: no token may see that one."""
 
 
 class TargetOutput(NamedTuple):
@@ -231,11 +244,13 @@ class Target(Protocol):
         prefix: tuple[Cache, Array] | None = None,
         *,
         keep_kv: bool = False,
+        ragged: Ragged | None = None,
     ) -> TargetOutput:
         """Returns features `[B, L, D]` of `L` tokens at absolute positions, and with `keep_kv` their keys and values.
 
         The tokens see each other by `mask_BLM`. `prefix` is the cache and each row's committed tokens `[B]`, all of
-        which every token of the row sees.
+        which every token of the row sees. With `ragged`, which needs a prefix, tokens and positions are `[1, A]` and
+        features `[1, A, D]`; the mask is `[B, N, N]`, and keys and values are those of `[B, N]`.
         """
         ...
 

@@ -55,7 +55,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"draft_vocab", "packing", "pipeline", "tokenized_corpus"},
         {"feature_store"},
     ),
-    "decoding": ({"answers", "requests", "seen_tree"}, {"rounds"}, {"generation"}, {"slots"}),
+    "decoding": ({"answers", "ragged", "requests", "seen_tree"}, {"rounds"}, {"generation"}, {"slots"}),
     "distillation": (
         {"chunks", "objective", "optimizer"},
         {"metrics", "task"},
@@ -138,7 +138,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "losses": ({"loss", "spec"}, {"divergence", "feature", "position"}, {"acceptance"}, {"tvdpp"}),
     "nn": (
-        {"cache", "kernels", "norm", "options", "remat", "rope", "weights"},
+        {"cache", "kernels", "norm", "options", "ragged", "remat", "rope", "weights"},
         {"attention", "layer_weights"},
         {"quantization"},
         {"matmul"},

@@ -25,6 +25,7 @@ from jaxspec.base import (
     Tree,
     TreePolicy,
 )
+from jaxspec.decoding.ragged import Reading, score_ragged
 from jaxspec.decoding.requests import Requests
 from jaxspec.decoding.seen_tree import SeenTree, see
 from jaxspec.nn import cache as kv
@@ -32,7 +33,7 @@ from jaxspec.parallel.mesh import constrain_tree
 from jaxspec.parallel.rows import scatter_rows
 from jaxspec.sampling import draw, round_noise
 from jaxspec.trees.adaptive import AdaptiveTree, Drafting, PolicyState, RoundPlan
-from jaxspec.trees.children import drawn
+from jaxspec.trees.children import drawn, over_whole_vocabulary
 from jaxspec.trees.shape import root_alone
 
 RUNNING, STOPPED, LENGTH = 0, 1, 2
@@ -72,6 +73,8 @@ class Engine:
                     "up: take PromptLookup(drafter)"
                 )
             self.rule.check(self.mode, self.tree)
+            if isinstance(self.tree, AdaptiveTree) and self.tree.ragged and self.rule.name != "target-draw":
+                raise ValueError(f"a ragged adaptive tree is for the rule target-draw, not {self.rule.name}: take that")
             if self.mode not in self.tree.modes:
                 name = getattr(self.tree, "spec", self.tree)
                 raise ValueError(
@@ -302,13 +305,18 @@ def check_as_planned(engine: Engine, tree: AdaptiveTree, weights: Weights, state
     plan = tree.plan(_drafting(engine, weights, state), state.policy, running_B)
 
     def check(nodes: int, plan: RoundPlan) -> Checked:
-        cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
-        scored = score(engine, weights, state, cut)
-        accepted = accept(engine, state, cut, scored.logits_BNV)
+        if tree.ragged and 1 < nodes < tree.nodes and len(running_B) > 1:
+            cut = tree.cut_ragged(plan, nodes, running_B)
+            read = Reading(state.cache, state.length_B, state.requests.sampling)
+            fresh, read_BND, accepted = score_ragged(engine.target, weights.target, read, cut, nodes, tree.depth)
+        else:
+            cut = tree.cut(plan, nodes)  # of likeliest children, without distributions
+            fresh, read_BND, logits_BNV = score(engine, weights, state, cut)
+            accepted = accept(engine, state, cut, logits_BNV)
         # The path alone leaves the branch, in arrays of one shape for all budgets; its nodes are numbered by depth.
-        read_BPD = jnp.take_along_axis(scored.read_BND, accepted.path_BP[:, :, None], axis=1)
+        read_BPD = jnp.take_along_axis(read_BND, accepted.path_BP[:, :, None], axis=1)
         depth_BP = jnp.broadcast_to(jnp.arange(engine.path), accepted.path_BP.shape)
-        fresh, seen = kv.take_rows(scored.fresh, accepted.path_BP), see(cut, accepted, tree.nodes)
+        fresh, seen = kv.take_rows(fresh, accepted.path_BP), see(cut, accepted, tree.nodes)
         return Checked(accepted._replace(path_BP=depth_BP), fresh, read_BPD, seen)
 
     # One number for all rows: an index for each row would compute every branch.
@@ -322,7 +330,10 @@ def grow(engine: Engine, weights: Weights, state: DecodeState) -> Tree:
     """Returns the round's draft tree: `engine.tree` calls the drafter's `expand` once a level."""
     if engine.tree is None or engine.drafter is None:
         return root_alone(state.root_B, engine.rows)
-    return _in_whole(engine, weights, engine.tree.grow(*_drafting(engine, weights, state)))
+    tree = engine.tree.grow(*_drafting(engine, weights, state))
+    if weights.vocab is None:
+        return tree
+    return over_whole_vocabulary(tree, weights.vocab.token_U, len(engine.target.shared_tables(weights.target).embed_VD))
 
 
 def _drafting(engine: Engine, weights: Weights, state: DecodeState) -> Drafting:
@@ -350,17 +361,6 @@ def children(engine: Engine, weights: Weights, state: DecodeState) -> ChooseChil
 def _draft_noise(seed_B: Array, length_B: Array, slot: int, shape: tuple[int, ...]) -> Array:
     """The `Noise` of one round: Gumbel draws `[B, *shape]` for the node in scratch slot `slot`."""
     return round_noise(seed_B, length_B, DRAFTING + 1 + slot, functools.partial(jax.random.gumbel, shape=shape))
-
-
-def _in_whole(engine: Engine, weights: Weights, tree: Tree) -> Tree:
-    """Returns a tree with the distributions of a draft vocabulary over the whole one, as the target's are."""
-    vocab, distributions = weights.vocab, tree.distributions
-    if vocab is None or distributions is None:
-        return tree
-    size = engine.target.shared_tables(weights.target).embed_VD.shape[0]
-    whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
-    whole_BEV = whole_BEV.at[..., vocab.token_U].set(distributions.distribution_BEV)
-    return tree._replace(distributions=distributions._replace(distribution_BEV=whole_BEV))
 
 
 def score(engine: Engine, weights: Weights, state: DecodeState, tree: Tree) -> Scored:

@@ -73,8 +73,8 @@ class AdaptiveTree:
 
     `base` bounds what is drafted: the most levels, and the beam. Children are the likeliest tokens, so the tree is a
     function of the committed text and of what was accepted in it, and any rule that is lossless for such trees stays
-    so. All rows of a batch share a decision, since they share the target's call. Raises ValueError where budgets, costs
-    and calibration do not go together.
+    so. All rows of a batch share a decision, since they share the target's call; with `ragged` the call's nodes go to
+    the rows where they are worth most. Raises ValueError where budgets, costs and calibration do not go together.
     """
 
     base: DynamicTree | None
@@ -97,6 +97,9 @@ class AdaptiveTree:
     for deeper ones. Empty: 1, the most that a level can add."""
     lookup: LookupBranch | None = None
     """A branch of looked-up tokens; the drafter must be one that looks up (`drafters.prompt_lookup`)."""
+    ragged: bool = False
+    """Budgets are means over the rows of a batch: the likeliest nodes of all rows together are verified, of a row up to
+    the largest budget. The rule must be target-draw."""
 
     def __post_init__(self) -> None:
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
@@ -206,6 +209,18 @@ class AdaptiveTree:
             return root_alone(plan.root_B)
         return best_of_pool(plan.pool, self._depths, nodes, plan.root_B)[0]
 
+    def cut_ragged(self, plan: RoundPlan, nodes: int, running_B: Array) -> Tree:
+        """Returns trees of the largest budget, in which the best `nodes - 1` candidates a row on average are valid.
+
+        They are the best of all running rows together; a row that has ended keeps its root.
+        """
+        batch, most = len(running_B), self.nodes - 1
+        score_BK, _ = top_k(jnp.where(running_B[:, None], plan.pool.score_BQ, -jnp.inf), most)
+        # The first of equals: of a row, those that `best_of_pool` has first.
+        _, chosen = top_k(score_BK.reshape(1, -1), (nodes - 1) * batch)
+        drafted_B = jnp.sum(chosen[0] // most == jnp.arange(batch)[:, None], axis=1)
+        return best_of_pool(plan.pool, self._depths, self.nodes, plan.root_B, drafted_B)[0]
+
     def grow(
         self, draft: DraftLogits, choose: ChooseChildren, scratch: Any, root_logits_BV: Array, root_token_B: Array
     ) -> Tree:
@@ -292,8 +307,11 @@ class AdaptiveTree:
         gains = [jnp.zeros(())] * len(self.budgets)
         if most:
             score_BK, _ = top_k(pool.score_BQ, most)
-            sums_K = jnp.cumsum(jnp.sum(jnp.where(running_B[:, None], jnp.exp(score_BK), 0.0), axis=0))
-            gains = [sums_K[n - 2] if n > 1 else jnp.zeros(()) for n in self.budgets]
+            worth_BK = jnp.where(running_B[:, None], jnp.exp(score_BK), 0.0)
+            batch = len(worth_BK) if self.ragged else 1
+            worth_K = -jnp.sort(-worth_BK.reshape(-1)) if self.ragged else jnp.sum(worth_BK, axis=0)
+            sums_K = jnp.cumsum(worth_K)
+            gains = [sums_K[(n - 1) * batch - 1] if n > 1 else jnp.zeros(()) for n in self.budgets]
         # The first of equals, which is the smallest.
         return jnp.argmax(jnp.stack(gains) - rate * self._verify_seconds).astype(jnp.int32)
 

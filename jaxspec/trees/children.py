@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Children, ChooseChildren, DraftMode
+from jaxspec.base import Array, Children, ChooseChildren, DraftMode, Tree
 from jaxspec.sampling import argmax, sharded_top_k
 
 Noise = Callable[[int, tuple[int, ...]], Array]
@@ -77,3 +77,16 @@ def _log_probabilities(distribution_BWV: Array, token_BWR: Array) -> tuple[Array
         rest_BWV = jnp.where(vocab == token_BW1, 0.0, rest_BWV)
     # A sum may round to a little more than 1.
     return jnp.log(jnp.stack(logps, axis=-1)), jnp.log(jnp.minimum(jnp.stack(bounds, axis=-1), 1.0))
+
+
+def over_whole_vocabulary(tree: Tree, token_U: Array, size: int) -> Tree:
+    """Returns a tree with the distributions of a draft vocabulary over the whole one of `size` tokens.
+
+    The target's distributions are over that.
+    """
+    distributions = tree.distributions
+    if distributions is None:
+        return tree
+    whole_BEV = jnp.zeros((*distributions.distribution_BEV.shape[:2], size), distributions.distribution_BEV.dtype)
+    whole_BEV = whole_BEV.at[..., token_U].set(distributions.distribution_BEV)
+    return tree._replace(distributions=distributions._replace(distribution_BEV=whole_BEV))

@@ -149,19 +149,28 @@ class DynamicTree:
         return np.concatenate([np.ones(self.beam, np.int32), rest])
 
 
-def best_of_pool(pool: Candidates, depth_Q: np.ndarray, nodes: int, root_token_B: Array) -> tuple[Tree, Array]:
+def best_of_pool(
+    pool: Candidates, depth_Q: np.ndarray, nodes: int, root_token_B: Array, drafted_B: Array | None = None
+) -> tuple[Tree, Array]:
     """Returns the tree of the root and the best `nodes - 1` candidates, in the order of the pool, and their places.
 
-    Parents stand before their children in the pool, and none has a smaller bound than its child.
+    Parents stand before their children in the pool, and none has a smaller bound than its child. With `drafted_B` a row
+    keeps the best so many of them alone; the places of the others hold padding.
     """
     # A drawn candidate is kept by the bound known before its draw, not by its own probability: kept for turning
     # out likely, it would no longer have the distribution it was drawn from. The bound falls from sibling to
     # sibling and from parent to child, so parents and elder siblings stay.
     # Pool order is by depth, and top_k takes the lower index among equals: ties go to the shallower node.
     _, chosen = top_k(pool.bound_BQ, nodes - 1)
+    kept_BN = jnp.ones((len(chosen), nodes), bool)
+    if drafted_B is not None:
+        # Padding goes behind the pool's end, and is sorted behind the others.
+        chosen = jnp.where(jnp.arange(nodes - 1) < drafted_B[:, None], chosen, len(depth_Q))
+        kept_BN = jnp.arange(nodes) <= drafted_B[:, None]
     # Sorted, parents stand before their children and siblings in the order of their draws.
     chosen = jnp.sort(chosen, axis=1)
     node_of = numbered(chosen, len(depth_Q))
+    chosen = jnp.minimum(chosen, len(depth_Q) - 1)
     parent = jnp.take_along_axis(pool.parent_BQ, chosen, axis=1)
     parent = jnp.where(parent == ROOT, 0, jnp.take_along_axis(node_of, jnp.maximum(parent, 0), axis=1))
     parent_BN = below_root(parent, ROOT)
@@ -171,7 +180,7 @@ def best_of_pool(pool: Candidates, depth_Q: np.ndarray, nodes: int, root_token_B
         parent_BN,
         below_root(jnp.asarray(depth_Q, jnp.int32)[chosen], 0),
         below_root(jnp.take_along_axis(pool.score_BQ, chosen, axis=1), 0.0),
-        below_root(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf,
+        kept_BN & (below_root(jnp.take_along_axis(pool.bound_BQ, chosen, axis=1), 0.0) > -jnp.inf),
         ancestor_mask(parent_BN, int(depth_Q.max(initial=1))),
     )
     return tree, chosen

@@ -48,6 +48,10 @@ TREES = {
     "both": AdaptiveTree(
         DynamicTree(ROWS, 3, 3), (1, 2, 4, ROWS), (1.0, 1.4, 1.7, 1.9), 0.75, 0.1, rate=1.0, lookup=LookupBranch(5)
     ),
+    "ragged": AdaptiveTree(DynamicTree(ROWS, 3, 3), (2, 3, ROWS), (1.0, 1.1, 3.0), 0.2, 0.1, rate=1.0, ragged=True),
+    "ragged both": AdaptiveTree(
+        DynamicTree(ROWS, 3, 3), (3, ROWS), (1.0, 3.0), 0.2, 0.1, rate=1.0, lookup=LookupBranch(5), ragged=True
+    ),
 }
 CONFIG = LlamaConfig(VOCAB, WIDTH, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=24)
 
@@ -142,13 +146,14 @@ def accepted_of(answers: list[Answer]) -> np.ndarray:
     return np.stack([answer.accepted for answer in answers])
 
 
-LOOKED_UP = ("lookup", "both")
+LOOKED_UP = ("lookup", "both", "ragged both")
 PAIRS = [
     *(("table", tree) for tree in TREES if tree not in LOOKED_UP),
     *(("lookup", tree) for tree in LOOKED_UP),
     ("eagle", "chain"),
     ("eagle", "dynamic"),
     ("eagle", "adaptive"),
+    ("eagle", "ragged"),
 ]
 
 

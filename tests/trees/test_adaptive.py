@@ -173,3 +173,37 @@ def test_an_adaptive_tree_that_cannot_be_is_refused(complaint: str):
 
 def test_drawn_children_are_refused():
     assert FREE.modes == ("topk",)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("nodes", [2, 3, 5])
+def test_a_ragged_budget_goes_to_the_likeliest_nodes_of_all_running_rows(seed: int, nodes: int):
+    tree = dataclasses.replace(FREE, budgets=(1, nodes, 8), ragged=True)
+    running = (True, bool(seed % 2), True)
+    plan = plan_of(tree, TableDrafting(seed), 1.0, running)
+    cut = tree.cut_ragged(plan, nodes, jnp.asarray(running))
+    valid = np.asarray(cut.valid_BN)
+    assert valid.sum() == BATCH * nodes and valid[:, 0].all()
+    assert running[1] or valid[1].sum() == 1
+    score = np.where(np.asarray(running)[:, None], np.asarray(plan.pool.score_BQ), -np.inf)
+    most = np.sort(score, axis=1)[:, ::-1][:, : tree.nodes - 1]  # a row has at most the largest budget
+    best = np.sort(most.ravel())[::-1][: BATCH * (nodes - 1)]
+    kept = np.asarray(cut.score_BN)[:, 1:][valid[:, 1:]]
+    np.testing.assert_allclose(np.sort(kept)[::-1], best, rtol=1e-6)
+    parent, ancestors = np.asarray(cut.parent_BN), np.asarray(cut.ancestors_BNN)
+    for b, n in zip(*np.nonzero(valid), strict=True):
+        assert n == 0 or valid[b, parent[b, n]]
+        assert not ancestors[b, n][~valid[b]].any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_ragged_budget_is_the_one_that_pays_most(seed: int):
+    rng = np.random.default_rng(seed)
+    running = (True, *(rng.random(BATCH - 1) < 0.7))
+    seconds, rate = tuple(np.cumsum(rng.random(3) + 0.01)), float(rng.choice([0.1, 0.5, 1.0, 3.0]))
+    tree = dataclasses.replace(FREE, verify_seconds=seconds, ragged=True)
+    plan = plan_of(tree, TableDrafting(seed), rate, running)
+    score = np.sort(np.asarray(plan.pool.score_BQ, np.float64), axis=1)[:, ::-1][:, : BASE.nodes - 1]
+    worth = np.sort(np.exp(score)[np.asarray(running)].ravel())[::-1]
+    tokens = [worth[: BATCH * (n - 1)].sum() for n in tree.budgets]
+    assert int(plan.index) == int(np.argmax(np.array(tokens) - rate * sum(running) * np.array(seconds)))
