@@ -21,6 +21,7 @@ from jaxspec import __version__, config, drafters
 from jaxspec.__main__ import VERBS, main, split_verb
 from jaxspec.config import DistillConfig
 from jaxspec.interchange.target_folders import target_folder
+from jaxspec.pages import pictures
 from jaxspec.trees import is_tree_file, parse_tree, write_tree
 from jaxspec.verify import rule_named
 
@@ -282,6 +283,7 @@ def arguments_of(verb: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_every_command_line_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert command.verb in VERBS, command
+    monkeypatch.setattr(pictures, "find_chromium", lambda: "chromium")  # flags are understood without it
     named = [word for flag, word in zip(command.arguments, command.arguments[1:], strict=False) if flag == "--tree"]
     if files := [word for word in named if is_tree_file(word)]:  # they are read at once
         monkeypatch.chdir(tmp_path)

@@ -150,7 +150,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "report": (
         {"given_files", "pieces", "runs", "wording"},
-        {"arm_table", "coloured_text", "cost_pictures", "recipe_table", "speed_pictures", "tables"},
+        {"arm_table", "coloured_text", "cost_pictures", "recipe_table", "speed_pictures", "tables", "tree_table"},
         {"documents", "round_pictures"},
         {"page"},
     ),

@@ -1,4 +1,4 @@
-"""Tables of documents, made from results of `evaluate`, `compare` and `bench decode` that are kept beside them.
+"""Tables of documents, made from results of `evaluate`, `compare`, `bench decode` and `lab table` kept beside them.
 
 A table stands between two comments, and is written anew from the file that the first one names:
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxspec.console.disk import writing
 from jaxspec.evaluation.rows import PLAIN
-from jaxspec.report import arm_table, recipe_table
+from jaxspec.report import arm_table, recipe_table, tree_table
 from jaxspec.report.given_files import read_result
 from jaxspec.report.runs import ALL
 from jaxspec.report.wording import at_temperature, counted, identical, known, per_second, spoken, spread
@@ -41,26 +41,6 @@ FIGURES: dict[str, tuple[str, Figure]] = {
     "identical": ("identical", identical),
 }
 """Name of a figure in an option -> its column and its text."""
-BY_DEFAULT = {
-    "methods": "answers,tau_micro,tau_macro,speedup,tokens_per_second,identical",
-    "tasks": "tau_micro,speedup",
-}
-"""Kind of a table -> its figures."""
-OPTIONS = {
-    "methods": ("figures", "task", "temperature"),
-    "tasks": ("figures", "method", "temperature"),
-    "recipes": recipe_table.OPTIONS,
-    "arms": arm_table.OPTIONS,
-}
-
-
-RESULTS = {
-    "methods": ("evaluate", "summary"),
-    "tasks": ("evaluate", "summary"),
-    "recipes": ("compare", "recipes"),
-    "arms": ("bench decode", "rows"),
-}
-"""Kind of a table -> the verb whose result it is made of, and the key of its figures."""
 
 
 class Renewed(NamedTuple):
@@ -71,12 +51,8 @@ class Renewed(NamedTuple):
     """Whether a table was not current."""
 
 
-class MadeTable(NamedTuple):
-    """A table of texts, and the temperatures that it is of."""
-
-    columns: list[str]
-    rows: list[list[str]]
-    temperatures: list[float]
+Made = tuple[Sequence[str], Sequence[Sequence[str]], str]
+"""Columns, lines, and what their numbers depend on."""
 
 
 class AskedTable(NamedTuple):
@@ -138,18 +114,12 @@ def _with_tables(document: Path, lines: Sequence[str]) -> tuple[int, list[str]]:
 
 def _table(document: Path, words: str) -> list[str]:
     asked = _asked(document, words)
-    verb, key = RESULTS[asked.kind]
-    found = read_result(asked.file, (verb,))
-    if not isinstance(found.get(key), list) or not found[key]:
-        raise ValueError(f"{asked.file}: has no figures; give the result of jaxspec {verb}")
+    kind = KINDS[asked.kind]
+    found = read_result(asked.file, (kind.verb,))
+    if not isinstance(found.get(kind.key), list) or not found[kind.key]:
+        raise ValueError(f"{asked.file}: has no figures; give the result of jaxspec {kind.verb}")
     try:
-        if asked.kind == "recipes":
-            columns, rows, about = recipe_table.by_recipe(asked.options, found)
-        elif asked.kind == "arms":
-            columns, rows, about = arm_table.by_arm(asked.options, found)
-        else:
-            columns, rows, at = (_by_task if asked.kind == "tasks" else _by_method)(asked, found[key])
-            about = _about(found, at)
+        columns, rows, about = kind.make(asked.options, found)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{asked.file}: lacks a figure or setting ({error}); make it again") from error
     below = f"{about} [{asked.file.name}]({_link(document, asked.file)})"
@@ -163,14 +133,14 @@ def _asked(document: Path, words: str) -> AskedTable:
         name, kind, *rest = shlex.split(words)
     except ValueError:
         raise ValueError("a table needs a file and a kind: <!-- table: docs/results/NAME.json tasks -->") from None
-    if kind not in OPTIONS:
-        raise ValueError(f"there is no kind {kind!r} of tables; there are {' and '.join(OPTIONS)}")
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r} of tables; there are {' and '.join(KINDS)}")
     options = {}
     for word in rest:
         key, equals, value = word.partition("=")
-        if not equals or key not in OPTIONS[kind]:
+        if not equals or key not in KINDS[kind].options:
             raise ValueError(
-                f"{word!r} is no option of {kind}; there are {', '.join(OPTIONS[kind])}, each with a value"
+                f"{word!r} is no option of {kind}; there are {', '.join(KINDS[kind].options)}, each with a value"
             )
         options[key] = value
     return AskedTable(_beside(document, name), kind, options)
@@ -186,16 +156,16 @@ def _beside(document: Path, name: str) -> Path:
     raise ValueError(f"{name}: no such file, neither beside {document.name} nor in a folder above it")
 
 
-def _figures(asked: AskedTable) -> list[tuple[str, Figure]]:
-    names = asked.options.get("figures", BY_DEFAULT[asked.kind]).split(",")
+def _figures(options: Mapping[str, str], by_default: str) -> list[tuple[str, Figure]]:
+    names = options.get("figures", by_default).split(",")
     if stranger := next((name for name in names if name not in FIGURES), None):
         raise ValueError(f"there is no figure {stranger!r}; there are {', '.join(FIGURES)}")
     return [FIGURES[name] for name in names]
 
 
-def _temperatures(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> list[float]:
+def _temperatures(options: Mapping[str, str], summary: Sequence[Mapping[str, Any]]) -> list[float]:
     known_here = sorted({float(row["temperature"]) for row in summary})
-    given = asked.options.get("temperature")
+    given = options.get("temperature")
     if given is None:
         return known_here
     if given not in [f"{t:g}" for t in known_here]:
@@ -203,10 +173,11 @@ def _temperatures(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> li
     return [float(given)]
 
 
-def _by_method(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> MadeTable:
-    """Returns columns and rows of a line a method, and the temperatures."""
-    figures, task = _figures(asked), asked.options.get("task", ALL)
-    warm = _temperatures(asked, summary)
+def _by_method(options: Mapping[str, str], found: Mapping[str, Any]) -> Made:
+    """Returns a line a method, at all temperatures or at one."""
+    summary = found["summary"]
+    figures = _figures(options, "answers,tau_micro,tau_macro,speedup,tokens_per_second,identical")
+    task, warm = options.get("task", ALL), _temperatures(options, summary)
     if not any(row["task"] == task for row in summary):
         raise ValueError(f"there is no task {task!r}")
     rows = [
@@ -216,17 +187,17 @@ def _by_method(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> MadeT
         if row["task"] == task and row["temperature"] == t
     ]
     columns = ["method", *(["temperature"] if len(warm) > 1 else []), *(title for title, _ in figures)]
-    return MadeTable(columns, rows, warm)
+    return columns, rows, _about(found, warm)
 
 
-def _by_task(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> MadeTable:
-    """Returns columns and rows of a line a task, with the figures of each method; and the temperature, by default the
-    lowest."""
-    figures = _figures(asked)
-    temperature = _temperatures(asked, summary)[0]
+def _by_task(options: Mapping[str, str], found: Mapping[str, Any]) -> Made:
+    """Returns a line a task, with the figures of each method at one temperature, by default the lowest."""
+    summary = found["summary"]
+    figures = _figures(options, "tau_micro,speedup")
+    temperature = _temperatures(options, summary)[0]
     here = {(row["task"], row["method"]): row for row in summary if row["temperature"] == temperature}
     known_methods = list(dict.fromkeys(m for _, m in here if m != PLAIN))
-    methods = asked.options["method"].split(",") if "method" in asked.options else known_methods
+    methods = options["method"].split(",") if "method" in options else known_methods
     if stranger := next((m for m in methods if m not in [*known_methods, PLAIN]), None):
         raise ValueError(f"there is no method {stranger!r}; there are {', '.join(known_methods)}")
     rows = []
@@ -234,7 +205,7 @@ def _by_task(asked: AskedTable, summary: Sequence[Mapping[str, Any]]) -> MadeTab
         cells = [told(here[task, m]) if (task, m) in here else "-" for m in methods for _, told in figures]
         rows.append(["all tasks" if task == ALL else spoken(task), *cells])
     columns = ["task", *(f"`{m}` {title}" for m in methods for title, _ in figures)]
-    return MadeTable(columns, rows, [temperature])
+    return columns, rows, _about(found, [temperature])
 
 
 def _about(found: Mapping[str, Any], temperatures: Sequence[float]) -> str:
@@ -260,3 +231,25 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 def _number(value: Any) -> str:
     return per_second(value) if known(value) else "-"
+
+
+class Kind(NamedTuple):
+    """A kind of tables."""
+
+    verb: str
+    """The verb whose result it is made of."""
+    key: str
+    """The key of its figures."""
+    options: Sequence[str]
+    make: Callable[[Mapping[str, str], Mapping[str, Any]], Made]
+    """Options and result -> the table. Raises ValueError naming an option that the result has nothing for."""
+
+
+KINDS = {
+    "methods": Kind("evaluate", "summary", ("figures", "task", "temperature"), _by_method),
+    "tasks": Kind("evaluate", "summary", ("figures", "method", "temperature"), _by_task),
+    "recipes": Kind("compare", "recipes", recipe_table.OPTIONS, recipe_table.by_recipe),
+    "arms": Kind("bench decode", "rows", arm_table.OPTIONS, arm_table.by_arm),
+    "trees": Kind("lab table", "rows", tree_table.OPTIONS, tree_table.by_place),
+}
+"""The kinds that a comment may name."""

@@ -217,6 +217,30 @@ BENCHED = {
 }  # fmt: skip
 
 
+TABLED = {
+    "command": "lab table",
+    "batches": [1, 64],
+    "contexts": [512, 4096],
+    "rows": [
+        {"spec": spec, "nodes": nodes, "depth": depth, "batch": batch, "context": context, "expected_tau": tau,
+         "speedup": speedup}
+        for spec, nodes, depth, batch, context, tau, speedup in (
+            ("static:0,1,00,000", 8, 3, 1, 512, 3.2, 2.0),
+            ("none", 1, 0, 64, 512, 1.0, 1.0),
+            ("static:0,1,00,000", 24, 5, 1, 4096, 4.0, 2.5),
+            ("chain:3", 8, 3, 64, 4096, 3.1, 1.25),
+        )
+    ],
+    "made_from": {
+        "profile": {"file": "rates.npz", "temperature": 0.0},
+        "costs": {
+            "source": "roofline", "device": "v6e", "target": "llama3-8b", "drafter": "eagle2", "dtype": "bfloat16",
+        },
+        "limits": {"max_nodes": 64, "max_depth": 6, "max_branch": None},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
@@ -249,11 +273,26 @@ BENCHED = {
             ],
         ),
         ("bench.json arms batch=4 arms=chain:3 figures=tau", ["| arm | tau |", "| `chain:3` | 2.50 |"]),
+        (
+            "table.json trees",
+            [
+                "| context | batch 1 | batch 64 |",
+                "| 512 | 8x3, 2.00 | plain |",
+                "| 4,096 | 24x5, 2.50 | 8x3, 1.25 |",
+                "Costs of v6e (roofline), target llama3-8b, drafter eagle2, bfloat16; acceptance of rates.npz, greedy;",
+                "up to 64 nodes and 6 levels:",
+            ],
+        ),
+        (
+            "table.json trees contexts=4096 batches=64 figures=tree,tau",
+            ["| context | batch 64 |", "| 4,096 | `chain:3`, 3.10 |", "Each cell: the tree, tau."],
+        ),
     ],
 )
 def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list[str]):
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
+    (tmp_path / "table.json").write_text(json.dumps(TABLED))
     document = tmp_path / "page.md"
     document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n")
     assert main(["report", "--markdown", str(document)]) == 0
@@ -276,11 +315,14 @@ def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list
         ("bench.json arms arms=tree", "there is no arm 'tree'; there are plain, chain:3"),
         ("bench.json arms figures=mood", "there is no figure 'mood'"),
         ("bench.json recipes", "is no result of compare"),
+        ("table.json trees batches=2", "nothing was searched for batches 2; there are 1, 64"),
+        ("table.json trees figures=mood", "there is no figure 'mood'; there are size, tree, speedup, tau"),
     ],
 )
 def test_what_a_result_does_not_have_is_named(tmp_path: Path, words: str, said: str, capsys):
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
+    (tmp_path / "table.json").write_text(json.dumps(TABLED))
     document = tmp_path / "page.md"
     document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n")
     assert main(["report", "--markdown", str(document)]) == EXIT_FAILED
