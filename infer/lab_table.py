@@ -1,4 +1,4 @@
-"""Find the best draft tree for every batch and context, as a table that a server can load."""
+"""Find the best draft tree for every batch and context, as a table that a server can load; or rate one tree there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
 from jaxspec.lab.flags import SearchFlags
-from jaxspec.lab.search import Choice
+from jaxspec.lab.search import Rated, Search
+from jaxspec.trees import StaticTree, parse_tree
 
 FORMAT = "jaxspec tree table 1"
 
@@ -22,11 +23,15 @@ class Args(SearchFlags):
     """Batches, such as 1,2,4,8; default: those of the costs."""
     contexts: str | None = None
     """Committed tokens of a row, such as 512,2048; default: those of the costs."""
+    tree: str | None = None
+    """Instead of the best tree of each cell: a static tree or chain, and what it makes of all of them."""
     out: Path | None = None
     """File for the table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tree is not None and not isinstance(parse_tree(self.tree), StaticTree):
+            raise ValueError(f"--tree {self.tree} is no static tree: what is drafted anew each round is not replayed")
         for name in ("batches", "contexts"):
             if (text := getattr(self, name)) is not None:
                 sorted(cli.sizes(f"--{name}", text))
@@ -58,7 +63,7 @@ def make_table(args: Args) -> dict[str, Any]:
     contexts = list(known[1]) if args.contexts is None else sorted(cli.sizes("--contexts", args.contexts))
     cells = [(batch, context) for context in contexts for batch in batches]
     search = args.search(cells)
-    rows = [make_row(search.choose(args.cost_at(*cell))) for cell in cells]
+    rows = [make_row(*rate_cell(args, search, cell)) for cell in cells]
     chains = all(row["nodes"] == row["depth"] + 1 for row in rows)
     return {
         "format": FORMAT,
@@ -66,15 +71,29 @@ def make_table(args: Args) -> dict[str, Any]:
         "contexts": contexts,
         "rows": rows,
         "draft_len_schedule": schedules(rows) if chains else None,
-        "made_from": args.made_from(search) | {"jaxspec": __version__},
+        "made_from": args.made_from(search) | {"tree": args.tree, "jaxspec": __version__},
     }
 
 
-def make_row(choice: Choice) -> dict[str, Any]:
+def rate_cell(args: Args, search: Search, cell: tuple[int, int]) -> tuple[Rated, Rated]:
+    """Returns the tree of a batch and context, the best or the one that is given, and plain decoding."""
+    cost = args.cost_at(*cell)
+    if args.tree is None:
+        choice = search.choose(cost)
+        return choice.chosen, choice.plain
+    given = parse_tree(args.tree)
+    assert isinstance(given, StaticTree)
+    return search.rate(given.paths, cost), search.rate((), cost)
+
+
+def make_row(tree: Rated, plain: Rated) -> dict[str, Any]:
     """Returns a row of the table."""
-    plain = choice.plain.tokens_per_second.value
-    speedup = choice.chosen.tokens_per_second.value / plain
-    return {**choice.chosen.row(), "plain_tokens_per_second": plain, "speedup": speedup}
+    speed = plain.tokens_per_second.value
+    return {
+        **tree.row(),
+        "plain_tokens_per_second": speed,
+        "speedup": tree.tokens_per_second.value / speed,
+    }
 
 
 def schedules(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -93,7 +112,8 @@ def print_grid(table: dict[str, Any]) -> None:
     cells = {(row["batch"], row["context"]): row for row in table["rows"]}
     columns = ["context", *(f"batch {batch}" for batch in table["batches"])]
     grid = [[c, *(cell_text(cells[batch, c]) for batch in table["batches"])] for c in table["contexts"]]
-    tables.print_table("Nodes x depth of the best tree, and tokens/s over plain decoding", columns, grid)
+    of = "the tree" if table["made_from"]["tree"] else "the best tree"
+    tables.print_table(f"Nodes x depth of {of}, and tokens/s over plain decoding", columns, grid)
     specs = dict.fromkeys(row["spec"] for row in table["rows"])
     for spec in specs:
         row = next(row for row in table["rows"] if row["spec"] == spec)

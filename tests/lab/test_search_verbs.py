@@ -205,6 +205,21 @@ def test_a_table_has_a_tree_for_every_batch_and_context(files, tmp_path, capsys)
     assert "batch 8" in capsys.readouterr().out
 
 
+def test_a_table_of_one_tree_says_what_it_makes_of_every_place(files, tmp_path, capsys):
+    best = run("table", files, tmp_path)
+    cell = next(row for row in best["rows"] if row["nodes"] > 1)
+    one = run("table", files, tmp_path, "--tree", cell["spec"])
+    assert {row["spec"] for row in one["rows"]} == {cell["spec"]} and one["made_from"]["tree"] == cell["spec"]
+    assert cell in one["rows"]
+    rated = zip(best["rows"], one["rows"], strict=True)
+    assert any(a["speedup"] > b["speedup"] for a, b in rated)
+    assert "the tree, and tokens/s over" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["lab", "table", *files, "--tree", "dynamic:8x3x2"])
+    assert left.value.code == EXIT_USAGE
+    assert "is no static tree" in capsys.readouterr().err
+
+
 def test_a_table_of_chains_is_a_schedule_of_draft_lengths(files, tmp_path):
     table = run("table", files, tmp_path, "--max-branch", "1")
     assert table["batches"] == [1, 4, 16]
