@@ -2,7 +2,7 @@
 
 The target writes its own questions and answers, an EAGLE-2 head is distilled from them, the tree lab finds the fastest
 tree on this machine, and held-out questions are decoded both ways. No network, no other data. The bundled tiny target
-takes some minutes, `--target smollm2` far longer. A run that was stopped goes on: give the same command.
+takes some minutes, `--target smollm2` some forty. A run that was stopped goes on: give the same command.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes(900, 20, 400, (), 1024, tuning=20, passes=5)
-LARGER = Sizes(1000, 12, 200, (), 4096, tuning=8, passes=3)
+LARGER = Sizes(700, 12, 100, (), 4096, tuning=8, passes=3)
 MOST_TINY = 20_000_000
 """Parameters of a target up to which the sizes are those of the bundled one."""
 
@@ -80,12 +80,12 @@ class Args:
     """Where all is kept; a second call resumes or replaces what is there. Default: runs/quickstart, and for another
     target than the bundled one runs/quickstart_TARGET."""
     conversations: int | None = None
-    """Conversations that the target writes and the drafter learns from; default: 900, or 1,000 of more than 20M
+    """Conversations that the target writes and the drafter learns from; default: 900, or 700 of more than 20M
     parameters."""
     held_out: int | None = None
     """Further questions, kept apart, that both arms answer at the end; default: 20, or 12."""
     steps: int | None = None
-    """Training steps of 8 rows of 256 tokens; default: 400, or 200."""
+    """Training steps of 8 rows of 256 tokens; default: 400, or 100."""
     trees: tuple[str, ...] | None = None
     """Trees to measure, of which the fastest is used; default: a few that the tree lab finds for this machine."""
     max_new_tokens: int = 128
