@@ -289,7 +289,7 @@ def evaluate(setup: SideBySide, questions: Sequence[Question], settings: Setting
         with progress(label, sum(len(g.asked) for _, g in left), "questions") as bar:
             for number, group in left:
                 rows = []
-                for arm, mine in side_by_side.measure(setup, group, settings, warmed, number):
+                for arm, mine in side_by_side.measure(setup, group, settings, warmed, number, bar.tell):
                     rows += mine
                     bar.tell(f"{arm}: {tables.four_digits(speed_of(mine))} tokens/s")
                 book.add(rows)

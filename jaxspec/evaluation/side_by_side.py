@@ -6,9 +6,11 @@ Every arm answers the same prompts: in a conversation's second turn all of them 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +32,8 @@ from jaxspec.verify import RULES
 
 LEAST_WIDTH = 256
 """Prompts are padded for caches of this width, or of a power of two above: one program a width and arm."""
+SLOT_TURNS = 16
+"""Answers of a slot in one group: what is done is noted between groups, and rows idle at the end of each."""
 WARM_ROUNDS = 2
 """Rounds of the first, uncounted call of a program."""
 
@@ -52,7 +56,7 @@ class AnswerBatch(NamedTuple):
     requests: Requests
     """Of a batch the arrays it is decoded as, padded to its size; in slots those of all answers."""
     capacity_for: int
-    """Width of the prompts that its caches are made for."""
+    """Width of the prompts that its caches are made for; in slots the longest prompt of the turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +109,7 @@ def group(setup: SideBySide, asked: Sequence[AskedTurn]) -> list[AnswerBatch]:
     """Returns the readable turns in batches of like length, the shortest first."""
     able = sorted((a for a in asked if a.request is not None), key=lambda a: (len(_tokens(a)), a.index))
     if setup.slots and able:
-        requests = make_requests([a.request for a in able if a.request])
-        return [AnswerBatch(f"turn {able[0].turn}, {setup.slots} slots", able, requests, 0)]
+        return _slot_groups(setup, able)
     classes: dict[int, list[AskedTurn]] = {}
     for one in able:
         classes.setdefault(_padded(one), []).append(one)
@@ -118,6 +121,19 @@ def group(setup: SideBySide, asked: Sequence[AskedTurn]) -> list[AnswerBatch]:
             groups.append(
                 AnswerBatch(f"turn {chosen[0].turn}, from {chosen[0].question.prompt.id}", chosen, requests, width)
             )
+    return groups
+
+
+def _slot_groups(setup: SideBySide, able: Sequence[AskedTurn]) -> list[AnswerBatch]:
+    """Returns turns, shortest first, in even groups that fill the slots some times over; all share their programs."""
+    count = max(1, len(able) // (SLOT_TURNS * setup.slots))
+    bounds = [len(able) * n // count for n in range(count + 1)]
+    groups = []
+    for begin, end in itertools.pairwise(bounds):
+        mine = list(able[begin:end])
+        name = f"turn {mine[0].turn}, {setup.slots} slots, from {mine[0].question.prompt.id}"
+        requests = make_requests([a.request for a in mine if a.request])
+        groups.append(AnswerBatch(name, mine, requests, len(_tokens(able[-1]))))
     return groups
 
 
@@ -133,15 +149,20 @@ def failures(setup: SideBySide, asked: Sequence[AskedTurn], at: Settings) -> lis
 
 
 def measure(
-    setup: SideBySide, chosen: AnswerBatch, at: Settings, warmed: set[Any], turn: int
+    setup: SideBySide,
+    chosen: AnswerBatch,
+    at: Settings,
+    warmed: set[Any],
+    turn: int,
+    tell: Callable[[str], None] = lambda status: None,
 ) -> Iterator[tuple[str, list[Row]]]:
     """Yields each arm's rows of a batch once all repeats of it are done, plain decoding's first.
 
     `warmed` holds the programs that have run, and gains those that this batch warms up. `turn` numbers the batch: every
-    other one begins with the last arm.
+    other one begins with the last arm. `tell` is told how far the slots of an arm are.
     """
     order = list(setup.arms)
-    decode = _decode_in_slots if setup.slots else _decode
+    decode = functools.partial(_decode_in_slots, tell) if setup.slots else _decode
     for name in order if not setup.slots else ():
         _warm(setup, name, chosen, warmed)
     taken: dict[str, list[Timed]] = {name: [] for name in order}
@@ -174,14 +195,17 @@ def _decode(setup: SideBySide, name: str, chosen: AnswerBatch, limit: Any = NO_L
     return Timed(collect(state), between - started, time.perf_counter() - between)
 
 
-def _decode_in_slots(setup: SideBySide, name: str, chosen: AnswerBatch) -> Timed:
+def _decode_in_slots(tell: Callable[[str], None], setup: SideBySide, name: str, chosen: AnswerBatch) -> Timed:
     """Returns all answers by one arm, its rows taking the next prompt as they end; everything is compiled before."""
     models, wall = setup.arms[name].models, 0.0
     requests = [a.request._replace(key=number) for number, a in enumerate(chosen.asked) if a.request is not None]
     answers: dict[int, Answer] = {}
     latency = [0.0] * len(requests)
-    for request, answer, seconds, began in queue.serve(models, requests, slots=setup.slots):
+    for request, answer, seconds, began in queue.serve(
+        models, requests, slots=setup.slots, longest=chosen.capacity_for
+    ):
         answers[request.key], latency[request.key], wall = answer, seconds - began, seconds
+        tell(f"{name}: {len(answers):,} of {len(requests):,} answers")
     return Timed([answers[number] for number in range(len(requests))], 0.0, wall, latency)
 
 

@@ -85,11 +85,11 @@ def answer_batches(
         yield [Answered(*pair, seconds) for pair in zip(taken, answers, strict=False)]  # without the padding's
 
 
-def serve(models: Models, requests: Sequence[Request], *, slots: int) -> Iterator[Answered]:
+def serve(models: Models, requests: Sequence[Request], *, slots: int, longest: int | None = None) -> Iterator[Answered]:
     """Answers the requests in `slots` rows of one running batch, each row taking the next when it has finished.
 
     Yields them as they finish. Everything is compiled before the first. An answer does not depend on which others run
-    beside it.
+    beside it. Calls with one `longest` prompt (None: that of these requests) share their programs.
     """
     if not requests:
         return
@@ -99,7 +99,7 @@ def serve(models: Models, requests: Sequence[Request], *, slots: int) -> Iterato
         models.engine,
         models.weights,
         min(slots, len(waiting)),
-        longest=len(waiting[0].tokens),
+        longest=longest or len(waiting[0].tokens),
         max_new_tokens=max(request.settings.max_new_tokens for request in waiting),
         stops=max(1, *(len(request.settings.stop_ids) for request in waiting)),
     )
