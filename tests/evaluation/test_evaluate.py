@@ -10,6 +10,7 @@ from random_models import write_target
 from jaxspec.__main__ import main
 from jaxspec.console.results import jsonable
 from jaxspec.decoding.seen_tree import SeenTree
+from jaxspec.evaluation import side_by_side
 from jaxspec.evaluation.metrics import summarize_all
 from jaxspec.evaluation.rejected_drafts import behind_path
 from jaxspec.evaluation.rows import read_evaluation
@@ -73,6 +74,24 @@ def test_slots_give_the_same_rows_and_latencies(folder: Path):
             assert len(row.own_latency) == 2 and max(row.own_latency) <= max(row.decode_seconds)
             assert row.own_seconds > 0 and row.group_rows == (3 if row.turn == 0 else 1)
     assert main(["evaluate", "--check", "slots"]) == 0
+
+
+def test_slots_note_groups_and_go_on_behind_the_last_whole_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(side_by_side, "SLOT_TURNS", 1)
+    assert main([*WORDS, "--slots", "1", "--out", "grouped"]) == 0
+    path = Path("grouped/rows.jsonl")
+    whole = read_evaluation("grouped").rows
+    groups = list(dict.fromkeys(row.group for row in whole))
+    assert len(groups) > 2
+    assert main([*WORDS, "--slots", "1", "--out", "grouped"]) == 0  # nothing is left
+    assert read_evaluation("grouped").rows == whole
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    assert main([*WORDS, "--slots", "1", "--out", "grouped"]) == 0
+    again = read_evaluation("grouped").rows
+    assert {row.key: row.tokens for row in again} == {row.key: row.tokens for row in whole}
+    kept = [row for row in whole if row.group != whole[-1].group]
+    assert again[: len(kept)] == kept
 
 
 def test_drafts_behind_a_path_are_the_first_children_below_it():
