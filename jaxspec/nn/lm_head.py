@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec.base import Array
-from jaxspec.nn.matmul import multiply_left
+from jaxspec.nn.matmul import fill_tpu_rows, multiply_left
 from jaxspec.parallel.mesh import constrain
 
 FEW_ROWS = 32
@@ -23,7 +23,8 @@ def score_tokens(x_BLD: Array, table_VD: Array) -> Array:
         logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
         return constrain(logits_BLV, "batch", None, "vocab")
     left = functools.partial(multiply_left, out=jnp.float32)
-    return jax.lax.platform_dependent(table_VD, x_BLD, cpu=left, default=_score_few)
+    few = functools.partial(fill_tpu_rows, functools.partial(_score_few, table_VD))
+    return jax.lax.platform_dependent(x_BLD, cpu=functools.partial(left, table_VD), default=few)
 
 
 def _score_few(table_VD: Array, x_BLD: Array) -> Array:

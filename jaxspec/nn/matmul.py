@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ MOST_LEFT_ROWS = 64
 """Greatest number of rows for which a matrix of outputs by inputs stands left of the activations."""
 ROW_STEP = 4
 """Rows that XLA:CPU's kernels take at once: 5 to 7 rows cost more than 8."""
+TPU_ROWS = 8
+"""Rows of a TPU's registers. A product with one row compiles to multiplications and sums of vectors, which by the
+compiler's cycles take two to five times as long as eight rows in the matrix unit."""
 
 
 def outputs_first(name: str) -> str:
@@ -39,7 +42,7 @@ def multiply(weights: Mapping[str, Array], name: str, x_BLE: Array) -> Array:
         matrix = weights[name].astype(x_BLE.dtype)
         # One contracted axis: to contract three, XLA:CPU would copy the weight on every call.
         matrix = matrix.reshape(-1, *matrix.shape[inputs:])
-        product = jax.lax.dot_general(x_BLE, matrix, (((2,), (0,)), ((), ())))
+        product = fill_tpu_rows(lambda x: jax.lax.dot_general(x, matrix, (((2,), (0,)), ((), ()))), x_BLE)
     return rescale(weights, name, product)
 
 
@@ -59,6 +62,19 @@ def multiply_left(matrix_FE: Array, x_BLE: Array, out: Any = None) -> Array:
     # The barrier keeps XLA from making one product of both transposes, with the matrix on the right again.
     product_FR = jax.lax.optimization_barrier(product_FR)
     return product_FR.T[:rows].reshape(batch, length, -1)
+
+
+def fill_tpu_rows(product: Callable[[Array], Array], x_BLE: Array) -> Array:
+    """Returns `product(x)`, `[B, L, ...]`; for TPUs one row alone is padded to `TPU_ROWS`."""
+    if x_BLE.shape[0] * x_BLE.shape[1] != 1:
+        return product(x_BLE)
+
+    def padded(x_BLE: Array) -> Array:
+        # Behind the barrier, or XLA would leave out the rows that are cut off again.
+        rows = jax.lax.optimization_barrier(jnp.pad(x_BLE, ((0, 0), (0, TPU_ROWS - 1), (0, 0))))
+        return product(rows)[:, :1]
+
+    return jax.lax.platform_dependent(x_BLE, tpu=padded, default=product)
 
 
 def lay_out(params: Params) -> Params:

@@ -114,7 +114,7 @@ WIDE = LlamaConfig(32000, 1024, 4, 8, 8, 128, 4096)
 @pytest.mark.usefixtures("compile_afresh")
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_programs_for_an_absent_tpu_are_priced_above_the_roofline(chip: str):
-    """The clock is within its doubt of 1.4 to 3.2 GHz; a few rows cost little more than 8; one row alone is dearer."""
+    """The clock is within its doubt of 1.4 to 3.2 GHz; a few rows cost little more than 8, one row too."""
     pytest.importorskip("libtpu")
     for name, value in VERB.LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -125,6 +125,5 @@ def test_programs_for_an_absent_tpu_are_priced_above_the_roofline(chip: str):
     bench, line = CompiledBench(models, grid, machine), Roofline(models, grid, peaks_of(chip))
     price = {n: bench.measure(Point("verify", n, 0, 1, 512)) for n in (1, 8, 16)}
     assert price[16] < 1.3 * price[8]
-    if chip in ("v5e", "v5p", "v6e"):
-        assert price[1] > 1.2 * price[8]
+    assert price[1] < 1.5 * price[8]
     assert price[8] > 0.85 * line.measure(Point("verify", 8, 0, 1, 512))

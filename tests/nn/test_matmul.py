@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from jaxspec.drafters.eagle import Eagle, EagleConfig
 from jaxspec.nn import matmul
 from jaxspec.nn.layer_weights import layer_shapes
 from jaxspec.nn.quantization import quantize_layers
+from jaxspec.parallel.mesh import make_mesh, replicated
+from jaxspec.planning import decode_program
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 
 CONFIG = LlamaConfig(vocab=50, width=24, layers=2, heads=6, kv_heads=2, head_dim=4, mlp=40)
@@ -83,3 +87,25 @@ def test_a_drafter_reads_its_weights_in_either_layout():
         for d, p in ((drafter, params), (drafter.clone(token_major=True), laid))
     ]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_one_row_is_padded_for_tpus_alone():
+    """By the compiler's cycles, which know nothing of this function: one row costs what eight do."""
+    pytest.importorskip("libtpu")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in decode_program.LIBTPU_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        mesh = make_mesh(devices=list(decode_program.tpu_mesh("v6e:2x2", data=-1).devices.flat[:1]))
+        spec = {"dtype": jnp.bfloat16, "sharding": replicated(mesh)}
+        matrix = jax.ShapeDtypeStruct((1024, 2, 2048), **spec)
+
+        def cycles(rows: int) -> int:
+            x = jax.ShapeDtypeStruct((1, rows, 1024), **spec)
+            with jax.set_mesh(mesh):
+                program = jax.jit(lambda m, x: matmul.multiply({"gate": m.reshape(1024, -1)}, "gate", x))
+                text = program.lower(matrix, x).compile().as_text() or ""
+            return sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', text))
+
+        assert 0 < cycles(1) < 1.1 * cycles(8)
+    one = jax.jit(lambda m, x: matmul.multiply({"gate": m}, "gate", x)).lower(jnp.ones((16, 8)), jnp.ones((1, 1, 16)))
+    assert "8x16" not in one.as_text()  # on a CPU the row stays alone
