@@ -20,7 +20,7 @@ from jaxspec.decoding.slots import Slots
 from jaxspec.parallel.mesh import batch_sharding, make_mesh, shardings
 from jaxspec.planning import decode_program
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.trees import BestFirstTree, DynamicTree
+from jaxspec.trees import AdaptiveTree, BestFirstTree, DynamicTree
 from jaxspec.trees.children import likeliest
 from jaxspec.verify import RULES
 
@@ -30,7 +30,9 @@ DRAFTER = drafters.Eagle(drafters.EagleConfig(width=32, heads=8, kv_heads=8, hea
 ENGINE = Engine(TARGET, DRAFTER, DynamicTree(12, 3, 4))
 SHAPE = (32, 8, 8, 4, 32)
 GROWN, AT_ONCE = DynamicTree(12, 3, 4), BestFirstTree(12, 3, 4)
+RAGGED = AdaptiveTree(GROWN, (2, 4, 12), (1.0, 1.1, 4.0), 0.1, 0.1, rate=1.0, ragged=True)
 OTHERS: dict[str, tuple[Drafter, TreePolicy]] = {
+    "eagle, ragged": (DRAFTER, RAGGED),
     "fspad": (drafters.Fspad(drafters.FspadConfig(*SHAPE)), GROWN),
     "eagle3": (drafters.Eagle3(drafters.Eagle3Config(*SHAPE, vocab=VOCAB, taps=(0, 1))), GROWN),
     "draft_lm": (drafters.DraftLM(drafters.DraftLMConfig(VOCAB, 16, 1, 8, 8, 4, 16)), GROWN),
@@ -41,7 +43,7 @@ OTHERS: dict[str, tuple[Drafter, TreePolicy]] = {
         AT_ONCE,
     ),
 }
-FAST = ("parallelspec",)
+FAST = ("parallelspec", "eagle, ragged")
 
 
 def weights() -> Weights:
