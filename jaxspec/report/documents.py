@@ -212,10 +212,11 @@ def _about(found: Mapping[str, Any], temperatures: Sequence[float]) -> str:
     """Returns what stands below a table: everything that its numbers depend on."""
     machine = found["machine"]
     device = machine.get("accelerator") or f"{machine.get('cpu')}, {machine.get('cores')} cores"
+    beside = f"{found['slots']} slots" if found.get("slots") else f"batch {found['batch']}"
     failed = f" ({counted(found['failed'], 'failed turn')} left out)" if found.get("failed") else ""
     return (
         f"{found['questions']:,} questions of {found['prompts']}{failed}, target {Path(found['target']).name}, "
-        f"{' and '.join(map(at_temperature, temperatures))}, batch {found['batch']}, {found['dtype']}, up to "
+        f"{' and '.join(map(at_temperature, temperatures))}, {beside}, {found['dtype']}, up to "
         f"{found['max_new_tokens']:,} new tokens, {device}; in brackets 95 % over conversations:"
     )
 
