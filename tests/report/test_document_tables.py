@@ -67,6 +67,13 @@ def test_tables_are_written_from_the_results_and_stay(folder: Path, capsys: pyte
     assert main(["report", "--markdown", str(path), "--check"]) == 0
 
 
+def test_answers_of_slots_are_said_to_be(folder: Path):
+    path, file = folder / "docs/results.md", folder / "results/eval.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"slots": 8}))
+    assert main(["report", "--markdown", str(path)]) == 0
+    assert "8 slots, float32" in path.read_text() and "batch 1" not in path.read_text()
+
+
 def test_a_document_that_is_not_current_fails_in_a_sentence_and_is_not_written(folder: Path, capsys):
     path, out = folder / "docs/results.md", folder / "out.json"
     words = ["report", "--markdown", str(path), "--check"]
