@@ -125,9 +125,11 @@ def test_all_is_measured_but_what_is_not_installed_or_not_for_this_device(measur
 def test_shares_and_rounds_follow_from_the_rows(measured):
     result = measured[0]
     rows = {row["settings"]["what"]: row for row in result["rows"] if row["seconds"] and row["part"] < 3}
-    assert rows["matmul"]["share_of_peak"] == pytest.approx(1)
     fastest = max(rows[kind]["bytes_per_second"] for kind in ("copy", "read"))
-    plain = rows["plain"]
+    matmul, plain = rows["matmul"], rows["plain"]
+    # A matmul of 64 rows may be bound by its bytes where the copy was measured on a busy machine.
+    bytes_share = (matmul["bytes"] or 0) / fastest / matmul["seconds"]
+    assert matmul["share_of_peak"] == pytest.approx(max(1, bytes_share))
     bound = max(plain["bytes"] / fastest, plain["flops"] / rows["matmul"]["flops_per_second"])
     assert plain["share_of_peak"] == pytest.approx(bound / plain["seconds"])
     (found,) = result["rounds"]
