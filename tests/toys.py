@@ -20,6 +20,7 @@ from jaxspec.base import (
     KVCache,
     Mask,
     Params,
+    Ragged,
     SharedTables,
     TargetOutput,
     Tree,
@@ -159,8 +160,9 @@ class TableTarget:
         prefix: Any = None,
         *,
         keep_kv=False,
+        ragged: Ragged | None = None,
     ) -> TargetOutput:
-        nothing = self.empty_cache(*tokens_BL.shape)
+        nothing = self.empty_cache(*(tokens_BL if ragged is None else ragged.place_BN).shape)
         return TargetOutput(jax.nn.one_hot(tokens_BL, params.shape[0]), nothing if keep_kv else None)
 
     def logits(self, params: Params, features_BLD: Array) -> Array:

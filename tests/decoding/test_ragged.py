@@ -42,6 +42,7 @@ def test_ragged_rows_give_the_features_keys_and_values_of_whole_rows(stacked: bo
         params, prompt_BL, jnp.broadcast_to(jnp.arange(8), (3, 8)), jnp.tril(jnp.ones((1, 8, 8), bool)), keep_kv=True
     )
     cache = read.fresh
+    assert cache is not None
     token_BN = jnp.asarray(rng.integers(0, 24, (3, 5)))
     there_BN = jnp.asarray([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
     depth_BN = jnp.asarray([[0, 1, 1, 2, 2]] * 3)
