@@ -57,7 +57,7 @@ def make_arms(
 
     `every` are the models with each of `drafters`, or one with none; `trees` are specs (None, or none at all: the tree
     of the models). `profile` draws accept lengths, see `timing.simulate`. Raises ValueError naming the drafter that a
-    tree is not for.
+    tree is not for, and the name that two trees share.
     """
     arms = {PLAIN: DecodingArm(every[0].plain())}
     labels = [f"{label} " for label in telling(drafters)] if len(drafters) > 1 else [""]
@@ -66,6 +66,8 @@ def make_arms(
             continue
         for tree in [models.engine.tree if spec is None else parse_tree(spec) for spec in trees or (None,)]:
             spec = str(getattr(tree, "spec", tree))
+            if (known := arms.get(label + spec)) is not None and known.models.engine.tree != tree:
+                raise ValueError(f"two trees that differ are both called {label + spec}: measure them one at a time")
             try:
                 arms[label + spec] = DecodingArm(timing.simulate(models.with_tree(tree), profile), drafter, spec)
             except ValueError as error:

@@ -8,12 +8,15 @@ import pytest
 from random_models import write_target
 
 from jaxspec.__main__ import main
+from jaxspec.console.cli import EXIT_FAILED
 from jaxspec.console.results import jsonable
 from jaxspec.decoding.seen_tree import SeenTree
 from jaxspec.evaluation import side_by_side
 from jaxspec.evaluation.metrics import summarize_all
 from jaxspec.evaluation.rejected_drafts import behind_path
 from jaxspec.evaluation.rows import read_evaluation
+from jaxspec.trees import AdaptiveTree, policy_fields, write_tree
+from jaxspec.trees.lookup import LookupBranch
 
 QUESTIONS = [
     {"question_id": 1, "category": "math", "turns": ["how much is 2 and 3?", "and what is one more?"]},
@@ -92,6 +95,16 @@ def test_slots_note_groups_and_go_on_behind_the_last_whole_one(folder: Path, mon
     assert {row.key: row.tokens for row in again} == {row.key: row.tokens for row in whole}
     kept = [row for row in whole if row.group != whole[-1].group]
     assert again[: len(kept)] == kept
+
+
+def test_trees_that_differ_under_one_name_are_refused_and_the_same_one_twice_is_one_arm(folder: Path, capsys):
+    for name, seconds in (("a", 2.0), ("b", 3.0)):
+        tree = AdaptiveTree(None, (1, 8), (1.0, seconds), 0.0, 0.0, rate=1.0, lookup=LookupBranch(7))
+        write_tree(f"{name}.json", policy_fields(tree))
+    assert main([*WORDS, "--tree", "a.json", "--tree", "b.json", "--out", "named"]) == EXIT_FAILED
+    assert "two trees that differ are both called adaptive:lookup:7" in capsys.readouterr().err
+    assert main([*WORDS, "--tree", "a.json", "--tree", "a.json", "--limit", "1", "--out", "named"]) == 0
+    assert list(read_evaluation("named").arms) == ["plain", "adaptive:lookup:7"]
 
 
 def test_drafts_behind_a_path_are_the_first_children_below_it():
