@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import tyro
+
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import Prompt, read_prompts
@@ -55,6 +57,8 @@ class Args(SearchFlags):
     """File for an adaptive tree around it, which decides in every round how deep to draft and how much to verify."""
     lookup: int | None = None
     """Tokens of a looked-up branch (prompt lookup) beside the adaptive tree's drafts; default: none."""
+    ragged: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The adaptive tree shares the nodes of a call out among the rows of a batch, where they are worth most."""
     measure: Path | None = None
     """File of prompts on which the chosen tree, the runner-up and plain decoding are then decoded in turns, with the
     profile's target and drafter, at its temperature."""
@@ -71,6 +75,8 @@ class Args(SearchFlags):
                 raise ValueError(f"--{name} {path} must end in .json, so that --tree knows it for a file")
         if self.lookup is not None and self.adaptive is None:
             raise ValueError("--lookup is for an adaptive tree: give --adaptive FILE.json too")
+        if self.ragged and self.adaptive is None:
+            raise ValueError("--ragged is for an adaptive tree: give --adaptive FILE.json too")
         _ = self.batches
 
     @property
@@ -169,7 +175,7 @@ def adaptive_fields(args: Args, found: Searched) -> dict[str, Any]:
     """Returns the fields of the adaptive tree's file."""
     profile, _ = args.inputs
     chosen, cost = found.choice.chosen, found.costs[found.batch]
-    tree = adaptive_tree(profile, cost, found.choice, most_nodes=args.max_nodes, lookup=args.lookup)
+    tree = adaptive_tree(profile, cost, found.choice, most_nodes=args.max_nodes, lookup=args.lookup, ragged=args.ragged)
     made_from = args.made_from(found.search) | {"around": chosen.row(), "jaxspec": __version__}
     return {**policy_fields(tree), "batch": found.batch, "context": chosen.context, "made_from": made_from}
 

@@ -20,13 +20,19 @@ POINTS = 33
 
 
 def adaptive_tree(
-    profile: Profile, cost: RoundCost, choice: Choice, *, most_nodes: int, lookup: int | None = None
+    profile: Profile,
+    cost: RoundCost,
+    choice: Choice,
+    *,
+    most_nodes: int,
+    lookup: int | None = None,
+    ragged: bool = False,
 ) -> AdaptiveTree:
     """Returns the adaptive tree around the best fixed one, or its runner-up where that is plain decoding.
 
     Its beam is the widest level of that tree, a node's children at least, and it may go `DEEPER`. Budgets are 1, 2, 4
-    and so on up to `most_nodes` nodes, ragged where there are several rows. With `lookup` it has a looked-up branch of
-    so many tokens. Raises ValueError where the costs do not know its sizes.
+    and so on up to `most_nodes` nodes, shared out among the rows with `ragged`. With `lookup` it has a looked-up branch
+    of so many tokens. Raises ValueError where the costs do not know its sizes.
     """
     known = min(most_nodes, cost.most_nodes)
     shape = choice.chosen.shape or (choice.runner_up.shape if choice.runner_up else ())
@@ -53,7 +59,7 @@ def adaptive_tree(
         calibration=tuple(_curve(depth) for depth in profile.facts.get("calibration") or ()),
         reach=reach(profile, beam),
         lookup=None if lookup is None else LookupBranch(lookup),
-        ragged=cost.batch > 1,
+        ragged=ragged,
     )
 
 

@@ -118,6 +118,17 @@ def test_where_no_fixed_tree_pays_an_adaptive_one_may_still_draft(tmp_path, caps
     assert tree.base.depth >= 3 and tree.base.beam >= 2 and tree.budgets == (1, 2, 4, 8)
 
 
+def test_an_adaptive_tree_is_ragged_where_that_is_asked_for(files, tmp_path, capsys):
+    for more in ((), ("--ragged",)):
+        out = str(tmp_path / "adaptive.json")
+        run("search", files, tmp_path, "--batch", "4", "--max-nodes", "8", "--adaptive", out, *more)
+        tree = parse_tree(out)
+        assert isinstance(tree, AdaptiveTree) and tree.ragged == bool(more)
+    with pytest.raises(SystemExit):
+        main(["lab", "search", *files, "--ragged"])
+    assert "--ragged is for an adaptive tree" in capsys.readouterr().err
+
+
 def test_a_lookup_without_an_adaptive_tree_is_wrong_usage(files, capsys):
     with pytest.raises(SystemExit, match=str(EXIT_USAGE)):
         main(["lab", "search", *files, "--lookup", "3"])
