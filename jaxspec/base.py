@@ -74,20 +74,23 @@ class Packed(NamedTuple):
     """Numbers 1, 2, .. of the documents of a row; 0 on padding, whose tokens see only themselves."""
 
 
-Mask = Array | Packed
-"""Which keys each token sees: an array `[B, L, M]`, or `Packed`."""
-
-
 class Ragged(NamedTuple):
-    """Tokens of several rows in one axis `A`, as many of each row as it has: matmuls then see no padding.
+    """Mask of tokens of several rows in one axis `A`, as many of each row as it has: matmuls then see no padding.
 
-    Attention, where each row has a prefix of its own, takes them as `[B, N]` (`nn.ragged`).
+    It takes the place of an array `[B, L, L]`. Attention, where each row has a prefix of its own, takes the tokens as
+    `[B, N]` (`nn.ragged`).
     """
 
+    mask_BNN: Array
+    """Tokens of its row that each one sees."""
     from_A: Array
     """Place `b * N + n` of each token in `[B, N]`; behind the last token any."""
     place_BN: Array
     """Place of each row's tokens in `A`. Any where there is none: no token may see that one."""
+
+
+Mask = Array | Packed | Ragged
+"""Which keys each token sees: an array `[B, L, M]`, `Packed` or `Ragged`."""
 
 
 class TargetOutput(NamedTuple):
@@ -244,13 +247,12 @@ class Target(Protocol):
         prefix: tuple[Cache, Array] | None = None,
         *,
         keep_kv: bool = False,
-        ragged: Ragged | None = None,
     ) -> TargetOutput:
         """Returns features `[B, L, D]` of `L` tokens at absolute positions, and with `keep_kv` their keys and values.
 
         The tokens see each other by `mask_BLM`. `prefix` is the cache and each row's committed tokens `[B]`, all of
-        which every token of the row sees. With `ragged`, which needs a prefix, tokens and positions are `[1, A]` and
-        features `[1, A, D]`; the mask is `[B, N, N]`, and keys and values are those of `[B, N]`.
+        which every token of the row sees. Under a `Ragged` mask, which needs a prefix, tokens and positions are
+        `[1, A]`, features `[1, A, D]`, and keys and values those of `[B, N]`.
         """
         ...
 

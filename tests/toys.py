@@ -160,9 +160,8 @@ class TableTarget:
         prefix: Any = None,
         *,
         keep_kv=False,
-        ragged: Ragged | None = None,
     ) -> TargetOutput:
-        nothing = self.empty_cache(*(tokens_BL if ragged is None else ragged.place_BN).shape)
+        nothing = self.empty_cache(*(mask_BLM.place_BN if isinstance(mask_BLM, Ragged) else tokens_BL).shape)
         return TargetOutput(jax.nn.one_hot(tokens_BL, params.shape[0]), nothing if keep_kv else None)
 
     def logits(self, params: Params, features_BLD: Array) -> Array:

@@ -30,12 +30,10 @@ def score_ragged(
     `depth` deep: what `score` gives and the rule target-draw keeps. Of nodes that are not valid the first two are any.
     """
     batch = len(tree.token_BN)
-    ragged = ragged_of(tree.valid_BN, nodes * batch)
+    ragged = ragged_of(tree.valid_BN, nodes * batch, tree.ancestors_BNN)
     at_BN = text.length_B[:, None] + tree.depth_BN
     token_1A, at_1A = pack(ragged, tree.token_BN), pack(ragged, at_BN)
-    out = target.forward(
-        params, token_1A, at_1A, tree.ancestors_BNN, (text.cache, text.length_B), keep_kv=True, ragged=ragged
-    )
+    out = target.forward(params, token_1A, at_1A, ragged, (text.cache, text.length_B), keep_kv=True)
     assert out.fresh is not None
     # Each node is a row of its own to the draw: it takes the noise of its own position, and its row's settings.
     logits_A1V = jnp.swapaxes(target.logits(params, out.features_BLD), 0, 1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxspec.base import Array, Cache, KVCache, Mask, Packed
+from jaxspec.base import Array, Cache, KVCache, Mask, Packed, Ragged
 from jaxspec.nn.kernels import Kernel, Pairs, attend_packed, takes
 
 MASKED = -1e30
@@ -327,5 +327,7 @@ def segment_mask(segments_BL: Array) -> Array:
 
 
 def as_mask(mask: Mask) -> Array:
-    """Returns the array `[B, L, L]` that a mask stands for."""
+    """Returns the array `[B, L, L]` that a mask stands for; `[B, N, N]` of a `Ragged` one."""
+    if isinstance(mask, Ragged):
+        return mask.mask_BNN
     return segment_mask(mask.segments_BL) if isinstance(mask, Packed) else mask

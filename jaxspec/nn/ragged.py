@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxspec.base import Array, Ragged
 
 
-def ragged_of(there_BN: Array, size: int) -> Ragged:
-    """Returns how the tokens that are there lie in an axis of `size` places, which holds them all; row by row."""
+def ragged_of(there_BN: Array, size: int, mask_BNN: Array) -> Ragged:
+    """Returns how the tokens that are there lie, row by row, in an axis of `size` places, which holds them all."""
     there = there_BN.reshape(-1)
     (from_A,) = jnp.nonzero(there, size=size, fill_value=0)
     place = jnp.maximum(jnp.cumsum(there) - 1, 0).reshape(there_BN.shape)
-    return Ragged(from_A, jnp.minimum(place, size - 1))
+    return Ragged(mask_BNN, from_A, jnp.minimum(place, size - 1))
 
 
 def pack(ragged: Ragged, x_BN: Array) -> Array:

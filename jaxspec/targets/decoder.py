@@ -91,18 +91,9 @@ class View(NamedTuple):
     mask_BLM: Mask
     first_BL: Array | None
     """First slot of the prefix that each token sees; None: slot 0."""
-    ragged: Ragged | None = None
-    """Where the tokens are `[1, A]`: how mask and first slots, which are by row, find them."""
 
 
-def view(
-    config: LlamaConfig,
-    window: int | None,
-    positions_BL: Array,
-    mask_BLM: Mask,
-    length: int,
-    ragged: Ragged | None = None,
-) -> View:
+def view(config: LlamaConfig, window: int | None, positions_BL: Array, mask_BLM: Mask, length: int) -> View:
     """Returns the view of the layers with this window, which see tokens less than `window` positions before theirs.
 
     A cache slot has the position of the token it holds. `length` is the longest text that there is room for.
@@ -113,11 +104,14 @@ def view(
     frequencies = rope_frequencies(c.options.rotary or c.head_dim, theta, scaling, length)
     turn = rope(positions_BL, frequencies, 1.0 if scaling is None else scaling.amplitude)
     if window is None:
-        return View(turn, mask_BLM, None, ragged)
-    if ragged is not None:
-        positions_BL = unpack(ragged, positions_BL[0])
+        return View(turn, mask_BLM, None)
+    if isinstance(mask_BLM, Ragged):
+        positions_BL = unpack(mask_BLM, positions_BL[0])
     near_BLM = positions_BL[:, :, None] - positions_BL[:, None, :] < window
-    return View(turn, as_mask(mask_BLM) & near_BLM, positions_BL - window + 1, ragged)
+    seen_BLM: Mask = as_mask(mask_BLM) & near_BLM
+    if isinstance(mask_BLM, Ragged):
+        seen_BLM = mask_BLM._replace(mask_BNN=seen_BLM)
+    return View(turn, seen_BLM, positions_BL - window + 1)
 
 
 def stack_views(views: list[View]) -> View:
@@ -129,7 +123,9 @@ def stack_views(views: list[View]) -> View:
 def _whole_view(v: View, like: View) -> View:
     """Returns `v` with the mask and first slots as arrays of the shapes that `like`, which has a window, has."""
     first_BL = jnp.zeros_like(jnp.asarray(like.first_BL)) if v.first_BL is None else v.first_BL
-    return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), as_mask(like.mask_BLM).shape), first_BL, v.ragged)
+    if isinstance(v.mask_BLM, Ragged):
+        return View(v.turn, v.mask_BLM, first_BL)
+    return View(v.turn, jnp.broadcast_to(as_mask(v.mask_BLM), as_mask(like.mask_BLM).shape), first_BL)
 
 
 def run_layer(
@@ -156,16 +152,16 @@ def _attend(
     v_BKLC: Array,
 ) -> tuple[Array, Any]:
     """Attends as `seen` says: within whole training rows without a prefix, else over the prefix too."""
-    if seen.ragged is not None:
-        q_BLKGC, k_BKCL = unpack(seen.ragged, q_BLKGC[0]), unpack(seen.ragged, k_BKCL[0], 2)
-        v_BKLC = unpack(seen.ragged, v_BKLC[0], 1)
+    ragged = seen.mask_BLM if isinstance(seen.mask_BLM, Ragged) else None
+    if ragged is not None:
+        q_BLKGC, k_BKCL, v_BKLC = (unpack(ragged, x[0], axis) for x, axis in ((q_BLKGC, 0), (k_BKCL, 2), (v_BKLC, 1)))
     if past is None:
         mixed = attend_text(q_BLKGC, k_BKCL, v_BKLC, seen.mask_BLM, options=attention)
     else:
         past = past._replace(first_BL=seen.first_BL)
         mixed = attend(q_BLKGC, k_BKCL, v_BKLC, as_mask(seen.mask_BLM), past, options=attention)
-    if seen.ragged is not None:
-        mixed = pack(seen.ragged, mixed)
+    if ragged is not None:
+        mixed = pack(ragged, mixed)
     return mixed, ((k_BKCL, v_BKLC) if keep_kv else None)
 
 
@@ -313,7 +309,6 @@ class Decoder(nn.Module):
         mask_BLM: Mask,
         prefix: tuple[Cache, Array] | None = None,
         keep_kv: bool = False,
-        ragged: Ragged | None = None,
     ) -> TargetOutput:
         """Implements `forward`, whose docstring says the arguments."""
         c, options = self.config, self.config.options
@@ -328,7 +323,7 @@ class Decoder(nn.Module):
         stack = LayerStack(
             block=functools.partial(run_layer, c, self.attention, keep_kv),
             remat=self.remat,
-            views=[view(c, window, positions_BL, mask_BLM, length, ragged) for window in kinds],
+            views=[view(c, window, positions_BL, mask_BLM, length) for window in kinds],
             view_of=[kinds.index(window) for window in windows],
             prefix=prefix,
         )
@@ -357,15 +352,14 @@ class Decoder(nn.Module):
         prefix: tuple[Cache, Array] | None = None,
         *,
         keep_kv: bool = False,
-        ragged: Ragged | None = None,
     ) -> TargetOutput:
         """Returns features `[B, L, D]` of `L` tokens at absolute positions, and with `keep_kv` their keys and values.
 
         `mask_BLM` says which of the call's own tokens each one sees: `[1, L, L]` where all rows are alike, `Packed`
         for documents in rows without a prefix. `prefix` is `(cache, length_B)`; every token sees its first `length`
-        slots. With `ragged` tokens and positions are `[1, A]`, as `Target.forward` says.
+        slots. `Ragged` is for tokens of several rows in one axis, as `Target.forward` says.
         """
-        out = self.apply({"params": params}, tokens_BL, positions_BL, mask_BLM, prefix, keep_kv, ragged)
+        out = self.apply({"params": params}, tokens_BL, positions_BL, mask_BLM, prefix, keep_kv)
         assert isinstance(out, TargetOutput)
         return out
 

@@ -24,7 +24,7 @@ CONFIG = DecoderConfig(
 def test_what_is_packed_is_unpacked():
     there_BN = jnp.asarray([[1, 0, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
     x_BN = jnp.arange(12).reshape(3, 4)
-    ragged = ragged_of(there_BN, 9)
+    ragged = ragged_of(there_BN, 9, jnp.zeros((3, 4, 4), bool))
     packed_1A = pack(ragged, x_BN)
     assert packed_1A[0, :7].tolist() == [0, 2, 4, 5, 6, 7, 8]
     back = np.asarray(unpack(ragged, packed_1A[0]))
@@ -51,10 +51,8 @@ def test_ragged_rows_give_the_features_keys_and_values_of_whole_rows(stacked: bo
     mask_BNN = jnp.broadcast_to(jnp.asarray(above), (3, 5, 5))
     at_BN = length_B[:, None] + depth_BN
     whole = target.forward(params, token_BN, at_BN, mask_BNN, (cache, length_B), keep_kv=True)
-    ragged = ragged_of(there_BN, 12)
-    some = target.forward(
-        params, pack(ragged, token_BN), pack(ragged, at_BN), mask_BNN, (cache, length_B), keep_kv=True, ragged=ragged
-    )
+    ragged = ragged_of(there_BN, 12, mask_BNN)
+    some = target.forward(params, pack(ragged, token_BN), pack(ragged, at_BN), ragged, (cache, length_B), keep_kv=True)
     there = np.asarray(there_BN)
     assert some.fresh is not None and whole.fresh is not None and some.features_BLD.shape == (1, 12, 16)
     np.testing.assert_allclose(
