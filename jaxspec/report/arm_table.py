@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import at_temperature, known, per_second
+from jaxspec.report.wording import at_temperature, figure_names, known, per_second
 
 OPTIONS = ("figures", "batch", "arms")
 FIGURES = {
@@ -32,9 +32,7 @@ def by_arm(options: Mapping[str, str], found: Mapping[str, Any]) -> tuple[list[s
 
     Raises ValueError naming an option that the result has nothing for.
     """
-    names = options.get("figures", BY_DEFAULT).split(",")
-    if stranger := next((name for name in names if name not in FIGURES), None):
-        raise ValueError(f"there is no figure {stranger!r}; there are {', '.join(FIGURES)}")
+    names = figure_names(options, FIGURES, BY_DEFAULT)
     batches = list(dict.fromkeys(str(row["batch"]) for row in found["rows"]))
     batch = options.get("batch", batches[0])
     rows = [row for row in found["rows"] if str(row["batch"]) == batch]

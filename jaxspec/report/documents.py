@@ -21,7 +21,7 @@ from jaxspec.evaluation.rows import PLAIN
 from jaxspec.report import arm_table, recipe_table, tree_table
 from jaxspec.report.given_files import read_result
 from jaxspec.report.runs import ALL
-from jaxspec.report.wording import at_temperature, counted, identical, known, per_second, spoken, spread
+from jaxspec.report.wording import at_temperature, counted, figure_names, identical, known, per_second, spoken, spread
 
 BEGIN = re.compile(r"<!--\s*table:\s*(?P<words>.*?)\s*-->\s*")
 END = re.compile(r"<!--\s*end\s*-->\s*")
@@ -156,13 +156,6 @@ def _beside(document: Path, name: str) -> Path:
     raise ValueError(f"{name}: no such file, neither beside {document.name} nor in a folder above it")
 
 
-def _figures(options: Mapping[str, str], by_default: str) -> list[tuple[str, Figure]]:
-    names = options.get("figures", by_default).split(",")
-    if stranger := next((name for name in names if name not in FIGURES), None):
-        raise ValueError(f"there is no figure {stranger!r}; there are {', '.join(FIGURES)}")
-    return [FIGURES[name] for name in names]
-
-
 def _temperatures(options: Mapping[str, str], summary: Sequence[Mapping[str, Any]]) -> list[float]:
     known_here = sorted({float(row["temperature"]) for row in summary})
     given = options.get("temperature")
@@ -176,7 +169,8 @@ def _temperatures(options: Mapping[str, str], summary: Sequence[Mapping[str, Any
 def _by_method(options: Mapping[str, str], found: Mapping[str, Any]) -> Made:
     """Returns a line a method, at all temperatures or at one."""
     summary = found["summary"]
-    figures = _figures(options, "answers,tau_micro,tau_macro,speedup,tokens_per_second,identical")
+    by_default = "answers,tau_micro,tau_macro,speedup,tokens_per_second,identical"
+    figures = [FIGURES[name] for name in figure_names(options, FIGURES, by_default)]
     task, warm = options.get("task", ALL), _temperatures(options, summary)
     if not any(row["task"] == task for row in summary):
         raise ValueError(f"there is no task {task!r}")
@@ -193,7 +187,7 @@ def _by_method(options: Mapping[str, str], found: Mapping[str, Any]) -> Made:
 def _by_task(options: Mapping[str, str], found: Mapping[str, Any]) -> Made:
     """Returns a line a task, with the figures of each method at one temperature, by default the lowest."""
     summary = found["summary"]
-    figures = _figures(options, "tau_micro,speedup")
+    figures = [FIGURES[name] for name in figure_names(options, FIGURES, "tau_micro,speedup")]
     temperature = _temperatures(options, summary)[0]
     here = {(row["task"], row["method"]): row for row in summary if row["temperature"] == temperature}
     known_methods = list(dict.fromkeys(m for _, m in here if m != PLAIN))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxspec.report.wording import at_temperature
+from jaxspec.report.wording import at_temperature, figure_names
 
 OPTIONS = ("batches", "contexts", "figures")
 FIGURES = {
@@ -23,9 +23,7 @@ def by_place(options: Mapping[str, str], found: Mapping[str, Any]) -> tuple[list
 
     Raises ValueError naming an option that the result has nothing for.
     """
-    names = options.get("figures", BY_DEFAULT).split(",")
-    if stranger := next((name for name in names if name not in FIGURES), None):
-        raise ValueError(f"there is no figure {stranger!r}; there are {', '.join(FIGURES)}")
+    names = figure_names(options, FIGURES, BY_DEFAULT)
     batches, contexts = (_sizes(name, options, found[name]) for name in ("batches", "contexts"))
     cells = {(row["batch"], row["context"]): row for row in found["rows"]}
     lines = [[f"{c:,}", *(_cell(cells[b, c], names) for b in batches)] for c in contexts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -63,3 +63,11 @@ def per_second(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, which takes an s unless it is one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def figure_names(options: Mapping[str, str], known_names: Collection[str], by_default: str) -> list[str]:
+    """Returns the figures that the option `figures` of a table names. Raises ValueError for one that is not known."""
+    names = options.get("figures", by_default).split(",")
+    if stranger := next((name for name in names if name not in known_names), None):
+        raise ValueError(f"there is no figure {stranger!r}; there are {', '.join(known_names)}")
+    return names
