@@ -29,7 +29,7 @@ from jaxspec.lab.optimal import edge_sensitivity
 from jaxspec.lab.policy import adaptive_tree
 from jaxspec.lab.replay import node_shares
 from jaxspec.lab.search import Choice, Rated, Search, frontier
-from jaxspec.lab.trial import TriedTree, try_trees
+from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
 from jaxspec.serving import loading
 from jaxspec.trees import parse_tree, policy_fields, write_tree
 
@@ -148,7 +148,8 @@ def try_choice(args: Args, found: Searched, prompts: Sequence[Prompt]) -> dict[s
     settings = Settings(MEASURED_TOKENS, float(facts.get("temperature") or 0.0))
     trees = {"chosen": choice.chosen, "runner-up": choice.runner_up}
     policies = {name: parse_tree(r.tree.spec) for name, r in trees.items() if r is not None and r.shape}
-    tried = try_trees(models, policies, prompts, settings, batch=found.batch, repeats=args.repeats)
+    requests = encode_requests(models, prompts, settings)
+    tried = try_trees(models, policies, requests, batch=found.batch, repeats=args.repeats)
     return tried if choice.chosen.shape else {"chosen": tried[PLAIN], **tried}
 
 
@@ -243,7 +244,12 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     if edges:
         tables.print_table("Tokens a round by rate", ["level", "rank", "rate", "d tokens / d rate"], edges)
     errors = [
-        [f"{e['error']} x {e['factor']:g}", e["predicted_tokens_per_second"], shorten(e["best_spec"]), e["lost"]]
+        [
+            f"{e['error']} x {e['factor']:g}",
+            e["predicted_tokens_per_second"],
+            tables.shorten(e["best_spec"], LONGEST),
+            e["lost"],
+        ]
         for e in result["sensitivity"]
     ]
     tables.print_table("If it were off", ["error", "tokens/s", "best tree then", "lost"], errors)
@@ -280,7 +286,7 @@ def figures(name: str, rated: Rated, plain: Rated) -> list[Any]:
     ratio = speed.value / plain.tokens_per_second.value
     return [
         name,
-        shorten(rated.tree.spec),
+        tables.shorten(rated.tree.spec, LONGEST),
         rated.tree.nodes,
         rated.tree.depth,
         str(rated.tau),
@@ -288,11 +294,6 @@ def figures(name: str, rated: Rated, plain: Rated) -> list[Any]:
         ratio,
         1e3 * rated.seconds_per_token,
     ]
-
-
-def shorten(spec: str) -> str:
-    """Returns a tree's text, cut where it is long."""
-    return spec if len(spec) <= LONGEST else spec[: LONGEST - 3] + "..."
 
 
 if __name__ == "__main__":

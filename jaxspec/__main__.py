@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from jaxspec import __version__
 from jaxspec.console.cli import EXIT_USAGE, run
+from jaxspec.console.programs import keep_programs
 
 
 class Verb(NamedTuple):
@@ -48,10 +49,15 @@ VERBS = {
     "lab profile": Verb("jaxspec.infer.lab_profile", "measure a drafter's acceptance by depth and rank, for any tree"),
     "lab search": Verb("jaxspec.infer.lab_search", "find the draft tree of the most tokens per second"),
     "lab table": Verb("jaxspec.infer.lab_table", "find the best draft tree for every batch and context"),
+    "lab check": Verb("jaxspec.infer.lab_check", "hold predictions to the clock: decode trees at several batches"),
     "lab report": Verb("jaxspec.infer.lab_report", "write one page about a search for draft trees, with its figures"),
     "bench device": Verb("jaxspec.infer.bench_device", "measure an accelerator within some minutes"),
     "lab cost": Verb("jaxspec.infer.lab_cost", "price the parts of a round: measured, compiled, or by the roofline"),
 }
+
+COMPILING = {"plan", "lab cost", "bench device"}
+"""Verbs whose programs are compiled anew: for chips that are not there, whose programs cannot be read back, or to say how
+long it takes."""
 
 EXAMPLES = """\
 examples:
@@ -107,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is None:
         sys.stderr.write(complain(argv))
         return EXIT_USAGE
+    if name not in COMPILING:
+        keep_programs()
     return run(lambda rest: importlib.import_module(VERBS[name].module).main(rest), rest, prog=f"jaxspec {name}")
 
 

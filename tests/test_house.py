@@ -36,7 +36,12 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 # Within a package a module may import from lower shelves; an __init__ from all of its own package.
 SHELVES: dict[str, tuple[set[str], ...]] = {
     "checkpoints": ({"event_file", "manifest"}, {"folders", "piecewise", "tracking"}, {"models", "runs"}),
-    "console": ({"disk", "marks", "overrides"}, {"results"}, {"tables", "wrong_flags"}, {"cli", "progress"}),
+    "console": (
+        {"disk", "marks", "overrides", "programs"},
+        {"results"},
+        {"tables", "wrong_flags"},
+        {"cli", "progress"},
+    ),
     "data": (
         {
             "jsonl",
@@ -130,7 +135,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         {"acceptance_pictures", "given", "optimal", "pricing", "reading", "shapes", "texts"},
         {"candidates", "compiled", "making", "measured", "roofline"},
         {"search"},
-        {"flags", "policy"},
+        {"check", "flags", "policy"},
         {"findings", "here"},
         {"map_picture", "predicted", "size_pictures"},
         {"predicted_pictures"},
@@ -150,7 +155,17 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "planning": ({"chips", "flops", "hlo"}, {"cost", "decode_program", "work"}, {"plan"}),
     "report": (
         {"given_files", "pieces", "runs", "wording"},
-        {"arm_table", "coloured_text", "cost_pictures", "recipe_table", "speed_pictures", "tables", "tree_table"},
+        {
+            "arm_table",
+            "check_table",
+            "coloured_text",
+            "cost_pictures",
+            "peer_table",
+            "recipe_table",
+            "speed_pictures",
+            "tables",
+            "tree_table",
+        },
         {"documents", "round_pictures"},
         {"page"},
     ),

@@ -58,3 +58,8 @@ def cell(value: Any) -> str:
 def four_digits(value: float) -> str:
     """Returns `value` with four significant digits, and all digits before the point."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
+
+
+def shorten(text: str, longest: int) -> str:
+    """Returns a text, cut where it has more than `longest` letters."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -1,17 +1,17 @@
-"""Searched trees tried: decoded on prompts in turns with plain decoding, for a figure beside the predicted one."""
+"""Static trees tried: decoded on prompts in turns with plain decoding, for figures beside the predicted ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxspec.base import TreePolicy
 from jaxspec.data.prompts import Prompt, encode_prompt
-from jaxspec.decoding.requests import Settings, make_requests
+from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.evaluation.rows import PLAIN
-from jaxspec.evaluation.timing import Load, time_arms
+from jaxspec.evaluation.timing import Load, Run, time_arms
 from jaxspec.parallel.agreement import say
 from jaxspec.serving.loading import Models
 
@@ -22,37 +22,38 @@ class TriedTree(NamedTuple):
     tokens_per_second: float
     """Of all rows together, prefill left out as in predictions; median of the repeats."""
     tau: float
+    round_seconds: float
+    """Of a round in the mean, median of the repeats; a batch goes on until its last row ends."""
 
 
-def try_trees(
-    models: Models,
-    trees: Mapping[str, TreePolicy],
-    prompts: Sequence[Prompt],
-    settings: Settings,
-    *,
-    batch: int,
-    repeats: int,
-) -> dict[str, TriedTree]:
-    """Returns how plain decoding and each tree decode full batches of the prompts, all in turns.
-
-    Prompts that the target cannot read are named and left out. Raises ValueError where the rest fill no batch.
-    """
+def encode_requests(models: Models, prompts: Sequence[Prompt], settings: Settings) -> list[Request]:
+    """Returns a request for each prompt, short ones first. Prompts that the target cannot read are named and left out."""
     requests = []
     for index, prompt in enumerate(prompts):
         try:
             requests.append(models.request(encode_prompt(prompt, models.tokenizer), settings.for_row(index), index))
         except ValueError as error:
             say(f"{prompt.name} {error}")
-    requests.sort(key=lambda request: len(request.tokens))
+    return sorted(requests, key=lambda request: len(request.tokens))
+
+
+def try_trees(
+    models: Models, trees: Mapping[str, TreePolicy], requests: Sequence[Request], *, batch: int, repeats: int
+) -> dict[str, TriedTree]:
+    """Returns how plain decoding and each tree decode full batches of the requests, all in turns.
+
+    Raises ValueError where the requests fill no batch.
+    """
     count = len(requests) // batch
     if not count:
-        raise ValueError(f"{len(requests)} prompts do not fill a batch of {batch}: give more, or a smaller --batch")
+        raise ValueError(f"{len(requests)} prompts do not fill a batch of {batch}: give more, or a smaller batch")
     batches = [make_requests(requests[i * batch : (i + 1) * batch]) for i in range(count)]
-    load = Load(batches, settings.max_new_tokens, rounds_only=True)
+    load = Load(batches, max(r.settings.max_new_tokens for r in requests), rounds_only=True)
     arms = {PLAIN: models.plain(), **{name: models.with_tree(tree) for name, tree in trees.items()}}
     runs, _ = time_arms(arms, load, repeats=repeats)
     return {name: _tried(mine) for name, mine in runs.items()}
 
 
-def _tried(runs: Sequence[Any]) -> TriedTree:
-    return TriedTree(float(np.median([run.tokens_per_second for run in runs])), runs[0].tau)
+def _tried(runs: Sequence[Run]) -> TriedTree:
+    speed, seconds = zip(*((run.tokens_per_second, run.round_seconds / run.rounds) for run in runs), strict=True)
+    return TriedTree(float(np.median(speed)), runs[0].tau, float(np.median(seconds)))

@@ -17,9 +17,10 @@ MOST_LEFT_ROWS = 64
 """Greatest number of rows for which a matrix of outputs by inputs stands left of the activations."""
 ROW_STEP = 4
 """Rows that XLA:CPU's kernels take at once: 5 to 7 rows cost more than 8."""
-TPU_ROWS = 8
-"""Rows of a TPU's registers. A product with one row compiles to multiplications and sums of vectors, which by the
-compiler's cycles take two to five times as long as eight rows in the matrix unit."""
+FULL_ROWS = 8
+"""Rows that fewer are padded to. One row alone compiles for TPUs to multiplications and sums of vectors, which by the
+compiler's cycles take two to five times as long as eight rows in the matrix unit. Fewer than eight rows of bf16 miss a
+CPU's kernels for it: one row takes five times as long as eight."""
 
 
 def outputs_first(name: str) -> str:
@@ -42,7 +43,7 @@ def multiply(weights: Mapping[str, Array], name: str, x_BLE: Array) -> Array:
         matrix = weights[name].astype(x_BLE.dtype)
         # One contracted axis: to contract three, XLA:CPU would copy the weight on every call.
         matrix = matrix.reshape(-1, *matrix.shape[inputs:])
-        product = fill_tpu_rows(lambda x: jax.lax.dot_general(x, matrix, (((2,), (0,)), ((), ()))), x_BLE)
+        product = fill_rows(lambda x: jax.lax.dot_general(x, matrix, (((2,), (0,)), ((), ()))), x_BLE)
     return rescale(weights, name, product)
 
 
@@ -64,23 +65,27 @@ def multiply_left(matrix_FE: Array, x_BLE: Array, out: Any = None) -> Array:
     return product_FR.T[:rows].reshape(batch, length, -1)
 
 
-def fill_tpu_rows(product: Callable[[Array], Array], x_BLE: Array) -> Array:
-    """Returns `product(x)`, `[B, L, ...]`; for TPUs one row alone is padded to `TPU_ROWS`."""
-    if x_BLE.shape[0] * x_BLE.shape[1] != 1:
-        return product(x_BLE)
+def fill_rows(product: Callable[[Array], Array], x_BLE: Array) -> Array:
+    """Returns `product(x)`, `[B, L, ...]`; few rows are padded to `FULL_ROWS` where the platform is faster so."""
+    batch, length, width = x_BLE.shape
+    rows = batch * length
 
     def padded(x_BLE: Array) -> Array:
+        x_RE = jnp.pad(x_BLE.reshape(rows, width), ((0, FULL_ROWS - rows), (0, 0)))
         # Behind the barrier, or XLA would leave out the rows that are cut off again.
-        rows = jax.lax.optimization_barrier(jnp.pad(x_BLE, ((0, 0), (0, TPU_ROWS - 1), (0, 0))))
-        return product(rows)[:, :1]
+        made = product(jax.lax.optimization_barrier(x_RE)[None])
+        return made[0, :rows].reshape(batch, length, *made.shape[2:])
 
-    return jax.lax.platform_dependent(x_BLE, tpu=padded, default=product)
+    platforms = {"tpu": rows == 1, "cpu": rows < FULL_ROWS and x_BLE.dtype == jnp.bfloat16}
+    filled = {name: padded for name, slow in platforms.items() if slow}
+    return jax.lax.platform_dependent(x_BLE, default=product, **filled) if filled else product(x_BLE)
 
 
 def lay_out(params: Params) -> Params:
     """Returns a model's weights with the matrices that `multiply` reads laid out with their outputs first.
 
-    For CPUs, once, before decoding. Stacked matrices (of layers, experts or heads) stay as they are.
+    For CPUs, once, before decoding. Stacked matrices (of layers, experts or heads) stay as they are, and so does bf16,
+    for which CPUs have kernels of the usual order alone.
     """
     if isinstance(params, Mapping):
         return dict(_lay_out_one(name, value) for name, value in params.items())
@@ -94,6 +99,6 @@ def _lay_out_one(name: str, value: Any) -> tuple[str, Any]:
     weight = declared(name)
     matrix = weight.matrix or (0,)
     # Only where the inputs are the first axes; axes before them stack matrices.
-    if not weight.multiplied or -min(matrix) != value.ndim:
+    if not weight.multiplied or -min(matrix) != value.ndim or value.dtype == jnp.bfloat16:
         return name, value
     return outputs_first(name), jnp.moveaxis(value, range(len(matrix)), range(-len(matrix), 0))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxspec.console.disk import writing
 from jaxspec.evaluation.rows import PLAIN
-from jaxspec.report import arm_table, recipe_table, tree_table
+from jaxspec.report import arm_table, check_table, peer_table, recipe_table, tree_table
 from jaxspec.report.given_files import read_result
 from jaxspec.report.runs import ALL
 from jaxspec.report.wording import at_temperature, counted, figure_names, identical, known, per_second, spoken, spread
@@ -245,6 +245,8 @@ KINDS = {
     "tasks": Kind("evaluate", "summary", ("figures", "method", "temperature"), _by_task),
     "recipes": Kind("compare", "recipes", recipe_table.OPTIONS, recipe_table.by_recipe),
     "arms": Kind("bench decode", "rows", arm_table.OPTIONS, arm_table.by_arm),
+    "peers": Kind("bench peers", "rows", peer_table.OPTIONS, peer_table.by_peer),
+    "checks": Kind("lab check", "rows", check_table.OPTIONS, check_table.by_tree),
     "trees": Kind("lab table", "rows", tree_table.OPTIONS, tree_table.by_place),
 }
 """The kinds that a comment may name."""

@@ -247,10 +247,71 @@ TABLED = {
     },
 }  # fmt: skip
 
+CHECKED = {
+    "command": "lab check",
+    "machine": {"cpu": "a processor", "cores": 2},
+    "dtype": "float32",
+    "target": "models/smollm2",
+    "temperature": 0.0,
+    "max_new_tokens": 48,
+    "repeats": 2,
+    "median_error": {"tokens_per_second": 0.052, "tau": 0.03, "round_seconds": 0.02},
+    "picked_share": {"1": 1.0, "4": 0.975},
+    "rows": [
+        {"spec": spec, "nodes": nodes, "batch": batch, "expected_tau": tau, "measured_tau": tau, "round_seconds": 0.04,
+         "measured_round_seconds": 0.05, "predicted_tokens_per_second": batch * tau / 0.04,
+         "measured_tokens_per_second": batch * tau / 0.05, "error_of_tokens_per_second": 0.25}
+        for batch in (1, 4) for spec, nodes, tau in (("none", 1, 1.0), ("chain:3", 4, 1.5))
+    ],
+}  # fmt: skip
+PEERED = {
+    "command": "bench peers",
+    "machine": {"cpu": "a processor", "cores": 2},
+    "dtype": "float32",
+    "target": "models/smollm2",
+    "prompts": "runs/prompts.jsonl",
+    "count": 12,
+    "max_new_tokens": 64,
+    "repeats": 3,
+    "threads": 2,
+    "rows": [
+        {"peer": "jaxspec plain", "version": "0.1.0", "tokens_per_second": 30.0, "x_plain": 1.0, "tau": 1.0,
+         "decode_tokens_per_second": 32.0, "x_plain_decode": 1.0, "identical_fraction": 1.0, "near_ties": 0},
+        {"peer": "llama.cpp", "version": "0.3", "tokens_per_second": 33.0, "x_plain": None, "tau": 1.0,
+         "decode_tokens_per_second": None, "x_plain_decode": None, "identical_fraction": 0.75, "near_ties": 1},
+    ],
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
+        (
+            "check.json checks",
+            [
+                "| tree | batch | tau predicted | measured | round, ms, predicted | measured | tokens/s predicted | "
+                "measured | error |",
+                "| plain | 1 | 1.00 | 1.00 | 40.0 | 50.0 | 25 | 20 | +25.0% |",
+                "| `chain:3` | 4 | 1.50 | 1.50 | 40.0 | 50.0 | 150 | 120 | +25.0% |",
+                "4 predictions: tokens/s off by 5.2% in the median, tau by 3.0%, a round by 2.0%; the tree predicted best "
+                "reaches of the best measured 100.0% at batch 1, 97.5% at batch 4.",
+            ],
+        ),
+        (
+            "check.json checks batches=4",
+            [
+                "measured | error | | --- | ---: |",
+                "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | | plain | 4 |",
+            ],
+        ),
+        (
+            "peers.json peers",
+            [
+                "| jaxspec plain | 0.1.0 | 30 | 1.00 | 32 | 1.00 | 1.00 | 100 % |",
+                "| llama.cpp | 0.3 | 33 | - | - | - | 1.00 | 75 %, 1 near tie |",
+                "12 prompts of prompts.jsonl, batch 1, greedy, float32, up to 64 new tokens, 2 threads each",
+            ],
+        ),
         (
             "compare.json recipes intervals=no facts=passes,seeds",
             [
@@ -300,6 +361,8 @@ def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
+    (tmp_path / "check.json").write_text(json.dumps(CHECKED))
+    (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
     document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n")
     assert main(["report", "--markdown", str(document)]) == 0
@@ -322,6 +385,7 @@ def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list
         ("bench.json arms arms=tree", "there is no arm 'tree'; there are plain, chain:3"),
         ("bench.json arms figures=mood", "there is no figure 'mood'"),
         ("bench.json recipes", "is no result of compare"),
+        ("check.json checks batches=2", "nothing was checked in a batch of 2; there are 1, 4"),
         ("table.json trees batches=2", "nothing was searched for batches 2; there are 1, 64"),
         ("table.json trees figures=mood", "there is no figure 'mood'; there are size, tree, speedup, tau"),
     ],
@@ -330,6 +394,8 @@ def test_what_a_result_does_not_have_is_named(tmp_path: Path, words: str, said: 
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
+    (tmp_path / "check.json").write_text(json.dumps(CHECKED))
+    (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
     document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n")
     assert main(["report", "--markdown", str(document)]) == EXIT_FAILED

@@ -1,0 +1,186 @@
+"""Hold predictions of the lab to the clock: decode static trees at several batches, in turns with plain decoding.
+
+Target, drafter and temperature are the profile's. By default the trees are, for each batch, the fastest of a dozen sizes
+by prediction. Tokens/s are rows times tau by the seconds of a round, prefill left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from jaxspec.console import cli, results, tables
+from jaxspec.data import jsonl
+from jaxspec.data.prompts import read_prompts
+from jaxspec.decoding.requests import Request, Settings
+from jaxspec.evaluation.rows import PLAIN
+from jaxspec.evaluation.statistics import Interval
+from jaxspec.lab.check import CheckedTree, predict, summarize, trees_of_sizes
+from jaxspec.lab.cost_model import RoundCost
+from jaxspec.lab.flags import SearchFlags, digest
+from jaxspec.lab.forest import Shape, shape_of
+from jaxspec.lab.search import Rated
+from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
+from jaxspec.serving import loading
+from jaxspec.serving.loading import Models
+from jaxspec.trees import StaticTree, parse_tree
+
+LONGEST = 40
+"""Letters of a tree's text in a printed table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(SearchFlags):
+    prompts: Path
+    """File of prompts that are decoded, as jaxspec generate reads them."""
+    limit: int | None = None
+    """Prompts taken; those that do not fill a batch are left out."""
+    batches: str = "1,2,4"
+    """Rows decoded together."""
+    tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A static tree or chain; repeat the flag for more. Default: --trees of them."""
+    trees: int = 12
+    """Trees of as many sizes for each batch, the fastest of each size by prediction."""
+    max_new_tokens: int = 64
+    """Most tokens of an answer."""
+    repeats: int = 2
+    """Times that each tree decodes all prompts; figures are medians."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cli.refuse_below_one(self, "limit", "trees", "max_new_tokens", "repeats")
+        if self.max_new_tokens < 2:
+            raise ValueError("--max-new-tokens is 1; the first token is prefill's, so give at least 2")
+        _ = cli.sizes("--batches", self.batches)
+        for spec in self.tree:
+            if not isinstance(parse_tree(spec), StaticTree):
+                raise ValueError(f"--tree {spec} is no static tree: what is drafted anew each round is not replayed")
+
+    @property
+    def given(self) -> list[Shape]:
+        """The trees of --tree."""
+        trees = [tree for tree in map(parse_tree, self.tree) if isinstance(tree, StaticTree)]
+        return list(dict.fromkeys(shape_of(tree.paths) for tree in trees))
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb."""
+    started = time.monotonic()
+    args = cli.parse(argv, Args, prog="jaxspec lab check", description=__doc__ or "")
+    facts = args.inputs.profile.facts
+    if facts.get("kind") == "simulated" or facts.get("simulated_texts"):
+        raise ValueError(f"{args.profile}: holds simulated texts; a check needs a profile of a drafter that is here")
+    models = loading.load_models(facts["target"], drafter=facts["drafter"])
+    settings = Settings(args.max_new_tokens, float(facts.get("temperature") or 0.0))
+    requests = encode_requests(models, read_prompts(args.prompts, limit=args.limit), settings)
+    checked = []
+    for mine in check_all(args, models, requests):
+        print_batch(mine)
+        checked += mine
+    summary = summarize(checked)
+    print_summary(checked, summary)
+    if args.json is not None:
+        dtype = str(args.inputs.costs.facts.get("dtype") or "fp32")
+        found = results.result("lab check", dtype=dtype, seed=args.seed, started=started, **make_result(args, checked))
+        results.write_json(args.json, found)
+    return 0
+
+
+def check_all(args: Args, models: Models, requests: Sequence[Request]) -> Iterator[list[CheckedTree]]:
+    """Yields the trees of one batch after another; what the ledger beside --json holds is not decoded again."""
+    context = round(float(np.mean([len(r.tokens) for r in requests])) + args.max_new_tokens / 2)
+    predicted = {b: predict_batch(args, args.cost_at(b, context)) for b in cli.sizes("--batches", args.batches)}
+    ledger = args.json and args.json.with_name(f"{args.json.stem}.ledger.jsonl")
+    known = [] if ledger is None else jsonl.journal(ledger, settings_of(args), of=args.json, fields=("batch", "tried"))
+    before = {line["batch"]: line["tried"] for line in known}
+    for batch, rated in predicted.items():
+        if batch not in before:
+            trees = {r.tree.spec: r.tree for r in rated if r.shape}
+            tried = try_trees(models, trees, requests, batch=batch, repeats=args.repeats)
+            before[batch] = {name: one._asdict() for name, one in tried.items()}
+            if ledger is not None:
+                jsonl.append(ledger, [{"batch": batch, "tried": before[batch]}])
+        named = {name: TriedTree(**one) for name, one in before[batch].items()}
+        yield [CheckedTree(r, named[r.tree.spec if r.shape else PLAIN]) for r in rated]
+
+
+def settings_of(args: Args) -> dict[str, Any]:
+    """Returns what measured figures depend on."""
+    names = ("limit", "tree", "trees", "max_new_tokens", "repeats", "max_nodes", "max_depth", "max_branch", "multiple")
+    files = {name: digest(getattr(args, name)) for name in ("profile", "cost", "prompts")}
+    return files | {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in names}
+
+
+def predict_batch(args: Args, cost: RoundCost) -> list[Rated]:
+    """Returns plain decoding and the trees of one batch as they are predicted."""
+    profile = args.inputs.profile
+    shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
+    return [predict(profile, shape, cost) for shape in [(), *shapes]]
+
+
+def make_result(args: Args, checked: list[CheckedTree]) -> dict[str, Any]:
+    """Returns the verb's own keys."""
+    profile, costs = args.inputs
+    return {
+        "profile": args.profile,
+        "cost": args.cost,
+        "prompts": args.prompts,
+        "limit": args.limit,
+        "target": profile.facts["target"],
+        "drafter": profile.facts["drafter"],
+        "temperature": profile.facts.get("temperature"),
+        "device": costs.facts.get("device"),
+        "max_new_tokens": args.max_new_tokens,
+        "repeats": args.repeats,
+        "rows": [c.row() for c in checked],
+        **summarize(checked),
+    }
+
+
+def print_batch(checked: list[CheckedTree]) -> None:
+    """Prints the trees of one batch."""
+    first = checked[0].predicted
+    rows = [
+        [
+            tables.shorten(c.predicted.tree.spec, LONGEST),
+            c.predicted.tree.nodes,
+            _short(c.predicted.tau),
+            c.measured.tau,
+            1e3 * c.predicted.round_seconds,
+            1e3 * c.measured.round_seconds,
+            c.predicted.tokens_per_second.value,
+            c.tokens_per_second,
+            f"{c.errors['tokens_per_second']:+.1%}",
+        ]
+        for c in checked
+    ]
+    columns = ["tree", "nodes", "tau predicted", "measured", "round ms predicted", "measured"]
+    columns += ["tokens/s predicted", "measured", "error"]
+    tables.print_table(f"Batch {first.batch}, context {first.context}", columns, rows)
+
+
+def _short(tau: Interval) -> str:
+    return f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]"
+
+
+def print_summary(checked: list[CheckedTree], summary: dict[str, Any]) -> None:
+    """Prints the errors over all trees, and what the picked trees reach."""
+    size, bias = summary["median_error"], summary["bias"]
+    sys.stdout.write(
+        f"{len(checked)} predictions: tokens/s off by {size['tokens_per_second']:.1%} in the median "
+        f"({bias['tokens_per_second']:+.1%} with its sign), tau by {size['tau']:.1%} ({bias['tau']:+.1%}), "
+        f"a round by {size['round_seconds']:.1%} ({bias['round_seconds']:+.1%})\n"
+    )
+    for batch, share in summary["picked_share"].items():
+        sys.stdout.write(f"batch {batch}: the tree predicted best reaches {share:.1%} of the best measured\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
