@@ -1,7 +1,7 @@
 """Hold predictions of the lab to the clock: decode static trees at several batches, in turns with plain decoding.
 
-Target, drafter and temperature are the profile's. By default the trees are, for each batch, the fastest of a dozen sizes
-by prediction. Tokens/s are rows times tau by the seconds of a round, prefill left out.
+Target, drafter and temperature are the profile's. By default the trees are, for each batch, the fastest of a dozen
+sizes by prediction. Tokens/s are rows times tau by the seconds of a round, prefill left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 
@@ -67,7 +68,7 @@ class Args(SearchFlags):
     def given(self) -> list[Shape]:
         """The trees of --tree."""
         trees = [tree for tree in map(parse_tree, self.tree) if isinstance(tree, StaticTree)]
-        return list(dict.fromkeys(shape_of(tree.paths) for tree in trees))
+        return list(dict.fromkeys(shape_of(tree.paths) for tree in trees if tree.paths))
 
 
 def main(argv: list[str]) -> int:
@@ -105,6 +106,8 @@ def check_all(args: Args, models: Models, requests: Sequence[Request]) -> Iterat
             trees = {r.tree.spec: r.tree for r in rated if r.shape}
             tried = try_trees(models, trees, requests, batch=batch, repeats=args.repeats)
             before[batch] = {name: one._asdict() for name, one in tried.items()}
+            # Programs of a dozen trees a batch are many mappings of memory, of which a process may have so many.
+            jax.clear_caches()
             if ledger is not None:
                 jsonl.append(ledger, [{"batch": batch, "tried": before[batch]}])
         named = {name: TriedTree(**one) for name, one in before[batch].items()}

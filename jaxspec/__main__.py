@@ -56,8 +56,8 @@ VERBS = {
 }
 
 COMPILING = {"plan", "lab cost", "bench device"}
-"""Verbs whose programs are compiled anew: for chips that are not there, whose programs cannot be read back, or to say how
-long it takes."""
+"""Verbs whose programs are compiled anew: for chips that are not there, whose programs cannot be read back, or to say
+how long it takes."""
 
 EXAMPLES = """\
 examples:

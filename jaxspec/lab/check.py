@@ -1,7 +1,7 @@
 """Predictions held to the clock: static trees that were decoded at several batches, beside what the lab foretold.
 
-A batch ends with its last row, so rows that end early idle in a measurement. A server refills them, and the lab predicts
-that: tokens/s are therefore the rows times tau by the seconds of a round, on both sides.
+A batch ends with its last row, so rows that end early idle in a measurement. A server refills them, and the lab
+predicts that: tokens/s are therefore the rows times tau by the seconds of a round, on both sides.
 """
 
 from __future__ import annotations

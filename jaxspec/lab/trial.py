@@ -27,7 +27,10 @@ class TriedTree(NamedTuple):
 
 
 def encode_requests(models: Models, prompts: Sequence[Prompt], settings: Settings) -> list[Request]:
-    """Returns a request for each prompt, short ones first. Prompts that the target cannot read are named and left out."""
+    """Returns a request for each prompt, short ones first.
+
+    Prompts that the target cannot read are named and left out.
+    """
     requests = []
     for index, prompt in enumerate(prompts):
         try:

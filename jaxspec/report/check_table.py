@@ -41,14 +41,15 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 
 def _about(found: Mapping[str, Any]) -> str:
     """Returns what stands below a table: the errors of all batches, and everything that the numbers depend on."""
-    errors = found["median_error"]
     picked = ", ".join(f"{share:.1%} at batch {batch}" for batch, share in found["picked_share"].items())
-    machine, passes = found["machine"], found["repeats"]
+    passes = found["repeats"]
+    machine, warm = found["machine"], at_temperature(found["temperature"] or 0.0)
+    off = {name: f"{error:.1%}" for name, error in found["median_error"].items()}
     return (
-        f"{counted(len(found['rows']), 'prediction')}: tokens/s off by {errors['tokens_per_second']:.1%} in the median, tau "
-        f"by {errors['tau']:.1%}, a round by {errors['round_seconds']:.1%}; the tree predicted best reaches of the best "
-        f"measured {picked}. Target {Path(found['target']).name}, {at_temperature(found['temperature'] or 0.0)}, "
-        f"{found['dtype']}, up to {found['max_new_tokens']} new tokens, "
-        f"{'one pass' if passes == 1 else f'medians of {passes} passes'}, trees in turns, prefill left out, "
-        f"{machine.get('accelerator') or machine.get('cpu')}, {machine.get('cores')} cores:"
+        f"{counted(len(found['rows']), 'prediction')}: tokens/s off by {off['tokens_per_second']} in the median, "
+        f"tau by {off['tau']}, a round by {off['round_seconds']}; the tree predicted best reaches of "
+        f"the best measured {picked}. Target {Path(found['target']).name}, {warm}, {found['dtype']}, up to "
+        f"{found['max_new_tokens']} new tokens, {'one pass' if passes == 1 else f'medians of {passes} passes'}, "
+        f"trees in turns, prefill left out, {machine.get('accelerator') or machine.get('cpu')}, "
+        f"{machine.get('cores')} cores:"
     )

@@ -39,8 +39,8 @@ def _about(found: Mapping[str, Any]) -> str:
     """Returns what stands below a table: everything that its numbers depend on."""
     machine, passes = found["machine"], found["repeats"]
     return (
-        f"Target {Path(found['target']).name}, {counted(found['count'], 'prompt')} of {Path(found['prompts']).name}, batch 1, "
-        f"greedy, {found['dtype']}, up to {found['max_new_tokens']} new tokens, {counted(found['threads'], 'thread')} each, a "
-        f"process each, prompt by prompt in turns, "
+        f"Target {Path(found['target']).name}, {counted(found['count'], 'prompt')} of {Path(found['prompts']).name}, "
+        f"batch 1, greedy, {found['dtype']}, up to {found['max_new_tokens']} new tokens, "
+        f"{counted(found['threads'], 'thread')} each, a process each, prompt by prompt in turns, "
         f"{'one pass' if passes == 1 else f'medians of {passes} passes'}, {machine.get('cpu')}:"
     )

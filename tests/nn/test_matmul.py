@@ -38,13 +38,29 @@ def test_a_matrix_with_its_outputs_first_gives_the_same_product(name: str, batch
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [2, 4, 5, 8, 11])
-def test_the_matrix_of_few_rows_stays_the_left_operand(rows: int):
+@pytest.mark.parametrize(
+    ("rows", "padded"), [(2, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16), (17, 20), (25, 32), (49, 64)]
+)
+def test_the_matrix_of_few_rows_stays_the_left_operand(rows: int, padded: int):
     """XLA would fold the transposes into a product with the matrix on the right, and lay the matrix out every call."""
     matrix, x = jnp.asarray(draw(1, 64, 32)), jnp.asarray(draw(2, 1, rows, 32))
-    padded = -(-rows // matmul.ROW_STEP) * matmul.ROW_STEP
     text = jax.jit(matmul.multiply_left).lower(matrix, x).compile().as_text() or ""
     assert f"f32[64,{padded}]" in text
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 3), (2, 3), (7, 1), (1, 8), (3, 5)])
+def test_few_rows_of_bf16_are_padded_to_those_that_cpus_have_kernels_for(batch: int, length: int):
+    matrix, x_BLE = (
+        jnp.asarray(draw(i, *shape), jnp.bfloat16) for i, shape in ((1, (24, 40)), (2, (batch, length, 24)))
+    )
+    assert list(matmul.lay_out({"gate": matrix})) == ["gate"]
+    multiply = jax.jit(matmul.multiply, static_argnums=1)
+    found = multiply({"gate": matrix}, "gate", x_BLE)
+    exact = np.einsum("BLE,EF->BLF", *(np.asarray(a, np.float32) for a in (x_BLE, matrix)))
+    assert found.shape == exact.shape and found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=1e-2, atol=2e-2)
+    text = multiply.lower({"gate": matrix}, "gate", x_BLE).compile().as_text() or ""
+    assert bool(re.search(r"f(32|16)\[(1,)?8,24\]", text)) == (batch * length <= 8)
 
 
 def test_the_rows_of_a_product_do_not_depend_on_padding():

@@ -293,8 +293,8 @@ PEERED = {
                 "measured | error |",
                 "| plain | 1 | 1.00 | 1.00 | 40.0 | 50.0 | 25 | 20 | +25.0% |",
                 "| `chain:3` | 4 | 1.50 | 1.50 | 40.0 | 50.0 | 150 | 120 | +25.0% |",
-                "4 predictions: tokens/s off by 5.2% in the median, tau by 3.0%, a round by 2.0%; the tree predicted best "
-                "reaches of the best measured 100.0% at batch 1, 97.5% at batch 4.",
+                "4 predictions: tokens/s off by 5.2% in the median, tau by 3.0%, a round by 2.0%; the tree predicted "
+                "best reaches of the best measured 100.0% at batch 1, 97.5% at batch 4.",
             ],
         ),
         (
