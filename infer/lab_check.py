@@ -23,11 +23,12 @@ from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.requests import Request, Settings
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.statistics import Interval
-from jaxspec.lab.check import CheckedTree, predict, summarize, trees_of_sizes
+from jaxspec.lab.check import CheckedTree, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.flags import SearchFlags, digest
 from jaxspec.lab.forest import Shape, shape_of
-from jaxspec.lab.search import Rated
+from jaxspec.lab.replay import replay
+from jaxspec.lab.search import Rated, rate_shape
 from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
@@ -125,7 +126,7 @@ def predict_batch(args: Args, cost: RoundCost) -> list[Rated]:
     """Returns plain decoding and the trees of one batch as they are predicted."""
     profile = args.inputs.profile
     shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
-    return [predict(profile, shape, cost) for shape in [(), *shapes]]
+    return [rate_shape(shape, cost, replay(profile, shape)) for shape in [(), *shapes]]
 
 
 def make_result(args: Args, checked: list[CheckedTree]) -> dict[str, Any]:

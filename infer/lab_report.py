@@ -38,7 +38,8 @@ class Args(LimitFlags):
     contexts: str | None = None
     """Contexts of the map, such as 512,2048; default: those of each file of costs."""
     measured: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Result of jaxspec bench decode --json, to compare predictions with; repeat the flag for more."""
+    """Result of jaxspec bench decode --json or lab check --json, to compare predictions with; repeat the flag for
+    more."""
     png: Path | None = None
     """Folder for pictures of the page and of every figure; needs Chromium."""
 

@@ -224,6 +224,9 @@ class LlamaCppWorker(Worker):
             n_ctx=self.spec.longest + self.spec.budget + 8,
             n_threads=self.spec.threads,
             n_threads_batch=self.spec.threads,
+            # Its caches are fp16 otherwise, and ours are fp32.
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
             verbose=False,
         )
 

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.evaluation.statistics import tau_interval
 from jaxspec.lab.candidates import Limits, find_candidates
 from jaxspec.lab.cost_model import RoundCost
-from jaxspec.lab.forest import Shape, make_forest
+from jaxspec.lab.forest import Shape
 from jaxspec.lab.profile import Profile
-from jaxspec.lab.replay import replay
 from jaxspec.lab.search import Rated
 from jaxspec.lab.trial import TriedTree
 
@@ -52,13 +50,6 @@ class CheckedTree(NamedTuple):
             "measured_tokens_per_second_until_the_last_row_ends": self.measured.tokens_per_second,
             **{f"error_of_{name}": error for name, error in self.errors.items()},
         }
-
-
-def predict(profile: Profile, shape: Shape, cost: RoundCost) -> Rated:
-    """Returns what a tree makes of all prompts of a profile. Raises ValueError beyond the profile or the costs."""
-    forest = make_forest([shape])
-    seconds = float(cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
-    return Rated(shape, cost.batch, cost.context, tau_interval(replay(profile, shape)), seconds)
 
 
 def trees_of_sizes(profile: Profile, cost: RoundCost, limits: Limits, count: int) -> list[Shape]:

@@ -1,4 +1,4 @@
-"""Predictions beside what `jaxspec bench decode --json` measured of the same trees on the same device."""
+"""Predictions beside what `bench decode` or `lab check` measured of the same trees on the same device."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ class Comparison(NamedTuple):
 
 
 def read_bench(path: Path) -> list[MeasuredArm]:
-    """Returns the arms of a result of `bench decode`. Raises ValueError where the file is none."""
-    remedy = "make it with `jaxspec bench decode --json FILE`"
+    """Returns the arms of a result of `bench decode` or `lab check`. Raises ValueError where the file is neither."""
+    remedy = "make it with `jaxspec bench decode --json FILE` or `jaxspec lab check --json FILE`"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such result; {remedy}") from None
     except (OSError, ValueError) as problem:
         raise ValueError(f"{path}: is no JSON ({problem}); {remedy}") from problem
-    if not isinstance(found, dict) or found.get("command") != "bench decode":
-        raise ValueError(f"{path}: is no result of bench decode; {remedy}")
+    if not isinstance(found, dict) or found.get("command") not in ("bench decode", "lab check"):
+        raise ValueError(f"{path}: is no result of bench decode or lab check; {remedy}")
     rows, machine = found.get("rows"), found.get("machine")
     if not isinstance(rows, list) or not rows or not isinstance(machine, dict):
         raise ValueError(f"{path}: has no rows or no machine; {remedy}")
@@ -74,9 +74,19 @@ def read_bench(path: Path) -> list[MeasuredArm]:
     kind = machine.get("accelerator")
     device = CPU if kind is None else KINDS.get(kind, str(kind))
     try:
+        if found["command"] == "lab check":
+            rows = [_checked(row, found["drafter"]) for row in rows]
         return [_arm(path, row, float(found.get("temperature") or 0), device) for row in rows]
     except (KeyError, TypeError, ValueError) as problem:
         raise ValueError(f"{path}: a row lacks one of {', '.join(NEEDED)}, or it is no number; {remedy}") from problem
+
+
+def _checked(row: dict[str, Any], drafter: str) -> dict[str, Any]:
+    """Returns a row of `lab check` by the keys of `bench decode`."""
+    measured = {name: row[f"measured_{name}"] for name in ("tokens_per_second", "tau")}
+    tree = row["spec"] if row["nodes"] > 1 else None
+    named = {"arm": tree or "plain", "tree": tree, "drafter": tree and drafter}
+    return {**named, "batch": row["batch"], "prefix": row["context"], **measured}
 
 
 def _arm(path: Path, row: dict[str, Any], temperature: float, device: str) -> MeasuredArm:

@@ -22,7 +22,8 @@ def predicted_section(found: Comparison, files: int) -> Markup:
     """Returns the section: two scatter plots, the median error, and what could not be compared."""
     if not files:
         return paragraph(
-            "Nothing was measured: give results of jaxspec bench decode --json as --measured, with the same trees."
+            "Nothing was measured: give results of jaxspec bench decode --json or lab check --json as --measured, with "
+            "the same trees."
         )
     left = [f"{arm.arm} (batch {arm.batch}, {arm.device}, {arm.file.name}): {why}" for arm, why in found.left_out]
     told = joined(paragraph(f"{len(left)} arms are not compared:"), bullets(left)) if left else None

@@ -73,6 +73,13 @@ class Rated:
         }
 
 
+def rate_shape(shape: Shape, cost: RoundCost, counts: Counts) -> Rated:
+    """Returns a tree's figures from its counts on some prompts. Raises ValueError beyond the costs."""
+    forest = make_forest([shape])
+    seconds = float(cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
+    return Rated(shape, cost.batch, cost.context, tau_interval(counts), seconds)
+
+
 class Choice(NamedTuple):
     """The tree chosen for a batch and context."""
 
@@ -134,9 +141,7 @@ class Search:
 
     def rate(self, shape: Shape, cost: RoundCost) -> Rated:
         """Returns any tree's figures on the reporting prompts. Raises ValueError beyond the profile or the costs."""
-        forest = make_forest([shape])
-        seconds = float(cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
-        return Rated(shape, cost.batch, cost.context, tau_interval(self.counts(shape)), seconds)
+        return rate_shape(shape, cost, self.counts(shape))
 
     def sensitivity(self, cost: RoundCost, index: int) -> list[dict[str, Any]]:
         """Returns how the choice changes where acceptance or a part of the cost is off by `ERROR`.

@@ -215,6 +215,30 @@ def test_a_measurement_that_cannot_be_compared_is_refused(files, tmp_path, chang
     assert_refused([str(tmp_path / "p.html"), *files, "--measured", path], EXIT_FAILED, "is no JSON", capsys)
 
 
+def test_a_check_of_predictions_is_a_measurement_too(files, tmp_path):
+    rows = [
+        {
+            "spec": spec,
+            "nodes": nodes,
+            "batch": 1,
+            "context": 500,
+            "measured_tokens_per_second": 3.0,
+            "measured_tau": 1.5,
+        }
+        for spec, nodes in (("none", 1), ("chain:2", 3))
+    ]
+    path = bench(tmp_path / "check.json", command="lab check", drafter="heads/one", rows=rows)
+    out = tmp_path / "r.json"
+    flags = [*files[:2], *files[6:], "--measured", path, "--json", str(out)]
+    assert main(["lab", "report", str(tmp_path / "p.html"), *flags]) == 0
+    found = json.loads(out.read_text())["measured"]
+    assert [(row["arm"], row["tree"], row["drafter"]) for row in found] == [
+        ("plain", None, None),
+        ("chain:2", "chain:2", "heads/one"),
+    ]
+    assert {(row["tokens_per_second"], row["tau"], row["context"]) for row in found} == {(3.0, 1.5, 500)}
+
+
 def test_a_measurement_of_another_device_is_left_out_with_the_reason(files, tmp_path):
     path = bench(tmp_path / "bench.json", machine={"accelerator": "TPU v6 lite"})
     page = tmp_path / "p.html"
