@@ -23,12 +23,11 @@ from jaxspec.data.prompts import read_prompts
 from jaxspec.decoding.requests import Request, Settings
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.statistics import Interval
-from jaxspec.lab.check import CheckedTree, summarize, trees_of_sizes
-from jaxspec.lab.cost_model import RoundCost
+from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.flags import SearchFlags, digest
 from jaxspec.lab.forest import Shape, shape_of
 from jaxspec.lab.replay import replay
-from jaxspec.lab.search import Rated, rate_shape
+from jaxspec.lab.search import rate_shape
 from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
@@ -68,8 +67,7 @@ class Args(SearchFlags):
     @property
     def given(self) -> list[Shape]:
         """The trees of --tree."""
-        trees = [tree for tree in map(parse_tree, self.tree) if isinstance(tree, StaticTree)]
-        return list(dict.fromkeys(shape_of(tree.paths) for tree in trees if tree.paths))
+        return [shape for shape in dict.fromkeys(map(shape_of_text, self.tree)) if shape]
 
 
 def main(argv: list[str]) -> int:
@@ -96,37 +94,45 @@ def main(argv: list[str]) -> int:
 
 
 def check_all(args: Args, models: Models, requests: Sequence[Request]) -> Iterator[list[CheckedTree]]:
-    """Yields the trees of one batch after another; what the ledger beside --json holds is not decoded again."""
+    """Yields the trees of one batch after another; what the ledger beside --json holds is not decoded again.
+
+    It does not depend on --cost: costs of another source or day are held to the same measurements of the same trees.
+    """
     context = round(float(np.mean([len(r.tokens) for r in requests])) + args.max_new_tokens / 2)
-    predicted = {b: predict_batch(args, args.cost_at(b, context)) for b in cli.sizes("--batches", args.batches)}
+    costs = {batch: args.cost_at(batch, context) for batch in cli.sizes("--batches", args.batches)}
     ledger = args.json and args.json.with_name(f"{args.json.stem}.ledger.jsonl")
     known = [] if ledger is None else jsonl.journal(ledger, settings_of(args), of=args.json, fields=("batch", "tried"))
     before = {line["batch"]: line["tried"] for line in known}
-    for batch, rated in predicted.items():
+    profile = args.inputs.profile
+    for batch, cost in costs.items():
         if batch not in before:
-            trees = {r.tree.spec: r.tree for r in rated if r.shape}
+            shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
+            trees = {tree.spec: tree for tree in map(StaticTree, shapes)}
             tried = try_trees(models, trees, requests, batch=batch, repeats=args.repeats)
             before[batch] = {name: one._asdict() for name, one in tried.items()}
             # Programs of a dozen trees a batch are many mappings of memory, of which a process may have so many.
             jax.clear_caches()
             if ledger is not None:
                 jsonl.append(ledger, [{"batch": batch, "tried": before[batch]}])
-        named = {name: TriedTree(**one) for name, one in before[batch].items()}
-        yield [CheckedTree(r, named[r.tree.spec if r.shape else PLAIN]) for r in rated]
+        checked = []
+        for name, one in before[batch].items():
+            shape = () if name == PLAIN else shape_of_text(name)
+            checked.append(CheckedTree(rate_shape(shape, cost, replay(profile, shape)), TriedTree(**one)))
+        yield checked
+
+
+def shape_of_text(spec: str) -> Shape:
+    """Returns the shape of a static tree's text."""
+    tree = parse_tree(spec)
+    assert isinstance(tree, StaticTree)
+    return shape_of(tree.paths)
 
 
 def settings_of(args: Args) -> dict[str, Any]:
     """Returns what measured figures depend on."""
     names = ("limit", "tree", "trees", "max_new_tokens", "repeats", "max_nodes", "max_depth", "max_branch", "multiple")
-    files = {name: digest(getattr(args, name)) for name in ("profile", "cost", "prompts")}
+    files = {name: digest(getattr(args, name)) for name in ("profile", "prompts")}
     return files | {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in names}
-
-
-def predict_batch(args: Args, cost: RoundCost) -> list[Rated]:
-    """Returns plain decoding and the trees of one batch as they are predicted."""
-    profile = args.inputs.profile
-    shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
-    return [rate_shape(shape, cost, replay(profile, shape)) for shape in [(), *shapes]]
 
 
 def make_result(args: Args, checked: list[CheckedTree]) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def make_result(args: Args, checked: list[CheckedTree]) -> dict[str, Any]:
         "device": costs.facts.get("device"),
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,
-        "rows": [c.row() for c in checked],
+        "rows": rows_of(checked),
         **summarize(checked),
     }
 
@@ -180,7 +186,8 @@ def print_summary(checked: list[CheckedTree], summary: dict[str, Any]) -> None:
     sys.stdout.write(
         f"{len(checked)} predictions: tokens/s off by {size['tokens_per_second']:.1%} in the median "
         f"({bias['tokens_per_second']:+.1%} with its sign), tau by {size['tau']:.1%} ({bias['tau']:+.1%}), "
-        f"a round by {size['round_seconds']:.1%} ({bias['round_seconds']:+.1%})\n"
+        f"a round by {size['round_seconds']:.1%} ({bias['round_seconds']:+.1%}), times plain decoding by "
+        f"{size['speedup']:.1%} ({bias['speedup']:+.1%})\n"
     )
     for batch, share in summary["picked_share"].items():
         sys.stdout.write(f"batch {batch}: the tree predicted best reaches {share:.1%} of the best measured\n")

@@ -74,13 +74,32 @@ def _spread(sizes: np.ndarray, count: int) -> list[int]:
     return sorted(taken)
 
 
+def rows_of(checked: Sequence[CheckedTree]) -> list[dict[str, Any]]:
+    """Returns the rows of one or more batches; tokens a second stand over those of the batch's plain decoding too.
+
+    There a machine that is slower on one day than on another changes nothing.
+    """
+    plain = {c.predicted.batch: c for c in checked if not c.predicted.shape}
+    rows = []
+    for one in checked:
+        base = plain[one.predicted.batch]
+        predicted = one.predicted.tokens_per_second.value / base.predicted.tokens_per_second.value
+        measured = one.tokens_per_second / base.tokens_per_second
+        ratios = {"predicted_speedup": predicted, "measured_speedup": measured}
+        rows.append({**one.row(), **ratios, "error_of_speedup": predicted / measured - 1})
+    return rows
+
+
 def summarize(checked: Sequence[CheckedTree]) -> dict[str, Any]:
     """Returns how far predictions of one or more batches are from measurements.
 
-    `median_error` has the median size of each error, and `bias` the median with its sign; `picked_share` is by batch
-    what the tree of the highest prediction, plain decoding included, reached of the best measured one.
+    `median_error` has the median size of each error, and `bias` the median with its sign; those of the speed-up are of
+    drafted trees. `picked_share` is by batch what the tree of the highest prediction, plain decoding included, reached
+    of the best measured one.
     """
     errors = {name: np.array([c.errors[name] for c in checked]) for name in checked[0].errors}
+    drafted = [row["error_of_speedup"] for row in rows_of(checked) if row["nodes"] > 1]
+    errors["speedup"] = np.array(drafted or [0.0])
     shares = {}
     for batch in dict.fromkeys(c.predicted.batch for c in checked):
         mine = [c for c in checked if c.predicted.batch == batch]

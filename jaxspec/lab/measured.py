@@ -43,7 +43,8 @@ class PartTimes(NamedTuple):
 class RoundBench:
     """Times the parts of a round; holds the caches of one batch and one compiled loop a part at a time.
 
-    `rates` are further programs, which take turns with the parts.
+    A timed loop runs for `at_least` seconds, so that the dispatch of its call, a millisecond or two for a large target,
+    does not count. `rates` are further programs, which take turns with the parts.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class RoundBench:
         grid: Grid,
         *,
         temperature: float = 0.0,
-        at_least: float = 0.05,
+        at_least: float = 0.25,
         rates: dict[int, TimedProgram] | None = None,
     ) -> None:
         self.models, self.grid, self.temperature, self.at_least = models, grid, temperature, at_least

@@ -47,9 +47,9 @@ def _about(found: Mapping[str, Any]) -> str:
     off = {name: f"{error:.1%}" for name, error in found["median_error"].items()}
     return (
         f"{counted(len(found['rows']), 'prediction')}: tokens/s off by {off['tokens_per_second']} in the median, "
-        f"tau by {off['tau']}, a round by {off['round_seconds']}; the tree predicted best reaches of "
-        f"the best measured {picked}. Target {Path(found['target']).name}, {warm}, {found['dtype']}, up to "
-        f"{found['max_new_tokens']} new tokens, {'one pass' if passes == 1 else f'medians of {passes} passes'}, "
-        f"trees in turns, prefill left out, {machine.get('accelerator') or machine.get('cpu')}, "
-        f"{machine.get('cores')} cores:"
+        f"tau by {off['tau']}, a round by {off['round_seconds']}, times plain decoding by {off['speedup']}; the tree "
+        f"predicted best reaches of the best measured {picked}. Target {Path(found['target']).name}, {warm}, "
+        f"{found['dtype']}, up to {found['max_new_tokens']} new tokens, "
+        f"{'one pass' if passes == 1 else f'medians of {passes} passes'}, trees in turns, prefill left out, "
+        f"{machine.get('accelerator') or machine.get('cpu')}, {machine.get('cores')} cores:"
     )

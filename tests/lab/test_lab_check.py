@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab_toys import ROW, cost_table
+from lab_toys import ROW, cost_table, times
 from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
@@ -15,7 +15,7 @@ from jaxspec.console.cli import EXIT_USAGE
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.infer import lab_check
 from jaxspec.lab.candidates import Limits
-from jaxspec.lab.check import CheckedTree, summarize, trees_of_sizes
+from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import round_cost
 from jaxspec.lab.replay import replay
 from jaxspec.lab.search import Rated, rate_shape
@@ -35,13 +35,17 @@ def test_errors_and_picks_by_hand():
         checked(2, (1.0, 0.02), (1.0, 0.025), shape=()),  # predicted at 100, measured at 80
         checked(2, (2.0, 0.02), (1.6, 0.02)),  # 200, 160
         checked(2, (1.8, 0.02), (1.8, 0.018), shape=((0,), (1,))),  # 180, 200
-        checked(4, (1.5, 0.03), (1.5, 0.03)),  # exact
+        checked(4, (1.0, 0.03), (1.0, 0.03), shape=()),  # exact
+        checked(4, (1.5, 0.03), (1.5, 0.03)),
     ]
     assert trees[0].tokens_per_second == pytest.approx(80)
     assert trees[1].errors == pytest.approx({"tokens_per_second": 0.25, "tau": 0.25, "round_seconds": 0})
     found = summarize(trees)
-    assert found["median_error"] == pytest.approx({"tokens_per_second": 0.175, "tau": 0, "round_seconds": 0.1 / 1.8})
-    assert found["bias"]["tokens_per_second"] == pytest.approx((0.25 + 0) / 2)
+    medians = {"tokens_per_second": 0.1, "tau": 0, "round_seconds": 0, "speedup": 0}
+    assert found["median_error"] == pytest.approx(medians)
+    first, second = (row["error_of_speedup"] for row in rows_of(trees[:3])[1:])
+    assert first == pytest.approx(0) and second == pytest.approx(1.8 / 2.5 - 1)
+    assert summarize(trees[:3])["bias"]["speedup"] == pytest.approx((0 + 1.8 / 2.5 - 1) / 2)
     assert found["picked_share"] == pytest.approx({"2": 0.8, "4": 1})
 
 
@@ -92,6 +96,14 @@ def test_trees_are_decoded_once_and_set_beside_their_predictions(flags, tmp_path
     assert main(["lab", "check", *flags, *more]) == 0
     again = json.loads((tmp_path / "found.json").read_text())
     assert again["rows"] == found["rows"]
+    # Other costs are held to the same measurements.
+    times(cost_table(contexts=(16, 64)), 2).save(tmp_path / "costs.json")
+    assert main(["lab", "check", *flags, *more]) == 0
+    slower = json.loads((tmp_path / "found.json").read_text())
+    for row, before in zip(slower["rows"], found["rows"], strict=True):
+        assert row["round_seconds"] == pytest.approx(2 * before["round_seconds"])
+        assert row["error_of_speedup"] == pytest.approx(before["error_of_speedup"])
+        assert row["measured_tau"] == before["measured_tau"]
     assert main(["lab", "check", *flags, *more, "--repeats", "3"]) == 1
     assert "was begun with repeats=1, not 3" in capsys.readouterr().err
 
