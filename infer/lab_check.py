@@ -100,8 +100,10 @@ def check_all(args: Args, models: Models, requests: Sequence[Request]) -> Iterat
     """
     context = round(float(np.mean([len(r.tokens) for r in requests])) + args.max_new_tokens / 2)
     costs = {batch: args.cost_at(batch, context) for batch in cli.sizes("--batches", args.batches)}
-    ledger = args.json and args.json.with_name(f"{args.json.stem}.ledger.jsonl")
-    known = [] if ledger is None else jsonl.journal(ledger, settings_of(args), of=args.json, fields=("batch", "tried"))
+    ledger, known = None, []
+    if args.json is not None:
+        ledger = args.json.with_name(f"{args.json.stem}.ledger.jsonl")
+        known = jsonl.journal(ledger, settings_of(args), of=args.json, fields=("batch", "tried"))
     before = {line["batch"]: line["tried"] for line in known}
     profile = args.inputs.profile
     for batch, cost in costs.items():

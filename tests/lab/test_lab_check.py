@@ -13,7 +13,6 @@ from random_models import write_drafter, write_target
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_USAGE
 from jaxspec.evaluation.statistics import Interval
-from jaxspec.infer import lab_check
 from jaxspec.lab.candidates import Limits
 from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import round_cost
@@ -92,7 +91,7 @@ def test_trees_are_decoded_once_and_set_beside_their_predictions(flags, tmp_path
     printed = capsys.readouterr().out
     assert "Batch 2, context" in printed and "6 predictions: tokens/s off by" in printed
 
-    monkeypatch.setattr(lab_check, "try_trees", None)  # a second run decodes nothing
+    monkeypatch.setattr("jaxspec.infer.lab_check.try_trees", None)  # a second run decodes nothing
     assert main(["lab", "check", *flags, *more]) == 0
     again = json.loads((tmp_path / "found.json").read_text())
     assert again["rows"] == found["rows"]
