@@ -24,10 +24,11 @@ from jaxspec.decoding.requests import Request, Settings
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
+from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.flags import SearchFlags, digest
 from jaxspec.lab.forest import Shape, shape_of
 from jaxspec.lab.replay import replay
-from jaxspec.lab.search import rate_shape
+from jaxspec.lab.search import Rated, rate_shape
 from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
@@ -105,22 +106,28 @@ def check_all(args: Args, models: Models, requests: Sequence[Request]) -> Iterat
         ledger = args.json.with_name(f"{args.json.stem}.ledger.jsonl")
         known = jsonl.journal(ledger, settings_of(args), of=args.json, fields=("batch", "tried"))
     before = {line["batch"]: line["tried"] for line in known}
-    profile = args.inputs.profile
-    for batch, cost in costs.items():
+    # All is predicted first: a tree that cannot be is refused before anything is decoded.
+    rated = {batch: rate_all(args, cost, before.get(batch)) for batch, cost in costs.items()}
+    for batch, predicted in rated.items():
         if batch not in before:
-            shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
-            trees = {tree.spec: tree for tree in map(StaticTree, shapes)}
+            trees = {r.tree.spec: r.tree for r in predicted if r.shape}
             tried = try_trees(models, trees, requests, batch=batch, repeats=args.repeats)
             before[batch] = {name: one._asdict() for name, one in tried.items()}
             # Programs of a dozen trees a batch are many mappings of memory, of which a process may have so many.
             jax.clear_caches()
             if ledger is not None:
                 jsonl.append(ledger, [{"batch": batch, "tried": before[batch]}])
-        checked = []
-        for name, one in before[batch].items():
-            shape = () if name == PLAIN else shape_of_text(name)
-            checked.append(CheckedTree(rate_shape(shape, cost, replay(profile, shape)), TriedTree(**one)))
-        yield checked
+        yield [CheckedTree(r, TriedTree(**before[batch][r.tree.spec if r.shape else PLAIN])) for r in predicted]
+
+
+def rate_all(args: Args, cost: RoundCost, tried: dict[str, Any] | None) -> list[Rated]:
+    """Returns plain decoding and the trees of one batch as predicted: those that were tried, if any, or to be tried."""
+    profile = args.inputs.profile
+    if tried is not None:
+        shapes = [shape_of_text(name) for name in tried if name != PLAIN]
+    else:
+        shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
+    return [rate_shape(shape, cost, replay(profile, shape)) for shape in ((), *shapes)]
 
 
 def shape_of_text(spec: str) -> Shape:

@@ -123,6 +123,12 @@ def test_wrong_flags_are_one_sentence(flags, more, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_a_tree_that_cannot_be_predicted_is_refused_before_anything_is_decoded(flags, capsys, monkeypatch):
+    monkeypatch.setattr("jaxspec.infer.lab_check.try_trees", None)
+    assert main(["lab", "check", *flags, "--tree", "chain:2", "--tree", "chain:9"]) == 1
+    assert "a tree 9 deep cannot be replayed on a profile of 5 depths" in capsys.readouterr().err
+
+
 def test_simulated_texts_cannot_be_decoded(flags, tmp_path, capsys):
     simulate(np.tile(ROW, (5, 1)), prompts=20, tokens=80, seed=0, source="s").save(tmp_path / "profile.npz")
     assert main(["lab", "check", *flags]) == 1
