@@ -25,14 +25,13 @@ from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import RoundCost
-from jaxspec.lab.flags import SearchFlags, digest
-from jaxspec.lab.forest import Shape, shape_of
+from jaxspec.lab.flags import SearchFlags, digest, static_shape
+from jaxspec.lab.forest import Shape
 from jaxspec.lab.replay import replay
 from jaxspec.lab.search import Rated, rate_shape
 from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
-from jaxspec.trees import StaticTree, parse_tree
 
 LONGEST = 40
 """Letters of a tree's text in a printed table."""
@@ -61,14 +60,12 @@ class Args(SearchFlags):
         if self.max_new_tokens < 2:
             raise ValueError("--max-new-tokens is 1; the first token is prefill's, so give at least 2")
         _ = cli.sizes("--batches", self.batches)
-        for spec in self.tree:
-            if not isinstance(parse_tree(spec), StaticTree):
-                raise ValueError(f"--tree {spec} is no static tree: what is drafted anew each round is not replayed")
+        _ = self.given
 
     @property
     def given(self) -> list[Shape]:
         """The trees of --tree."""
-        return [shape for shape in dict.fromkeys(map(shape_of_text, self.tree)) if shape]
+        return [shape for shape in dict.fromkeys(map(static_shape, self.tree)) if shape]
 
 
 def main(argv: list[str]) -> int:
@@ -124,17 +121,10 @@ def rate_all(args: Args, cost: RoundCost, tried: dict[str, Any] | None) -> list[
     """Returns plain decoding and the trees of one batch as predicted: those that were tried, if any, or to be tried."""
     profile = args.inputs.profile
     if tried is not None:
-        shapes = [shape_of_text(name) for name in tried if name != PLAIN]
+        shapes = [static_shape(name) for name in tried if name != PLAIN]
     else:
         shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
     return [rate_shape(shape, cost, replay(profile, shape)) for shape in ((), *shapes)]
-
-
-def shape_of_text(spec: str) -> Shape:
-    """Returns the shape of a static tree's text."""
-    tree = parse_tree(spec)
-    assert isinstance(tree, StaticTree)
-    return shape_of(tree.paths)
 
 
 def settings_of(args: Args) -> dict[str, Any]:

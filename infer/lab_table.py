@@ -10,9 +10,8 @@ from typing import Any
 
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
-from jaxspec.lab.flags import SearchFlags
+from jaxspec.lab.flags import SearchFlags, static_shape
 from jaxspec.lab.search import Rated, Search
-from jaxspec.trees import StaticTree, parse_tree
 
 FORMAT = "jaxspec tree table 1"
 
@@ -30,8 +29,8 @@ class Args(SearchFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tree is not None and not isinstance(parse_tree(self.tree), StaticTree):
-            raise ValueError(f"--tree {self.tree} is no static tree: what is drafted anew each round is not replayed")
+        if self.tree is not None:
+            static_shape(self.tree)
         for name in ("batches", "contexts"):
             if (text := getattr(self, name)) is not None:
                 sorted(cli.sizes(f"--{name}", text))
@@ -81,9 +80,7 @@ def rate_cell(args: Args, search: Search, cell: tuple[int, int]) -> tuple[Rated,
     if args.tree is None:
         choice = search.choose(cost)
         return choice.chosen, choice.plain
-    given = parse_tree(args.tree)
-    assert isinstance(given, StaticTree)
-    return search.rate(given.paths, cost), search.rate((), cost)
+    return search.rate(static_shape(args.tree), cost), search.rate((), cost)
 
 
 def make_row(tree: Rated, plain: Rated) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The flags that `jaxspec lab search`, `jaxspec lab table` and `jaxspec lab report` share."""
+"""The flags that `jaxspec lab search`, `lab table`, `lab check` and `lab report` share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from jaxspec.lab.candidates import MOST_SHAPES, Limits
 from jaxspec.lab.cost_model import RoundCost, describe, grid, round_cost
 from jaxspec.lab.costs import CostTable, load_costs
+from jaxspec.lab.forest import Shape, shape_of
 from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.replay import check_replayable
 from jaxspec.lab.search import Search
 from jaxspec.lab.simulate import with_texts
+from jaxspec.trees import StaticTree, parse_tree
 
 GIB = 2**30
 
@@ -131,6 +133,14 @@ class SearchFlags(LimitFlags):
         if not found[0]:
             raise ValueError(f"{self.cost}: the costs have no rows of the part verify: make them with jaxspec lab cost")
         return found
+
+
+def static_shape(spec: str) -> Shape:
+    """Returns the shape of a `--tree`. Raises ValueError for a tree that is not static."""
+    tree = parse_tree(spec)
+    if not isinstance(tree, StaticTree):
+        raise ValueError(f"--tree {spec} is no static tree: what is drafted anew each round is not replayed")
+    return shape_of(tree.paths)
 
 
 def digest(path: Path) -> str:

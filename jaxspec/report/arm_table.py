@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import at_temperature, figure_names, known, per_second
+from jaxspec.report.wording import at_temperature, figure_names, known, medians, per_second
 
 OPTIONS = ("figures", "batch", "arms")
 FIGURES = {
@@ -63,10 +63,9 @@ def _about(found: Mapping[str, Any], batch: str) -> str:
     machine = found["machine"]
     device = machine.get("accelerator") or f"{machine.get('cpu')}, {machine.get('cores')} cores"
     gigabytes, gigaflops = (found[f"machine_{key}_per_second"] / 1e9 for key in ("copy_bytes", "matmul_flops"))
-    repeats = found["repeats"]
     return (
         f"Target {Path(found.get('target') or 'of that shape').name}, {at_temperature(found['temperature'])}, batch "
         f"{batch}, {found['dtype']}, up to {found['max_new_tokens']:,} new tokens, "
-        f"{'one pass' if repeats == 1 else f'medians of {repeats} passes'}, arms in turns, {device}, which copied "
+        f"{medians(found['repeats'])}, arms in turns, {device}, which copied "
         f"{gigabytes:.1f} GB/s and multiplied {gigaflops:.0f} GFLOP/s meanwhile:"
     )

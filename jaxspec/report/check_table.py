@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import at_temperature, counted, per_second
+from jaxspec.report.wording import at_temperature, counted, medians, per_second
 
 OPTIONS = ("batches",)
 
@@ -42,7 +42,6 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 def _about(found: Mapping[str, Any]) -> str:
     """Returns what stands below a table: the errors of all batches, and everything that the numbers depend on."""
     picked = ", ".join(f"{share:.1%} at batch {batch}" for batch, share in found["picked_share"].items())
-    passes = found["repeats"]
     machine, warm = found["machine"], at_temperature(found["temperature"] or 0.0)
     off = {name: f"{error:.1%}" for name, error in found["median_error"].items()}
     return (
@@ -50,6 +49,6 @@ def _about(found: Mapping[str, Any]) -> str:
         f"tau by {off['tau']}, a round by {off['round_seconds']}, times plain decoding by {off['speedup']}; the tree "
         f"predicted best reaches of the best measured {picked}. Target {Path(found['target']).name}, {warm}, "
         f"{found['dtype']}, up to {found['max_new_tokens']} new tokens, "
-        f"{'one pass' if passes == 1 else f'medians of {passes} passes'}, trees in turns, prefill left out, "
+        f"{medians(found['repeats'])}, trees in turns, prefill left out, "
         f"{machine.get('accelerator') or machine.get('cpu')}, {machine.get('cores')} cores:"
     )

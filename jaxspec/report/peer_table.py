@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import counted, known, per_second
+from jaxspec.report.wording import counted, known, medians, per_second
 
 OPTIONS = ()
 
@@ -37,10 +37,10 @@ def _ratio(value: Any) -> str:
 
 def _about(found: Mapping[str, Any]) -> str:
     """Returns what stands below a table: everything that its numbers depend on."""
-    machine, passes = found["machine"], found["repeats"]
+    machine = found["machine"]
     return (
         f"Target {Path(found['target']).name}, {counted(found['count'], 'prompt')} of {Path(found['prompts']).name}, "
         f"batch 1, greedy, {found['dtype']}, up to {found['max_new_tokens']} new tokens, "
         f"{counted(found['threads'], 'thread')} each, a process each, prompt by prompt in turns, "
-        f"{'one pass' if passes == 1 else f'medians of {passes} passes'}, {machine.get('cpu')}:"
+        f"{medians(found['repeats'])}, {machine.get('cpu')}:"
     )

@@ -65,6 +65,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def medians(repeats: int) -> str:
+    """Returns what the figures of timed passes are."""
+    return "one pass" if repeats == 1 else f"medians of {repeats} passes"
+
+
 def figure_names(options: Mapping[str, str], known_names: Collection[str], by_default: str) -> list[str]:
     """Returns the figures that the option `figures` of a table names. Raises ValueError for one that is not known."""
     names = options.get("figures", by_default).split(",")
