@@ -49,8 +49,8 @@ PARTS = ("round", "draft", "target", "verify", "commit", "overhead")
 @dataclass(frozen=True, kw_only=True)
 class Args(DraftFlags):
     drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a drafter, or `lookup`; repeat the flag to compare several, each with every tree. Default: plain
-    decoding alone."""
+    """Folder of a drafter, `lookup`, or `smollm2-head`, which comes with jaxspec; repeat the flag to compare several,
+    each with every tree. Default: plain decoding alone."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to time, an arm each: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM,
     best_first:NODESxDEPTHxWIDTH, lookup:LENGTH, or a FILE.json of jaxspec lab search. Repeat the flag, or join trees by

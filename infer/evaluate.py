@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,7 +54,8 @@ class Args(DraftFlags):
     """Command line of `jaxspec evaluate`."""
 
     drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a drafter, or `lookup`; repeat the flag to compare several, each with every tree."""
+    """Folder of a drafter, `lookup`, or `smollm2-head`, which comes with jaxspec; repeat the flag to compare several,
+    each with every tree."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A draft tree, an arm each, as `jaxspec bench decode` takes them. Default: the tree saved with the drafter, and
     beside it chain:3, which is what servers verify."""
@@ -157,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     results.write_json(args.out / "summary.json", result)
     if args.json:
         results.write_json(args.json, result)
-    print_result(result)
+    print_result(result, evaluation.rows)
     return tell_problems(args.out)
 
 
@@ -376,8 +378,18 @@ def peak_memory() -> int:
     return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """Prints a table for every temperature, and how each figure is computed."""
+def _ends(row: Mapping[str, Any]) -> str | None:
+    """Returns the interval of a speed-up; None where it has none."""
+    low, high = row["speedup_low"], row["speedup_high"]
+    return f"[{low:.2f}, {high:.2f}]" if _known(low) else None
+
+
+def _known(figure: float | None) -> bool:
+    return figure is not None and math.isfinite(figure)
+
+
+def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Prints a table for every temperature, how each figure is computed, and the turns that were left out."""
     columns = {
         "task": "task",
         "arm": "method",
@@ -391,21 +403,22 @@ def print_result(result: dict[str, Any]) -> None:
         "same": "identical_fraction",
     }
     for temperature in dict.fromkeys(row["temperature"] for row in result["summary"]):
-        rows = [
-            [
-                f"[{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]" if key is None else row[key]
-                for key in columns.values()
-            ]
+        lines = [
+            [_ends(row) if key is None else row[key] for key in columns.values()]
             for row in result["summary"]
             if row["temperature"] == temperature
         ]
         title = "Greedy" if temperature == 0 else f"Temperature {temperature:g}"
         size = f"{result['slots']} slots" if "slots" in result else f"batch {result['batch']}"
-        tables.print_table(f"{title}, {size}, {result['dtype']}", list(columns), rows)
+        tables.print_table(f"{title}, {size}, {result['dtype']}", list(columns), lines)
     for name in ("tau_micro", "tau_macro", "speedup", "efficiency", "identical_fraction"):
         sys.stdout.write(f"{name}: {metrics.FORMULAS[name]}\n")
-    if result["failed"]:
-        sys.stdout.write(f"{result['failed']} turns could not be read by the target: rows.jsonl says why\n")
+    if any(row["answers"] and not _known(row["tokens_per_second"]) for row in result["summary"]):
+        sys.stdout.write(f"{metrics.SHARED_BATCHES}\n")
+    for row in [row for row in rows if row.error and row.arm == PLAIN][:SHOWN]:
+        sys.stdout.write(f"left out: {row.id}, turn {row.turn + 1}: its prompt {row.error}\n")
+    if result["failed"] > SHOWN:
+        sys.stdout.write(f"left out in all: {result['failed']} turns; {result['rows']} says why\n")
 
 
 def tell_problems(path: Path) -> int:

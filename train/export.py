@@ -31,7 +31,8 @@ class Args:
     """Command line of `jaxspec export`."""
 
     run: Positional[str]
-    """Folder of a run, a drafter or a HuggingFace target; `tiny` is the bundled target."""
+    """Folder of a run, a drafter or a HuggingFace target; `tiny` is the bundled target, `smollm2-head` the bundled
+    drafter for SmolLM2."""
     out: Positional[Path]
     """Folder to write."""
     to: Literal["orbax", "hf", "eagle", "sglang", "vllm", "speculators", "sglang-jax", "tpu-inference"] = "orbax"

@@ -29,7 +29,7 @@ class Args:
 
     path: Positional[str]
     """Folder of a run, of a drafter (jaxspec's or a published one), of a target, of a tokenized corpus, of features, or
-    of hidden states that another project dumped; `tiny` is the bundled target."""
+    of hidden states that another project dumped; `tiny` and `smollm2-head` come with jaxspec."""
     target: str | None = None
     """Folder of a drafter's target; EAGLE-3 heads that do not say which layers they read need it."""
     json: Path | None = None

@@ -1,4 +1,7 @@
-"""Figures of an evaluation, computed from its rows alone; a conversation is the unit that is resampled.
+"""Figures of an evaluation, computed from its rows alone.
+
+A conversation is the unit that is resampled; of times it is the batch, where a batch holds several answers: their times
+are one measurement.
 
 Notation, of one answer: `L` new tokens (stop id counted), `R` target calls without the prefill call; of each call
 `d_j` drafted, `a_j` accepted, `e_j` emitted tokens; `D` levels and `N` nodes of the arm's tree.
@@ -26,18 +29,25 @@ FORMULAS = {
     "acceptance_rate": "of a chain sum a / sum d; of a tree (tau_raw - 1) / D",
     "alpha": "solves tau_raw = (1 - alpha^(D+1)) / (1 - alpha): a model, not a measurement",
     "mbsu": "tau / (1 + cost): the speed-up if time were the weights read alone",
-    "speedup": "plain seconds / seconds, over the same prompts, prefill in",
-    "speedup_macro": "mean over conversations of that ratio",
+    "speedup": "plain seconds / seconds, over the same prompts, prefill in; each the median of its repeats",
+    "speedup_macro": "mean of that ratio over conversations, or over batches of several answers",
     "decode_speedup": "plain seconds per token / seconds per token of the rounds alone",
     "efficiency": "decode_speedup / tau: time of a plain call over time of a round",
-    "tokens_per_second": "sum L / sum of seconds, prefill in, all answers of a batch together",
+    "tokens_per_second": "sum L / sum of seconds, prefill in, all answers of a batch together; a batch of several "
+    "tasks has none of each",
     "user_tokens_per_second": "sum e / sum of each answer's own rounds, prefill out",
-    "ttft_ms": "median milliseconds from a prompt to its first token",
+    "ttft_ms": "median milliseconds from a prompt to its first token; not known in slots",
     "identical_fraction": "share of answers whose token ids are those of plain decoding",
     "near_ties": f"answers that differ, where the target's two scores are less than {NEAR_TIE} apart",
 }
 """Name of a figure -> how it is computed."""
+SHARED_BATCHES = (
+    "Some batches hold answers of several tasks and have one time for all, so those tasks have no speed-up and no "
+    "tokens/s of their own; decode with a batch of 1 for them."
+)
 LISTS = ("survival", "conditional", "histogram")
+NAN = float("nan")
+UNKNOWN = Interval(NAN, NAN, NAN)
 
 
 class Units(NamedTuple):
@@ -49,7 +59,6 @@ class Units(NamedTuple):
     calls_U: np.ndarray
     accepted_U: np.ndarray
     length_U: np.ndarray
-    seconds_U: np.ndarray
     own_seconds_U: np.ndarray
     macro_U: np.ndarray
     """Sum of `sum e / R` over the answers with `R > 0`."""
@@ -69,15 +78,48 @@ def units_of(rows: Sequence[Row]) -> Units:
             sum(r.calls for r in mine),
             sum(sum(r.accepted) for r in mine),
             sum(r.length for r in mine),
-            sum(r.seconds for r in mine),
             sum(r.own_seconds for r in mine),
             sum(sum(r.emitted) / r.calls for r in mine if r.calls),
             sum(r.calls > 0 for r in mine),
         )
         for mine in (by_unit[name] for name in names)
     ]
-    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 8
+    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 7
     return Units(tuple(names), tuple(by_unit[name][0].task for name in names), *columns)
+
+
+class Times(NamedTuple):
+    """Sums of one arm's rows by unit of time `T`: a conversation, or a batch where batches hold several answers."""
+
+    names: tuple[Any, ...]
+    strata: tuple[str, ...]
+    """The tasks of conversations; batches may hold several tasks and are of one stratum."""
+    length_T: np.ndarray
+    seconds_T: np.ndarray
+    emitted_T: np.ndarray
+    own_seconds_T: np.ndarray
+
+
+def times_of(rows: Sequence[Row]) -> Times | None:
+    """Returns the times of one arm's rows; None where a batch holds answers besides them, and has one time for all."""
+    batched = any(row.group_rows > 1 for row in rows)
+    by_unit: dict[Any, list[Row]] = {}
+    for row in rows:
+        by_unit.setdefault((row.seed, row.group) if batched else (row.task, row.id), []).append(row)
+    if batched and any(len(mine) != mine[0].group_rows for mine in by_unit.values()):
+        return None
+    names = sorted(by_unit)
+    sums = [
+        (
+            sum(row.length for row in by_unit[unit]),
+            sum(row.seconds for row in by_unit[unit]),
+            sum(sum(row.emitted) for row in by_unit[unit]),
+            sum(row.own_seconds for row in by_unit[unit]),
+        )
+        for unit in names
+    ]
+    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 4
+    return Times(tuple(names), tuple("" if batched else name[0] for name in names), *columns)
 
 
 def survival(rows: Sequence[Row], depth: int) -> np.ndarray:
@@ -97,7 +139,7 @@ def conditional(survival_D: np.ndarray) -> np.ndarray:
 def alpha_of(tau: float, depth: int) -> float:
     """Returns the acceptance of independent drafts that gives `tau` with a chain of `depth`; NaN where none does."""
     if not np.isfinite(tau) or not 1 <= tau <= depth + 1:
-        return float("nan")
+        return NAN
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -113,18 +155,24 @@ def same_conversations(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[list
 
 
 def speedups(ours: Sequence[Row], plain: Sequence[Row]) -> dict[str, Any]:
-    """Returns the speed-ups of an arm over plain decoding on the same answers, each with its paired interval."""
+    """Returns the speed-ups of an arm over plain decoding on the same answers, each with its paired interval.
+
+    Where the answers share batches with others, all are NaN but `decode_speedup`, which has no interval then.
+    """
     ours, plain = same_conversations(ours, plain)
-    u, p = units_of(ours), units_of(plain)
-    per_answer_token = over(quotient(p.own_seconds_U, p.emitted_U), quotient(u.own_seconds_U, u.emitted_U))
-    per_token = over(quotient(p.seconds_U, p.length_U), quotient(u.seconds_U, u.length_U))
+    u, p = times_of(ours), times_of(plain)
+    if u is None or p is None or u.names != p.names:
+        own = [_ratio(side.own_seconds_U, side.emitted_U) for side in (units_of(plain), units_of(ours))]
+        decode = Interval(own[0] / own[1] if own[1] else NAN, NAN, NAN)
+        return {**_named("speedup", UNKNOWN), "speedup_macro": NAN, **_named("decode_speedup", decode)}
+    per_answer_token = over(quotient(p.own_seconds_T, p.emitted_T), quotient(u.own_seconds_T, u.emitted_T))
+    per_token = over(quotient(p.seconds_T, p.length_T), quotient(u.seconds_T, u.length_T))
     with np.errstate(divide="ignore", invalid="ignore"):
-        each_U = (p.seconds_U / p.length_U) / (u.seconds_U / u.length_U)
-    whole, decode = resampled(per_token, u.tasks), resampled(per_answer_token, u.tasks)
+        each_T = (p.seconds_T / p.length_T) / (u.seconds_T / u.length_T)
     return {
-        **_named("speedup", whole),
-        "speedup_macro": float(np.mean(each_U)) if each_U.size else float("nan"),
-        **_named("decode_speedup", decode),
+        **_named("speedup", resampled(per_token, u.strata)),
+        "speedup_macro": float(np.mean(each_T)) if each_T.size else NAN,
+        **_named("decode_speedup", resampled(per_answer_token, u.strata)),
     }
 
 
@@ -136,7 +184,7 @@ def summarize(rows: Sequence[Row], facts: Mapping[str, Any], plain: Sequence[Row
     # In one order, so that sums of floats do not depend on how rows were joined.
     failed, rows = sum(bool(r.error) for r in rows), sorted((r for r in rows if not r.error), key=lambda r: r.key)
     plain = sorted((r for r in plain if not r.error), key=lambda r: r.key)
-    units, depth = units_of(rows), int(facts["depth"])
+    units, times, depth = units_of(rows), times_of(rows), int(facts["depth"])
     tau = _figure(quotient(units.emitted_U, units.calls_U), units)
     raw = 1 + _ratio(units.accepted_U, units.calls_U)
     kept_D = survival(rows, depth)
@@ -151,20 +199,20 @@ def summarize(rows: Sequence[Row], facts: Mapping[str, Any], plain: Sequence[Row
         **_named("tau_macro", _figure(quotient(units.macro_U, units.counted_U), units)),
         "tau_raw": raw,
         "length_sglang": _ratio(units.length_U, units.calls_U),
-        "length_specdec": float(np.mean([r.length / (r.calls + 1) for r in rows])) if rows else float("nan"),
+        "length_specdec": float(np.mean([r.length / (r.calls + 1) for r in rows])) if rows else NAN,
         "survival": kept_D.tolist(),
         "conditional": conditional(kept_D).tolist(),
         "histogram": histogram(rows, depth).tolist(),
         "acceptance_rate": (raw - 1) / depth if depth else None,
         "alpha": alpha_of(raw, depth) if depth else None,
         "mbsu": tau.value / (1 + float(facts["cost"])),
-        "tokens_per_second": _ratio(units.length_U, units.seconds_U),
+        "tokens_per_second": NAN if times is None else _ratio(times.length_T, times.seconds_T),
         "user_tokens_per_second": _ratio(units.emitted_U, units.own_seconds_U),
-        "ttft_ms": 1e3 * float(np.median([r.ttft for r in rows])) if rows else float("nan"),
+        "ttft_ms": 1e3 * float(np.median([r.ttft for r in rows])) if rows else NAN,
         **speedups(rows, plain),
         **agreement(rows),
     }
-    return found | {"efficiency": found["decode_speedup"] / tau.value if tau.value else float("nan")}
+    return found | {"efficiency": found["decode_speedup"] / tau.value if tau.value else NAN}
 
 
 def histogram(rows: Sequence[Row], depth: int) -> np.ndarray:
@@ -206,7 +254,7 @@ def _figure(statistic: Statistic, units: Units) -> Interval:
 
 def _ratio(above_U: np.ndarray, below_U: np.ndarray) -> float:
     below = float(np.sum(below_U))
-    return float(np.sum(above_U)) / below if below else float("nan")
+    return float(np.sum(above_U)) / below if below else NAN
 
 
 def _named(name: str, interval: Interval) -> dict[str, float]:

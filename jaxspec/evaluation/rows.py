@@ -87,13 +87,14 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """The row's share of its batch's median time, prefill included."""
-        return (self.ttft + float(np.median(self.decode_seconds or (np.nan,)))) / self.group_rows
+        """The row's share of its batch's time, prefill included: the median of the repeats' totals."""
+        totals = np.add(self.prefill_seconds or (np.nan,), self.decode_seconds or (np.nan,))
+        return float(np.median(totals)) / self.group_rows
 
     @property
     def ttft(self) -> float:
-        """Median seconds from the prompt to the first token of its batch; in slots it is not told apart, and 0."""
-        return float(np.median(self.prefill_seconds or (np.nan,)))
+        """Median seconds from the prompt to the first token of its batch; NaN in slots, where it is not told apart."""
+        return float("nan") if self.own_latency else float(np.median(self.prefill_seconds or (np.nan,)))
 
     @property
     def own_seconds(self) -> float:

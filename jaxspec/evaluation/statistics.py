@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
@@ -12,6 +13,9 @@ import numpy as np
 RESAMPLES = 5000
 """Bootstrap samples of the prompts."""
 CONFIDENCE = 0.95
+FEWEST = 4
+"""Units below which there is no interval: of three units every 27th sample holds one alone, and of so many samples more
+than `(1 - CONFIDENCE) / 2`, so that the ends would be the least and the greatest unit."""
 FEW = 30
 """Units below which percentiles are corrected for bias and skewness (BCa; Efron 1987)."""
 
@@ -128,23 +132,28 @@ def over(ours: Statistic, theirs: Statistic) -> Statistic:
 def resampled(statistic: Statistic, strata: Sequence[Hashable]) -> Interval:
     """Returns a figure of `len(strata)` units with its bootstrap interval; each stratum keeps its number of units.
 
-    Of fewer than `FEW` units it is the BCa interval, of more the percentile interval.
+    Strata of one unit, in which nothing varies, are drawn from together. Of fewer than `FEW` units it is the BCa
+    interval, of more the percentile interval; of fewer than `FEWEST` the ends are NaN.
     """
     units = len(strata)
     if not units:
         return Interval(float("nan"), float("nan"), float("nan"))
+    if units < FEWEST:
+        return Interval(float(statistic(np.ones((1, units)))[0]), float("nan"), float("nan"))
     values = np.concatenate([statistic(np.ones((1, units))), statistic(_stratified(tuple(strata)))])
-    if units >= FEW or units < 2:
+    if units >= FEW:
         return _interval(values, CONFIDENCE)
     return _bca(values, statistic(1 - np.eye(units)))
 
 
 @functools.lru_cache(maxsize=8)
 def _stratified(strata: tuple[Hashable, ...]) -> np.ndarray:
-    """Returns `[draws, units]` as `resamples`, drawn within each stratum."""
+    """Returns `[draws, units]` as `resamples`, drawn within each stratum; those of one unit are one stratum."""
+    counts = collections.Counter(strata)
+    together = [(s,) if counts[s] > 1 else () for s in strata]
     weights = np.zeros((RESAMPLES, len(strata)))
-    for number, name in enumerate(dict.fromkeys(strata)):
-        mine = np.flatnonzero([s == name for s in strata])
+    for number, name in enumerate(dict.fromkeys(together)):
+        mine = np.flatnonzero([s == name for s in together])
         weights[:, mine] = resamples(len(mine), seed=number)
     return weights
 

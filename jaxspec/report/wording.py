@@ -56,7 +56,9 @@ def identical(figures: Mapping[str, Any] | None) -> str:
 
 
 def per_second(value: float) -> str:
-    """Returns tokens a second in three digits or more."""
+    """Returns tokens a second in three digits or more; a dash where they are not known."""
+    if not known(value):
+        return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -177,12 +177,15 @@ def open_drafter(
 ) -> LoadedDrafter:
     """Returns the drafter in a folder: one of jaxspec's, a published head, or a whole LM in HuggingFace layout.
 
+    `path` may also be a GGUF file of an LM, or the name of a bundled drafter.
+
     `target_layers` is for heads that read the default layers of their target, and `tables` for heads whose files hold
     copies of its embedding or LM head: with them they are compared, and what is left out is said. Raises ValueError as
     `load_drafter` and `interchange.published.read_drafter`, and where an LM's tokenizer, compared by vocabulary, is not
     `tokenizer`.
     """
-    if not (Path(path) / "config.json").is_file():
+    path = target_folder(str(path))
+    if not (path / "config.json").is_file():
         return load_drafter(path, dtype=dtype)
     if published_family(path) != "lm":
         head = read_drafter(path, target_layers=target_layers, tables=tables)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxspec.base import ROOT, Array, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
 from jaxspec.parallel.rows import gather_rows
 from jaxspec.sampling import top_k
-from jaxspec.trees.shape import ancestor_mask, below_root, numbered
+from jaxspec.trees.shape import ancestor_mask, below_root, check_size, numbered
 
 
 class Nodes(NamedTuple):
@@ -45,6 +45,8 @@ class BestFirstTree:
     def __post_init__(self) -> None:
         if min(self.nodes, self.depth, self.width) < 1:
             raise ValueError(f"a best-first tree needs nodes, depth and width of at least 1, not {self}")
+        for name in ("nodes", "depth", "width"):
+            check_size(name, getattr(self, name))
         paths = sum(self.width**d for d in range(1, self.depth + 1))
         if paths < self.nodes - 1:
             raise ValueError(

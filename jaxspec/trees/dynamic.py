@@ -10,7 +10,14 @@ import numpy as np
 
 from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
 from jaxspec.sampling import top_k
-from jaxspec.trees.shape import ancestor_mask, below_root, numbered, stack_distributions
+from jaxspec.trees.shape import (
+    MOST_CANDIDATES,
+    ancestor_mask,
+    below_root,
+    check_size,
+    numbered,
+    stack_distributions,
+)
 
 
 class Candidates(NamedTuple):
@@ -55,6 +62,9 @@ class DynamicTree:
     def __post_init__(self) -> None:
         if min(self.nodes, self.depth, self.beam) < 1:
             raise ValueError(f"a dynamic tree needs nodes, depth and beam of at least 1, not {self}")
+        for name in ("nodes", "depth", "beam"):
+            check_size(name, getattr(self, name))
+        check_size("candidates", self.pool, MOST_CANDIDATES)
         if self.pool < self.nodes - 1:
             raise ValueError(
                 f"a beam of {self.beam} over depth {self.depth} drafts {self.pool} nodes, fewer than the "

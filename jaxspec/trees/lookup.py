@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxspec.base import ROOT, Array, Lookup
 from jaxspec.parallel.rows import gather_rows
 from jaxspec.trees.dynamic import Candidates
+from jaxspec.trees.shape import check_size
 
 USUAL = (0.3, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
 """Chance that the token behind a match of 1, 2 .. tokens comes again, before a row has counted any."""
@@ -52,6 +53,7 @@ class LookupBranch:
                 f"a tree's looked-up branch needs a length of at least 1, not {self.length}, chances between 0 and 1, "
                 "and a weight above 0"
             )
+        check_size("length", self.length)
 
     def begin(self, zeros_B: Array) -> MatchCounts:
         """Returns the counts of rows that have tried nothing."""

@@ -7,6 +7,17 @@ import jax.numpy as jnp
 from jaxspec.base import ROOT, Array, Children, DraftDistributions, Tree
 from jaxspec.parallel.rows import scatter_rows
 
+MOST_NODES = 1024
+"""Nodes of the largest tree: some ten times those of any that pays."""
+MOST_CANDIDATES = 2**16
+"""Candidates of the largest drafting, of which the best become nodes."""
+
+
+def check_size(what: str, size: int, most: int = MOST_NODES) -> None:
+    """Raises ValueError for a size of a tree that is above `most`, before anything as large is made."""
+    if size > most:
+        raise ValueError(f"a tree with {what} {size:,} is too large, the most is {most:,}: take a smaller one")
+
 
 def ancestor_mask(parent_BN: Array, depth: int) -> Array:
     """Returns `[B, N, N]`: node `m` is `n` or an ancestor of `n`. No node is deeper than `depth`."""

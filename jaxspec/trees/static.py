@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import DRAFT_MODES, ROOT, Array, Children, ChooseChildren, DraftLogits, DraftMode, Frontier, Tree
-from jaxspec.trees.shape import stack_distributions
+from jaxspec.trees.shape import check_size, stack_distributions
 
 EAGLE1_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 """EAGLE-1's tree of 25 drafted nodes (`mc_sim_7b_63` of its code); a digit is a child's rank in its parent's draft."""
@@ -111,6 +111,7 @@ class StaticTree:
     rows: int = 0
 
     def __post_init__(self) -> None:
+        check_size("nodes", 1 + len(self.paths))
         known = {(), *self.paths}
         for path in self.paths:
             if not path or min(path) < 0 or path[:-1] not in known:
@@ -207,4 +208,5 @@ def _fill(
 
 def chain(depth: int, rows: int = 0) -> StaticTree:
     """Returns the chain of `depth` drafted tokens; depth 0 is the single node, plain decoding."""
+    check_size("depth", depth)
     return StaticTree(tuple((0,) * d for d in range(1, depth + 1)), rows)

@@ -39,6 +39,30 @@ def test_a_file_begun_with_other_settings_is_begun_anew(tmp_path: Path):
     assert jsonl.read_lines(path) == [{"seed": 2}, {"n": 0}, {"n": 1}, {"done": True}]
 
 
+def test_a_journal_begins_anew_where_nothing_was_noted_and_else_names_what_differs(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    first = {"seed": 1, "arms": {"plain": {"tree": None}, "a": {"tree": "x" * 200, "nodes": 4}}}
+    other = {"seed": 1, "arms": {"plain": {"tree": None}, "a": {"tree": "y" * 200, "nodes": 4}, "b": {}}}
+    assert jsonl.journal(path, first, of=tmp_path, fields=("id",)) == []
+    assert jsonl.journal(path, other, of=tmp_path, fields=("id",)) == []
+    assert jsonl.read_lines(path) == [other]
+    jsonl.append(path, [{"id": 1}])
+    assert jsonl.journal(path, other, of=tmp_path, fields=("id",)) == [{"id": 1}]
+    with pytest.raises(ValueError) as refused:
+        jsonl.journal(path, first, of=tmp_path, fields=("id",))
+    told = str(refused.value)
+    assert "was begun with arms.b, arms.a.tree='yyyy" in told and "plain" not in told and len(told) < 400
+    assert jsonl.read_lines(path) == [other, {"id": 1}]
+
+
+def test_a_file_of_something_else_is_not_begun_anew(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"mine": 1}\n')
+    with pytest.raises(ValueError, match="was begun with seed=None, not 1"):
+        jsonl.journal(path, {"seed": 1}, of=tmp_path, fields=("id",))
+    assert path.read_text() == '{"mine": 1}\n'
+
+
 def test_a_full_disk_is_named_with_its_file_and_what_helps():
     with pytest.raises(OSError) as full:
         jsonl.append(Path("/dev/full"), [{"n": 1}])

@@ -82,7 +82,8 @@ def test_every_figure_is_that_of_a_second_slow_computation():
     emitted = calls = kept = length = 0
     each, specdec, ours, theirs, rounds = [], [], Fraction(0), Fraction(0), []
     for row in rows:
-        seconds = Fraction(sorted(row.prefill_seconds)[1]) + Fraction(sorted(row.decode_seconds)[1])
+        repeats = zip(row.prefill_seconds, row.decode_seconds, strict=True)
+        seconds = sorted(Fraction(prefill) + Fraction(decode) for prefill, decode in repeats)[1]
         if row.arm == PLAIN:
             theirs += seconds
             continue
@@ -264,3 +265,59 @@ def test_strata_keep_their_number_of_units_and_few_units_have_a_skewed_interval(
     assert all(math.isnan(x) for x in resampled(quotient(above[:0], below[:0]), []))
     one = resampled(quotient(np.ones(5), np.ones(5)), ["a"] * 5)
     assert one == (1.0, 1.0, 1.0)
+
+
+def test_too_few_units_have_no_interval_and_lone_strata_are_drawn_from_together():
+    above = np.array([1.0, 2.0, 3.0, 4.0])
+    few = resampled(quotient(above[:3], np.ones(3)), ["a"] * 3)
+    assert few.value == 2 and math.isnan(few.low) and math.isnan(few.high)
+    alone = resampled(quotient(above, np.ones(4)), list("abcd"))
+    assert alone == resampled(quotient(above, np.ones(4)), ["a"] * 4) and alone.low < alone.value < alone.high
+
+
+def batch_rows(batches: int, sizes: int, tasks: str, *, slots: bool = False) -> list[Row]:
+    """Rows of answers that share batches, whose times vary by a factor that all answers of a batch have in common."""
+    rng, rows = random.Random(1), []
+    for batch in range(batches):
+        plain_seconds, seconds = 1.0 + rng.random(), 0.5 + rng.random()
+        for number in range(sizes):
+            pair = make_pair(f"q{batch}-{number}", tasks[number % len(tasks)], [1, 2, number % 3])
+            for row, decode in zip(pair, (plain_seconds, seconds), strict=True):
+                shared = {"group": f"turn 0, from q{batch}-0", "group_rows": sizes, "group_calls": 9}
+                times: dict[str, Any] = {"prefill_seconds": (0.0,), "decode_seconds": (decode,)}
+                if slots:
+                    times |= {"own_latency": (decode / (1 + number),)}
+                rows.append(dataclasses.replace(row, **shared, **times))
+    return rows
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_batch_is_one_measurement_of_time(slots: bool):
+    rows = batch_rows(12, 4, "xy", slots=slots)
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    whole = {row.group: (row.decode_seconds[0], row.arm) for row in mine(rows, PLAIN)}
+    drafted = {row.group: row.decode_seconds[0] for row in mine(rows, "chain:3")}
+    pairs = np.array([[seconds, drafted[group]] for group, (seconds, _) in sorted(whole.items())])
+    assert found["speedup"] == pytest.approx(pairs[:, 0].sum() / pairs[:, 1].sum())
+    # The interval is that of twelve measurements, not of 48: as wide as that of the batches' own ratio of sums.
+    expected = resampled(quotient(pairs[:, 0], pairs[:, 1]), [""] * 12)
+    assert (found["speedup_low"], found["speedup_high"]) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert found["speedup_macro"] == pytest.approx(np.mean(pairs[:, 0] / pairs[:, 1]))
+    assert math.isnan(found["ttft_ms"]) is slots
+
+
+def test_tasks_that_share_batches_have_no_speed_of_their_own():
+    every = summarize_all(batch_rows(12, 4, "xy"), ARMS)
+    by_task = {row["task"]: row for row in every if row["method"] == "chain:3"}
+    assert by_task["all"]["speedup"] > 0 and by_task["all"]["tokens_per_second"] > 0
+    for task in "xy":
+        assert math.isnan(by_task[task]["speedup"]) and math.isnan(by_task[task]["tokens_per_second"])
+        assert by_task[task]["decode_speedup"] > 0 and math.isnan(by_task[task]["decode_speedup_low"])
+        assert by_task[task]["tau_micro_low"] < by_task[task]["tau_micro_high"] or by_task[task]["tau_micro"] > 1
+    apart = summarize_all(batch_rows(12, 4, "x"), ARMS)
+    assert all(row["speedup"] > 0 for row in apart)
+
+
+def test_one_batch_has_a_speed_and_no_interval():
+    (row,) = [row for row in summarize_all(batch_rows(1, 4, "x", slots=True), ARMS) if row["method"] == "chain:3"]
+    assert row["speedup"] > 0 and math.isnan(row["speedup_low"]) and math.isnan(row["speedup_high"])

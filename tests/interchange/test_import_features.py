@@ -29,11 +29,11 @@ from dump_toys import (
 )
 from safetensors.numpy import load_file, save_file
 
-from jaxspec import bundled
 from jaxspec.__main__ import main
 from jaxspec.data import shards
 from jaxspec.data.feature_store import FORMAT, FeatureStore
 from jaxspec.data.tokenized_corpus import StoredCorpus
+from jaxspec.interchange.target_folders import target_folder
 
 
 def refused(capfd: pytest.CaptureFixture[str], dump: str, *flags: str, target: str = "target") -> str:
@@ -113,7 +113,7 @@ def test_dspark_and_eagle_files(folder: Path, texts: list[Text]):
 
 @pytest.mark.parametrize("behind", [True, False])
 def test_of_a_trained_target_the_side_of_the_norm_is_found_where_cross_entropy_misleads(folder: Path, behind: bool):
-    own = answered_texts(bundled.tiny_path(), 8, (1, 3, 5))
+    own = answered_texts(target_folder("tiny"), 8, (1, 3, 5))
     dump_specforge(folder / "dump", own, behind=behind)
     finding = imported("dump", "--layers", "1,3,5", target="tiny")["finding"]
     assert finding["last_state"] == ("behind" if behind else "before") and finding["agreement"] > 0.95

@@ -389,6 +389,18 @@ def test_a_tree_that_cannot_be_is_refused(text: str):
         parse_tree(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "chain:1025", "chain:999999999", "dynamic:1025x9x40", "dynamic:60x99999x10", "dynamic:60x1000x1000",
+        "best_first:60x999999999x10", "best_first:1025x9x9", "lookup:1000000", "lookup:7+dynamic:60x5000x10",
+    ],
+)  # fmt: skip
+def test_a_huge_tree_is_refused_before_it_is_made(text: str):
+    with pytest.raises(ValueError, match=r"is too large, the most is (1,024|65,536)"):
+        parse_tree(text)
+
+
 def test_a_pool_smaller_than_the_tree_is_refused():
     DynamicTree(nodes=13, depth=2, beam=3)
     with pytest.raises(ValueError, match="12 nodes, fewer than the 13 wanted"):
