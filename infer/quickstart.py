@@ -8,12 +8,13 @@ takes some minutes, `--target smollm2` some forty. A run that was stopped goes o
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -31,8 +32,9 @@ from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.distillation.objective import Objective
 from jaxspec.drafters import EagleOptions
+from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.equivalence import Divergence, divergences
-from jaxspec.lab.here import keep_tree, trees_here
+from jaxspec.lab.here import trees_here
 from jaxspec.lab.ranks import Text
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
@@ -41,7 +43,7 @@ from jaxspec.serving.queue import Queue, answer_batches
 from jaxspec.serving.regeneration import SENSIBLE, VARIED, RewriteOptions, UserTurn, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
-from jaxspec.trees import chain, parse_tree, resolve_tree
+from jaxspec.trees import chain, kept_tree, parse_tree, resolve_tree, tree_kept
 
 FINALISTS = 3
 """Trees that are measured more than once."""
@@ -270,12 +272,33 @@ def make_drafter(
     seconds = time.monotonic() - began
     say("4/5 trees are measured on this machine")
     drafted = models.with_drafter(head, done.params, chain(1), scored)
-    trees = {tree.spec: tree for tree in map(parse_tree, sizes.trees)} or find_trees(models, drafted, tuning, args)
-    fastest, speeds = pick_tree(drafted, trees, tuning, sizes, args)
-    folder = args.home / "drafter"
-    about = {"target": args.target, "tree": keep_tree(args.home / "tree.json", trees, speeds, fastest)}
+    kept, speeds = choose_tree(models, drafted, tuning, sizes, args)
+    folder, fastest = args.home / "drafter", tree_kept(kept)
+    about = {"target": args.target, "tree": kept}
     save_drafter(folder, "eagle", head, done.params, about, draft_vocab=scored, manifest=done.manifest)
-    return Drafted(drafted.with_tree(trees[fastest]), fastest, speeds, folder, scored, done, seconds)
+    return Drafted(drafted.with_tree(fastest), fastest.spec, speeds, folder, scored, done, seconds)
+
+
+def choose_tree(
+    models: Models, drafted: Models, tuning: Sequence[str], sizes: Sizes, args: Args
+) -> tuple[str | dict[str, Any], dict[str, float]]:
+    """Returns the fastest tree as a record keeps it, and every tree's speed; kept in `trees.jsonl`."""
+
+    def write(known: list[jsonl.Record]) -> Iterator[jsonl.Record]:
+        trees = {tree.spec: tree for tree in map(parse_tree, sizes.trees)} or find_trees(models, drafted, tuning, args)
+        fastest, speeds = pick_tree(drafted, trees, tuning, sizes, args)
+        yield {"tree": kept_tree(cast(Any, trees[fastest])), "speeds": speeds}
+
+    made_with = {
+        "drafter": fingerprint(drafted),
+        "questions": list(tuning),
+        "trees": list(sizes.trees),
+        "passes": sizes.passes,
+        "most_tokens": args.max_new_tokens,
+        "machine": results.machine_facts(),
+    }
+    (record,) = jsonl.resume(args.home / "trees.jsonl", results.jsonable(made_with), write)
+    return record["tree"], record["speeds"]
 
 
 def find_trees(models: Models, drafted: Models, questions: Sequence[str], args: Args) -> dict[str, TreePolicy]:
@@ -399,11 +422,18 @@ def slow_hint(found: dict[str, Any], sizes: Sizes, usual: Sizes) -> str:
     """Returns why speculative decoding may be slower than plain decoding here, and what to do; empty if it is not."""
     if found["speedup"] >= 1:
         return ""
+    short = sizes.steps < usual.steps or sizes.conversations < usual.conversations
+    if found["tree"] == "none":
+        more = f"--steps {usual.steps} --conversations {usual.conversations}" if short else f"--steps {2 * sizes.steps}"
+        return (
+            "no tree pays on this machine with this head, so nothing is drafted and both columns are plain decoding: "
+            f"train longer ({more}), or take a larger --target\n"
+        )
     told = (
         f"the speed-up is below 1: at a tau of {found['tau']:.2f}, drafting and wider target calls cost more than they "
         "save"
     )
-    if sizes.steps < usual.steps or sizes.conversations < usual.conversations:
+    if short:
         return (
             f"{told}; the head has learned for {sizes.steps:,} steps from {found['conversations']:,} conversations "
             f"only: take the usual --steps {usual.steps} --conversations {usual.conversations}, or more\n"
@@ -437,9 +467,8 @@ def print_result(questions: Sequence[str], measured: Measured, found: dict[str, 
         verdict = "a near tie, decided by rounding" if d.near_tie else "NOT a near tie"
         sys.stdout.write(f"question {d.row} parts after {d.index} tokens at a margin of {d.margin:.1e}: {verdict}\n")
     of = "" if args.target == "tiny" else f"--target {args.target} "
-    tree = f"--tree {args.home / 'tree.json'} " if found["tree"].startswith("adaptive") else ""
-    question = questions[longest_answer(measured)][:60]
-    sys.stdout.write(f'next: jaxspec generate {of}--drafter {found["drafter_checkpoint"]} {tree}"{question}"\n')
+    question = shlex.quote(questions[longest_answer(measured)])
+    sys.stdout.write(f"next: jaxspec generate {of}--drafter {found['drafter_checkpoint']} {question}\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from jaxspec.console.disk import REMEDIES
 
@@ -89,7 +89,8 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, 
     argv = sys.argv[1:] if argv is None else argv
     prog = Path(sys.argv[0]).stem if prog is None else prog
     try:
-        return main([_local(word) for word in argv])
+        with _reader_may_leave():
+            return main([_local(word) for word in argv])
     except (Exception, KeyboardInterrupt) as failure:
         known = verdict(failure)
         if known is None:
@@ -97,6 +98,44 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None, *, 
         code, reason = known
         sys.stderr.write(f"{prog}: {reason}\n")
         return code
+
+
+class _Unread:
+    """Standard output whose reader may leave, as `head` does: what is written after that is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            # Whatever the buffer still holds goes nowhere too, also when the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Goes on without standard output when nobody reads it any more: files are still written."""
+    before = sys.stdout
+    sys.stdout = unread = _Unread(before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        unread.flush()
+        sys.stdout = before
 
 
 _NAMED = re.compile(r"(?P<name>--[\w.-]+|[A-Za-z_][\w.]*)=(?P<value>.+)", re.DOTALL)

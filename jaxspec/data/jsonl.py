@@ -119,22 +119,25 @@ _DONE: Record = {"done": True}
 def resume(path: Path, settings: Record, make: Callable[[list[Record]], Iterable[Record]]) -> list[Record]:
     """Returns the records of a file, and those that `make(records so far)` still adds to it, each kept as it is made.
 
-    The first line holds the settings that the records are made with, the last one says that none is missing. A file
-    that was begun with other settings is begun anew.
+    Beside it, in `NAME.state`, are the settings that the records are made with and, at last, that none is missing; the
+    file itself holds the records alone, for any reader. One that was begun with other settings is begun anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     hold(path, of=path)
-    drop_torn_line(path)
-    lines = read_lines(path)
-    if not lines or lines[0] != settings:
-        os.truncate(path, 0)  # the same file, which this process holds
-        append(path, [settings])
-        lines = [settings]
-    records = lines[1:]
-    if records and records[-1] == _DONE:
-        return records[:-1]
+    state = path.with_name(f"{path.name}.state")
+    for file in (path, state):
+        drop_torn_line(file)
+    begun = read_lines(state)
+    if not begun or begun[0] != settings:
+        for file in (path, state):  # records first: a kill in between leaves none with other settings
+            file.write_bytes(b"")  # the same file, which this process holds
+        append(state, [settings])
+        begun = [settings]
+    records = read_lines(path)
+    if begun[-1] == _DONE:
+        return records
     for record in make(list(records)):
         append(path, [record])
         records.append(json.loads(json.dumps(record)))  # as a later call reads it: tuples become lists
-    append(path, [_DONE])
+    append(state, [_DONE])
     return records

@@ -233,7 +233,8 @@ def left_out(model: Exportable, to: str) -> list[str]:
             "it will score all tokens"
         )
     if tree is not None:
-        found.append(f"{to} holds no tree: its tree {tree} is left out, and the server's own flags say how it drafts")
+        spec = tree if isinstance(tree, str) else tree["spec"]
+        found.append(f"{to} holds no tree: its tree {spec} is left out, and the server's own flags say how it drafts")
     return found
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ from jaxspec.lab.reading import summarize
 from jaxspec.lab.round_parts import Grid, with_reference
 from jaxspec.lab.search import Choice, Search
 from jaxspec.serving.loading import Models
-from jaxspec.trees import AdaptiveTree, policy_fields, write_tree
 
 DEPTH, RANKS, LOOKUP = 8, 8, 15
 """Depth and ranks of the profile, and tokens of the looked-up branch."""
@@ -44,6 +42,9 @@ class TreesHere(NamedTuple):
     def told(self) -> str:
         """A sentence about what is predicted."""
         chosen, plain = self.choice.chosen, self.choice.plain
+        if chosen.tree.nodes == 1:
+            speed = plain.tokens_per_second.value
+            return f"tree lab: no tree is predicted to pay; plain decoding writes {speed:,.0f} tokens/s"
         return (
             f"tree lab: {chosen.tree.spec} is predicted to write {chosen.tokens_per_second.value:,.0f} tokens/s at a "
             f"tau of {chosen.tau.value:.2f}, plain decoding {plain.tokens_per_second.value:,.0f}"
@@ -95,17 +96,3 @@ def costs_here(models: Models, context: int, tell: Callable[[str], None]) -> Cos
     rows = rows_of(parts, timed.engine, "measured", device).rows
     one_pass = timed.engine.drafter is not None and timed.engine.drafter.one_pass
     return CostTable(tuple(rows), {"source": "measured", "device": device, "one_pass": one_pass})
-
-
-def keep_tree(path: Path, trees: Mapping[str, TreePolicy], speeds: Mapping[str, float], fastest: str) -> str:
-    """Returns the text of the tree that a drafter's folder keeps: the fastest, or the fastest that is fixed.
-
-    An adaptive tree is more than a text: it is written to the tree file `path`, which is removed where none is fastest.
-    """
-    tree = trees[fastest]
-    if not isinstance(tree, AdaptiveTree):
-        path.unlink(missing_ok=True)
-        return fastest
-    write_tree(path, policy_fields(tree))
-    fixed = [name for name, other in trees.items() if not isinstance(other, AdaptiveTree)]
-    return max(fixed, key=lambda name: speeds[name], default="none")

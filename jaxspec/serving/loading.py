@@ -28,7 +28,7 @@ from jaxspec.nn.matmul import lay_out
 from jaxspec.nn.options import PLAIN
 from jaxspec.parallel.agreement import say
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
-from jaxspec.trees import parse_tree
+from jaxspec.trees import parse_tree, tree_kept
 from jaxspec.verify import rule_named
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -281,7 +281,11 @@ def add_drafter(
         )
     if draft_vocab is not None:
         scored = None if draft_vocab == "none" else load_maps(draft_vocab, plain.config.vocab).tolist()
-    policy = parse_tree(tree or head.about.get("tree") or DEFAULT_TREE)
+    policy = parse_tree(tree) if tree else tree_kept(head.about.get("tree") or DEFAULT_TREE)
+    if not tree and policy.nodes == 1:
+        say(
+            f"note: {drafter} was saved with the tree {policy.spec}, so it drafts nothing: give --tree chain:3 to draft"
+        )
     try:
         return plain.with_drafter(head.module, head.params, policy, scored)
     except ValueError as error:

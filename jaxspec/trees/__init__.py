@@ -22,12 +22,14 @@ __all__ = [
     "chain",
     "cut_tree",
     "is_tree_file",
+    "kept_tree",
     "parse_paths",
     "parse_tree",
     "policy_fields",
     "read_policy",
     "read_tree",
     "resolve_tree",
+    "tree_kept",
     "write_tree",
 ]
 
@@ -115,6 +117,26 @@ def read_policy(fields: Any) -> AdaptiveTree:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def kept_tree(tree: Policy) -> str | dict[str, Any]:
+    """Returns what a record keeps of a tree, JSON: its text, of an adaptive one that is more than a text its fields."""
+    try:
+        whole = parse_tree(tree.spec) == tree
+    except ValueError:
+        whole = False
+    if not whole and not isinstance(tree, AdaptiveTree):
+        raise ValueError(f"tree {tree.spec} has fields that its text does not hold, and is not kept")
+    return tree.spec if whole else policy_fields(tree)  # type: ignore[arg-type]
+
+
+def tree_kept(kept: str | dict[str, Any]) -> Policy:
+    """Returns the tree of what `kept_tree` returned. Raises ValueError for what is none."""
+    if isinstance(kept, str):
+        return parse_tree(kept)
+    if not isinstance(kept, dict) or "policy" not in kept:
+        raise ValueError(f"a kept tree is a text or has a policy, and this is {kept!r}")
+    return read_policy(kept["policy"])
 
 
 def resolve_tree(text: str) -> str:

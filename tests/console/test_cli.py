@@ -1,6 +1,7 @@
 """Tests of the command line: verbs, flags, and the exit code of every kind of ending."""
 
 import io
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -219,3 +220,23 @@ def test_files_of_another_machine_are_refused(word: str, capsys: pytest.CaptureF
     assert cli.run(lambda argv: 0, [word], prog="p") == cli.EXIT_USAGE
     assert "is on another machine" in capsys.readouterr().err
     assert cli.run(lambda argv: 0, ["--endpoint=http://a:1/v1", "is gs://x a bucket?"], prog="p") == 0
+
+
+def test_a_reader_that_leaves_costs_no_file(tmp_path: Path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from jaxspec.console import cli\n"
+        "def main(argv):\n"
+        "    for n in range(100_000):\n"
+        "        sys.stdout.write(f'line {n}\\n')\n"
+        "        sys.stdout.flush()\n"
+        "    Path(argv[0]).write_text('done')\n"
+        "    return 0\n"
+        "raise SystemExit(cli.run(main))\n"
+    )
+    command = f"{shlex.quote(sys.executable)} {program} {tmp_path / 'file'} | head -2; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\nline 1\n", "")
+    assert (tmp_path / "file").read_text() == "done"

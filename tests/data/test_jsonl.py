@@ -36,7 +36,8 @@ def test_a_file_begun_with_other_settings_is_begun_anew(tmp_path: Path):
     path = tmp_path / "kept.jsonl"
     jsonl.resume(path, {"seed": 1}, count_to(5))
     assert jsonl.resume(path, {"seed": 2}, count_to(2)) == [{"n": 0}, {"n": 1}]
-    assert jsonl.read_lines(path) == [{"seed": 2}, {"n": 0}, {"n": 1}, {"done": True}]
+    assert jsonl.read_lines(path) == [{"n": 0}, {"n": 1}]
+    assert jsonl.read_lines(tmp_path / "kept.jsonl.state") == [{"seed": 2}, {"done": True}]
 
 
 def test_a_journal_begins_anew_where_nothing_was_noted_and_else_names_what_differs(tmp_path: Path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxspec.__main__ import main
+from jaxspec.data.conversations import read_conversations
 from jaxspec.decoding.requests import Settings
 from jaxspec.decoding.rounds import Weights
 from jaxspec.parallel.mesh import make_mesh
@@ -47,12 +48,14 @@ def test_the_main_job_reports_its_keys_and_leaves_a_drafter_that_generate_loads(
 
 
 def test_a_speed_up_below_1_is_explained():
-    found = {"speedup": 0.4, "tau": 1.2, "conversations": 30}
+    found = {"speedup": 0.4, "tau": 1.2, "conversations": 30, "tree": "chain:1"}
     usual = quickstart.TINY
     short = quickstart.slow_hint(found, usual._replace(steps=3), usual)
     assert "at a tau of 1.20" in short and "3 steps from 30 conversations only: take the usual --steps 400" in short
     assert "a larger --target gains more" in quickstart.slow_hint(found, usual, usual)
     assert quickstart.slow_hint({**found, "speedup": 1.0}, usual._replace(steps=3), usual) == ""
+    nothing = quickstart.slow_hint({**found, "tree": "none"}, usual, usual)
+    assert "nothing is drafted" in nothing and "cost more" not in nothing
 
 
 def test_sizes_follow_the_target_unless_they_are_given():
@@ -76,8 +79,11 @@ def test_a_stopped_run_keeps_its_questions_and_answers(tmp_path: Path, monkeypat
     whole = questions(40)
     written = (tmp_path / "questions.jsonl").read_text().splitlines()
     (tmp_path / "questions.jsonl").write_text("\n".join(written[:9]) + "\n" + written[9][:5])
+    state = tmp_path / "questions.jsonl.state"
+    state.write_text(state.read_text().splitlines()[0] + "\n")
     assert questions(40) == whole
     answers = quickstart.write_answers(models, whole[:12], args)
+    assert {c.id for c in answers} <= {c.id for c in read_conversations(str(tmp_path / "answers.jsonl"))}
     monkeypatch.setattr(quickstart, "rewrite", None)  # nothing is answered twice
     monkeypatch.setattr(quickstart, "write_user_turns", None)
     assert questions(40) == whole and quickstart.write_answers(models, whole[:12], args) == answers
