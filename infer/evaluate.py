@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     kept = first_of_tasks(questions, args.rejected)
     setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens, args.slots, kept)
     book = RowBook(args.out / "rows.jsonl", begun_with(args, setup, questions))
-    with cli.sigterm_interrupts():
+    with cli.sigterm_interrupts("what was measured is kept, and the same command goes on"):
         for settings in args.passes:
             evaluate(setup, questions, settings, book)
     evaluation = Evaluation(book.settings, book.rows)

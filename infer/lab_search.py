@@ -196,6 +196,7 @@ def make_result(args: Args, found: Searched, started: float) -> dict[str, Any]:
         adaptive_tree=args.adaptive,
         **chosen.row(),
         tau_choosing=float(found.search.candidates.tau_S[choice.index]),
+        tokens_per_second_choosing=choice.choosing[0],
         measured_tokens_per_second=None,
         plain_tokens_per_second=choice.plain.tokens_per_second.value,
         speedup=chosen.tokens_per_second.value / choice.plain.tokens_per_second.value,
@@ -234,9 +235,15 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     else:
         sys.stdout.write(f"no tree pays at {where}: plain decoding is fastest\n")
     arms = {"chosen": chosen, "runner-up": choice.runner_up, "plain": plain}
-    rows = [figures(name, rated, plain) for name, rated in arms.items() if rated is not None]
+    rows = [
+        [*figures(name, rated, plain), before]
+        for (name, rated), before in zip(arms.items(), choice.choosing, strict=True)
+        if rated is not None
+    ]
     columns = ["", "tree", "nodes", "depth", "tau", "tokens/s", "x plain", "ms a token"]
-    tables.print_table(f"Predicted at {where}", columns, rows)
+    tables.print_table(f"Predicted at {where}", [*columns, "tokens/s of the choosing half"], rows)
+    if choice.doubt is not None:
+        sys.stdout.write(f"{choice.doubt}\n")
     if args.objective == "frontier" or len(args.batches) > 1:
         rows = [figures(f"batch {p.batch}", p, found.choices[p.batch].plain) for p in found.frontier]
         tables.print_table("Nothing beats these in both tokens/s and ms a token", columns, rows)
@@ -252,7 +259,8 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
         ]
         for e in result["sensitivity"]
     ]
-    tables.print_table("If it were off", ["error", "tokens/s", "best tree then", "lost"], errors)
+    columns = ["error", "tokens/s", "best tree then", "lost"]
+    tables.print_table("If it were off, on the prompts that chose", columns, errors)
     of = result["made_from"]
     if of["profile"]["simulated_texts"]:
         sys.stdout.write("the profile holds rates alone: prompts are simulated, with independent draws\n")

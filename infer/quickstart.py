@@ -11,7 +11,7 @@ import hashlib
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,25 +28,21 @@ from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.messages import Conversation, parse_conversation
 from jaxspec.data.packing import PackedBatches
-from jaxspec.decoding.answers import Answer, total_tau, total_tokens
-from jaxspec.decoding.requests import Settings, make_requests
+from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.distillation.objective import Objective
 from jaxspec.drafters import EagleOptions
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.equivalence import Divergence, divergences
-from jaxspec.lab.here import trees_here
+from jaxspec.lab.here import fastest_tree, trees_here
 from jaxspec.lab.ranks import Text
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
-from jaxspec.serving.queue import Queue, answer_batches
+from jaxspec.serving.queue import TimedAnswers, answer_one_by_one
 from jaxspec.serving.regeneration import SENSIBLE, VARIED, RewriteOptions, UserTurn, rewrite, write_user_turns
 from jaxspec.training.distill import distill
 from jaxspec.training.loop import RunResult
 from jaxspec.trees import chain, kept_tree, parse_tree, resolve_tree, tree_kept
-
-FINALISTS = 3
-"""Trees that are measured more than once."""
 
 
 class Sizes(NamedTuple):
@@ -120,23 +116,6 @@ def usual_sizes(models: Models) -> Sizes:
     """Returns the sizes that suit a target."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(models.weights.target))
     return TINY if parameters <= MOST_TINY else LARGER
-
-
-class TimedAnswers(NamedTuple):
-    """Answers to some questions, in order, and the seconds they took: prefill included, compilation not."""
-
-    answers: list[Answer]
-    seconds: float
-
-    @property
-    def tau(self) -> float:
-        """Tokens per target call."""
-        return total_tau(self.answers)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens over the seconds."""
-        return total_tokens(self.answers) / self.seconds
 
 
 class Drafted(NamedTuple):
@@ -286,7 +265,7 @@ def choose_tree(
 
     def write(known: list[jsonl.Record]) -> Iterator[jsonl.Record]:
         trees = {tree.spec: tree for tree in map(parse_tree, sizes.trees)} or find_trees(models, drafted, tuning, args)
-        fastest, speeds = pick_tree(drafted, trees, tuning, sizes, args)
+        fastest, speeds = fastest_tree(drafted, trees, asked(models, tuning, args), passes=sizes.passes)
         yield {"tree": kept_tree(cast(Any, trees[fastest])), "speeds": speeds}
 
     made_with = {
@@ -353,26 +332,6 @@ def recipe(steps: int, args: Args) -> DistillConfig:
     )
 
 
-def pick_tree(
-    drafted: Models, trees: Mapping[str, TreePolicy], questions: Sequence[str], sizes: Sizes, args: Args
-) -> tuple[str, dict[str, float]]:
-    """Returns the fastest tree by tokens a second on a few questions of their own, and every tree's speed."""
-    # All are measured once and the best few again, in turns, for the median.
-    passes: dict[str, list[float]] = {name: [] for name in trees}
-    finalists = min(FINALISTS, len(passes))
-    best = list(passes)
-    with progress.progress("trees", len(passes) + finalists * (sizes.passes - 1), "passes") as bar:
-        for turn in range(sizes.passes):
-            for tree in best:
-                timed = decode(drafted.with_tree(trees[tree]), questions, args)
-                passes[tree].append(timed.tokens_per_second)
-                bar.advance(status=f"{tree} {timed.tokens_per_second:,.0f} tokens/s")
-            if turn == 0:
-                best = sorted(passes, key=lambda tree: -passes[tree][0])[:finalists]
-    speeds = {tree: float(np.median(values)) for tree, values in passes.items()}
-    return max(best, key=lambda tree: speeds[tree]), speeds
-
-
 def measure(models: Models, fast: Models, questions: Sequence[str], sizes: Sizes, args: Args) -> Measured:
     """Returns the pass of median time of each way of decoding, taking turns, and one at temperature 1."""
     passes = [(decode(models, questions, args), decode(fast, questions, args)) for _ in range(sizes.passes)]
@@ -384,16 +343,16 @@ def measure(models: Models, fast: Models, questions: Sequence[str], sizes: Sizes
 
 
 def decode(models: Models, questions: Sequence[str], args: Args, *, temperature: float = 0.0) -> TimedAnswers:
-    """Answers the questions one at a time, as a single user would wait; programs are compiled before the clock."""
-    requests = [
+    """Answers the questions one at a time, as a single user would wait."""
+    return answer_one_by_one(models, asked(models, questions, args, temperature))
+
+
+def asked(models: Models, questions: Sequence[str], args: Args, temperature: float = 0.0) -> list[Request]:
+    """Returns the questions as requests."""
+    return [
         models.request(prompt(models, question), Settings(args.max_new_tokens, temperature, seed=args.seed + i), i)
         for i, question in enumerate(questions)
     ]
-    queue, answered = Queue(requests, batch=1), []
-    for batch in answer_batches(models, queue, max_new_tokens=args.max_new_tokens, warm=True):
-        answered += batch
-    answers = {one.request.key: one.answer for one in answered}
-    return TimedAnswers([answers[i] for i in range(len(requests))], answered[-1].seconds)
 
 
 def prompt(models: Models, question: str) -> np.ndarray:

@@ -170,7 +170,7 @@ def verdict(failure: BaseException) -> tuple[int, str] | None:
             reason = sentence(failure) or "stopped by preemption"
             return EXIT_PREEMPTED, f"{reason.rstrip('.')}; resume with the same command."
         case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, "interrupted."
+            return EXIT_INTERRUPTED, f"{str(failure) or 'interrupted'}."
         case WrongUsage():
             return EXIT_USAGE, sentence(failure)
         case ValueError() | OSError() if os.environ.get("JAXSPEC_TRACEBACK") != "1":
@@ -187,11 +187,13 @@ def sentence(failure: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """While it is open, SIGTERM ends the work as an interrupt (Ctrl-C) does."""
+def sigterm_interrupts(kept: str = "") -> Iterator[None]:
+    """While it is open, SIGTERM ends the work as an interrupt (Ctrl-C) does; `kept` says what is not lost."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {kept}" if kept else "") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

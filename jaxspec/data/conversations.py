@@ -6,7 +6,6 @@ an object too, or stands in a text file.
 
 from __future__ import annotations
 
-import codecs
 import glob
 import gzip
 import io
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxspec.data.account import Account
-from jaxspec.data.messages import BadRecord, Conversation, decode_line, parse_conversation
+from jaxspec.data.messages import BadRecord, Conversation, decode_line, json_fault, parse_conversation, text_bytes
 
 _RECORDS_AT_ONCE = 1024
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".array_record", ".arrayrecord")
@@ -53,7 +52,7 @@ class Record(NamedTuple):
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
-            raise BadRecord("not JSON", f"is not JSON: {error.msg} at column {error.colno}") from error
+            raise BadRecord("not JSON", json_fault(error)) from error
         except ValueError as error:
             raise BadRecord("not JSON", "holds a number that cannot be read") from error
         except RecursionError:
@@ -215,7 +214,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     with opened as file:
         try:
             for number, line in enumerate(file):
-                whole = line if number else line.removeprefix(codecs.BOM_UTF8)
+                whole = line if number else text_bytes(line, path)
                 yield from whole.splitlines(keepends=True)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error})") from error

@@ -7,6 +7,7 @@ either refused, or listed in `Conversation.unread`.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import types
@@ -44,6 +45,19 @@ class BadRecord(ValueError):
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
         self.kind = kind
+
+
+def text_bytes(data: bytes, path: object) -> bytes:
+    """Returns the beginning of a file, or all of it, without a mark of UTF-8. Raises ValueError for UTF-16 and -32."""
+    # The mark of little-endian UTF-32 begins with that of UTF-16.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise ValueError(f"{path}: is text in UTF-16 or UTF-32: save it in UTF-8")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def json_fault(error: json.JSONDecodeError) -> str:
+    """Returns why a line is no JSON, and where."""
+    return f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def decode_line(line: bytes) -> str:

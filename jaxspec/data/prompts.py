@@ -1,6 +1,5 @@
 """Prompts in files: JSON Lines of texts or conversations, or plain text with one prompt a line."""
 
-import codecs
 import json
 import types
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.data.chat import ChatTokenizer
-from jaxspec.data.messages import Message, decode_line, parse_conversation
+from jaxspec.data.messages import Message, decode_line, json_fault, parse_conversation, text_bytes
 from jaxspec.data.shown import ShownContent
 
 
@@ -71,7 +70,7 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> list[Prompt]:
     if not path.is_file():
         lacking = "is a folder; name one of its files" if path.is_dir() else "no such file"
         raise ValueError(f"{path}: {lacking}; give JSON Lines, or plain text with one prompt a line")
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    text = text_bytes(path.read_bytes(), path)
     lines = [(str(n), line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: holds no prompt")
@@ -108,13 +107,15 @@ def parse_prompt(line: str, id: str) -> Prompt:
         settings = own_settings(fields)
         c = parse_conversation(record, id=id, source="")
     except json.JSONDecodeError as error:
-        return Prompt(id, (), f"is not JSON: {error.msg} at column {error.colno}")
+        return Prompt(id, (), json_fault(error))
     except RecursionError:
         return Prompt(id, (), "is not JSON that can be read: it is nested too deeply")
     except ValueError as error:
         return Prompt(id, (), f"is malformed: {error}")
     messages = drop_answers(c.messages)
     empty = "is empty" if isinstance(fields.get("prompt"), str) else "has no user turn"
+    if not fields.keys() & {"prompt", "messages", "conversations"}:
+        empty = "has no user turn: a line has `prompt`, a text, or `messages`"
     problem = "" if any(m["role"] == "user" and m["content"].strip() for m in messages) else empty
     unread = tuple(name for name in c.unread if name not in SETTINGS)
     return Prompt(c.id, messages, problem, settings, c.source, "", c.tools, c.variables, unread)

@@ -6,13 +6,12 @@ user message a turn, `speculator_benchmarks` (field `prompt`), and every file of
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxspec.data.messages import Message, decode_line
+from jaxspec.data.messages import Message, decode_line, text_bytes
 from jaxspec.data.prompts import Prompt, parse_prompt, read_prompts
 
 MT_BENCH = frozenset(("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"))
@@ -84,7 +83,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[bytes]:
     """Returns the lines that `read_prompts` makes a prompt of each."""
-    return [line for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    return [line for line in text_bytes(path.read_bytes(), path).splitlines() if line.strip()]
 
 
 def _of_prompt(prompt: Prompt, line: bytes) -> Question:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxspec.base import TreePolicy
+from jaxspec.console import progress
+from jaxspec.decoding.requests import Request
 from jaxspec.lab.candidates import Limits
 from jaxspec.lab.cost_model import RoundCost, round_cost
 from jaxspec.lab.costs import CostTable
@@ -22,6 +24,7 @@ from jaxspec.lab.reading import summarize
 from jaxspec.lab.round_parts import Grid, with_reference
 from jaxspec.lab.search import Choice, Search
 from jaxspec.serving.loading import Models
+from jaxspec.serving.queue import answer_one_by_one
 
 DEPTH, RANKS, LOOKUP = 8, 8, 15
 """Depth and ranks of the profile, and tokens of the looked-up branch."""
@@ -96,3 +99,29 @@ def costs_here(models: Models, context: int, tell: Callable[[str], None]) -> Cos
     rows = rows_of(parts, timed.engine, "measured", device).rows
     one_pass = timed.engine.drafter is not None and timed.engine.drafter.one_pass
     return CostTable(tuple(rows), {"source": "measured", "device": device, "one_pass": one_pass})
+
+
+FINALISTS = 3
+"""Trees that are measured more than once."""
+
+
+def fastest_tree(
+    drafted: Models, trees: Mapping[str, TreePolicy], requests: Sequence[Request], *, passes: int
+) -> tuple[str, dict[str, float]]:
+    """Returns the tree that answers the requests fastest, one at a time, and every tree's tokens a second.
+
+    All are measured once and the best few again, in turns, `passes` times in all; speeds are medians.
+    """
+    found: dict[str, list[float]] = {name: [] for name in trees}
+    finalists = min(FINALISTS, len(found))
+    best = list(found)
+    with progress.progress("trees", len(found) + finalists * (passes - 1), "passes") as bar:
+        for turn in range(passes):
+            for tree in best:
+                timed = answer_one_by_one(drafted.with_tree(trees[tree]), requests)
+                found[tree].append(timed.tokens_per_second)
+                bar.advance(status=f"{tree} {timed.tokens_per_second:,.0f} tokens/s")
+            if turn == 0:
+                best = sorted(found, key=lambda tree: -found[tree][0])[:finalists]
+    speeds = {tree: float(np.median(values)) for tree, values in found.items()}
+    return max(best, key=lambda tree: speeds[tree]), speeds

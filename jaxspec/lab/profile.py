@@ -107,8 +107,11 @@ def load_profile(path: Path) -> Profile:
             arrays = {name: found[name] for name in ARRAYS}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such profile; make one with `jaxspec lab profile`") from None
-    except (*DAMAGED, OSError) as error:
-        raise ValueError(f"{path}: is no acceptance profile ({error}); make one with `jaxspec lab profile`") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except DAMAGED as error:  # whose words are about numpy's files, and no help
+        problem = f"{path}: is no acceptance profile, or is damaged; make one with `jaxspec lab profile`"
+        raise ValueError(problem) from error
     known = isinstance(facts, dict) and facts.pop("format", None) == FORMAT
     if not known or not isinstance(facts.get("ranks"), int) or not isinstance(facts.get("sources"), list):
         raise ValueError(f"{path}: is no acceptance profile of this version; make one with `jaxspec lab profile`")

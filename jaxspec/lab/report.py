@@ -29,7 +29,7 @@ TERMS = [
     ("tokens/s", "tau times the batch over the seconds of a round: of all rows together, without prefill"),
     ("x plain", "tokens/s over those of plain decoding by the same costs"),
     ("nodes", "positions of the target's call for a row, the root included; one node is plain decoding"),
-    ("chosen", "the fastest tree, or the smallest that the prompts cannot tell from it within 1 %"),
+    ("chosen", "of the prompts that choose the fastest tree, or the smallest that they cannot tell from it within 1 %"),
     ("intervals", "95 %, by resampling prompts; of costs there is no interval"),
     ("halves", "one half of the prompts chooses the trees, all figures of trees are of the other half"),
 ]
@@ -93,7 +93,7 @@ def _cautions(findings: Sequence[SearchFinding]) -> Markup:
 
 
 def cautions(findings: Sequence[SearchFinding]) -> list[str]:
-    """Returns what a reader must know of the inputs: models that differ, and texts that are simulated."""
+    """Returns what a reader must know: models that differ, simulated texts, choices that prompts do not confirm."""
     found = []
     for f in findings:
         of = f.flags.made_from(f.search)
@@ -102,6 +102,8 @@ def cautions(findings: Sequence[SearchFinding]) -> list[str]:
             found.append(f"{f.names.whole}: acceptance is of {models[0]}, costs are of {models[1]}.")
         if f.flags.inputs.profile.facts.get("kind") == "simulated":
             found.append(f"{f.names.profile}: ranks are drawn from given rates, each place by itself.")
+        if f.choice.doubt is not None:
+            found.append(f"{f.names.whole}: {f.choice.doubt}.")
     return list(dict.fromkeys(found))
 
 

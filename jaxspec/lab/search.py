@@ -89,6 +89,22 @@ class Choice(NamedTuple):
     plain: Rated
     index: int
     """Place of the chosen shape among the candidates."""
+    choosing: tuple[float, float, float]
+    """Tokens a second of the chosen tree, the runner-up (NaN without) and plain decoding on the prompts that chose."""
+
+    @property
+    def doubt(self) -> str | None:
+        """A sentence where the prompts that report do not confirm the choice over the runner-up."""
+        if self.runner_up is None:
+            return None
+        reported = [rated.tokens_per_second.value for rated in (self.chosen, self.runner_up)]
+        if reported[1] <= reported[0]:
+            return None
+        return (
+            f"the prompts that report have the runner-up faster, {reported[1]:.4g} tokens/s against {reported[0]:.4g}, "
+            f"and those that chose {self.choosing[1]:.4g} against {self.choosing[0]:.4g}: they do not tell the two "
+            "apart; profile more prompts, or try both with --measure"
+        )
 
 
 def split_prompts(profile: Profile, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +153,9 @@ class Search:
         if chosen.tokens_per_second.value < plain.tokens_per_second.value:
             order, index, chosen = [index], 0, plain
         other = next((i for i in order if i != index), None)
-        return Choice(chosen, None if other is None else self.rate(shapes[other], cost), plain, index)
+        runner_up = None if other is None else self.rate(shapes[other], cost)
+        before = (rate_S[index], float("nan") if other is None else rate_S[other], rate_S[0])
+        return Choice(chosen, runner_up, plain, index, (float(before[0]), float(before[1]), float(before[2])))
 
     def rate(self, shape: Shape, cost: RoundCost) -> Rated:
         """Returns any tree's figures on the reporting prompts. Raises ValueError beyond the profile or the costs."""

@@ -64,8 +64,8 @@ def _tau_picture(
         caption,
         line_plot(caption, _told(series, unit), Frame(x, y), series),
         DataTable(caption, ["machine", unit, *FIGURES], rows),
-        f"Of each size the tree that is fastest on the machine. Ringed, and in {unit} beside its name: the chosen one. "
-        "Band: 95 % over prompts.",
+        "Of each size the tree that is fastest for the prompts that choose; the figures are of the others. Ringed, and "
+        f"in {unit} beside its name: the chosen one. Band: 95 % over prompts.",
         legend([f"{one.name}: {one.best_name}" for one in series]),
     )
 
@@ -93,7 +93,8 @@ def _speed_picture(
             [Reference("plain decoding", (x.low, x.high), (level, level))],
         ),
         DataTable(caption, [unit, *FIGURES], [[size(r), *_figures(finding, r)] for r in rated]),
-        f"Batch {chosen.batch}, context {chosen.context:,}; ringed: the chosen tree.",
+        f"Batch {chosen.batch}, context {chosen.context:,}; ringed: the chosen tree. Trees are chosen on one half of "
+        "the prompts and rated on the other, where another may be faster.",
     )
 
 

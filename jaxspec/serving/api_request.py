@@ -225,7 +225,7 @@ def _prompt(given: object, vocab: int) -> str | tuple[int, ...]:
 def _most_new(fields: Mapping[str, Any], limits: ServedLimits, chat: bool) -> int | None:
     """Returns the most tokens of an answer; None where as many as there is room for."""
     names = ("max_tokens", "max_completion_tokens")
-    found = {name: _integer(fields, name, 1, 2**63 - 1) for name in names}
+    found = {name: _integer(fields, name, 1, 2**63 - 1, told=limits.most_new) for name in names}
     given = {value for value in found.values() if value is not None}
     if len(given) > 1:
         raise wrong(names[0], f"{names[0]} and {names[1]} differ: give one of them")
@@ -268,12 +268,14 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _integer(fields: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+def _integer(fields: Mapping[str, Any], name: str, least: int, most: int, told: int | None = None) -> int | None:
+    """Returns an integer field; `told` is the most that a client is told, where one above it has a sentence of its
+    own."""
     value = fields.get(name)
     if value is None:
         return None
     if not _is_integer(value) or not least <= value <= most:
-        raise wrong(name, f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
+        raise wrong(name, f"{name} is {shown(value)}; it must be an integer from {least} to {told or most}")
     return value
 
 

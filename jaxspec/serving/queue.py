@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_rounds, start
 from jaxspec.decoding.requests import Request, Requests, bucket, fill_up, make_requests
 from jaxspec.decoding.rounds import CHUNK
@@ -83,6 +83,36 @@ def answer_batches(
         answers = collect(run_rounds(models.engine, models.weights, state, NO_LIMIT))
         seconds += time.perf_counter() - started
         yield [Answered(*pair, seconds) for pair in zip(taken, answers, strict=False)]  # without the padding's
+
+
+class TimedAnswers(NamedTuple):
+    """Answers to some requests, in order, and the seconds they took: prefill included, compilation not."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target call."""
+        return total_tau(self.answers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the seconds."""
+        return total_tokens(self.answers) / self.seconds
+
+
+def answer_one_by_one(models: Models, requests: Sequence[Request]) -> TimedAnswers:
+    """Answers the requests one at a time; programs are compiled before the clock runs."""
+    numbered = [request._replace(key=number) for number, request in enumerate(requests)]
+    budget = max(request.settings.max_new_tokens for request in requests)
+    answered = [
+        one
+        for batch in answer_batches(models, Queue(numbered, batch=1), max_new_tokens=budget, warm=True)
+        for one in batch
+    ]
+    answers = {one.request.key: one.answer for one in answered}
+    return TimedAnswers([answers[number] for number in range(len(requests))], answered[-1].seconds)
 
 
 def serve(models: Models, requests: Sequence[Request], *, slots: int, longest: int | None = None) -> Iterator[Answered]:

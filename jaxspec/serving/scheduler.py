@@ -218,7 +218,7 @@ class Scheduler:
             waiting = sum(not job.cancelled for job in chosen.waiting)
             # Those for whom there is a free row do not wait.
             if waiting + len(jobs) > self.most_waiting + len(chosen.slots.free):
-                raise QueueFull(f"{waiting} requests wait already")
+                raise QueueFull(f"the queue of {self.most_waiting} is full")
             if not chosen.busy:
                 # A lane that was idle does not make up for the time in which it had nothing to do.
                 chosen.spent = max([chosen.spent, *(other.spent for other in self.lanes.values() if other.busy)])

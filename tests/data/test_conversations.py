@@ -10,6 +10,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxspec.data.account import Account
 from jaxspec.data.conversations import Named, read_all, read_conversations, split_names
 from jaxspec.data.messages import Conversation, parse_conversation
+from jaxspec.data.prompts import read_prompts
+from jaxspec.data.questions import read_questions
 
 GOOD = {
     "id": "a",
@@ -180,6 +182,22 @@ def test_lines_may_end_as_on_other_systems(tmp_path: Path):
         assert [c.id for c in read_conversations(tmp_path / "x.jsonl")] == ["a", "b", "c"]
         (tmp_path / "x.txt").write_bytes(end.join(("one", "two")).encode())
         assert read_conversations(tmp_path / "x.txt")[0].text == "one\ntwo"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_other_encodings_are_refused_whole(tmp_path: Path, encoding: str):
+    path, mark = tmp_path / "a.jsonl", "\ufeff" if encoding.endswith("be") else ""
+    path.write_bytes((mark + '{"prompt": "a"}\n{"prompt": "b"}\n').encode(encoding))
+    for read in (read_conversations, read_prompts, read_questions):
+        with pytest.raises(ValueError, match="UTF-16 or UTF-32: save it in UTF-8"):
+            read(str(path))
+
+
+def test_a_text_that_does_not_end_is_said_once(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a}\n')
+    (prompt,) = read_prompts(path)
+    assert prompt.problem == "is not JSON: Unterminated string starting at column 12"
 
 
 def test_weights_stand_behind_names():
