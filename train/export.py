@@ -24,6 +24,7 @@ from jaxspec.interchange import export, hf
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
+from jaxspec.trees import kept_tree, parse_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Args:
     """Checkpoint of a run: best (by its evaluations), last, or the number of a step."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Dtype of the weights. Default: as they are stored."""
+    tree: str | None = None
+    """Tree that a drafter is used with unless told otherwise, such as chain:3 or a FILE.json of jaxspec lab search; for
+    orbax. Default: the one that it was saved with."""
     golden: Path | None = None
     """File of prompts: golden.json is written beside the model, with what it must do where it is served, for
     jaxspec check-served. The drafter is read back from the export, so the format must be one that jaxspec reads."""
@@ -56,6 +60,12 @@ class Args:
     """Replace a model that was exported to the folder before."""
     json: Path | None = None
     """Write the result here."""
+
+    def __post_init__(self) -> None:
+        if self.tree is not None:
+            parse_tree(self.tree)
+            if self.to != "orbax":
+                raise ValueError(f"--tree is for orbax: {self.to} holds no tree; leave it out")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--target is for {needed}, and for published heads; orbax needs none: leave it out")
     if reason := export.refusal(model, args.to):
         raise ValueError(f"{args.run} cannot be written to {args.to}: {reason}")
+    if args.tree is not None:
+        model = with_tree(model, args)
     notes = [*model.notes, *export.left_out(model, args.to)]
     for note in notes:
         say(f"note: {args.run}: {note}")
@@ -90,6 +102,14 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         results.write_json(args.json, results.result("export", seed=None, started=started, **facts, notes=notes))
     return 0
+
+
+def with_tree(model: export.Exportable, args: Args) -> export.Exportable:
+    """Returns the drafter with the tree of --tree. Raises ValueError for a model that drafts nothing."""
+    if model.kind != "drafter":
+        raise ValueError(f"--tree is for a drafter, and {args.run} is a {model.kind}: leave it out")
+    about = {**model.config.get("about", {}), "tree": kept_tree(parse_tree(args.tree or ""))}
+    return model._replace(config={**model.config, "about": about})
 
 
 def write_golden(args: Args, prompts: Sequence[Prompt]) -> None:

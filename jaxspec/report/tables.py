@@ -56,7 +56,7 @@ def answer(report: Report, run: ReportRun, temperature: float) -> Markup:
     speed, (_, low, high) = spread(figures, "speedup"), interval(figures, "speedup")
     text = f": {best.arm} is fastest, {speed} times plain decoding (95 % interval), with "
     if not known(low):
-        text = f": {best.arm} is fastest, {speed} times plain decoding (too few prompts for an interval), with "
+        text = f": {best.arm} is fastest, {speed} times plain decoding (too few measurements for an interval), with "
     elif high < 1:
         text = f": no method beats plain decoding; the nearest is {best.arm}, {speed} times as fast, with "
     elif low <= 1:
@@ -130,8 +130,9 @@ def result_tables(report: Report) -> Markup:
         ]
     note = (
         "Speed-up: plain decoding's seconds over the method's, prefill in. tau: tokens per target call, micro over all "
+        "rounds, macro as a mean of answers. In brackets: 95 %, by resampling conversations within tasks, or batches "
+        "of several answers, paired."
     )
-    note += "rounds, macro as a mean of answers. In brackets: 95 %, by resampling conversations within tasks, paired."
     return joined(*blocks, paragraph(note, soft=True))
 
 

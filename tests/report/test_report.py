@@ -202,7 +202,7 @@ def test_one_task_of_one_prompt_has_a_page_without_intervals(tmp_path: Path):
     write_rows(tmp_path / "one", some_rows(1, tasks=["solo"]))
     text, _ = write_page(tmp_path, runs=("one",))
     check_page(text, scripts=SCRIPTS)
-    assert "too few prompts for an interval" in text and "not measured" not in text
+    assert "too few measurements for an interval" in text and "not measured" not in text
 
 
 def test_answers_that_end_with_prefill_have_a_page(tmp_path: Path):
