@@ -27,7 +27,11 @@ from jaxspec.verify import rule_named
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, RESULTS = ROOT / "README.md", ROOT / "docs/methods.md", ROOT / "docs/results.md"
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "jaxspec/bundled/tiny/README.md"]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("jaxspec/bundled/*/README.md")),
+]
 MOST_WORDS = 900
 PAPERS = (
     "2401.15077",
