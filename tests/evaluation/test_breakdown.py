@@ -55,7 +55,7 @@ def test_bins_along_the_answer_are_those_of_a_slow_count():
     for b in found:
         assert b.tau.value == pytest.approx(np.mean(slow[b.first // 64]))
         assert b.answers < 4 or b.tau.low <= b.tau.value <= b.tau.high
-    assert tau_along(rows[::-1]) == found and tau_along([]) == []
+    assert repr(tau_along(rows[::-1])) == repr(found) and tau_along([]) == []  # NaN is no number's equal
 
 
 @pytest.mark.parametrize(
