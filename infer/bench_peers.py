@@ -271,7 +271,7 @@ def print_result(result: dict[str, Any]) -> None:
     """Prints a row a peer."""
     columns = {
         "peer": "peer",
-        "tree": "tree",
+        "tree": None,
         "version": "version",
         "tokens/s": "tokens_per_second",
         "x plain": "x_plain",
@@ -282,7 +282,10 @@ def print_result(result: dict[str, Any]) -> None:
         "ties": "near_ties",
     }
     title = f"{result['target']}, {result['count']} prompts, batch 1, fp32, greedy, {result['threads']} threads"
-    tables.print_table(title, list(columns), [[row.get(key) for key in columns.values()] for row in result["rows"]])
+    lines = [
+        [row["settings"].get("tree") if key is None else row[key] for key in columns.values()] for row in result["rows"]
+    ]
+    tables.print_table(title, list(columns), lines)
     for name, reason in result["failed"].items():
         sys.stdout.write(f"{name} is left out: {reason}\n")
     sys.stdout.write(NOTES + "\n")

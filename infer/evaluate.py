@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import resource
 import sys
@@ -36,6 +35,7 @@ from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record,
 from jaxspec.evaluation.side_by_side import SideBySide
 from jaxspec.interchange import hf, target_folders
 from jaxspec.parallel.agreement import say
+from jaxspec.report.wording import known
 from jaxspec.serving import loading
 from jaxspec.serving.endpoint import Client, Endpoint
 from jaxspec.serving.flags import DraftFlags
@@ -381,11 +381,7 @@ def peak_memory() -> int:
 def _ends(row: Mapping[str, Any]) -> str | None:
     """Returns the interval of a speed-up; None where it has none."""
     low, high = row["speedup_low"], row["speedup_high"]
-    return f"[{low:.2f}, {high:.2f}]" if _known(low) else None
-
-
-def _known(figure: float | None) -> bool:
-    return figure is not None and math.isfinite(figure)
+    return f"[{low:.2f}, {high:.2f}]" if known(low) else None
 
 
 def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -413,7 +409,7 @@ def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
         tables.print_table(f"{title}, {size}, {result['dtype']}", list(columns), lines)
     for name in ("tau_micro", "tau_macro", "speedup", "efficiency", "identical_fraction"):
         sys.stdout.write(f"{name}: {metrics.FORMULAS[name]}\n")
-    if any(row["answers"] and not _known(row["tokens_per_second"]) for row in result["summary"]):
+    if any(row["answers"] and not known(row["tokens_per_second"]) for row in result["summary"]):
         sys.stdout.write(f"{metrics.SHARED_BATCHES}\n")
     for row in [row for row in rows if row.error and row.arm == PLAIN][:SHOWN]:
         sys.stdout.write(f"left out: {row.id}, turn {row.turn + 1}: its prompt {row.error}\n")

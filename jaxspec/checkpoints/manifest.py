@@ -40,6 +40,10 @@ Manifest = dict[str, Any]
 """`format`, `kind`, `checksums` by file, `sha256` of the manifest itself, and fields of the kind."""
 
 
+COMMITTED = "commit_success.txt"
+"""Orbax's mark of a whole checkpoint. It names the folder where that was written, which no reader is to know."""
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
     """Completes `folder` with its manifest, which holds the checksums of all its files.
 
@@ -47,6 +51,9 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], *, known: Mapping[
     """
     known = known or {}
     files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    for name in files:
+        if Path(name).name == COMMITTED:
+            (folder / name).write_text("Checkpoint commit was successful\n", encoding="utf-8")
     found = {**known, **checksums(folder, [name for name in files if name not in known])}
     _write(folder, {"format": FORMAT, **manifest, "checksums": {name: found[name] for name in files}})
 

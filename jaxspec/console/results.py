@@ -122,9 +122,16 @@ def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
         raise OSError(f"cannot write the result to {path}: {failure.strerror}{advice}") from failure
 
 
+LONGEST = 200
+"""Letters of a value that a difference shows."""
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Returns a line "a.b was x, is y" for every field in which two results of `config.to_dict` differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         fields = sorted(old.keys() | new.keys())
         return [line for f in fields for line in differences(old.get(f), new.get(f), f"{path}.{f}" if path else f)]
-    return [] if old == new else [f"{path} was {old}, is {new}"]
+    if old == new:
+        return []
+    shown = [text if len(text := str(value)) <= LONGEST else f"{text[:LONGEST]}..." for value in (old, new)]
+    return [f"{path} was {shown[0]}, is {shown[1]}"]

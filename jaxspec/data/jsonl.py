@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxspec.console.disk import writing
+from jaxspec.console.results import differences
 
 
 def drop_torn_line(path: Path) -> None:
@@ -83,33 +84,19 @@ def journal(
         append(path, [settings])
         return []
     begun = lines[0]
-    changed = [told for name, value in settings.items() for told in _changes(begun.get(name), value, name)]
+    changed = differences({name: begun.get(name) for name in settings}, settings)
     if changed and len(lines) == 1 and begun.keys() == settings.keys():
         os.truncate(path, 0)  # the same file, which this process holds
         append(path, [settings])
         return []
     if changed:
-        raise ValueError(f"{of}: was begun with {', '.join(changed)}; give another --out or the same flags")
+        raise ValueError(
+            f"{of}: was begun with other settings ({'; '.join(changed)}): give another --out or the same flags"
+        )
     for number, record in enumerate(lines[1:], 2):
         if missing := [name for name in fields if name not in record]:
             raise ValueError(f"{path}:{number}: has no {missing[0]!r}: not noted by this verb; remove the line")
     return lines[1:]
-
-
-LONGEST = 60
-"""Letters of a value that are told."""
-
-
-def _changes(begun: Any, now: Any, name: str) -> list[str]:
-    """Returns what differs between two settings `name`, of a group of settings each by itself."""
-    if begun == now:
-        return []
-    if not (isinstance(begun, dict) and isinstance(now, dict)):
-        shown = [text if len(text := repr(value)) <= LONGEST else f"{text[:LONGEST]}..." for value in (begun, now)]
-        return [f"{name}={shown[0]}, not {shown[1]}"]
-    found = [f"{name}.{key}" for key in begun if key not in now]
-    found += [f"no {name}.{key}" for key in now if key not in begun]
-    return found + [told for key in begun if key in now for told in _changes(begun[key], now[key], f"{name}.{key}")]
 
 
 Record = dict[str, Any]

@@ -9,7 +9,8 @@ Notation, of one answer: `L` new tokens (stop id counted), `R` target calls with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ UNKNOWN = Interval(NAN, NAN, NAN)
 
 
 class Units(NamedTuple):
-    """Sums of the rows of one arm by conversation `U`."""
+    """Sums of the rows of one arm by unit `U`: a conversation, or a batch."""
 
     names: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -59,6 +60,7 @@ class Units(NamedTuple):
     calls_U: np.ndarray
     accepted_U: np.ndarray
     length_U: np.ndarray
+    seconds_U: np.ndarray
     own_seconds_U: np.ndarray
     macro_U: np.ndarray
     """Sum of `sum e / R` over the answers with `R > 0`."""
@@ -66,11 +68,11 @@ class Units(NamedTuple):
     """Number of those answers."""
 
 
-def units_of(rows: Sequence[Row]) -> Units:
-    """Returns the sums of one arm's rows by conversation, in the order in which the names sort."""
+def units_of(rows: Sequence[Row], name_of: Callable[[Row], str] = lambda row: row.unit) -> Units:
+    """Returns the sums of one arm's rows by unit, by default the conversation, in the order in which names sort."""
     by_unit: dict[str, list[Row]] = {}
     for row in rows:
-        by_unit.setdefault(row.unit, []).append(row)
+        by_unit.setdefault(name_of(row), []).append(row)
     names = sorted(by_unit)
     sums = [
         (
@@ -78,48 +80,29 @@ def units_of(rows: Sequence[Row]) -> Units:
             sum(r.calls for r in mine),
             sum(sum(r.accepted) for r in mine),
             sum(r.length for r in mine),
+            sum(r.seconds for r in mine),
             sum(r.own_seconds for r in mine),
             sum(sum(r.emitted) / r.calls for r in mine if r.calls),
             sum(r.calls > 0 for r in mine),
         )
         for mine in (by_unit[name] for name in names)
     ]
-    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 7
+    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 8
     return Units(tuple(names), tuple(by_unit[name][0].task for name in names), *columns)
 
 
-class Times(NamedTuple):
-    """Sums of one arm's rows by unit of time `T`: a conversation, or a batch where batches hold several answers."""
+def times_of(rows: Sequence[Row]) -> Units | None:
+    """Returns the sums of one arm's rows by what is timed by itself: conversations, or batches of several answers.
 
-    names: tuple[Any, ...]
-    strata: tuple[str, ...]
-    """The tasks of conversations; batches may hold several tasks and are of one stratum."""
-    length_T: np.ndarray
-    seconds_T: np.ndarray
-    emitted_T: np.ndarray
-    own_seconds_T: np.ndarray
-
-
-def times_of(rows: Sequence[Row]) -> Times | None:
-    """Returns the times of one arm's rows; None where a batch holds answers besides them, and has one time for all."""
-    batched = any(row.group_rows > 1 for row in rows)
-    by_unit: dict[Any, list[Row]] = {}
-    for row in rows:
-        by_unit.setdefault((row.seed, row.group) if batched else (row.task, row.id), []).append(row)
-    if batched and any(len(mine) != mine[0].group_rows for mine in by_unit.values()):
+    None where a batch holds answers besides these rows, and has one time for all.
+    """
+    if all(row.group_rows == 1 for row in rows):
+        return units_of(rows)
+    sizes = collections.Counter((row.seed, row.group) for row in rows)
+    if any(sizes[row.seed, row.group] != row.group_rows for row in rows):
         return None
-    names = sorted(by_unit)
-    sums = [
-        (
-            sum(row.length for row in by_unit[unit]),
-            sum(row.seconds for row in by_unit[unit]),
-            sum(sum(row.emitted) for row in by_unit[unit]),
-            sum(row.own_seconds for row in by_unit[unit]),
-        )
-        for unit in names
-    ]
-    columns = [np.asarray(column, np.float64) for column in zip(*sums, strict=True)] or [np.zeros(0)] * 4
-    return Times(tuple(names), tuple("" if batched else name[0] for name in names), *columns)
+    batches = units_of(rows, lambda row: f"{row.seed}/{row.group}")
+    return batches._replace(tasks=("",) * len(batches.names))  # a batch may hold several: all are of one stratum
 
 
 def survival(rows: Sequence[Row], depth: int) -> np.ndarray:
@@ -165,14 +148,14 @@ def speedups(ours: Sequence[Row], plain: Sequence[Row]) -> dict[str, Any]:
         own = [_ratio(side.own_seconds_U, side.emitted_U) for side in (units_of(plain), units_of(ours))]
         decode = Interval(own[0] / own[1] if own[1] else NAN, NAN, NAN)
         return {**_named("speedup", UNKNOWN), "speedup_macro": NAN, **_named("decode_speedup", decode)}
-    per_answer_token = over(quotient(p.own_seconds_T, p.emitted_T), quotient(u.own_seconds_T, u.emitted_T))
-    per_token = over(quotient(p.seconds_T, p.length_T), quotient(u.seconds_T, u.length_T))
+    per_answer_token = over(quotient(p.own_seconds_U, p.emitted_U), quotient(u.own_seconds_U, u.emitted_U))
+    per_token = over(quotient(p.seconds_U, p.length_U), quotient(u.seconds_U, u.length_U))
     with np.errstate(divide="ignore", invalid="ignore"):
-        each_T = (p.seconds_T / p.length_T) / (u.seconds_T / u.length_T)
+        each_U = (p.seconds_U / p.length_U) / (u.seconds_U / u.length_U)
     return {
-        **_named("speedup", resampled(per_token, u.strata)),
-        "speedup_macro": float(np.mean(each_T)) if each_T.size else NAN,
-        **_named("decode_speedup", resampled(per_answer_token, u.strata)),
+        **_named("speedup", resampled(per_token, u.tasks)),
+        "speedup_macro": float(np.mean(each_U)) if each_U.size else NAN,
+        **_named("decode_speedup", resampled(per_answer_token, u.tasks)),
     }
 
 
@@ -206,7 +189,7 @@ def summarize(rows: Sequence[Row], facts: Mapping[str, Any], plain: Sequence[Row
         "acceptance_rate": (raw - 1) / depth if depth else None,
         "alpha": alpha_of(raw, depth) if depth else None,
         "mbsu": tau.value / (1 + float(facts["cost"])),
-        "tokens_per_second": NAN if times is None else _ratio(times.length_T, times.seconds_T),
+        "tokens_per_second": NAN if times is None else _ratio(times.length_U, times.seconds_U),
         "user_tokens_per_second": _ratio(units.emitted_U, units.own_seconds_U),
         "ttft_ms": 1e3 * float(np.median([r.ttft for r in rows])) if rows else NAN,
         **speedups(rows, plain),

@@ -122,12 +122,13 @@ def _tuples(value: Any) -> Any:
 def kept_tree(tree: Policy) -> str | dict[str, Any]:
     """Returns what a record keeps of a tree, JSON: its text, of an adaptive one that is more than a text its fields."""
     try:
-        whole = parse_tree(tree.spec) == tree
-    except ValueError:
-        whole = False
-    if not whole and not isinstance(tree, AdaptiveTree):
+        if parse_tree(tree.spec) == tree:
+            return tree.spec
+    except ValueError:  # the text of an adaptive tree is for people
+        pass
+    if not isinstance(tree, AdaptiveTree):
         raise ValueError(f"tree {tree.spec} has fields that its text does not hold, and is not kept")
-    return tree.spec if whole else policy_fields(tree)  # type: ignore[arg-type]
+    return policy_fields(tree)
 
 
 def tree_kept(kept: str | dict[str, Any]) -> Policy:

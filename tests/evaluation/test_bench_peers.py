@@ -1,8 +1,10 @@
 """`jaxspec bench peers`: processes that answer in turns, equal tokens, settings, failures."""
 
+import importlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from jaxspec.decoding.requests import Request, Settings
 from jaxspec.evaluation.peer_processes import compare_tokens, decode_rate, rate, row_of
 from jaxspec.evaluation.peer_workers import PeerSpec, serve
 from jaxspec.serving.loading import load_models
+
+bench_peers: Any = importlib.import_module("jaxspec.infer.bench_peers")
 
 KEYS = {"peer", "version", "settings", "tokens_per_second", "identical_fraction", "near_ties"}
 WORDS = ["bench", "peers", "--target", "target", "--prompts", "set.jsonl", "--max-new-tokens", "8", "--repeats", "1"]
@@ -52,6 +56,18 @@ def test_peers_answer_the_same_tokens_in_processes_of_their_own(folder: Path):
     assert rows["transformers"]["tau"] == rows["jaxspec plain"]["tau"] == 1
     assert rows["transformers assisted"]["tau"] > 1  # the target drafts for itself
     assert rows["transformers assisted, tuned"]["settings"]["schedule"] == "constant"
+
+
+def test_the_table_shows_the_tree_that_a_drafter_was_saved_with(capsys: pytest.CaptureFixture[str]):
+    figures = ("tokens_per_second", "x_plain", "decode_tokens_per_second", "x_plain_decode", "tau")
+    shared = {"version": "1", **dict.fromkeys(figures, 1.0), "identical_fraction": 1.0, "near_ties": 0}
+    rows = [
+        {"peer": "jaxspec plain", "settings": {}, **shared},
+        {"peer": "jaxspec HEAD", "settings": {"drafter": "HEAD", "tree": "chain:3"}, **shared},
+    ]
+    bench_peers.print_result({"target": "tiny", "count": 1, "threads": 2, "rows": rows, "failed": {}})
+    lines = capsys.readouterr().out.splitlines()
+    assert any("jaxspec HEAD" in line and "chain:3" in line for line in lines)
 
 
 def test_rates_are_over_all_prompts_and_ratios_need_equal_tokens(folder: Path):

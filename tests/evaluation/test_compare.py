@@ -187,7 +187,10 @@ def test_changed_settings_are_refused_by_name(folder: Path, watch: Watch, capfd:
     recipe.write_text(RECIPE.format(rate=1e-3, drafter="eagle"))
     assert main(words) == 0
     assert main([*words, "--tokens", "1200"]) == 1
-    assert "kept: was begun with tokens=900, not 1200; give another --out or the same flags" in capfd.readouterr().err
+    assert (
+        "kept: was begun with other settings (tokens was 900, is 1200): give another --out or the same flags"
+        in capfd.readouterr().err
+    )
     recipe.write_text(RECIPE.format(rate=1e-2, drafter="eagle"))
     assert main(words) == 1
     shown = capfd.readouterr().err

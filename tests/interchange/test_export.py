@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxspec.__main__ import main
 from jaxspec.checkpoints import models, runs
-from jaxspec.checkpoints.manifest import MANIFEST, conventions
+from jaxspec.checkpoints.manifest import COMMITTED, MANIFEST, conventions
 from jaxspec.checkpoints.models import drafter_config, load_drafter, load_model
 from jaxspec.checkpoints.runs import RunCheckpoints
 from jaxspec.checkpoints.tracking import session
@@ -105,6 +105,12 @@ def test_the_older_interface_of_orbax_loads_it_too(drafter: Path):
     expected = load_drafter(drafter).params
     found = orbax.checkpoint.StandardCheckpointer().restore(drafter / "params", jax.eval_shape(lambda: expected))
     assert_same(found, expected)
+
+
+def test_no_file_of_it_names_the_place_where_it_was_made(drafter: Path):
+    files = [path for path in drafter.rglob("*") if path.is_file()]
+    assert any(path.name == COMMITTED for path in files)  # Orbax still writes one, which named the place
+    assert not [path.name for path in files if str(drafter.parent).encode() in path.read_bytes()]
 
 
 def test_its_manifest_says_what_a_drafter_is(drafter: Path):
