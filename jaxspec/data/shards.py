@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxspec.console.disk import writing
+from jaxspec.console.results import differences
 
 ABOUT = "about.json"
 RECORD_OVERHEAD = 96
@@ -183,12 +184,14 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     begun = read_about(folder, settings["format"])
-    changed = [f"{k}={begun.get(k)!r}, not {v!r}" for k, v in settings.items() if begun.get(k) != v]
+    changed = differences({name: begun.get(name) for name in settings}, settings)
     if changed and not any(folder.glob("[0-9]*.json")):  # nothing is finished that other settings would have made
         write_json(path, settings)
         return
     if changed:
-        raise ValueError(f"{folder}: was begun with {', '.join(changed)}; give another --out or the same settings")
+        raise ValueError(
+            f"{folder}: was begun with other settings ({'; '.join(changed)}): give another --out or the same settings"
+        )
 
 
 def read_about(folder: Path, format: str) -> dict[str, Any]:

@@ -335,7 +335,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_one_that_was_not(folder
     assert "torn/00001.array_record: is damaged, and will be made anew" in capfd.readouterr().err
     assert digests(Path("torn")) == digests(Path("store"))
     assert main([*words[:2], "data.length=48", *words[2:]]) == 1
-    assert "torn: was begun with " in capfd.readouterr().err
+    assert "torn: was begun with other settings " in capfd.readouterr().err
 
 
 def test_what_was_stored_for_something_else_is_refused(folder: Path, tmp_path: Path):

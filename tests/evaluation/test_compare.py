@@ -202,7 +202,7 @@ def test_changed_settings_are_refused_by_name(folder: Path, watch: Watch, capfd:
     before = chats.read_text()
     chats.write_text(before.replace("they say", "they said"))
     assert main(words) == 1
-    assert "was begun with train_contents=" in capfd.readouterr().err
+    assert "train_contents was " in capfd.readouterr().err
     chats.write_text(before)
     noted = folder / "kept" / "decoded.jsonl"
     noted.write_text(noted.read_text() + noted.read_text())  # two comparisons' notes put together by hand

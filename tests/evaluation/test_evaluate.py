@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_behind_its_last_whole_batch(folder: Path):
 def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*WORDS, "--out", "two", "--limit", "1"]) == 0
     assert main([*WORDS, "--out", "two", "--limit", "1", "--batch", "2"]) == 1
-    assert "was begun with batch=1, not 2" in capsys.readouterr().err
+    assert "batch was 1, is 2" in capsys.readouterr().err
     path = folder / "two" / "rows.jsonl"
     lines = path.read_text().splitlines()
     row = json.loads(lines[-1])

@@ -117,7 +117,7 @@ def test_a_folder_is_for_one_shape_and_one_device(tmp_path: Path):
     assert len(journal.of("device")) == 1
     with pytest.raises(ValueError, match="was measured on NVIDIA H200, and this is cpu: give another --out"):
         journal.use_device({"name": "cpu", "memory_bytes": None})
-    with pytest.raises(ValueError, match="was begun with shape='tiny', not '125m'"):
+    with pytest.raises(ValueError, match="shape was tiny, is 125m"):
         Journal(tmp_path, {**SETTINGS, "shape": "125m"})
 
 

@@ -298,7 +298,7 @@ def test_files_in_use_are_left_out_and_an_import_goes_on_where_it_was(
     assert before == {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.array_record")}
     capfd.readouterr()
     assert main(["import", "features", "dump", "out", "--target", "target", *words, "--length", "20"]) == 1
-    assert "out: was begun with imported=" in capfd.readouterr().err
+    assert "out: was begun with other settings (imported" in capfd.readouterr().err
     (folder / "dump" / "cmpl-5-0.safetensors").unlink()
     assert main(["import", "features", "dump", "out", "--target", "target", *words]) == 1
     assert "cmpl-5-0.safetensors was there when its import into out began" in capfd.readouterr().err

@@ -104,7 +104,7 @@ def test_trees_are_decoded_once_and_set_beside_their_predictions(flags, tmp_path
         assert row["error_of_speedup"] == pytest.approx(before["error_of_speedup"])
         assert row["measured_tau"] == before["measured_tau"]
     assert main(["lab", "check", *flags, *more, "--repeats", "3"]) == 1
-    assert "was begun with repeats=1, not 3" in capsys.readouterr().err
+    assert "repeats was 1, is 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

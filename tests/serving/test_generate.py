@@ -280,7 +280,7 @@ def test_answers_go_to_a_file_and_a_stopped_run_goes_on(tmp_path, target, prompt
     with open(f"{out}.partial", "a") as torn:
         torn.write('{"index": 1, "tok')
     assert main(["generate", *map(str, common), "--seed", "5"]) == 1
-    assert "was begun with seed=0, not 5" in capsys.readouterr().err
+    assert "seed was 0, is 5" in capsys.readouterr().err
     again = generate(tmp_path, *common, "--slots", "1")["rows"]
     assert "2 prompts are done" in capsys.readouterr().err
     assert again == whole and not (tmp_path / "answers.jsonl.partial").exists()
