@@ -30,6 +30,8 @@ from jaxspec.data.chat_template import parse_variables
 from jaxspec.decoding.requests import bucket
 from jaxspec.decoding.rounds import CHUNK
 from jaxspec.decoding.slots import Slots
+from jaxspec.interchange import hf
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.serving import loading
 from jaxspec.serving.api_request import ServedLimits
 from jaxspec.serving.loading import Models
@@ -212,8 +214,9 @@ def make_slots(models: Models, args: Args, limits: ServedLimits, rows: int) -> S
 
 
 def fingerprint_of(args: Args, models: Models) -> str:
-    """Returns a name of all that decides the text of a seed."""
-    facts = [__version__, args.model, args.dtype, models.tokenizer.fingerprint, dataclasses.asdict(models.config)]
+    """Returns a name of all that decides the text of a seed, the target's weights among it."""
+    weights = hf.fingerprint(target_folder(args.target))
+    facts = [__version__, args.model, args.dtype, models.tokenizer.fingerprint, weights]
     return "fp_" + hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,18 +1,21 @@
 """A drafter that `jaxspec serve` serves keeps what its export promised, as seen through its endpoint."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("starlette")
 
-from http_toys import Running, running
+from http_toys import Running, running, serve
 from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.evaluation.golden import read_golden
+from jaxspec.serving import loading
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,18 @@ def test_an_evaluation_reads_the_servers_counters_by_task(server: Running, home:
     for row in result["summary"]:
         assert row["failed"] == 0 and row["drafts"] > 0 and 3 < row["acceptance_length"] <= 4
         assert row["survival"] == sorted(row["survival"], reverse=True) and row["tokens"] > 0
+
+
+def test_the_fingerprint_is_another_where_only_the_weights_are(home: Path, tmp_path: Path):
+    other = shutil.copytree(home / "target", tmp_path / "target")
+    (path,) = other.glob("*.safetensors")
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": 2 * tensors["model.norm.weight"]}, path, metadata={"format": "pt"})
+    names = [
+        serve.fingerprint_of(args, loading.load_models(args.target))
+        for args in (serve.Args(target=str(t), name="one") for t in (home / "target", home / "target", other))
+    ]
+    assert names[0] == names[1] != names[2]
 
 
 def test_ids_of_a_conversation_are_told(server: Running):
