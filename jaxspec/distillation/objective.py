@@ -10,6 +10,9 @@ from jaxspec.base import Array
 from jaxspec.losses import FEATURE_LOSSES, divides_by_weights, logit_loss
 from jaxspec.losses.loss import mean
 
+STEPS = "steps"
+"""Name of the draft steps behind the first in `Objective.late`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -24,8 +27,9 @@ class Objective:
     weights: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1))
     """Losses by name (`losses.FEATURE_LOSSES` and `losses.logit_loss`), each with its weight."""
     late: tuple[tuple[str, float], ...] = ()
-    """Losses that join at a share of the run's steps, by name, each with its share: HASS's script trains
-    four fifths of its epochs without the top-k loss."""
+    """What joins at a share of the run's updates, each with its share. Losses go by name: HASS's script trains four
+    fifths of its epochs without the top-k loss. `steps` stands for the draft steps behind the first: before they join,
+    an update costs what EAGLE's does."""
     step_decay: float = 1.0
     """Step `j`, from 0, counts `step_decay^j`: 1 in HASS, 0.8 in EAGLE-3 and Medusa."""
     step_weights: tuple[float, ...] = ()
@@ -62,24 +66,26 @@ class Objective:
 
         weighted = [name for name, _ in self.weights]
         for name, share in self.late:
-            if name not in weighted or not 0 < share < 1:
+            if name not in [*weighted, STEPS] or not 0 < share < 1:
                 raise ValueError(
-                    f"late={name}:{share:g}: give a loss of weights ({', '.join(weighted)}) and a share of the steps "
-                    "above 0 and below 1"
+                    f"late={name}:{share:g}: give a loss of weights ({', '.join(weighted)}) or {STEPS}, and a share of "
+                    "the run's updates above 0 and below 1"
                 )
-        if self.late and len(dict(self.late)) == len(weighted):
+            if name == STEPS and self.steps == 1:
+                raise ValueError(f"late={name}:{share:g}: steps is 1, so none can join: raise steps or leave it out")
+        if self.late and set(weighted) <= {name for name, _ in self.late}:
             raise ValueError("late names every loss of weights: one of them must count from the beginning")
 
     def stages(self, steps: int) -> list[tuple[int, Objective]]:
         """Returns the objectives of a run of so many steps in order, each with its first step, from 0."""
         begin = {name: min(max(1, round(share * steps)), steps) for name, share in self.late}
-        first_steps = sorted({0, *begin.values()})
-        return [
-            (first, dataclasses.replace(self, late=(), weights=self._joined(first, begin))) for first in first_steps
-        ]
+        return [(first, self._joined(first, begin)) for first in sorted({0, *begin.values()})]
 
-    def _joined(self, step: int, begin: dict[str, int]) -> tuple[tuple[str, float], ...]:
-        return tuple((name, weight) for name, weight in self.weights if begin.get(name, 0) <= step)
+    def _joined(self, update: int, begin: dict[str, int]) -> Objective:
+        """Returns the objective of an update, with what has joined by then."""
+        weights = tuple((name, weight) for name, weight in self.weights if begin.get(name, 0) <= update)
+        steps = self.steps if begin.get(STEPS, 0) <= update else 1
+        return dataclasses.replace(self, late=(), weights=weights, steps=steps, step_weights=self.step_weights[:steps])
 
     @property
     def per_step(self) -> tuple[float, ...]:

@@ -90,7 +90,7 @@ def distill(
             "tokenizer": tokenizer_manifest(target_folder(config.target)),
         },
         (arrays,),
-        notes=late_losses(config.objective, steps),
+        notes=late_parts(config.objective, steps),
         contents=contents_of(config, train_data, eval_data),
     )
     return drafter, run(recipe, config, mesh)
@@ -136,11 +136,13 @@ def _updates(
     return update
 
 
-def late_losses(objective: Objective, steps: int) -> dict[int, str]:
-    """Returns a sentence for every step at which losses of `objective.late` join."""
+def late_parts(objective: Objective, steps: int) -> dict[int, str]:
+    """Returns a sentence for every update at which losses or draft steps of `objective.late` join."""
     stages, told = objective.stages(steps), {}
     for (_, before), (first, stage) in itertools.pairwise(stages):
         joined = [f"{name} (weight {weight:g})" for name, weight in stage.weights if name not in dict(before.weights)]
+        if stage.steps > before.steps:
+            joined += [f"draft step {step + 1}" for step in range(before.steps, stage.steps)]
         joins = f"{' and '.join(joined)} join{'s' * (len(joined) == 1)} the loss (objective.late)"
         told[first + 1] = f"step {first + 1:,}: {joins}, which jumps by it; the new step is compiled"
     return told

@@ -1,5 +1,6 @@
 """Distillation: which pairs are trained, what the sums mean, and that only the drafter learns."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -176,6 +177,17 @@ def test_late_losses_join_at_their_share_of_the_steps():
     assert between == Objective(weights=weights[:2])
     assert whole == Objective(weights=weights)
     assert Objective(weights=weights).stages(10) == [(0, Objective(weights=weights))]
+    several = Objective(
+        steps=3, weights=weights, step_weights=(1.0, 0.5, 0.2), late=(("steps", 0.6), ("top_k:10", 0.8))
+    )
+    (_, one), (second, three), (third, whole) = several.stages(10)
+    assert (second, third) == (6, 8)
+    assert one == Objective(weights=weights[:2], step_weights=(1.0,))
+    assert three == Objective(steps=3, weights=weights[:2], step_weights=(1.0, 0.5, 0.2))
+    assert whole == dataclasses.replace(several, late=())
+    assert len(Objective(steps=3, weights=weights[:1], late=(("steps", 0.5),)).stages(10)) == 2
+    with pytest.raises(ValueError, match=r"late=steps:0.5: steps is 1, so none can join"):
+        Objective(late=(("steps", 0.5),))
     with pytest.raises(ValueError, match=r"late=top_k:5:0.8: give a loss of weights \(smooth_l1, soft_cross_entropy"):
         Objective(weights=weights, late=(("top_k:5", 0.8),))
     with pytest.raises(ValueError, match="late=top_k:10:1: "):

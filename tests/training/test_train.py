@@ -194,12 +194,24 @@ def test_rows_longer_than_the_target_has_positions_are_refused(folder: Path, ver
 
 
 @pytest.mark.usefixtures("little")
-def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path, capfd: pytest.CaptureFixture[str]):
-    """Without it for two of three steps, then with it: the losses of both runs, and a resumed run goes on late."""
-    plain = ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1",)
-    late = ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1,top_k:2:1", "objective.late=top_k:2:0.6")
+@pytest.mark.parametrize(
+    ("plain", "late", "joins"),
+    [
+        ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1",
+         ("objective.weights=smooth_l1:1,soft_cross_entropy:0.1,top_k:2:1", "objective.late=top_k:2:0.6"),
+         "top_k:2 (weight 1) joins"),
+        ("objective.steps=1",
+         ("objective.steps=3", "objective.late=steps:0.6"),
+         "draft step 2 and draft step 3 join"),
+    ],
+    ids=["loss", "steps"],
+)  # fmt: skip
+def test_what_is_late_is_not_there_before_its_share_of_the_run(
+    plain: str, late: tuple[str, ...], joins: str, folder: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Without it for two of three updates, then with it: the losses of both runs, and a resumed run goes on late."""
     losses = {}
-    for name, changes in (("plain", plain), ("late", late)):
+    for name, changes in (("plain", [plain]), ("late", late)):
         run = (f"checkpoint.folder={name}", "checkpoint.save_every=2", f"export_folder={name}/drafter")
         command = ["train", "eagle2", *SMALL, "log_every=1", *changes, *run]
         assert main(command) == 0
@@ -212,7 +224,7 @@ def test_a_late_loss_is_not_there_before_its_share_of_the_steps(folder: Path, ca
     assert losses["late"][2] == losses["plain"][2]
     assert losses["late"][3] > losses["plain"][3] + 0.1
     told = [line for line in capfd.readouterr().err.splitlines() if "objective.late" in line]
-    note = "step 3: top_k:2 (weight 1) joins the loss (objective.late), which jumps by it; the new step is compiled"
+    note = f"step 3: {joins} the loss (objective.late), which jumps by it; the new step is compiled"
     assert told == 2 * [note]
 
 
