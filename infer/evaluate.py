@@ -8,14 +8,14 @@ from these rows, and `--check` asserts what must hold of them. A run that was st
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import os
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import tyro
 from jaxspec.console import cli, results, tables
 from jaxspec.console.progress import progress
 from jaxspec.data import jsonl
+from jaxspec.data.chat_template import parse_variables
 from jaxspec.data.questions import Question, read_questions
 from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import metrics, served, side_by_side
@@ -32,6 +33,7 @@ from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
 from jaxspec.evaluation.row_checks import check
 from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, read_evaluation, to_record
+from jaxspec.evaluation.served import ServedBook
 from jaxspec.evaluation.side_by_side import SideBySide
 from jaxspec.interchange import hf, target_folders
 from jaxspec.parallel.agreement import say
@@ -102,8 +104,8 @@ class Args(DraftFlags):
             self.needs_drafter(tree=self.tree)
         if self.endpoint is None and self.model is not None:
             raise ValueError("--model names the model of an --endpoint: give that too, or --target")
-        if self.endpoint is not None and self.drafter:
-            raise ValueError("--endpoint has its own drafter: leave out --drafter and --tree")
+        if self.endpoint is not None:
+            self._refuse_local()
         if not self.temperature or len(set(self.temperature)) < len(self.temperature):
             raise ValueError("--temperature needs one or more different temperatures")
         cli.refuse_below_one(self, "batch", "repeats", "concurrency", *([] if self.limit is None else ["limit"]))
@@ -114,6 +116,15 @@ class Args(DraftFlags):
         if self.slots < 0 or (self.slots and self.batch > 1):
             raise ValueError("--slots and --batch are two ways: give --slots of at least 1, or --batch")
         _ = self.passes
+
+    def _refuse_local(self) -> None:
+        """Refuses what a server decides for itself."""
+        if self.drafter:
+            raise ValueError("--endpoint has its own drafter: leave out --drafter and --tree")
+        usual = {field.name: field.default for field in fields(self)}
+        for name in ("template", "dtype", "batch", "slots", "repeats", "draft_mode", "rule", "draft_vocab"):
+            if getattr(self, name) != usual[name]:
+                raise ValueError(f"--{name.replace('_', '-')} is the server's own with --endpoint: leave it out")
 
     @property
     def trees(self) -> list[str]:
@@ -167,32 +178,29 @@ def evaluate_served(args: Args, questions: Sequence[Question], started: float) -
     """Lets a server answer; writes a row for each answer and the figures by task."""
     key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
     server = Endpoint(args.endpoint or "", args.model, key, args.concurrency)
-    path, rows, summary = args.out / "served.jsonl", [], []
-    args.out.mkdir(parents=True, exist_ok=True)
+    tasks, variables = served.by_task(questions), dict(parse_variables(args.template_args))
     with closing(Client(server)) as client:
         about = {"format": served.FORMAT, "endpoint": args.endpoint, "model": client.model}
         about |= {"server_version": read_version(client), "concurrency": args.concurrency}
-        path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-        tasks = len({question.task for question in questions}) * len(args.passes)
-        with progress("served", tasks, "tasks") as bar:
-            for settings in args.passes:
-                for done in served.answer_tasks(client, questions, settings):
-                    jsonl.append(path, map(asdict, done.rows))
-                    rows += done.rows
-                    summary.append(served.summarize_served(done))
-                    bar.advance(1, f"{summary[-1]['task']}: {tables.cell(summary[-1]['acceptance_length'])}")
+        about |= {"prompts_sha256": hashlib.sha256(Path(args.prompts or "").read_bytes()).hexdigest()}
+        asked = {name: getattr(args, name) for name in ("limit", "max_new_tokens", "top_k", "top_p", "template_args")}
+        book = ServedBook(args.out / "served.jsonl", about | asked)
+        with progress("served", len(tasks) * len(args.passes), "tasks") as bar:
+            for settings, (task, mine) in itertools.product(args.passes, tasks.items()):
+                if not book.has(task, settings):
+                    book.add(served.answer_task(client, mine, settings, variables), settings)
+                bar.advance(1, f"{task}: {tables.cell(book.summary[-1]['acceptance_length'])}")
     result = results.result(
         "evaluate",
         dtype="unknown",
         seed=args.passes[0].seed,
         started=started,
         **about,
-        prompts_sha256=hashlib.sha256(Path(args.prompts or "").read_bytes()).hexdigest(),
         max_new_tokens=args.max_new_tokens,
-        rows=str(path),
-        failed=sum(bool(row.error) for row in rows),
+        rows=str(book.path),
+        failed=sum(bool(row.error) for row in book.rows),
         formulas=served.FORMULAS,
-        summary=summary,
+        summary=book.summary,
     )
     results.write_json(args.out / "summary.json", result)
     if args.json:
@@ -223,13 +231,18 @@ def load_every(args: Args) -> tuple[list[Models], tuple[str, ...], Sequence[str 
 
 
 def check_questions(questions: list[Question]) -> list[Question]:
-    """Returns the questions; says what of their lines is not used. Raises ValueError where two have one id."""
+    """Returns the questions; says what of their lines is not used. Raises ValueError where two have one id.
+
+    A line that cannot be used gives way: it is known by its place where another question has its id.
+    """
     seen: dict[str, str] = {}
-    for question in questions:
-        prompt = question.prompt
+    for prompt in (question.prompt for question in questions if not question.prompt.problem):
         first = seen.setdefault(prompt.id, prompt.name)
-        if first != prompt.name and not prompt.problem:
+        if first != prompt.name:
             raise ValueError(f"{prompt.name}: has the id of {first}; give each question its own")
+    for number, (prompt, *_) in enumerate(questions):
+        if prompt.problem and seen.setdefault(prompt.id, prompt.name) != prompt.name:
+            questions[number] = questions[number]._replace(prompt=prompt._replace(id=prompt.place))
     own = sum(bool(question.prompt.settings) for question in questions)
     if own:
         say(f"note: {own:,} questions name settings of their own, which are not used: all arms share the run's")
@@ -274,8 +287,7 @@ class RowBook:
         if len(mine) == last.group_rows * len(self.settings["arms"]):
             return
         self.rows = self.rows[: -len(mine)]
-        lines = self.path.read_bytes().split(b"\n")[: 1 + len(self.rows)]
-        self.path.write_bytes(b"\n".join(lines) + b"\n")
+        jsonl.keep_lines(self.path, 1 + len(self.rows))
 
 
 def evaluate(setup: SideBySide, questions: Sequence[Question], settings: Settings, book: RowBook) -> None:
@@ -340,7 +352,8 @@ def begun_with(args: Args, setup: SideBySide, questions: Sequence[Question]) -> 
         "seeds": args.seeds,
         "batch": args.batch,
         "repeats": args.repeats,
-        **{name: value for name in ("slots", "rejected") if (value := getattr(args, name))},
+        "slots": args.slots or None,
+        "rejected": args.rejected or None,
         "stop_ids": list(setup.plain.stop_ids),
         "machine": results.machine_facts(),
         "arms": {name: facts_of(arm) for name, arm in setup.arms.items()},
@@ -405,7 +418,7 @@ def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
             if row["temperature"] == temperature
         ]
         title = "Greedy" if temperature == 0 else f"Temperature {temperature:g}"
-        size = f"{result['slots']} slots" if "slots" in result else f"batch {result['batch']}"
+        size = f"{result['slots']} slots" if result["slots"] else f"batch {result['batch']}"
         tables.print_table(f"{title}, {size}, {result['dtype']}", list(columns), lines)
     for name in ("tau_micro", "tau_macro", "speedup", "efficiency", "identical_fraction"):
         sys.stdout.write(f"{name}: {metrics.FORMULAS[name]}\n")

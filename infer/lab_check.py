@@ -20,7 +20,7 @@ import tyro
 from jaxspec.console import cli, results, tables
 from jaxspec.data import jsonl
 from jaxspec.data.prompts import read_prompts
-from jaxspec.decoding.requests import Request, Settings
+from jaxspec.decoding.requests import Request
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
@@ -29,8 +29,7 @@ from jaxspec.lab.flags import SearchFlags, digest, static_shape
 from jaxspec.lab.forest import Shape
 from jaxspec.lab.replay import replay
 from jaxspec.lab.search import Rated, rate_shape
-from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
-from jaxspec.serving import loading
+from jaxspec.lab.trial import TriedTree, encode_requests, load_profiled, try_trees
 from jaxspec.serving.loading import Models
 
 LONGEST = 40
@@ -75,8 +74,7 @@ def main(argv: list[str]) -> int:
     facts = args.inputs.profile.facts
     if facts.get("kind") == "simulated" or facts.get("simulated_texts"):
         raise ValueError(f"{args.profile}: holds simulated texts; a check needs a profile of a drafter that is here")
-    models = loading.load_models(facts["target"], drafter=facts["drafter"])
-    settings = Settings(args.max_new_tokens, float(facts.get("temperature") or 0.0))
+    models, settings = load_profiled(facts, args.max_new_tokens)
     requests = encode_requests(models, read_prompts(args.prompts, limit=args.limit), settings)
     checked = []
     for mine in check_all(args, models, requests):

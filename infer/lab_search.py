@@ -18,7 +18,6 @@ import tyro
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import Prompt, read_prompts
-from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.lab.acceptance import acceptance_table, product_gap
 from jaxspec.lab.cost_model import RoundCost
@@ -29,8 +28,7 @@ from jaxspec.lab.optimal import edge_sensitivity
 from jaxspec.lab.policy import adaptive_tree
 from jaxspec.lab.replay import node_shares
 from jaxspec.lab.search import Choice, Rated, Search, frontier
-from jaxspec.lab.trial import TriedTree, encode_requests, try_trees
-from jaxspec.serving import loading
+from jaxspec.lab.trial import TriedTree, encode_requests, load_profiled, try_trees
 from jaxspec.trees import parse_tree, policy_fields, write_tree
 
 LONGEST = 60
@@ -144,8 +142,7 @@ def try_choice(args: Args, found: Searched, prompts: Sequence[Prompt]) -> dict[s
     facts, choice = args.inputs.profile.facts, found.choice
     if facts.get("kind") == "simulated" or facts.get("simulated_texts"):
         raise ValueError(f"--measure needs a profile that was measured: {args.profile} holds simulated texts")
-    models = loading.load_models(facts["target"], drafter=facts["drafter"])
-    settings = Settings(MEASURED_TOKENS, float(facts.get("temperature") or 0.0))
+    models, settings = load_profiled(facts, MEASURED_TOKENS)
     trees = {"chosen": choice.chosen, "runner-up": choice.runner_up}
     policies = {name: parse_tree(r.tree.spec) for name, r in trees.items() if r is not None and r.shape}
     requests = encode_requests(models, prompts, settings)

@@ -8,7 +8,9 @@ takes some minutes, `--target smollm2` some forty. A run that was stopped goes o
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,9 +23,10 @@ import numpy as np
 
 from jaxspec.base import TreePolicy
 from jaxspec.checkpoints.models import save_drafter
-from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig, to_dict
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.data import jsonl
+from jaxspec.data.corpus import fingerprint as documents_hash
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.draft_vocab import count_tokens
 from jaxspec.data.messages import Conversation, parse_conversation
@@ -233,7 +236,8 @@ def write_answers(models: Models, questions: Sequence[str], args: Args) -> list[
                 bar.advance(len(finished))
 
     digest = hashlib.sha256("\0".join(questions).encode()).hexdigest()[:16]
-    made_with = {"target": args.target, "questions": digest, "seed": args.seed, "most_tokens": args.max_new_tokens}
+    made_with = {"target": args.target, "template": args.template, "questions": digest, "seed": args.seed}
+    made_with |= {"most_tokens": args.max_new_tokens}
     records = jsonl.resume(args.home / "answers.jsonl", made_with, write)
     answered = [parse_conversation(r, id=r["id"], source="self") for r in records if r["messages"][1:]]
     if len(answered) < 10:
@@ -303,9 +307,19 @@ def train_head(
     ]
     train_data = PackedBatches(corpora[0], data.length, data.batch, seed=args.seed, epochs=None, loss_on="assistant")
     eval_data = PackedBatches(corpora[1], data.length, data.batch, shuffle=False, loss_on="assistant")
+    begin_anew(Path(config.checkpoint.folder), [to_dict(config), *map(documents_hash, corpora)])
     target: Any = models.engine.target
     head, done = distill(config, target, models.weights.target, train_data, eval_data)
     return head, count_tokens(corpora[0], models.config.vocab).commonest(sizes.draft_vocab).tolist(), done
+
+
+def begin_anew(run: Path, made_with: Any) -> None:
+    """Removes a run that was made with something else; that is noted beside it."""
+    note, text = run.with_name(f"{run.name}.made_with.json"), json.dumps(made_with)
+    if note.is_file() and note.read_text(encoding="utf-8") != text and run.is_dir():
+        shutil.rmtree(run)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(text, encoding="utf-8")
 
 
 def recipe(steps: int, args: Args) -> DistillConfig:

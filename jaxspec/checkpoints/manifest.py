@@ -44,6 +44,11 @@ COMMITTED = "commit_success.txt"
 """Orbax's mark of a whole checkpoint. It names the folder where that was written, which no reader is to know."""
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Returns whether a folder holds files of a checkpoint, whole or not."""
+    return any((folder / name).exists() for name in (MANIFEST, _ORBAX, _CHECKSUMS_1))
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any], *, known: Mapping[str, str] | None = None) -> None:
     """Completes `folder` with its manifest, which holds the checksums of all its files.
 

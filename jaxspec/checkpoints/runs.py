@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,13 +29,15 @@ from jaxspec.checkpoints.folders import (
 from jaxspec.checkpoints.manifest import (
     Manifest,
     amend_manifest,
+    is_checkpoint,
     read_manifest,
     sync_folder,
     verify,
     write_manifest,
 )
 
-_TEMPORARY = "[0-9]*tmp*"
+_TEMPORARY = re.compile(r"\d+\.tmp.*")
+"""Names of steps that are being written or removed."""
 
 
 class BestMetric(NamedTuple):
@@ -92,8 +95,9 @@ class RunCheckpoints:
         logging.getLogger("absl").addFilter(keep_log_record)
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(_TEMPORARY):
-                shutil.rmtree(leftover)
+            for leftover in self.folder.iterdir():
+                if _TEMPORARY.fullmatch(leftover.name):
+                    shutil.rmtree(leftover)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("open checkpoints")
         self._metrics = complete_steps(self.folder, tell=tell)
@@ -242,7 +246,9 @@ class RunCheckpoints:
         kept = {*sorted(self._metrics)[-self._keep :], *ranked[len(ranked) - min(self._keep_best, len(ranked)) :]}
         self._metrics = {step: metrics for step, metrics in self._metrics.items() if step in kept}
         for path in _numbered(self.folder) if is_first() else ():
-            if int(path.name) not in kept:
+            # Numbered folders of others, such as years of data, are left alone.
+            ours = is_checkpoint(path)
+            if ours and int(path.name) not in kept:
                 try:
                     shutil.rmtree(path.rename(self._temporary(int(path.name))))
                 except OSError as error:

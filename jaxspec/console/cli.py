@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -45,7 +46,9 @@ def parse(argv: Sequence[str], args: type[Args], *, prog: str, description: str)
     except ModuleNotFoundError:
         return _parse_plain(argv, args, prog=prog, description=description)
     with one_sentence(args, argv, prog):
-        return tyro.cli(args, args=list(argv), prog=prog, description=description)
+        found = tyro.cli(args, args=list(argv), prog=prog, description=description)
+        _refuse_not_finite(found)
+        return found
 
 
 def _parse_plain(argv: Sequence[str], args: type[Args], *, prog: str, description: str) -> Args:
@@ -63,9 +66,20 @@ def _parse_plain(argv: Sequence[str], args: type[Args], *, prog: str, descriptio
             help=f"default: {field.default}",
         )
     try:
-        return args(**vars(parser.parse_args(list(argv))))
+        found = args(**vars(parser.parse_args(list(argv))))
+        _refuse_not_finite(found)
+        return found
     except ValueError as error:
         parser.error(sentence(error))
+
+
+def _refuse_not_finite(args: Any) -> None:
+    """Raises ValueError naming the first flag that is infinite or no number: no flag has a use for either."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"--{field.name.replace('_', '-')} is {number}; it must be a finite number")
 
 
 def _plain_type(hint: Any, name: str) -> tuple[Callable[[str], Any], tuple[Any, ...] | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,7 @@ def _parse(text: str, kind: Any) -> Any:
         return _choose(text.lower(), {"true": True, "false": False, "1": True, "0": False})
     if kind is int:
         number = float(text) if any(c in text for c in ".eE") else int(text)  # 1e6 is a whole number
-        if number != int(number):
+        if not math.isfinite(number) or number != int(number):
             raise ValueError
         return int(number)
     if kind in (float, str):

@@ -127,9 +127,9 @@ def read_conversations(
     return conversations
 
 
-def read_all(names: str, *, limit: int | None = None) -> list[Conversation]:
+def read_all(names: str, *, limit: int | None = None, account: Account | None = None) -> list[Conversation]:
     """Returns the conversations of several names joined by commas, at most `limit` of each; weights are ignored."""
-    return [c for named in split_names(names) for c in read_conversations(named.name, limit=limit)]
+    return [c for named in split_names(names) for c in read_conversations(named.name, limit=limit, account=account)]
 
 
 def read_records(name: str | Path, *, limit: int | None = None) -> Iterator[Record]:

@@ -154,8 +154,8 @@ def begin_store(folder: Path, settings: dict[str, Any], plan: FeaturePlan) -> No
     Raises ValueError if it was begun with other settings or documents.
     """
     shards.begin(folder, {"format": FORMAT, **settings, "contents": plan.digest})
-    if not (folder / INDEX).is_file():
-        shards.write_array(folder / INDEX, plan.index)
+    # Always: nothing may be finished of a folder that was begun with another plan.
+    shards.write_array(folder / INDEX, plan.index)
     shards.write_json(folder / CONTENTS, {"records": [len(plan.of(i)) for i in range(len(plan.shards))]})
 
 

@@ -99,6 +99,12 @@ def journal(
     return lines[1:]
 
 
+def keep_lines(path: Path, count: int) -> None:
+    """Cuts a file behind its first `count` lines; it is at no time without them."""
+    lines = path.read_bytes().split(b"\n")[:count]
+    os.truncate(path, sum(len(line) + 1 for line in lines))
+
+
 Record = dict[str, Any]
 _DONE: Record = {"done": True}
 

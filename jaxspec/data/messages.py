@@ -210,8 +210,11 @@ def _messages(fields: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[bool, 
         raise BadRecord("no messages", f"`{name}` must be a non-empty list")
     unread: list[str] = []
     read = [_message(message, i, unread) for i, message in enumerate(given)]
-    system = [fields.pop(n) for n in ("system", "system_prompt") if isinstance(fields.get(n), str)]
-    if system and system[0].strip():
+    texts = [fields.pop(n) for n in ("system", "system_prompt") if isinstance(fields.get(n), str)]
+    system = [text for text in dict.fromkeys(texts) if text.strip()]
+    if len(system) > 1:
+        raise BadRecord("two system prompts", "has a `system` and another `system_prompt`: keep one of them")
+    if system:
         if read[0][0]["role"] == "system" and read[0][0]["content"] != system[0]:
             raise BadRecord("two system prompts", "has a `system` text and another system message: keep one of them")
         if read[0][0]["role"] != "system":
@@ -234,11 +237,13 @@ def _message(given: object, index: int, unread: list[str]) -> tuple[Message, boo
             raise BadRecord("malformed message", f"message {index}: has both `{one}` and `{other}`: keep one")
     role = left.pop("role", left.pop("from", None))
     if role in _CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(left.pop("value", ""), index)}, True
+        value = left.pop("content", left.pop("value", ""))
+        message: Message = {"role": "assistant", "content": "", "tool_calls": _calls(value, index)}
+        return message, _rest_of(left, index, unread)
     if not isinstance(role, str) or role not in _ROLES:
         field, known = ("from" if "from" in given else "role"), ", ".join((*_ROLES, *_CALLS))
         raise BadRecord("unknown role", f"message {index}: `{field}` is {role!r}, which is not one of {known}")
-    message: Message = {"role": _ROLES[role]}
+    message = {"role": _ROLES[role]}
     calls = left.pop("tool_calls", None) or [left.pop(n) for n in ("function_call",) if left.get(n)]
     thoughts = {n: _text(left.pop(n), n, index) for n in _REASONING if n in left}
     value = left.pop("content", left.pop("value", None))
@@ -253,13 +258,18 @@ def _message(given: object, index: int, unread: list[str]) -> tuple[Message, boo
             raise BadRecord("tool calls", f"message {index}: `tool_calls` stands on a turn of role {message['role']}")
         message["tool_calls"] = _calls(calls, index)
     message |= {n: _text(left.pop(n), n, index) for n in _PASSED if n in left}
+    return message, _rest_of(left, index, unread)
+
+
+def _rest_of(left: dict[str, Any], index: int, unread: list[str]) -> bool:
+    """Returns whether a message may be learned, by the fields that are left of it; adds those it does not read."""
     learned = _loss_flag({n: left.pop(n) for n in _LOSS if n in left}, index)
     for name in list(left):
         # A field may be part of the turn, as a thought under another name is; so an unknown one is not passed over.
         if name not in _UNREAD and left[name] not in ("", [], {}):
             raise BadRecord("unknown field", f"message {index}: has a field `{name}`, which is not known: take it out")
         unread.append(f"messages.{name}")
-    return message, learned
+    return learned
 
 
 def _content(value: object, index: int, may_lack: object) -> tuple[str, dict[str, str]]:

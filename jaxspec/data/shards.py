@@ -185,13 +185,18 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         return
     begun = read_about(folder, settings["format"])
     changed = differences({name: begun.get(name) for name in settings}, settings)
-    if changed and not any(folder.glob("[0-9]*.json")):  # nothing is finished that other settings would have made
+    if changed and not anything_finished(folder):
         write_json(path, settings)
         return
     if changed:
         raise ValueError(
             f"{folder}: was begun with other settings ({'; '.join(changed)}): give another --out or the same settings"
         )
+
+
+def anything_finished(folder: Path) -> bool:
+    """Returns whether a folder holds a finished shard, which other settings might not have made."""
+    return any(folder.glob("[0-9]*.json"))
 
 
 def read_about(folder: Path, format: str) -> dict[str, Any]:

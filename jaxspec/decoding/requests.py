@@ -14,6 +14,8 @@ from jaxspec.sampling import Sampling
 
 NO_STOP = -1
 """Padding of a row's stop ids."""
+HOTTEST = 1e6
+"""Greatest temperature: all tokens are as likely as one another there, and logits divided by more lose their order."""
 SEEDS = 2**32
 """Seeds are below this."""
 
@@ -43,8 +45,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, holds, range_ in (
             ("max_new_tokens", 1 <= self.max_new_tokens < 2**31, "at least 1, and below 2^31"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
-            ("draft_temperature", 0 <= (self.draft_temperature or 0) < float("inf"), "0 (likeliest) or above"),
+            ("temperature", 0 <= self.temperature <= HOTTEST, f"0 (greedy) or above, and at most {HOTTEST:g}"),
+            (
+                "draft_temperature",
+                0 <= (self.draft_temperature or 0) <= HOTTEST,
+                f"0 (likeliest) or above, and at most {HOTTEST:g}",
+            ),
             ("top_k", 0 <= self.top_k < 2**31, "0 (keep all) or above, and below 2^31"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", 0 <= self.seed < SEEDS, "from 0 to 2^32 - 1"),

@@ -65,20 +65,25 @@ class Objective:
             )
 
         weighted = [name for name, _ in self.weights]
+        for field, names in (("weights", weighted), ("late", [name for name, _ in self.late])):
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{field} names {twice} twice: give it once")
         for name, share in self.late:
             if name not in [*weighted, STEPS] or not 0 < share < 1:
                 raise ValueError(
                     f"late={name}:{share:g}: give a loss of weights ({', '.join(weighted)}) or {STEPS}, and a share of "
                     "the run's updates above 0 and below 1"
                 )
-            if name == STEPS and self.steps == 1:
-                raise ValueError(f"late={name}:{share:g}: steps is 1, so none can join: raise steps or leave it out")
+            if name == STEPS and (self.steps == 1 or self.per_step[0] == 0):
+                why = "steps is 1, so none can join" if self.steps == 1 else "the first step counts nothing"
+                raise ValueError(f"late={name}:{share:g}: {why}: change steps, or leave it out")
         if self.late and set(weighted) <= {name for name, _ in self.late}:
             raise ValueError("late names every loss of weights: one of them must count from the beginning")
 
     def stages(self, steps: int) -> list[tuple[int, Objective]]:
         """Returns the objectives of a run of so many steps in order, each with its first step, from 0."""
-        begin = {name: min(max(1, round(share * steps)), steps) for name, share in self.late}
+        # Whatever is late joins for the last update at least.
+        begin = {name: min(max(1, round(share * steps)), max(steps - 1, 0)) for name, share in self.late}
         return [(first, self._joined(first, begin)) for first in sorted({0, *begin.values()})]
 
     def _joined(self, update: int, begin: dict[str, int]) -> Objective:

@@ -60,6 +60,7 @@ def make_optimizer(
         return optax.chain(*clips, optax.adamw(rate, *betas, eps, weight_decay=weight_decay, mask=_decays))
     muon = contrib.muon(
         rate,
+        eps=eps,
         weight_decay=weight_decay,
         weight_decay_mask=_decays,
         adam_b1=betas[0],

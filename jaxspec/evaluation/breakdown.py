@@ -121,11 +121,12 @@ def prompt_times(ours: Sequence[Row], plain: Sequence[Row]) -> list[PromptTimes]
 
 def per_token(rows: Sequence[Row], units: Sequence[str]) -> np.ndarray:
     """Returns seconds a token of the rounds by conversation and repeat `[U, R]`; `R` is the least of all rows."""
-    repeats = min((len(row.decode_seconds) for row in rows), default=0)
+    repeats = min((len(row.own_latency or row.decode_seconds) for row in rows), default=0)
     place = {unit: i for i, unit in enumerate(units)}
     seconds_UR, tokens_U = np.zeros((len(units), repeats)), np.zeros(len(units))
     for row in rows:
-        share = row.calls / row.group_calls if row.group_calls else 0.0
-        seconds_UR[place[row.unit]] += share * np.asarray(row.decode_seconds[:repeats])
+        # In slots a group's seconds are those of all its answers, and each has its own.
+        share = 1.0 if row.own_latency else row.calls / row.group_calls if row.group_calls else 0.0
+        seconds_UR[place[row.unit]] += share * np.asarray((row.own_latency or row.decode_seconds)[:repeats])
         tokens_U[place[row.unit]] += sum(row.emitted)
     return seconds_UR / tokens_U[:, None]

@@ -7,7 +7,8 @@ position that a chain of the served length has along those answers. `served_chec
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,10 @@ class GoldenPrompt(NamedTuple):
     """At every token of the answer, the likeliest token's logit less the next one's: small ones are ties."""
     drafts: list[list[int]]
     """Tokens of the chain in the first rounds."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that the prompt describes."""
+    variables: Mapping[str, Any] = types.MappingProxyType({})
+    """Of the chat template."""
 
 
 class Golden(NamedTuple):
@@ -116,7 +121,10 @@ def _golden(models: Models, prompt: Prompt, request: Request, answer: Answer) ->
     margins = top_margins(models.engine.target, models.weights.target, tokens, output)
     drafts = first_drafts(models, request)
     shown = models.tokenizer.decode(output)
-    return GoldenPrompt(prompt.id, [dict(m) for m in prompt.messages], rendered, tokens, output, shown, margins, drafts)
+    messages, described = ([dict(one) for one in many] for many in (prompt.messages, prompt.tools))
+    return GoldenPrompt(
+        prompt.id, messages, rendered, tokens, output, shown, margins, drafts, described, dict(prompt.variables)
+    )
 
 
 def first_drafts(models: Models, request: Request) -> list[list[int]]:

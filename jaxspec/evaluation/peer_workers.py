@@ -161,6 +161,8 @@ class TransformersWorker(Worker):
             self.about = {"scikit_learn": importlib.util.find_spec("sklearn") is not None, **self.own}
         if lookup is not None:
             self.options |= {"prompt_lookup_num_tokens": lookup, "max_matching_ngram_size": ngram}
+        # `generate` fills what its settings leave open from the model's own, such as penalties.
+        self.model.generation_config = transformers.GenerationConfig()
         self.calls, self.first = 0, 0.0
         self.model.register_forward_hook(self._count)
 
@@ -185,7 +187,6 @@ class TransformersWorker(Worker):
         import transformers
 
         torch = self.torch
-        # A fresh one, so that nothing of the model's own (temperature, top_p, penalties) comes in.
         config = transformers.GenerationConfig(
             do_sample=False,
             max_new_tokens=self.spec.budget,

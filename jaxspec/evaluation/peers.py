@@ -28,6 +28,8 @@ def load_transformers(target: str, models: Models) -> Callable[[Requests], list[
     torch.set_num_threads(results.machine_facts()["cores"] or 1)
     folder = target_folders.target_folder(target)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    # `generate` fills what its settings leave open from the model's own, such as penalties.
+    model.generation_config = transformers.GenerationConfig()
     pad = models.tokenizer.pad_id
     stops = list(models.stop_ids)
 

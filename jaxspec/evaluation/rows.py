@@ -133,6 +133,9 @@ def from_record(record: Mapping[str, Any]) -> Row:
         raise ValueError(f"has a field {stranger!r} that rows do not have")
     if missing := next((n for n in ("id", "task") if n not in record), None):
         raise ValueError(f"has no {missing!r}")
+    many = [name for name, field in fields.items() if isinstance(field.default, tuple)]
+    if wrong := next((name for name in many if not isinstance(record.get(name, []), list)), None):
+        raise ValueError(f"{wrong!r} is no list")
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
     if "rejected" in given:
         given["rejected"] = tuple(map(tuple, given["rejected"]))
@@ -159,8 +162,10 @@ def read_evaluation(path: str | Path) -> Evaluation:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the folder of jaxspec evaluate --out, or its rows.jsonl")
     lines = jsonl.read_lines(path)
-    if not lines or lines[0].get("format") != FORMAT:
+    if not lines or not isinstance(lines[0], dict) or lines[0].get("format") != FORMAT:
         raise ValueError(f"{path}: is not a file of rows: its first line does not say {FORMAT!r}")
+    if missing := next((name for name in ("arms", "max_new_tokens") if name not in lines[0]), None):
+        raise ValueError(f"{path}: its first line has no {missing!r}: make the file anew with jaxspec evaluate")
     rows = []
     for number, line in enumerate(lines[1:], 2):
         try:

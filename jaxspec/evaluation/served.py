@@ -6,17 +6,19 @@ and after each task, and from its answers where these say something of their own
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxspec.data import jsonl
 from jaxspec.data.questions import Question
 from jaxspec.decoding.requests import Settings
-from jaxspec.serving.endpoint import Client, RequestFailed, wire_messages
+from jaxspec.serving.endpoint import Client, RequestFailed, context_fields, in_flight, sampling_fields
 from jaxspec.serving.served_acceptance import Counters
 from jaxspec.serving.streaming_client import StreamedAnswer, read_counters, stream
 
@@ -31,6 +33,8 @@ FORMULAS = {
     "ttft_ms": "median milliseconds from a request to the first chunk with text",
 }
 """Name of a figure -> how it is computed."""
+SUMMARY = "summary"
+"""Key of the figures behind the rows of a task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,39 +70,92 @@ class ServedTask(NamedTuple):
     wall_seconds: float
 
 
-def answer_tasks(client: Client, questions: Sequence[Question], settings: Settings) -> Iterator[ServedTask]:
-    """Yields the answers task by task, as many requests in flight as the client allows.
+class ServedBook:
+    """The file of a server's answers: the rows of a task, then its figures.
 
-    Raises ServerRefused where the server refuses every request, and ValueError where it was started again meanwhile.
+    A stopped run goes on behind its last whole task. Raises ValueError where the file was begun with other settings.
     """
-    for task in dict.fromkeys(question.task for question in questions):
-        mine = [(i, q) for i, q in enumerate(questions) if q.task == task]
-        before, began = read_counters(client), time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(client.endpoint.concurrency) as pool:
-            answered = pool.map(lambda one: answer(client, one[1], settings.for_row(one[0]), settings), mine)
-            rows = [row for turns in answered for row in turns]
-        wall, after = time.perf_counter() - began, read_counters(client)
-        gained = None if before is None or after is None else after.since(before)
-        yield ServedTask(rows, gained, wall)
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        noted = jsonl.journal(path, settings, of=path.parent, fields=("task", "temperature", "seed"))
+        whole = max((number for number, record in enumerate(noted, 1) if SUMMARY in record), default=0)
+        if whole < len(noted):
+            jsonl.keep_lines(path, 1 + whole)
+        self.rows = [ServedRow(**record) for record in noted[:whole] if SUMMARY not in record]
+        self.summary: list[dict[str, Any]] = [record[SUMMARY] for record in noted[:whole] if SUMMARY in record]
+        """The figures of every task, temperature and seed."""
+        self._known = {_key(record) for record in noted[:whole]}
+
+    def has(self, task: str, settings: Settings) -> bool:
+        """Returns whether a task is noted."""
+        return (task, settings.temperature, settings.seed) in self._known
+
+    def add(self, done: ServedTask, settings: Settings) -> None:
+        """Notes the answers and figures of a task; they are on disk when this returns."""
+        figures = summarize_served(done)
+        about = {"task": figures["task"], "temperature": settings.temperature, "seed": settings.seed}
+        jsonl.append(self.path, [*map(dataclasses.asdict, done.rows), about | {SUMMARY: figures}])
+        self.rows += done.rows
+        self.summary.append(figures)
+        self._known.add(_key(about))
 
 
-def answer(client: Client, question: Question, own: Settings, run: Settings) -> list[ServedRow]:
-    """Returns a row for each turn of a question; a second turn follows the server's own first answer."""
+def _key(record: Mapping[str, Any]) -> tuple[str, float, int]:
+    return record["task"], record["temperature"], record["seed"]
+
+
+def by_task(questions: Sequence[Question]) -> dict[str, list[tuple[int, Question]]]:
+    """Returns the questions with their places, by task."""
+    found: dict[str, list[tuple[int, Question]]] = {}
+    for place, question in enumerate(questions):
+        found.setdefault(question.task, []).append((place, question))
+    return found
+
+
+def answer_task(
+    client: Client, mine: Sequence[tuple[int, Question]], settings: Settings, variables: Mapping[str, Any]
+) -> ServedTask:
+    """Returns the answers to a task, as many requests in flight as the client allows.
+
+    `variables` are those of the chat template; a question's own go before them. Raises ServerRefused where the server
+    refuses every request, and ValueError where it was started again meanwhile.
+    """
+    before, began = read_counters(client), time.perf_counter()
+    asked = functools.partial(_answer_one, client, settings, variables)
+    answered = dict(in_flight(asked, mine, client.endpoint.concurrency))
+    rows = [row for place, _ in mine for row in answered[place]]
+    wall, after = time.perf_counter() - began, read_counters(client)
+    gained = None if before is None or after is None else after.since(before)
+    return ServedTask(rows, gained, wall)
+
+
+def _answer_one(
+    client: Client, run: Settings, variables: Mapping[str, Any], one: tuple[int, Question]
+) -> tuple[int, list[ServedRow]]:
+    """Returns a question's place, and its answers."""
+    place, question = one
+    return place, answer(client, question, (run, run.for_row(place)), variables)
+
+
+def answer(
+    client: Client, question: Question, settings: tuple[Settings, Settings], variables: Mapping[str, Any]
+) -> list[ServedRow]:
+    """Returns a row for each turn of a question; a second turn follows the server's own first answer.
+
+    `settings` are the run's, and with a seed of the question's own.
+    """
+    run, own = settings
     texts: list[str] = []
     rows = []
     for turn in range(question.turns):
         about = (question.prompt.id, question.task, turn, run.temperature, run.seed)
         if question.prompt.problem:
             return [ServedRow(*about, error=question.prompt.problem)]
-        body = {
-            "messages": wire_messages(question.asked(texts).messages),
-            "max_tokens": own.max_new_tokens,
-            "temperature": own.temperature,
-            "top_p": own.top_p,
-            "seed": own.seed,
-        }
+        prompt = question.asked(texts)
+        context = context_fields(prompt.messages, prompt.tools, {**variables, **prompt.variables})
         try:
-            said = stream(client, "/chat/completions", body)
+            said = stream(client, "/chat/completions", context | sampling_fields(own))
         except RequestFailed as error:
             return [*rows, ServedRow(*about, error=str(error))]
         rows.append(_row(about, said))

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxspec.evaluation.equivalence import NEAR_TIE
 from jaxspec.evaluation.golden import Golden, GoldenPrompt
-from jaxspec.serving.endpoint import Client, wire_messages
+from jaxspec.serving.endpoint import Client, context_fields
 from jaxspec.serving.served_acceptance import Counters
 from jaxspec.serving.streaming_client import StreamedAnswer, read_counters, stream
 
@@ -81,9 +81,10 @@ def check_prompts(client: Client, prompts: Sequence[GoldenPrompt]) -> tuple[Stag
     cause = "chat template, system prompt, thinking switch, or a second BOS"
     told = "ids"
     for number, prompt in enumerate(prompts):
-        ids = client.tokenize(wire_messages(prompt.messages))
+        context = context_fields(prompt.messages, prompt.tools, prompt.variables)
+        ids = client.tokenize(context)
         if ids is None:
-            body = {"messages": wire_messages(prompt.messages), "max_tokens": 1, "temperature": 0.0}
+            body = {**context, "max_tokens": 1, "temperature": 0.0}
             told, count = "number of ids alone", stream(client, "/chat/completions", body).prompt_tokens
             same = count == len(prompt.prompt_ids)
         else:

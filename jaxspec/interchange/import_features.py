@@ -156,8 +156,10 @@ def begin_import(work: DumpImport, sample: Sample) -> Finding:
     }  # fmt: skip
     if (work.out / shards.ABOUT).is_file():
         begun = shards.read_about(work.out, FORMAT)
-        shards.begin(work.out, about)
-        return Finding(**begun["finding"])
+        same = "finding" in begun and all(begun.get(name) == value for name, value in about.items())
+        if same or shards.anything_finished(work.out):
+            shards.begin(work.out, about)
+            return Finding(**begun["finding"])
     finding, errors = examine(work, sample)
     shards.begin(work.out, about | {"finding": finding._asdict(), "relative_errors": errors})
     shards.write_json(work.out / PLAN, {"folder": str(work.dump.folder), "files": plan})

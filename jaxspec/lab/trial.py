@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxspec.base import TreePolicy
 from jaxspec.data.prompts import Prompt, encode_prompt
 from jaxspec.decoding.requests import Request, Settings, make_requests
+from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.timing import Load, Run, time_arms
+from jaxspec.interchange import hf
+from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
+from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
 
 
@@ -24,6 +28,29 @@ class TriedTree(NamedTuple):
     tau: float
     round_seconds: float
     """Of a round in the mean, median of the repeats; a batch goes on until its last row ends."""
+
+
+def load_profiled(facts: Mapping[str, Any], max_new_tokens: int) -> tuple[Models, Settings]:
+    """Returns the target with the drafter that a profile is of, and the settings of its texts with another length.
+
+    Raises ValueError where they are not what they were when it was made.
+    """
+    models = loading.load_models(
+        facts["target"], drafter=facts["drafter"], dtype=loading.DTYPES[facts.get("dtype") or "fp32"]
+    )
+    now = {
+        "target": hf.fingerprint(target_folder(facts["target"])),
+        "drafter": fingerprint(models),
+        **models.tokenizer.fingerprint,
+    }
+    made_with = facts.get("hashes", {})
+    if other := [name for name, value in now.items() if made_with.get(name, value) != value]:
+        raise ValueError(
+            f"the profile was made with another {' and '.join(other)} than {facts['target']} and {facts['drafter']} "
+            "have by themselves now: make it anew, without a --draft-vocab or --template of its own"
+        )
+    warps = {"top_k": facts.get("top_k") or 0, "top_p": facts.get("top_p") or 1.0}
+    return models, Settings(max_new_tokens, float(facts.get("temperature") or 0.0), **warps)
 
 
 def encode_requests(models: Models, prompts: Sequence[Prompt], settings: Settings) -> list[Request]:

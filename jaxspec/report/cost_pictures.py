@@ -72,7 +72,7 @@ def _sizes(report: Report, temperature: float) -> dict[str, list[Sized]]:
 
 def _predicted(report: Report, trees: Sequence[PredictedTree]) -> list[PredictedTree]:
     """Returns the trees that are predicted for a batch that a run has."""
-    batches = {int(run.settings["batch"]) for run in report.runs}
+    batches = {run.width for run in report.runs}
     return sorted((t for t in trees if t.batch in batches), key=lambda t: t.nodes)
 
 

@@ -112,12 +112,13 @@ def _short(report: Report) -> Markup | None:
 
 
 def _batch(report: Report) -> Markup:
-    batches = sorted({int(run.settings["batch"]) for run in report.runs})
     if shown := batch_pictures(report):
         return grid(shown)
+    settings = report.runs[0].settings
+    where = f"{settings['slots']} slots" if settings.get("slots") else f"a batch of {settings['batch']}"
     return paragraph(
-        f"All answers were decoded in a batch of {batches[0]}. For a map of batches and the frontier, give runs of "
-        "jaxspec evaluate with other batches."
+        f"All answers were decoded in {where}. For a map of batches and the frontier, give runs of jaxspec evaluate "
+        "with other batches."
     )
 
 

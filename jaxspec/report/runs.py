@@ -41,6 +41,11 @@ class ReportRun:
         """Settings that all rows share."""
         return self.evaluation.settings
 
+    @property
+    def width(self) -> int:
+        """Answers decoded side by side: those of a batch, or the slots."""
+        return int(self.settings.get("slots") or self.settings["batch"])
+
     @functools.cached_property
     def tasks(self) -> list[str]:
         """Tasks of its rows."""

@@ -138,8 +138,8 @@ def _below(times: Sequence[PromptTimes]) -> str:
 
 
 def batch_pictures(report: Report) -> list[Picture]:
-    """Returns speed-up by batch and the frontier of each temperature; none where all runs have one batch."""
-    if len({run.settings["batch"] for run in report.runs}) < 2:
+    """Returns speed-up by batch (or slots) and the frontier of each temperature; none where all runs have one."""
+    if len({run.width for run in report.runs}) < 2:
         return []
     found = []
     for number, temperature in enumerate(report.temperatures, 1):
@@ -152,7 +152,7 @@ def by_batch(methods: Sequence[Method], temperature: float) -> dict[str, list[tu
     found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for method in methods:
         if (figures := method.figures(temperature)) is not None:
-            found.setdefault(method.arm, []).append((int(method.run.settings["batch"]), figures))
+            found.setdefault(method.arm, []).append((method.run.width, figures))
     return {arm: sorted(mine, key=lambda one: one[0]) for arm, mine in found.items()}
 
 

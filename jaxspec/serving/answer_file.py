@@ -42,12 +42,19 @@ class AnswerFile:
             # Both are known by their contents, whatever the folder or file is called.
             if f"{name}_contents" in compared and begun:
                 compared.pop(name, None)
+        if begun:
+            # A server's model is known by its name, and one that decodes here has none: neither follows the other.
+            compared["endpoint_model"] = settings.get("endpoint_model")
         notes = jsonl.journal(self.state_path, compared or settings, of=path, fields=("id",))
         jsonl.drop_torn_line(path)
         alone = {"temperature": settings["temperature"]}  # of lines from before they said it
+        records = jsonl.read_lines(path)
+        for number, record in enumerate(records, 1):
+            if missing := [name for name in ("id", "source", "messages", "finish", "tokens") if name not in record]:
+                raise ValueError(f"{path}:{number}: has no {missing[0]!r}: it is not of this verb; remove the line")
         # The last note of a conversation counts: one that had changed was answered again.
         self._notes = {note["id"]: note for note in notes}
-        self.kept = [summarize(alone | record) for record in jsonl.read_lines(path)]
+        self.kept = [summarize(alone | record) for record in records]
         there = {record["id"] for record in self.kept}
         dropped = [alone | n for n in self._notes.values() if not n.get(KEPT) and n["id"] not in there]
         for note in dropped:

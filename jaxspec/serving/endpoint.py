@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import email.utils
 import importlib
+import itertools
 import json
+import queue
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from jaxspec.data.messages import Arguments, BadRecord, Message, parse_conversation
 from jaxspec.decoding.requests import Settings
@@ -26,6 +28,11 @@ FATAL = {401: "the key", 403: "the key", 404: "the address or the model"}
 _LONGEST_WAIT = 60.0
 _TOO_LONG = ("maximum context length", "context length", "too long", "max_model_len", "longer than")
 """Words by which servers say that a prompt has no room."""
+
+
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class RequestFailed(Exception):
@@ -81,7 +88,10 @@ class Client:
             max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency
         )
         timeout = self._httpx.Timeout(endpoint.timeout, connect=30.0, pool=None)
-        self._http = self._httpx.Client(base_url=endpoint.base, headers=headers, limits=limits, timeout=timeout)
+        try:
+            self._http = self._httpx.Client(base_url=endpoint.base, headers=headers, limits=limits, timeout=timeout)
+        except self._httpx.InvalidURL as error:
+            raise ValueError(f"--endpoint is {endpoint.url!r}, which is no address: {error}") from error
         self.retries: collections.Counter[str] = collections.Counter()
         """Requests that were sent again, by what was wrong."""
         self.gives_ids = True
@@ -107,20 +117,8 @@ class Client:
 
     def complete(self, dialogue: Dialogue, settings: Settings) -> Reply:
         """Returns the server's answer to what a dialogue asks. Raises RequestFailed, and ServerRefused."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": wire_messages(dialogue.ask()),
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "seed": settings.seed,
-        }
-        if settings.top_k:
-            body["top_k"] = settings.top_k
-        if dialogue.original.tools:
-            body["tools"] = [dict(tool) for tool in dialogue.original.tools]
-        if dialogue.variables:
-            body["chat_template_kwargs"] = dict(dialogue.variables)
+        context = context_fields(dialogue.ask(), dialogue.original.tools, dialogue.variables)
+        body = {"model": self.model, **context, **sampling_fields(settings)}
         if self.gives_ids:
             try:
                 return read_reply(self._send("POST", "/chat/completions", body | {"return_token_ids": True}))
@@ -138,15 +136,15 @@ class Client:
                 if response.status_code != 200:
                     response.read()
                     self._refuse(response.status_code, response.text)
-                yield response.iter_lines()
+                yield _lines(response.iter_bytes())
         except self._httpx.TimeoutException as error:
             raise RequestFailed("timeout", f"no answer within {self.endpoint.timeout:g} s") from error
         except self._httpx.TransportError as error:
             raise RequestFailed("connection", str(error) or type(error).__name__) from error
 
-    def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
-        """Returns the ids that the server makes of messages, as vLLM tells them; None where it does not."""
-        body = {"model": self.model, "messages": list(messages), "add_generation_prompt": True}
+    def tokenize(self, context: Mapping[str, Any]) -> list[int] | None:
+        """Returns the ids that the server makes of `context_fields`, as vLLM tells them; None where it does not."""
+        body = {"model": self.model, **context, "add_generation_prompt": True}
         try:
             response = self._http.post(self.endpoint.base.removesuffix("/v1") + "/tokenize", json=body)
             found = response.json().get("tokens") if response.status_code == 200 else None
@@ -227,6 +225,40 @@ def wire_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return sent
 
 
+def context_fields(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), variables: Mapping[str, Any] = NOTHING
+) -> dict[str, Any]:
+    """Returns the fields of a request that say what the template renders."""
+    found: dict[str, Any] = {"messages": wire_messages(messages)}
+    if tools:
+        found["tools"] = [dict(tool) for tool in tools]
+    if variables:
+        found["chat_template_kwargs"] = dict(variables)
+    return found
+
+
+def sampling_fields(settings: Settings) -> dict[str, Any]:
+    """Returns the fields of a request that say how long an answer may be, and how its tokens are drawn."""
+    found = {
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "seed": settings.seed,
+    }
+    return found | ({"top_k": settings.top_k} if settings.top_k else {})
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Yields the lines of a stream. They end at line feeds alone: texts in JSON may hold other ends of lines."""
+    held = b""
+    for chunk in chunks:
+        *whole, held = (held + chunk).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r").decode("utf-8", "replace")
+    if held:
+        yield held.decode("utf-8", "replace")
+
+
 def _wire_call(call: Mapping[str, Any], number: int) -> dict[str, Any]:
     arguments = call["function"]["arguments"]
     text = arguments.text if isinstance(arguments, Arguments) else json.dumps(arguments, ensure_ascii=False)
@@ -293,22 +325,36 @@ def rewrite_remotely(client: Client, begun: Iterable[tuple[Dialogue, Settings]])
     Closes the client at the end. Raises ServerRefused where no further request makes sense; dialogues in flight are
     then dropped.
     """
-    waiting: Iterator[tuple[Dialogue, Settings]] = iter(begun)
-    running: set[concurrent.futures.Future[Rewritten | Failure]] = set()
-    pool = concurrent.futures.ThreadPoolExecutor(client.endpoint.concurrency)
-    try:
-        while True:
-            while len(running) < client.endpoint.concurrency and (one := next(waiting, None)) is not None:
-                running.add(pool.submit(_write_all, client, *one))
-            if not running:
-                return
-            done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        # Requests in flight fail at once when their connections are closed, so that a stop need not wait for them.
-        client.close()
-        pool.shutdown(wait=True, cancel_futures=True)
+    with contextlib.closing(client):
+        yield from in_flight(lambda one: _write_all(client, *one), begun, client.endpoint.concurrency)
+
+
+def in_flight(work: Callable[[Item], Made], items: Iterable[Item], most: int) -> Iterator[Made]:
+    """Yields what `work` makes of each item as it is done, of at most `most` at once; raises what it raises.
+
+    Whoever stops asking waits for none of them, and neither does the end of the process.
+    """
+    made: queue.SimpleQueue[tuple[Made | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run(item: Item) -> None:
+        try:
+            made.put((work(item), None))
+        except BaseException as error:  # raised again where the result is taken
+            made.put((None, error))
+
+    waiting, running = iter(items), 0
+    while True:
+        for item in itertools.islice(waiting, most - running):
+            # A pool's threads would be waited for at the end of the process: for a silent server, minutes.
+            threading.Thread(target=run, args=(item,), daemon=True).start()
+            running += 1
+        if not running:
+            return
+        found, error = made.get()
+        running -= 1
+        if error is not None:
+            raise error
+        yield cast("Made", found)
 
 
 def _write_all(client: Client, dialogue: Dialogue, settings: Settings) -> Rewritten | Failure:

@@ -119,15 +119,14 @@ def make_app(service: Service) -> Starlette:
     for path, file in page_files(service.limits, DRAFTED in service.scheduler.lanes, service.keyed).items():
         shown = Response(file.content, headers=dict(file.headers), media_type=file.kind)
         routes.append(Route(path, functools.partial(_static, shown), methods=["GET"]))
-    handlers: dict[Any, Any] = {ApiError: _refused, HTTPException: _unknown, Exception: _failed}
+    handlers: dict[Any, Any] = {
+        ApiError: _refused, HTTPException: _unknown, ClientDisconnect: _left, Exception: _failed
+    }  # fmt: skip
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 async def _answer(service: Service, read: Read, request: Request) -> Response:
-    try:
-        body = await read_body(request)
-    except ClientDisconnect:
-        return Response(status_code=400)  # for no one
+    body = await read_body(request)
     # In another thread, so that a long prompt holds no one up.
     asked, prompts = await run_in_threadpool(_read, service, read, body)
     inbox = Inbox()
@@ -142,6 +141,10 @@ async def _answer(service: Service, read: Read, request: Request) -> Response:
     finally:
         inbox.cancel()
     return JSONResponse(whole) if whole is not None else Response(status_code=400)  # for no one
+
+
+async def _left(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)  # for no one
 
 
 def _read(service: Service, read: Read, body: bytes) -> tuple[Asked, list[np.ndarray]]:

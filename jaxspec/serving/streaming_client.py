@@ -25,10 +25,10 @@ class StreamedAnswer(NamedTuple):
     prompt_tokens: int
     finish: str
     ttft_seconds: float
-    """From the request to the first chunk with text."""
+    """From the request to the first chunk with text or thoughts."""
     seconds: float
     chunk_seconds: tuple[float, ...]
-    """When each chunk with text came."""
+    """When each of these chunks came."""
     acceptance: AnswerAcceptance | None
     """The rounds of the answer, where the server tells them."""
 
@@ -53,10 +53,12 @@ class _Heard:
         if isinstance(usage := chunk.get("usage"), Mapping):
             self.usage = usage
         for choice in chunk.get("choices") or ():
-            said = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            delta = choice.get("delta") or {}
+            said = choice.get("text") or delta.get("content") or ""
             ids = choice.get("token_ids")
             self.tokens += ids if isinstance(ids, list) else []
-            if said or ids:
+            # Thoughts are no part of the text, and the server counts their tokens.
+            if said or ids or delta.get("reasoning_content") or delta.get("reasoning"):
                 self.times.append(time.perf_counter() - self.began)
             self.text += said
             self.finish = choice.get("finish_reason") or self.finish

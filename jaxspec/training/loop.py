@@ -269,6 +269,11 @@ def resume(
     if latest is None:
         return None
     saved = checkpoints.settings(latest)
+    if latest > recipe.steps:
+        raise ValueError(
+            f"{checkpoints.folder}: is at step {latest:,}, beyond the {recipe.steps:,} that are asked for: give as "
+            "many steps or more, or another checkpoint.folder"
+        )
     refuse_other_settings(saved, config, recipe.resumable, checkpoints.folder, recipe.contents)
     tell_other_end(saved, config, recipe.steps)
     restored = checkpoints.restore(None, wanted)
@@ -387,3 +392,5 @@ def tell_other_end(saved: dict[str, Any], config: PretrainConfig | DistillConfig
     before, now = saved["optimizer"], to_dict(config.optimizer)
     if any(before.get(name.partition(".")[2]) != now[name.partition(".")[2]] for name in LENGTHS):
         say(f"the run is now {steps:,} steps long, and its learning rate goes by that from here on")
+        if isinstance(config, DistillConfig) and config.objective.late:
+            say("so does objective.late: what had joined counts again from its share of the longer run")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxspec.base import Params
 from jaxspec.checkpoints.runs import BestMetric
 from jaxspec.config import PretrainConfig, resolve
+from jaxspec.data.account import Account
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.data.conversations import read_all
 from jaxspec.data.corpus import fingerprint
@@ -27,7 +28,7 @@ from jaxspec.interchange.hf import write_llama
 from jaxspec.parallel.agreement import meet, say
 from jaxspec.parallel.mesh import batch_sharding, replicated, shardings
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.training.batches import Data, HostBatch, read_data, spread
+from jaxspec.training.batches import SKIP_FLAG, Data, HostBatch, read_data, spread
 from jaxspec.training.loop import Recipe, prepare, run
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
 from jaxspec.training.resolve import attention_blocks, check_length, mesh_of, optimizer_of
@@ -121,7 +122,8 @@ def train_tokenizer(config: PretrainConfig, folder: Path) -> None:
     """Trains a BPE tokenizer of `model.vocab` ids on the text of `data.train`, and writes it into `folder`."""
     vocab = config.model.vocab
     say(f"training a tokenizer of {vocab:,} ids")
-    conversations = read_all(config.data.train, limit=config.data.limit)
+    account = Account(skip_bad=config.data.skip_bad, flag=SKIP_FLAG)  # read again, and told, with the tokens
+    conversations = read_all(config.data.train, limit=config.data.limit, account=account)
     texts = (text for c in conversations for text in (c.text or "", *(m["content"] for m in c.messages)) if text)
     write_tokenizer_folder(folder, train_bpe(texts, size=vocab), max_length=config.model.max_positions)
 

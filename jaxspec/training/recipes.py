@@ -92,7 +92,7 @@ class Corpora:
     def __init__(self, train: str, held_out: str, limit: int, tokenizer: ChatTokenizer) -> None:
         self.train, self.held_out, self.limit, self.tokenizer = train, held_out, limit, tokenizer
         self.read: dict[tuple[Any, ...], tuple[Documents, Documents]] = {}
-        self.mixed: dict[tuple[str, int], Documents] = {}
+        self.mixed: dict[tuple[Any, ...], Documents] = {}
 
     def of(self, data: DataConfig) -> tuple[Documents, Documents]:
         """Returns the training and the held-out corpus, in rows as `data` makes them."""
@@ -110,10 +110,11 @@ class Corpora:
 
     def pack(self, config: DistillConfig) -> Data:
         """Returns the training rows of a recipe, with its own mix if it has one, and the held-out rows."""
-        length, mix = config.data.length, config.data.mix
-        if mix is not None and (mix, length) not in self.mixed:
-            self.mixed[mix, length] = read_corpus("mix", mix, tokenizer=self.tokenizer, data=config.data)
-        return pack_data(config, *self.of(config.data), None if mix is None else self.mixed[mix, length])
+        data, mix = config.data, config.data.mix
+        key = (mix, data.length, data.turns, data.skip_bad)
+        if mix is not None and key not in self.mixed:
+            self.mixed[key] = read_corpus("mix", mix, tokenizer=self.tokenizer, data=data)
+        return pack_data(config, *self.of(data), None if mix is None else self.mixed[key])
 
 
 def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:

@@ -102,6 +102,8 @@ class AdaptiveTree:
     the largest budget. The rule must be target-draw."""
 
     def __post_init__(self) -> None:
+        if not all(isinstance(nodes, int) for nodes in self.budgets):
+            raise ValueError(f"the budgets of an adaptive tree are whole numbers of nodes, not {self.budgets}")
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
             raise ValueError(f"the budgets of an adaptive tree must rise from 1 node or more, not {self.budgets}")
         if self.base is None and self.lookup is None:
@@ -274,7 +276,11 @@ class AdaptiveTree:
         shapes = jax.eval_shape(expand, *carry)
 
         def stop(scratch: Any, front: Front) -> tuple[Candidates, Front, Any]:
-            level, beyond, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            level, beyond, after = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            # Drafters of one pass keep their logits from the first level on; behind a level that stops none is drafted.
+            scratch = jax.tree.map(
+                lambda had, new: new if had is None else had, scratch, after, is_leaf=lambda x: x is None
+            )
             never = jnp.full_like(level.score_BQ, -jnp.inf)
             level = level._replace(score_BQ=never, bound_BQ=never)
             return level, beyond._replace(score_BW=jnp.full_like(beyond.score_BW, -jnp.inf)), scratch
