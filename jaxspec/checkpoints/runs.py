@@ -36,7 +36,7 @@ from jaxspec.checkpoints.manifest import (
     write_manifest,
 )
 
-_TEMPORARY = re.compile(r"\d+\.tmp.*")
+_TEMPORARY = re.compile(r"\d+\.tmp(\..*)?")
 """Names of steps that are being written or removed."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxspec.data import shards
 from jaxspec.data.feature_store import feature_fields
 from jaxspec.data.shards import Field
 from jaxspec.data.target_outputs import Kind
@@ -102,9 +103,11 @@ def open_work(source: Path, out: Path, settings: ImportSettings) -> DumpImport:
 def _planned(out: Path, dump: Dump, limit: int | None) -> tuple[tuple[Path, ...], int]:
     """Returns the files of a dump that are imported: those of the plan in `out`, if its import began before."""
     path = out / PLAN
-    if not path.is_file():
+    plan = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    # Nothing may be finished of another dump: then this one takes its place.
+    if plan is None or (plan["folder"] != str(dump.folder) and not shards.anything_finished(out)):
         return dump.files[:limit], 0
-    begun = [name for name, _ in json.loads(path.read_text(encoding="utf-8"))["files"]]
+    begun = [name for name, _ in plan["files"]]
     there = dict(zip(names_of(dump, dump.files), dump.files, strict=True))
     if missing := next((name for name in begun if name not in there), None):
         raise ValueError(

@@ -338,3 +338,14 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path: Path):
     }.items():
         with pytest.raises(ValueError, match=match):
             load_model(tmp_path / name, kind="drafter")
+
+
+def test_numbered_folders_that_are_no_steps_are_left_alone(tmp_path: Path):
+    for name in ("2021", "1tmp", "3.tmpl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.jsonl").write_text("{}")
+    with RunCheckpoints(tmp_path, keep=1, tell=lambda _: None) as run:
+        for step in (1, 2):
+            run.save(step, {"a": jnp.full(2, step)}, DATA, CONFIG)
+    assert not (tmp_path / "1").exists()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"2021", "1tmp", "3.tmpl", "2"}

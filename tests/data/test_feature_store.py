@@ -423,3 +423,19 @@ def test_a_drafter_trained_offline_has_the_bits_of_one_trained_online(folder: Pa
     assert on["eval"] == off["eval"] and on["loss"] == off["loss"]
     on, off = (load_drafter(f"{name}_drafter").params for name in ("on", "off"))
     assert_same(jax.device_get(on), jax.device_get(off))
+
+
+def test_a_store_begun_again_before_anything_was_finished_has_the_index_of_the_new_plan(folder: Path, monkeypatch):
+    monkeypatch.setattr(features, "mesh_of", lambda _: ONE)
+    whole = shards.ShardWriter.seal
+    monkeypatch.setattr(shards.ShardWriter, "seal", Mock(side_effect=KeyboardInterrupt))
+    words = ["features", "toy.py", *MIX, *STORE, "--out", "anew"]
+    assert main(words) == 130
+    before = np.load("anew/index.npy")
+    other = [*words[:2], "seed=5", *words[2:]]
+    monkeypatch.setattr(shards.ShardWriter, "seal", whole)
+    assert main(other) == 0
+    assert not np.array_equal(np.load("anew/index.npy"), before)
+    assert main([*other[:-1], "straight"]) == 0
+    assert digests(Path("anew")) == digests(Path("straight"))
+    np.testing.assert_array_equal(np.load("anew/index.npy"), np.load("straight/index.npy"))

@@ -285,3 +285,25 @@ def test_ids_of_an_unknown_tokenizer_are_used_where_they_are_the_text(chat: Chat
 def test_tools_that_a_template_does_not_show_are_named(chat: ChatTokenizer):
     with pytest.raises(ValueError, match="the chat template drops descriptions of tools without a word"):
         tokenize_conversations([parse(U, A, tools=[{"name": "f"}])], chat, length=64)
+
+
+def test_a_message_that_is_a_call_has_the_fields_that_others_have():
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    asked = {"from": "human", "value": "go"}
+    found = parse_conversation({"conversations": [asked, call | {"train": False}]}, id="1", source="s")
+    assert found.learned == (True, False)
+    by_content = {"role": "tool_call", "content": call["value"]}
+    found = parse_conversation({"messages": [{"role": "user", "content": "go"}, by_content]}, id="1", source="s")
+    assert found.messages[1]["tool_calls"][0]["function"]["name"] == "f"
+    with pytest.raises(BadRecord, match="message 1: has a field `mood`, which is not known"):
+        parse_conversation({"conversations": [asked, call | {"mood": "glad"}]}, id="1", source="s")
+
+
+@pytest.mark.parametrize("names", [("system", "system_prompt"), ("system_prompt", "system")])
+def test_of_two_system_fields_the_one_with_text_counts_and_two_texts_are_refused(names: tuple[str, str]):
+    turns = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "gone"}]}
+    found = parse_conversation({**turns, names[0]: " ", names[1]: "Be nice"}, id="1", source="s")
+    assert found.messages[0] == {"role": "system", "content": "Be nice"}
+    parse_conversation({**turns, names[0]: "Be nice", names[1]: "Be nice"}, id="1", source="s")
+    with pytest.raises(BadRecord, match="keep one of them"):
+        parse_conversation({**turns, names[0]: "Be quick", names[1]: "Be nice"}, id="1", source="s")

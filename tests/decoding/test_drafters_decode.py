@@ -44,7 +44,7 @@ from jaxspec.drafters import (
 from jaxspec.evaluation.replay import record, replay
 from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import Decoder, LlamaConfig
-from jaxspec.trees import BestFirstTree, DynamicTree, StaticTree, chain, parse_paths, parse_tree
+from jaxspec.trees import AdaptiveTree, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths, parse_tree
 from jaxspec.verify import RULES
 
 VOCAB, WIDTH, DEEPEST, ROWS, BUDGET = 12, 16, 3, 8, 24
@@ -100,8 +100,12 @@ TREES: dict[str, TreePolicy] = {
     "dynamic": DynamicTree(ROWS, DEEPEST, 3),
     "best_first": BestFirstTree(ROWS, DEEPEST, 3),
 }
+ADAPTIVE = AdaptiveTree(DynamicTree(ROWS, DEEPEST, 3), (1, 3, ROWS), (1.0, 1.1, 1.2), 0.05, 0.1, rate=1.0)
+"""With a price on levels, so that drafting stops early in some rounds."""
+TREES["adaptive"] = ADAPTIVE
 TREES["mixed"] = ByRoot((TREES["chain"], TREES["static"], TREES["dynamic"]))
 PAIRS = [*((head, "mixed") for head in HEADS), *((head, "best_first") for head in OTHERS)]
+PAIRS += [(head, "adaptive") for head in ("eagle", "medusa", "parallelspec")]
 SINGLE = [pytest.param(head, tree, marks=pytest.mark.slow) for head in HEADS for tree in ("chain", "static", "dynamic")]
 every = pytest.mark.parametrize("head", HEADS)
 

@@ -67,3 +67,8 @@ def test_norms_and_biases_do_not_decay(head):
         for name, moved in decayed.items():
             whole = name.endswith(("norm", "bias"))
             assert bool(jnp.all(moved == kept[name])) == whole, name
+
+
+def test_muon_takes_the_epsilon_that_it_is_given(head):
+    update, usual = (first_step(head, kind="muon", eps=eps)[0] for eps in (1.0, 1e-8))
+    assert not np.allclose(update["mlp_norm"], usual["mlp_norm"])

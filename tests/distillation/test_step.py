@@ -186,8 +186,16 @@ def test_late_losses_join_at_their_share_of_the_steps():
     assert three == Objective(steps=3, weights=weights[:2], step_weights=(1.0, 0.5, 0.2))
     assert whole == dataclasses.replace(several, late=())
     assert len(Objective(steps=3, weights=weights[:1], late=(("steps", 0.5),)).stages(10)) == 2
+    latest = dataclasses.replace(several, late=(("steps", 0.8), ("top_k:10", 0.99)))
+    assert [first for first, _ in latest.stages(2)] == [0, 1] and len(latest.stages(1)) == 1
     with pytest.raises(ValueError, match=r"late=steps:0.5: steps is 1, so none can join"):
         Objective(late=(("steps", 0.5),))
+    with pytest.raises(ValueError, match="the first step counts nothing"):
+        Objective(steps=2, step_weights=(0.0, 1.0), late=(("steps", 0.5),))
+    with pytest.raises(ValueError, match="weights names smooth_l1 twice"):
+        Objective(weights=(*weights, weights[0]))
+    with pytest.raises(ValueError, match="late names top_k:10 twice"):
+        Objective(weights=weights, late=(("top_k:10", 0.5), ("top_k:10", 0.8)))
     with pytest.raises(ValueError, match=r"late=top_k:5:0.8: give a loss of weights \(smooth_l1, soft_cross_entropy"):
         Objective(weights=weights, late=(("top_k:5", 0.8),))
     with pytest.raises(ValueError, match="late=top_k:10:1: "):

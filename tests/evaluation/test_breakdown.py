@@ -109,3 +109,11 @@ def test_prompts_that_failed_or_have_no_round_have_no_time():
     short = row("s", [])
     assert [t.unit for t in prompt_times([ours, failed, short], [plain, failed, short])] == ["x/q"]
     assert prompt_times([failed], [failed]) == []
+
+
+def test_in_slots_a_prompts_ends_are_of_its_own_latencies():
+    group = {"decode_seconds": (9.0, 9.0), "group_calls": 9, "group_rows": 4}
+    plain = [row("q", [1, 1, 1, 1], own_latency=(4.0, 6.0), **group)]
+    ours = [row("q", [2, 2], own_latency=(2.0, 2.0), **group)]
+    (found,) = prompt_times(ours, plain)
+    assert (found.low, found.speedup, found.high) == pytest.approx((2.0, 2.5, 3.0)) and found.repeats == 2

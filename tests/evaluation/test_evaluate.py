@@ -1,7 +1,9 @@
 """`jaxspec evaluate`: rows of all arms, two turns, resumption, checks, refusals."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from random_models import write_target
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_FAILED
 from jaxspec.console.results import jsonable
+from jaxspec.data.questions import read_questions
 from jaxspec.decoding.seen_tree import SeenTree
 from jaxspec.evaluation import side_by_side
 from jaxspec.evaluation.metrics import summarize_all
@@ -17,6 +20,8 @@ from jaxspec.evaluation.rejected_drafts import behind_path
 from jaxspec.evaluation.rows import read_evaluation
 from jaxspec.trees import AdaptiveTree, policy_fields, write_tree
 from jaxspec.trees.lookup import LookupBranch
+
+evaluate: Any = importlib.import_module("jaxspec.infer.evaluate")
 
 QUESTIONS = [
     {"question_id": 1, "category": "math", "turns": ["how much is 2 and 3?", "and what is one more?"]},
@@ -150,6 +155,9 @@ def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.Capt
     assert main([*WORDS, "--out", "two", "--limit", "1"]) == 0
     assert main([*WORDS, "--out", "two", "--limit", "1", "--batch", "2"]) == 1
     assert "batch was 1, is 2" in capsys.readouterr().err
+    assert main([*WORDS, "--out", "slotted", "--limit", "1", "--slots", "2"]) == 0
+    assert main([*WORDS, "--out", "slotted", "--limit", "1"]) == 1
+    assert "slots was 2, is none" in capsys.readouterr().err
     path = folder / "two" / "rows.jsonl"
     lines = path.read_text().splitlines()
     row = json.loads(lines[-1])
@@ -157,9 +165,26 @@ def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.Capt
     path.write_text("\n".join(lines) + "\n")
     assert main(["evaluate", "--check", str(path)]) == 1
     assert "and one by prefill, and has" in capsys.readouterr().err
-    path.write_text("{}\n")
-    assert main(["evaluate", "--check", str(path)]) == 1
-    assert "is not a file of rows" in capsys.readouterr().err
+    head = json.loads(lines[0])
+    for broken, told in (
+        ([{}], "is not a file of rows"),
+        ([[1]], "is not a file of rows"),
+        ([{"format": head["format"]}], "its first line has no 'arms'"),
+        ([head, {"id": "1", "task": "a", "tokens": 5}], "rows.jsonl:2: 'tokens' is no list"),
+    ):
+        path.write_text("".join(json.dumps(line) + "\n" for line in broken))
+        assert main(["evaluate", "--check", str(path)]) == 1
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [("2", "3", "4", None), (None, "1", "2", "3")], ids=["last", "first"])
+def test_a_line_that_cannot_be_used_takes_no_question_its_id(tmp_path: Path, lines: tuple[str | None, ...]):
+    """Such a line has its number for an id, which a question may have too."""
+    text = [json.dumps({"question_id": int(n), "turns": ["what?"]}) if n else "{" for n in lines]
+    (tmp_path / "q.jsonl").write_text("\n".join(text))
+    found = evaluate.check_questions(read_questions(tmp_path / "q.jsonl"))
+    assert len({q.prompt.id for q in found}) == 4
+    assert [q.prompt.id for q in found if not q.prompt.problem] == [n for n in lines if n]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from jaxspec.__main__ import main
 from jaxspec.serving.served_acceptance import Counters, of_answer, parse_counters
+from jaxspec.serving.streaming_client import _Heard
 
 PAGE = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
 vllm:spec_decode_num_drafts_total{{engine="0",model_name="m"}} {drafts}.0
@@ -106,6 +108,12 @@ def words(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     return ["evaluate", "--endpoint", server.url, "--prompts", "set.jsonl", "--out", "out", "--json", "r.json"]
 
 
+def answers() -> list[dict[str, Any]]:
+    """The rows of answers."""
+    lines = [json.loads(line) for line in Path("out/served.jsonl").read_text().splitlines()]
+    return [line for line in lines[1:] if "summary" not in line]
+
+
 def test_a_servers_acceptance_is_what_its_counters_gain_over_each_task(server: Server, words: list[str]):
     server.drafts, server.accepted = 100, 100  # of others, before
     assert main(words) == 0
@@ -116,10 +124,33 @@ def test_a_servers_acceptance_is_what_its_counters_gain_over_each_task(server: S
     for row in (a, b):
         assert row["acceptance_length"] == pytest.approx(1 + 2 / 3) and row["tau_micro"] == pytest.approx(1 + 2 / 3)
         assert row["survival"] == pytest.approx([2 / 3, 0]) and row["acceptance_rate"] == pytest.approx(1 / 3)
-    rows = [json.loads(line) for line in Path("out/served.jsonl").read_text().splitlines()][1:]
+    rows = answers()
     assert [r["text"] for r in rows if r["id"] == "1"] == ["1 1 ", "3 3 "]  # the second turn holds the first answer
     assert rows[0]["tokens"] == [5, 6, 5, 6] and rows[0]["count"] == 4 and len(rows[0]["chunk_seconds"]) == 2
     assert server.asked[0]["temperature"] == 0 and server.asked[0]["stream_options"] == {"include_usage": True}
+
+
+def test_a_stopped_run_asks_for_the_tasks_that_are_left(server: Server, words: list[str], capsys):
+    assert main(words) == 0
+    path, whole = Path("out/served.jsonl"), json.loads(Path("r.json").read_text())["summary"]
+    asked, lines = len(server.asked), path.read_bytes().splitlines(keepends=True)
+    assert main(words) == 0
+    assert len(server.asked) == asked and json.loads(Path("r.json").read_text())["summary"] == whole
+    path.write_bytes(b"".join(lines[:-1]))  # the figures of the second task are not there, so its answers do not count
+    assert main(words) == 0
+    assert len(server.asked) == asked + 1 and len(path.read_bytes().splitlines()) == len(lines)
+    assert main([*words, "--max-new-tokens", "9"]) == 1
+    assert "max_new_tokens was 256, is 9" in capsys.readouterr().err and len(server.asked) == asked + 1
+
+
+def test_a_server_is_told_all_that_the_template_renders_and_how_tokens_are_drawn(server: Server, words: list[str]):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    line = {"id": "1", "prompt": "one", "tools": [tool], "chat_template_kwargs": {"short": True}}
+    Path("set.jsonl").write_text(json.dumps(line) + "\n")
+    assert main([*words, "--top-k", "5", "--template-args", "enable_thinking=false,short=false"]) == 0
+    (body,) = server.asked
+    assert body["tools"] == [tool] and body["top_k"] == 5
+    assert body["chat_template_kwargs"] == {"enable_thinking": False, "short": True}
 
 
 def test_a_server_without_counters_has_times_alone(
@@ -144,7 +175,7 @@ def test_a_server_without_counters_has_times_alone(
 def test_a_failed_answer_is_a_row_with_its_reason(server: Server, words: list[str], fault: str, told: str):
     server.fault = fault
     assert main(words) == 0
-    rows = [json.loads(line) for line in Path("out/served.jsonl").read_text().splitlines()][1:]
+    rows = answers()
     assert told in rows[0]["error"] and not rows[0]["text"]
 
 
@@ -172,6 +203,8 @@ def test_pages_without_the_counters_have_none_and_answers_of_sglang_are_read():
     ("more", "said"),
     [
         (["--drafter", "lookup"], "--endpoint has its own drafter"),
+        (["--slots", "4"], "--slots is the server's own with --endpoint"),
+        (["--template", "chatml"], "--template is the server's own with --endpoint"),
         (["--concurrency", "0"], "concurrency"),
         (["--endpoint", "nowhere"], "must be an address"),
     ],
@@ -182,3 +215,12 @@ def test_wrong_flags_are_one_sentence(words: list[str], more: list[str], said: s
     except SystemExit as stop:
         code = stop.code
     assert code in (1, 2) and said in capsys.readouterr().err
+
+
+def test_thoughts_are_timed_as_text_is():
+    heard = _Heard(time.perf_counter() - 5)
+    for delta in ({"role": "assistant"}, {"reasoning_content": "so"}, {"reasoning": "then"}, {"content": "yes"}):
+        heard.add({"choices": [{"delta": delta}]})
+    heard.add({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}})
+    found = heard.answer()
+    assert len(found.chunk_seconds) == 3 and found.text == "yes" and found.ttft_seconds == found.chunk_seconds[0]

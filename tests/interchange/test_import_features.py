@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -383,3 +384,16 @@ def test_a_centred_norm_of_a_family_that_is_not_known_is_found(folder: Path, tex
         dump_specforge(folder / f"dump{behind}", texts, behind=behind)
         assert imported(f"dump{behind}", target="foreign", out=f"out{behind}")["finding"]["centred"] is True
         check_store(texts, f"out{behind}")
+
+
+def test_an_import_begun_again_before_anything_was_finished_examines_the_other_dump(
+    folder: Path, texts: list[Text], monkeypatch: pytest.MonkeyPatch
+):
+    dump_vllm(folder / "first", texts[:4])
+    dump_vllm(folder / "second", texts)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "seal", Mock(side_effect=KeyboardInterrupt))
+        assert main(["import", "features", "first", "out", "--target", "target"]) == 130
+    assert imported("second")["documents"] == len(texts)
+    assert "finding" in json.loads(Path("out/about.json").read_text())
+    assert imported("second")["documents"] == len(texts)

@@ -12,14 +12,17 @@ from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_USAGE
+from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.lab.candidates import Limits
 from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import round_cost
+from jaxspec.lab.profile import load_profile
 from jaxspec.lab.replay import replay
 from jaxspec.lab.search import Rated, rate_shape
 from jaxspec.lab.simulate import simulate
 from jaxspec.lab.trial import TriedTree
+from jaxspec.serving import loading
 
 
 def checked(batch: int, predicted: tuple[float, float], measured: tuple[float, float], shape=((0,),)) -> CheckedTree:
@@ -133,3 +136,18 @@ def test_simulated_texts_cannot_be_decoded(flags, tmp_path, capsys):
     simulate(np.tile(ROW, (5, 1)), prompts=20, tokens=80, seed=0, source="s").save(tmp_path / "profile.npz")
     assert main(["lab", "check", *flags]) == 1
     assert "holds simulated texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["drafter", "template"])
+def test_a_profile_of_another_drafter_or_template_is_refused(flags, tmp_path, capsys, monkeypatch, other: str):
+    profile = load_profile(tmp_path / "profile.npz")
+    models = loading.load_models(str(tmp_path / "target"), drafter=str(tmp_path / "drafter"))
+    hashes = {"drafter": fingerprint(models), **models.tokenizer.fingerprint}
+    for made_with, code in ((hashes, 0), (hashes | {other: "0"}, 1)):
+        dataclasses.replace(profile, facts=profile.facts | {"hashes": made_with}).save(tmp_path / "profile.npz")
+        monkeypatch.setattr("jaxspec.infer.lab_check.check_all", lambda *_: iter(()))
+        monkeypatch.setattr("jaxspec.infer.lab_check.summarize", lambda _: None)
+        monkeypatch.setattr("jaxspec.infer.lab_check.print_summary", lambda *_: None)
+        monkeypatch.setattr("jaxspec.infer.lab_check.make_result", lambda *_: {})
+        assert main(["lab", "check", *flags]) == code
+    assert f"the profile was made with another {other} than" in capsys.readouterr().err

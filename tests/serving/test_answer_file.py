@@ -153,3 +153,21 @@ def test_ids_of_calls_are_no_part_of_what_is_asked():
         return hash_asked(Conversation("a", "s", (*turns, result)))
 
     assert asked("1") == asked("2") != hash_asked(Conversation("a", "s", (user("q"),)))
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["here", "served"])
+def test_a_servers_answers_and_those_decoded_here_do_not_mix(tmp_path: Path, first: int):
+    ways = ({"target_contents": "t"}, {"endpoint_model": "m"})
+    output = AnswerFile(tmp_path / "out.jsonl", SETTINGS | ways[first])
+    answer(output, prompts(tmp_path, *asking("a")))
+    AnswerFile(tmp_path / "out.jsonl", SETTINGS | ways[first])
+    with pytest.raises(ValueError, match="endpoint_model was"):
+        AnswerFile(tmp_path / "out.jsonl", SETTINGS | ways[1 - first])
+
+
+def test_a_line_of_something_else_is_named(tmp_path: Path):
+    answer(opened(tmp_path), prompts(tmp_path, *asking("a")))
+    with (tmp_path / "out.jsonl").open("a") as file:
+        file.write('{"id": "9"}\n')
+    with pytest.raises(ValueError, match=r"out.jsonl:2: has no 'source'"):
+        opened(tmp_path)

@@ -346,3 +346,33 @@ def test_addresses_are_completed_and_wrong_ones_refused():
         with pytest.raises(ValueError):
             Endpoint(**fields)
     assert wire_messages([{"role": "user", "content": "a"}]) == [{"role": "user", "content": "a"}]
+
+
+def test_lines_of_a_stream_end_at_line_feeds_alone():
+    text = 'data: {"content": "a\u2028b\u0085c"}'
+    chunks = [part.encode() for part in (text + "\r\n\ndata: ", "[DONE]\n", "rest")]
+    cut = chunks[0].index("\u2028".encode()) + 1  # within a character
+    assert list(endpoint._lines([chunks[0][:cut], chunks[0][cut:], *chunks[1:]])) == [text, "", "data: [DONE]", "rest"]
+
+
+def test_whoever_stops_asking_waits_for_nobody():
+    begun, never = [], threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return item if item != 1 else int(never.wait(60))
+
+    made = endpoint.in_flight(work, range(9), 2)
+    started = time.monotonic()
+    assert next(made) == 0
+    made.close()
+    assert time.monotonic() - started < 10 and len(begun) <= 3
+    assert sorted(endpoint.in_flight(lambda item: 2 * item, range(9), 4)) == [2 * item for item in range(9)]
+    with pytest.raises(ZeroDivisionError):
+        list(endpoint.in_flight(lambda item: 1 // item, [1, 0], 1))
+
+
+@pytest.mark.parametrize("url", ["http://localhost:port/v1", "http://[::1:8000/v1"])
+def test_an_address_that_is_none_is_a_sentence(url: str):
+    with pytest.raises(ValueError, match="which is no address"):
+        endpoint.Client(endpoint.Endpoint(url, "m"))

@@ -273,3 +273,10 @@ def test_rows_are_laid_where_the_global_batch_has_them(monkeypatch: pytest.Monke
     spread(cast(Any, None), some, x_BL[[0, 1, 6, 7]])
     shape, rows = asked[0]
     assert shape == (8, 4) and rows((slice(6, 8), slice(None))).tolist() == x_BL[6:8].tolist()
+
+
+def test_a_run_that_is_further_than_it_is_asked_to_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finish(monkeypatch, tmp_path, 6)
+    with pytest.raises(ValueError, match="is at step 6, beyond the 4 that are asked for: give as many steps or more"):
+        finish(monkeypatch, tmp_path, 4)
+    assert finish(monkeypatch, tmp_path, 6).exported_step == 6

@@ -207,3 +207,8 @@ def test_a_ragged_budget_is_the_one_that_pays_most(seed: int):
     worth = np.sort(np.exp(score)[np.asarray(running)].ravel())[::-1]
     tokens = [worth[: BATCH * (n - 1)].sum() for n in tree.budgets]
     assert int(plan.index) == int(np.argmax(np.array(tokens) - rate * sum(running) * np.array(seconds)))
+
+
+def test_budgets_are_whole_numbers():
+    with pytest.raises(ValueError, match="whole numbers of nodes"):
+        dataclasses.replace(FREE, budgets=(1.0, 3.0, 8.0))
