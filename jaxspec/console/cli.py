@@ -74,12 +74,12 @@ def _parse_plain(argv: Sequence[str], args: type[Args], *, prog: str, descriptio
 
 
 def _refuse_not_finite(args: Any) -> None:
-    """Raises ValueError naming the first flag that is infinite or no number: no flag has a use for either."""
+    """Raises WrongUsage naming the first flag that is infinite or no number: no flag has a use for either."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"--{field.name.replace('_', '-')} is {number}; it must be a finite number")
+                raise WrongUsage(f"--{field.name.replace('_', '-')} is {number}; it must be a finite number")
 
 
 def _plain_type(hint: Any, name: str) -> tuple[Callable[[str], Any], tuple[Any, ...] | None]:

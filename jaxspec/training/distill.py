@@ -154,7 +154,9 @@ def _evaluation(
     """The figures of a state on held-out data, with as many draft steps as simulated tau needs."""
     mesh, task, objective = built.mesh, built.task, built.task.objective
     deepest = EVAL_STEPS if task.drafter.deepest is None else min(EVAL_STEPS, task.drafter.deepest)
-    longer = dataclasses.replace(objective, steps=max(objective.steps, deepest), step_weights=())
+    further = (0.0,) * (max(objective.steps, deepest) - objective.steps)
+    counted = (*objective.per_step, *further)
+    longer = dataclasses.replace(objective, steps=len(counted), step_weights=counted)
     step = functools.partial(eval_step, dataclasses.replace(task, objective=longer))
     sums_of = under(mesh, jax.jit(step, out_shardings=replicated(mesh)))
     place = functools.partial(place_rows, batch_sharding(mesh), data)

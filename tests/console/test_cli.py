@@ -240,3 +240,11 @@ def test_a_reader_that_leaves_costs_no_file(tmp_path: Path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\nline 1\n", "")
     assert (tmp_path / "file").read_text() == "done"
+
+
+@pytest.mark.parametrize("number", ["inf", "1e999"])
+def test_a_flag_that_is_no_finite_number_is_one_sentence(number: str, capsys: pytest.CaptureFixture[str]):
+    assert program.main(["features", "eagle2", "--out", "x", f"--shard-gb={number}"]) == cli.EXIT_USAGE
+    assert "must be a finite number" in capsys.readouterr().err
+    assert program.main(["configs", "eagle2", f"data.batch={number}"]) == 1
+    assert "field 'data.batch' cannot be" in capsys.readouterr().err

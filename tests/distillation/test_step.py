@@ -352,3 +352,12 @@ def test_the_gradient_is_that_of_the_sums(frozen, batch: Batch, objective: Objec
 
     one, other = (jax.jit(jax.grad(functools.partial(loss, learning=learning)))(params) for learning in (True, False))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), one, other)
+
+
+@pytest.mark.parametrize("weighting", ["none", "cat", "d_pace:0", "exp:4"])
+def test_steps_that_are_measured_alone_change_no_loss(frozen, batch: Batch, weighting: str):
+    trained = Objective(steps=2, weights=(("kl", 1.0),), position_weights=weighting, noise=0.0)
+    longer = dataclasses.replace(trained, steps=5, step_weights=(1.0, 1.0, 0.0, 0.0, 0.0))
+    short, long = (sums_of(o, frozen, fresh(), batch) for o in (trained, longer))
+    assert float(long.mean_loss(trained)) == pytest.approx(float(short.mean_loss(trained)), rel=1e-6)
+    assert len(long.accept_T) == 5 and float(long.accept_T[4]) > 0

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from random_models import write_target
 
 from jaxspec.__main__ import main
-from jaxspec.decoding.requests import Request, Settings
+from jaxspec.decoding.generation import generate_plain
+from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.evaluation.peer_processes import compare_tokens, decode_rate, rate, row_of
-from jaxspec.evaluation.peer_workers import PeerSpec, serve
+from jaxspec.evaluation.peer_workers import PeerPrompt, PeerSpec, TransformersWorker, serve
+from jaxspec.evaluation.peers import load_transformers
 from jaxspec.serving.loading import load_models
 
 bench_peers: Any = importlib.import_module("jaxspec.infer.bench_peers")
@@ -107,3 +110,17 @@ def test_wrong_flags_are_one_sentence(folder: Path, words: list[str], said: str,
     except SystemExit as stop:
         code = stop.code
     assert code in (1, 2) and said in capsys.readouterr().err
+
+
+def test_transformers_decodes_without_the_settings_of_the_models_folder(folder: Path):
+    pytest.importorskip("transformers")
+    strict = Path(shutil.copytree("target", "strict"))
+    about = json.loads((strict / "generation_config.json").read_text())
+    (strict / "generation_config.json").write_text(json.dumps(about | {"repetition_penalty": 9.0, "do_sample": True}))
+    models = load_models("strict")
+    request = models.request(models.tokenizer.encode_raw("how much is 2 and 3?"), Settings(12))
+    (plain,) = generate_plain(models.engine, models.weights, make_requests([request]))
+    (theirs,) = load_transformers("strict", models)(make_requests([request]))
+    worker = TransformersWorker(PeerSpec("t", "transformers", "strict", {}, 1, 64, 12))
+    prompt = PeerPrompt([int(t) for t in request.tokens], list(models.stop_ids))
+    assert theirs.tolist() == worker.answer(prompt)["tokens"] == plain.tokens.tolist()

@@ -1,10 +1,12 @@
 """Golden prompts of an export, and servers that are held to them."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from jaxspec.__main__ import main
 from jaxspec.decoding.generation import generate, generate_plain
 from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.evaluation.golden import Golden, acceptance_of, read_golden
-from jaxspec.evaluation.served_check import likely_cause, parting
+from jaxspec.evaluation.served_check import check_prompts, likely_cause, parting
 from jaxspec.serving.loading import load_models
 from jaxspec.serving.streaming_client import StreamedAnswer
 
@@ -218,3 +220,22 @@ def test_wrong_flags_are_one_sentence(golden: Golden, words: list[str], told: st
     except SystemExit as stop:
         code = stop.code
     assert code in (1, 2) and told in capsys.readouterr().err
+
+
+def test_the_tools_and_variables_of_a_prompt_are_kept_and_sent(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(home)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    line = {"id": "t", "prompt": "how much?", "tools": [tool], "chat_template_kwargs": {"short": True}}
+    Path("tools.jsonl").write_text(json.dumps(line) + "\n")
+    template = Path(shutil.copytree("target", "reader")) / "chat_template.jinja"
+    template.write_text(
+        "{% if short %}. {% endif %}{% for tool in tools or [] %}say {% endfor %}" + template.read_text()
+    )
+    words = ["export", "drafter", "tooled", "--to", "eagle", "--target", "reader", "--golden", "tools.jsonl"]
+    assert main(words) == 0
+    (prompt,) = read_golden("tooled").prompts
+    assert prompt.tools == [tool] and prompt.variables == {"short": True}
+    sent: list[Any] = []
+    client: Any = SimpleNamespace(tokenize=lambda context: sent.append(context) or prompt.prompt_ids)
+    assert check_prompts(client, [prompt])[0].passed
+    assert sent[0]["tools"] == [tool] and sent[0]["chat_template_kwargs"] == {"short": True}

@@ -98,3 +98,11 @@ def test_wrong_flags_are_wrong_usage(flags: list[str], sentence: str, capfd: pyt
         main(["quickstart", *flags])
     assert stop.value.code == 2
     assert sentence in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_run_that_was_made_with_something_else_is_replaced_and_another_goes_on(tmp_path: Path):
+    run = tmp_path / "run"
+    for made_with, there in (("a", True), ("a", True), ("b", False), ("b", True)):
+        run.mkdir(exist_ok=True)
+        quickstart.begin_anew(run, [made_with])
+        assert run.exists() == there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 from collections.abc import Iterator
@@ -269,3 +270,20 @@ def test_the_key_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch):
     assert serve.Args().key is None
     monkeypatch.setenv("JAXSPEC_API_KEY", "sesame")
     assert serve.Args().key == "sesame" and serve.Args(api_key="other").key == "other"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize"])
+def test_a_client_that_leaves_while_it_posts_is_no_failure(served: Running, path: str):
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"9")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    scope |= {"raw_path": path.encode(), "root_path": "", "scheme": "http", "http_version": "1.1"}
+    asyncio.run(served.server.config.app(scope, receive, send))
+    assert sent[0]["status"] == 400

@@ -27,7 +27,7 @@ from jaxspec.nn.attention import segment_mask
 from jaxspec.parallel.mesh import make_mesh
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.training.next_token import TokenBatch, next_token_loss, target_weights
-from jaxspec.training.pretrain import find_tokenizer
+from jaxspec.training.pretrain import find_tokenizer, train_tokenizer
 from jaxspec.training.resolve import optimizer_of
 
 
@@ -199,3 +199,14 @@ def test_another_tokenizer_or_mix_is_refused_on_resume(draft_lm: Path, monkeypat
     errors = capfd.readouterr().err
     assert "tokenizer was target, is export" in errors and "data.mix_share was 0.4, is 0.45" in errors
     assert "too few documents, so the 200 are repeated" in errors
+
+
+def test_bad_lines_may_be_left_out_of_the_tokenizers_training_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    good = [{"messages": [{"role": "user", "content": f"{i} and 2 make"}]} for i in range(40)]
+    Path("train.jsonl").write_text("".join(json.dumps(g) + "\n" for g in good) + "{\n")
+    words = ["data.train=train.jsonl", "model.vocab=262"]
+    with pytest.raises(ValueError, match=r"data\.skip_bad=true"):
+        train_tokenizer(load("tiny", words), tmp_path / "refused")
+    train_tokenizer(load("tiny", [*words, "data.skip_bad=true"]), tmp_path / "made")
+    assert (tmp_path / "made" / "tokenizer.json").is_file()
