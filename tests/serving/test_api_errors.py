@@ -285,5 +285,6 @@ def test_a_client_that_leaves_while_it_posts_is_no_failure(served: Running, path
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"9")]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
     scope |= {"raw_path": path.encode(), "root_path": "", "scheme": "http", "http_version": "1.1"}
-    asyncio.run(served.server.config.app(scope, receive, send))
+    app: Any = served.server.config.app
+    asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 400
