@@ -25,6 +25,7 @@ from jaxspec.interchange.hf_config import read_table_config
 
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Sizes that the table shows beside the requested one."""
+USUAL_LENGTH = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Args:
     """Values of the template's own variables, such as enable_thinking=false; a record's own go before them."""
     skip_bad: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave out, and count, conversations that cannot be used."""
-    length: int = 2048
-    """Number of tokens of a conversation that are counted; the rest is cut off."""
+    length: int | None = None
+    """Number of tokens of a conversation that are counted; the rest is cut off. Default: 2048; of a folder of jaxspec
+    tokenize, all that it holds."""
     json: str | None = None
     """File for the result."""
 
@@ -104,12 +106,16 @@ def _share(value: float | None) -> str:
 def read_corpus(args: Args, tokenizer: ChatTokenizer) -> Documents:
     """Returns the data as tokens, from disk where `jaxspec tokenize` wrote it; says what was left out."""
     if is_corpus(args.data):
+        if args.length is not None or args.skip_bad:
+            raise ValueError(
+                f"--length and --skip-bad are for conversations, and {args.data} is tokenized: leave them out"
+            )
         stored = StoredCorpus(args.data)
-        stored.check(tokenizer)
+        stored.check(tokenizer, stored.turns)  # of whatever turns it is
         return stored
     account = Account(skip_bad=args.skip_bad)
     conversations = read_conversations(args.data, account=account)
-    corpus = tokenize_conversations(conversations, tokenizer, length=args.length, account=account)
+    corpus = tokenize_conversations(conversations, tokenizer, length=args.length or USUAL_LENGTH, account=account)
     for line in account.sentences():
         sys.stderr.write(f"jaxspec draft-vocab: {line}\n")
     return corpus

@@ -80,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )
     unused = args.target is not None and args.golden is None
+    if unused and model.kind == "target":
+        raise ValueError(f"--target is for drafters, and {args.run} is a target itself: leave it out")
     if unused and args.to == "orbax" and model.layout != "published":
         needed = ", ".join(name for name in export.FORMATS if name != "orbax")
         raise ValueError(f"--target is for {needed}, and for published heads; orbax needs none: leave it out")

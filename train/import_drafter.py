@@ -42,6 +42,9 @@ class Args:
     json: Path | None = None
     """Write the result here."""
 
+    def __post_init__(self) -> None:
+        cli.refuse_below_one(self, "tokens")
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the verb; returns the exit code."""

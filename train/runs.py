@@ -81,7 +81,10 @@ def summarize(folder: Path) -> dict[str, Any]:
         record = tracking.read_record(folder) or {}
     except ValueError:
         return row | {"state": "damaged record"}
-    lines = tracking.read_metrics(folder)
+    try:
+        lines = tracking.read_metrics(folder)
+    except ValueError:
+        return row | {"state": "damaged metrics"}
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     taus = [line["eval"]["simulated_tau"] for line in lines if line.get("eval", {}).get("simulated_tau") is not None]
     latest = record["sessions"][-1]

@@ -18,14 +18,15 @@ _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
 class EventFile:
     """One event file in `folder`; TensorBoard reads all files of a folder as one run.
 
-    With `resumed_from`, TensorBoard drops the later steps of earlier files, because the run repeats them.
+    TensorBoard drops the steps of earlier files behind `resumed_from`, because the run repeats them.
     """
 
     def __init__(self, folder: Path, resumed_from: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
+        again = any(folder.glob("events.out.tfevents.*"))
         self.path = folder / f"events.out.tfevents.{time.time_ns()}"
         self._append(_text(3, VERSION))
-        if resumed_from:
+        if resumed_from or again:
             self._append(_number(2, resumed_from + 1) + _text(7, _number(1, 1)))  # session_log: START
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -53,7 +53,7 @@ def whole_folder(path: str | Path, *, resumable: bool = False) -> Iterator[Path]
     Raises ValueError if `path` holds something that jaxspec did not export, and OSError, in one sentence, if the folder
     cannot be written.
     """
-    path = Path(path).absolute()
+    path = behind_link(path)
     refuse_to_replace(path)
     draft = path.with_name(f".{path.name}.{'partial' if resumable else 'tmp'}")
     try:
@@ -98,6 +98,12 @@ def stored_shapes(path: Path, name: str, part: str | None = None) -> Any:
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{path}: the checkpoint is incomplete ({error})") from error
     return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
+
+
+def behind_link(path: str | Path) -> Path:
+    """Returns the absolute path of a folder that is written; of a symlink, the folder that it leads to."""
+    path = Path(path).absolute()
+    return path.resolve() if path.is_symlink() else path
 
 
 def replace_folder(draft: Path, path: Path) -> None:

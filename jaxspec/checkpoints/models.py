@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxspec import __version__
 from jaxspec.base import Params
 from jaxspec.checkpoints.folders import (
+    behind_link,
     format_mark,
     is_first,
     load_arrays,
@@ -41,7 +42,7 @@ def save_model(
     copied into the folder. The folder appears whole or not at all. Raises ValueError if `path` holds something else,
     and OSError, in one sentence, if it cannot be written.
     """
-    path = Path(path).absolute()
+    path = behind_link(path)
     draft = path.with_name(f".{path.name}.tmp")
     manifest = model_manifest(params, config, kind=kind, about=about)
     if is_first():

@@ -309,6 +309,23 @@ def complete_steps(folder: Path, *, tell: Callable[[str], None] = warnings.warn)
     return found
 
 
+def choose_step(folder: Path, best_metric: BestMetric, step: str) -> int:
+    """Returns the number of the step called "best" (the last one if none was evaluated), "last" or a number.
+
+    Raises ValueError if it is not a complete step of the run in `folder`.
+    """
+    steps = complete_steps(folder.absolute())
+    if not steps:
+        raise ValueError(f"{folder}: holds no complete checkpoint")
+    if step not in ("best", "last"):
+        if not step.isdecimal() or int(step) not in steps:
+            kept = ", ".join(map(str, sorted(steps)))
+            raise ValueError(f"{folder}: has no step {step!r}; give best, last or one of {kept}")
+        return int(step)
+    ranked = sorted((value, at) for at, metrics in steps.items() if (value := best_metric.of(metrics)) is not None)
+    return ranked[-1][1] if step == "best" and ranked else max(steps)
+
+
 def load_run_params(
     folder: Path, step: int, *, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[Params, Manifest]:

@@ -236,11 +236,31 @@ def provenance(record: Mapping[str, Any], step: int) -> dict[str, Any]:
     }
 
 
+def export_of(run: Path, record: Mapping[str, Any]) -> Path:
+    """Returns the folder that a run exports into.
+
+    The record has the names that the config gave, which may be relative to where the run was started: so the folder is
+    looked for beside the run too. Raises ValueError where it is not there.
+    """
+    named, kept = Path(record["config"]["export_folder"]), Path(record["config"]["checkpoint"]["folder"])
+    started = [parent for parent in run.absolute().parents if parent / kept == run.absolute()]
+    for path in (named, *(parent / named for parent in started), run / named.name):
+        if path.is_dir():
+            return path
+    raise ValueError(
+        f"{run}: the folder that the run exports into, {named}, is not here, and it holds the tokenizer: give the "
+        "command where the run was started, or export that folder"
+    )
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's metrics, without a line that is being written."""
     path = folder / METRICS
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    try:
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: holds a line that is not JSON ({error}): take it out") from error
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -209,8 +209,14 @@ def _complete(folder: Path, count: int) -> None:
 
 def is_corpus(name: str | Path) -> bool:
     """Returns whether `name` is a folder that `write_corpus` began."""
-    about = Path(name) / shards.ABOUT
-    return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("format") == FORMAT
+    path = Path(name) / shards.ABOUT
+    if not path.is_file():
+        return False
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}): make the corpus anew, or move the file away") from error
+    return isinstance(about, dict) and about.get("format") == FORMAT
 
 
 def is_complete(folder: Path) -> bool:
@@ -277,13 +283,17 @@ class StoredCorpus:
         """See `Documents`. Raises ValueError naming a file that is damaged."""
         return [document for document, _ in self._unpack(documents)]
 
+    @property
+    def turns(self) -> TurnOptions:
+        """The turns that it was made of."""
+        return TurnOptions(**(self.about.get("turns") or {}))
+
     def check(self, tokenizer: ChatTokenizer, turns: TurnOptions = EVERY_TURN) -> None:
         """Raises ValueError if it was made with another tokenizer or template, or of other turns."""
-        made = TurnOptions(**(self.about.get("turns") or {}))
-        if made != turns:
+        if self.turns != turns:
             raise ValueError(
-                f"{self.folder}: was tokenized with {made}, not {turns}; give jaxspec tokenize the same flags as the "
-                "config, and another --out"
+                f"{self.folder}: was tokenized with {self.turns}, not {turns}; give jaxspec tokenize the same flags as "
+                "the config, and another --out"
             )
         for name, mine in tokenizer.fingerprint.items():
             if self.about[name] != mine:

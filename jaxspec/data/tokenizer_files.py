@@ -130,5 +130,7 @@ def read_stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
     """Returns `eos_id` and the further ids that end a text by the folder's `generation_config.json`."""
     path = folder / "generation_config.json"
     listed = _read_json(path).get("eos_token_id") if path.is_file() else None
-    more = listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else []
+    more = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in more):
+        raise ValueError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")
     return tuple(sorted({eos_id, *more}))

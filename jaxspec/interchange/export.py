@@ -26,8 +26,8 @@ from jaxspec.checkpoints.models import (
     save_model,
 )
 from jaxspec.checkpoints.piecewise import Pieces, chunk_of, describe, pieces_of, written
-from jaxspec.checkpoints.runs import BestMetric, complete_steps, load_run_params, run_shapes
-from jaxspec.checkpoints.tracking import RECORD, provenance, read_record
+from jaxspec.checkpoints.runs import BestMetric, choose_step, load_run_params, run_shapes
+from jaxspec.checkpoints.tracking import RECORD, export_of, provenance, read_record
 from jaxspec.console.progress import progress
 from jaxspec.console.results import git_sha
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
@@ -36,11 +36,13 @@ from jaxspec.interchange.eagle3 import LayerIds
 from jaxspec.interchange.exported import target_config
 from jaxspec.interchange.forms import Draft
 from jaxspec.interchange.hf import (
+    fingerprint,
     held_weights,
     load_tables,
     read_weights,
     stored_dtype,
     stored_weights,
+    table_fingerprint,
     tree_of,
     write_weights,
 )
@@ -54,6 +56,8 @@ from jaxspec.targets.decoder import LlamaConfig
 FORMATS = ("orbax", "hf", *SERVERS)
 """Names that `jaxspec export --to` takes."""
 GENERATION = "generation_config.json"
+MARKS = ("fingerprint", "table_fingerprint")
+"""Fields of a target's manifest that name its weights as `hf.fingerprint` and `hf.table_fingerprint` do."""
 NAMED_TARGET = ("speculators",)
 """Formats whose `config.json` names the target, which the server then loads."""
 
@@ -116,7 +120,10 @@ def find_model(name: str, *, step: str = "best", dtype: Any = None, target: str 
     if dtype is None:
         return found
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), found.params)
-    return found._replace(params=params, load=lambda: jax.tree.map(lambda a: a.astype(dtype), found.weights()))
+    about = {name: value for name, value in found.manifest.items() if name not in MARKS}  # of other bits
+    return found._replace(
+        params=params, manifest=about, load=lambda: jax.tree.map(lambda a: a.astype(dtype), found.weights())
+    )
 
 
 def refusal(model: Exportable, to: str) -> str | None:
@@ -242,6 +249,7 @@ def _write_lm(out: Path, model: Exportable, target: str | None, manifest: Mappin
     """Writes a whole LM in HuggingFace layout with its tokenizer's files; those of a draft LM are its target's."""
     if model.kind == "drafter" and target is None:
         raise ValueError("a draft LM's folder needs its tokenizer, which is the target's: name it with --target")
+    target = target if model.kind == "drafter" else None  # a target has its own
     config = _lm_config(model)
     if target is not None:
         of = read_config(target_folder(target))
@@ -361,7 +369,7 @@ def _of_run(folder: Path, step: str) -> Exportable:
     record = read_record(folder) or {}
     model, chosen = record["model"], choose_step(folder, BestMetric(**record["best_metric"]), step)
     manifest = read_manifest(folder / str(chosen))
-    exported = Path(record["config"]["export_folder"]) if model["kind"] == "target" else None
+    exported = export_of(folder, record) if model["kind"] == "target" else None
     about = {
         "tokenizer": model["tokenizer"],
         "metrics": manifest["metrics"],
@@ -373,23 +381,6 @@ def _of_run(folder: Path, step: str) -> Exportable:
         model["kind"], params, model["config"], about, files,
         load=lambda: load_run_params(folder.absolute(), chosen)[0],
     )  # fmt: skip
-
-
-def choose_step(folder: Path, best_metric: BestMetric, step: str) -> int:
-    """Returns the number of the step called "best" (the last one if none was evaluated), "last" or a number.
-
-    Raises ValueError if it is not a complete step of the run in `folder`.
-    """
-    steps = complete_steps(folder.absolute())
-    if not steps:
-        raise ValueError(f"{folder}: holds no complete checkpoint")
-    if step not in ("best", "last"):
-        if not step.isdecimal() or int(step) not in steps:
-            kept = ", ".join(map(str, sorted(steps)))
-            raise ValueError(f"{folder}: has no step {step!r}; give best, last or one of {kept}")
-        return int(step)
-    ranked = sorted((value, at) for at, metrics in steps.items() if (value := best_metric.of(metrics)) is not None)
-    return ranked[-1][1] if step == "best" and ranked else max(steps)
 
 
 def published_drafter(
@@ -425,6 +416,7 @@ def published_drafter(
 def _of_target(folder: Path, name: str) -> Exportable:
     config, weights = stored_weights(folder)
     about = {"tokenizer": tokenizer_manifest(folder), "provenance": {"from": name, "git_sha": git_sha()}}
+    about |= {"fingerprint": fingerprint(folder), "table_fingerprint": table_fingerprint(folder)}
     return Exportable(
         "target", tree_of(weights), dataclasses.asdict(config), about, files_of(folder), "hf",
         lambda: read_weights(weights), lambda: weights,
@@ -435,7 +427,7 @@ def _of_model(folder: Path) -> Exportable:
     manifest = read_manifest(folder)
     if manifest["kind"] not in ("target", "drafter"):
         raise ValueError(f"{folder}: holds a {manifest['kind']}; name the folder of the run that it belongs to")
-    about = {key: manifest[key] for key in ("tokenizer", "metrics", "provenance") if key in manifest}
+    about = {key: manifest[key] for key in ("tokenizer", "metrics", "provenance", *MARKS) if key in manifest}
     stored = (lambda: stored_weights(folder)[1]) if manifest["kind"] == "target" else None
     return Exportable(
         manifest["kind"], model_shapes(folder), manifest["config"], about, files_of(folder),

@@ -70,6 +70,11 @@ def fingerprint(folder: Path) -> str:
     ]
 
 
+def table_fingerprint(folder: Path) -> str:
+    """Returns the fingerprint of the tables of the folder that the target was imported from, or that of all of it."""
+    return _target_manifest(folder).get("table_fingerprint") or fingerprint(folder)
+
+
 def read(folder: Path, stored: Params, plan: Params, homes: Any, dtype: Any, finish: Finish) -> Params:
     """Returns the weights of `plan`, a part of the tree `stored` (layers stacked), or of that with a list of layers.
 

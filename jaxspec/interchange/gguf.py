@@ -6,6 +6,7 @@ bfloat16 stay as they are stored. `gguf_tokenizer` writes the tokenizer.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -154,7 +155,11 @@ def folder_of(path: Path) -> Path:
     folder = _cache() / "gguf" / f"{path.stem}-{_mark(path)}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        convert(path, folder)
+        # Of several processes that begin together one converts, and the others wait for it.
+        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "config.json").is_file():
+                convert(path, folder)
     return folder
 
 

@@ -156,7 +156,7 @@ def table_fingerprint(folder: str | Path) -> str:
     """
     folder, config = Path(folder), read_table_config(folder)
     if exported.is_exported(folder):
-        return exported.fingerprint(folder)
+        return exported.table_fingerprint(folder)
     shape = [getattr(config, name) for name in ("vocab", "width", "layers", "norm_eps", "tied")]
     digest = hashlib.sha256(repr(shape).encode())
     with contextlib.ExitStack() as stack:

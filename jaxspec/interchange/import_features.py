@@ -162,7 +162,7 @@ def begin_import(work: DumpImport, sample: Sample) -> Finding:
             return Finding(**begun["finding"])
     finding, errors = examine(work, sample)
     shards.begin(work.out, about | {"finding": finding._asdict(), "relative_errors": errors})
-    shards.write_json(work.out / PLAN, {"folder": str(work.dump.folder), "files": plan})
+    shards.write_json(work.out / PLAN, {"folder": str(work.dump.folder), "limit": settings["limit"], "files": plan})
     return finding
 
 

@@ -104,8 +104,9 @@ def _planned(out: Path, dump: Dump, limit: int | None) -> tuple[tuple[Path, ...]
     """Returns the files of a dump that are imported: those of the plan in `out`, if its import began before."""
     path = out / PLAN
     plan = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    # Nothing may be finished of another dump: then this one takes its place.
-    if plan is None or (plan["folder"] != str(dump.folder) and not shards.anything_finished(out)):
+    # Nothing may be finished of another dump or part of one: then this takes its place.
+    same = plan is not None and (plan["folder"], plan.get("limit")) == (str(dump.folder), limit)
+    if plan is None or not (same or shards.anything_finished(out)):
         return dump.files[:limit], 0
     begun = [name for name, _ in plan["files"]]
     there = dict(zip(names_of(dump, dump.files), dump.files, strict=True))

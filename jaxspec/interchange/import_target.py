@@ -14,7 +14,7 @@ from jaxspec.console import progress, results
 from jaxspec.data.tokenizer_training import TOKENIZER_FILES
 from jaxspec.interchange.export import GENERATION, Exportable, check_room, files_of, save_target
 from jaxspec.interchange.exported import is_exported
-from jaxspec.interchange.hf import fingerprint, stored_weights, tree_of
+from jaxspec.interchange.hf import fingerprint, stored_weights, table_fingerprint, tree_of
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
 from jaxspec.interchange.tensors import INDEX
 from jaxspec.interchange.weight_files import BIN_INDEX, has_weights, shards
@@ -90,6 +90,7 @@ def import_target(folder: Path, out: Path, *, name: str) -> Imported:
         "tokenizer": tokenizer_manifest(folder),
         "provenance": {"from": name, "revision": _revision(folder), "files": given, "git_sha": results.git_sha()},
         "fingerprint": mark,
+        "table_fingerprint": table_fingerprint(folder),
     }
     values, source = dataclasses.asdict(config), _identity(folder, mark)
     kept = save_target(out, weights, values, about=about, files=files, label=f"import {name}", source=source)

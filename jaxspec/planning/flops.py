@@ -49,8 +49,8 @@ def _of_jaxpr(jaxpr: core.Jaxpr, *, recomputes: bool) -> Flops:
 def _of_equation(equation: Any, *, recomputes: bool) -> Flops:
     name = equation.primitive.name
     recomputes = recomputes or "rematted_computation" in str(equation.source_info.name_stack)
-    if name in ("dot_general", "conv_general_dilated"):
-        flops = _dot(equation) if name == "dot_general" else _convolution(equation)
+    if name in _COUNTED:
+        flops = _COUNTED[name](equation)
         return Flops(flops, flops if recomputes else 0)
     inner = [_of_jaxpr(jaxpr, recomputes=recomputes) for jaxpr in _jaxprs(equation)]
     if not any(count.total for count in inner):
@@ -93,3 +93,22 @@ def _convolution(equation: Any) -> int:
     kernel = equation.invars[1].aval
     channels_out = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
     return 2 * equation.outvars[0].aval.size * (kernel.size // channels_out)
+
+
+def _ragged_dot(equation: Any) -> int:
+    """FLOPs of groups of rows times a matrix each: those of all rows, each in one group."""
+    lhs, numbers = equation.invars[0].aval, equation.params["ragged_dot_dimension_numbers"]
+    contracted, _ = numbers.dot_dimension_numbers[0]
+    depth = math.prod(lhs.shape[axis] for axis in contracted)
+    # Where the rows are what is summed over, as in a weight's gradient, each group has a result of its own.
+    summed = any(axis in contracted for axis in numbers.lhs_ragged_dimensions)
+    groups = equation.invars[2].aval.shape[-1] if summed else 1
+    return 2 * equation.outvars[0].aval.size // groups * depth
+
+
+_COUNTED: dict[str, Callable[[Any], int]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "ragged_dot_general": _ragged_dot,
+}
+"""Primitives with FLOPs of their own -> how many an equation has."""

@@ -39,7 +39,8 @@ class Fields:
         value = default if value is None else value
         if value is None:
             raise ValueError(f"{self.path} has no field {name}, which the model's shape needs")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not whole or value != int(value) or value < 1:
             raise ValueError(f"{self.path}: {name}={value!r} must be a positive whole number")
         return int(value)
 
@@ -83,7 +84,7 @@ class Fields:
     def activation(self, name: str = "hidden_act") -> str:
         """Reads the MLP's activation, one of `ACTIVATIONS`."""
         value = self.find(name)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"{self.path}: {name}={value!r} is not supported; supported: {known}")
         return value

@@ -85,6 +85,8 @@ def _above(fields: Fields) -> dict[str, Any]:
     if not fields.flag("use_sliding_window"):
         return {}
     first = fields.find("max_window_layers")
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ValueError(f"{fields.path}: max_window_layers={first!r} must be a whole number of layers")
     local = [i >= first for i in range(fields.integer("num_hidden_layers"))]
     return {"windows": fields.windows(fields.optional_integer("sliding_window"), local)}
 

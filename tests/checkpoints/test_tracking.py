@@ -62,6 +62,8 @@ def test_tensorboard_reads_the_scalars_and_forgets_those_past_the_resumed_step(t
     assert scalars(tmp_path)["eval/tau"] == [(1, 2.0), (2, 2.0), (300, 2.0)]
     EventFile(tmp_path, resumed_from=2).write(3, {"loss": 7.0})
     assert scalars(tmp_path) == {"loss": [(1, 1.0), (2, 0.5), (3, 7.0)], "eval/tau": [(1, 2.0), (2, 2.0)]}
+    EventFile(tmp_path).write(1, {"loss": 9.0})  # killed before its first checkpoint, it begins anew
+    assert scalars(tmp_path)["loss"] == [(1, 9.0)]
 
 
 def test_a_torn_record_hides_nothing_but_itself(tmp_path: Path):

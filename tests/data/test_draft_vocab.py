@@ -91,3 +91,16 @@ def test_the_verb_counts_answers_and_writes_the_maps(tmp_path, capsys):
     data.write_text(json.dumps({"id": "a", "messages": turns[:1]}))
     assert main(["draft-vocab", str(data), *flags]) == 1
     assert "no assistant turn" in capsys.readouterr().err
+
+
+def test_of_a_tokenized_folder_all_is_counted_whatever_turns_it_has(tmp_path, capsys):
+    target, data, out = write_target(tmp_path / "t"), tmp_path / "data.jsonl", tmp_path / "v.safetensors"
+    turn = [{"role": "user", "content": "how much is 2 and 3?"}, {"role": "assistant", "content": "5 and 5 and 5"}]
+    data.write_text(json.dumps({"id": "a", "messages": 2 * turn}))
+    corpus, flags = str(tmp_path / "tokens"), ["--target", str(target)]
+    assert main(["tokenize", str(data), *flags, "--out", corpus, "--last-turn-only"]) == 0
+    assert main(["draft-vocab", corpus, *flags, "--out", str(out), "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["counted"] > 0
+    for more in (["--length", "8"], ["--skip-bad"]):
+        assert main(["draft-vocab", corpus, *flags, "--out", str(out), *more]) == 1
+        assert "is tokenized: leave them out" in capsys.readouterr().err

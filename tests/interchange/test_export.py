@@ -29,7 +29,7 @@ from jaxspec.checkpoints import models, runs
 from jaxspec.checkpoints.manifest import COMMITTED, MANIFEST, conventions
 from jaxspec.checkpoints.models import drafter_config, load_drafter, load_model
 from jaxspec.checkpoints.runs import RunCheckpoints
-from jaxspec.checkpoints.tracking import session
+from jaxspec.checkpoints.tracking import export_of, session
 from jaxspec.distillation.task import TrainState
 from jaxspec.drafters import Eagle, EagleConfig
 from jaxspec.interchange import exported, hf, tensors
@@ -358,3 +358,41 @@ def test_an_export_that_is_interrupted_leaves_nothing_half(run: Path, tmp_path: 
     monkeypatch.setattr(models, "write_manifest", Mock(side_effect=KeyboardInterrupt))
     assert main(["export", str(run), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_target_keeps_the_name_of_its_weights_while_it_keeps_their_bits(target: Path, tmp_path: Path):
+    marks = hf.fingerprint(target), hf.table_fingerprint(target)
+    source = target
+    for name in ("once", "twice"):
+        assert main(["export", str(source), str(tmp_path / name)]) == 0
+        source = tmp_path / name
+        assert (hf.fingerprint(source), hf.table_fingerprint(source)) == marks
+    assert main(["export", str(source), str(tmp_path / "cast"), "--dtype", "bf16"]) == 0
+    assert hf.fingerprint(tmp_path / "cast") != marks[0]
+
+
+def test_a_target_is_not_written_with_anothers_ids(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    other = write_target(tmp_path / "other")
+    assert main(["export", str(target), str(tmp_path / "out"), "--to", "hf", "--target", str(other)]) == 1
+    assert "is a target itself: leave it out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_export_behind_a_link_is_replaced_where_the_link_leads(drafter: Path, tmp_path: Path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large")
+    for flags in ([], ["--overwrite"], ["--overwrite"]):
+        assert main(["export", str(drafter), str(tmp_path / "out"), *flags]) == 0
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "large" / MANIFEST).is_file()
+    load_drafter(tmp_path / "out")
+
+
+def test_the_export_of_a_run_is_found_from_anywhere(tmp_path: Path):
+    run = tmp_path / "home" / "runs" / "toy"
+    record = {"config": {"export_folder": "runs/toy/export", "checkpoint": {"folder": "runs/toy"}}}
+    with pytest.raises(ValueError, match="runs/toy/export, is not here, and it holds the tokenizer"):
+        export_of(run, record)
+    (run / "export").mkdir(parents=True)
+    assert export_of(run, record) == run / "export"
+    moved = {"config": {"export_folder": "exports/toy", "checkpoint": {"folder": "runs/toy"}}}
+    (tmp_path / "home" / "exports" / "toy").mkdir(parents=True)
+    assert export_of(run, moved) == tmp_path / "home" / "exports" / "toy"

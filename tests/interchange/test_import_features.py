@@ -395,5 +395,15 @@ def test_an_import_begun_again_before_anything_was_finished_examines_the_other_d
         patch.setattr(shards.ShardWriter, "seal", Mock(side_effect=KeyboardInterrupt))
         assert main(["import", "features", "first", "out", "--target", "target"]) == 130
     assert imported("second")["documents"] == len(texts)
+    shutil.rmtree("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "seal", Mock(side_effect=KeyboardInterrupt))
+        assert main(["import", "features", "second", "out", "--target", "target"]) == 130
+    assert imported("second", "--limit", "5")["documents"] == 5
+    shutil.rmtree("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "seal", Mock(side_effect=KeyboardInterrupt))
+        assert main(["import", "features", "second", "out", "--target", "target", "--limit", "5"]) == 130
+    assert imported("second")["documents"] == len(texts)
     assert "finding" in json.loads(Path("out/about.json").read_text())
     assert imported("second")["documents"] == len(texts)

@@ -30,7 +30,7 @@ from jaxspec.checkpoints.models import load_model
 from jaxspec.interchange import export, import_target
 from jaxspec.interchange.export import TOKENIZER_FILES
 from jaxspec.interchange.exported import target_config
-from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype
+from jaxspec.interchange.hf import fingerprint, load_tables, load_target, read_llama, stored_dtype, table_fingerprint
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.hf_layout import tensor_shapes
 from jaxspec.nn.options import Options
@@ -198,6 +198,7 @@ def test_tables_dtype_and_fingerprint_are_those_of_its_source(source: Path, impo
     assert_same(load_tables(imported, dtype=jnp.float32)[1], load_tables(source, dtype=jnp.float32)[1])
     assert stored_dtype(imported) == stored_dtype(source) == "float32"
     assert fingerprint(imported) == fingerprint(source)
+    assert table_fingerprint(imported) == table_fingerprint(source) != fingerprint(source)
 
 
 def test_a_damaged_piece_is_named_where_it_is_read(imported: Path, tmp_path: Path):

@@ -116,3 +116,15 @@ def test_xla_counts_the_same_for_a_training_step_of_one_layer_and_one_chunk():
     counted = count_flops(step, Frozen(frozen), state, batch).total
     theirs = xla_flops(step, Frozen(frozen), state, batch)
     assert counted < theirs < 1.15 * counted, theirs / counted
+
+
+def test_each_row_of_experts_is_multiplied_by_one_of_them_and_so_are_its_gradients():
+    rows, matrices = jnp.zeros((6, 5)), jnp.zeros((3, 5, 7))
+    sizes = jnp.array([1, 2, 3])
+    product = 2 * 6 * 5 * 7
+    assert count_flops(jax.lax.ragged_dot, rows, matrices, sizes).total == product
+
+    def loss(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.ragged_dot(rows, matrices, sizes) ** 2)
+
+    assert count_flops(jax.grad(loss, argnums=(0, 1)), rows, matrices).total == 3 * product

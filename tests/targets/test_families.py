@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspec.data.tokenizer_files import read_stop_ids
 from jaxspec.interchange import export, tensors
 from jaxspec.interchange.hf import load_target, read_llama
 from jaxspec.interchange.hf_config import read_config
@@ -244,3 +245,25 @@ def test_what_is_not_known_is_refused_with_what_is(tmp_path: Path, fields: Any, 
     with pytest.raises(ValueError) as caught:
         config_of(tmp_path, **fields)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("vocab_size", float("inf"), "must be a positive whole number"),
+        ("vocab_size", float("nan"), "must be a positive whole number"),
+        ("hidden_act", ["silu"], "is not supported"),
+        ("max_window_layers", None, "must be a whole number of layers"),
+        ("max_window_layers", "1", "must be a whole number of layers"),
+    ],
+)
+def test_values_that_cannot_be_are_one_sentence(tmp_path: Path, name: str, value: Any, said: str):
+    with pytest.raises(ValueError, match=said):
+        config_of(tmp_path, model_type="qwen2", **{**UPPER, name: value})
+
+
+@pytest.mark.parametrize("ids", [[1, None], ["</s>"], True, [1.0], "2"])
+def test_stop_ids_that_are_none_are_one_sentence(tmp_path: Path, ids: Any):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match="must be a token id or a list of them"):
+        read_stop_ids(tmp_path, 2)

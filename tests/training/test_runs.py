@@ -45,6 +45,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ]
     ]
     (out / "compare.json").write_text(json.dumps({"rows": rows}))
+    leave_run(tmp_path / "runs" / "zeroed", "zeroed", "train", {5: {"loss": 4.0}}, "finished")
+    with (tmp_path / "runs" / "zeroed" / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(9) + b"\n")
     (tmp_path / "runs" / "torn").mkdir()
     (tmp_path / "runs" / "torn" / "run.json").write_text("{")
     monkeypatch.chdir(tmp_path)
@@ -54,15 +57,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_runs_are_listed_with_their_progress_tau_and_state(runs: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["runs", "--json", "list.json"]) == 0
     rows = {row["name"]: row for row in json.loads((runs / "list.json").read_text())["runs"]}
-    assert rows.keys() == {"hass, seed 1", "tiny", "killed", "torn"}
+    assert rows.keys() == {"hass, seed 1", "tiny", "killed", "torn", "zeroed"}
     hass = rows["hass, seed 1"]
     assert {k: hass[k] for k in ("kind", "step", "steps", "loss", "simulated_tau", "tau", "state")} == {
         "kind": "train", "step": 8, "steps": 9, "loss": 1.5, "simulated_tau": 3.25, "tau": 2.75, "state": "finished"
     }  # fmt: skip
     assert (rows["tiny"]["simulated_tau"], rows["tiny"]["tau"]) == (None, None)
-    assert [rows[n]["state"] for n in ("tiny", "killed", "torn")] == ["stopped", "killed", "damaged record"]
+    states = {"tiny": "stopped", "killed": "killed", "torn": "damaged record", "zeroed": "damaged metrics"}
+    assert {name: rows[name]["state"] for name in states} == states
     shown = capsys.readouterr().out
-    assert "4 runs below runs" in shown and "3.25" in shown and "compare/hass/seed-1/run" in shown
+    assert "5 runs below runs" in shown and "3.25" in shown and "compare/hass/seed-1/run" in shown
 
 
 def test_a_folder_that_is_not_there_is_named(runs: Path, capsys: pytest.CaptureFixture[str]):
