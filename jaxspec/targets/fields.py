@@ -176,6 +176,13 @@ class Rope:
         """Returns the length before it is stretched: the model's positions where the file gives none."""
         return positions if self.original is None else self.fields.positive(ORIGINAL, self.original)
 
+    def stretched_length(self, positions: int) -> float:
+        """Returns `original_length`, of which a logarithm is taken; raises ValueError for a length of one token."""
+        original = self.original_length(positions)
+        if original <= 1:
+            raise ValueError(f"{self.fields.path}: {ORIGINAL}={original:g} must be above 1 for rope_type {self.kind!r}")
+        return original
+
     def optional(self, name: str) -> float | None:
         """Reads a positive number; None where it is absent."""
         return None if self.values.get(name) is None else self.number(name)
@@ -202,7 +209,9 @@ class Rope:
 
     def _yarn(self, channels: int, positions: int) -> RopeScaling:
         """Reads the fields of YaRN (arXiv 2309.00071, section 3.2)."""
-        original = self.original_length(positions)
+        original = self.stretched_length(positions)
+        if self.theta <= 1:
+            raise ValueError(f"{self.fields.path}: rope_theta={self.theta:g} must be above 1 for rope_type 'yarn'")
         # A factor that is null is the ratio of the two lengths; one that is absent is forgotten.
         null = "factor" in self.values and self.values["factor"] is None
         factor = positions / original if null else self.number("factor")
@@ -225,7 +234,7 @@ class Rope:
     def _longrope(self, channels: int, positions: int) -> RopeScaling:
         """Reads the fields of LongRoPE (arXiv 2402.13753)."""
         # Short factors count up to the original length, long ones beyond, as in transformers.
-        original = self.original_length(positions)
+        original = self.stretched_length(positions)
         factor = self.optional("factor") or positions / original
         return RopeScaling(
             "longrope", factor, original_positions=int(original), factors=self._each("short_factor", channels // 2),

@@ -100,7 +100,10 @@ def _kinds(path: Path, places: Iterable[RotaryObject]) -> list[tuple[str, str]]:
     """Returns the kind of scaling that each object names."""
     found = []
     for place in places:
-        kinds = {_kind(place.values[name], place.values) for name in ("rope_type", "type") if name in place.values}
+        named = {name: place.values[name] for name in ("rope_type", "type") if name in place.values}
+        if wrong := next((name for name, kind in named.items() if not isinstance(kind, str | None)), None):
+            raise ValueError(f"{path}: {wrong}={named[wrong]!r} in {place.name} must be a name, such as 'llama3'")
+        kinds = {_kind(kind, place.values) for kind in named.values()}
         if len(kinds) > 1:
             both = " and ".join(f"{name}={place.values[name]!r}" for name in ("rope_type", "type"))
             raise ValueError(f"{path}: {both} in {place.name} contradict each other: remove one")

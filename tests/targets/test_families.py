@@ -19,6 +19,7 @@ from jaxspec.interchange.hf_config import read_config
 from jaxspec.nn import cache as kv
 from jaxspec.nn.attention import causal_mask
 from jaxspec.targets.families import FAMILIES
+from jaxspec.targets.rope_places import ORIGINAL
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -255,6 +256,9 @@ def test_what_is_not_known_is_refused_with_what_is(tmp_path: Path, fields: Any, 
         ("hidden_act", ["silu"], "is not supported"),
         ("max_window_layers", None, "must be a whole number of layers"),
         ("max_window_layers", "1", "must be a whole number of layers"),
+        ("rope_scaling", {"rope_type": ["yarn"]}, "must be a name"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "must be above 1"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, ORIGINAL: 1}, "must be above 1"),
     ],
 )
 def test_values_that_cannot_be_are_one_sentence(tmp_path: Path, name: str, value: Any, said: str):
