@@ -27,9 +27,9 @@ class Objective:
     weights: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0), ("soft_cross_entropy", 0.1))
     """Losses by name (`losses.FEATURE_LOSSES` and `losses.logit_loss`), each with its weight."""
     late: tuple[tuple[str, float], ...] = ()
-    """Parts that join at a share of the run's updates, each with its share. Losses go by name: HASS's script trains four
-    fifths of its epochs without the top-k loss. `steps` stands for the draft steps behind the first: before they join,
-    an update costs what EAGLE's does."""
+    """Parts that join at a share of the run's updates, each with its share. Losses go by name: HASS's script trains
+    four fifths of its epochs without the top-k loss. `steps` stands for the draft steps behind the first: before they
+    join, an update costs what EAGLE's does."""
     step_decay: float = 1.0
     """Step `j`, from 0, counts `step_decay^j`: 1 in HASS, 0.8 in EAGLE-3 and Medusa."""
     step_weights: tuple[float, ...] = ()
