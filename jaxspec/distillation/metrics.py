@@ -89,11 +89,15 @@ class Sums(NamedTuple):
 def sum_metrics(metrics: ChunkMetrics, masks: StepMasks, objective: Objective) -> Sums:
     """Returns the sums over all trained positions of this device's rows; `metrics` by pair, as the masks."""
     mask_TBL, logit_mask_TBL = masks
+    golds = (metrics.draft_gold_TBC, metrics.target_gold_TBC, logit_mask_TBL)
     # Steps that are measured alone, behind all that count, are no part of a trained chain.
     count = max((j for j, weight in enumerate(objective.per_step, 1) if weight), default=0)
-    golds = (metrics.draft_gold_TBC[:count], metrics.target_gold_TBC[:count], logit_mask_TBL[:count])
+    alone = len(logit_mask_TBL) - count
+    if alone:
+        golds = tuple(x[:count] for x in golds)
     weight_TBL = position_weights(objective.position_weights, *golds) * golds[-1]
-    weight_TBL = jnp.pad(weight_TBL, ((0, len(logit_mask_TBL) - count), (0, 0), (0, 0)))
+    if alone:
+        weight_TBL = jnp.pad(weight_TBL, ((0, alone), (0, 0), (0, 0)))
     by_weights = divides_by_weights(objective.position_weights)
     counted_TBL = weight_TBL if by_weights else logit_mask_TBL.astype(jnp.float32)
     losses = {}

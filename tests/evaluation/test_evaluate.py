@@ -157,7 +157,7 @@ def test_other_flags_and_broken_rows_are_named(folder: Path, capsys: pytest.Capt
     assert "batch was 1, is 2" in capsys.readouterr().err
     assert main([*WORDS, "--out", "slotted", "--limit", "1", "--slots", "2"]) == 0
     assert main([*WORDS, "--out", "slotted", "--limit", "1"]) == 1
-    assert "slots was 2, is none" in capsys.readouterr().err
+    assert "slots was 2, is None" in capsys.readouterr().err
     path = folder / "two" / "rows.jsonl"
     lines = path.read_text().splitlines()
     row = json.loads(lines[-1])
