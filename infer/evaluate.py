@@ -187,9 +187,10 @@ def evaluate_served(args: Args, questions: Sequence[Question], started: float) -
         book = ServedBook(args.out / "served.jsonl", about | asked)
         with progress("served", len(tasks) * len(args.passes), "tasks") as bar:
             for settings, (task, mine) in itertools.product(args.passes, tasks.items()):
-                if not book.has(task, settings):
+                if book.figures(task, settings) is None:
                     book.add(served.answer_task(client, mine, settings, variables), settings)
-                bar.advance(1, f"{task}: {tables.cell(book.summary[-1]['acceptance_length'])}")
+                found = book.figures(task, settings) or {}
+                bar.advance(1, f"{task}: {tables.cell(found.get('acceptance_length'))}")
     result = results.result(
         "evaluate",
         dtype="unknown",

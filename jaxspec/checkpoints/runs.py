@@ -247,8 +247,7 @@ class RunCheckpoints:
         self._metrics = {step: metrics for step, metrics in self._metrics.items() if step in kept}
         for path in _numbered(self.folder) if is_first() else ():
             # Numbered folders of others, such as years of data, are left alone.
-            ours = is_checkpoint(path)
-            if ours and int(path.name) not in kept:
+            if is_checkpoint(path) and int(path.name) not in kept:
                 try:
                     shutil.rmtree(path.rename(self._temporary(int(path.name))))
                 except OSError as error:

@@ -131,6 +131,6 @@ def read_stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     listed = _read_json(path).get("eos_token_id") if path.is_file() else None
     more = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if not all(isinstance(id, int) and not isinstance(id, bool) for id in more):
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in more):
         raise ValueError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")
     return tuple(sorted({eos_id, *more}))

@@ -15,7 +15,7 @@ from jaxspec.sampling import Sampling
 NO_STOP = -1
 """Padding of a row's stop ids."""
 HOTTEST = 1e6
-"""Greatest temperature: all tokens are as likely as one another there, and logits divided by more lose their order."""
+"""Greatest temperature: all tokens are as likely as one another there."""
 SEEDS = 2**32
 """Seeds are below this."""
 

@@ -30,7 +30,7 @@ FORMULAS = {
     "tau_micro": "1 + sum accepted / sum rounds, of answers that say so themselves",
     "tokens_per_second": "new tokens of the task / its wall time, all requests in flight",
     "user_tokens_per_second": "median over answers of (new tokens - 1) / (seconds - time to first token)",
-    "ttft_ms": "median milliseconds from a request to the first chunk with text",
+    "ttft_ms": "median milliseconds from a request to the first chunk with text or thoughts",
 }
 """Name of a figure -> how it is computed."""
 SUMMARY = "summary"
@@ -83,13 +83,16 @@ class ServedBook:
         if whole < len(noted):
             jsonl.keep_lines(path, 1 + whole)
         self.rows = [ServedRow(**record) for record in noted[:whole] if SUMMARY not in record]
-        self.summary: list[dict[str, Any]] = [record[SUMMARY] for record in noted[:whole] if SUMMARY in record]
-        """The figures of every task, temperature and seed."""
-        self._known = {_key(record) for record in noted[:whole]}
+        self._figures = {_key(record): record[SUMMARY] for record in noted[:whole] if SUMMARY in record}
 
-    def has(self, task: str, settings: Settings) -> bool:
-        """Returns whether a task is noted."""
-        return (task, settings.temperature, settings.seed) in self._known
+    @property
+    def summary(self) -> list[dict[str, Any]]:
+        """The figures of every task, temperature and seed."""
+        return list(self._figures.values())
+
+    def figures(self, task: str, settings: Settings) -> dict[str, Any] | None:
+        """Returns the figures of a task; None where it is not noted."""
+        return self._figures.get((task, settings.temperature, settings.seed))
 
     def add(self, done: ServedTask, settings: Settings) -> None:
         """Notes the answers and figures of a task; they are on disk when this returns."""
@@ -97,8 +100,7 @@ class ServedBook:
         about = {"task": figures["task"], "temperature": settings.temperature, "seed": settings.seed}
         jsonl.append(self.path, [*map(dataclasses.asdict, done.rows), about | {SUMMARY: figures}])
         self.rows += done.rows
-        self.summary.append(figures)
-        self._known.add(_key(about))
+        self._figures[_key(about)] = figures
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, float, int]:

@@ -156,9 +156,13 @@ def begin_import(work: DumpImport, sample: Sample) -> Finding:
     }  # fmt: skip
     if (work.out / shards.ABOUT).is_file():
         begun = shards.read_about(work.out, FORMAT)
-        same = "finding" in begun and all(begun.get(name) == value for name, value in about.items())
-        if same or shards.anything_finished(work.out):
+        same = all(begun.get(name) == value for name, value in about.items())
+        if shards.anything_finished(work.out) or (same and "finding" in begun):
             shards.begin(work.out, about)
+            if "finding" not in begun:
+                raise ValueError(
+                    f"{work.out}: does not say where the last state lies: import it anew, into another OUT"
+                )
             return Finding(**begun["finding"])
     finding, errors = examine(work, sample)
     shards.begin(work.out, about | {"finding": finding._asdict(), "relative_errors": errors})

@@ -28,9 +28,7 @@ FATAL = {401: "the key", 403: "the key", 404: "the address or the model"}
 _LONGEST_WAIT = 60.0
 _TOO_LONG = ("maximum context length", "context length", "too long", "max_model_len", "longer than")
 """Words by which servers say that a prompt has no room."""
-
-
-NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+NO_VARIABLES: Mapping[str, Any] = types.MappingProxyType({})
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -226,7 +224,7 @@ def wire_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def context_fields(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), variables: Mapping[str, Any] = NOTHING
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), variables: Mapping[str, Any] = NO_VARIABLES
 ) -> dict[str, Any]:
     """Returns the fields of a request that say what the template renders."""
     found: dict[str, Any] = {"messages": wire_messages(messages)}
@@ -339,7 +337,7 @@ def in_flight(work: Callable[[Item], Made], items: Iterable[Item], most: int) ->
     def run(item: Item) -> None:
         try:
             made.put((work(item), None))
-        except BaseException as error:  # raised again where the result is taken
+        except BaseException as error:  # raised again by the asker, who would wait for ever otherwise
             made.put((None, error))
 
     waiting, running = iter(items), 0
