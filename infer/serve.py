@@ -215,8 +215,9 @@ def make_slots(models: Models, args: Args, limits: ServedLimits, rows: int) -> S
 
 def fingerprint_of(args: Args, models: Models) -> str:
     """Returns a name of all that decides the text of a seed, the target's weights among it."""
-    weights = hf.fingerprint(target_folder(args.target))
-    facts = [__version__, args.model, args.dtype, models.tokenizer.fingerprint, weights]
+    # The shape says where texts end, which weights do not.
+    shape, weights = dataclasses.asdict(models.config), hf.fingerprint(target_folder(args.target))
+    facts = [__version__, args.model, args.dtype, models.tokenizer.fingerprint, shape, weights]
     return "fp_" + hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -26,6 +26,7 @@ from jaxspec.interchange.hf_config import read_table_config
 SIZES = (64, 256, 1024, 4096, 16384, 32768, 65536)
 """Sizes that the table shows beside the requested one."""
 USUAL_LENGTH = 2048
+"""Tokens of a conversation that are counted by default."""
 
 
 @dataclasses.dataclass(frozen=True)

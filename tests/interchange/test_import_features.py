@@ -407,3 +407,14 @@ def test_an_import_begun_again_before_anything_was_finished_examines_the_other_d
     assert imported("second")["documents"] == len(texts)
     assert "finding" in json.loads(Path("out/about.json").read_text())
     assert imported("second")["documents"] == len(texts)
+
+
+def test_a_folder_that_does_not_say_where_the_last_state_lies_is_refused(
+    folder: Path, texts: list[Text], capfd: pytest.CaptureFixture[str]
+):
+    dump_vllm(folder / "dump", texts[:4])
+    imported("dump")
+    about = json.loads(Path("out/about.json").read_text())
+    Path("out/about.json").write_text(json.dumps({name: v for name, v in about.items() if name != "finding"}))
+    assert main(["import", "features", "dump", "out", "--target", "target"]) == 1
+    assert "out: does not say where the last state lies: import it anew, into another OUT" in capfd.readouterr().err
