@@ -23,6 +23,7 @@ from jaxspec.interchange.medusa import medusa_table
 from jaxspec.interchange.peagle import TOKENS, peagle_tables
 from jaxspec.nn.norm import rms_norm
 from jaxspec.targets.decoder import LlamaConfig
+from jaxspec.targets.families import family_of
 
 _ROWS = 4096
 Tensors = dict[str, np.ndarray]
@@ -351,7 +352,7 @@ def speculators_fields(draft: Draft, version: str) -> ConfigFields:
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": draft.target_name, "architectures": ["LlamaForCausalLM"]},
+            "verifier": {"name_or_path": draft.target_name, "architectures": [family_of(draft.target).architecture]},
         },
         "transformer_layer_config": {key: value for key, value in layer.items() if key != "architectures"}
         | ({"model_type": "qwen3"} if draft.config.qk_norm else {}),

@@ -105,11 +105,16 @@ def read_drafter(
     EAGLE-3 heads that do not say which layers they read need `target_layers`. `layer_ids` ("input", "output") overrides
     how their layers are counted, and `tokens` how many tokens a P-EAGLE head drafts in a pass. `tables` are the
     target's, with which copies of them in the file are compared. Raises ValueError or OSError, one sentence naming the
-    file, tensor or field, if something is missing, extra, contradictory or not supported, and if the folder holds a
-    whole LM.
+    file, tensor or field, if something is missing, extra, contradictory or not supported, if the folder holds a whole
+    LM, and if `layer_ids` or `tokens` is given for a kind of head that does not read it.
     """
     with opened(path) as folder:
-        match family := family_of(folder):
+        family = family_of(folder)
+        if layer_ids and family not in ("eagle3", "peagle", "lm"):
+            raise ValueError(f"{path} holds {family}, which has no layers to count: leave out --layer-ids")
+        if tokens and family not in ("peagle", "lm"):
+            raise ValueError(f"{path} holds {family}, and only P-EAGLE heads say their tokens: leave out --tokens")
+        match family:
             case "eagle" | "fspad":
                 return _pair_reader(folder, family, tables)
             case "eagle3":

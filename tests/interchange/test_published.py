@@ -25,10 +25,12 @@ from jaxspec.drafters import (
 )
 from jaxspec.interchange import export, medusa
 from jaxspec.interchange.export import Exportable, write
+from jaxspec.interchange.forms import Draft, speculators_fields
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import SERVERS
 from jaxspec.serving.loading import open_drafter
+from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 
 WIDTH, LAYERS = 32, 7
 SHAPE = (WIDTH, 4, 2, 6, 20)
@@ -246,6 +248,18 @@ def test_the_layer_of_speculators_names_no_class_of_models(target: str, tmp_path
     assert "architectures" not in config["transformer_layer_config"]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_speculators_names_the_class_of_its_target(family: str):
+    _, config, scored = HEADS["eagle3"]
+    shape = dict(vocab=SIZE, width=32, layers=LAYERS, heads=4, kv_heads=2, head_dim=8, mlp=64)
+    llama = LlamaConfig(**shape)
+    of = llama if family == "llama" else DecoderConfig(**shape, family=family)
+    table = np.zeros((SIZE, 32), np.float32)
+    fields = speculators_fields(Draft("eagle3", config, {"a": table}, scored, of, "we/it", table, table), "0.9.0")
+    named = fields["speculators_config"]["verifier"]["architectures"]
+    assert named == [{"llama": "Llama", "qwen3": "Qwen3", "mistral": "Mistral"}[family] + "ForCausalLM"]
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any]], Any]) -> Path:
     """Change the tensors and the config of a folder in place, and leave nothing of ours in it."""
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
@@ -270,6 +284,16 @@ def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path
     assert read_drafter(tmp_path / "a", target_layers=LAYERS).config.taps == (2, 3, 4)
     with pytest.raises(ValueError, match="does not say which 3 layers"):
         read_drafter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("case", ["eagle", "fspad", "medusa", "eagle3"])
+def test_flags_that_a_kind_of_head_does_not_read_are_refused(case: str, target: str, tmp_path: Path):
+    write({"fspad": "eagle"}.get(case, "vllm"), tmp_path / "a", head(case), target)
+    with pytest.raises(ValueError, match="leave out --tokens"):
+        read_drafter(tmp_path / "a", target_layers=LAYERS, tokens=4)
+    if case != "eagle3":
+        with pytest.raises(ValueError, match="leave out --layer-ids"):
+            read_drafter(tmp_path / "a", target_layers=LAYERS, layer_ids="input")
 
 
 def rename_as_vllm(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
