@@ -4,6 +4,8 @@ A table stands between two comments, and is written anew from the file that the 
 
     <!-- table: docs/results/NAME.json KIND OPTION=VALUE ... -->
     <!-- end -->
+
+Results of `lab table` may stand together: `A.json,B.json trees`.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ Made = tuple[Sequence[str], Sequence[Sequence[str]], str]
 class AskedTable(NamedTuple):
     """A table as a comment asks for it."""
 
-    file: Path
+    files: Sequence[Path]
     kind: str
     options: Mapping[str, str]
 
@@ -115,14 +117,19 @@ def _with_tables(document: Path, lines: Sequence[str]) -> tuple[int, list[str]]:
 def _table(document: Path, words: str) -> list[str]:
     asked = _asked(document, words)
     kind = KINDS[asked.kind]
-    found = read_result(asked.file, (kind.verb,))
-    if not isinstance(found.get(kind.key), list) or not found[kind.key]:
-        raise ValueError(f"{asked.file}: has no figures; give the result of jaxspec {kind.verb}")
+    results = [read_result(file, (kind.verb,)) for file in asked.files]
+    for file, found in zip(asked.files, results, strict=True):
+        if not isinstance(found.get(kind.key), list) or not found[kind.key]:
+            raise ValueError(f"{file}: has no figures; give the result of jaxspec {kind.verb}")
     try:
-        columns, rows, about = kind.make(asked.options, found)
+        if len(results) == 1:
+            columns, rows, about = kind.make(asked.options, results[0])
+        else:
+            columns, rows, about = tree_table.by_result(asked.options, results)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{asked.file}: lacks a figure or setting ({error}); make it again") from error
-    below = f"{about} [{asked.file.name}]({_link(document, asked.file)})"
+        names = " or ".join(map(str, asked.files))
+        raise ValueError(f"{names}: lacks a figure or setting ({error}); make it again") from error
+    below = f"{about} {', '.join(f'[{file.name}]({_link(document, file)})' for file in asked.files)}"
     return [*_markdown(columns, rows), "", *textwrap.wrap(below, COLUMNS, break_long_words=False,
                                                          break_on_hyphens=False)]  # fmt: skip
 
@@ -143,7 +150,12 @@ def _asked(document: Path, words: str) -> AskedTable:
                 f"{word!r} is no option of {kind}; there are {', '.join(KINDS[kind].options)}, each with a value"
             )
         options[key] = value
-    return AskedTable(_beside(document, name), kind, options)
+    files = [_beside(document, one) for one in name.split(",")]
+    if len(files) > 1 and kind != "trees":
+        raise ValueError(
+            f"a table of {kind} is made from one file, not {len(files)}; only trees of several stand together"
+        )
+    return AskedTable(files, kind, options)
 
 
 def _beside(document: Path, name: str) -> Path:

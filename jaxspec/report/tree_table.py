@@ -1,4 +1,4 @@
-"""A table of the best tree by context and batch, made from a result of `jaxspec lab table`."""
+"""Tables of the best tree by context and batch, made from results of `jaxspec lab table`."""
 
 from __future__ import annotations
 
@@ -43,15 +43,68 @@ def _cell(row: Mapping[str, Any], names: Sequence[str]) -> str:
     return "plain" if row["nodes"] == 1 else ", ".join(FIGURES[name](row) for name in names)
 
 
+def by_result(
+    options: Mapping[str, str], results: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]], str]:
+    """Returns the columns, a line for each result and context, and what all results depend on.
+
+    The first columns are what sets the results apart: targets, drafters, devices or sources of costs, temperatures.
+    Raises ValueError if nothing does, and naming an option that a result has nothing for.
+    """
+    facts = [_facts(found) for found in results]
+    apart = [name for name in facts[0] if len({fact[name] for fact in facts}) > 1]
+    told = [name for name in apart if name != "acceptance"]
+    if len({tuple(fact[name] for name in told) for fact in facts}) < len(facts):
+        raise ValueError("two of the results differ in no target, drafter, device, source or temperature: give one")
+    tables = [by_place(options, found) for found in results]
+    if len({tuple(columns) for columns, _, _ in tables}) > 1:
+        raise ValueError("the results have different batches: choose some that all have, such as batches=1,8")
+    (_, *batches), shown = tables[0][0], len({line[0] for _, lines, _ in tables for line in lines}) > 1
+    rows = [
+        [*(f"`{fact[name]}`" if name == "drafter" else fact[name] for name in told), *line[0 if shown else 1 :]]
+        for fact, (_, lines, _) in zip(facts, tables, strict=True)
+        for line in lines
+    ]
+    same = {name: text for name, text in facts[0].items() if name not in apart}
+    if not shown:
+        same["context"] = f"{tables[0][1][0][0]} tokens"
+    limits = {_limits(found) for found in results}
+    last = limits.pop() if len(limits) == 1 else "limits differ"
+    names = figure_names(options, FIGURES, BY_DEFAULT)
+    about = f"Each cell: {_meanings(names)}; {', '.join(f'{name} {text}' for name, text in same.items())}; {last}:"
+    return [*told, *(["context"] if shown else []), *batches], rows, about
+
+
+def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what trees depend on, besides batch, context and limits, as a reader is told it."""
+    costs, profile = found["made_from"]["costs"], found["made_from"]["profile"]
+    named = {name: costs[name] for name in ("target", "drafter", "device")}
+    return {
+        **named,
+        "costs": costs["source"],
+        "dtype": costs["dtype"],
+        "temperature": f"{profile['temperature'] or 0.0:g}",
+        "acceptance": profile["file"],
+    }
+
+
 def _about(found: Mapping[str, Any], names: Sequence[str]) -> str:
     """Returns what stands below a table: the figures of a cell, and everything that they depend on."""
-    meant = {"size": "nodes x depth", "tree": "the tree", "speedup": "times plain decoding's tokens/s", "tau": "tau"}
-    made = found["made_from"]
-    costs, profile, limits = made["costs"], made["profile"], made["limits"]
+    costs, profile = found["made_from"]["costs"], found["made_from"]["profile"]
     warm = at_temperature(profile["temperature"] or 0.0)
-    branch = "" if limits["max_branch"] is None else f", {limits['max_branch']} child a node at most"
     return (
-        f"Each cell: {', '.join(meant[name] for name in names)}. Costs of {costs['device']} ({costs['source']}), "
+        f"Each cell: {_meanings(names)}. Costs of {costs['device']} ({costs['source']}), "
         f"target {costs['target']}, drafter {costs['drafter']}, {costs['dtype']}; acceptance of {profile['file']}, "
-        f"{warm}; up to {limits['max_nodes']} nodes and {limits['max_depth']} levels{branch}:"
+        f"{warm}; {_limits(found)}:"
     )
+
+
+def _meanings(names: Sequence[str]) -> str:
+    meant = {"size": "nodes x depth", "tree": "the tree", "speedup": "times plain decoding's tokens/s", "tau": "tau"}
+    return ", ".join(meant[name] for name in names)
+
+
+def _limits(found: Mapping[str, Any]) -> str:
+    limits = found["made_from"]["limits"]
+    branch = "" if limits["max_branch"] is None else f", {limits['max_branch']} child a node at most"
+    return f"up to {limits['max_nodes']} nodes and {limits['max_depth']} levels{branch}"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_toys import ARMS, failed_rows, settings, some_rows
@@ -247,6 +248,13 @@ TABLED = {
     },
 }  # fmt: skip
 
+
+def with_costs(table: dict[str, Any], **costs: str) -> dict[str, Any]:
+    """The result of `lab table` with other costs."""
+    made = table["made_from"]
+    return {**table, "made_from": {**made, "costs": {**made["costs"], **costs}}}
+
+
 CHECKED = {
     "command": "lab check",
     "machine": {"cpu": "a processor", "cores": 2},
@@ -355,12 +363,27 @@ PEERED = {
             "table.json trees contexts=4096 batches=64 figures=tree,tau",
             ["| context | batch 64 |", "| 4,096 | `chain:3`, 3.10 |", "Each cell: the tree, tau."],
         ),
+        (
+            "table.json,other.json trees",
+            [
+                "| drafter | device | context | batch 1 | batch 64 |",
+                "| `eagle2` | v6e | 4,096 | 24x5, 2.50 | 8x3, 1.25 |",
+                "| `medusa` | v5p | 512 | 8x3, 2.00 | plain |",
+                "target llama3-8b, costs roofline, dtype bfloat16, temperature 0, acceptance rates.npz; up to 64 nodes",
+                "[table.json](table.json), [other.json](other.json)",
+            ],
+        ),
+        (
+            "table.json,other.json trees contexts=512 figures=tau",
+            ["| drafter | device | batch 1 | batch 64 |", "| `medusa` | v5p |", "context 512 tokens; up to"],
+        ),
     ],
 )
 def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list[str]):
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
+    (tmp_path / "other.json").write_text(json.dumps(with_costs(TABLED, drafter="medusa", device="v5p")))
     (tmp_path / "check.json").write_text(json.dumps(CHECKED))
     (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
@@ -388,12 +411,20 @@ def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list
         ("check.json checks batches=2", "nothing was checked in a batch of 2; there are 1, 4"),
         ("table.json trees batches=2", "nothing was searched for batches 2; there are 1, 64"),
         ("table.json trees figures=mood", "there is no figure 'mood'; there are size, tree, speedup, tau"),
+        (
+            "table.json,table.json trees",
+            "two of the results differ in no target, drafter, device, source or temperature",
+        ),
+        ("table.json,other.json trees batches=2", "nothing was searched for batches 2; there are 1, 64"),
+        ("check.json,check.json checks", "a table of checks is made from one file, not 2"),
+        ("table.json,lost.json trees", "lost.json: no such file"),
     ],
 )
 def test_what_a_result_does_not_have_is_named(tmp_path: Path, words: str, said: str, capsys):
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
+    (tmp_path / "other.json").write_text(json.dumps(with_costs(TABLED, drafter="medusa", device="v5p")))
     (tmp_path / "check.json").write_text(json.dumps(CHECKED))
     (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
