@@ -1,5 +1,6 @@
 """Drafters in and out: every kind through every layout that holds it, and what is refused before a byte is written."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -251,9 +252,8 @@ def test_the_layer_of_speculators_names_no_class_of_models(target: str, tmp_path
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_speculators_names_the_class_of_its_target(family: str):
     _, config, scored = HEADS["eagle3"]
-    shape = dict(vocab=SIZE, width=32, layers=LAYERS, heads=4, kv_heads=2, head_dim=8, mlp=64)
-    llama = LlamaConfig(**shape)
-    of = llama if family == "llama" else DecoderConfig(**shape, family=family)
+    llama = LlamaConfig(vocab=SIZE, width=32, layers=LAYERS, heads=4, kv_heads=2, head_dim=8, mlp=64)
+    of = llama if family == "llama" else DecoderConfig(**dataclasses.asdict(llama), family=family)
     table = np.zeros((SIZE, 32), np.float32)
     fields = speculators_fields(Draft("eagle3", config, {"a": table}, scored, of, "we/it", table, table), "0.9.0")
     named = fields["speculators_config"]["verifier"]["architectures"]
