@@ -100,7 +100,7 @@ def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: 
     """Returns the layers of the target whose inputs the head reads.
 
     Raises ValueError if config.json names none and the target's depth is not known, if it names another number than
-    `fc` reads, or if the ids are the default ones of the other way of counting.
+    `fc` reads, if `layer_ids` says how none are counted, or if the ids are the default ones of the other way.
     """
     raw, path = folder.config, folder.path / "config.json"
     inner = raw.get("eagle_config") if isinstance(raw.get("eagle_config"), dict) else {}
@@ -111,6 +111,8 @@ def read_taps(folder: Folder, count: int, target_layers: int | None, layer_ids: 
                 f"{path} does not say which {count} layers of the target the head reads: name the target with "
                 f"--target, for the default three, or add {IDS}"
             )
+        if layer_ids is not None:
+            raise ValueError(f"{path} names no layers to be counted: leave out --layer-ids, or add {IDS}")
         return default_taps(target_layers)
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or len(ids) != count:
         raise ValueError(f"{path}: {IDS}={ids!r} must be {count} layers' numbers, for fc.weight reads as many")

@@ -111,9 +111,9 @@ def read_drafter(
     with opened(path) as folder:
         family = family_of(folder)
         if layer_ids and family not in ("eagle3", "peagle", "lm"):
-            raise ValueError(f"{path} holds {family}, which has no layers to count: leave out --layer-ids")
+            raise ValueError(f"{path}: {family} heads name no layers of the target: leave out --layer-ids")
         if tokens and family not in ("peagle", "lm"):
-            raise ValueError(f"{path} holds {family}, and only P-EAGLE heads say their tokens: leave out --tokens")
+            raise ValueError(f"{path}: {family} heads have no number of tokens a pass to choose: leave out --tokens")
         match family:
             case "eagle" | "fspad":
                 return _pair_reader(folder, family, tables)

@@ -282,6 +282,8 @@ def test_layer_ids_that_could_mean_two_things_must_be_said(target: str, tmp_path
     assert read_drafter(tmp_path / "a", layer_ids="output").config.taps == (3, 4, 5)
     rewrite(tmp_path / "a", lambda tensors, config: config.pop("eagle_config"))
     assert read_drafter(tmp_path / "a", target_layers=LAYERS).config.taps == (2, 3, 4)
+    with pytest.raises(ValueError, match="names no layers to be counted: leave out --layer-ids"):
+        read_drafter(tmp_path / "a", target_layers=LAYERS, layer_ids="output")
     with pytest.raises(ValueError, match="does not say which 3 layers"):
         read_drafter(tmp_path / "a")
 
