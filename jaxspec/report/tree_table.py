@@ -48,14 +48,16 @@ def by_result(
 ) -> tuple[list[str], list[list[str]], str]:
     """Returns the columns, a line for each result and context, and what all results depend on.
 
-    The first columns are what sets the results apart: targets, drafters, devices or sources of costs, temperatures.
-    Raises ValueError if nothing does, and naming an option that a result has nothing for.
+    The first columns are what sets the results apart: targets, drafters, devices or sources of costs, limits. Raises
+    ValueError if nothing does, and naming an option that a result has nothing for.
     """
     facts = [_facts(found) for found in results]
     apart = [name for name in facts[0] if len({fact[name] for fact in facts}) > 1]
     told = [name for name in apart if name != "acceptance"]
     if len({tuple(fact[name] for name in told) for fact in facts}) < len(facts):
-        raise ValueError("two of the results differ in no target, drafter, device, source or temperature: give one")
+        raise ValueError(
+            f"two of the results are alike in {', '.join(n for n in facts[0] if n != 'acceptance')}: give one"
+        )
     tables = [by_place(options, found) for found in results]
     if len({tuple(columns) for columns, _, _ in tables}) > 1:
         raise ValueError("the results have different batches: choose some that all have, such as batches=1,8")
@@ -68,22 +70,22 @@ def by_result(
     same = {name: text for name, text in facts[0].items() if name not in apart}
     if not shown:
         same["context"] = f"{tables[0][1][0][0]} tokens"
-    limits = {_limits(found) for found in results}
-    last = limits.pop() if len(limits) == 1 else "limits differ"
+    if "acceptance" in apart:
+        same["acceptance"] = "each its own"
     names = figure_names(options, FIGURES, BY_DEFAULT)
-    about = f"Each cell: {_meanings(names)}; {', '.join(f'{name} {text}' for name, text in same.items())}; {last}:"
+    about = f"Each cell: {_meanings(names)}; {', '.join(f'{name} {text}' for name, text in same.items())}:"
     return [*told, *(["context"] if shown else []), *batches], rows, about
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, str]:
     """Returns what trees depend on, besides batch, context and limits, as a reader is told it."""
     costs, profile = found["made_from"]["costs"], found["made_from"]["profile"]
-    named = {name: costs[name] for name in ("target", "drafter", "device")}
     return {
-        **named,
+        **{name: costs[name] for name in ("target", "drafter", "device")},
         "costs": costs["source"],
         "dtype": costs["dtype"],
         "temperature": f"{profile['temperature'] or 0.0:g}",
+        "limits": _limits(found),
         "acceptance": profile["file"],
     }
 

@@ -249,10 +249,10 @@ TABLED = {
 }  # fmt: skip
 
 
-def with_costs(table: dict[str, Any], **costs: str) -> dict[str, Any]:
-    """The result of `lab table` with other costs."""
+def made_with(table: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
+    """The result of `lab table`, made from other costs, limits or profile."""
     made = table["made_from"]
-    return {**table, "made_from": {**made, "costs": {**made["costs"], **costs}}}
+    return {**table, "made_from": made | {part: made[part] | new for part, new in changes.items()}}
 
 
 CHECKED = {
@@ -369,13 +369,22 @@ PEERED = {
                 "| drafter | device | context | batch 1 | batch 64 |",
                 "| `eagle2` | v6e | 4,096 | 24x5, 2.50 | 8x3, 1.25 |",
                 "| `medusa` | v5p | 512 | 8x3, 2.00 | plain |",
-                "target llama3-8b, costs roofline, dtype bfloat16, temperature 0, acceptance rates.npz; up to 64 nodes",
+                "costs roofline, dtype bfloat16, temperature 0, limits up to 64 nodes and 6 levels, acceptance rates",
                 "[table.json](table.json), [other.json](other.json)",
             ],
         ),
         (
             "table.json,other.json trees contexts=512 figures=tau",
-            ["| drafter | device | batch 1 | batch 64 |", "| `medusa` | v5p |", "context 512 tokens; up to"],
+            ["| drafter | device | batch 1 | batch 64 |", "| `medusa` | v5p |", "context 512 tokens:"],
+        ),
+        (
+            "table.json,chains.json trees contexts=512 batches=1",
+            [
+                "| limits | batch 1 |",
+                "| up to 64 nodes and 6 levels | 8x3, 2.00 |",
+                "| up to 8 nodes and 6 levels, 1 child a node at most | 8x3, 2.00 |",
+                "context 512 tokens, acceptance each its own:",
+            ],
         ),
     ],
 )
@@ -383,7 +392,9 @@ def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
-    (tmp_path / "other.json").write_text(json.dumps(with_costs(TABLED, drafter="medusa", device="v5p")))
+    (tmp_path / "other.json").write_text(json.dumps(made_with(TABLED, costs={"drafter": "medusa", "device": "v5p"})))
+    chains = made_with(TABLED, limits={"max_nodes": 8, "max_branch": 1}, profile={"file": "others.npz"})
+    (tmp_path / "chains.json").write_text(json.dumps(chains))
     (tmp_path / "check.json").write_text(json.dumps(CHECKED))
     (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
@@ -413,7 +424,7 @@ def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list
         ("table.json trees figures=mood", "there is no figure 'mood'; there are size, tree, speedup, tau"),
         (
             "table.json,table.json trees",
-            "two of the results differ in no target, drafter, device, source or temperature",
+            "two of the results are alike in target, drafter, device, costs, dtype, temperature, limits: give one",
         ),
         ("table.json,other.json trees batches=2", "nothing was searched for batches 2; there are 1, 64"),
         ("check.json,check.json checks", "a table of checks is made from one file, not 2"),
@@ -424,7 +435,9 @@ def test_what_a_result_does_not_have_is_named(tmp_path: Path, words: str, said: 
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
-    (tmp_path / "other.json").write_text(json.dumps(with_costs(TABLED, drafter="medusa", device="v5p")))
+    (tmp_path / "other.json").write_text(json.dumps(made_with(TABLED, costs={"drafter": "medusa", "device": "v5p"})))
+    chains = made_with(TABLED, limits={"max_nodes": 8, "max_branch": 1}, profile={"file": "others.npz"})
+    (tmp_path / "chains.json").write_text(json.dumps(chains))
     (tmp_path / "check.json").write_text(json.dumps(CHECKED))
     (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
