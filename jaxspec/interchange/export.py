@@ -46,7 +46,7 @@ from jaxspec.interchange.hf import (
     tree_of,
     write_weights,
 )
-from jaxspec.interchange.hf_config import config_fields, read_config, read_table_config
+from jaxspec.interchange.hf_config import config_fields, read_config, read_table_config, target_classes
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import LM_SERVERS, SERVERS, render, unserved, write_rendered
 from jaxspec.interchange.target_folders import target_folder, tokenizer_manifest
@@ -349,7 +349,8 @@ def _draft(model: Exportable, to: str, target: str | None, target_name: str | No
         )
     embed_VD, head_VD = map(np.asarray, target_tables(target))
     name = target if target_name is None else target_name
-    return Draft(model.family, shape, model.weights(), _scored(model), config, name, embed_VD, head_VD)
+    named = (name, target_classes(folder))
+    return Draft(model.family, shape, model.weights(), _scored(model), config, *named, embed_VD, head_VD)
 
 
 def target_tables(target: str) -> SharedTables:

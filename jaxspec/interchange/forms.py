@@ -23,7 +23,6 @@ from jaxspec.interchange.medusa import medusa_table
 from jaxspec.interchange.peagle import TOKENS, peagle_tables
 from jaxspec.nn.norm import rms_norm
 from jaxspec.targets.decoder import LlamaConfig
-from jaxspec.targets.families import family_of
 
 _ROWS = 4096
 Tensors = dict[str, np.ndarray]
@@ -40,6 +39,8 @@ class Draft(NamedTuple):
     draft_vocab: tuple[int, ...] | None
     target: LlamaConfig
     target_name: str
+    target_classes: list[str]
+    """The `architectures` of the target's `config.json`."""
     embed_VD: np.ndarray
     head_VD: np.ndarray
 
@@ -352,7 +353,7 @@ def speculators_fields(draft: Draft, version: str) -> ConfigFields:
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": draft.target_name, "architectures": [family_of(draft.target).architecture]},
+            "verifier": {"name_or_path": draft.target_name, "architectures": draft.target_classes},
         },
         "transformer_layer_config": {key: value for key, value in layer.items() if key != "architectures"}
         | ({"model_type": "qwen3"} if draft.config.qk_norm else {}),

@@ -12,7 +12,7 @@ from jaxspec.interchange.tensors import read_json, write_atomically
 from jaxspec.interchange.weight_files import tensor_names
 from jaxspec.nn.options import Options
 from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
-from jaxspec.targets.families import family_of, find_family
+from jaxspec.targets.families import FAMILIES, family_of, find_family
 from jaxspec.targets.family import DEFAULTS
 from jaxspec.targets.fields import Fields
 from jaxspec.targets.fields import rope_fields as rope_fields  # of heads too
@@ -61,6 +61,20 @@ def read_table_config(folder: str | Path) -> LlamaConfig:
             return family.config(Fields(path, described, generation, family.defaults))
     tied = not any(name.endswith(HEAD_NAMES) for name in tensor_names(Path(folder)))
     return _shared_shape(Fields(path, {**raw, **text}, generation, {**DEFAULTS, "tie_word_embeddings": tied}))
+
+
+def target_classes(folder: str | Path) -> list[str]:
+    """Returns the `architectures` of the target in a folder, as its `config.json` or else its family names them.
+
+    A target of a family that is not known, whose `config.json` names none, has none.
+    """
+    if not exported.is_exported(Path(folder)) and (
+        named := read_json(Path(folder) / "config.json").get("architectures")
+    ):
+        return list(named)
+    config = read_table_config(folder)
+    known = not isinstance(config, DecoderConfig) or config.family in FAMILIES
+    return [family_of(config).architecture] if known else []
 
 
 def _shared_shape(fields: Fields) -> DecoderConfig:

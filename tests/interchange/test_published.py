@@ -1,7 +1,7 @@
 """Drafters in and out: every kind through every layout that holds it, and what is refused before a byte is written."""
 
-import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,10 @@ from jaxspec.drafters import (
 )
 from jaxspec.interchange import export, medusa
 from jaxspec.interchange.export import Exportable, write
-from jaxspec.interchange.forms import Draft, speculators_fields
 from jaxspec.interchange.layout import stored_tensors
 from jaxspec.interchange.published import published_family, read_drafter
 from jaxspec.interchange.servers import SERVERS
 from jaxspec.serving.loading import open_drafter
-from jaxspec.targets.decoder import DecoderConfig, LlamaConfig
 
 WIDTH, LAYERS = 32, 7
 SHAPE = (WIDTH, 4, 2, 6, 20)
@@ -249,15 +247,24 @@ def test_the_layer_of_speculators_names_no_class_of_models(target: str, tmp_path
     assert "architectures" not in config["transformer_layer_config"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_speculators_names_the_class_of_its_target(family: str):
-    _, config, scored = HEADS["eagle3"]
-    llama = LlamaConfig(vocab=SIZE, width=32, layers=LAYERS, heads=4, kv_heads=2, head_dim=8, mlp=64)
-    of = llama if family == "llama" else DecoderConfig(**dataclasses.asdict(llama), family=family)
-    table = np.zeros((SIZE, 32), np.float32)
-    fields = speculators_fields(Draft("eagle3", config, {"a": table}, scored, of, "we/it", table, table), "0.9.0")
-    named = fields["speculators_config"]["verifier"]["architectures"]
-    assert named == [{"llama": "Llama", "qwen3": "Qwen3", "mistral": "Mistral"}[family] + "ForCausalLM"]
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"},
+            ["LlavaForConditionalGeneration"],
+        ),
+        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, ["Qwen3ForCausalLM"]),
+        ({"architectures": None, "model_type": "mistral"}, ["MistralForCausalLM"]),
+        ({"architectures": None, "model_type": "llava"}, []),
+    ],
+)
+def test_speculators_names_the_class_of_its_target(target: str, tmp_path: Path, said: dict[str, Any], named: list[str]):
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    (other / "config.json").write_text(json.dumps({**json.loads((other / "config.json").read_text()), **said}))
+    config = exported("speculators", "eagle3 of all tokens", str(other), tmp_path / "a")[1]
+    assert config["speculators_config"]["verifier"]["architectures"] == named
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any]], Any]) -> Path:

@@ -111,6 +111,8 @@ def test_a_drafter_is_trained_and_exported_for_a_target_that_cannot_be_run(folde
     trained = json.loads(Path("train.json").read_text())
     assert trained["documents"]["train"]["documents"] == COUNT - 2 and np.isfinite(trained["loss"])
     assert main(["export", "drafter", "served", "--to", "speculators", "--target", "foreign"]) == 0
+    described = json.loads(Path("served/config.json").read_text())["speculators_config"]
+    assert described["verifier"]["architectures"] == ["StrangeForConditionalGeneration"]
     assert main(["train", "toy.py", "target=foreign", "data.train=out/train", "data.eval=out/eval"]) == 1
 
 
