@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 from jaxspec.data.questions import Question
 from jaxspec.decoding.requests import Settings
-from jaxspec.evaluation.served_checks import check_served_file
+from jaxspec.evaluation.served_checks import check_sitting
 from jaxspec.evaluation.served_metrics import summarize_served
-from jaxspec.evaluation.served_rows import Pass, ServedBook, ServedFile, ServedRow, Sitting
+from jaxspec.evaluation.served_rows import Pass, ServedBook, ServedRow, Sitting
 from jaxspec.parallel.agreement import say
 from jaxspec.serving.endpoint import Client, RequestFailed, ServerRefused, context_fields, in_flight, sampling_fields
 from jaxspec.serving.served_acceptance import Counters
 from jaxspec.serving.streaming_client import StreamedAnswer, read_page, stream
 
-REASONS = 3
-"""Reasons for turns without an answer that are told."""
+REASONS, LONGEST = 3, 120
+"""Reasons for turns without an answer that are told, and the letters of each."""
 
 
 class Asked(NamedTuple):
@@ -112,8 +112,8 @@ class ServedRun:
         rows = [row for one in found for row in one.rows]
         sitting = Sitting(len(rows), sum(asked.left for asked in left) - settled, wall, gained, after.gauges)
         self.book.add(of, rows, sitting)
-        if problems := check_served_file(ServedFile(self.book.file.settings, rows, [(of, sitting)])):
-            say(f"note: {self.book.path}: {len(problems)} things of task {of[0]} cannot be; the first: {problems[0]}")
+        if problems := check_sitting(rows, sitting, self.book.file.settings):
+            say(f"note: task {of[0]}: {len(problems)} things that the server says cannot be; the first: {problems[0]}")
         self.failures.update(one.failure for one in found if one.failure)
         if refusal is not None:
             raise refusal
@@ -180,7 +180,7 @@ def answer(client: Client, asked: Asked, settings: Settings, variables: Mapping[
             said = stream(client, "/chat/completions", context | sampling_fields(own))
         except RequestFailed as error:
             if error.passes:
-                return Answered(asked, rows, ended, str(error))
+                return Answered(asked, rows, ended, " ".join(str(error).split())[:LONGEST])
             return Answered(asked, [*rows, ServedRow(*about, error=str(error))], ended)
         ended = time.perf_counter()
         rows.append(_row(about, said))

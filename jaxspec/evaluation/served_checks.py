@@ -22,11 +22,20 @@ FIGURES = (
 
 def check_served_file(file: ServedFile) -> list[str]:
     """Returns a sentence for everything in a file of served rows that cannot be; none for a sound file."""
-    found = [f"{_named(row)}: {problem}" for row in file.rows for problem in check_row(row, file.settings)]
-    return [*found, *_twice(file.rows), *_turns(file.rows), *_sittings(file)]
+    return [*_rows(file.rows, file.settings), *_twice(file.rows), *_turns(file.rows), *_sittings(file)]
 
 
-def check_row(row: ServedRow, settings: Mapping[str, Any]) -> Iterator[str]:
+def check_sitting(rows: Sequence[ServedRow], sitting: Sitting, settings: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for everything in one sitting, and in its rows by themselves, that cannot be."""
+    return [*_rows(rows, settings), *_sitting(sitting, rows, settings["concurrency"])]
+
+
+def _rows(rows: Sequence[ServedRow], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with rows by themselves."""
+    yield from (f"{_named(row)}: {problem}" for row in rows for problem in _row(row, settings))
+
+
+def _row(row: ServedRow, settings: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong with one row by itself."""
     if row.error:
         if filled := [name for name in FIGURES if getattr(row, name) not in (None, "", 0, ())]:

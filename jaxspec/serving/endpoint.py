@@ -158,7 +158,7 @@ class Client:
                 yield _lines(response.iter_bytes())
         except self._httpx.TimeoutException as error:
             raise RequestFailed("timeout", f"no answer within {self.endpoint.timeout:g} s") from error
-        except self._httpx.TransportError as error:
+        except self._httpx.RequestError as error:
             raise RequestFailed("connection", str(error) or type(error).__name__) from error
 
     def tokenize(self, context: Mapping[str, Any]) -> list[int] | None:

@@ -122,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": fault[7:]}]})
         elif fault != "cut":
             chunks += self.server.last_chunks(body)
+        if fault == "miscounts":
+            chunks[-1]["metrics"]["speculative_decoding"]["num_draft_tokens"] = 1
         lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
         return [lines[0], "{", *lines[2:]] if fault == "garbage" else lines
 

@@ -170,13 +170,17 @@ def test_what_a_server_fails_is_asked_again_by_the_same_command(
     assert main(words) == 0 and len(server.asked) == asked + 3
 
 
-def test_an_outage_costs_no_answer_and_a_second_turn_follows_the_noted_first(server: Server, words: list[str]):
+def test_an_outage_costs_no_answer_and_a_second_turn_follows_the_noted_first(
+    server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
+):
     server.fault, server.faulty = "status 503", ("two",)
     assert main(words) == 1
     assert [(r["id"], r["turn"]) for r in answers()] == [("1", 0), ("2", 0)]
     before = answers()
     server.fault, asked = "", len(server.asked)
+    capsys.readouterr()
     assert main(words) == 0
+    assert "note:" not in capsys.readouterr().err
     assert answers()[:2] == before and [(r["id"], r["turn"]) for r in answers()[2:]] == [("1", 1)]
     (body,) = server.asked[asked:]
     assert [m["content"] for m in body["messages"]] == ["one", "1 1 1 ", "two"]
@@ -228,6 +232,16 @@ def test_a_prompt_that_is_refused_is_a_row_with_its_reason_and_exit_1(
     assert "2 of 3 turns failed for good: out/served.jsonl says why" in said and "no answer" not in said
     asked = len(server.asked)
     assert main(words) == 1 and len(server.asked) == asked
+
+
+def test_counts_that_cannot_be_are_told_as_they_are_written_and_fail_the_run(
+    server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    server.fault, server.faulty = "miscounts", ("three",)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "note: task b: 1 things that the server says cannot be" in said and "turn 0: accepts 2 of 1" in said
+    assert len(answers()) == 3 and main(["evaluate", "--check", "out"]) == 1
 
 
 def test_a_line_that_is_no_question_is_a_failed_row_and_is_not_asked(server: Server, words: list[str]):
