@@ -90,15 +90,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "stand_ins",
             "statistics",
         },
-        {
-            "comparison",
-            "device_plan",
-            "metrics",
-            "row_checks",
-            "served_checks",
-            "served_metrics",
-            "step_parts",
-        },
+        {"comparison", "device_plan", "metrics", "row_checks", "served_checks", "served_metrics", "step_parts"},
         {
             "device_attention",
             "device_figures",

@@ -26,7 +26,7 @@ REASONS, LONGEST = 3, 120
 """Reasons for turns without an answer that are told, and the letters of each."""
 
 
-class Asked(NamedTuple):
+class OpenQuestion(NamedTuple):
     """A question, and what is known of it in one pass."""
 
     place: int
@@ -41,10 +41,10 @@ class Asked(NamedTuple):
         return 0 if self.done and self.done[-1].error else self.question.turns - len(self.done)
 
 
-class Answered(NamedTuple):
-    """What became of one question in a sitting."""
+class QuestionOutcome(NamedTuple):
+    """The rows of one question in a sitting, or why there are none."""
 
-    asked: Asked
+    asked: OpenQuestion
     rows: list[ServedRow]
     ended: float
     """When its last answer came."""
@@ -90,11 +90,11 @@ class ServedRun:
             tell(self.figures(of))
 
     def _sit(
-        self, client: Client, left: Sequence[Asked], settings: Settings, variables: Mapping[str, Any], of: Pass
+        self, client: Client, left: Sequence[OpenQuestion], settings: Settings, variables: Mapping[str, Any], of: Pass
     ) -> None:
         """Notes what the server answers of a task, as many requests in flight as the client allows."""
         before, began = read_page(client), time.perf_counter()
-        answered: dict[int, Answered] = {}
+        answered: dict[int, QuestionOutcome] = {}
         refusal = None
         try:
             for one in in_flight(
@@ -118,12 +118,12 @@ class ServedRun:
         if refusal is not None:
             raise refusal
 
-    def _asked(self, of: Pass) -> list[Asked]:
+    def _asked(self, of: Pass) -> list[OpenQuestion]:
         """Returns the questions of a task with the rows of this pass."""
         mine: dict[str, list[ServedRow]] = {}
         for row in sorted(self.book.rows_of(of), key=lambda row: row.turn):
             mine.setdefault(row.id, []).append(row)
-        return [Asked(place, q, tuple(mine.get(q.prompt.id, ()))) for place, q in self.tasks[of[0]]]
+        return [OpenQuestion(place, q, tuple(mine.get(q.prompt.id, ()))) for place, q in self.tasks[of[0]]]
 
     def figures(self, of: Pass) -> dict[str, Any]:
         """Returns the figures of a task at one temperature and seed."""
@@ -160,7 +160,7 @@ def _gained(before: Counters | None, after: Counters | None) -> Counters | None:
         return None
 
 
-def answer(client: Client, asked: Asked, settings: Settings, variables: Mapping[str, Any]) -> Answered:
+def answer(client: Client, asked: OpenQuestion, settings: Settings, variables: Mapping[str, Any]) -> QuestionOutcome:
     """Returns a row for each turn that is left; a second turn follows the server's own first answer.
 
     It ends at a turn without an answer: with a row that has an error where the server refuses the prompt, and without
@@ -173,19 +173,19 @@ def answer(client: Client, asked: Asked, settings: Settings, variables: Mapping[
     for turn in range(len(done), question.turns):
         about = (question.prompt.id, question.task, turn, settings.temperature, settings.seed)
         if question.prompt.problem:
-            return Answered(asked, [ServedRow(*about, error=question.prompt.problem)], ended)
+            return QuestionOutcome(asked, [ServedRow(*about, error=question.prompt.problem)], ended)
         prompt = question.asked(texts)
         context = context_fields(prompt.messages, prompt.tools, {**variables, **prompt.variables})
         try:
             said = stream(client, "/chat/completions", context | sampling_fields(own))
         except RequestFailed as error:
             if error.passes:
-                return Answered(asked, rows, ended, " ".join(str(error).split())[:LONGEST])
-            return Answered(asked, [*rows, ServedRow(*about, error=str(error))], ended)
+                return QuestionOutcome(asked, rows, ended, " ".join(str(error).split())[:LONGEST])
+            return QuestionOutcome(asked, [*rows, ServedRow(*about, error=str(error))], ended)
         ended = time.perf_counter()
         rows.append(_row(about, said))
         texts.append(said.text)
-    return Answered(asked, rows, ended)
+    return QuestionOutcome(asked, rows, ended)
 
 
 def _row(about: tuple[Any, ...], said: StreamedAnswer) -> ServedRow:

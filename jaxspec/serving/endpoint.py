@@ -46,7 +46,7 @@ class RequestFailed(Exception):
 
     @property
     def passes(self) -> bool:
-        """Whether the same request may have an answer later: the server failed, or the way to it."""
+        """Returns whether the same request may have an answer later: the server failed, or the way to it."""
         status = self.kind.removeprefix("status ")
         if status.isdigit():
             return int(status) not in OWN_FAULT

@@ -1,4 +1,4 @@
-"""What servers say of their rounds: metrics pages and answers of vLLM, SGLang and llama.cpp."""
+"""Metrics pages and answers of vLLM, SGLang and llama.cpp: each server tells its rounds in its own way."""
 
 from typing import Any
 
