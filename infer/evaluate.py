@@ -8,9 +8,7 @@ from these rows, and `--check` asserts what must hold of them. A run that was st
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 
 from jaxspec.console import cli, results, tables
@@ -28,12 +25,15 @@ from jaxspec.data import jsonl
 from jaxspec.data.chat_template import parse_variables
 from jaxspec.data.questions import Question, read_questions
 from jaxspec.decoding.requests import Settings
-from jaxspec.evaluation import metrics, served, side_by_side
+from jaxspec.evaluation import metrics, served_metrics, served_rows, side_by_side
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
+from jaxspec.evaluation.machine import peak_memory
 from jaxspec.evaluation.row_checks import check
 from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, read_evaluation, to_record
-from jaxspec.evaluation.served import ServedBook
+from jaxspec.evaluation.served import ServedRun, by_task
+from jaxspec.evaluation.served_checks import check_served_file
+from jaxspec.evaluation.served_rows import ServedBook, is_served, read_served
 from jaxspec.evaluation.side_by_side import SideBySide
 from jaxspec.interchange import hf, target_folders
 from jaxspec.parallel.agreement import say
@@ -81,8 +81,9 @@ class Args(DraftFlags):
     out: Path = Path("runs/evaluate")
     """Folder of rows.jsonl and summary.json."""
     endpoint: str | None = None
-    """Let a server that speaks OpenAI's API answer (vLLM, SGLang): its address, such as http://localhost:8000/v1. Its
-    acceptance is read from its own metrics. The key is read from JAXSPEC_API_KEY or OPENAI_API_KEY."""
+    """Let a server that speaks OpenAI's API answer (vLLM, SGLang, llama.cpp): its address, such as
+    http://localhost:8000/v1. Its acceptance is read from its own metrics and answers. The key is read from
+    JAXSPEC_API_KEY or OPENAI_API_KEY."""
     model: str | None = None
     """With --endpoint: the model's name. Default: the first that the server lists."""
     concurrency: int = 1
@@ -178,19 +179,19 @@ def evaluate_served(args: Args, questions: Sequence[Question], started: float) -
     """Lets a server answer; writes a row for each answer and the figures by task."""
     key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
     server = Endpoint(args.endpoint or "", args.model, key, args.concurrency)
-    tasks, variables = served.by_task(questions), dict(parse_variables(args.template_args))
     with closing(Client(server)) as client:
-        about = {"format": served.FORMAT, "endpoint": args.endpoint, "model": client.model}
+        about = {"format": served_rows.FORMAT, "endpoint": args.endpoint, "model": client.model}
         about |= {"server_version": read_version(client), "concurrency": args.concurrency}
         about |= {"prompts_sha256": hashlib.sha256(Path(args.prompts or "").read_bytes()).hexdigest()}
         asked = {name: getattr(args, name) for name in ("limit", "max_new_tokens", "top_k", "top_p", "template_args")}
-        book = ServedBook(args.out / "served.jsonl", about | asked)
-        with progress("served", len(tasks) * len(args.passes), "tasks") as bar:
-            for settings, (task, mine) in itertools.product(args.passes, tasks.items()):
-                if book.figures(task, settings) is None:
-                    book.add(served.answer_task(client, mine, settings, variables), settings)
-                found = book.figures(task, settings) or {}
-                bar.advance(1, f"{task}: {tables.cell(found.get('acceptance_length'))}")
+        run = ServedRun(questions, args.passes, ServedBook(args.out / "served.jsonl", about | asked))
+        with progress("served", len(run), "tasks") as bar:
+            shown = ("task", "acceptance_length")
+            run.ask(
+                client,
+                dict(parse_variables(args.template_args)),
+                lambda row: bar.advance(1, ": ".join(tables.cell(row[name]) for name in shown)),
+            )
     result = results.result(
         "evaluate",
         dtype="unknown",
@@ -198,28 +199,31 @@ def evaluate_served(args: Args, questions: Sequence[Question], started: float) -
         started=started,
         **about,
         max_new_tokens=args.max_new_tokens,
-        rows=str(book.path),
-        failed=sum(bool(row.error) for row in book.rows),
-        formulas=served.FORMULAS,
-        summary=book.summary,
+        rows=str(run.book.path),
+        failed=sum(bool(row.error) for row in run.book.file.rows),
+        unanswered=sum(row["unanswered"] for row in run.summary),
+        formulas=served_metrics.FORMULAS,
+        summary=run.summary,
     )
     results.write_json(args.out / "summary.json", result)
     if args.json:
         results.write_json(args.json, result)
     print_served(result)
-    return 0
+    if sentence := run.sentence():
+        sys.stderr.write(f"jaxspec evaluate: {sentence}\n")
+    return max(cli.EXIT_FAILED if sentence else 0, tell_problems(run.book.path))
 
 
 def print_served(result: dict[str, Any]) -> None:
     """Prints what a server did, task by task, and how each figure is computed."""
-    columns = ["task", "temperature", "answers", "failed", "drafts", "acceptance_length", "acceptance_rate"]
-    columns += ["tau_micro", "tokens_per_second", "user_tokens_per_second", "ttft_ms"]
+    columns = ["task", "temperature", "answers", "failed", "unanswered", "drafts", "acceptance_length"]
+    columns += ["acceptance_rate", "tau_micro", "tokens_per_second", "user_tokens_per_second", "ttft_ms"]
     title = f"{result['model']} at {result['endpoint']}, {result['concurrency']} requests in flight"
     tables.print_table(title, columns, [[row[name] for name in columns] for row in result["summary"]])
     for name, formula in result["formulas"].items():
         sys.stdout.write(f"{name}: {formula}\n")
-    if not any(row["drafts"] for row in result["summary"]):
-        sys.stdout.write("the server shows no counters of speculative decoding at /metrics\n")
+    if not any(row["acceptance_from"] for row in result["summary"]):
+        sys.stdout.write("the server shows no counters of speculative decoding, and its answers no rounds\n")
 
 
 def load_every(args: Args) -> tuple[list[Models], tuple[str, ...], Sequence[str | None]]:
@@ -252,10 +256,7 @@ def check_questions(questions: list[Question]) -> list[Question]:
 
 def first_of_tasks(questions: Sequence[Question], count: int) -> frozenset[str]:
     """Returns the ids of the first `count` questions of every task."""
-    by_task: dict[str, list[str]] = {}
-    for question in questions:
-        by_task.setdefault(question.task, []).append(question.prompt.id)
-    return frozenset(name for mine in by_task.values() for name in mine[:count])
+    return frozenset(question.prompt.id for mine in by_task(questions).values() for _, question in mine[:count])
 
 
 class RowBook:
@@ -384,14 +385,6 @@ def summary_of(args: Args, evaluation: Evaluation, started: float) -> dict[str, 
     )
 
 
-def peak_memory() -> int:
-    """Returns the most bytes that the accelerator held, or on a CPU this process."""
-    facts = jax.devices()[0].memory_stats() or {}
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
-
-
 def _ends(row: Mapping[str, Any]) -> str | None:
     """Returns the interval of a speed-up; None where it has none."""
     low, high = row["speedup_low"], row["speedup_high"]
@@ -432,15 +425,22 @@ def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def tell_problems(path: Path) -> int:
-    """Asserts the invariants of a file of rows; returns the exit code."""
-    evaluation = read_evaluation(path)
-    problems = check(evaluation)
+    """Asserts the invariants of a file of rows, ours or a server's, or of those in a folder; returns the exit code."""
+    inside = [path / name for name in ("rows.jsonl", "served.jsonl") if (path / name).is_file()]
+    if inside:
+        return max(map(tell_problems, inside))
+    if is_served(path):
+        served = read_served(path)
+        problems, count = check_served_file(served), len(served.rows)
+    else:
+        evaluation = read_evaluation(path)
+        problems, count = check(evaluation), len(evaluation.rows)
     for problem in problems[:SHOWN]:
         sys.stderr.write(f"jaxspec evaluate: {path}: {problem}\n")
     if len(problems) > SHOWN:
         sys.stderr.write(f"jaxspec evaluate: {path}: {len(problems) - SHOWN:,} problems more\n")
     if not problems:
-        sys.stdout.write(f"{path}: all invariants hold of {len(evaluation.rows):,} rows\n")
+        sys.stdout.write(f"{path}: all invariants hold of {count:,} rows\n")
     return cli.EXIT_FAILED if problems else 0
 
 

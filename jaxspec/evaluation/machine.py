@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +22,14 @@ def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
         jax.block_until_ready(call())
         times.append(time.perf_counter() - started)
     return float(np.median(times))
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that the accelerator held, or on a CPU this process."""
+    facts = jax.devices()[0].memory_stats() or {}
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
 
 Name = TypeVar("Name", bound=Hashable)

@@ -1,110 +1,60 @@
-"""Questions answered by a server, its acceptance read from its own metrics: a served drafter held to its promise.
+"""Questions answered by a server, its acceptance read from its own figures: a served drafter held to its promise.
 
-A server shows no rounds, so rows hold texts and times, and acceptance comes from the difference of its counters before
-and after each task, and from its answers where these say something of their own rounds.
+Turns that the server fails (it is away, overloaded, silent, or breaks off) get no row: the next run asks them again,
+and only them. A prompt that it refuses is a row with an error.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import collections
+import itertools
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from jaxspec.data import jsonl
 from jaxspec.data.questions import Question
 from jaxspec.decoding.requests import Settings
-from jaxspec.serving.endpoint import Client, RequestFailed, context_fields, in_flight, sampling_fields
+from jaxspec.evaluation.served_checks import check_sitting
+from jaxspec.evaluation.served_metrics import summarize_served
+from jaxspec.evaluation.served_rows import Pass, ServedBook, ServedRow, Sitting
+from jaxspec.parallel.agreement import say
+from jaxspec.serving.endpoint import Client, RequestFailed, ServerRefused, context_fields, in_flight, sampling_fields
 from jaxspec.serving.served_acceptance import Counters
-from jaxspec.serving.streaming_client import StreamedAnswer, read_counters, stream
+from jaxspec.serving.streaming_client import StreamedAnswer, read_page, stream
 
-FORMAT = "jaxspec-served/1"
-FORMULAS = {
-    "acceptance_length": "1 + accepted / drafts of the server's counters, as vLLM prints it",
-    "survival": "accepted at each position of the draft / drafts",
-    "acceptance_rate": "accepted / drafted tokens",
-    "tau_micro": "1 + sum accepted / sum rounds, of answers that say so themselves",
-    "tokens_per_second": "new tokens of the task / its wall time, all requests in flight",
-    "user_tokens_per_second": "median over answers of (new tokens - 1) / (seconds - time to first token)",
-    "ttft_ms": "median milliseconds from a request to the first chunk with text or thoughts",
-}
-"""Name of a figure -> how it is computed."""
-SUMMARY = "summary"
-"""Key of the figures behind the rows of a task."""
+REASONS, LONGEST = 3, 120
+"""Reasons for turns without an answer that are told, and the letters of each."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ServedRow:
-    """A server's answer to one turn. A row with an `error` has no figures."""
+class OpenQuestion(NamedTuple):
+    """A question, and what is known of it in one pass."""
 
-    id: str
-    task: str
-    turn: int
-    temperature: float
-    seed: int
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    """Ids, where the server gives them."""
-    count: int = 0
-    prompt_tokens: int = 0
-    finish: str = ""
-    ttft_seconds: float = 0.0
-    seconds: float = 0.0
-    chunk_seconds: tuple[float, ...] = ()
-    rounds: int | None = None
-    """Rounds and accepted drafts, where the answer says so."""
-    accepted: int | None = None
-    error: str = ""
-
-
-class ServedTask(NamedTuple):
-    """All answers of a task."""
-
-    rows: list[ServedRow]
-    counters: Counters | None
-    """The gain of its counters; None where the server shows none."""
-    wall_seconds: float
-
-
-class ServedBook:
-    """The file of a server's answers: the rows of a task, then its figures.
-
-    A stopped run goes on behind its last whole task. Raises ValueError where the file was begun with other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        noted = jsonl.journal(path, settings, of=path.parent, fields=("task", "temperature", "seed"))
-        whole = max((number for number, record in enumerate(noted, 1) if SUMMARY in record), default=0)
-        if whole < len(noted):
-            jsonl.keep_lines(path, 1 + whole)
-        self.rows = [ServedRow(**record) for record in noted[:whole] if SUMMARY not in record]
-        self._figures = {_key(record): record[SUMMARY] for record in noted[:whole] if SUMMARY in record}
+    place: int
+    """In the file of questions: its own seed follows from it."""
+    question: Question
+    done: tuple[ServedRow, ...]
+    """Rows of its first turns, which are not asked again."""
 
     @property
-    def summary(self) -> list[dict[str, Any]]:
-        """The figures of every task, temperature and seed."""
-        return list(self._figures.values())
-
-    def figures(self, task: str, settings: Settings) -> dict[str, Any] | None:
-        """Returns the figures of a task; None where it is not noted."""
-        return self._figures.get((task, settings.temperature, settings.seed))
-
-    def add(self, done: ServedTask, settings: Settings) -> None:
-        """Notes the answers and figures of a task; they are on disk when this returns."""
-        figures = summarize_served(done)
-        about = {"task": figures["task"], "temperature": settings.temperature, "seed": settings.seed}
-        jsonl.append(self.path, [*map(dataclasses.asdict, done.rows), about | {SUMMARY: figures}])
-        self.rows += done.rows
-        self._figures[_key(about)] = figures
+    def left(self) -> int:
+        """Turns that are to be asked."""
+        return 0 if self.done and self.done[-1].error else self.question.turns - len(self.done)
 
 
-def _key(record: Mapping[str, Any]) -> tuple[str, float, int]:
-    return record["task"], record["temperature"], record["seed"]
+class QuestionOutcome(NamedTuple):
+    """The rows of one question in a sitting, or why there are none."""
+
+    asked: OpenQuestion
+    rows: list[ServedRow]
+    ended: float
+    """When its last answer came."""
+    failure: str = ""
+    """Why the server gave no further answer; empty where it did."""
+
+    @property
+    def left(self) -> int:
+        """Turns that are still to be asked."""
+        return self.asked._replace(done=(*self.asked.done, *self.rows)).left
 
 
 def by_task(questions: Sequence[Question]) -> dict[str, list[tuple[int, Question]]]:
@@ -115,54 +65,127 @@ def by_task(questions: Sequence[Question]) -> dict[str, list[tuple[int, Question
     return found
 
 
-def answer_task(
-    client: Client, mine: Sequence[tuple[int, Question]], settings: Settings, variables: Mapping[str, Any]
-) -> ServedTask:
-    """Returns the answers to a task, as many requests in flight as the client allows.
+class ServedRun:
+    """All tasks at all temperatures and seeds, asked of one server."""
 
-    `variables` are those of the chat template; a question's own go before them. Raises ServerRefused where the server
-    refuses every request, and ValueError where it was started again meanwhile.
+    def __init__(self, questions: Sequence[Question], passes: Sequence[Settings], book: ServedBook) -> None:
+        self.tasks, self.passes, self.book = by_task(questions), passes, book
+        self.failures: collections.Counter[str] = collections.Counter()
+        """Why turns have no answer, of this run."""
+
+    def __len__(self) -> int:
+        return len(self.tasks) * len(self.passes)
+
+    def ask(self, client: Client, variables: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+        """Asks for every answer that is left; `tell` is told the figures of each task.
+
+        `variables` are those of the chat template; a question's own go before them. Raises ServerRefused where the
+        server refuses every request, when what it has answered is noted.
+        """
+        for settings, task in itertools.product(self.passes, self.tasks):
+            of = (task, settings.temperature, settings.seed)
+            left = [asked for asked in self._asked(of) if asked.left]
+            if left:
+                self._sit(client, left, settings, variables, of)
+            tell(self.figures(of))
+
+    def _sit(
+        self, client: Client, left: Sequence[OpenQuestion], settings: Settings, variables: Mapping[str, Any], of: Pass
+    ) -> None:
+        """Notes what the server answers of a task, as many requests in flight as the client allows."""
+        before, began = read_page(client), time.perf_counter()
+        answered: dict[int, QuestionOutcome] = {}
+        refusal = None
+        try:
+            for one in in_flight(
+                lambda asked: answer(client, asked, settings, variables), left, client.endpoint.concurrency
+            ):
+                answered[one.asked.place] = one
+        except ServerRefused as error:
+            refusal = error
+        found = [answered[asked.place] for asked in left if asked.place in answered]
+        after = read_page(client)
+        # Of requests that were given up, the server may count more to come.
+        gained = None if refusal else _gained(before.counters, after.counters)
+        wall = max((one.ended for one in found if one.rows), default=began) - began
+        settled = sum(one.asked.left - one.left for one in found)
+        rows = [row for one in found for row in one.rows]
+        sitting = Sitting(len(rows), sum(asked.left for asked in left) - settled, wall, gained, after.gauges)
+        self.book.add(of, rows, sitting)
+        if problems := check_sitting(rows, sitting, self.book.file.settings):
+            say(f"note: task {of[0]}: {len(problems)} things that the server says cannot be; the first: {problems[0]}")
+        self.failures.update(one.failure for one in found if one.failure)
+        if refusal is not None:
+            raise refusal
+
+    def _asked(self, of: Pass) -> list[OpenQuestion]:
+        """Returns the questions of a task with the rows of this pass."""
+        mine: dict[str, list[ServedRow]] = {}
+        for row in sorted(self.book.rows_of(of), key=lambda row: row.turn):
+            mine.setdefault(row.id, []).append(row)
+        return [OpenQuestion(place, q, tuple(mine.get(q.prompt.id, ()))) for place, q in self.tasks[of[0]]]
+
+    def figures(self, of: Pass) -> dict[str, Any]:
+        """Returns the figures of a task at one temperature and seed."""
+        unanswered = sum(asked.left for asked in self._asked(of))
+        return summarize_served(of, unanswered, self.book.rows_of(of), self.book.sittings_of(of))
+
+    @property
+    def summary(self) -> list[dict[str, Any]]:
+        """The figures of all."""
+        every = itertools.product(self.passes, self.tasks)
+        return [self.figures((task, settings.temperature, settings.seed)) for settings, task in every]
+
+    def sentence(self) -> str:
+        """Returns how many turns have no answer, why, and what asks them again; empty where all have one."""
+        file, said = self.book.file, []
+        turns = len(self.passes) * sum(question.turns for mine in self.tasks.values() for _, question in mine)
+        if unanswered := sum(row["unanswered"] for row in self.summary):
+            reasons = "; ".join(reason for reason, _ in self.failures.most_common(REASONS))
+            said.append(
+                f"{unanswered:,} of {turns:,} turns have no answer ({reasons}): the same command asks them again"
+            )
+        if failed := sum(bool(row.error) for row in file.rows):
+            said.append(f"{failed:,} of {turns:,} turns failed for good: {self.book.path} says why")
+        return ", and ".join(said)
+
+
+def _gained(before: Counters | None, after: Counters | None) -> Counters | None:
+    """Returns what counters gained; None where they are not known, or the server was started again meanwhile."""
+    if before is None or after is None:
+        return None
+    try:
+        return after.since(before)
+    except ValueError:
+        return None
+
+
+def answer(client: Client, asked: OpenQuestion, settings: Settings, variables: Mapping[str, Any]) -> QuestionOutcome:
+    """Returns a row for each turn that is left; a second turn follows the server's own first answer.
+
+    It ends at a turn without an answer: with a row that has an error where the server refuses the prompt, and without
+    one where it may answer later.
     """
-    before, began = read_counters(client), time.perf_counter()
-    asked = functools.partial(_answer_one, client, settings, variables)
-    answered = dict(in_flight(asked, mine, client.endpoint.concurrency))
-    rows = [row for place, _ in mine for row in answered[place]]
-    wall, after = time.perf_counter() - began, read_counters(client)
-    gained = None if before is None or after is None else after.since(before)
-    return ServedTask(rows, gained, wall)
-
-
-def _answer_one(
-    client: Client, run: Settings, variables: Mapping[str, Any], one: tuple[int, Question]
-) -> tuple[int, list[ServedRow]]:
-    """Returns a question's place, and its answers."""
-    place, question = one
-    return place, answer(client, question, (run, run.for_row(place)), variables)
-
-
-def answer(
-    client: Client, question: Question, settings: tuple[Settings, Settings], variables: Mapping[str, Any]
-) -> list[ServedRow]:
-    """Returns a row for each turn of a question; a second turn follows the server's own first answer.
-
-    `settings` are the run's, and with a seed of the question's own.
-    """
-    run, own = settings
-    texts: list[str] = []
-    rows = []
-    for turn in range(question.turns):
-        about = (question.prompt.id, question.task, turn, run.temperature, run.seed)
+    place, question, done = asked
+    texts, own = [row.text for row in done], settings.for_row(place)
+    rows: list[ServedRow] = []
+    ended = time.perf_counter()
+    for turn in range(len(done), question.turns):
+        about = (question.prompt.id, question.task, turn, settings.temperature, settings.seed)
         if question.prompt.problem:
-            return [ServedRow(*about, error=question.prompt.problem)]
+            return QuestionOutcome(asked, [ServedRow(*about, error=question.prompt.problem)], ended)
         prompt = question.asked(texts)
         context = context_fields(prompt.messages, prompt.tools, {**variables, **prompt.variables})
         try:
             said = stream(client, "/chat/completions", context | sampling_fields(own))
         except RequestFailed as error:
-            return [*rows, ServedRow(*about, error=str(error))]
+            if error.passes:
+                return QuestionOutcome(asked, rows, ended, " ".join(str(error).split())[:LONGEST])
+            return QuestionOutcome(asked, [*rows, ServedRow(*about, error=str(error))], ended)
+        ended = time.perf_counter()
         rows.append(_row(about, said))
         texts.append(said.text)
-    return rows
+    return QuestionOutcome(asked, rows, ended)
 
 
 def _row(about: tuple[Any, ...], said: StreamedAnswer) -> ServedRow:
@@ -179,26 +202,6 @@ def _row(about: tuple[Any, ...], said: StreamedAnswer) -> ServedRow:
         chunk_seconds=said.chunk_seconds,
         rounds=None if own is None else own.rounds,
         accepted=None if own is None else own.accepted,
+        drafted=None if own is None else own.drafted,
+        histogram=() if own is None else own.histogram,
     )
-
-
-def summarize_served(done: ServedTask) -> dict[str, Any]:
-    """Returns the figures of a task; those that the server does not tell are None."""
-    rows = [row for row in done.rows if not row.error]
-    counted = [row for row in rows if row.rounds]
-    steady = [(r.count - 1) / (r.seconds - r.ttft_seconds) for r in rows if r.count > 1 and r.seconds > r.ttft_seconds]
-    tokens, rounds = sum(row.count for row in rows), sum(row.rounds or 0 for row in counted)
-    figures = Counters(0, 0, 0, ()).figures() if done.counters is None else done.counters.figures()
-    return {
-        "task": done.rows[0].task,
-        "method": "served",
-        "temperature": done.rows[0].temperature,
-        "answers": len(rows),
-        "failed": len(done.rows) - len(rows),
-        "tokens": tokens,
-        **figures,
-        "tau_micro": 1 + sum(row.accepted or 0 for row in counted) / rounds if rounds else None,
-        "tokens_per_second": tokens / done.wall_seconds,
-        "user_tokens_per_second": float(np.median(steady)) if steady else None,
-        "ttft_ms": 1e3 * float(np.median([row.ttft_seconds for row in rows])) if rows else None,
-    }

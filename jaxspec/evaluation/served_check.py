@@ -137,10 +137,10 @@ def parting(prompt: GoldenPrompt, said: StreamedAnswer) -> int | None:
 def check_acceptance(expected: dict[str, Any], served: Counters | None) -> tuple[Stage, str | None]:
     """Returns whether the acceptance by position is the one that was predicted."""
     wanted = [round(s, 4) for s in expected["survival"]]
-    if served is None or not served.drafts:
-        note = "the server shows no counters of speculative decoding"
+    if served is None or not served.drafts or not served.by_position:
+        note = "the server shows no counters of speculative decoding by position"
         return Stage("acceptance by position", None, None, wanted, note), None
-    found = served.figures()["survival"]
+    found = [kept / served.drafts for kept in served.by_position]
     survival = [*found, *[0.0] * (len(wanted) - len(found))][: len(wanted)]
     passed = all(abs(a - b) <= TOLERANCE for a, b in zip(survival, wanted, strict=True))
     note = f"{int(served.drafts):,} rounds; {expected['rounds']:,} were predicted"

@@ -25,6 +25,10 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which a request is sent again."""
 FATAL = {401: "the key", 403: "the key", 404: "the address or the model"}
 """Statuses that no other request would change."""
+OWN_FAULT = (400, 413, 422, 451)
+"""Statuses by which a server refuses one request for what it asks, and would again."""
+TOKEN_IDS = "return_token_ids"
+"""Field that asks for token ids, beyond OpenAI's (vLLM)."""
 _LONGEST_WAIT = 60.0
 _TOO_LONG = ("maximum context length", "context length", "too long", "max_model_len", "longer than")
 """Words by which servers say that a prompt has no room."""
@@ -39,6 +43,14 @@ class RequestFailed(Exception):
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
         self.kind = kind
+
+    @property
+    def passes(self) -> bool:
+        """Returns whether the same request may have an answer later: the server failed, or the way to it."""
+        status = self.kind.removeprefix("status ")
+        if status.isdigit():
+            return int(status) not in OWN_FAULT
+        return self.kind in ("connection", "stream", "timeout", "unreadable")
 
 
 class ServerRefused(ValueError):
@@ -92,14 +104,23 @@ class Client:
             raise ValueError(f"--endpoint is {endpoint.url!r}, which is no address: {error}") from error
         self.retries: collections.Counter[str] = collections.Counter()
         """Requests that were sent again, by what was wrong."""
-        self.gives_ids = True
-        """Whether the server may know the field that asks for token ids."""
+        self.refused: set[str] = set()
+        """Fields beyond OpenAI's that the server has refused."""
+        self.settled = False
+        """Whether it has answered a request with those that are left."""
         self._lock = threading.Lock()
         self.model = endpoint.model or self._first_model()
 
     def close(self) -> None:
         """Closes the connections."""
         self._http.close()
+
+    def is_up(self) -> bool:
+        """Returns whether the server answers at all."""
+        try:
+            return self._http.get("/models").status_code < 500
+        except self._httpx.TransportError:
+            return False
 
     def _first_model(self) -> str:
         try:
@@ -117,13 +138,13 @@ class Client:
         """Returns the server's answer to what a dialogue asks. Raises RequestFailed, and ServerRefused."""
         context = context_fields(dialogue.ask(), dialogue.original.tools, dialogue.variables)
         body = {"model": self.model, **context, **sampling_fields(settings)}
-        if self.gives_ids:
+        if TOKEN_IDS not in self.refused:
             try:
-                return read_reply(self._send("POST", "/chat/completions", body | {"return_token_ids": True}))
+                return read_reply(self._send("POST", "/chat/completions", body | {TOKEN_IDS: True}))
             except RequestFailed as error:
-                if "return_token_ids" not in str(error):
+                if TOKEN_IDS not in str(error):
                     raise
-                self.gives_ids = False  # a server that refuses what it does not know
+                self.refused.add(TOKEN_IDS)  # a server that refuses what it does not know
         return read_reply(self._send("POST", "/chat/completions", body))
 
     @contextlib.contextmanager
@@ -137,7 +158,7 @@ class Client:
                 yield _lines(response.iter_bytes())
         except self._httpx.TimeoutException as error:
             raise RequestFailed("timeout", f"no answer within {self.endpoint.timeout:g} s") from error
-        except self._httpx.TransportError as error:
+        except self._httpx.RequestError as error:
             raise RequestFailed("connection", str(error) or type(error).__name__) from error
 
     def tokenize(self, context: Mapping[str, Any]) -> list[int] | None:

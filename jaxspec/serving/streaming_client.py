@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxspec.serving.endpoint import Client, RequestFailed
-from jaxspec.serving.served_acceptance import AnswerAcceptance, Counters, of_answer, parse_counters
+from jaxspec.serving.endpoint import TOKEN_IDS, Client, RequestFailed, ServerRefused
+from jaxspec.serving.served_acceptance import AnswerAcceptance, Counters, MetricsPage, of_answer, parse_page
 
 END = "[DONE]"
+EXTRAS = (TOKEN_IDS, "return_spec_tokens_details")
+"""Fields beyond OpenAI's: token ids (vLLM), and the rounds of the answer (SGLang)."""
+
+CUT_OFF = ("", "abort", "error")
+"""Reasons to end that are the server's own: it was stopped, or it failed."""
 
 
 class StreamedAnswer(NamedTuple):
@@ -48,7 +53,7 @@ class _Heard:
     def add(self, chunk: Mapping[str, Any]) -> None:
         """Takes up a chunk. Raises RequestFailed where it is an error."""
         if chunk.get("error"):
-            raise RequestFailed("stream", f"the stream broke off: {json.dumps(chunk['error'])[:200]}")
+            raise RequestFailed(_kind(chunk["error"]), f"the stream broke off: {json.dumps(chunk['error'])[:200]}")
         self.acceptance = of_answer(chunk) or self.acceptance
         if isinstance(usage := chunk.get("usage"), Mapping):
             self.usage = usage
@@ -66,7 +71,8 @@ class _Heard:
     def answer(self) -> StreamedAnswer:
         """Returns the whole answer. Raises RequestFailed where the stream ended without a reason to end."""
         if self.finish not in ("stop", "length"):
-            raise RequestFailed("stream", f"the stream ended with finish_reason {self.finish!r}")
+            kind = "stream" if self.finish in CUT_OFF else f"finish {self.finish}"
+            raise RequestFailed(kind, f"the stream ended with finish_reason {self.finish!r}")
         counts = [self.usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
         count, prompt = (c if isinstance(c, int) else 0 for c in counts)
         seconds = time.perf_counter() - self.began
@@ -77,20 +83,44 @@ class _Heard:
         )  # fmt: skip
 
 
-def stream(client: Client, path: str, body: Mapping[str, Any]) -> StreamedAnswer:
-    """Returns a server's answer to a request body; a server that refuses to give token ids is asked without them.
+def _kind(error: object) -> str:
+    """Returns how an error within a stream is counted: by its status where it has one."""
+    code = error.get("code") if isinstance(error, Mapping) else None
+    return f"status {code}" if isinstance(code, int) and 400 <= code < 600 else "stream"
 
-    Raises RequestFailed naming what is wrong. A request is sent once: a second one would be timed with a warm cache.
+
+def stream(client: Client, path: str, body: Mapping[str, Any]) -> StreamedAnswer:
+    """Returns a server's answer to a request body; a server that refuses one of `EXTRAS` is asked without it.
+
+    Raises RequestFailed naming what is wrong. A request is answered once: a second one would be timed with a warm
+    cache.
     """
     asked = {**body, "model": client.model, "stream": True, "stream_options": {"include_usage": True}}
-    if client.gives_ids:
+    extras = [name for name in EXTRAS if name not in client.refused]
+    while True:
         try:
-            return _stream_once(client, path, asked | {"return_token_ids": True})
+            found = _stream_once(client, path, asked | dict.fromkeys(extras, True))
         except RequestFailed as error:
-            if "return_token_ids" not in str(error):
+            left = _left_of(extras, error, client.settled)
+            if left == extras:
                 raise
-            client.gives_ids = False
-    return _stream_once(client, path, asked)
+            extras = left
+        else:
+            client.refused |= {name for name in EXTRAS if name not in extras}
+            client.settled = True
+            return found
+
+
+def _left_of(extras: Sequence[str], error: RequestFailed, settled: bool) -> list[str]:
+    """Returns the fields to ask with after a failure; all of them where it is not about them.
+
+    A refusal that names none of them may be about the last, as long as the server has answered no request with them.
+    """
+    if error.kind not in ("status 400", "status 422"):
+        return list(extras)
+    if any(name in str(error) for name in extras):
+        return [name for name in extras if name not in str(error)]
+    return list(extras if settled else extras[:-1])
 
 
 def _stream_once(client: Client, path: str, body: Mapping[str, Any]) -> StreamedAnswer:
@@ -118,14 +148,21 @@ def read_events(lines: Iterator[str]) -> Iterator[Mapping[str, Any]]:
         yield chunk
 
 
+def read_page(client: Client) -> MetricsPage:
+    """Returns what a server's metrics page says of speculative decoding; nothing where there is no page."""
+    return parse_page(client.read_text("/metrics") or "")
+
+
 def read_counters(client: Client) -> Counters | None:
     """Returns a server's counters of speculative decoding; None where it shows none."""
-    text = client.read_text("/metrics")
-    return None if text is None else parse_counters(text)
+    return read_page(client).counters
 
 
 def read_version(client: Client) -> str | None:
-    """Returns the server's version, as vLLM and SGLang tell it; None where it does not."""
+    """Returns the server's version, as vLLM and SGLang tell it; None where it does not.
+
+    Raises ServerRefused where it does not answer at all.
+    """
     for path in ("/version", "/server_info", "/get_server_info"):
         try:
             found = json.loads(client.read_text(path) or "")
@@ -133,4 +170,6 @@ def read_version(client: Client) -> str | None:
             continue
         if isinstance(found, dict) and isinstance(found.get("version"), str):
             return found["version"]
+    if not client.is_up():
+        raise ServerRefused(f"{client.endpoint.base} does not answer: is the server up? The same command goes on then")
     return None

@@ -1,91 +1,17 @@
-"""`jaxspec evaluate --endpoint`: streams, counters before and after each task, faults of servers."""
+"""`jaxspec evaluate --endpoint`: streams, what each server says of its rounds, outages, and what is asked again."""
 
 import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from served_toys import ACCEPTED, DRAFTED, ROUNDS, TOKENS, Server, answers, served_words, summary
 
 from jaxspec.__main__ import main
-from jaxspec.serving.served_acceptance import Counters, of_answer, parse_counters
+from jaxspec.serving.endpoint import RequestFailed
 from jaxspec.serving.streaming_client import _Heard
-
-PAGE = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
-vllm:spec_decode_num_drafts_total{{engine="0",model_name="m"}} {drafts}.0
-vllm:spec_decode_num_drafts_total{{engine="1",model_name="m"}} 0
-vllm:spec_decode_num_draft_tokens_total{{engine="0",model_name="m"}} {drafted}
-vllm:spec_decode_num_accepted_tokens_total{{engine="0",model_name="m"}} {accepted}
-vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="m",position="0"}} {first}
-vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="m",position="1"}} {second}
-vllm:request_success_total{{finished_reason="stop"}} 3.0
-"""
-
-
-class Server(ThreadingHTTPServer):
-    """A server that answers with the number of messages, two tokens a chunk, and counts drafts of two tokens."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.fault, self.shows_counters, self.asked = "", True, []
-        self.drafts = self.accepted = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        s = self.server
-        found = {
-            "/v1/models": json.dumps({"data": [{"id": "m"}]}),
-            "/version": json.dumps({"version": "0.99"}),
-        }
-        if s.shows_counters:
-            found["/metrics"] = PAGE.format(
-                drafts=s.drafts, drafted=2 * s.drafts, accepted=s.accepted, first=s.accepted, second=0
-            )
-        text = found.get(self.path)
-        self._send(404 if text is None else 200, text or "", "text/plain")
-
-    def do_POST(self) -> None:
-        s, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
-        s.asked.append(body)
-        if s.fault == "status":
-            return self._send(400, json.dumps({"error": {"message": "no"}}), "application/json")
-        s.drafts, s.accepted = s.drafts + 3, s.accepted + 2
-        choices: list[Any] = [{"delta": {"role": "assistant", "content": ""}}]
-        choices += [{"delta": {"content": f"{len(body['messages'])} "}, "token_ids": [5, 6]} for _ in range(2)]
-        chunks: list[dict[str, Any]] = [{"choices": [c]} for c in choices]
-        if s.fault == "error":
-            chunks.append({"error": {"message": "out of memory"}})
-        elif s.fault != "cut":
-            chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-            spec = {"num_spec_steps": 3, "num_accepted_draft_tokens": 2, "num_draft_tokens": 6}
-            usage = {"prompt_tokens": 7, "completion_tokens": 4}
-            chunks.append({"choices": [], "usage": usage, "metrics": {"speculative_decoding": spec}})
-        lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
-        if s.fault == "garbage":
-            lines[1] = "{"
-        self._send(200, "".join(f"data: {line}\n\n" for line in lines), "text/event-stream")
-
-    def _send(self, status: int, text: str, kind: str) -> None:
-        data = text.encode()
-        self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
 
 @pytest.fixture
@@ -99,19 +25,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def words(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    records = [
-        {"id": "1", "category": "a", "turns": ["one", "two"]},
-        {"id": "2", "category": "b", "turns": ["three"]},
-        {"id": "3", "category": "b", "turns": [7]},
-    ]
-    Path("set.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return ["evaluate", "--endpoint", server.url, "--prompts", "set.jsonl", "--out", "out", "--json", "r.json"]
-
-
-def answers() -> list[dict[str, Any]]:
-    """The rows of answers."""
-    lines = [json.loads(line) for line in Path("out/served.jsonl").read_text().splitlines()]
-    return [line for line in lines[1:] if "summary" not in line]
+    return served_words(server)
 
 
 def test_a_servers_acceptance_is_what_its_counters_gain_over_each_task(server: Server, words: list[str]):
@@ -120,23 +34,50 @@ def test_a_servers_acceptance_is_what_its_counters_gain_over_each_task(server: S
     result = json.loads(Path("r.json").read_text())
     assert result["server_version"] == "0.99" and result["model"] == "m"
     a, b = result["summary"]
-    assert (a["task"], a["drafts"], a["answers"], b["drafts"], b["answers"], b["failed"]) == ("a", 6, 2, 3, 1, 1)
+    assert (a["task"], a["drafts"], a["answers"], b["drafts"], b["answers"], b["failed"]) == ("a", 6, 2, 3, 1, 0)
     for row in (a, b):
-        assert row["acceptance_length"] == pytest.approx(1 + 2 / 3) and row["tau_micro"] == pytest.approx(1 + 2 / 3)
+        assert row["acceptance_length"] == pytest.approx(1 + ACCEPTED / ROUNDS) and row["acceptance_from"] == "counters"
         assert row["survival"] == pytest.approx([2 / 3, 0]) and row["acceptance_rate"] == pytest.approx(1 / 3)
+        assert row["tau_micro"] == row["tau_macro"] == pytest.approx((TOKENS - 1) / ROUNDS)
+        assert row["tau_raw"] == pytest.approx(1 + ACCEPTED / ROUNDS)
     rows = answers()
-    assert [r["text"] for r in rows if r["id"] == "1"] == ["1 1 ", "3 3 "]  # the second turn holds the first answer
-    assert rows[0]["tokens"] == [5, 6, 5, 6] and rows[0]["count"] == 4 and len(rows[0]["chunk_seconds"]) == 2
+    assert [r["text"] for r in rows if r["id"] == "1"] == ["1 1 1 ", "3 3 3 "]  # the second turn holds the first answer
+    assert rows[0]["tokens"] == [5, 6] * 3 and rows[0]["count"] == 6 and len(rows[0]["chunk_seconds"]) == 3
     assert server.asked[0]["temperature"] == 0 and server.asked[0]["stream_options"] == {"include_usage": True}
 
 
-def test_a_stopped_run_asks_for_the_tasks_that_are_left(server: Server, words: list[str], capsys):
+def test_the_summary_has_the_keys_that_scripts_read_and_null_where_nothing_is_known(words: list[str]):
+    assert main([*words, "--temperature", "0", "0.7", "--seeds", "0,1"]) == 0
+    found = summary()
+    assert [(row["task"], row["temperature"], row["seed"]) for row in found] == [
+        (task, temperature, seed) for temperature, seed in ((0, 0), (0.7, 0), (0.7, 1)) for task in "ab"
+    ]
+    for row in found:
+        assert row["method"] == "served" and row["tokens_per_second"] > 0 and row["tau_macro"] is not None
+        assert [row[name] for name in ("speedup", "efficiency", "identical_fraction")] == [None] * 3
+
+
+def test_tau_is_that_of_the_counters_where_answers_tell_nothing_and_all_were_answered(
+    server: Server, words: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server, "kind", "vllm of old")
     assert main(words) == 0
-    path, whole = Path("out/served.jsonl"), json.loads(Path("r.json").read_text())["summary"]
+    for row in summary():
+        assert row["tau_micro"] == pytest.approx((TOKENS - 1) / ROUNDS) and row["tau_macro"] is row["tau_raw"] is None
+    server.fault, server.faulty = "error", ("three",)
+    assert main([*words, "--out", "other"]) == 1  # drafts of an answer that broke off are among the counters
+    assert [row["tau_micro"] is None for row in summary()] == [False, True]
+
+
+def test_a_stopped_run_asks_for_the_sittings_that_are_left(server: Server, words: list[str], capsys):
+    assert main(words) == 0
+    path, whole = Path("out/served.jsonl"), summary()
     asked, lines = len(server.asked), path.read_bytes().splitlines(keepends=True)
     assert main(words) == 0
-    assert len(server.asked) == asked and json.loads(Path("r.json").read_text())["summary"] == whole
-    path.write_bytes(b"".join(lines[:-1]))  # the figures of the second task are not there, so its answers do not count
+    assert len(server.asked) == asked and summary() == whole
+    path.write_bytes(b"".join(lines[:-1]))  # what its counters gained is not there, so its answers do not count
+    assert main(["evaluate", "--check", "out"]) == 1
+    assert "of a sitting that was stopped" in capsys.readouterr().err
     assert main(words) == 0
     assert len(server.asked) == asked + 1 and len(path.read_bytes().splitlines()) == len(lines)
     assert main([*words, "--max-new-tokens", "9"]) == 1
@@ -153,50 +94,184 @@ def test_a_server_is_told_all_that_the_template_renders_and_how_tokens_are_drawn
     assert body["chat_template_kwargs"] == {"enable_thinking": False, "short": True}
 
 
-def test_a_server_without_counters_has_times_alone(
+@pytest.mark.parametrize("kind", ["sglang", "llama.cpp"])
+def test_acceptance_is_read_from_answers_where_a_server_shows_no_counters(server: Server, words: list[str], kind: str):
+    server.kind, server.shows_counters = kind, False
+    assert main(words) == 0
+    for row in summary():
+        assert row["acceptance_from"] == "answers" and row["drafts"] == ROUNDS * row["answers"]
+        assert row["acceptance_length"] == pytest.approx(1 + ACCEPTED / ROUNDS)
+        assert row["acceptance_rate"] == pytest.approx(ACCEPTED / DRAFTED)
+        assert row["tau_micro"] == pytest.approx((TOKENS - 1) / ROUNDS)
+        assert row["survival"] == (pytest.approx([2 / 3]) if kind == "sglang" else None)
+        assert row["gauge_acceptance_length"] == (3.0 if kind == "sglang" else None)  # the mean of its two ranks
+        assert row["gauge_acceptance_rate"] == (0.5 if kind == "sglang" else None)
+    assert main(["evaluate", "--check", "out/served.jsonl"]) == 0
+
+
+def test_a_server_that_shows_nothing_has_times_alone(
     server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
 ):
-    server.shows_counters = False
+    server.kind, server.shows_counters = "other", False
     assert main(words) == 0
     assert "shows no counters" in capsys.readouterr().out
-    first = json.loads(Path("r.json").read_text())["summary"][0]
-    assert first["acceptance_length"] is None and first["tokens_per_second"] > 0 and first["ttft_ms"] > 0
+    first = summary()[0]
+    assert first["acceptance_length"] is first["tau_micro"] is first["acceptance_from"] is None
+    assert first["tokens_per_second"] > 0 and first["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize(("strict", "refused"), [("by name", 1), ("silent", 2)])
+def test_a_server_that_refuses_fields_beyond_openais_is_asked_without_them_once(
+    server: Server, words: list[str], strict: str, refused: int
+):
+    server.kind, server.strict = "other", strict
+    assert main(words) == 0
+    fields = [("return_token_ids" in body, "return_spec_tokens_details" in body) for body in server.asked]
+    assert fields == [(True, True), (True, False)][:refused] + [(False, False)] * 3
+    assert summary()[0]["answers"] == 2
+
+
+def test_a_prompts_own_fault_costs_no_field(server: Server, words: list[str]):
+    server.kind, server.fault, server.faulty = "sglang", "status 400", ("one",)
+    assert main(words) == 1
+    assert [row["answers"] for row in summary()] == [0, 1] and summary()[1]["tau_micro"] is not None
+    assert server.asked[-1]["return_spec_tokens_details"]
+
+
+OUTAGES = {
+    "status 503": "status 503",
+    "status 500": "status 500",
+    "status 429": "status 429",
+    "status 408": "status 408",
+    "hangs up": "disconnected",
+    "error": "out of memory",
+    "cut": "finish_reason ''",
+    "finish abort": "finish_reason 'abort'",
+    "garbage": "a chunk is not JSON",
+}
+
+
+@pytest.mark.parametrize("fault", OUTAGES)
+def test_what_a_server_fails_is_asked_again_by_the_same_command(
+    server: Server, words: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+):
+    server.fault = fault
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert (
+        "3 of 3 turns have no answer" in said and "the same command asks them again" in said and OUTAGES[fault] in said
+    )
+    assert [(row["answers"], row["failed"], row["unanswered"]) for row in summary()] == [(0, 0, 2), (0, 0, 1)]
+    assert not answers()
+    server.fault, asked = "", len(server.asked)
+    assert main(words) == 0
+    assert len(server.asked) == asked + 3
+    assert [(row["answers"], row["failed"], row["unanswered"]) for row in summary()] == [(2, 0, 0), (1, 0, 0)]
+    assert main(words) == 0 and len(server.asked) == asked + 3
+
+
+def test_an_outage_costs_no_answer_and_a_second_turn_follows_the_noted_first(
+    server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    server.fault, server.faulty = "status 503", ("two",)
+    assert main(words) == 1
+    assert [(r["id"], r["turn"]) for r in answers()] == [("1", 0), ("2", 0)]
+    before = answers()
+    server.fault, asked = "", len(server.asked)
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert answers()[:2] == before and [(r["id"], r["turn"]) for r in answers()[2:]] == [("1", 1)]
+    (body,) = server.asked[asked:]
+    assert [m["content"] for m in body["messages"]] == ["one", "1 1 1 ", "two"]
+    a = summary()[0]
+    assert (a["drafts"], a["answers"], a["uncounted"], a["unanswered"]) == (2 * ROUNDS, 2, 0, 0)
+    assert main(["evaluate", "--check", "out"]) == 0
+
+
+def test_a_server_that_is_not_there_leaves_the_file_as_it_was(
+    server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    server.fault, server.faulty = "status 503", ("three",)
+    assert main(words) == 1
+    noted = Path("out/served.jsonl").read_bytes()
+    server.shutdown()
+    server.server_close()
+    assert main([*words, "--model", "m"]) == 1
+    assert Path("out/served.jsonl").read_bytes() == noted
+    said = capsys.readouterr().err
+    assert "1 of 3 turns have no answer" in said and "does not answer: is the server up?" in said
+
+
+def test_a_server_that_was_started_again_loses_its_counters_and_no_answer(server: Server, words: list[str]):
+    server.drafts = server.accepted = 100
+    server.fault, server.faulty = "restart", ("two",)
+    assert main(words) == 0
+    a, b = summary()
+    assert (a["answers"], a["uncounted"], a["acceptance_from"]) == (2, 0, "answers")  # no sitting of it was counted
+    assert (b["answers"], b["uncounted"], b["acceptance_from"]) == (1, 0, "counters")
 
 
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("status", "status 400"),
-        ("error", "out of memory"),
-        ("cut", "finish_reason ''"),
-        ("garbage", "a chunk is not JSON"),
+        ("status 400", "status 400"),
+        ("status 422", "status 422"),
+        ("too long", "too long"),
+        ("finish content_filter", "content_filter"),
     ],
 )
-def test_a_failed_answer_is_a_row_with_its_reason(server: Server, words: list[str], fault: str, told: str):
+def test_a_prompt_that_is_refused_is_a_row_with_its_reason_and_exit_1(
+    server: Server, words: list[str], fault: str, told: str, capsys: pytest.CaptureFixture[str]
+):
     server.fault = fault
-    assert main(words) == 0
+    assert main(words) == 1
     rows = answers()
-    assert told in rows[0]["error"] and not rows[0]["text"]
+    assert len(rows) == 2 and told in rows[0]["error"] and not rows[0]["text"]  # no second turn without a first
+    said = capsys.readouterr().err
+    assert "2 of 3 turns failed for good: out/served.jsonl says why" in said and "no answer" not in said
+    asked = len(server.asked)
+    assert main(words) == 1 and len(server.asked) == asked
 
 
-def test_counters_that_fall_are_those_of_a_new_server():
-    before, after = Counters(5, 10, 4, (4.0,)), Counters(7, 14, 7, (5.0, 2.0))
-    assert after.since(before) == Counters(2, 4, 3, (1.0, 2.0))
-    with pytest.raises(ValueError, match="started again"):
-        before.since(after)
-    assert Counters(0, 0, 0, ()).figures()["acceptance_length"] is None
+def test_counts_that_cannot_be_are_told_as_they_are_written_and_fail_the_run(
+    server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    server.fault, server.faulty = "miscounts", ("three",)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "note: task b: 1 things that the server says cannot be" in said and "turn 0: accepts 2 of 1" in said
+    assert len(answers()) == 3 and main(["evaluate", "--check", "out"]) == 1
 
 
-def test_pages_without_the_counters_have_none_and_answers_of_sglang_are_read():
-    assert parse_counters("# nothing\nother_total 3\n") is None
-    found = of_answer(
-        {"meta_info": {"spec_verify_ct": 4, "spec_num_correct_drafts": 6, "spec_num_proposed_drafts": 12}}
-    )
-    assert found is not None and found.rounds == 4 and found.accepted == 6
-    assert (
-        of_answer({"choices": [], "metrics": None}) is None
-        and of_answer({"metrics": {"speculative_decoding": 3}}) is None
-    )
+def test_a_line_that_is_no_question_is_a_failed_row_and_is_not_asked(server: Server, words: list[str]):
+    with Path("set.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "3", "category": "b", "turns": [7]}) + "\n")
+    assert main(words) == 1
+    assert [(row["answers"], row["failed"]) for row in summary()] == [(2, 0), (1, 1)] and len(server.asked) == 3
+
+
+def test_a_refusal_of_all_requests_ends_the_run_and_keeps_what_was_answered(
+    server: Server, words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    lines = [{"id": str(i), "category": "a", "turns": [f"q{i}"]} for i in range(3)]
+    Path("set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    server.fault, server.faulty = "status 401", ("q1",)
+    assert main(words) == 1
+    assert "check the key" in capsys.readouterr().err and [r["id"] for r in answers()] == ["0"]
+    server.fault = ""
+    assert main(words) == 0
+    a = summary()[0]
+    assert [r["id"] for r in answers()] == ["0", "1", "2"] and (a["drafts"], a["uncounted"]) == (2 * ROUNDS, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [("status 400", False), ("status 451", False), ("unfit", False), ("finish tool_calls", False)]
+    + [(kind, True) for kind in ("status 429", "status 500", "status 529", "status 307", "connection", "timeout")],
+)
+def test_failures_that_may_pass_are_those_of_the_server_and_not_of_the_prompt(kind: str, passes: bool):
+    assert RequestFailed(kind, "").passes == passes
 
 
 @pytest.mark.parametrize(
