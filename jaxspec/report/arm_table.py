@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import at_temperature, figure_names, known, medians, per_second
+from jaxspec.report.wording import at_temperature, figure_names, known, medians, per_second, unsteady
 
 OPTIONS = ("figures", "batch", "arms")
 FIGURES = {
@@ -68,5 +68,5 @@ def _about(found: Mapping[str, Any], batch: str) -> str:
         f"Target {Path(found.get('target') or 'of that shape').name}, {at_temperature(found['temperature'])}, batch "
         f"{batch}, {found['dtype']}, up to {found['max_new_tokens']:,} new tokens, "
         f"{medians(found['repeats'])}, arms in turns, {device}, which copied "
-        f"{gigabytes:.1f} GB/s and multiplied {gigaflops:.0f} GFLOP/s meanwhile:"
+        f"{gigabytes:.1f} GB/s and multiplied {gigaflops:.0f} GFLOP/s meanwhile{unsteady(found)}:"
     )
