@@ -28,7 +28,7 @@ from jaxspec.evaluation import peer_processes
 from jaxspec.evaluation.arms import split_trees
 from jaxspec.evaluation.machine import ENOUGH_REPEATS, STEADY, drift_of
 from jaxspec.evaluation.peer_processes import PeerProcess
-from jaxspec.evaluation.peer_turns import PLAIN, Ledger, choose, leave_out, take_turns
+from jaxspec.evaluation.peer_turns import PLAIN, PeerLedger, choose, leave_out, take_turns
 from jaxspec.evaluation.peer_workers import PeerSpec, Reply, serve
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     kept = "" if ledger.path is None else f"{ledger.path} keeps what was measured, and the same command goes on"
     with ExitStack() as stack, cli.sigterm_interrupts(kept):
         peers = start_all(args, asked.longest, ledger, stack)
-        bench = Bench(args, models, asked.measured, ledger, peers, {}, started)
+        bench = PeersBench(args, models, asked.measured, ledger, peers, {}, started)
         try:
             bench.settings.update(choose(peers, TUNED, asked.tuning, ledger))
             take_turns(peers, asked.measured, bench.settings, ledger, repeats=args.repeats)
@@ -194,7 +194,7 @@ def specs_of(args: Args, longest: int) -> list[PeerSpec]:
     return found if gguf is None else [*found, PeerSpec("llama.cpp", "llama.cpp", gguf, {}, **shared)]
 
 
-def start_all(args: Args, longest: int, ledger: Ledger, stack: ExitStack) -> dict[str, PeerProcess]:
+def start_all(args: Args, longest: int, ledger: PeerLedger, stack: ExitStack) -> dict[str, PeerProcess]:
     """Returns the peers' processes by name; the ledger gains the reasons of those that cannot run here."""
     peers: dict[str, PeerProcess] = {}
     specs = [spec for spec in specs_of(args, longest) if spec.name not in ledger.failed]
@@ -215,10 +215,10 @@ def start_all(args: Args, longest: int, ledger: Ledger, stack: ExitStack) -> dic
     return peers
 
 
-def open_ledger(args: Args, asked: PromptSet) -> Ledger:
+def open_ledger(args: Args, asked: PromptSet) -> PeerLedger:
     """Returns what an earlier call with the same flags, prompts and files has measured, and the place for more."""
     if args.json is None:
-        return Ledger()
+        return PeerLedger()
     every = [*asked.measured, *asked.tuning]
     tokens = [[np.asarray(r.tokens).tolist(), r.settings.max_new_tokens, r.settings.stop_ids] for r in every]
     named = [args.target, *args.drafter, *args.trees, *filter(None, (args.assistant, args.gguf))]
@@ -230,7 +230,7 @@ def open_ledger(args: Args, asked: PromptSet) -> Ledger:
         "files": {name: mark_of(name) for name in named},
     }
     path = Path(args.json)
-    return Ledger(path.with_name(f"{path.name}.partial"), results.jsonable(settings), args.json)
+    return PeerLedger(path.with_name(f"{path.name}.partial"), results.jsonable(settings), args.json)
 
 
 def mark_of(name: str) -> str | None:
@@ -244,13 +244,13 @@ def mark_of(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Bench:
+class PeersBench:
     """A run: its flags, its peers, and the ledger that fills."""
 
     args: Args
     models: Models
     asked: Sequence[Request]
-    ledger: Ledger
+    ledger: PeerLedger
     peers: dict[str, PeerProcess]
     """Those that have not failed."""
     settings: dict[str, dict[str, Any]]

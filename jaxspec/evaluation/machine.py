@@ -85,12 +85,12 @@ class Drift(NamedTuple):
 
     @property
     def steady(self) -> bool | None:
-        """Whether they moved by no more than `STEADY`; None where that is not known."""
+        """They moved by no more than `STEADY`; None where that is not known."""
         return None if self.moved is None else self.moved <= STEADY
 
     @property
     def refused(self) -> bool:
-        """Whether ratios of the run's times are refused."""
+        """Ratios of the run's times are refused."""
         return self.steady is False
 
     @property

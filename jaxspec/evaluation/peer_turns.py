@@ -39,7 +39,7 @@ class Peer(Protocol):
 AnyPeer = TypeVar("AnyPeer", bound=Peer)
 
 
-class Ledger:
+class PeerLedger:
     """All that a run has measured: in a file, from which the same command goes on, or in memory alone.
 
     Raises ValueError as `jsonl.journal` does, of the output `of`.
@@ -90,13 +90,15 @@ class Ledger:
             self.path.unlink()
 
 
-def leave_out(ledger: Ledger, name: str, reason: str) -> None:
+def leave_out(ledger: PeerLedger, name: str, reason: str) -> None:
     """Notes that a peer fails; the others go on."""
     ledger.note(FAILED, peer=name, reason=reason)
     say(f"{name} is left out: {reason}")
 
 
-def choose(peers: dict[str, AnyPeer], name: str, asked: Sequence[Request], ledger: Ledger) -> dict[str, dict[str, Any]]:
+def choose(
+    peers: dict[str, AnyPeer], name: str, asked: Sequence[Request], ledger: PeerLedger
+) -> dict[str, dict[str, Any]]:
     """Returns the settings by name of the peer that has a choice, if it is here; one that fails leaves `peers`."""
     if name not in peers:
         return {}
@@ -108,7 +110,7 @@ def choose(peers: dict[str, AnyPeer], name: str, asked: Sequence[Request], ledge
         return {}
 
 
-def fastest(peer: Peer, asked: Sequence[Request], ledger: Ledger) -> dict[str, Any]:
+def fastest(peer: Peer, asked: Sequence[Request], ledger: PeerLedger) -> dict[str, Any]:
     """Returns the settings of `GRID` with which a peer is fastest on these prompts; those that were tried are known."""
     speeds = {json.dumps(line["settings"]): line["tokens_per_second"] for line in ledger.of(TRIED)}
     left = [settings for settings in GRID if json.dumps(settings) not in speeds]
@@ -137,7 +139,7 @@ def take_turns(
     peers: dict[str, AnyPeer],
     asked: Sequence[Request],
     settings: Mapping[str, Mapping[str, Any]],
-    ledger: Ledger,
+    ledger: PeerLedger,
     *,
     repeats: int,
 ) -> None:
@@ -151,9 +153,10 @@ def take_turns(
     left = [turn for turn in every if turn not in taken]
     first = sorted({number for _, number in left})
     with progress("timing", len(first) + len(left), "turns") as bar:
+        bar.tell("a first turn of each prompt, which compiles, is not counted")
         for number in first:
             _turn(peers, asked[number], settings, ledger, backwards=number % 2 == 1)
-            bar.advance(1, "a first turn of each prompt, not counted")
+            bar.advance()
         ledger.note(BANDWIDTH, bytes_per_second=copy_bandwidth())
         for repeat, number in left:
             replies = _turn(peers, asked[number], settings, ledger, backwards=(repeat + number) % 2 == 0)
@@ -166,7 +169,7 @@ def _turn(
     peers: dict[str, AnyPeer],
     request: Request,
     settings: Mapping[str, Mapping[str, Any]],
-    ledger: Ledger,
+    ledger: PeerLedger,
     *,
     backwards: bool,
 ) -> dict[str, Reply]:

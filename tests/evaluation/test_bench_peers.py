@@ -20,7 +20,7 @@ from jaxspec.drafters import DraftLM, DraftLMConfig
 from jaxspec.evaluation import peer_turns
 from jaxspec.evaluation.machine import drift_of
 from jaxspec.evaluation.peer_processes import PeerProcess, compare_tokens, decode_rate, rate, row_of
-from jaxspec.evaluation.peer_turns import GRID, PLAIN, Ledger, choose, take_turns
+from jaxspec.evaluation.peer_turns import GRID, PLAIN, PeerLedger, choose, take_turns
 from jaxspec.evaluation.peer_workers import KINDS, PeerPrompt, PeerSpec, TransformersWorker, Worker, serve
 from jaxspec.evaluation.peers import load_transformers, readable_folder
 from jaxspec.serving.loading import load_models
@@ -138,7 +138,7 @@ def test_ratios_are_refused_where_the_copy_bandwidth_moved():
 
 def test_a_peer_that_fails_is_left_out_and_the_others_go_on():
     plain, other, third = ToyPeer(1), ToyPeer(2, fails_at=3, failure=ValueError("no memory")), ToyPeer(3)
-    peers, ledger = {PLAIN: plain, "other": other, "third": third}, Ledger()
+    peers, ledger = {PLAIN: plain, "other": other, "third": third}, PeerLedger()
     take_turns(peers, requests(2), {"third": {"tokens": 2}}, ledger, repeats=2)
     assert list(peers) == [PLAIN, "third"] and other.closed and not third.closed
     assert ledger.failed == {"other": "no memory"}
@@ -152,7 +152,7 @@ def test_a_peer_that_fails_is_left_out_and_the_others_go_on():
 def test_plain_decoding_that_fails_ends_the_run():
     with pytest.raises(ValueError, match="jaxspec plain, which all others are held to: it broke"):
         take_turns(
-            {PLAIN: ToyPeer(1, fails_at=0, failure=ValueError("it broke"))}, requests(1), {}, Ledger(), repeats=1
+            {PLAIN: ToyPeer(1, fails_at=0, failure=ValueError("it broke"))}, requests(1), {}, PeerLedger(), repeats=1
         )
 
 
@@ -160,24 +160,24 @@ def test_a_stopped_run_goes_on_behind_its_last_turn(tmp_path: Path):
     path, of = tmp_path / "p.json.partial", str(tmp_path / "p.json")
     stopped = {PLAIN: ToyPeer(1), "other": ToyPeer(2, fails_at=5, failure=KeyboardInterrupt())}
     with pytest.raises(KeyboardInterrupt):
-        take_turns(stopped, requests(2), {}, Ledger(path, {"repeats": 2}, of), repeats=2)
-    known = Ledger(path, {"repeats": 2}, of)
+        take_turns(stopped, requests(2), {}, PeerLedger(path, {"repeats": 2}, of), repeats=2)
+    known = PeerLedger(path, {"repeats": 2}, of)
     assert sorted(known.turns) == [(0, 0), (0, 1), (1, 0)] and len(known.passes([PLAIN], 2)[PLAIN]) == 1
     goes_on = {PLAIN: ToyPeer(1), "other": ToyPeer(2)}
     take_turns(goes_on, requests(2), {}, known, repeats=2)
     assert [p.tokens for p in goes_on[PLAIN].asked] == [[1], [1]]  # a first turn that is not counted, and the one left
-    again = Ledger(path, {"repeats": 2}, of)
+    again = PeerLedger(path, {"repeats": 2}, of)
     runs = again.passes([PLAIN, "other"], 2)
     assert [[r["tokens"] for r in run] for run in runs["other"]] == [[[2, 0], [2, 1]]] * 2
     assert len(again.drift.bytes_per_second) == 3  # the end of the first session is not known
     with pytest.raises(ValueError, match="was begun with other settings"):
-        Ledger(path, {"repeats": 3}, of)
+        PeerLedger(path, {"repeats": 3}, of)
     again.finish()
     assert not path.exists()
 
 
 def test_settings_that_were_tried_are_not_tried_again():
-    peer, ledger = ToyPeer(1, fails_at=4, failure=KeyboardInterrupt()), Ledger()
+    peer, ledger = ToyPeer(1, fails_at=4, failure=KeyboardInterrupt()), PeerLedger()
     with pytest.raises(KeyboardInterrupt):
         choose({"tuned": peer}, "tuned", requests(1), ledger)
     assert [line["settings"] for line in ledger.of("tried")] == GRID[:3]
@@ -186,7 +186,7 @@ def test_settings_that_were_tried_are_not_tried_again():
     assert choose(peers, "tuned", requests(1), ledger)["tuned"] in GRID
     assert [prompt.settings for prompt in peer.asked] == [GRID[3], *GRID[3:]]
     failing = {"tuned": ToyPeer(1, fails_at=0, failure=ValueError("no such setting"))}
-    assert choose(failing, "tuned", requests(1), Ledger()) == {} and not failing
+    assert choose(failing, "tuned", requests(1), PeerLedger()) == {} and not failing
     assert choose({}, "tuned", requests(1), ledger) == {}
 
 
