@@ -22,7 +22,7 @@ from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_promp
 from jaxspec.decoding.requests import NO_STOP, Request, Requests, make_requests
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
-from jaxspec.evaluation.machine import copy_bandwidth, matmul_rate
+from jaxspec.evaluation.machine import Drift, copy_bandwidth, drift_of, matmul_rate, spread
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
 from jaxspec.serving import loading
@@ -33,7 +33,8 @@ from jaxspec.trees import parse_tree
 from jaxspec.verify import rule_named
 
 NOTES = """\
-tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats}
+tokens/s: new tokens by the time from prompts to last token, prefill included, compilation not; median of {repeats},
+with the least and greatest; x plain and efficiency are refused (-) where the copy bandwidth moved by over 10 %
 tau: tokens per target call, bonus token included; the prefill call and the token it gives are not counted
 mbsu: the speed-up if time were the weights read alone: tau / (1 + drafter's parameters / target's * drafter's passes)
 efficiency: speed-up / tau: the share of the longer steps that is left after drafting and wider target calls
@@ -63,8 +64,8 @@ class Args(DraftFlags):
     """Most tokens of an answer."""
     batch: int = 1
     """Prompts decoded together."""
-    repeats: int = 3
-    """Times each arm runs all prompts."""
+    repeats: int = 5
+    """Times each arm runs all prompts, behind a first time that is not counted; 5 or more for times to rely on."""
     shape: Shape | None = None
     """Instead of --target: a model of this shape and a head for it, both with random weights, on random prompts."""
     prefix: int = 128
@@ -139,14 +140,14 @@ def main(argv: list[str]) -> int:
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
     load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(every, args.drafter, args.trees, profile=args.profile)
-    found = BenchFigures({}, [], [])
+    found = BenchFigures({}, [], [], [])
     with cli.sigterm_interrupts():
         try:
             measure(found, arms, load, args, peer)
         except KeyboardInterrupt:
             tell_stopped(found, arms, load, args, started)
             raise
-    result = make_result(args, found.rows, make_peer(args, found), started)
+    result = make_result(args, found, started)
     print_result(result, args)
     if args.json:
         results.write_json(args.json, result)
@@ -161,6 +162,13 @@ class BenchFigures(NamedTuple):
     peers: list[PeerRun]
     rows: list[dict[str, Any]]
     """Rows of the arms, once all their passes are made."""
+    bandwidths: list[float]
+    """Bytes that a copy moves a second, before and after all passes."""
+
+    @property
+    def drift(self) -> Drift:
+        """Returns how far the bandwidth moved meanwhile."""
+        return drift_of(self.bandwidths)
 
 
 def measure(
@@ -168,10 +176,12 @@ def measure(
 ) -> None:
     """Times all arms, prints their speeds, and times the parts of their rounds."""
     timed = {name: arm.models for name, arm in arms.items()}
+    found.bandwidths.append(copy_bandwidth())
     _, peers = timing.time_arms(timed, load, repeats=args.repeats, peer=peer, runs=found.runs)
+    found.bandwidths.append(copy_bandwidth())
     found.peers.extend(peers)
-    found.rows.extend(make_row(name, arm, found.runs, load, args) for name, arm in arms.items())
-    print_arms(found.rows, make_peer(args, found), args)  # the parts take as long again
+    found.rows.extend(make_row(name, arm, found, load, args) for name, arm in arms.items())
+    print_arms(found, args)  # the parts take as long again
     middle = len(load.batches) // 2
     rounds = {name: timing.most_calls(mine[0].answers[middle]) for name, mine in found.runs.items()}
     parts = timing.time_parts({n: m for n, m in timed.items() if rounds[n]}, load, load.batches[middle], rounds)
@@ -187,10 +197,8 @@ def tell_stopped(found: BenchFigures, arms: dict[str, DecodingArm], load: Load, 
         sys.stderr.write("jaxspec bench decode: stopped before anything was measured\n")
         return
     if not found.rows:
-        found.rows.extend(
-            make_row(name, arms[name], found.runs, load, args) for name, mine in found.runs.items() if mine
-        )
-        print_arms(found.rows, make_peer(args, found), args)
+        found.rows.extend(make_row(name, arms[name], found, load, args) for name, mine in found.runs.items() if mine)
+        print_arms(found, args)
     compare_drafting(found.rows)
     passes = min(len(mine) for mine in found.runs.values() if mine)
     sys.stderr.write(
@@ -198,8 +206,7 @@ def tell_stopped(found: BenchFigures, arms: dict[str, DecodingArm], load: Load, 
         "taken apart\n"
     )
     if args.json:
-        peer = make_peer(args, found)
-        results.write_json(args.json, make_result(args, found.rows, peer, started, stopped=True))
+        results.write_json(args.json, make_result(args, found, started, stopped=True))
 
 
 def load_every(args: Args) -> list[Models]:
@@ -269,11 +276,16 @@ def mean_prefix(load: Load, mine: Sequence[Run]) -> float:
     return float(prompt + np.mean([len(row) for row in mine[0].tokens]) / 2)
 
 
-def make_row(name: str, arm: DecodingArm, runs: dict[str, list[Run]], load: Load, args: Args) -> dict[str, Any]:
-    """Returns an arm's row: medians of its runs; what `add_parts` adds is None."""
+def make_row(name: str, arm: DecodingArm, found: BenchFigures, load: Load, args: Args) -> dict[str, Any]:
+    """Returns an arm's row: medians of its runs; what `add_parts` adds is None.
+
+    Ratios of times are None where the copy bandwidth moved.
+    """
+    runs = found.runs
     models, mine, batches = arm.models, runs[name], load.batches
-    speed = float(np.median([run.tokens_per_second for run in mine]))
+    speeds = spread("tokens_per_second", [run.tokens_per_second for run in mine])
     plain = float(np.median([run.tokens_per_second for run in runs["plain"]]))
+    over = None if found.drift.refused else speeds["tokens_per_second"] / plain
     tree = models.engine.tree
     # Otherwise only the distribution is the same, or not even that.
     comparable = tree is None or (args.profile is None and (args.temperature == 0 or args.rule_name == "target-draw"))
@@ -285,12 +297,12 @@ def make_row(name: str, arm: DecodingArm, runs: dict[str, list[Run]], load: Load
         "batch": args.batch,
         "prefix": round(mean_prefix(load, mine)),
         "nodes": 1 if tree is None else tree.nodes,
-        "tokens_per_second": speed,
+        **speeds,
         "tau": mine[0].tau,
         "block_efficiency": mine[0].tau,
         "mbsu": timing.memory_bound_speedup(models, mine[0].tau),
-        "speedup": speed / plain,
-        "efficiency": speed / plain / mine[0].tau if mine[0].tau else None,
+        "speedup": over,
+        "efficiency": over / mine[0].tau if over and mine[0].tau else None,
         "identical_fraction": float(np.mean(same)) if comparable else None,
         "capacity": load.sizes(models, batches[0])[0],
         **{f"{part}_ms": None for part in PARTS},
@@ -312,24 +324,24 @@ def make_peer(args: Args, found: BenchFigures) -> dict[str, Any] | None:
     plain, peers = found.runs["plain"], found.peers
     if not peers:
         return None
-    speed = float(np.median([sum(map(len, p.tokens)) / p.seconds for p in peers]))
+    speeds = spread("tokens_per_second", [sum(map(len, p.tokens)) / p.seconds for p in peers])
+    own = float(np.median([run.tokens_per_second for run in plain]))
     same = [np.array_equal(a, b) for a, b in zip(peers[0].tokens, plain[0].tokens, strict=True)]
     return {
         "name": args.peer,
         "version": importlib.metadata.version(args.peer),
-        "tokens_per_second": speed,
+        **speeds,
         "identical_fraction": float(np.mean(same)),
-        "plain_speedup": float(np.median([run.tokens_per_second for run in plain])) / speed,
+        "plain_speedup": None if found.drift.refused else own / speeds["tokens_per_second"],
     }
 
 
-def make_result(
-    args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float, *, stopped: bool = False
-) -> dict[str, Any]:
+def make_result(args: Args, found: BenchFigures, started: float, *, stopped: bool = False) -> dict[str, Any]:
     """Returns the verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's.
 
     That of a run that was stopped says so, and has no rates of the machine.
     """
+    rows = found.rows
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
     dtype = loading.DTYPES[args.dtype]
     return results.result(
@@ -349,8 +361,9 @@ def make_result(
         best=best and best["arm"],
         speedup=best and best["speedup"],
         efficiency=best and best["efficiency"],
-        peer=peer,
-        machine_copy_bytes_per_second=None if stopped else copy_bandwidth(),
+        peer=make_peer(args, found),
+        copy_bandwidth=found.drift.facts,
+        machine_copy_bytes_per_second=None if stopped else found.bandwidths[-1],
         machine_matmul_flops_per_second=None if stopped else matmul_rate(dtype),
         **({"stopped": True} if stopped else {}),
     )
@@ -361,18 +374,21 @@ def print_result(result: dict[str, Any], args: Args) -> None:
     print_rounds(result)
     if args.rounds_only:
         sys.stdout.write("prompts are stand-ins: prefill is left out of tokens/s, and what is written means nothing\n")
-    if result["peer"]:
-        peer = result["peer"]
+    peer = result["peer"]
+    if peer and peer["plain_speedup"]:
         sys.stdout.write(f"plain decoding is {peer['plain_speedup']:.2f} times as fast as {peer['name']}\n")
     sys.stdout.write(NOTES.format(repeats=args.repeats) + "\n")
 
 
-def print_arms(rows: list[dict[str, Any]], peer: dict[str, Any] | None, args: Args) -> None:
+def print_arms(found: BenchFigures, args: Args) -> None:
     """Prints speed and tau of every arm, and the peer's."""
+    rows, peer = found.rows, make_peer(args, found)
     columns = {
         "arm": "arm",
         "nodes": "nodes",
         "tokens/s": "tokens_per_second",
+        "least": "tokens_per_second_min",
+        "greatest": "tokens_per_second_max",
         "x plain": "speedup",
         "tau": "tau",
         "mbsu": "mbsu",
@@ -381,13 +397,12 @@ def print_arms(rows: list[dict[str, Any]], peer: dict[str, Any] | None, args: Ar
     }
     table = [[row[key] for key in columns.values()] for row in rows]
     if peer:
-        theirs = peer["tokens_per_second"]
-        name = f"{peer['name']} {peer['version']}"
-        table.append(
-            [name, 1, theirs, theirs / rows[0]["tokens_per_second"], 1.0, None, None, peer["identical_fraction"]]
-        )
+        name, over = f"{peer['name']} {peer['version']}", peer["plain_speedup"]
+        shown = peer | {"arm": name, "nodes": 1, "speedup": over and 1 / over, "tau": 1.0}
+        table.append([shown.get(key) for key in columns.values()])
     title = f"Decoding, batch {args.batch}, {args.dtype}, temperature {args.temperature:g}"
     tables.print_table(title, list(columns), table)
+    sys.stdout.write(found.drift.sentence())
     sys.stdout.flush()
 
 

@@ -104,7 +104,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         },
         {"acceptance", "arms", "breakdown", "device_decode", "device_target", "peer_workers"},
         {"golden", "peer_processes", "side_by_side"},
-        {"served_check"},
+        {"peer_turns", "served_check"},
     ),
     "interchange": (
         {"pickled", "tensors"},

@@ -5,12 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+STEADY = 0.1
+"""Largest share by which the copy bandwidth may move during a run whose times are compared."""
+ENOUGH_REPEATS = 5
+"""Repeats that a median of times should be of."""
 
 
 def median_seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
@@ -78,7 +83,52 @@ def copy_bandwidth(megabytes: int = 256) -> float:
         held[0] = in_place(held[0])
         return held[0]
 
-    return 2 * held[0].nbytes / median_seconds(rewrite)
+    return 2 * held[0].nbytes / median_seconds(rewrite, repeats=15)
+
+
+class Drift(NamedTuple):
+    """Copy bandwidths before and after a run, in bytes a second, and whether times of that run may be compared."""
+
+    bytes_per_second: Sequence[float]
+    moved: float | None
+    """Share by which the largest exceeds the smallest; None where there are not two."""
+
+    @property
+    def steady(self) -> bool | None:
+        """They moved by no more than `STEADY`; None where that is not known."""
+        return None if self.moved is None else self.moved <= STEADY
+
+    @property
+    def refused(self) -> bool:
+        """Ratios of the run's times are refused."""
+        return self.steady is False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Returns what a result keeps."""
+        return {"bytes_per_second": list(self.bytes_per_second), "moved": self.moved, "steady": self.steady}
+
+    def sentence(self) -> str:
+        """Returns how far the bandwidth moved, and what follows from that; nothing where that is not known."""
+        if self.moved is None:
+            return ""
+        low, high = (f"{end(self.bytes_per_second) / 1e9:.1f}" for end in (min, max))
+        told = f"copy bandwidth before and after: {low} to {high} GB/s, {self.moved:.0%} apart"
+        if not self.refused:
+            return f"{told}\n"
+        return f"{told}: over {STEADY:.0%}, so ratios are refused; run it again while nothing else uses this machine\n"
+
+
+def drift_of(bandwidths: Sequence[float]) -> Drift:
+    """Returns how far the copy bandwidths of a run lie apart."""
+    moved = max(bandwidths) / min(bandwidths) - 1 if len(bandwidths) > 1 else None
+    return Drift(tuple(bandwidths), moved)
+
+
+def spread(name: str, figures: Sequence[float]) -> dict[str, Any]:
+    """Returns the median of a figure's repeats, as `name`, and the least and greatest; None where there are none."""
+    ends = {"": np.median, "_min": np.min, "_max": np.max}
+    return {f"{name}{end}": float(of(figures)) if len(figures) else None for end, of in ends.items()}
 
 
 def square_matmul(dtype: Any = jnp.float32, size: int | None = None) -> tuple[TimedProgram, float]:

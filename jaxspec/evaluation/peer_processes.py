@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Request, make_requests
 from jaxspec.evaluation.equivalence import divergences
+from jaxspec.evaluation.machine import spread
 from jaxspec.evaluation.peer_workers import PeerPrompt, PeerSpec, Reply
 from jaxspec.serving.loading import Models
 
@@ -32,20 +34,21 @@ class PeerProcess:
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
+            # An interrupt is the parent's, which ends it.
+            start_new_session=True,
         )
-        self.about = self._hear()
-        if "failed" in self.about:
+        try:
+            self.about = self._hear()
+        except ValueError:
             self.close()
-            raise ValueError(self.about["failed"])
+            raise
 
     def ask(self, asked: PeerPrompt) -> Reply:
-        """Returns the worker's answer to a prompt. Raises ValueError where its process ends instead."""
+        """Returns the worker's answer to a prompt. Raises ValueError with the reason that there is none."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # what follows says how its process ended
             self._process.stdin.write(json.dumps({**asked._asdict(), "settings": dict(asked.settings)}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            raise ValueError(f"{self.spec.name}: its process ended") from None
         return self._hear()
 
     def close(self) -> None:
@@ -54,15 +57,19 @@ class PeerProcess:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # of a prompt that it did not take
+                pipe.close()
 
     def _hear(self) -> Reply:
         assert self._process.stdout is not None
         # Libraries print to stdout too; a worker's lines are the ones that hold an object.
         for line in self._process.stdout:
             if line.startswith("{"):
-                return json.loads(line)
-        raise ValueError(f"{self.spec.name}: its process ended with code {self._process.wait()}")
+                reply = json.loads(line)
+                if "failed" in reply:
+                    raise ValueError(reply["failed"])
+                return reply
+        raise ValueError(f"its process ended with code {self._process.wait()}")
 
 
 def rate(replies: Sequence[Reply]) -> float:
@@ -71,9 +78,12 @@ def rate(replies: Sequence[Reply]) -> float:
 
 
 def decode_rate(replies: Sequence[Reply]) -> float | None:
-    """Returns new tokens a second behind the first target call; None where there are none."""
+    """Returns new tokens a second behind the first target call; None where there are none.
+
+    A first call that checks drafts with the prompt gives several tokens, and none of them is counted.
+    """
     seconds = sum(r["seconds"] - r["prefill_seconds"] for r in replies)
-    tokens = sum(len(r["tokens"]) - 1 for r in replies)
+    tokens = sum(len(r["tokens"]) - r["first"] for r in replies)
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
@@ -100,16 +110,16 @@ def compare_tokens(models: Models, asked: Sequence[Request], ours: Sequence[Repl
 
 
 def row_of(name: str, spec: PeerSpec, about: Mapping[str, Any], runs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
-    """Returns a peer's row: medians over the repeats of its speed; tau is of the first."""
+    """Returns a peer's row: of its speed the median, least and greatest of the repeats; tau is of the first repeat."""
     first, calls = runs[0], sum(r["calls"] for r in runs[0])
     decoding = [speed for speed in map(decode_rate, runs) if speed is not None]
     return {
         "peer": name,
         "version": about["version"],
         "settings": {**spec.settings, **{k: v for k, v in about.items() if k != "version"}},
-        "tokens_per_second": float(np.median([rate(run) for run in runs])),
-        "decode_tokens_per_second": float(np.median(decoding)) if decoding else None,
-        "ttft_ms": 1e3 * float(np.median([r["prefill_seconds"] for run in runs for r in run])),
+        **spread("tokens_per_second", [rate(run) for run in runs]),
+        **spread("decode_tokens_per_second", decoding),
+        **spread("ttft_ms", [1e3 * float(np.median([r["prefill_seconds"] for r in run])) for run in runs]),
         "tokens": sum(len(r["tokens"]) for r in first),
         "target_calls": calls,
         "tau": sum(r["counted"] for r in first) / calls if calls else None,

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import time
+import traceback
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +23,8 @@ import numpy as np
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import NO_LIMIT, collect, run_prefill, run_rounds, sizes
 from jaxspec.decoding.requests import Settings, make_requests
-from jaxspec.evaluation.peers import cut
-from jaxspec.interchange import target_folders
+from jaxspec.evaluation.measurements import reason_of
+from jaxspec.evaluation.peers import cut, readable_folder
 from jaxspec.serving import loading
 
 Reply = dict[str, Any]
@@ -62,22 +63,34 @@ class PeerPrompt(NamedTuple):
 
 
 def serve(spec: PeerSpec, asked: TextIO, told: TextIO) -> None:
-    """Answers prompts until `asked` ends. The first line that is told is about the worker itself, or why it cannot."""
+    """Answers prompts until `asked` ends, a line each: the answer, or `failed` with the reason that there is none.
+
+    A first line is about the worker itself, or says why it cannot start; it then takes no prompts.
+    """
     # XLA starts a thread a core that it may use, and asks nobody for another number.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec.threads])
     try:
         peer = KINDS[spec.kind](spec)
-    except (ImportError, ValueError, OSError) as error:
-        missing = getattr(error, "name", None) if isinstance(error, ImportError) else None
-        why = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
-        _tell(told, {"failed": why})
+    except Exception as failure:  # whatever a library runs into, the other peers go on
+        _tell(told, _failed(failure))
         return
     _tell(told, {"version": peer.version, **peer.about})
     for line in asked:
         prompt = PeerPrompt(**json.loads(line))
-        peer.configure(**prompt.settings)
-        _tell(told, peer.answer(prompt))
+        try:
+            peer.configure(**prompt.settings)
+            reply = peer.answer(prompt)
+        except Exception as failure:  # as above
+            reply = _failed(failure)
+        _tell(told, reply)
+
+
+def _failed(failure: Exception) -> Reply:
+    if os.environ.get("JAXSPEC_TRACEBACK") == "1":
+        traceback.print_exception(failure)
+    missing = getattr(failure, "name", None) if isinstance(failure, ImportError) else None
+    return {"failed": f"{missing} is not installed" if missing else f"{type(failure).__name__}: {reason_of(failure)}"}
 
 
 def _tell(told: TextIO, reply: Reply) -> None:
@@ -104,9 +117,10 @@ class Worker:
         """Changes how it decodes; takes no settings unless the kind has some."""
 
     def answer(self, asked: PeerPrompt) -> Reply:
-        """Returns `tokens`, `seconds`, `prefill_seconds`, and the target's `calls` that gave `counted` of the tokens.
+        """Returns `tokens`, `seconds`, and what the target's `first` call gave: tokens, after `prefill_seconds`.
 
-        A first call that reads the prompt alone, and its token, are not counted.
+        `calls` of the target gave `counted` of the tokens. A first call that reads the prompt alone is not counted, and
+        nor is its token.
         """
         raise NotImplementedError
 
@@ -137,8 +151,28 @@ class OwnWorker(Worker):
 
 def _reply(answer: Answer, prefill: float, seconds: float) -> Reply:
     tokens = answer.tokens.tolist()
-    counts = {"calls": answer.calls, "counted": len(tokens) - 1}
+    counts = {"first": 1, "calls": answer.calls, "counted": len(tokens) - 1}
     return {"tokens": tokens, "seconds": seconds, "prefill_seconds": prefill, **counts}
+
+
+class FirstChunk:
+    """A streamer of transformers, which gets the prompt, and then the tokens of every target call in one chunk.
+
+    It keeps the number of `tokens` that the first call gave, and `at`, the time when they were there.
+    """
+
+    def __init__(self) -> None:
+        self.chunks = self.tokens = 0
+        self.at = 0.0
+
+    def put(self, value: Any) -> None:
+        """Takes a chunk."""
+        self.chunks += 1
+        if self.chunks == 2:
+            self.tokens, self.at = value.numel(), time.perf_counter()
+
+    def end(self) -> None:
+        """Takes the end of an answer."""
 
 
 class TransformersWorker(Worker):
@@ -154,7 +188,8 @@ class TransformersWorker(Worker):
         self.torch, self.options = torch, {}
         self.model: Any = self._read(transformers, self.spec.target)
         if assistant is not None:
-            self.assistant: Any = self._read(transformers, assistant)
+            self.assistant: Any = self._read(transformers, assistant, target=self.spec.target)
+            self._compare_sizes(assistant)
             self.options["assistant_model"] = self.assistant
             self.own = {name: getattr(self.assistant.generation_config, name, None) for name in ASSISTANT.values()}
             # With scikit-learn the threshold adapts, so results depend on a package that need not be there.
@@ -163,12 +198,17 @@ class TransformersWorker(Worker):
             self.options |= {"prompt_lookup_num_tokens": lookup, "max_matching_ngram_size": ngram}
         # `generate` fills what its settings leave open from the model's own, such as penalties.
         self.model.generation_config = transformers.GenerationConfig()
-        self.calls, self.first = 0, 0.0
+        self.calls = 0
         self.model.register_forward_hook(self._count)
 
-    def _read(self, transformers: Any, name: str) -> Any:
-        folder = str(target_folders.target_folder(name))
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.torch.float32).eval()
+    def _read(self, transformers: Any, name: str, *, target: str | None = None) -> Any:
+        with readable_folder(name, target=target) as folder:
+            return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=self.torch.float32).eval()
+
+    def _compare_sizes(self, name: str) -> None:
+        theirs, ours = (model.config.get_text_config().vocab_size for model in (self.assistant, self.model))
+        if theirs != ours:
+            raise ValueError(f"{name}: scores {theirs:,} tokens, and the target {ours:,}: it is for another target")
 
     def configure(self, **settings: Any) -> None:
         """Sets `tokens` and `threshold` of the assistant; those that are not given are the library's own."""
@@ -177,10 +217,8 @@ class TransformersWorker(Worker):
             setattr(self.assistant.generation_config, name, settings.get(short, self.own[name]))
 
     def _count(self, *_: Any) -> None:
-        """Notes a call of the target, and when the first one is done."""
+        """Notes a call of the target."""
         self.calls += 1
-        if self.calls == 1:
-            self.first = time.perf_counter()
 
     def answer(self, asked: PeerPrompt) -> Reply:
         """See `Worker`. The target's first call counts, for it checks drafts together with the prompt."""
@@ -194,18 +232,19 @@ class TransformersWorker(Worker):
             pad_token_id=asked.stops[0],
         )
         tokens = torch.tensor([asked.tokens])
+        asking = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "generation_config": config}
+        first = FirstChunk()
         self.calls = 0
         started = time.perf_counter()
         with torch.inference_mode():
-            out = self.model.generate(
-                input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config, **self.options
-            )
+            out = self.model.generate(**asking, **self.options, streamer=first)
         seconds = time.perf_counter() - started
         new = cut(out[0, len(asked.tokens) :].numpy()[: self.spec.budget], asked.stops)
         return {
             "tokens": new.tolist(),
             "seconds": seconds,
-            "prefill_seconds": self.first - started,
+            "prefill_seconds": first.at - started,
+            "first": min(first.tokens, len(new)),
             "calls": self.calls,
             "counted": len(new),
         }
@@ -243,7 +282,7 @@ class LlamaCppWorker(Worker):
             if token in asked.stops or len(found) == self.spec.budget:
                 break
         seconds = time.perf_counter() - started
-        counts = {"calls": len(found) - 1, "counted": len(found) - 1}
+        counts = {"first": 1, "calls": len(found) - 1, "counted": len(found) - 1}
         return {"tokens": found, "seconds": seconds, "prefill_seconds": first - started, **counts}
 
 

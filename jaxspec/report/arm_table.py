@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import at_temperature, figure_names, known, medians, per_second
+from jaxspec.report.wording import at_temperature, figure_names, known, medians, per_second, unsteady
 
 OPTIONS = ("figures", "batch", "arms")
 FIGURES = {
@@ -43,7 +43,8 @@ def by_arm(options: Mapping[str, str], found: Mapping[str, Any]) -> tuple[list[s
         raise ValueError(f"there is no arm {stranger!r}; there are {', '.join(row['arm'] for row in rows)}")
     lines = [[f"`{row['arm']}`", *(_cell(row, name) for name in names)] for row in rows if row["arm"] in arms]
     if (peer := found.get("peer")) and batch == batches[0]:
-        over = peer["tokens_per_second"] / rows[0]["tokens_per_second"]
+        moved = found.get("copy_bandwidth", {}).get("steady") is False
+        over = None if moved else peer["tokens_per_second"] / rows[0]["tokens_per_second"]
         shown = peer | {"speedup": over, "nodes": 1, "tau": 1.0}
         lines.append([f"{peer['name']} {peer['version']}", *(_cell(shown, name) for name in names)])
     return ["arm", *(FIGURES[name][0] for name in names)], lines, _about(found, batch)
@@ -67,5 +68,5 @@ def _about(found: Mapping[str, Any], batch: str) -> str:
         f"Target {Path(found.get('target') or 'of that shape').name}, {at_temperature(found['temperature'])}, batch "
         f"{batch}, {found['dtype']}, up to {found['max_new_tokens']:,} new tokens, "
         f"{medians(found['repeats'])}, arms in turns, {device}, which copied "
-        f"{gigabytes:.1f} GB/s and multiplied {gigaflops:.0f} GFLOP/s meanwhile:"
+        f"{gigabytes:.1f} GB/s and multiplied {gigaflops:.0f} GFLOP/s meanwhile{unsteady(found)}:"
     )

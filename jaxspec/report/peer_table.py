@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import counted, known, medians, per_second
+from jaxspec.report.wording import counted, ends, known, medians, per_second, unsteady
 
 OPTIONS = ()
 
@@ -22,9 +22,9 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     return [
         row["peer"],
         str(row["version"]),
-        per_second(row["tokens_per_second"]),
+        per_second(row["tokens_per_second"]) + ends(row, "tokens_per_second"),
         _ratio(row["x_plain"]),
-        per_second(row["decode_tokens_per_second"]) if known(row["decode_tokens_per_second"]) else "-",
+        per_second(row["decode_tokens_per_second"]) + ends(row, "decode_tokens_per_second"),
         _ratio(row["x_plain_decode"]),
         _ratio(row["tau"]),
         f"{100 * row['identical_fraction']:.4g} %{ties}",
@@ -42,5 +42,10 @@ def _about(found: Mapping[str, Any]) -> str:
         f"Target {Path(found['target']).name}, {counted(found['count'], 'prompt')} of {Path(found['prompts']).name}, "
         f"batch 1, greedy, {found['dtype']}, up to {found['max_new_tokens']} new tokens, "
         f"{counted(found['threads'], 'thread')} each, a process each, prompt by prompt in turns, "
-        f"{medians(found['repeats'])}, {machine.get('cpu')}:"
+        f"{medians(found['repeats'])}{_ends(found)}, {machine.get('cpu')}{unsteady(found)}:"
     )
+
+
+def _ends(found: Mapping[str, Any]) -> str:
+    """Returns what stands in brackets behind the figures, where that is kept."""
+    return " (least to greatest)" if any(ends(row, "tokens_per_second") for row in found["rows"]) else ""

@@ -72,6 +72,20 @@ def medians(repeats: int) -> str:
     return "one pass" if repeats == 1 else f"medians of {repeats} passes"
 
 
+def ends(figures: Mapping[str, Any], name: str) -> str:
+    """Returns the least and greatest of a figure's repeats, such as ` (29 to 31)`; nothing where there are none."""
+    low, high = figures.get(f"{name}_min"), figures.get(f"{name}_max")
+    return f" ({per_second(low)} to {per_second(high)})" if known(low) and known(high) else ""
+
+
+def unsteady(found: Mapping[str, Any]) -> str:
+    """Returns why a result of timed passes has no ratios; nothing where the machine was steady or that is not known."""
+    about = found.get("copy_bandwidth") or {}
+    if about.get("steady") is not False:
+        return ""
+    return f"; no ratios, for the copy bandwidth moved by {100 * about['moved']:.0f} % meanwhile"
+
+
 def figure_names(options: Mapping[str, str], known_names: Collection[str], by_default: str) -> list[str]:
     """Returns the figures that the option `figures` of a table names. Raises ValueError for one that is not known."""
     names = options.get("figures", by_default).split(",")

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,19 @@ from jaxspec.targets.decoder import SHAPES, LlamaConfig
 from jaxspec.trees import EAGLE1_PATHS, BestFirstTree, DynamicTree, StaticTree, chain, parse_paths
 from jaxspec.verify import RULES, VerifyInputs, simulated
 
+program: Any = importlib.import_module("jaxspec.infer.bench_decode")
 ROW_KEYS = {
     "arm", "batch", "prefix", "nodes", "tokens_per_second", "tau", "block_efficiency", "mbsu", "round_ms", "draft_ms",
     "target_ms", "verify_ms", "commit_ms", "overhead_ms", "bytes_per_second", "flops_per_second",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady() -> Iterator[None]:
+    """A machine that is as fast at all times."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(program, "copy_bandwidth", lambda: 1e10)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +81,9 @@ def test_json_holds_the_agreed_keys(result):
     assert {"efficiency", "speedup", "peer"} <= result.keys()
     assert {"machine_copy_bytes_per_second", "machine_matmul_flops_per_second"} <= result.keys()
     assert all(ROW_KEYS <= row.keys() for row in result["rows"])
+    for row in [*result["rows"], result["peer"]]:
+        assert row["tokens_per_second_min"] <= row["tokens_per_second"] <= row["tokens_per_second_max"]
+    assert result["copy_bandwidth"] == {"bytes_per_second": [1e10, 1e10], "moved": 0.0, "steady": True}
     assert [row["arm"] for row in result["rows"]] == ["plain", "static:0,1,00"]
 
 
@@ -185,7 +198,6 @@ def test_wrong_flags_are_wrong_usage(flags, sentence, capsys):
 
 
 def test_trees_are_joined_by_commas_that_do_not_stand_inside_one():
-    program = importlib.import_module("jaxspec.infer.bench_decode")
     args = program.Args(drafter=("d",), tree=("chain:2,static:0,1,00", "dynamic:8x3x3,best_first:8x3x3,none"))
     assert args.trees == ["chain:2", "static:0,1,00", "dynamic:8x3x3", "best_first:8x3x3", "none"]
 
@@ -345,6 +357,16 @@ def test_a_bench_stopped_at_once_has_measured_nothing(tinier, monkeypatch, capfd
     assert "stopped before anything was measured" in capfd.readouterr().err
 
 
+def test_ratios_are_refused_where_the_copy_bandwidth_moved(tinier, tmp_path, monkeypatch, capsys):
+    figures = iter([1e10, 1.5e10])
+    monkeypatch.setattr(program, "copy_bandwidth", lambda: next(figures))
+    assert main(["bench", "decode", *STOPPED, "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert all(row["speedup"] is row["efficiency"] is None and row["tokens_per_second"] > 0 for row in found["rows"])
+    assert found["speedup"] is found["efficiency"] is None and not found["copy_bandwidth"]["steady"]
+    assert "50% apart: over 10%, so ratios are refused" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("profile", [(0.1, 0.2, 0.3, 0.4), (1.0,), (0.0, 0.0, 0.0, 1.0)])
 def test_simulated_accept_lengths_follow_their_profile(profile):
     rule = simulated(RULES["target-draw"], profile)
@@ -385,7 +407,7 @@ def test_wrong_flags_of_shapes_are_wrong_usage(flags, sentence, capsys):
 
 def test_the_command_line_names_every_rule_and_shape():
     assert typing.get_args(RuleName) == tuple(RULES)
-    assert typing.get_args(importlib.import_module("jaxspec.infer.bench_decode").Shape) == tuple(SHAPES)
+    assert typing.get_args(program.Shape) == tuple(SHAPES)
 
 
 def test_drawn_text_is_not_compared_with_plain_text(tmp_path, tinier):
