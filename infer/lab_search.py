@@ -260,7 +260,7 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     tables.print_table("If it were off, on the prompts that chose", columns, errors)
     of = result["made_from"]
     if of["profile"]["simulated_texts"]:
-        sys.stdout.write("the profile holds rates alone: prompts are simulated, with independent draws\n")
+        sys.stdout.write("the profile holds rates alone: each prompt's text is drawn from the rounds counted of it\n")
     models = [f"{of[part]['drafter']} for {of[part]['target']}" for part in ("profile", "costs")]
     if models[0] != models[1]:
         sys.stdout.write(f"acceptance is of {models[0]}, costs are of {models[1]}\n")

@@ -12,10 +12,10 @@ from jaxspec.lab.candidates import MOST_SHAPES, Limits
 from jaxspec.lab.cost_model import RoundCost, describe, grid, round_cost
 from jaxspec.lab.costs import CostTable, load_costs
 from jaxspec.lab.forest import Shape, shape_of
+from jaxspec.lab.logged import with_texts
 from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.replay import check_replayable
 from jaxspec.lab.search import Search
-from jaxspec.lab.simulate import with_texts
 from jaxspec.trees import StaticTree, parse_tree
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from jaxspec.evaluation.statistics import Counts, Interval, ratio_interval, tau_
 from jaxspec.lab.candidates import MOST_SHAPES, Limits, ReplayedShapes, find_candidates
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.forest import Shape, make_forest
-from jaxspec.lab.profile import Profile
+from jaxspec.lab.profile import Profile, split_prompts
 from jaxspec.lab.replay import replay
 from jaxspec.trees import StaticTree
 
@@ -94,7 +94,14 @@ class Choice(NamedTuple):
 
     @property
     def doubt(self) -> str | None:
-        """A sentence where the prompts that report do not confirm the choice over the runner-up."""
+        """A sentence where the prompts that report do not confirm the choice over plain decoding or the runner-up."""
+        chosen, plain = self.chosen.tokens_per_second.value, self.plain.tokens_per_second.value
+        if chosen < plain:
+            return (
+                f"the prompts that report find the chosen tree slower than plain decoding, {chosen:.4g} tokens/s "
+                f"against {plain:.4g}, and those that chose {self.choosing[0]:.4g} against {self.choosing[2]:.4g}: "
+                "profile more prompts, or try it with --measure"
+            )
         if self.runner_up is None:
             return None
         reported = [rated.tokens_per_second.value for rated in (self.chosen, self.runner_up)]
@@ -105,23 +112,6 @@ class Choice(NamedTuple):
             f"and those that chose {self.choosing[1]:.4g} against {self.choosing[0]:.4g}: they do not tell the two "
             "apart; profile more prompts, or try both with --measure"
         )
-
-
-def split_prompts(profile: Profile, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the prompts that choose and those that report: halves of every source, drawn at random.
-
-    Raises ValueError for a profile of one prompt.
-    """
-    if len(profile.sources) < 2:
-        raise ValueError("a profile of one prompt cannot both choose a tree and report on it: profile more prompts")
-    rng, halves = np.random.default_rng(seed), ([], [])
-    turn = 0
-    for source in dict.fromkeys(profile.sources):
-        mine = rng.permutation([p for p, s in enumerate(profile.sources) if s == source])
-        for prompt in mine:  # in turns over all sources, so that halves differ by one prompt at most
-            halves[turn % 2].append(int(prompt))
-            turn += 1
-    return np.sort(halves[0]), np.sort(halves[1])
 
 
 class Search:
@@ -143,15 +133,14 @@ class Search:
     def choose(self, cost: RoundCost) -> Choice:
         """Returns the tree for a batch and context: the fastest, or the smallest that prompts cannot tell from it.
 
-        Where the reporting prompts find it slower than plain decoding, plain decoding is chosen.
+        The prompts that choose decide alone, also between trees and plain decoding, which is always among the shapes.
+        What the others report is therefore no best of several figures, and may be below plain decoding's.
         """
         rate_S = self.candidates.rates(cost, self.limits)
         index = pick(self.candidates, rate_S)
         shapes = self.candidates.forest.shapes
         plain, chosen = self.rate((), cost), self.rate(shapes[index], cost)
         order = [int(i) for i in np.argsort(-rate_S, kind="stable")[:2] if rate_S[i] > 0]
-        if chosen.tokens_per_second.value < plain.tokens_per_second.value:
-            order, index, chosen = [index], 0, plain
         other = next((i for i in order if i != index), None)
         runner_up = None if other is None else self.rate(shapes[other], cost)
         before = (rate_S[index], float("nan") if other is None else rate_S[other], rate_S[0])

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from lab_toys import ROW, cost_table
+from lab_toys import ROW, cost_table, log_toys, rates_alone
 from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
@@ -16,7 +16,7 @@ from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
 from jaxspec.decoding.rounds import Weights
 from jaxspec.lab import cost_model
 from jaxspec.lab.costs import load_costs
-from jaxspec.lab.profile import Profile, load_profile
+from jaxspec.lab.profile import load_profile
 from jaxspec.lab.simulate import join, simulate
 from jaxspec.serving.loading import Models
 from jaxspec.trees import AdaptiveTree, StaticTree, parse_tree, resolve_tree, write_tree
@@ -154,19 +154,21 @@ def test_a_search_may_end_without_a_tree(tmp_path, files, capsys):
     assert parse_tree(str(tmp_path / "none.json")).nodes == 1
 
 
-def test_a_profile_of_rates_alone_is_searched_on_simulated_texts(tmp_path, files, capsys):
-    rates = {"rates_DK": [[*ROW[:3]], [None, 0.1, 0.0]], "lows_DK": [], "tries_DK": []}
-    none = np.zeros((0, 2))
-    facts = {"ranks": 3, "kind": "rates", "rule": "recursive-rejection", "mode": "swor", "target": "paper", **rates}
-    empty = Profile(np.zeros(0, np.int32), none.astype(np.int16), none, np.zeros((0, 0, 3)), none, (), facts)
-    empty.save(tmp_path / "paper.npz")
+def test_a_profile_of_rates_alone_is_searched_on_texts_drawn_from_its_counts(tmp_path, files, capsys):
+    profile = rates_alone(log_toys(np.tile(ROW[:3], (20, 2, 1)), rounds=60), target="paper")
+    profile.save(tmp_path / "paper.npz")
     result = run("search", ["--profile", str(tmp_path / "paper.npz"), *files[2:]], tmp_path)
     assert result["depth"] >= 1 and result["made_from"]["profile"]["target"] == "paper"
     assert result["made_from"]["profile"]["rule"] == "recursive-rejection"
+    assert result["made_from"]["prompts_choosing"] == result["made_from"]["prompts_reporting"] == 10
     assert "rates alone" in capsys.readouterr().out
-    dataclasses.replace(empty, facts={"ranks": 3}).save(tmp_path / "nothing.npz")
-    assert main(["lab", "search", "--profile", str(tmp_path / "nothing.npz"), *files[2:]]) == EXIT_FAILED
-    assert "neither starts nor rates" in capsys.readouterr().err
+    for name, other, said in (
+        ("nothing", {"facts": {"ranks": 3}, "counts": None}, "neither starts nor rates"),
+        ("old", {"counts": None}, "make it anew with `jaxspec lab profile`"),
+    ):
+        dataclasses.replace(profile, **other).save(tmp_path / f"{name}.npz")
+        assert main(["lab", "search", "--profile", str(tmp_path / f"{name}.npz"), *files[2:]]) == EXIT_FAILED
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
