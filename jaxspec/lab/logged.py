@@ -32,7 +32,7 @@ def with_texts(profile: Profile, *, seed: int = 0) -> Profile:
         return profile
     if profile.counts is None and "rates_DK" in profile.facts:
         raise ValueError(
-            "the profile is of an earlier version and holds rates without the counts of each prompt, so that its prompts "
+            "the profile is of an earlier version and holds rates without the counts of each prompt, so that prompts "
             "cannot choose and report apart: make it anew with `jaxspec lab profile`"
         )
     if profile.counts is None:

@@ -93,17 +93,22 @@ class Choice(NamedTuple):
     """Tokens a second of the chosen tree, the runner-up (NaN without) and plain decoding on the prompts that chose."""
 
     @property
+    def slower(self) -> str | None:
+        """A sentence where the prompts that report find the tree slower than plain decoding."""
+        chosen, plain = self.chosen.tokens_per_second.value, self.plain.tokens_per_second.value
+        if chosen >= plain:
+            return None
+        return (
+            f"the prompts that report find the chosen tree slower than plain decoding, {chosen:.4g} tokens/s against "
+            f"{plain:.4g}, and those that chose {self.choosing[0]:.4g} against {self.choosing[2]:.4g}: profile more "
+            "prompts, or try it with --measure"
+        )
+
+    @property
     def doubt(self) -> str | None:
         """A sentence where the prompts that report do not confirm the choice over plain decoding or the runner-up."""
-        chosen, plain = self.chosen.tokens_per_second.value, self.plain.tokens_per_second.value
-        if chosen < plain:
-            return (
-                f"the prompts that report find the chosen tree slower than plain decoding, {chosen:.4g} tokens/s "
-                f"against {plain:.4g}, and those that chose {self.choosing[0]:.4g} against {self.choosing[2]:.4g}: "
-                "profile more prompts, or try it with --measure"
-            )
-        if self.runner_up is None:
-            return None
+        if self.slower is not None or self.runner_up is None:
+            return self.slower
         reported = [rated.tokens_per_second.value for rated in (self.chosen, self.runner_up)]
         if reported[1] <= reported[0]:
             return None
@@ -129,6 +134,11 @@ class Search:
         self.candidates: ReplayedShapes = find_candidates(profile.of(choosing), costs, limits, most=most)
         self.reporting = profile.of(reporting)
         self.counts = functools.cache(functools.partial(replay, self.reporting))
+
+    @property
+    def left_out(self) -> str | None:
+        """A sentence where shapes could not be tried, for the costs do not go so far."""
+        return left_out(self.candidates.unpriced)
 
     def choose(self, cost: RoundCost) -> Choice:
         """Returns the tree for a batch and context: the fastest, or the smallest that prompts cannot tell from it.
@@ -175,6 +185,16 @@ class Search:
             "best_tokens_per_second": float(rate_S[best]),
             "lost": float(1 - rate_S[index] / rate_S[best]),
         }
+
+
+def left_out(unpriced: int) -> str | None:
+    """Returns a sentence about so many shapes that costs do not know; None for none."""
+    if not unpriced:
+        return None
+    return (
+        f"{unpriced:,} shapes were not tried, for the costs do not know paths so long or levels so wide: price more "
+        "--paths and --widths with `jaxspec lab cost`"
+    )
 
 
 ERRORS = ("acceptance", "target", "draft", "other")

@@ -26,7 +26,10 @@ def ridge_cost(ridge: float, batch: int, *, nodes: int = 128, level: float = 0.0
 
 
 def cost_table(
-    batches: Sequence[int] = (1, 4, 16), contexts: Sequence[int] = (512, 2048), **facts: object
+    batches: Sequence[int] = (1, 4, 16),
+    contexts: Sequence[int] = (512, 2048),
+    paths: Sequence[int] = (1,),
+    **facts: object,
 ) -> CostTable:
     """Returns a table of the roofline's kind: verification rises where arithmetic passes the weights."""
     rows = []
@@ -36,7 +39,7 @@ def cost_table(
             at = batch, context
             rows += [_row("verify", n, 0, at, max(read, 1e-2 * n * batch / 240)) for n in (1, 2, 4, 8, 16, 32, 64)]
             rows += [_row("draft", 1, w, at, 6e-4 + 1e-6 * w * batch) for w in (1, 2, 4, 8)]
-            rows += [_row("extend", 1, 0, at, 6e-4), _row("plain", 1, 0, at, read + 5e-4)]
+            rows += [_row("extend", n, 0, at, 6e-4) for n in paths] + [_row("plain", 1, 0, at, read + 5e-4)]
         rows.append(_row("rest", 1, 0, (batch, 0), 5e-4))
     made = {"source": "roofline", "device": "toy", "target": "t", "drafter": "d", "dtype": "bf16", **facts}
     return CostTable(tuple(rows), made)
