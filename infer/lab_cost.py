@@ -139,7 +139,8 @@ class Args:
     @property
     def grid(self) -> Grid:
         """The sizes to price. Raises ValueError for a list that cannot be read."""
-        return Grid(*(tuple(sorted(cli.sizes(f"--{name}", getattr(self, name)))) for name in Grid._fields))
+        names = ("nodes", "widths", "batches", "contexts", "paths")
+        return Grid(*(tuple(sorted(cli.sizes(f"--{name}", getattr(self, name)))) for name in names))
 
 
 class Job(NamedTuple):

@@ -155,7 +155,7 @@ def test_plain_decoding_is_chosen_where_the_choosing_prompts_have_it_fastest():
 
 
 def test_reported_gains_are_not_cut_off_at_plain_decoding():
-    """Where no tree helps, those that were lucky lose as often and as much as others win on the prompts that report."""
+    """If no tree helps, those that were lucky lose as often and as much as others win on the prompts that report."""
     cost = RoundCost(1, 512, 1.0, np.ones(65), np.full(65, 0.0), np.full(9, 0.29), 0.0)
     gains = []
     for seed in range(60):
