@@ -22,6 +22,7 @@ import tyro
 from jaxspec import config
 from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
+from jaxspec.evaluation.device_decode import memory_limit
 from jaxspec.evaluation.stand_ins import cache_bytes
 from jaxspec.lab.compiled import CLOCK_DOUBT, CompiledBench, Machine, cpu_machine, tpu_machine
 from jaxspec.lab.costs import CostRow, CostTable, differences, load_costs
@@ -40,6 +41,8 @@ from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.resolve import drafter_for
 
 PROG = "jaxspec lab cost"
+MANY_SLOTS = 1024
+"""Slots of a cache, and twice as many, between which the bytes of a token are counted."""
 SOURCE_NOTES = {
     "measured": "measured: median of loops on this machine, all parts of a batch and context in turns",
     "compiled": (
@@ -75,6 +78,8 @@ class Args:
     """Nodes of the tree, root included, whose verification is priced."""
     widths: str = "1,2,4,8,16"
     """Nodes of a draft level."""
+    paths: str = "2,4,8"
+    """Nodes of an accepted path, root included, that the drafter reads; costs reach to twice the longest."""
     batches: str = "1"
     """Rows decoded together."""
     contexts: str = "512"
@@ -134,11 +139,8 @@ class Args:
     @property
     def grid(self) -> Grid:
         """The sizes to price. Raises ValueError for a list that cannot be read."""
-        nodes, widths, batches, contexts = (
-            tuple(sorted(cli.sizes(f"--{name}", getattr(self, name))))
-            for name in ("nodes", "widths", "batches", "contexts")
-        )
-        return Grid(nodes, widths, batches, contexts)
+        names = ("nodes", "widths", "batches", "contexts", "paths")
+        return Grid(*(tuple(sorted(cli.sizes(f"--{name}", getattr(self, name)))) for name in names))
 
 
 class Job(NamedTuple):
@@ -341,8 +343,12 @@ def facts_of(job: Job) -> dict[str, Any]:
     """Returns the facts of any source."""
     args, engine = job.args, job.models.engine
     largest = {"batch": max(args.grid.batches), "capacity": max(args.grid.contexts) + args.grid.room}
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.models.weights))
-    memory = None if job.device == CPU or args.source == "measured" else peaks_of(job.device).memory
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.models.weights))
+    caches = [cache_bytes(job.models, batch=1, capacity=slots) for slots in (MANY_SLOTS, 2 * MANY_SLOTS)]
+    if args.source == "measured":
+        memory = memory_limit()
+    else:
+        memory = None if job.device == CPU else peaks_of(job.device).memory
     return {
         "target": args.shape or args.target or "tiny",
         "drafter": job.drafter,
@@ -357,7 +363,9 @@ def facts_of(job: Job) -> dict[str, Any]:
         "one_pass": bool(engine.drafter is not None and engine.drafter.one_pass),
         "reference_tree": getattr(engine.tree, "spec", None),
         "layers": job.models.config.layers,
-        "held_bytes": held + cache_bytes(job.models, **largest),
+        "weights_bytes": weights,
+        "cache_bytes_per_token": (caches[1] - caches[0]) // MANY_SLOTS,
+        "held_bytes": weights + cache_bytes(job.models, **largest),
         "memory_bytes": memory if memory != float("inf") else None,
         "machine": results.machine_facts(),
     }

@@ -281,9 +281,9 @@ def log(
     found = []
     for arm in arms:
         ruled = arm._replace(models=arm.models.with_rule(args.draft_mode, args.rule))
-        hits, tries, about = making.log_arm(ruled, prompts, settings, sizes, args.work, begun, stopped)
-        facts = facts_of(args, arm, settings) | {"mode": args.draft_mode, "rule": args.rule_name, **about}
-        found.append(making.rate_profile(arm, sources, hits, tries, facts))
+        counts, tree = making.log_arm(ruled, prompts, settings, sizes, args.work, begun, stopped)
+        how = {"mode": args.draft_mode, "rule": args.rule_name, "logged_tree": tree}
+        found.append(making.rate_profile(arm, sources, counts, facts_of(args, arm, settings) | how))
     return found
 
 

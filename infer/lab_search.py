@@ -126,7 +126,7 @@ def run_search(args: Args) -> Searched:
     """Returns the trees of all batches, those of the costs too, which make the frontier."""
     grid, contexts = args.cost_grid
     context = args.context or contexts[len(contexts) // 2]
-    others = [batch for batch in grid if batch not in args.batches and fits(args, batch, context)]
+    others = [batch for batch in grid if batch not in args.batches and args.refusal(batch, context) is None]
     cells = [(batch, context) for batch in sorted([*args.batches, *others])]
     search = args.search(cells)
     costs = {batch: args.cost_at(batch, context) for batch, _ in cells}
@@ -148,15 +148,6 @@ def try_choice(args: Args, found: Searched, prompts: Sequence[Prompt]) -> dict[s
     requests = encode_requests(models, prompts, settings)
     tried = try_trees(models, policies, requests, batch=found.batch, repeats=args.repeats)
     return tried if choice.chosen.shape else {"chosen": tried[PLAIN], **tried}
-
-
-def fits(args: Args, batch: int, context: int) -> bool:
-    """Returns whether a batch that was not asked for can be on the frontier: by the costs and the caches' memory."""
-    try:
-        args.limits.allow(args.cost_at(batch, context))
-    except ValueError:
-        return False
-    return True
 
 
 def tree_fields(args: Args, found: Searched) -> dict[str, Any]:
@@ -201,6 +192,7 @@ def make_result(args: Args, found: Searched, started: float) -> dict[str, Any]:
         frontier=[point.row() for point in found.frontier],
         runner_up=choice.runner_up and choice.runner_up.row(),
         shapes_tried=found.search.candidates.tried,
+        shapes_unpriced=found.search.candidates.unpriced,
         shapes_replayed=len(found.search.candidates.forest.shapes),
         node_shares=[{"path": list(path), "share": share} for path, share in shares.items()],
         accept_histogram=found.search.counts(chosen.shape).accepted_PA.sum(0),
@@ -239,8 +231,9 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     ]
     columns = ["", "tree", "nodes", "depth", "tau", "tokens/s", "x plain", "ms a token"]
     tables.print_table(f"Predicted at {where}", [*columns, "tokens/s of the choosing half"], rows)
-    if choice.doubt is not None:
-        sys.stdout.write(f"{choice.doubt}\n")
+    for told in (choice.doubt, found.search.left_out):
+        if told is not None:
+            sys.stdout.write(f"{told}\n")
     if args.objective == "frontier" or len(args.batches) > 1:
         rows = [figures(f"batch {p.batch}", p, found.choices[p.batch].plain) for p in found.frontier]
         tables.print_table("Nothing beats these in both tokens/s and ms a token", columns, rows)
@@ -260,7 +253,7 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     tables.print_table("If it were off, on the prompts that chose", columns, errors)
     of = result["made_from"]
     if of["profile"]["simulated_texts"]:
-        sys.stdout.write("the profile holds rates alone: prompts are simulated, with independent draws\n")
+        sys.stdout.write("the profile holds rates alone: each prompt's text is drawn from the rounds counted of it\n")
     models = [f"{of[part]['drafter']} for {of[part]['target']}" for part in ("profile", "costs")]
     if models[0] != models[1]:
         sys.stdout.write(f"acceptance is of {models[0]}, costs are of {models[1]}\n")

@@ -11,7 +11,7 @@ from typing import Any
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
 from jaxspec.lab.flags import SearchFlags, static_shape
-from jaxspec.lab.search import Rated, Search
+from jaxspec.lab.search import Rated, left_out
 
 FORMAT = "jaxspec tree table 1"
 
@@ -60,27 +60,34 @@ def make_table(args: Args) -> dict[str, Any]:
     known = args.cost_grid
     batches = list(known[0]) if args.batches is None else sorted(cli.sizes("--batches", args.batches))
     contexts = list(known[1]) if args.contexts is None else sorted(cli.sizes("--contexts", args.contexts))
-    cells = [(batch, context) for context in contexts for batch in batches]
+    shape = None if args.tree is None else static_shape(args.tree)
+    nodes = 1 if shape is None else 1 + len(shape)
+    why = {(batch, context): args.refusal(batch, context, nodes) for context in contexts for batch in batches}
+    refused = {cell: reason for cell, reason in why.items() if reason is not None}
+    cells = [cell for cell in why if cell not in refused]
+    if not cells:
+        raise ValueError(f"{args.cost}: {next(iter(refused.values()))}")
     search = args.search(cells)
-    rows = [make_row(*rate_cell(args, search, cell)) for cell in cells]
+    costs = [args.cost_at(*cell) for cell in cells]
+    choices = [] if shape is not None else [search.choose(cost) for cost in costs]
+    rated = [c.chosen for c in choices] if shape is None else [search.rate(shape, cost) for cost in costs]
+    rows = [make_row(tree, search.rate((), cost)) for tree, cost in zip(rated, costs, strict=True)]
     chains = all(row["nodes"] == row["depth"] + 1 for row in rows)
     return {
         "format": FORMAT,
         "batches": batches,
         "contexts": contexts,
         "rows": rows,
+        "refused": [place(cell) | {"reason": reason} for cell, reason in refused.items()],
+        "doubts": [place(at) | {"doubt": c.slower} for at, c in zip(cells, choices, strict=False) if c.slower],
         "draft_len_schedule": schedules(rows) if chains else None,
         "made_from": args.made_from(search) | {"tree": args.tree, "jaxspec": __version__},
     }
 
 
-def rate_cell(args: Args, search: Search, cell: tuple[int, int]) -> tuple[Rated, Rated]:
-    """Returns the tree of a batch and context, the best or the one that is given, and plain decoding."""
-    cost = args.cost_at(*cell)
-    if args.tree is None:
-        choice = search.choose(cost)
-        return choice.chosen, choice.plain
-    return search.rate(static_shape(args.tree), cost), search.rate((), cost)
+def place(cell: tuple[int, int]) -> dict[str, Any]:
+    """Returns a batch and context as keys of a row."""
+    return {"batch": cell[0], "context": cell[1]}
 
 
 def make_row(tree: Rated, plain: Rated) -> dict[str, Any]:
@@ -108,17 +115,24 @@ def print_grid(table: dict[str, Any]) -> None:
     """Prints nodes and depth of each cell with its speed-up, contexts down and batches across, then the trees."""
     cells = {(row["batch"], row["context"]): row for row in table["rows"]}
     columns = ["context", *(f"batch {batch}" for batch in table["batches"])]
-    grid = [[c, *(cell_text(cells[batch, c]) for batch in table["batches"])] for c in table["contexts"]]
+    grid = [[c, *(cell_text(cells.get((batch, c))) for batch in table["batches"])] for c in table["contexts"]]
     of = "the tree" if table["made_from"]["tree"] else "the best tree"
     tables.print_table(f"Nodes x depth of {of}, and tokens/s over plain decoding", columns, grid)
     specs = dict.fromkeys(row["spec"] for row in table["rows"])
     for spec in specs:
         row = next(row for row in table["rows"] if row["spec"] == spec)
         sys.stdout.write(f"{row['nodes']}x{row['depth']}: {spec}\n")
+    if (told := left_out(table["made_from"]["shapes_unpriced"])) is not None:
+        sys.stdout.write(f"{told}\n")
+    for name, key in (("refused", "reason"), ("doubts", "doubt")):
+        for told in table[name]:
+            sys.stdout.write(f"batch {told['batch']}, context {told['context']}: {told[key]}\n")
 
 
-def cell_text(row: dict[str, Any]) -> str:
-    """Returns a cell of the grid."""
+def cell_text(row: dict[str, Any] | None) -> str:
+    """Returns a cell of the grid; that of a refused batch and context is a dash."""
+    if row is None:
+        return "–"
     return "plain" if row["nodes"] == 1 else f"{row['nodes']}x{row['depth']}, {row['speedup']:.2f}x"
 
 

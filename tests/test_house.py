@@ -133,7 +133,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "tree_picture",
             "trial",
         },
-        {"acceptance_pictures", "given", "optimal", "pricing", "reading", "shapes", "texts"},
+        {"acceptance_pictures", "given", "logged", "optimal", "pricing", "reading", "shapes", "texts"},
         {"candidates", "compiled", "making", "measured", "roofline"},
         {"search"},
         {"check", "flags", "policy"},

@@ -18,6 +18,7 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Most nodes expanded a level, tried one after another."""
 MOST_SHAPES = 10_000
 """Shapes that a search replays."""
+GIB = 2**30
 FIRST_SHAPES = 1000
 """Shapes of the first pass, which tells where rounds begin."""
 
@@ -54,15 +55,22 @@ class Limits:
         Raises ValueError where plain decoding does not fit either.
         """
         most = min(self.nodes, cost.most_nodes)
+        self.check_memory(cost, 1)
         if self.cache_bytes is None or self.bytes_per_token is None:
             return most
-        room = self.cache_bytes // (self.bytes_per_token * cost.batch) - cost.context
-        if room < 1:
+        return min(most, self.cache_bytes // (self.bytes_per_token * cost.batch) - cost.context)
+
+    def check_memory(self, cost: RoundCost, nodes: int) -> None:
+        """Raises ValueError where the caches' memory does not hold a batch and context with a round's nodes."""
+        if self.cache_bytes is None or self.bytes_per_token is None:
+            return
+        needed = cost.batch * (cost.context + nodes) * self.bytes_per_token
+        if needed > self.cache_bytes:
             raise ValueError(
-                f"{cost.batch} rows of {cost.context} tokens take more than the caches' {self.cache_bytes} bytes: "
-                "lower the batch or the context"
+                f"{cost.batch} rows of {cost.context} tokens with {nodes} of the round take {needed / GIB:.4g} GiB, "
+                f"and the caches may take {self.cache_bytes / GIB:.4g}: lower the batch or the context, or give a "
+                "greater --max-cache-gib"
             )
-        return min(most, int(room))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,8 @@ class ReplayedShapes:
     """Rates at the starts where rounds begin."""
     tried: int
     """Shapes that were costed by tables or replayed."""
+    unpriced: int = 0
+    """Shapes that were left out: their paths or levels are larger than any costs know."""
 
     @property
     def tau_S(self) -> np.ndarray:
@@ -110,14 +120,16 @@ def find_candidates(
     # Side branches may be harder than the main one for any drafter; the replay says where that counts.
     side = acceptance_table(profile, given="kept", by_parent=True)
     drawn = set(_drawn([text, kept, side], _loose(profile, None), limits, skip))
-    first = _best_rated(drawn, kept, costs, limits, min(most, FIRST_SHAPES))
+    first, _ = _best_rated(drawn, kept, costs, limits, min(most, FIRST_SHAPES))
     replayed = _replayed(profile, first, kept, len(drawn))
     best = {int(replayed.rates(cost, limits).argmax()) for cost in costs}
     starts = np.concatenate([rounds_of(profile, replayed.forest.shapes[i])[0] for i in best])
     rounds = acceptance_table(profile, starts=starts, given="kept")
     sides = acceptance_table(profile, starts=starts, given="kept", by_parent=True)
     drawn.update(_drawn([rounds, sides], _loose(profile, starts), limits, skip))
-    return _replayed(profile, _best_rated(drawn, rounds, costs, limits, most), rounds, len(drawn))
+    best_rated, unpriced = _best_rated(drawn, rounds, costs, limits, most)
+    replayed = _replayed(profile, best_rated, rounds, len(drawn) - unpriced)
+    return dataclasses.replace(replayed, unpriced=unpriced)
 
 
 def _loose(profile: Profile, starts: np.ndarray | None) -> AcceptanceTable:
@@ -145,13 +157,18 @@ def _drawn(tables: Sequence[AcceptanceTable], loose: AcceptanceTable, limits: Li
 
 def _best_rated(
     shapes: Iterable[Shape], table: AcceptanceTable, costs: Sequence[RoundCost], limits: Limits, most: int
-) -> list[Shape]:
-    """Returns plain decoding and the shapes that a table rates best at any of the costs, `most` in all."""
+) -> tuple[list[Shape], int]:
+    """Returns plain decoding and the shapes that a table rates best at any of the costs, `most` in all.
+
+    Returns the number of shapes, too, that none of the costs knows.
+    """
     ordered = sorted(shapes, key=lambda shape: (len(shape), shape))
     ordered = [(), *(shape for shape in ordered if shape)]
-    if len(ordered) <= most:
-        return ordered
     forest = make_forest(ordered)
+    known_S = np.any([cost.known(forest.nodes_S, forest.width_SD) for cost in costs], axis=0)
+    unpriced = int((~known_S).sum())
+    if len(ordered) - unpriced <= most:
+        return [ordered[i] for i in np.flatnonzero(known_S)], unpriced
     expected_S = forest.sums(table.values(forest))
     best_S = np.zeros(len(ordered))
     for cost in costs:
@@ -159,7 +176,8 @@ def _best_rated(
         rate_S = ReplayedShapes(forest, 1 / expected_S[:, None], np.ones(1), table, 0).rates(cost, limits)
         best_S = np.maximum(best_S, rate_S / rate_S.max())
     best_S[0] = np.inf
-    return [ordered[i] for i in np.sort(np.argsort(-best_S, kind="stable")[:most])]
+    best_S[~known_S] = -np.inf
+    return [ordered[i] for i in np.sort(np.argsort(-best_S, kind="stable")[:most])], unpriced
 
 
 def _replayed(profile: Profile, shapes: Sequence[Shape], table: AcceptanceTable, tried: int) -> ReplayedShapes:

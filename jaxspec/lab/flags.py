@@ -8,17 +8,15 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxspec.lab.candidates import MOST_SHAPES, Limits
+from jaxspec.lab.candidates import GIB, MOST_SHAPES, Limits
 from jaxspec.lab.cost_model import RoundCost, describe, grid, round_cost
 from jaxspec.lab.costs import CostTable, load_costs
 from jaxspec.lab.forest import Shape, shape_of
+from jaxspec.lab.logged import with_texts
 from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.replay import check_replayable
 from jaxspec.lab.search import Search
-from jaxspec.lab.simulate import with_texts
 from jaxspec.trees import StaticTree, parse_tree
-
-GIB = 2**30
 
 
 class Inputs(NamedTuple):
@@ -41,7 +39,8 @@ class LimitFlags:
     multiple: int = 1
     """Nodes, the root included, are a multiple of this, such as 8 on a TPU; plain decoding is tried in any case."""
     max_cache_gib: float | None = None
-    """Most memory of the caches of target and drafter, all rows and a round's nodes together."""
+    """Most memory of the caches of target and drafter, all rows and a round's nodes together; default: what the weights
+    leave of the device's memory, where the costs say both."""
     cache_bytes_per_token: int | None = None
     """Bytes of one token of one row in these caches; default: what the costs say."""
     shapes: int = MOST_SHAPES
@@ -83,12 +82,23 @@ class SearchFlags(LimitFlags):
 
     @property
     def limits(self) -> Limits:
-        """The limits of the trees. Raises ValueError where a limit of the caches lacks the bytes of a token."""
+        """The limits of the trees.
+
+        Raises ValueError where a limit of the caches lacks the bytes of a token, and where weights leave no memory.
+        """
         profile, costs = self.inputs
-        room = None if self.max_cache_gib is None else int(self.max_cache_gib * GIB)
         token = self.cache_bytes_per_token or costs.facts.get("cache_bytes_per_token")
+        memory, weights = (costs.facts.get(name) for name in ("memory_bytes", "weights_bytes"))
+        room = None if self.max_cache_gib is None else int(self.max_cache_gib * GIB)
         if room is not None and not token:
             raise ValueError(f"--max-cache-gib needs --cache-bytes-per-token: {self.cost} does not say it")
+        if room is None and token and memory and weights:
+            room = memory - weights
+            if room < 1:
+                raise ValueError(
+                    f"{self.cost}: the weights take {weights / GIB:.4g} GiB, and {costs.facts.get('device')} holds "
+                    f"{memory / GIB:.4g}: cost a larger device, or give --max-cache-gib as of a device with more memory"
+                )
         depth = profile.rank_TD.shape[1] if self.max_depth is None else self.max_depth
         return Limits(self.max_nodes, depth, self.max_branch, self.multiple, room, token)
 
@@ -96,6 +106,15 @@ class SearchFlags(LimitFlags):
         """Returns the cost of a batch and context for the profile's drafter. Raises ValueError as `round_cost`."""
         profile, costs = self.inputs
         return round_cost(costs, batch, context, one_pass=profile.facts.get("one_pass") or costs.facts.get("one_pass"))
+
+    def refusal(self, batch: int, context: int, nodes: int = 1) -> str | None:
+        """Returns why a batch and context is beyond the costs, or with so many nodes beyond the memory; None if not."""
+        limits = self.limits
+        try:
+            limits.check_memory(self.cost_at(batch, context), nodes)
+        except ValueError as problem:
+            return str(problem)
+        return None
 
     def search(self, cells: list[tuple[int, int]]) -> Search:
         """Returns the search at these batches and contexts. Raises ValueError for what costs or profile do not hold."""
@@ -118,12 +137,13 @@ class SearchFlags(LimitFlags):
                 "max_depth": search.limits.depth,
                 "max_branch": self.max_branch,
                 "multiple": self.multiple,
-                "max_cache_gib": self.max_cache_gib,
+                "max_cache_gib": search.limits.cache_bytes and search.limits.cache_bytes / GIB,
             },
             "seed": self.seed,
             "prompts_choosing": len(profile.sources) - len(search.reporting.sources),
             "prompts_reporting": len(search.reporting.sources),
             "shapes_tried": search.candidates.tried,
+            "shapes_unpriced": search.candidates.unpriced,
         }
 
     @property

@@ -15,7 +15,7 @@ from jaxspec.console import progress
 from jaxspec.console.disk import writing
 from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation.acceptance import Notebook, request_of
-from jaxspec.lab.profile import Profile
+from jaxspec.lab.profile import Profile, RoundCounts
 from jaxspec.lab.ranks import Ranks, Text, batches, rank_texts, read_target
 from jaxspec.lab.rates import rates_of
 from jaxspec.lab.round_log import generous_tree, log_rounds
@@ -23,6 +23,8 @@ from jaxspec.lab.texts import Sourced, digest_of
 from jaxspec.parallel.agreement import say
 from jaxspec.serving.loading import Models
 
+COUNTED = ("hits", "turns", "tokens", "calls")
+"""Fields of a note of a decoded prompt, in the order of `RoundCounts`."""
 Stopped = Callable[[str], None]
 """Is told after every batch where the work is, and may raise."""
 
@@ -129,16 +131,15 @@ def log_arm(
     folder: Path,
     begun_with: dict[str, Any],
     stopped: Stopped,
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+) -> tuple[RoundCounts, str]:
     """Decodes the prompts with a generous tree and the rule of the drafter's models, and counts what is kept.
 
-    Returns hits and tries `[P, D, K]`, and the tree with the tokens and calls of each prompt. Prompts that are noted in
-    `folder` are not decoded again.
+    Returns the counts, and the tree's spec. Prompts that are noted in `folder` are not decoded again.
     """
     rule = arm.models.engine.rule
     tree = generous_tree(arm.depth, 1 if rule.chains_only else sizes.ranks)
     models = arm.models.with_tree(tree)
-    notes = Notebook(folder / "logged.jsonl", begun_with, "hits", "tries", "tokens", "calls")
+    notes = Notebook(folder / "logged.jsonl", begun_with, *COUNTED)
     drawn_at = (settings.temperature, settings.draft_temperature)
     of = (arm.digest, models.engine.mode, rule.name, *drawn_at, tree.spec)
     missing = notes.missing(of, len(prompts))
@@ -146,21 +147,17 @@ def log_arm(
     with progress.progress(f"rounds of {arm.name}, {rule.name}", len(left), "prompts") as bar:
         batch = min(sizes.slots, max(1, len(left)))
         for one in log_rounds(models, left, batch=batch, longest=settings.max_new_tokens):
-            counted = {"hits": one.hits_DK.tolist(), "tries": one.tries_DK.tolist()}
+            counted = {"hits": one.hits_DK.tolist(), "turns": one.turns_DK.tolist()}
             notes.add(of, one.key, **counted, tokens=one.tokens, calls=one.calls)
             bar.advance(1)
             stopped("while rounds were logged")
-    hits, tries = (np.array(notes.all(of, name)) for name in ("hits", "tries"))
-    counts = {name: notes.all(of, name) for name in ("tokens", "calls")}
-    return hits, tries, {"logged_tree": tree.spec, **counts}
+    return RoundCounts(*(np.array(notes.all(of, name), np.int64) for name in COUNTED)), tree.spec
 
 
-def rate_profile(
-    arm: ProfiledDrafter, sources: Sequence[str], hits_PDK: np.ndarray, tries_PDK: np.ndarray, facts: dict[str, Any]
-) -> Profile:
+def rate_profile(arm: ProfiledDrafter, sources: Sequence[str], counts: RoundCounts, facts: dict[str, Any]) -> Profile:
     """Returns a profile of rates alone: its texts are empty, and `replayable` is false."""
-    depth, ranks = hits_PDK.shape[1:]
-    rates = rates_of(hits_PDK, tries_PDK)
+    depth, ranks = counts.hits_PDK.shape[1:]
+    rates = rates_of(counts.hits_PDK, counts.turns_PDK, in_turn=True)
     named = {f"{name.removesuffix('_DK')}s_DK": getattr(rates, name) for name in ("rate_DK", "low_DK", "high_DK")}
     table = {n: [[None if np.isnan(x) else float(x) for x in row] for row in rows] for n, rows in named.items()}
     about = {**facts, "kind": "rates", "ranks": ranks, "depth": arm.depth, **table, "tries_DK": rates.tries_DK.tolist()}
@@ -173,6 +170,7 @@ def rate_profile(
         nothing.astype(np.float16),
         tuple(sources),
         about,
+        counts,
     )
 
 

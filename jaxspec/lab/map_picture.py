@@ -50,7 +50,7 @@ def _cell(finding: SearchFinding, at: tuple[int, int], most: float) -> Cell:
     gain, tree = speedup(choice), choice.chosen.tree
     if tree.nodes == 1:
         return Cell("plain", "1x", 0.0, f"{where}: no tree pays")
-    strength = (gain - 1) / (most - 1) if most > 1 else 0.0
+    strength = max(gain - 1, 0.0) / (most - 1) if most > 1 else 0.0
     return Cell(f"{tree.nodes}x{tree.depth}", f"{gain:.2f}x", strength, f"{where}: {tree.spec}")
 
 

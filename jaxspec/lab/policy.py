@@ -45,7 +45,8 @@ def adaptive_tree(
     if deepest + 1 >= len(cost.extend_P) or beam >= len(cost.level_W):
         raise ValueError(
             f"the costs go to paths of {len(cost.extend_P) - 1} nodes and levels of {len(cost.level_W) - 1}, and the "
-            f"adaptive tree has {deepest + 1} and {beam}: make them with larger --nodes and --widths"
+            f"adaptive tree has {deepest + 1} and {beam}: make them with `jaxspec lab cost` and larger --paths, such "
+            f"as 2,4,8,{deepest + 1}, and --widths"
         )
     drafted = beam + (depth - 1) * beam**2 + (lookup or 0)
     budgets = tuple(n for n in (2**i for i in range(known.bit_length())) if n <= min(known, 1 + drafted))

@@ -12,7 +12,7 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,19 @@ MISSED = -1
 """Rank of a token that is not among the `K` likeliest children."""
 BEYOND = -2
 """Rank at a depth behind the end of the text."""
+
+
+class RoundCounts(NamedTuple):
+    """Rounds of each prompt, decoded with a static tree and counted, in a profile of rates alone."""
+
+    hits_PDK: np.ndarray
+    """Rounds that kept the child of each depth, from 1 on, and rank."""
+    turns_PDK: np.ndarray
+    """Rounds in which it was that child's turn: the tree has it, its parent was kept, and no elder sibling was."""
+    tokens_P: np.ndarray
+    """New tokens, the one that prefill gives not counted."""
+    calls_P: np.ndarray
+    """Target calls, prefill not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +61,8 @@ class Profile:
     facts: dict[str, Any]
     """How it was made: `temperature`, `mode`, `rule`, `one_pass`, `target`, `drafter`, `prompts` (names), `hashes`,
     `ranks` (`K`), `kind` ("ranks" or "rates") and whatever else a reader needs; JSON."""
+    counts: RoundCounts | None = None
+    """Of a profile of rates alone: the counts behind them, prompt by prompt."""
 
     def __post_init__(self) -> None:
         starts, depths = self.rank_TD.shape
@@ -59,6 +74,8 @@ class Profile:
             raise ValueError(f"a profile names prompts that its {len(self.sources)} sources do not have: make it anew")
         if np.any(np.diff(self.prompt_T) < 0):
             raise ValueError("a profile's starts are not in the order of their prompts: make it anew")
+        if self.counts is not None and {len(x) for x in self.counts} != {len(self.sources)}:
+            raise ValueError(f"a profile counts rounds of other prompts than its {len(self.sources)}: make it anew")
 
     @property
     def ranks(self) -> int:
@@ -67,8 +84,8 @@ class Profile:
 
     @property
     def replayable(self) -> bool:
-        """Returns whether it holds texts; a profile of `kind` "rates" holds acceptance by depth and rank alone, as
-        `rates_DK` with intervals `lows_DK`, `highs_DK` and counts `tries_DK` among its facts."""
+        """Returns whether it holds texts; one of `kind` "rates" holds `counts` and, among its facts, acceptance by
+        depth and rank: `rates_DK` with intervals `lows_DK`, `highs_DK` and the turns `tries_DK`."""
         return self.facts.get("kind") != "rates"
 
     def of(self, prompts: np.ndarray) -> Profile:
@@ -83,14 +100,32 @@ class Profile:
             top_TDK=self.top_TDK[at],
             entropy_TD=self.entropy_TD[at],
             sources=tuple(self.sources[p] for p in prompts),
+            counts=None if self.counts is None else RoundCounts(*(x[prompts] for x in self.counts)),
         )
 
     def save(self, path: Path) -> None:
         """Writes one compressed `.npz` file with the facts as JSON among the arrays."""
         text = json.dumps({"format": FORMAT, "sources": self.sources, **self.facts})
-        arrays = {n: getattr(self, n) for n in ARRAYS}
+        arrays = {n: getattr(self, n) for n in ARRAYS} | ({} if self.counts is None else self.counts._asdict())
         with writing(path), path.open("wb") as file:
             np.savez_compressed(file, facts=np.frombuffer(text.encode(), np.uint8), **arrays)
+
+
+def split_prompts(profile: Profile, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the prompts that choose and those that report: halves of every source, drawn at random.
+
+    Raises ValueError for a profile of one prompt.
+    """
+    if len(profile.sources) < 2:
+        raise ValueError("a profile of one prompt cannot both choose a tree and report on it: profile more prompts")
+    rng, halves = np.random.default_rng(seed), ([], [])
+    turn = 0
+    for source in dict.fromkeys(profile.sources):
+        mine = rng.permutation([p for p, s in enumerate(profile.sources) if s == source])
+        for prompt in mine:  # in turns over all sources, so that halves differ by one prompt at most
+            halves[turn % 2].append(int(prompt))
+            turn += 1
+    return np.sort(halves[0]), np.sort(halves[1])
 
 
 ARRAYS = ("prompt_T", "rank_TD", "logp_TD", "top_TDK", "entropy_TD")
@@ -105,6 +140,7 @@ def load_profile(path: Path) -> Profile:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             facts = json.loads(bytes(found["facts"]))
             arrays = {name: found[name] for name in ARRAYS}
+            counted = [found[name] for name in RoundCounts._fields if name in found.files]
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such profile; make one with `jaxspec lab profile`") from None
     except OSError as error:
@@ -115,4 +151,5 @@ def load_profile(path: Path) -> Profile:
     known = isinstance(facts, dict) and facts.pop("format", None) == FORMAT
     if not known or not isinstance(facts.get("ranks"), int) or not isinstance(facts.get("sources"), list):
         raise ValueError(f"{path}: is no acceptance profile of this version; make one with `jaxspec lab profile`")
-    return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts)
+    counts = RoundCounts(*counted) if len(counted) == len(RoundCounts._fields) else None
+    return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts, counts=counts)

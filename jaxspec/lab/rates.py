@@ -22,14 +22,16 @@ class Rates(NamedTuple):
     """Ends of the percentile bootstrap interval over prompts."""
     high_DK: np.ndarray
     tries_DK: np.ndarray
-    """Places that the rate is the mean over."""
+    """Places that the rate is the mean over; of rounds that were counted, turns of the child."""
 
 
 def measure_rates(profile: Profile) -> Rates:
-    """Returns the rates of a profile: means over all places of its texts, or those that it was made with.
+    """Returns the rates of a profile: means over all places of its texts, or those of the rounds that it counts.
 
     A mean over places is not one over rounds, which stand closer where the text is hard: for tau replay a tree.
     """
+    if profile.counts is not None:
+        return rates_of(profile.counts.hits_PDK, profile.counts.turns_PDK, in_turn=True)
     if not profile.replayable:
         names = ("rates_DK", "lows_DK", "highs_DK", "tries_DK")
         return Rates(*(np.array(profile.facts[name], np.float64) for name in names))  # null becomes NaN
@@ -48,19 +50,34 @@ def count_hits(profile: Profile) -> tuple[np.ndarray, np.ndarray]:
     return hits_PDK, tries_PD1
 
 
-def rates_of(hits_PDK: np.ndarray, tries_PDK: np.ndarray) -> Rates:
-    """Returns the pooled rates of some prompts, and their intervals over resampled prompts."""
+def rates_of(hits_PDK: np.ndarray, tries_PDK: np.ndarray, *, in_turn: bool = False) -> Rates:
+    """Returns the pooled rates of some prompts, and their intervals over resampled prompts.
+
+    Tries are places, or with `in_turn` turns, see `profile.RoundCounts`.
+    """
+    rate = rates_in_turn if in_turn else _share
     tries_PDK = np.broadcast_to(tries_PDK, hits_PDK.shape)
-    pooled, tries_DK = _share(hits_PDK.sum(0), tries_PDK.sum(0)), tries_PDK.sum(0)
+    pooled, tries_DK = rate(hits_PDK.sum(0), tries_PDK.sum(0)), tries_PDK.sum(0)
     weights = resamples(len(hits_PDK))
     # A depth at a time: all resamples of all cells at once would be large.
     drawn = [
-        _share(weights @ hits_PDK[:, d].astype(np.float64), weights @ tries_PDK[:, d].astype(np.float64))
+        rate(weights @ hits_PDK[:, d].astype(np.float64), weights @ tries_PDK[:, d].astype(np.float64))
         for d in range(hits_PDK.shape[1])
     ]
     ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     low, high = np.stack([_quantiles(x, ends) for x in drawn], axis=1)
     return Rates(pooled, low, high, tries_DK.astype(np.int64))
+
+
+def rates_in_turn(hits: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    """Returns the rates of ranks, the last axis, out of hits and turns; a row sums to 1 at most.
+
+    The product-limit estimate (Kaplan and Meier 1958): a child's share of its turns, times the share of rounds that
+    left all elder siblings. A parent that lacks the later ranks counts for those it has. NaN where no turn was had.
+    """
+    share = _share(hits, turns)
+    passed = np.cumprod(1 - share[..., :-1], axis=-1)
+    return share * np.concatenate([np.ones_like(share[..., :1]), passed], axis=-1)
 
 
 def _share(hits: np.ndarray, tries: np.ndarray) -> np.ndarray:

@@ -41,12 +41,9 @@ def summarize(profile: Profile) -> Profile:
 def _by_source(profile: Profile) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each source with its acceptance and tau, that of all first."""
     for source, chosen in groups(profile.sources).items():
-        if not profile.replayable:
-            # Counts of a prompt are not kept in the profile, so that sources cannot be told apart.
-            yield EVERY, {"prompts": len(profile.sources), **_lists(measure_rates(profile))}
-            return
         part = profile.of(np.flatnonzero(chosen))
-        rates, taus = measure_rates(part), {f"tau_chain_{depth}": tau_of(part, depth) for depth in CHAINS}
+        taus = {f"tau_chain_{depth}": tau_of(part, depth) for depth in CHAINS} if part.replayable else {}
+        rates, taus = measure_rates(part), taus or {"tau_logged": logged_tau(part)}
         yield source, {"prompts": len(part.sources), "starts": len(part.prompt_T), **taus, **_lists(rates)}
 
 
@@ -58,8 +55,9 @@ def tau_of(profile: Profile, depth: int) -> Interval:
 
 def logged_tau(profile: Profile) -> Interval:
     """Returns tau of the tree that was decoded for a profile of rates alone."""
-    tokens, calls = (np.array(profile.facts[name]) for name in ("tokens", "calls"))
-    return tau_interval(Counts(tokens, calls, calls[:, None]))
+    assert profile.counts is not None
+    tokens_P, calls_P = profile.counts[2:]
+    return tau_interval(Counts(tokens_P, calls_P, calls_P[:, None]))
 
 
 def _lists(rates: Rates) -> dict[str, Any]:
@@ -116,12 +114,14 @@ def tables_of(profile: Profile, name: str) -> list[Table]:
         rows.append([d + 1, *cells, float(np.nansum(rates.rate_DK[d])), tries, *errors, entropy])
     columns = ["depth", *(f"rank {r}" for r in range(shown)), "any", "places", "ece", "calibrated", "entropy"]
     taus = [[spec[:40], str(tau)] for spec, tau in _taus(profile).items()]
+    trees = {f"tau_chain_{depth}": f"chain:{depth}" for depth in CHAINS}
+    trees = trees if profile.replayable else {"tau_logged": "logged tree"}
     sources = [
-        [source, row["prompts"], *(str(_interval(row[f"tau_chain_{depth}"])) for depth in CHAINS)]
+        [source, row["prompts"], *(str(_interval(row[tau])) for tau in trees)]
         for source, row in facts["by_source"].items()
-        if profile.replayable and source != EVERY
+        if source != EVERY
     ]
     found: list[Table] = [(f"{name}: {told}", columns, rows), ("tokens a call", ["tree", "tau"], taus)]
     if sources:
-        found.append(("by source", ["source", "prompts", *(f"tau chain:{depth}" for depth in CHAINS)], sources))
+        found.append(("by source", ["source", "prompts", *(f"tau {tree}" for tree in trees.values())], sources))
     return found

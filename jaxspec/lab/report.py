@@ -102,8 +102,7 @@ def cautions(findings: Sequence[SearchFinding]) -> list[str]:
             found.append(f"{f.names.whole}: acceptance is of {models[0]}, costs are of {models[1]}.")
         if f.flags.inputs.profile.facts.get("kind") == "simulated":
             found.append(f"{f.names.profile}: ranks are drawn from given rates, each place by itself.")
-        if f.choice.doubt is not None:
-            found.append(f"{f.names.whole}: {f.choice.doubt}.")
+        found += [f"{f.names.whole}: {told}." for told in (f.choice.doubt, f.search.left_out) if told is not None]
     return list(dict.fromkeys(found))
 
 

@@ -42,9 +42,9 @@ class LoggedPrompt(NamedTuple):
     key: Any
     """Of its request."""
     hits_DK: np.ndarray
-    """Children of each depth and rank that were kept."""
-    tries_DK: np.ndarray
-    """Such children whose parent was kept."""
+    """Rounds that kept the child of each depth and rank."""
+    turns_DK: np.ndarray
+    """Rounds in which it was such a child's turn, see `profile.RoundCounts`."""
     tokens: int
     """New tokens, the one that prefill gives not counted."""
     calls: int
@@ -90,8 +90,8 @@ def log_rounds(
         state, counts = _run(models.engine, models.weights, state, nothing)
         kept_BN, tried_BN = map(np.asarray, counts)
         for row, (request, answer) in enumerate(zip(taken, collect(state), strict=False)):  # the padding's left out
-            hits, tries = by_rank(tree, kept_BN[row], tried_BN[row])
-            yield LoggedPrompt(request.key, hits, tries, len(answer.tokens) - 1, answer.calls)
+            hits, turns = by_rank(tree, kept_BN[row], tried_BN[row])
+            yield LoggedPrompt(request.key, hits, turns, len(answer.tokens) - 1, answer.calls)
         stopped()
 
 
@@ -131,12 +131,18 @@ def _count(counts: NodeCounts, tree: Tree, path_BP: Array, added_B: Array) -> No
 
 
 def by_rank(tree: StaticTree, kept_N: np.ndarray, tried_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns hits and tries `[D, K]` by the depth and rank of children, from the counts of a tree's nodes."""
+    """Returns hits and turns `[D, K]` by the depth and rank of children, from the counts of a tree's nodes.
+
+    Parents have different numbers of children, so that shares of kept parents would have another denominator at each
+    rank, and could sum to more than 1. Turns do not depend on the siblings that a parent lacks.
+    """
     shape = build_shape(tree.paths, tree.nodes)
     hits_DK = np.zeros((tree.depth, int(shape.rank.max()) + 1), np.int64)
-    tries_DK = np.zeros_like(hits_DK)
+    turns_DK, left_N = np.zeros_like(hits_DK), np.array(tried_N, np.int64)
     drafted = np.arange(1, len(tree.paths) + 1)
-    at = (shape.depth[drafted] - 1, shape.rank[drafted])
-    np.add.at(hits_DK, at, kept_N[drafted])
-    np.add.at(tries_DK, at, tried_N[shape.parent[drafted]])
-    return hits_DK, tries_DK
+    for node in drafted[np.argsort(shape.rank[drafted], kind="stable")]:  # elder siblings first
+        at = (shape.depth[node] - 1, shape.rank[node])
+        hits_DK[at] += kept_N[node]
+        turns_DK[at] += left_N[shape.parent[node]]
+        left_N[shape.parent[node]] -= kept_N[node]
+    return hits_DK, turns_DK

@@ -17,7 +17,7 @@ from jaxspec.evaluation.statistics import Counts, Interval, ratio_interval, tau_
 from jaxspec.lab.candidates import MOST_SHAPES, Limits, ReplayedShapes, find_candidates
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.forest import Shape, make_forest
-from jaxspec.lab.profile import Profile
+from jaxspec.lab.profile import Profile, split_prompts
 from jaxspec.lab.replay import replay
 from jaxspec.trees import StaticTree
 
@@ -93,10 +93,22 @@ class Choice(NamedTuple):
     """Tokens a second of the chosen tree, the runner-up (NaN without) and plain decoding on the prompts that chose."""
 
     @property
-    def doubt(self) -> str | None:
-        """A sentence where the prompts that report do not confirm the choice over the runner-up."""
-        if self.runner_up is None:
+    def slower(self) -> str | None:
+        """A sentence where the prompts that report find the tree slower than plain decoding."""
+        chosen, plain = self.chosen.tokens_per_second.value, self.plain.tokens_per_second.value
+        if chosen >= plain:
             return None
+        return (
+            f"the prompts that report find the chosen tree slower than plain decoding, {chosen:.4g} tokens/s against "
+            f"{plain:.4g}, and those that chose {self.choosing[0]:.4g} against {self.choosing[2]:.4g}: profile more "
+            "prompts, or try it with --measure"
+        )
+
+    @property
+    def doubt(self) -> str | None:
+        """A sentence where the prompts that report do not confirm the choice over plain decoding or the runner-up."""
+        if self.slower is not None or self.runner_up is None:
+            return self.slower
         reported = [rated.tokens_per_second.value for rated in (self.chosen, self.runner_up)]
         if reported[1] <= reported[0]:
             return None
@@ -105,23 +117,6 @@ class Choice(NamedTuple):
             f"and those that chose {self.choosing[1]:.4g} against {self.choosing[0]:.4g}: they do not tell the two "
             "apart; profile more prompts, or try both with --measure"
         )
-
-
-def split_prompts(profile: Profile, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the prompts that choose and those that report: halves of every source, drawn at random.
-
-    Raises ValueError for a profile of one prompt.
-    """
-    if len(profile.sources) < 2:
-        raise ValueError("a profile of one prompt cannot both choose a tree and report on it: profile more prompts")
-    rng, halves = np.random.default_rng(seed), ([], [])
-    turn = 0
-    for source in dict.fromkeys(profile.sources):
-        mine = rng.permutation([p for p, s in enumerate(profile.sources) if s == source])
-        for prompt in mine:  # in turns over all sources, so that halves differ by one prompt at most
-            halves[turn % 2].append(int(prompt))
-            turn += 1
-    return np.sort(halves[0]), np.sort(halves[1])
 
 
 class Search:
@@ -140,18 +135,22 @@ class Search:
         self.reporting = profile.of(reporting)
         self.counts = functools.cache(functools.partial(replay, self.reporting))
 
+    @property
+    def left_out(self) -> str | None:
+        """A sentence where shapes could not be tried, for the costs do not go so far."""
+        return left_out(self.candidates.unpriced)
+
     def choose(self, cost: RoundCost) -> Choice:
         """Returns the tree for a batch and context: the fastest, or the smallest that prompts cannot tell from it.
 
-        Where the reporting prompts find it slower than plain decoding, plain decoding is chosen.
+        The prompts that choose decide alone, also between trees and plain decoding, which is always among the shapes.
+        What the others report is therefore no best of several figures, and may be below plain decoding's.
         """
         rate_S = self.candidates.rates(cost, self.limits)
         index = pick(self.candidates, rate_S)
         shapes = self.candidates.forest.shapes
         plain, chosen = self.rate((), cost), self.rate(shapes[index], cost)
         order = [int(i) for i in np.argsort(-rate_S, kind="stable")[:2] if rate_S[i] > 0]
-        if chosen.tokens_per_second.value < plain.tokens_per_second.value:
-            order, index, chosen = [index], 0, plain
         other = next((i for i in order if i != index), None)
         runner_up = None if other is None else self.rate(shapes[other], cost)
         before = (rate_S[index], float("nan") if other is None else rate_S[other], rate_S[0])
@@ -186,6 +185,16 @@ class Search:
             "best_tokens_per_second": float(rate_S[best]),
             "lost": float(1 - rate_S[index] / rate_S[best]),
         }
+
+
+def left_out(unpriced: int) -> str | None:
+    """Returns a sentence about so many shapes that costs do not know; None for none."""
+    if not unpriced:
+        return None
+    return (
+        f"{unpriced:,} shapes were not tried, for the costs do not know paths so long or levels so wide: price more "
+        "--paths and --widths with `jaxspec lab cost`"
+    )
 
 
 ERRORS = ("acceptance", "target", "draft", "other")

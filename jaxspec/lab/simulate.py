@@ -11,8 +11,6 @@ from jaxspec.lab.profile import BEYOND, MISSED, Profile
 
 TAIL = 1000.0
 """Tokens that share the probability which the ranks of a simulated draft leave."""
-SIMULATED = 400
-"""Prompts that stand for a profile of rates alone."""
 
 
 def simulate(
@@ -61,22 +59,6 @@ def simulate(
     }
     prompt_T = np.repeat(np.arange(prompts, dtype=np.int32), tokens - 1)
     return Profile(prompt_T, rank_TD, logp_TD, top_TDK, entropy_TD, (source,) * prompts, described)
-
-
-def with_texts(profile: Profile, *, seed: int = 0) -> Profile:
-    """Returns the profile itself, or for one of rates alone, such as published ones, a profile simulated from them.
-
-    Rates that are not known count as 0. Raises ValueError where there are neither texts nor rates.
-    """
-    if len(profile.prompt_T):
-        return profile
-    given = profile.facts.get("rates_DK")
-    if given is None:
-        raise ValueError("the profile holds neither starts nor rates: its answers need two tokens at least")
-    kept = {name: value for name, value in profile.facts.items() if not name.endswith("_DK") and name != "ranks"}
-    rate_DK = np.nan_to_num(np.array(given, np.float64))  # None became NaN
-    facts = {**kept, "kind": "simulated", "simulated_texts": True}
-    return simulate(rate_DK, prompts=SIMULATED, seed=seed, facts=facts)
 
 
 def _draft(rates_DK: np.ndarray, rank_TD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ FIGURES = {
     "tau": lambda row: f"{row['expected_tau']:.2f}",
 }
 """Figure of a tree in the option `figures` -> its text."""
+DASH = "–"
 BY_DEFAULT = "size,speedup"
 
 
@@ -26,8 +27,8 @@ def by_place(options: Mapping[str, str], found: Mapping[str, Any]) -> tuple[list
     names = figure_names(options, FIGURES, BY_DEFAULT)
     batches, contexts = (_sizes(name, options, found[name]) for name in ("batches", "contexts"))
     cells = {(row["batch"], row["context"]): row for row in found["rows"]}
-    lines = [[f"{c:,}", *(_cell(cells[b, c], names) for b in batches)] for c in contexts]
-    return ["context", *(f"batch {b}" for b in batches)], lines, _about(found, names)
+    lines = [[f"{c:,}", *(_cell(cells.get((b, c)), names) for b in batches)] for c in contexts]
+    return ["context", *(f"batch {b}" for b in batches)], lines, _about(found, names, lines)
 
 
 def _sizes(name: str, options: Mapping[str, str], known: Sequence[int]) -> list[int]:
@@ -39,7 +40,10 @@ def _sizes(name: str, options: Mapping[str, str], known: Sequence[int]) -> list[
     return [int(text) for text in texts]
 
 
-def _cell(row: Mapping[str, Any], names: Sequence[str]) -> str:
+def _cell(row: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """Returns the text of a batch and context; a dash where costs or memory refused it."""
+    if row is None:
+        return DASH
     return "plain" if row["nodes"] == 1 else ", ".join(FIGURES[name](row) for name in names)
 
 
@@ -73,7 +77,7 @@ def by_result(
     if "acceptance" in apart:
         same["acceptance"] = "each its own"
     names = figure_names(options, FIGURES, BY_DEFAULT)
-    about = f"Each cell: {_meanings(names)}; {', '.join(f'{name} {text}' for name, text in same.items())}:"
+    about = f"Each cell: {_meanings(names, rows)}; {', '.join(f'{name} {text}' for name, text in same.items())}:"
     return [*told, *(["context"] if shown else []), *batches], rows, about
 
 
@@ -90,20 +94,21 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _about(found: Mapping[str, Any], names: Sequence[str]) -> str:
+def _about(found: Mapping[str, Any], names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Returns what stands below a table: the figures of a cell, and everything that they depend on."""
     costs, profile = found["made_from"]["costs"], found["made_from"]["profile"]
     warm = at_temperature(profile["temperature"] or 0.0)
     return (
-        f"Each cell: {_meanings(names)}. Costs of {costs['device']} ({costs['source']}), "
+        f"Each cell: {_meanings(names, lines)}. Costs of {costs['device']} ({costs['source']}), "
         f"target {costs['target']}, drafter {costs['drafter']}, {costs['dtype']}; acceptance of {profile['file']}, "
         f"{warm}; {_limits(found)}:"
     )
 
 
-def _meanings(names: Sequence[str]) -> str:
+def _meanings(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     meant = {"size": "nodes x depth", "tree": "the tree", "speedup": "times plain decoding's tokens/s", "tau": "tau"}
-    return ", ".join(meant[name] for name in names)
+    refused = f" ({DASH}: beyond the costs or the memory)" if any(DASH in line for line in lines) else ""
+    return ", ".join(meant[name] for name in names) + refused
 
 
 def _limits(found: Mapping[str, Any]) -> str:

@@ -9,6 +9,9 @@ import numpy as np
 
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.costs import CostRow, CostTable
+from jaxspec.lab.profile import Profile, RoundCounts
+from jaxspec.lab.rates import rates_of
+from jaxspec.lab.round_log import by_rank, generous_tree
 
 ROW = (0.7, 0.1, 0.05, 0.03, 0.02, 0.01, 0.01, 0.005)
 """The rank row of the specification's toy search."""
@@ -23,7 +26,10 @@ def ridge_cost(ridge: float, batch: int, *, nodes: int = 128, level: float = 0.0
 
 
 def cost_table(
-    batches: Sequence[int] = (1, 4, 16), contexts: Sequence[int] = (512, 2048), **facts: object
+    batches: Sequence[int] = (1, 4, 16),
+    contexts: Sequence[int] = (512, 2048),
+    paths: Sequence[int] = (1,),
+    **facts: object,
 ) -> CostTable:
     """Returns a table of the roofline's kind: verification rises where arithmetic passes the weights."""
     rows = []
@@ -33,7 +39,7 @@ def cost_table(
             at = batch, context
             rows += [_row("verify", n, 0, at, max(read, 1e-2 * n * batch / 240)) for n in (1, 2, 4, 8, 16, 32, 64)]
             rows += [_row("draft", 1, w, at, 6e-4 + 1e-6 * w * batch) for w in (1, 2, 4, 8)]
-            rows += [_row("extend", 1, 0, at, 6e-4), _row("plain", 1, 0, at, read + 5e-4)]
+            rows += [_row("extend", n, 0, at, 6e-4) for n in paths] + [_row("plain", 1, 0, at, read + 5e-4)]
         rows.append(_row("rest", 1, 0, (batch, 0), 5e-4))
     made = {"source": "roofline", "device": "toy", "target": "t", "drafter": "d", "dtype": "bf16", **facts}
     return CostTable(tuple(rows), made)
@@ -47,3 +53,37 @@ def times(table: CostTable, factor: float) -> CostTable:
     """Returns the table with all seconds times `factor`."""
     assert math.isfinite(factor)
     return CostTable(tuple(row._replace(seconds=row.seconds * factor) for row in table.rows), table.facts)
+
+
+def log_toys(rates_PDK: np.ndarray, *, rounds: int, seed: int = 0, extra: int = 64) -> RoundCounts:
+    """Returns what a decoding with a generous tree counts of prompts whose children are kept at these rates."""
+    _, depth, ranks = rates_PDK.shape
+    tree, rng = generous_tree(depth, ranks, extra), np.random.default_rng(seed)
+    place = {(): 0} | {path: i for i, path in enumerate(tree.paths, 1)}
+    found = []
+    for rates_DK in rates_PDK:
+        kept_N, tried_N = np.zeros(tree.nodes, int), np.zeros(tree.nodes, int)
+        ends_DK = np.cumsum(rates_DK, 1)
+        for drawn_D in rng.random((rounds, depth)):
+            path: tuple[int, ...] = ()
+            for ends_K, drawn in zip(ends_DK, drawn_D, strict=True):
+                tried_N[place[path]] += 1
+                child = (*path, int(np.searchsorted(ends_K, drawn, side="right")))
+                if child not in place:
+                    break
+                path = child
+                kept_N[place[path]] += 1
+        found.append((*by_rank(tree, kept_N, tried_N), rounds + kept_N.sum(), rounds))
+    return RoundCounts(*(np.array(x) for x in zip(*found, strict=True)))
+
+
+def rates_alone(counts: RoundCounts, sources: Sequence[str] | None = None, **facts: object) -> Profile:
+    """Returns a profile of rates alone, as rounds that were counted make it."""
+    prompts, depth, ranks = counts.hits_PDK.shape
+    rates = rates_of(counts.hits_PDK, counts.turns_PDK, in_turn=True)
+    named = {"rates_DK": rates.rate_DK, "lows_DK": rates.low_DK, "highs_DK": rates.high_DK, "tries_DK": rates.tries_DK}
+    table = {name: np.where(np.isfinite(x), x, None).tolist() for name, x in named.items()}
+    about = {"kind": "rates", "ranks": ranks, "rule": "recursive-rejection", "mode": "swor", **table, **facts}
+    nothing = np.zeros((0, depth))
+    none = np.zeros(0, np.int32), nothing.astype(np.int16), nothing, np.zeros((0, depth, ranks)), nothing
+    return Profile(*none, tuple(sources or [""] * prompts), about, counts)

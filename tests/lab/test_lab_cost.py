@@ -57,6 +57,29 @@ def test_the_file_holds_the_same_rows_and_the_facts(folder: Path):
     assert table.facts["one_pass"] is False and table.facts["reference_tree"].startswith("static:")
 
 
+def test_the_file_holds_the_bytes_of_weights_and_of_a_token_in_the_caches(folder: Path):
+    """Llama-3-8B in bf16: 131,072 bytes a token, 16 GB of weights; a drafter's caches come on top."""
+    out = folder / "llama.json"
+    assert (
+        run("--shape", "llama3-8b", "--recipe", "none", "--source", "roofline", "--device", "v5p", "--out", str(out))
+        == 0
+    )
+    facts = load_costs(out).facts
+    assert facts["cache_bytes_per_token"] == 131_072 and 16.0e9 < facts["weights_bytes"] < 16.1e9
+    assert facts["memory_bytes"] == peaks_of("v5p").memory
+    assert facts["held_bytes"] == facts["weights_bytes"] + (32 + Grid((), (), (), ()).room) * 131_072
+    more = ["--shape", "llama3-8b", "--source", "roofline", "--device", "v5p", "--out", str(out)]
+    assert run(*more) == 0
+    assert load_costs(out).facts["cache_bytes_per_token"] == 131_072 + 131_072 // 32  # one layer more
+
+
+def test_the_paths_that_are_priced_are_those_of_the_flag(folder: Path):
+    models = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
+    out = folder / "paths.json"
+    assert run(*models, "--source", "roofline", "--device", "v5e", "--paths", "2,17", "--out", str(out)) == 0
+    assert {row.nodes for row in load_costs(out).rows if row.part == "extend"} == {2, 4, 17}
+
+
 def test_a_table_is_held_against_another_of_the_same_device(folder: Path, capsys: pytest.CaptureFixture[str]):
     models = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
     slower = ["--source", "roofline", "--device", "v5e", "--overhead-us", "10", "--out", str(folder / "slower.json")]

@@ -123,6 +123,8 @@ def test_rules_that_toss_coins_get_rates_alone(place: Place):
     assert (found["rule"], found["mode"], found["kind"], found["starts"]) == ("recursive-rejection", "swor", "rates", 0)
     profile = load_profile(Path(found["profile"]))
     assert not profile.replayable and len(profile.facts["tries_DK"]) == 3
+    assert profile.counts is not None and profile.counts.hits_PDK.shape == (4, 3, 4)
+    assert set(found["sources"]) == {"all", "a", "b"}
     with pytest.raises(ValueError, match="trees cannot be replayed on it"):
         replay(profile, ((0,),))
 

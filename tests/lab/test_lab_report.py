@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab_toys import ROW, cost_table, times
+from lab_toys import ROW, cost_table, log_toys, rates_alone, times
 from page_checks import check_in_chromium, check_page
 
 from jaxspec.__main__ import main
 from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
 from jaxspec.lab.costs import CostTable
-from jaxspec.lab.profile import Profile, load_profile
+from jaxspec.lab.profile import load_profile
 from jaxspec.lab.simulate import join, simulate
 from jaxspec.lab.tree_picture import layout, tree_picture
 from jaxspec.pages.chromium import find_chromium
@@ -152,13 +152,7 @@ def test_a_drafter_that_does_not_pay_gets_no_tree(files, tmp_path):
 
 
 def test_a_profile_of_rates_alone_is_reported_without_calibration(files, tmp_path):
-    nothing = np.zeros((0, 2))
-    rates = {f"{name}_DK": [[0.7, 0.1], [0.6, None]] for name in ("rates", "lows", "highs")} | {
-        "tries_DK": [[9, 9], [9, 0]]
-    }
-    facts = {"ranks": 2, "kind": "rates", "rule": "specinfer", "mode": "sample", **rates}
-    arrays = np.zeros(0, np.int32), nothing.astype(np.int16), nothing, np.zeros((0, 0, 2)), nothing
-    Profile(*arrays, sources=("a",), facts=facts).save(tmp_path / "rates.npz")
+    rates_alone(log_toys(np.tile([0.7, 0.1], (8, 2, 1)), rounds=30)).save(tmp_path / "rates.npz")
     page = tmp_path / "p.html"
     assert main(["lab", "report", str(page), "--profile", str(tmp_path / "rates.npz"), *files[4:6]]) == 0
     check_page(page.read_text(encoding="utf-8"))

@@ -50,22 +50,23 @@ def logged(models: Models, temperature: float, batch: int = 2) -> list[LoggedPro
 
 
 def counted_by_replay(models: Models, text: Text) -> tuple[np.ndarray, np.ndarray, int]:
-    """Hits, tries and calls, by walking the text's ranks."""
+    """Hits, turns and calls, by walking the text's ranks."""
     tree = models.engine.tree
     (ranks,) = rank_texts(models, [text], read_target(models, [text]), depth=DEPTH, ranks=RANKS)
-    hits, tries = np.zeros((DEPTH, RANKS), int), np.zeros((DEPTH, RANKS), int)
+    hits, turns = np.zeros((DEPTH, RANKS), int), np.zeros((DEPTH, RANKS), int)
     nodes, at, calls = set(cast(Any, tree).paths), 0, 0
     while at < text.starts:
         path: tuple[int, ...] = ()
         for depth in range(min(DEPTH, text.starts - at)):
-            tries[depth] += [(*path, rank) in nodes for rank in range(RANKS)]
-            path = (*path, int(ranks.rank_TD[at, depth]))
-            if path not in nodes:
-                path = path[:-1]
+            child = (*path, int(ranks.rank_TD[at, depth]))
+            last = child[-1] if child in nodes else RANKS
+            turns[depth] += [(*path, rank) in nodes and rank <= last for rank in range(RANKS)]
+            if child not in nodes:
                 break
+            path = child
             hits[depth, path[-1]] += 1
         at, calls = at + 1 + len(path), calls + 1
-    return hits, tries, calls
+    return hits, turns, calls
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -73,10 +74,10 @@ def test_counts_of_target_draw_are_those_of_replay(temperature: float):
     models = models_of()
     answers = generate(models.engine, models.weights, make_requests(asked(temperature)))
     for request, answer, one in zip(asked(temperature), answers, logged(models, temperature), strict=True):
-        hits, tries, calls = counted_by_replay(models, Text(np.asarray(request.tokens), answer.tokens))
+        hits, turns, calls = counted_by_replay(models, Text(np.asarray(request.tokens), answer.tokens))
         assert (one.calls, one.tokens) == (answer.calls, len(answer.tokens) - 1) and one.calls == calls
         np.testing.assert_array_equal(one.hits_DK, hits)
-        np.testing.assert_array_equal(one.tries_DK, tries)
+        np.testing.assert_array_equal(one.turns_DK, turns)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_counts_of_target_draw_are_those_of_replay(temperature: float):
 def test_every_token_is_a_hit_or_a_bonus(mode: str, rule: str):
     """Each round adds one token besides the drafted ones it kept; the last may end at a drafted one."""
     for one in logged(models_of(mode, rule), 1.0):
-        assert (one.hits_DK <= one.tries_DK).all()
+        assert (one.hits_DK <= one.turns_DK).all()
         assert one.tokens - one.calls in (one.hits_DK.sum(), one.hits_DK.sum() - 1)
     assert sum(one.hits_DK.sum() for one in logged(models_of(mode, rule), 1.0)) > 10
 
@@ -99,7 +100,7 @@ def test_a_chain_has_one_rank():
 def test_greedy_rows_are_counted_alike_by_every_rule():
     for one, other in zip(logged(models_of(), 0.0), logged(models_of("swor"), 0.0), strict=True):
         np.testing.assert_array_equal(one.hits_DK, other.hits_DK)
-        np.testing.assert_array_equal(one.tries_DK, other.tries_DK)
+        np.testing.assert_array_equal(one.turns_DK, other.turns_DK)
 
 
 def test_a_generous_tree_has_whole_families_along_its_likeliest_chain():

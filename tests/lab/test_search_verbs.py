@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from lab_toys import ROW, cost_table
+from lab_toys import ROW, cost_table, log_toys, rates_alone
 from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
@@ -16,8 +16,9 @@ from jaxspec.console.cli import EXIT_FAILED, EXIT_USAGE
 from jaxspec.decoding.rounds import Weights
 from jaxspec.lab import cost_model
 from jaxspec.lab.costs import load_costs
-from jaxspec.lab.profile import Profile, load_profile
+from jaxspec.lab.profile import load_profile
 from jaxspec.lab.simulate import join, simulate
+from jaxspec.report.tree_table import by_place
 from jaxspec.serving.loading import Models
 from jaxspec.trees import AdaptiveTree, StaticTree, parse_tree, resolve_tree, write_tree
 
@@ -154,19 +155,21 @@ def test_a_search_may_end_without_a_tree(tmp_path, files, capsys):
     assert parse_tree(str(tmp_path / "none.json")).nodes == 1
 
 
-def test_a_profile_of_rates_alone_is_searched_on_simulated_texts(tmp_path, files, capsys):
-    rates = {"rates_DK": [[*ROW[:3]], [None, 0.1, 0.0]], "lows_DK": [], "tries_DK": []}
-    none = np.zeros((0, 2))
-    facts = {"ranks": 3, "kind": "rates", "rule": "recursive-rejection", "mode": "swor", "target": "paper", **rates}
-    empty = Profile(np.zeros(0, np.int32), none.astype(np.int16), none, np.zeros((0, 0, 3)), none, (), facts)
-    empty.save(tmp_path / "paper.npz")
+def test_a_profile_of_rates_alone_is_searched_on_texts_drawn_from_its_counts(tmp_path, files, capsys):
+    profile = rates_alone(log_toys(np.tile(ROW[:3], (20, 2, 1)), rounds=60), target="paper")
+    profile.save(tmp_path / "paper.npz")
     result = run("search", ["--profile", str(tmp_path / "paper.npz"), *files[2:]], tmp_path)
     assert result["depth"] >= 1 and result["made_from"]["profile"]["target"] == "paper"
     assert result["made_from"]["profile"]["rule"] == "recursive-rejection"
+    assert result["made_from"]["prompts_choosing"] == result["made_from"]["prompts_reporting"] == 10
     assert "rates alone" in capsys.readouterr().out
-    dataclasses.replace(empty, facts={"ranks": 3}).save(tmp_path / "nothing.npz")
-    assert main(["lab", "search", "--profile", str(tmp_path / "nothing.npz"), *files[2:]]) == EXIT_FAILED
-    assert "neither starts nor rates" in capsys.readouterr().err
+    for name, other, said in (
+        ("nothing", {"facts": {"ranks": 3}, "counts": None}, "neither starts nor rates"),
+        ("old", {"counts": None}, "make it anew with `jaxspec lab profile`"),
+    ):
+        dataclasses.replace(profile, **other).save(tmp_path / f"{name}.npz")
+        assert main(["lab", "search", "--profile", str(tmp_path / f"{name}.npz"), *files[2:]]) == EXIT_FAILED
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -210,10 +213,64 @@ def test_a_table_has_a_tree_for_every_batch_and_context(files, tmp_path, capsys)
     assert table["format"] == "jaxspec tree table 1" and table["batches"] == [1, 8] and table["contexts"] == [512, 2048]
     assert {(row["batch"], row["context"]) for row in table["rows"]} == {(b, c) for b in (1, 8) for c in (512, 2048)}
     assert all(parse_tree(row["spec"]).nodes == row["nodes"] for row in table["rows"])
-    assert all(row["speedup"] >= 1 for row in table["rows"])
-    assert table["draft_len_schedule"] is None
+    assert table["draft_len_schedule"] is None and table["refused"] == []
     assert result["rows"] == table["rows"]
     assert "batch 8" in capsys.readouterr().out
+
+
+def test_a_table_marks_the_cells_that_the_memory_or_the_costs_refuse(files, tmp_path, capsys):
+    """Two rows of 512 tokens fit, and of 2,048 one; a batch of 64 lies beyond the costs."""
+    room = ["--max-cache-gib", str(2.0 * 100 * 2060 / 2**30), "--cache-bytes-per-token", "100"]
+    table = run("table", files, tmp_path, *room, "--batches", "1,4,64", "--contexts", "512,2048")
+    assert {(row["batch"], row["context"]) for row in table["rows"]} == {(1, 512), (4, 512), (1, 2048)}
+    reasons = {(cell["batch"], cell["context"]): cell["reason"] for cell in table["refused"]}
+    assert "lower the batch or the context" in reasons[4, 2048] and "a batch of 64" in reasons[64, 512]
+    printed = capsys.readouterr().out
+    assert "–" in printed and "batch 4, context 2048: 4 rows of 2048 tokens" in printed
+    columns, lines, about = by_place({}, table)
+    assert columns[1:] == ["batch 1", "batch 4", "batch 64"] and [line[2] for line in lines][1] == "–"
+    assert "–: beyond the costs or the memory" in about
+    wide = run(
+        "table", files, tmp_path, *room, "--batches", "1,4", "--contexts", "1024", "--tree", "static:0,1,2,3,4,5,6,7"
+    )
+    assert [row["batch"] for row in wide["rows"]] == [1] and "with 9 of the round" in wide["refused"][0]["reason"]
+    assert main(["lab", "table", *files, *room, "--batches", "64", "--contexts", "512"]) == EXIT_FAILED
+    assert "costs.json: a batch of 64" in capsys.readouterr().err
+
+
+def test_the_memory_that_weights_leave_is_the_default_limit(files, tmp_path, capsys):
+    memory = {"memory_bytes": 10**6 + 4 * 100 * 600, "weights_bytes": 10**6, "cache_bytes_per_token": 100}
+    for name, facts in (("chip", memory), ("small", memory | {"weights_bytes": 10**7})):
+        cost_table(**facts).save(tmp_path / f"{name}.json")
+    flags = [*files[:2], "--cost", str(tmp_path / "chip.json")]
+    table = run("table", flags, tmp_path, "--batches", "1,4,16", "--contexts", "512")
+    assert [row["batch"] for row in table["rows"]] == [1, 4] and len(table["refused"]) == 1
+    assert table["made_from"]["limits"]["max_cache_gib"] == pytest.approx(4 * 100 * 600 / 2**30)
+    more = run("table", flags, tmp_path, "--batches", "16", "--contexts", "512", "--max-cache-gib", "1")
+    assert [row["batch"] for row in more["rows"]] == [16]
+    assert main(["lab", "table", *files[:2], "--cost", str(tmp_path / "small.json")]) == EXIT_FAILED
+    assert "the weights take" in capsys.readouterr().err
+
+
+def test_an_adaptive_tree_beyond_the_costs_names_the_flag_that_helps(files, tmp_path, capsys):
+    short = cost_table(paths=(2, 4, 8))
+    for name, table in (("short", short), ("long", cost_table(paths=(2, 4, 8, 17)))):
+        table.save(tmp_path / f"{name}.json")
+    more = ["--max-nodes", "16", "--lookup", "16", "--adaptive", str(tmp_path / "a.json")]
+    assert main(["lab", "search", *files[:2], "--cost", str(tmp_path / "short.json"), *more]) == EXIT_FAILED
+    assert "--paths, such as 2,4,8,17, and --widths" in capsys.readouterr().err
+    run("search", [*files[:2], "--cost", str(tmp_path / "long.json")], tmp_path, *more)
+
+
+def test_trees_that_the_costs_do_not_know_are_counted_and_told(files, tmp_path, capsys):
+    simulate(np.full((12, 1), 0.9), prompts=8, tokens=60).save(tmp_path / "deep.npz")
+    cost_table(paths=(2, 4)).save(tmp_path / "costs.json")
+    flags = ["--profile", str(tmp_path / "deep.npz"), "--cost", str(tmp_path / "costs.json")]
+    result = run("search", flags, tmp_path, "--max-branch", "1")
+    assert result["shapes_unpriced"] == 5 and result["depth"] <= 7  # chains of 8 to 12 levels
+    assert "5 shapes were not tried" in capsys.readouterr().out
+    run("table", flags, tmp_path, "--max-branch", "1")
+    assert "--paths and --widths" in capsys.readouterr().out
 
 
 def test_a_table_of_one_tree_says_what_it_makes_of_every_place(files, tmp_path, capsys):

@@ -12,9 +12,9 @@ from jaxspec.lab.candidates import Limits, ReplayedShapes, find_candidates
 from jaxspec.lab.cost_model import RoundCost, round_cost
 from jaxspec.lab.drawing import draw
 from jaxspec.lab.forest import make_forest, shape_of
-from jaxspec.lab.profile import Profile
+from jaxspec.lab.profile import Profile, split_prompts
 from jaxspec.lab.replay import node_shares, replay_calls, tokens_of
-from jaxspec.lab.search import NEAR, Rated, Search, frontier, pick, split_prompts
+from jaxspec.lab.search import NEAR, Rated, Search, frontier, pick
 from jaxspec.lab.simulate import join, simulate
 
 
@@ -131,16 +131,38 @@ def test_the_prompts_that_choose_are_not_those_that_report_and_halves_have_all_s
         split_prompts(simulate([[0.5]], prompts=1))
 
 
+def half_profile(choosing: float, reporting: float) -> Profile:
+    """Returns two prompts, which keep drafted tokens at these rates: one chooses, one reports."""
+    parts = [simulate([[rate]], prompts=1, tokens=60) for rate in (choosing, reporting)]
+    first, _ = split_prompts(join(parts))
+    return join(parts if first[0] == 0 else parts[::-1])
+
+
 def test_a_tree_that_was_only_lucky_is_reported_for_what_it_is():
-    # One choosing half likes a tree; the other half never accepts.
-    lucky, other = (simulate([[rate]], prompts=1, tokens=60) for rate in (1.0, 0.0))
-    profile = join([lucky, other])
-    choosing, _ = split_prompts(profile)
-    profile = profile if choosing[0] == 0 else join([other, lucky])
+    """The prompts that report have no say in the choice, not even for plain decoding, and a sentence warns."""
     cost = ridge_cost(240, 1)
-    choice = Search(profile, [cost], Limits()).choose(cost)
-    assert choice.chosen.tree.spec == "none"
-    assert choice.runner_up is not None and choice.runner_up.tau.value == 1
+    choice = Search(half_profile(1.0, 0.0), [cost], Limits()).choose(cost)
+    assert choice.chosen.tree.nodes > 1 and choice.chosen.tau.value == 1
+    assert choice.chosen.tokens_per_second.value < choice.plain.tokens_per_second.value
+    assert choice.choosing[0] > choice.choosing[2]
+    assert choice.doubt is not None and "slower than plain decoding" in choice.doubt
+
+
+def test_plain_decoding_is_chosen_where_the_choosing_prompts_have_it_fastest():
+    cost = ridge_cost(240, 1)
+    choice = Search(half_profile(0.0, 1.0), [cost], Limits()).choose(cost)
+    assert choice.chosen.tree.spec == "none" and choice.index == 0
+
+
+def test_reported_gains_are_not_cut_off_at_plain_decoding():
+    """If no tree helps, those that were lucky lose as often and as much as others win on the prompts that report."""
+    cost = RoundCost(1, 512, 1.0, np.ones(65), np.full(65, 0.0), np.full(9, 0.29), 0.0)
+    gains = []
+    for seed in range(60):
+        profile = simulate([[0.29]], prompts=8, tokens=40, seed=seed)
+        choice = Search(profile, [cost], Limits(nodes=2), seed=seed).choose(cost)
+        gains.append(choice.chosen.tokens_per_second.value / choice.plain.tokens_per_second.value - 1)
+    assert min(gains) < -0.01 and abs(np.mean(gains)) < 0.01
 
 
 def test_a_choice_under_errors_loses_nothing_to_itself_and_little_to_others():
