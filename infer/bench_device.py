@@ -349,8 +349,9 @@ def print_derived(result: dict[str, Any]) -> None:
             for row in result["alternatives"]
         ]
         tables.print_table("Alternatives", ["what", "alternative", "settings", "s", "x default"], rows)
-    rows = [[row["goal"], row["aim"], row["measured"]] for row in result["goals"]]
-    tables.print_table("Goals", ["goal", "aim", "measured"], rows)
+    columns = {"goal": "goal", "aim": "aim", "measured": "measured", "over the data sheet's rate": "over_data_sheet"}
+    rows = [[row[key] for key in columns.values()] for row in result["goals"]]
+    tables.print_table("Goals", list(columns), rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from jaxspec.evaluation.device_peers import PeerBench
 from jaxspec.evaluation.device_plan import XLA_FLAGS, DevicePlan
 from jaxspec.evaluation.loops import compile_loop, repeating, time_loop
 from jaxspec.evaluation.measurements import Figures, Measurement
+from jaxspec.planning.chips import GPUS
 from jaxspec.targets.decoder import SHAPES, LlamaConfig
 
 BENCH = importlib.import_module("jaxspec.infer.bench_device")
@@ -252,6 +253,27 @@ def test_a_stand_in_tree_is_a_tree_and_stand_in_weights_differ():
     assert np.array_equal(ancestors_NN.sum(axis=1), depth_N + 1)
     filled = np.asarray(stand_ins.fill(jax.ShapeDtypeStruct((64, 48), jnp.float32), 1.0))
     assert abs(filled.mean()) < 0.05 and 0.2 < filled.std() < 0.35 and len(np.unique(filled)) > 1000
+
+
+def test_each_recipe_of_the_goals_meets_its_own_and_no_other_meets_it():
+    def row(what: str, rate: float, **settings: object) -> dict:
+        settings = {"what": what, **settings}
+        work = {"seconds": 1.0, "bytes": 0, "flops": rate, "bytes_per_second": 0.0, "flops_per_second": rate}
+        return {"part": 4, "settings": settings, **work}
+
+    steps = {"hass": 300e12, "fspad": 312e12, "eagle2": 450e12}
+    rows = [row("matmul", 800e12), *(row("train_step", rate, recipe=name) for name, rate in steps.items())]
+    goals = device_figures.goals(device_figures.complete(rows, "NVIDIA H200"), [])
+    found = {goal["goal"]: goal for goal in goals if "MFU" in goal["goal"]}
+    assert {name: goal["measured"] for name, goal in found.items()} == {
+        "MFU of hass, over the measured matmul rate": 0.375,
+        "MFU of fspad, over the measured matmul rate": 0.39,
+    }
+    assert all(goal["measured"] < goal["aim"] for goal in found.values())
+    sheet = GPUS["NVIDIA H200"].flops
+    assert [goal["over_data_sheet"] for goal in found.values()] == [300e12 / sheet, 312e12 / sheet]
+    missing = device_figures.goals(rows[:2], [])
+    assert [goal["measured"] for goal in missing][-2:] == [0.375, None]
 
 
 def test_alternatives_stand_beside_what_they_would_replace():
