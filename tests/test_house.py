@@ -101,9 +101,9 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "replay",
             "timing",
         },
-        {"acceptance", "arms", "breakdown", "device_decode", "device_target", "peer_workers"},
+        {"acceptance", "arms", "breakdown", "device_decode", "peer_workers"},
         {"golden", "peer_processes", "side_by_side"},
-        {"served_check"},
+        {"device_target", "served_check"},
     ),
     "interchange": (
         {"pickled", "tensors"},
