@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
@@ -25,6 +26,7 @@ from jaxspec.evaluation import peer_processes
 from jaxspec.evaluation.arms import split_trees
 from jaxspec.evaluation.peer_processes import PeerProcess
 from jaxspec.evaluation.peer_workers import PeerPrompt, PeerSpec, Reply, serve
+from jaxspec.interchange.gguf import is_gguf
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.loading import Models
@@ -181,7 +183,7 @@ def specs_of(args: Args, longest: int) -> list[PeerSpec]:
     if args.assistant:
         theirs |= {ASSISTED: {"assistant": args.assistant}, TUNED: {"assistant": args.assistant}}
     found += [PeerSpec(name, "transformers", args.target, settings, **shared) for name, settings in theirs.items()]
-    gguf = args.gguf or (args.target if args.target.endswith(".gguf") else None)
+    gguf = args.gguf or (args.target if is_gguf(Path(args.target)) else None)
     return found if gguf is None else [*found, PeerSpec("llama.cpp", "llama.cpp", gguf, {}, **shared)]
 
 
