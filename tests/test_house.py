@@ -102,9 +102,9 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "served",
             "timing",
         },
-        {"acceptance", "arms", "breakdown", "device_decode", "device_target", "peer_workers"},
+        {"acceptance", "arms", "breakdown", "device_decode", "peer_workers"},
         {"golden", "peer_processes", "side_by_side"},
-        {"peer_turns", "served_check"},
+        {"device_target", "peer_turns", "served_check"},
     ),
     "interchange": (
         {"pickled", "tensors"},

@@ -18,6 +18,8 @@ HOTTEST = 1e6
 """Greatest temperature: all tokens are as likely as one another there."""
 SEEDS = 2**32
 """Seeds are below this."""
+LAST_PARTS = 4
+"""Narrow chunks in a chunk: a long prompt ends with them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,18 +154,27 @@ def _padded(rows: Sequence[Any], width: int, fill: int) -> np.ndarray:
     return padded
 
 
-def bucket(length: int, least: int = 16) -> int:
-    """Returns the padded size of a prompt of `length`: `least` times 1, 1.5, 2, 3, 4, 6 .. 32, then a multiple of that.
+def bucket(length: int) -> int:
+    """Returns the padded size of a prompt of `length`: 16, 24, 32, then four sizes from each power of two to the next.
 
-    Reading a prompt costs its padded size, on average a fifth more than its length.
+    From 32 tokens on it is at most a quarter more than the length. Up to 512 tokens there are 19 sizes, and so at most
+    as many programs that read prompts; further ones come for batches of longer prompts, four for each doubling.
     """
-    # Few sizes, so few programs that read prompts.
-    size = least
-    while size < length and size < 32 * least:
-        size *= 2
-    if size < length:
-        return round_up(length, size)
-    return size * 3 // 4 if least < size and length <= size * 3 // 4 else size
+    return max(16, round_up(length, max(8, 2 ** (length - 1).bit_length() // 8)))
+
+
+def count_chunks(longest: Any, width: int, chunk: int) -> tuple[Array, Array]:
+    """Returns how many whole chunks of prompts are read, at least one, and how many narrow ones behind them.
+
+    Together they are as wide as the `bucket` of the longest prompt, whose tokens are `longest`, in the one program that
+    reads all prompts of up to `width`. So a row of a batch of one `bucket` is read in the same chunks as it is alone.
+    """
+    sizes = [chunk]
+    while sizes[-1] < width:
+        sizes.append(min(width, bucket(sizes[-1] + 1)))
+    size = jnp.min(jnp.where(jnp.asarray(sizes) >= longest, jnp.asarray(sizes), width))
+    wide = size // chunk
+    return wide, (size - wide * chunk) // (chunk // LAST_PARTS)
 
 
 def round_up(length: int, step: int = 64) -> int:

@@ -26,7 +26,7 @@ from jaxspec.base import (
     TreePolicy,
 )
 from jaxspec.decoding.ragged import Reading, score_ragged
-from jaxspec.decoding.requests import Requests
+from jaxspec.decoding.requests import LAST_PARTS, Requests, count_chunks
 from jaxspec.decoding.seen_tree import SeenTree, see
 from jaxspec.nn import cache as kv
 from jaxspec.parallel.mesh import constrain_tree
@@ -151,25 +151,28 @@ def shared_tables(engine: Engine, weights: Weights) -> SharedTables:
 def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int, slots: int) -> DecodeState:
     """Reads the prompts, draws each row's first token, and lets the drafter read the same; returns the rounds' state.
 
-    Prompts wider than `CHUNK` are read a chunk at a time, as many as the longest of them needs. `capacity` is the
-    cache's slots a row, more than the padded width, and `slots` the output's; see `generation.sizes`. Raises ValueError
-    for a padded width that is no multiple of `CHUNK`.
+    Prompts wider than `CHUNK` are read a chunk at a time, the last ones of a quarter of it, up to the `bucket` of the
+    longest prompt. `capacity` is the cache's slots a row, more than the padded width, and `slots` the output's; see
+    `generation.sizes`. Raises ValueError for a padded width above `CHUNK` that is no multiple of that quarter.
     """
     batch, width = requests.tokens_BL.shape
     chunk = min(width, CHUNK)
-    if width % chunk:
-        raise ValueError(f"prompts are padded to {width:,} tokens, which is not a multiple of {chunk}: use `bucket`")
-    read = functools.partial(_read_chunk, engine, weights, requests, chunk)
+    narrow = chunk // LAST_PARTS
+    if width > chunk and width % narrow:
+        raise ValueError(f"prompts are padded to {width:,} tokens, which is not a multiple of {narrow}: use `bucket`")
+    read = functools.partial(_read_chunk, engine, weights, requests)
     draft = None
     if engine.drafter is not None:
         first_B, shared = requests.tokens_BL[:, 0], shared_tables(engine, weights)
         draft = engine.drafter.init_state(weights.drafter, shared, first_B, capacity)
     # Behind a barrier, or XLA spends seconds folding the drafter's attention over an empty cache into a constant.
     empty = jax.lax.optimization_barrier((engine.target.empty_cache(batch, capacity), draft))
-    reading = read(0, PrefillState(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
+    reading = read(chunk, 0, PrefillState(empty[0], empty[1], None, jnp.zeros(batch, jnp.int32)))
     if width > chunk:
-        chunks = (jnp.max(requests.length_B) + chunk - 1) // chunk
-        reading = jax.lax.fori_loop(1, chunks, read, reading)
+        wide, last = count_chunks(jnp.max(requests.length_B), width, chunk)
+        reading = jax.lax.fori_loop(1, wide, lambda i, state: read(chunk, i * chunk, state), reading)
+        behind = wide * chunk
+        reading = jax.lax.fori_loop(0, last, lambda i, state: read(narrow, behind + i * narrow, state), reading)
     state = DecodeState(
         requests=requests._replace(tokens_BL=requests.tokens_BL[:, :0]),
         cache=reading.cache,
@@ -204,18 +207,17 @@ class PrefillState(NamedTuple):
 
 
 def _read_chunk(
-    engine: Engine, weights: Weights, requests: Requests, chunk: int, index: int | Array, reading: PrefillState
+    engine: Engine, weights: Weights, requests: Requests, chunk: int, begin: int | Array, reading: PrefillState
 ) -> PrefillState:
-    """Returns the state after one chunk more; the first chunk, index 0 as an int, has nothing before it."""
+    """Returns the state after `chunk` tokens more; the first ones, `begin` 0 as an int, have nothing before them."""
     batch = len(requests.tokens_BL)
-    begin = index * chunk
     next_BL = jnp.pad(requests.tokens_BL[:, 1:], ((0, 0), (0, 1)))
     tokens_BL, next_BL = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (requests.tokens_BL, next_BL))
     count_B = jnp.clip(requests.length_B - begin, 0, chunk)
     positions_BL = jnp.broadcast_to(begin + jnp.arange(chunk), (batch, chunk))
     causal = jnp.tril(jnp.ones((1, chunk, chunk), bool))
     start_B = jnp.full(batch, begin, jnp.int32)
-    prefix = None if isinstance(index, int) else (reading.cache, start_B)
+    prefix = None if isinstance(begin, int) else (reading.cache, start_B)
     out = engine.target.forward(weights.target, tokens_BL, positions_BL, causal, prefix, keep_kv=True)
     last_B = jnp.maximum(count_B - 1, 0)
     last_B1D = jnp.take_along_axis(out.features_BLD, last_B[:, None, None], axis=1)

@@ -17,12 +17,15 @@ from jaxspec.data import jsonl
 from jaxspec.data.corpus import tokenize_conversations
 from jaxspec.data.messages import Conversation
 from jaxspec.data.packing import PackedBatches
-from jaxspec.decoding.requests import Settings, bucket, make_requests
+from jaxspec.decoding.answers import Answer
+from jaxspec.decoding.requests import Request, Settings, bucket, make_requests
 from jaxspec.distillation.step import init_state, train_step
 from jaxspec.distillation.task import Frozen
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.device_plan import DevicePlan
+from jaxspec.evaluation.equivalence import TIES
 from jaxspec.evaluation.measurements import Figures, Measurement
+from jaxspec.evaluation.peer_processes import COMPARED, compare_tokens
 from jaxspec.evaluation.timing import Load
 from jaxspec.parallel.mesh import batch_sharding
 from jaxspec.serving import loading
@@ -41,6 +44,8 @@ AT_LEAST = 60.0
 TREE = "chain:5"
 HELD_OUT = 16
 """Prompts that are decoded and not trained on."""
+PLAIN = "plain_answers"
+"""Name of the file with the tokens of plain decoding, which those of the speculative arm are compared with."""
 
 
 class TargetBench:
@@ -79,7 +84,8 @@ class TargetBench:
         seconds, _ = _timed_answers(self.models, asked, settings, batch)
         if not answered:
             raise ValueError(f"{self.plan.target}: the target answered none of {len(asked)} prompts")
-        self._keep(turns[:HELD_OUT], [{"id": r.conversation.id, "messages": r.conversation.messages} for r in answered])
+        self._keep("held_out", [{"text": turn} for turn in turns[:HELD_OUT]])
+        self._keep("answers", [{"id": r.conversation.id, "messages": r.conversation.messages} for r in answered])
         tokens = sum(r.tokens for r in answered)
         return {
             "seconds": seconds,
@@ -93,11 +99,10 @@ class TargetBench:
         written = write_user_turns(self.models, count, seed=self.plan.seed, settings=LONG, batch=batch)
         return (turn.text for turn in itertools.islice(written, count))
 
-    def _keep(self, held_out: list[str], answers: list[dict[str, Any]]) -> None:
-        for name, records in (("held_out", [{"text": t} for t in held_out]), ("answers", answers)):
-            path = self.folder / f"{name}.jsonl"
-            path.unlink(missing_ok=True)
-            jsonl.append(path, records)
+    def _keep(self, name: str, records: list[dict[str, Any]]) -> None:
+        path = self.folder / f"{name}.jsonl"
+        path.unlink(missing_ok=True)
+        jsonl.append(path, records)
 
     def _kept(self, name: str) -> list[dict[str, Any]]:
         found = jsonl.read_lines(self.folder / f"{name}.jsonl")
@@ -160,12 +165,24 @@ class TargetBench:
         load = Load([make_requests([r], width=bucket(width)) for r in requests], self.plan.max_new_tokens)
         runs, _ = timing.time_arms({"arm": models}, load, repeats=1)
         run = runs["arm"][0]
+        answers = [answer for answers in run.answers for answer in answers]
+        if not drafts:
+            self._keep(PLAIN, [{"tokens": answer.tokens.tolist()} for answer in answers])
         return {
             "seconds": run.prefill_seconds + run.round_seconds,
             "tokens_per_second": run.tokens_per_second,
             "tau": run.tau,
             "round_seconds": run.round_seconds / run.rounds,
+            **(self._compared(models, requests, answers) if drafts else {}),
         }
+
+    def _compared(self, models: Models, requests: list[Request], answers: list[Answer]) -> Figures:
+        """Returns how the answers differ from plain decoding's, ties by the plan's dtype; None where it has none."""
+        kept = self._kept(PLAIN) if (self.folder / f"{PLAIN}.jsonl").exists() else []
+        if len(kept) != len(answers):
+            return dict.fromkeys(COMPARED)
+        tie = TIES[np.dtype(loading.DTYPES[self.plan.dtype]).name]
+        return compare_tokens(models, requests, kept, [{"tokens": answer.tokens} for answer in answers], tie=tie)
 
 
 def _timed_answers(

@@ -19,6 +19,8 @@ from jaxspec.sampling import Sampling, position_noise, warp_logits
 
 NEAR_TIE = 1e-3
 """Margin, in logits over temperature, below which rounding in fp32 decides between two tokens."""
+TIES = {"float32": NEAR_TIE, "bfloat16": 0.25}
+"""Margins below which another token is a tie, by the dtype that decodes; a logit of 16 has steps of 0.125 in bf16."""
 
 
 class Divergence(NamedTuple):

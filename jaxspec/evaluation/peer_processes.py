@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Request, make_requests
-from jaxspec.evaluation.equivalence import divergences
+from jaxspec.evaluation.equivalence import NEAR_TIE, divergences
 from jaxspec.evaluation.machine import spread
 from jaxspec.evaluation.peer_workers import PeerPrompt, PeerSpec, Reply
 from jaxspec.serving.loading import Models
@@ -87,10 +87,15 @@ def decode_rate(replies: Sequence[Reply]) -> float | None:
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
-def compare_tokens(models: Models, asked: Sequence[Request], ours: Sequence[Reply], theirs: Sequence[Reply]) -> Reply:
-    """Returns how the tokens of a peer differ from plain decoding's: `identical_fraction`, `near_ties`, `differing`.
+COMPARED = ("identical_fraction", "near_ties", "differing")
 
-    An answer that is cut where the other one goes on differs.
+
+def compare_tokens(
+    models: Models, asked: Sequence[Request], ours: Sequence[Reply], theirs: Sequence[Reply], *, tie: float = NEAR_TIE
+) -> Reply:
+    """Returns how the tokens of a peer differ from plain decoding's, under the names of `COMPARED`.
+
+    An answer that is cut where the other one goes on differs. A margin below `tie` is one.
     """
     ties = differing = same = 0
     for request, one, other in zip(asked, ours, theirs, strict=True):
@@ -105,8 +110,8 @@ def compare_tokens(models: Models, asked: Sequence[Request], ours: Sequence[Repl
         answers = [Answer(x, "stop", 0, np.zeros(1, np.int32)) for x in (a, b)]
         requests = make_requests([request])
         (parted,) = divergences(models.engine, models.weights, requests, answers[:1], answers[1:])
-        ties, differing = ties + parted.near_tie, differing + (not parted.near_tie)
-    return {"identical_fraction": same / len(asked), "near_ties": ties, "differing": differing}
+        ties, differing = ties + (parted.margin < tie), differing + (parted.margin >= tie)
+    return dict(zip(COMPARED, (same / len(asked), ties, differing), strict=True))
 
 
 def row_of(name: str, spec: PeerSpec, about: Mapping[str, Any], runs: Sequence[Sequence[Reply]]) -> dict[str, Any]:

