@@ -139,14 +139,14 @@ def main(argv: list[str]) -> int:
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
     load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(every, args.drafter, args.trees, profile=args.profile)
-    found = BenchFigures({}, [], [])
+    found = BenchFigures({}, [], [], prompt_facts(args, load))
     with cli.sigterm_interrupts():
         try:
             measure(found, arms, load, args, peer)
         except KeyboardInterrupt:
             tell_stopped(found, arms, load, args, started)
             raise
-    result = make_result(args, found.rows, make_peer(args, found), started)
+    result = make_result(args, found, make_peer(args, found), started)
     print_result(result, args)
     if args.json:
         results.write_json(args.json, result)
@@ -161,6 +161,14 @@ class BenchFigures(NamedTuple):
     peers: list[PeerRun]
     rows: list[dict[str, Any]]
     """Rows of the arms, once all their passes are made."""
+    prompts: dict[str, Any]
+    """See `prompt_facts`."""
+
+
+def prompt_facts(args: Args, load: Load) -> dict[str, Any]:
+    """Returns the number of prompts that are decoded, and their file's name and hash: None where they are made here."""
+    file = {"name": None, "sha256": None} if args.prompts is None else results.file_facts(args.prompts)
+    return {**file, "count": len(load.batches) * args.batch}
 
 
 def measure(
@@ -199,7 +207,7 @@ def tell_stopped(found: BenchFigures, arms: dict[str, DecodingArm], load: Load, 
     )
     if args.json:
         peer = make_peer(args, found)
-        results.write_json(args.json, make_result(args, found.rows, peer, started, stopped=True))
+        results.write_json(args.json, make_result(args, found, peer, started, stopped=True))
 
 
 def load_every(args: Args) -> list[Models]:
@@ -324,12 +332,13 @@ def make_peer(args: Args, found: BenchFigures) -> dict[str, Any] | None:
 
 
 def make_result(
-    args: Args, rows: list[dict[str, Any]], peer: dict[str, Any] | None, started: float, *, stopped: bool = False
+    args: Args, found: BenchFigures, peer: dict[str, Any] | None, started: float, *, stopped: bool = False
 ) -> dict[str, Any]:
     """Returns the verb's JSON; `speedup` and `efficiency` are the fastest speculative arm's.
 
     That of a run that was stopped says so, and has no rates of the machine.
     """
+    rows = found.rows
     best = max(rows[1:], key=lambda row: row["tokens_per_second"], default=None)
     dtype = loading.DTYPES[args.dtype]
     return results.result(
@@ -339,6 +348,7 @@ def make_result(
         started=started,
         target=args.shape or args.target,
         simulated_acceptance=args.profile,
+        prompts=found.prompts,
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         temperature=args.temperature,

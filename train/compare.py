@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from tyro.conf import Positional
 
 from jaxspec.config import DistillConfig, PretrainConfig, experiments
 from jaxspec.console import cli
-from jaxspec.console.results import jsonable, result, write_json
+from jaxspec.console.results import file_facts, jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
@@ -36,6 +35,7 @@ from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import comparison, figures, statistics
 from jaxspec.evaluation.acceptance import DECODING_SEED, Setup, measure
 from jaxspec.evaluation.comparison import Decoded
+from jaxspec.evaluation.making import making
 from jaxspec.interchange import target_folders
 from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
@@ -192,6 +192,8 @@ def main(argv: Sequence[str]) -> int:
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
     read = encode_all(prompts, tokenizer)
     setup = Setup(args.out, begun_with(args, target), read, args.trees, args.settings, args.slots)
+    # Hashed before hours of work, in which a file may be moved.
+    made = making(planned.terms, planned.recipes, arms, args.prompts or args.eval, len(prompts))
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:
@@ -207,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
                 failures[arm.name] = sentence_of(failure)
                 say(f"jaxspec compare: {arm.name}: {failures[arm.name]}")
     decoded.sort(key=lambda run: (args.names.index(run.recipe), run.seed))
-    result = write_report(args, arms, decoded, [p.source for p in prompts], failures, started)
+    result = write_report(args, planned, made, decoded, [p.source for p in prompts], failures, started)
     if args.json:
         write_json(args.json, result)
     for name, problem in failures.items():
@@ -313,8 +315,7 @@ def contents(path: str) -> str:
     """Returns the head of a file's SHA-256. Raises ValueError if there is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; make it with jaxspec regenerate --prompts CHATS --out {path}")
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_facts(path)["sha256"][:16]
 
 
 def stop_if(noticed: Callable[[int], bool], where: str) -> None:
@@ -325,7 +326,8 @@ def stop_if(noticed: Callable[[int], bool], where: str) -> None:
 
 def write_report(
     args: Args,
-    arms: Sequence[Arm],
+    planned: Plan,
+    made: dict[str, Any],
     decoded: Sequence[Decoded],
     sources: Sequence[str],
     failures: dict[str, str],
@@ -334,7 +336,7 @@ def write_report(
     """Prints the tables and leaves them, the JSON and the figures in the folder; returns the JSON."""
     summaries = list(comparison.summaries(decoded, sources, args.names[0]))
     trained = {(run.recipe, run.seed): run.train_tokens for run in decoded}
-    curves = [arm for arm in arms if trained.get((arm.recipe, arm.seed)) and arm.metrics.is_file()]
+    curves = [arm for arm in planned.arms if trained.get((arm.recipe, arm.seed)) and arm.metrics.is_file()]
     found = result(
         "compare",
         dtype=loading.DTYPES[args.dtype],
@@ -343,6 +345,10 @@ def write_report(
         rows=list(comparison.seed_rows(decoded, sources)),
         recipes=summaries,
         baseline=args.names[0],
+        **made,
+        template=args.template,
+        set=args.set,
+        limit=args.limit,
         train=args.train,
         eval=args.eval,
         prompts=args.prompts or args.eval,

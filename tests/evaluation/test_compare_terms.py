@@ -1,15 +1,19 @@
 """The terms of `jaxspec compare`: draft vocabulary, draft LM and changes of recipes, on a target that is not theirs."""
 
+import hashlib
 import importlib
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from random_models import SIZE, write_target
+from random_models import SIZE, write_drafter, write_target
 
+from jaxspec.__main__ import main
 from jaxspec.config import DistillConfig, PretrainConfig, to_dict
 from jaxspec.data.draft_vocab import load_maps, save_maps
 from jaxspec.interchange.hf_config import read_config
@@ -138,3 +142,71 @@ def test_a_missing_draft_lm_is_a_failure_of_its_own_recipe(tmp_path: Path):
     arm = Arm("draft_lm_pretrained", 0, configs["draft_lm_pretrained"], tmp_path)
     with pytest.raises(ValueError, match=r"run jaxspec pretrain draft_lm_pretrained first, or name another"):
         compare.train_arm(arm, None, tokens=1)
+
+
+RECIPE = """
+from jaxspec.config import CheckpointConfig, DataConfig, DistillConfig, OptimizerConfig
+
+config = DistillConfig(
+    name="toy",
+    target="elsewhere",
+    data=DataConfig("elsewhere.jsonl", "elsewhere.jsonl", length=64, batch=8, loss_on="assistant", limit=3),
+    optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=2, epochs=9),
+    drafter="{drafter}",
+    init_from={init_from},
+)
+"""
+
+
+def test_the_result_tells_what_decided_its_figures(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    """An EAGLE head and a draft LM on a target with a draft vocabulary, and changes of all and of one."""
+
+    def trained(config: DistillConfig, data: Any) -> dict[str, int]:
+        kept = None if config.draft_vocab is None else load_maps(config.draft_vocab, SIZE).tolist()
+        if config.drafter == "eagle":
+            write_drafter(Path(config.export_folder), draft_vocab=kept)
+        else:
+            shutil.copytree("lm", config.export_folder)
+        return {"steps": config.optimizer.steps or 0}
+
+    monkeypatch.setattr("jaxspec.training.recipes.run_distillation", trained)
+    (folder / "head.py").write_text(RECIPE.format(drafter="eagle", init_from=None))
+    (folder / "lm.py").write_text(RECIPE.format(drafter="draft_lm", init_from="'elsewhere'"))
+    turns = [{"role": "user", "content": "2 and 2 make"}, {"role": "assistant", "content": "4, they say"}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"id": str(i), "messages": turns}) + "\n" for i in range(9)))
+    words = [
+        "head.py",
+        "lm.py",
+        "--target",
+        "target",
+        "--train",
+        "chats.jsonl",
+        "--eval",
+        "chats.jsonl",
+        "--limit",
+        "2",
+    ]
+    words += ["--tokens", "90", "--max-new-tokens", "4", "--tree", "chain:1", "--temperature", "0"]
+    words += ["--out", "told", "--draft-vocab", "vocab.safetensors", "--draft-lm", "lm", "--set", "data.batch=4"]
+    words += ["--set", "head:optimizer.kind=muon"]
+    assert main(["compare", *words]) == 0
+    assert capfd.readouterr().err.count("--draft-vocab is left out for lm: an LM head that is there already") == 1
+    found = json.loads((folder / "told" / "compare.json").read_text())
+    chats = {"name": "chats.jsonl", "sha256": hash_of("chats.jsonl"), "count": 9}
+    assert found["files"] == {"train": chats, "eval": chats, "prompts": {**chats, "asked": 2}}
+    assert (found["target"], len(found["target_weights"]), found["template"]) == ("target", 16, None)
+    assert found["set"] == ["data.batch=4", "head:optimizer.kind=muon"] and found["limit"] == 2
+    vocab = {"name": "vocab.safetensors", "sha256": hash_of("vocab.safetensors"), "tokens": 64}
+    assert found["settings"] == {
+        "head": {
+            "changed": {"optimizer.kind": "muon", "data.batch": 4},
+            "draft_vocab": vocab,
+            "features": False,
+        },
+        "lm": {"changed": {"init_from": "lm", "data.batch": 4}, "draft_vocab": None, "features": False},
+    }
+
+
+def hash_of(path: str) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
