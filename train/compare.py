@@ -35,12 +35,13 @@ from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import comparison, figures, statistics
 from jaxspec.evaluation.acceptance import DECODING_SEED, Setup, measure
 from jaxspec.evaluation.comparison import Decoded
-from jaxspec.evaluation.making import making
 from jaxspec.interchange import target_folders
 from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
 from jaxspec.serving import loading
+from jaxspec.training.comparison_facts import comparison_facts
+from jaxspec.training.head_share import vocab_note
 from jaxspec.training.loop import termination_notice
 from jaxspec.training.recipes import Arm, Corpora, first_of_each, train_arm
 from jaxspec.training.terms import Recipe, Terms, config_on, load_recipe, settle, takes_draft_lm, without_vocab
@@ -185,6 +186,7 @@ def main(argv: Sequence[str]) -> int:
     target, arms = planned.terms.target, planned.arms
     if kept := without_vocab(planned.terms, planned.recipes):
         say(f"--draft-vocab is left out for {', '.join(kept)}: an LM head that is there already scores other tokens")
+    tell_vocab(planned)
     template = template_of(arms)
     args = dataclasses.replace(args, template=template.name)
     prompts = choose_prompts(args)
@@ -193,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
     read = encode_all(prompts, tokenizer)
     setup = Setup(args.out, begun_with(args, target), read, args.trees, args.settings, args.slots)
     # Hashed before hours of work, in which a file may be moved.
-    made = making(planned.terms, planned.recipes, arms, args.prompts or args.eval, len(prompts))
+    made = comparison_facts(planned.terms, planned.recipes, arms, args.prompts or args.eval, len(prompts))
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:
@@ -215,6 +217,14 @@ def main(argv: Sequence[str]) -> int:
     for name, problem in failures.items():
         say(f"jaxspec compare: {name} failed: {problem}")
     return cli.EXIT_FAILED if failures else 0
+
+
+def tell_vocab(planned: Plan) -> None:
+    """Says once what a draft vocabulary would save, of the first arm for which none was chosen."""
+    undecided = {recipe.name for recipe in planned.recipes if "draft_vocab" not in recipe.changed}
+    trained = [a.config for a in planned.arms if isinstance(a.config, DistillConfig) and a.recipe in undecided]
+    if note := next(filter(None, (vocab_note(config, "--draft-vocab ") for config in trained)), None):
+        say(note)
 
 
 def train_and_measure(

@@ -334,8 +334,8 @@ PEERED = {
         (
             "told.json recipes temperature=0 intervals=no",
             [
-                "12 held-out prompts, target smollm2, tree chain:3, 1.00M trained tokens, up to 64 new tokens, float32, "
-                "chain:2 for medusa, a draft vocabulary of 8,192 for best and eagle2:",
+                "12 held-out prompts, target smollm2, tree chain:3, 1.00M trained tokens, up to 64 new tokens, "
+                "float32, chain:2 for medusa, a draft vocabulary of 8,192 for eagle2 and best:",
             ],
         ),
         (

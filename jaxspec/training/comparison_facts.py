@@ -21,7 +21,9 @@ TOLD_APART = {*SHARED, "draft_vocab"}
 """Fields of a config that a result tells otherwise."""
 
 
-def making(terms: Terms, recipes: Sequence[Recipe], arms: Sequence[Arm], prompts: str, asked: int) -> dict[str, Any]:
+def comparison_facts(
+    terms: Terms, recipes: Sequence[Recipe], arms: Sequence[Arm], prompts: str, asked: int
+) -> dict[str, Any]:
     """Returns what decides a comparison's figures besides its budget: keys of its result.
 
     `prompts` is the file of the prompts, of which `asked` were taken.
