@@ -332,17 +332,6 @@ PEERED = {
             ],
         ),
         (
-            "told.json recipes temperature=0 intervals=no",
-            [
-                "12 held-out prompts, target smollm2, tree chain:3, 1.00M trained tokens, up to 64 new tokens, "
-                "float32, chain:2 for medusa, a draft vocabulary of 8,192 for eagle2 and best:",
-            ],
-        ),
-        (
-            "told.json recipes temperature=0 recipes=best,eagle2",
-            ["float32, a draft vocabulary of 8,192; in brackets 95 % over prompts:"],
-        ),
-        (
             "compare.json recipes tree=dynamic:8x3x2,chain:3 temperature=0 recipes=eagle2,medusa source=gsm8k",
             [
                 "| recipe | `dynamic:8x3x2`, greedy | over `eagle2` | `chain:3`, greedy | over `eagle2` |",
@@ -401,10 +390,6 @@ PEERED = {
 )
 def test_recipes_and_arms_are_tables_too(tmp_path: Path, words: str, lines: list[str]):
     (tmp_path / "compare.json").write_text(json.dumps(COMPARED))
-    scored = {"draft_vocab": {"name": "v.safetensors", "tokens": 8192}}
-    settings = {"medusa": {"draft_vocab": None}, "eagle2": scored, "best": scored}
-    told = COMPARED | {"target": "models/smollm2", "settings": settings}
-    (tmp_path / "told.json").write_text(json.dumps(told))
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
     (tmp_path / "other.json").write_text(json.dumps(made_with(TABLED, costs={"drafter": "medusa", "device": "v5p"})))
