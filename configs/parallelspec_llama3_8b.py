@@ -1,6 +1,7 @@
 """ParallelSpec in EAGLE's place for Llama-3-8B-Instruct on 64 chips: six tokens a pass.
 
-Source: ParallelSpec (arXiv 2410.05589). Its optimizer settings were not found; these are EAGLE's.
+Source: ParallelSpec (arXiv 2410.05589). Its losses and optimizer settings were not found: the losses are those of
+`parallelspec_eagle`, the optimizer is EAGLE's.
 Hardware: TPU v5e or v6e, 8x8.
 Expected: tau is not measured. The compiled step takes 8.9 GB a chip of v5e and 8.7 GB of v6e
 (docs/results.md, "Training planned for TPUs that were not there").

@@ -1,7 +1,8 @@
 """ParallelSpec in Medusa's place: one layer and mask tokens predict five tokens in one pass, by token losses alone.
 
-Source: ParallelSpec (arXiv 2410.05589); later tokens weigh as Medusa's heads do. The drafter's docstring says what is
-reconstruction. So is the optimizer, of which the paper says nothing.
+Source: ParallelSpec (arXiv 2410.05589), whose text and loss weights could not be obtained. The loss is a choice of
+ours: the KL divergence, where Medusa has cross-entropy; later tokens weigh as Medusa's heads do. The optimizer is ours
+too. The drafter's docstring says what else is reconstruction.
 Hardware: two CPU cores.
 Expected: tau 3.88 greedy and 2.56 at temperature 1, where `medusa` has 3.20 and 2.16 (docs/results.md, "Recipes
 compared", the item on ParallelSpec).

@@ -2,7 +2,7 @@
 
 Source: direct alignment of draft models (arXiv 2403.00858): the shape of the draft LM (4 layers, width 1,024, 8 heads,
 MLP of 2,816, untied), and nine parts of answers at temperatures 0, 0.3, 0.7 and 1 to one of pretraining text.
-Optimizer, batch and length were not found; these are ours.
+Optimizer, batch and length were not found; these are ours. The reading of TVD++ is that of `draft_lm_tvdpp`.
 Hardware: TPU v5e or v6e, 8x8. Pretrain the draft LM first: `draft_lm_pretrained` shows how, with this shape and
 the target's tokenizer.
 Expected: tau is not measured. The compiled step takes 2.2 GB a chip of v5e and 2.1 GB of v6e

@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
     peer = None if args.peer == "none" else (args.peer, load_transformers(args.target, models))
     load = Load(make_batches(models, prompts, args), args.max_new_tokens, args.capacity, args.rounds_only)
     arms = make_arms(every, args.drafter, args.trees, profile=args.profile)
-    found = BenchFigures({}, [], [], [])
+    found = BenchFigures({}, [], [], [], prompt_facts(args, load))
     with cli.sigterm_interrupts():
         try:
             measure(found, arms, load, args, peer)
@@ -164,11 +164,19 @@ class BenchFigures(NamedTuple):
     """Rows of the arms, once all their passes are made."""
     bandwidths: list[float]
     """Bytes that a copy moves a second, before and after all passes."""
+    prompts: dict[str, Any]
+    """See `prompt_facts`."""
 
     @property
     def drift(self) -> Drift:
         """Returns how far the bandwidth moved meanwhile."""
         return drift_of(self.bandwidths)
+
+
+def prompt_facts(args: Args, load: Load) -> dict[str, Any]:
+    """Returns the number of prompts that are decoded, and their file's name and hash: None where they are made here."""
+    file = {"name": None, "sha256": None} if args.prompts is None else results.file_facts(args.prompts)
+    return {**file, "count": len(load.batches) * args.batch}
 
 
 def measure(
@@ -351,6 +359,7 @@ def make_result(args: Args, found: BenchFigures, started: float, *, stopped: boo
         started=started,
         target=args.shape or args.target,
         simulated_acceptance=args.profile,
+        prompts=found.prompts,
         max_new_tokens=args.max_new_tokens,
         repeats=args.repeats,
         temperature=args.temperature,

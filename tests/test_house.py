@@ -180,9 +180,11 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "training": (
         {"batches", "next_token", "resolve"},
-        {"loop", "verb"},
+        {"head_share", "loop", "verb"},
         {"distill", "pretrain"},
         {"recipes"},
+        {"terms"},
+        {"comparison_facts"},
     ),
     "trees": ({"children", "shape", "tree_file"}, {"best_first", "dynamic", "static"}, {"lookup"}, {"adaptive"}),
     "verify": ({"path", "rejection"}, {"rules"}),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -20,15 +19,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from jaxspec.config import DistillConfig, PretrainConfig, experiments, load
+from jaxspec.config import DistillConfig, PretrainConfig, experiments
 from jaxspec.console import cli
-from jaxspec.console.results import jsonable, result, write_json
+from jaxspec.console.results import file_facts, jsonable, result, write_json
 from jaxspec.console.tables import print_table, table_text
 from jaxspec.data.chat import ChatTokenizer, TemplateChoice
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
@@ -41,8 +40,11 @@ from jaxspec.parallel import processes
 from jaxspec.parallel.agreement import say
 from jaxspec.parallel.processes import Launch
 from jaxspec.serving import loading
+from jaxspec.training.comparison_facts import comparison_facts
+from jaxspec.training.head_share import vocab_note
 from jaxspec.training.loop import termination_notice
-from jaxspec.training.recipes import Arm, Corpora, first_of_each, train_arm, usable_features
+from jaxspec.training.recipes import Arm, Corpora, first_of_each, train_arm
+from jaxspec.training.terms import Recipe, Terms, config_on, load_recipe, settle, takes_draft_lm, without_vocab
 from jaxspec.trees import parse_tree
 
 NOTES = f"""\
@@ -52,6 +54,14 @@ ratio: of the two recipes' tau, over the seeds that both have; its interval is o
 acceptance by depth: of the rounds that kept a drafted token at every depth above, the share that kept one here too
 passes: forward passes of the drafter a round
 """
+
+
+class Plan(NamedTuple):
+    """All that is to be trained and measured."""
+
+    terms: Terms
+    recipes: list[Recipe]
+    arms: list[Arm]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +90,7 @@ class Args:
     """Recipes that get all the seeds, such as eagle2,hass; the others then get the first only. Default: all."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A change of every recipe that is trained here, such as optimizer.peak_lr=1e-3 for a target of another size, or of
-    one of them: best:optimizer.peak_lr=4e-3. Repeat the flag for more."""
+    one of them: best:optimizer.peak_lr=4e-3. A pretrained one takes its own alone. Repeat the flag for more."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to measure with: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM, or a FILE.json of
     jaxspec lab search. Repeat the flag for more. Default: EAGLE-2's dynamic:60x6x10. A drafter that cannot draft so
@@ -94,7 +104,11 @@ class Args:
     target: str | None = None
     """HuggingFace folder of the target. Default: the one that the recipes name."""
     draft_vocab: str | None = None
-    """File of the tokens that every drafter scores, as jaxspec draft-vocab writes it. Default: that of each recipe."""
+    """File of the tokens that every drafter scores, as jaxspec draft-vocab writes it; not those whose own LM head is
+    there already (a draft LM), or whose draft_vocab --set says. Default: that of each recipe."""
+    draft_lm: str | None = None
+    """Folder of the pretrained draft LM, for a target that the recipes' own does not fit: recipes that train one
+    further start from it, and that of its pretraining stands for it. Default: that of each recipe."""
     template: str | None = None
     """Chat template: vicuna, llama-2-chat, llama-3, chatml, or a file of Jinja. Default: the one that the recipes name,
     or else that of the target's folder."""
@@ -132,8 +146,8 @@ class Args:
         """Recipes that get every seed."""
         return self.names if self.headline is None else [Path(w.strip()).stem for w in self.headline.split(",")]
 
-    def changes_of(self, recipe: str) -> list[str]:
-        """Returns the changes of a recipe: those of all first, then its own. ValueError for one of a stranger."""
+    def changes_of(self, recipe: str) -> tuple[list[str], list[str]]:
+        """Returns the changes of all recipes, and those of this one alone. ValueError for one of a stranger."""
         shared, own = [], []
         for change in self.set:
             name, colon, rest = change.partition(":")
@@ -143,7 +157,7 @@ class Args:
                 raise ValueError(f"--set {change}: {name} is not compared: {', '.join(self.names)} are")
             elif name == recipe:
                 own.append(rest)
-        return [*shared, *own]
+        return shared, own
 
     @property
     def trees(self) -> list[str]:
@@ -168,7 +182,11 @@ def main(argv: Sequence[str]) -> int:
     # Joined first, so that a process that was started beside others learns of them.
     with processes.joined(Launch(), prog="jaxspec compare"):
         processes.refuse_several("jaxspec compare", "start it on one host; jaxspec train runs on several")
-    target, arms = plan(args)
+    planned = plan(args)
+    target, arms = planned.terms.target, planned.arms
+    if kept := without_vocab(planned.terms, planned.recipes):
+        say(f"--draft-vocab is left out for {', '.join(kept)}: an LM head that is there already scores other tokens")
+    tell_vocab(planned)
     template = template_of(arms)
     args = dataclasses.replace(args, template=template.name)
     prompts = choose_prompts(args)
@@ -176,6 +194,8 @@ def main(argv: Sequence[str]) -> int:
     corpora = Corpora(args.train, args.eval, args.limit, tokenizer)
     read = encode_all(prompts, tokenizer)
     setup = Setup(args.out, begun_with(args, target), read, args.trees, args.settings, args.slots)
+    # Hashed before hours of work, in which a file may be moved.
+    made = comparison_facts(planned.terms, planned.recipes, arms, args.prompts or args.eval, len(prompts))
     decoded: list[Decoded] = []
     failures: dict[str, str] = {}
     with termination_notice() as noticed:
@@ -191,12 +211,20 @@ def main(argv: Sequence[str]) -> int:
                 failures[arm.name] = sentence_of(failure)
                 say(f"jaxspec compare: {arm.name}: {failures[arm.name]}")
     decoded.sort(key=lambda run: (args.names.index(run.recipe), run.seed))
-    result = write_report(args, arms, decoded, [p.source for p in prompts], failures, started)
+    result = write_report(args, planned, made, decoded, [p.source for p in prompts], failures, started)
     if args.json:
         write_json(args.json, result)
     for name, problem in failures.items():
         say(f"jaxspec compare: {name} failed: {problem}")
     return cli.EXIT_FAILED if failures else 0
+
+
+def tell_vocab(planned: Plan) -> None:
+    """Says once what a draft vocabulary would save, of the first arm for which none was chosen."""
+    undecided = {recipe.name for recipe in planned.recipes if "draft_vocab" not in recipe.changed}
+    trained = [a.config for a in planned.arms if isinstance(a.config, DistillConfig) and a.recipe in undecided]
+    if note := next(filter(None, (vocab_note(config, "--draft-vocab ") for config in trained)), None):
+        say(note)
 
 
 def train_and_measure(
@@ -217,35 +245,34 @@ def sentence_of(failure: Exception) -> str:
     return cli.sentence(failure) or type(failure).__name__
 
 
-def plan(args: Args) -> tuple[str, list[Arm]]:
-    """Returns the target of all, and the arms: every recipe with its first seed, then with its further seeds.
+def plan(args: Args) -> Plan:
+    """Returns the target of all, the recipes, and the arms: every recipe with its first seed, then its further seeds.
 
-    Raises ValueError where recipes name different targets.
+    Raises ValueError where recipes name different targets, or what is said of all or one of them does not fit.
     """
-    configs = {
-        name: load_recipe(given, args.changes_of(name)) for name, given in zip(args.names, args.recipes, strict=True)
-    }
-    for name, config in configs.items():
-        if not isinstance(config, DistillConfig | PretrainConfig):
-            raise ValueError(f"{name}: holds a {type(config).__name__}, not a DistillConfig or PretrainConfig")
-    named = {name: config.target for name, config in configs.items() if isinstance(config, DistillConfig)}
+    given = zip(args.names, args.recipes, strict=True)
+    found = [load_recipe(name, file, *args.changes_of(name)) for name, file in given]
+    named = {r.name: r.config.target for r in found if isinstance(r.config, DistillConfig)}
     if args.target is None and len(set(named.values())) > 1:
         raise ValueError(f"the recipes name different targets ({named}): choose one for all with --target")
     target = args.target or next(iter(named.values()), "tiny")
+    if args.draft_lm is not None and not any(map(takes_draft_lm, found)):
+        raise ValueError(f"--draft-lm {args.draft_lm}: no recipe is of a pretrained draft LM: leave it out")
+    terms = Terms(target, args.train, args.eval, args.features, args.template, args.draft_vocab, args.draft_lm)
+    recipes = [settle(terms, recipe) for recipe in found]
     arms = [
-        Arm(name, seed, own_config(config, target, args, folder, seed), folder)
-        for name, config in configs.items()
-        for seed in ([config.seed] if isinstance(config, PretrainConfig) else args.seeds_of(name))
-        for folder in [args.out / name / f"seed-{seed}"]
+        Arm(recipe.name, seed, config_on(terms, recipe, folder, seed), folder)
+        for recipe in recipes
+        for seed in seeds_of(recipe, args)
+        for folder in [args.out / recipe.name / f"seed-{seed}"]
     ]
     rank = {seed: i for i, seed in enumerate(args.seeds_of(args.headline_names[0]))}
-    return target, sorted(arms, key=lambda arm: rank.get(arm.seed, 0))
+    return Plan(terms, recipes, sorted(arms, key=lambda arm: rank.get(arm.seed, 0)))
 
 
-def load_recipe(given: str, changes: Sequence[str]) -> Any:
-    """Returns a recipe with the comparison's changes, which are for those that are trained here."""
-    config = load(given)
-    return load(given, changes) if isinstance(config, DistillConfig) and changes else config
+def seeds_of(recipe: Recipe, args: Args) -> list[int]:
+    """Returns the seeds of a recipe's arms: a pretrained one has its own."""
+    return [recipe.config.seed] if isinstance(recipe.config, PretrainConfig) else args.seeds_of(recipe.name)
 
 
 def template_of(arms: Sequence[Arm]) -> TemplateChoice:
@@ -255,32 +282,6 @@ def template_of(arms: Sequence[Arm]) -> TemplateChoice:
         named = {name: choice.name for name, choice in chosen.items()}
         raise ValueError(f"the recipes name different chat templates ({named}): choose one for all with --template")
     return next(iter(chosen.values()), TemplateChoice())
-
-
-def own_config(
-    config: DistillConfig | PretrainConfig, target: str, args: Args, folder: Path, seed: int
-) -> DistillConfig | PretrainConfig:
-    """Returns the config as it is run here: the comparison's target, files, seed and folders; else the recipe's."""
-    if isinstance(config, PretrainConfig):
-        return config
-    return dataclasses.replace(
-        config,
-        target=target,
-        data=dataclasses.replace(
-            config.data,
-            train=args.train,
-            eval=args.eval,
-            limit=None,
-            eval_limit=None,
-            features=usable_features(config, target, args.features),
-            template=args.template or config.data.template,
-        ),
-        draft_vocab=args.draft_vocab or config.draft_vocab,
-        optimizer=dataclasses.replace(config.optimizer, steps=1, epochs=None),
-        checkpoint=dataclasses.replace(config.checkpoint, folder=str(folder / "run")),
-        export_folder=str(folder / "drafter"),
-        seed=seed,
-    )
 
 
 def choose_prompts(args: Args) -> list[Prompt]:
@@ -324,8 +325,7 @@ def contents(path: str) -> str:
     """Returns the head of a file's SHA-256. Raises ValueError if there is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; make it with jaxspec regenerate --prompts CHATS --out {path}")
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_facts(path)["sha256"][:16]
 
 
 def stop_if(noticed: Callable[[int], bool], where: str) -> None:
@@ -336,7 +336,8 @@ def stop_if(noticed: Callable[[int], bool], where: str) -> None:
 
 def write_report(
     args: Args,
-    arms: Sequence[Arm],
+    planned: Plan,
+    made: dict[str, Any],
     decoded: Sequence[Decoded],
     sources: Sequence[str],
     failures: dict[str, str],
@@ -345,7 +346,7 @@ def write_report(
     """Prints the tables and leaves them, the JSON and the figures in the folder; returns the JSON."""
     summaries = list(comparison.summaries(decoded, sources, args.names[0]))
     trained = {(run.recipe, run.seed): run.train_tokens for run in decoded}
-    curves = [arm for arm in arms if trained.get((arm.recipe, arm.seed)) and arm.metrics.is_file()]
+    curves = [arm for arm in planned.arms if trained.get((arm.recipe, arm.seed)) and arm.metrics.is_file()]
     found = result(
         "compare",
         dtype=loading.DTYPES[args.dtype],
@@ -354,6 +355,10 @@ def write_report(
         rows=list(comparison.seed_rows(decoded, sources)),
         recipes=summaries,
         baseline=args.names[0],
+        **made,
+        template=args.template,
+        set=args.set,
+        limit=args.limit,
         train=args.train,
         eval=args.eval,
         prompts=args.prompts or args.eval,

@@ -1,5 +1,6 @@
 """The result of a program: one JSON object, with the machine it ran on."""
 
+import hashlib
 import json
 import math
 import os
@@ -82,6 +83,12 @@ def result(command: str, *, dtype: Any, seed: int | None, started: float, **keys
         "seed": seed,
         **keys,
     }
+
+
+def file_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what tells a file on any machine: its name without folders, and its SHA-256."""
+    with Path(path).open("rb") as file:
+        return {"name": Path(path).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def jsonable(value: Any) -> Any:

@@ -45,8 +45,8 @@ class DraftLMOptions(DrafterOptions):
     tied: bool | None = None
 
     def follow(self, target: TargetShape) -> dict[str, Any]:
-        """Rotary positions, norm and tokens."""
-        return {"vocab": target.scored, **target.pick("rope_theta", "rope_scaling", "norm_eps")}
+        """Rotary positions, norm, and all tokens: it reads them by the table that it may score them with."""
+        return {"vocab": target.vocab, **target.pick("rope_theta", "rope_scaling", "norm_eps")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxspec.report.runs import ALL
@@ -99,8 +100,21 @@ def _about(found: Figures, rows: Sequence[Figures], trees: Sequence[str], whole:
     shorter = "".join(f", {tree} for {' and '.join(mine)}" for tree, mine in cut.items())
     brackets = "; in brackets 95 % over prompts" if whole else ""
     named = "" if len(trees) > 1 else f"tree {trees[0]}, "
+    if "target" in found:  # as in results of before there is none
+        named = f"target {Path(found['target']).name}, {named}"
     prompts = max(row["prompts"] for row in rows)
     return (
         f"{prompts:,} held-out prompts, {named}{trained} trained tokens, up to {found['max_new_tokens']:,} new tokens, "
-        f"{found['dtype']}{shorter}{brackets}:"
+        f"{found['dtype']}{shorter}{_vocabularies(found, rows)}{brackets}:"
     )
+
+
+def _vocabularies(found: Figures, rows: Sequence[Figures]) -> str:
+    """Returns the sizes of the draft vocabularies of the recipes in a table, with their recipes where they differ."""
+    recipes, sizes = dict.fromkeys(row["recipe"] for row in rows), dict[int, list[str]]()
+    for recipe in recipes:
+        scored = found.get("settings", {}).get(recipe, {}).get("draft_vocab")
+        if scored is not None and "tokens" in scored:
+            sizes.setdefault(scored["tokens"], []).append(recipe)
+    whose = {size: "" if len(mine) == len(recipes) else f" for {' and '.join(mine)}" for size, mine in sizes.items()}
+    return "".join(f", a draft vocabulary of {size:,}{names}" for size, names in whose.items())

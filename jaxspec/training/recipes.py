@@ -22,7 +22,7 @@ from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
 from jaxspec.training.batches import SKIP_FLAG, Data, pack_data, read_corpus
 from jaxspec.training.distill import RESUMABLE, run_distillation
-from jaxspec.training.resolve import drafter_for
+from jaxspec.training.resolve import initial_drafter
 
 EVALUATIONS = 10
 """Points of a learning curve's held-out part."""
@@ -125,7 +125,9 @@ def train_arm(arm: Arm, corpora: Corpora, *, tokens: int) -> int:
     config = arm.config
     if isinstance(config, PretrainConfig):
         if not arm.drafter.is_dir():
-            raise ValueError(f"{arm.drafter}: no such folder; run jaxspec pretrain {arm.recipe} first")
+            raise ValueError(
+                f"{arm.drafter}: no such folder; run jaxspec pretrain {arm.recipe} first, or name another (--draft-lm)"
+            )
         return 0
     keep_settings(arm)
     if arm.trained.is_file():
@@ -150,7 +152,7 @@ def usable_features(config: DistillConfig, target: str, folder: str | None) -> s
     if folder is None or config.data.mix is not None:
         return None
     scored = None if config.draft_vocab is None else 1
-    taps = drafter_for(config, read_config(target_folder(target)), scored).module.taps
+    taps = initial_drafter(config, read_config(target_folder(target)), scored).module.taps
     return folder if taps in ((), open_features(folder).taps) else None
 
 

@@ -75,14 +75,31 @@ def check_length(config: PretrainConfig | DistillConfig, shape: LlamaConfig) -> 
 
 
 def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> InitialDrafter:
-    """Returns the drafter that `config` names: that of `config.init_from`, or one layer of the target's shape with the
-    changes of `config.head`. `scored` is the size of its draft vocabulary.
+    """Returns the drafter that `config` names, see `initial_drafter`.
 
-    Raises ValueError where that does not fit together.
+    Raises ValueError where that does not fit together, or its own LM head scores other tokens than it is to score.
+    """
+    found, wanted = initial_drafter(config, target, scored), scored or target.vocab
+    own = found.module.vocab
+    if own in (None, wanted):
+        return found
+    scores = f"its own LM head scores {own:,} tokens, and it is to score {wanted:,}"
+    if config.init_from is not None:
+        raise ValueError(f"{config.init_from}: {scores}; it was made for another tokenizer or draft vocabulary")
+    if scored is not None:
+        raise ValueError(f"drafter {config.drafter!r}: {scores}: leave draft_vocab out, or the option that sets it")
+    return found
+
+
+def initial_drafter(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> InitialDrafter:
+    """Returns the drafter of `config.init_from`, or one layer of the target's shape with the changes of `config.head`.
+
+    `scored` is the size of its draft vocabulary, which its own LM head follows where it is not fixed already. Raises
+    ValueError where the rest does not fit together.
     """
     kind, head = kind_named(config.drafter), options_of(config.drafter, config.head)
     if config.init_from is not None:
-        return _continued_drafter(config, config.init_from, target, scored or target.vocab)
+        return _continued_drafter(config, config.init_from, target)
     shape = config_of(config.drafter, shape_to_follow(target, scored), head)
     return InitialDrafter(kind.module(shape, dtype=jnp.dtype(config.dtype)), None)
 
@@ -104,7 +121,7 @@ def shape_to_follow(target: LlamaConfig, scored: int | None) -> TargetShape:
     )
 
 
-def _continued_drafter(config: DistillConfig, folder: str, target: LlamaConfig, scored: int) -> InitialDrafter:
+def _continued_drafter(config: DistillConfig, folder: str, target: LlamaConfig) -> InitialDrafter:
     """The drafter of a folder, to be trained further."""
     head = options_of(config.drafter, config.head)
     if head.given:
@@ -114,11 +131,6 @@ def _continued_drafter(config: DistillConfig, folder: str, target: LlamaConfig, 
     if found.name != config.drafter:
         raise ValueError(f"{folder}: holds a drafter {found.name!r}, and the config says {config.drafter!r}")
     check_width(folder, found.module, target)
-    if found.module.vocab not in (None, scored):
-        raise ValueError(
-            f"{folder}: its own LM head scores {found.module.vocab:,} tokens, and it is to score "
-            f"{scored:,}; it was made for another tokenizer or draft vocabulary"
-        )
     return InitialDrafter(found.module.clone(dtype=jnp.dtype(config.dtype)), found.params)
 
 

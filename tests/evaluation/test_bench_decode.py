@@ -1,5 +1,6 @@
 """Tests of `jaxspec bench decode`: the keys and sums of its result, and of the paper costs behind it."""
 
+import hashlib
 import importlib
 import json
 import signal
@@ -146,6 +147,8 @@ def test_drafters_are_compared_with_every_tree(tmp_path, target, capsys):
     result = json.loads(path.read_text())
     plain, *drafted = result["rows"]
     assert result["drafters"] == heads
+    sha256 = hashlib.sha256(prompts.read_bytes()).hexdigest()
+    assert result["prompts"] == {"name": "prompts.txt", "sha256": sha256, "count": 1}
     assert [row["arm"] for row in drafted] == ["one chain:2", "one static:0,1", "two chain:2", "two static:0,1"]
     assert [(row["drafter"], row["tree"]) for row in drafted[1:3]] == [(heads[0], "static:0,1"), (heads[1], "chain:2")]
     assert [row["draft_ratio"] for row in drafted] == [row["draft_ms"] / drafted[0]["draft_ms"] for row in drafted]
@@ -348,6 +351,7 @@ def test_a_stopped_bench_says_and_writes_what_it_has_measured(tmp_path, tinier, 
     assert f"stopped; the table above is of {repeats} of 2 repeats" in shown.err and "compiling chain:2" in shown.err
     assert [row["arm"] for row in found["rows"]] == ["plain", "chain:2"] and found["stopped"]
     assert all(row["tokens_per_second"] > 0 and row["round_ms"] is None for row in found["rows"])
+    assert found["prompts"] == {"name": None, "sha256": None, "count": 1}  # made here
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -218,23 +218,17 @@ def test_changed_settings_are_refused_by_name(folder: Path, watch: Watch, capfd:
 def test_headlines_get_every_seed_and_a_pretrained_drafter_its_own(folder: Path):
     given = ("slow.py", "fast.py", "ready.py")
     args = compare.Args(recipes=given, seeds="0,2", headline="fast", out=Path("seeds"))
-    target, arms = compare.plan(args)
-    assert target == "target"
+    terms, _, arms = compare.plan(args)
+    assert terms.target == "target"
     assert [arm.name for arm in arms] == ["slow, seed 0", "fast, seed 0", "ready, seed 4", "fast, seed 2"]
     config = arms[3].config
     assert isinstance(config, DistillConfig) and config.seed == 2 and config.data.limit is None
     assert config.data.train == args.train and config.export_folder == "seeds/fast/seed-2/drafter"
 
 
-def test_one_draft_vocabulary_serves_all():
-    given, own = (compare.Args(recipes=("eagle2", "hass"), draft_vocab=file) for file in ("v.safetensors", None))
-    assert {arm.config.draft_vocab for arm in compare.plan(given)[1]} == {"v.safetensors"}
-    assert {arm.config.draft_vocab for arm in compare.plan(own)[1]} == {None}
-
-
 def test_changes_are_made_to_every_recipe_that_is_trained(folder: Path):
     args = compare.Args(recipes=("slow.py", "ready.py"), target="target", set=("optimizer.peak_lr=0.5", "data.batch=4"))
-    changed, ready = (arm.config for arm in compare.plan(args)[1])
+    changed, ready = (arm.config for arm in compare.plan(args).arms)
     assert (changed.optimizer.peak_lr, changed.data.batch, ready.optimizer.peak_lr) == (0.5, 4, 1e-3)
     same = [dataclasses.replace(args, train="chats.jsonl", eval="chats.jsonl", set=s) for s in ((), args.set)]
     assert compare.begun_with(same[0], "target") == compare.begun_with(same[1], "target")  # each arm keeps its own
@@ -243,9 +237,9 @@ def test_changes_are_made_to_every_recipe_that_is_trained(folder: Path):
 def test_a_change_may_be_of_one_recipe():
     changes = ("data.batch=4", "hass:optimizer.peak_lr=0.5", "hass:data.batch=2")
     args = compare.Args(recipes=("eagle2", "hass"), set=changes)
-    assert args.changes_of("eagle2") == ["data.batch=4"]
-    assert args.changes_of("hass") == ["data.batch=4", "optimizer.peak_lr=0.5", "data.batch=2"]
-    _, arms = compare.plan(args)
+    assert args.changes_of("eagle2") == (["data.batch=4"], [])
+    assert args.changes_of("hass") == (["data.batch=4"], ["optimizer.peak_lr=0.5", "data.batch=2"])
+    arms = compare.plan(args).arms
     assert {arm.recipe: (arm.config.data.batch, arm.config.optimizer.peak_lr) for arm in arms} == {
         "eagle2": (4, 5e-3),
         "hass": (2, 0.5),
@@ -256,12 +250,12 @@ def test_a_change_may_be_of_one_recipe():
 
 def test_one_chat_template_serves_all(folder: Path):
     args = compare.Args(recipes=("eagle2_vicuna_7b", "hass_vicuna_13b"), target="target")
-    assert compare.template_of(compare.plan(args)[1]).name == "vicuna"
+    assert compare.template_of(compare.plan(args).arms).name == "vicuna"
     args = compare.Args(recipes=("eagle2_vicuna_7b", "eagle2"), target="target")
     with pytest.raises(ValueError, match=r"different chat templates .*choose one for all with --template"):
-        compare.template_of(compare.plan(args)[1])
+        compare.template_of(compare.plan(args).arms)
     args = compare.Args(recipes=args.recipes, target="target", template="chatml")
-    assert compare.template_of(compare.plan(args)[1]).name == "chatml"
+    assert compare.template_of(compare.plan(args).arms).name == "chatml"
 
 
 def test_a_drafter_that_is_there_is_measured_and_trees_are_cut_to_its_depth(
