@@ -80,6 +80,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "evaluation": (
         {
             "equivalence",
+            "led_drafts",
             "loops",
             "machine",
             "measurements",
@@ -87,11 +88,13 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "rejected_drafts",
             "rows",
             "served",
+            "served_rounds",
             "stand_ins",
             "statistics",
         },
-        {"comparison", "device_plan", "metrics", "row_checks", "step_parts"},
+        {"check_stages", "comparison", "device_plan", "metrics", "row_checks", "step_parts"},
         {
+            "acceptance_stage",
             "device_attention",
             "device_figures",
             "device_jobs",
@@ -103,6 +106,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
         },
         {"acceptance", "arms", "breakdown", "device_decode", "device_target", "peer_workers"},
         {"golden", "peer_processes", "side_by_side"},
+        {"draft_stages"},
         {"served_check"},
     ),
     "interchange": (
