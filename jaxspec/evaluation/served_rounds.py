@@ -48,7 +48,7 @@ def ask_rounds(client: Client, body: Mapping[str, Any], *, plain: bool = False) 
         with client.open_stream("/completions", asked) as lines:
             return _read(read_events(lines))
     except RequestFailed as error:
-        if any(name in str(error) for name in ASKED):
+        if error.kind.startswith("status 4") and any(name in str(error) for name in ASKED):
             return None
         raise
 
@@ -71,13 +71,22 @@ def _read(chunks: Iterable[Mapping[str, Any]]) -> ToldAnswer | None:
                 # Chunks of several rounds are merged where a reader is slow: the tree's place is then not known.
                 if told.get("tree") and told["round"] == last + 1:
                     tree = told["tree"]
-                    if "ids" not in tree:
-                        return None
-                    rounds.append(ServedRound(len(tokens), tree["ids"], tree["parents"], tree["path"]))
+                    if "ids" not in tree and "tokens" in tree:
+                        return None  # of an earlier version
+                    rounds.append(_round(len(tokens), tree))
                 tokens += choice["token_ids"]
                 last = told["round"]
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise RequestFailed("unreadable", f"a chunk cannot be read: {json.dumps(chunk)[:200]}") from error
     if finish not in ("stop", "length"):
         raise RequestFailed("stream", f"the stream ended with finish_reason {finish!r}")
     return ToldAnswer(tokens, rounds)
+
+
+def _round(at: int, tree: Mapping[str, Any]) -> ServedRound:
+    """Returns a round. Raises TypeError where its tree is none."""
+    found = ServedRound(at, *(list(map(int, tree[name])) for name in ("ids", "parents", "path")))
+    nodes = range(len(found.ids))
+    if len(found.parents) != len(nodes) or not all(node in nodes for node in found.path):
+        raise TypeError("nodes of a tree are missing")
+    return found

@@ -1,5 +1,8 @@
 """Drafts and acceptance of servers held to golden ones: what is equal, what ties explain, and what a failure means."""
 
+import contextlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,8 +11,9 @@ import pytest
 from jaxspec.evaluation.acceptance_stage import check_acceptance, likely_cause
 from jaxspec.evaluation.draft_stages import check_hits, compare_children, first_draft, tally_drafts, unrolled_drafts
 from jaxspec.evaluation.golden import GoldenAnswer, GoldenDraft
-from jaxspec.evaluation.served_rounds import ServedRound, ToldAnswer
+from jaxspec.evaluation.served_rounds import ServedRound, ToldAnswer, ask_rounds
 from jaxspec.evaluation.statistics import share_interval
+from jaxspec.serving.endpoint import RequestFailed
 from jaxspec.serving.served_acceptance import Counters
 
 TOP = [5, 6, 7, 8]
@@ -91,6 +95,54 @@ def test_hits_are_those_of_the_golden_ranks():
     assert stage.passed and stage.figure == [0.5, 1.0]  # one may be a tie
     stage, cause = check_hits([answer], [told((1, [9, 9], 0), (2, [9, 9], 0), (3, [9, 9], 0), (4, [9, 9], 0))])
     assert stage.passed is False and stage.figure == [0.0] and stage.expected == [0.75] and "RoPE" in str(cause)
+
+
+class Lines:
+    """A client that is answered by some chunks."""
+
+    model = "m"
+
+    def __init__(self, *chunks: dict[str, Any]) -> None:
+        self.lines = [f"data: {json.dumps(chunk)}" for chunk in chunks]
+
+    @contextlib.contextmanager
+    def open_stream(self, _: str, __: object) -> Iterator[Iterator[str]]:
+        yield iter(self.lines)
+
+
+def chunk(ids: list[int], finish: str | None = None, **report: Any) -> dict[str, Any]:
+    told = {"jaxspec": report} if report else {}
+    return {"choices": [{"token_ids": ids, "finish_reason": finish}], **told}
+
+
+TREE = {"ids": [4, 5, 6], "parents": [-1, 0, 1], "path": [0, 1]}
+
+
+def read(*chunks: dict[str, Any]) -> ToldAnswer | None:
+    client: Any = Lines(*chunks)
+    return ask_rounds(client, {})
+
+
+def test_rounds_are_read_with_their_places_and_merged_ones_left_out():
+    start, end = chunk([4], round=0, tree=None), chunk([], "stop")
+    found = read(start, chunk([5, 7], round=1, tree=TREE), chunk([8, 9, 4], round=3, tree=TREE), end)
+    assert found is not None and found.tokens == [4, 5, 7, 8, 9, 4] and [one.at for one in found.rounds] == [1]
+    assert found.rounds[0].children(0) == [1] and found.rounds[0].path == [0, 1]
+    assert read(chunk([4]), end) is None  # another server
+    assert read(start, chunk([5], round=1, tree={"tokens": ["a"]}), end) is None  # without ids
+
+
+@pytest.mark.parametrize(
+    "tree", [{**TREE, "path": [9]}, {**TREE, "parents": [-1]}, {**TREE, "ids": ["a", "b", "c"]}, {"ids": [1]}, "tree"]
+)
+def test_a_tree_that_is_none_is_a_failed_request(tree: Any):
+    with pytest.raises(RequestFailed, match="cannot be read"):
+        read(chunk([4], round=0), chunk([5], round=1, tree=tree), chunk([], "stop"))
+
+
+def test_a_stream_without_an_end_is_a_failed_request():
+    with pytest.raises(RequestFailed, match="finish_reason None"):
+        read(chunk([4], round=0))
 
 
 def served(rounds: int, *survival: float) -> Counters:

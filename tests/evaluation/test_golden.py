@@ -153,7 +153,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(400, json.dumps({"error": {"message": f"max_tokens is {body['max_tokens']}, above 1"}}))
         if s.fault == "stuck" and s.asked > 3:
             s.done.wait(20)
-        if s.fault == "dead" and s.asked > 20:
+        if s.fault == "garbled":
+            return self._send(200, "no such thing", encoding="gzip")
+        if s.fault == "dead" and s.asked > 12:
             self.close_connection = True
             return None
         s.drafts += 100
@@ -168,8 +170,9 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self._send(200, "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n")
 
-    def _send(self, status: int, text: str) -> None:
+    def _send(self, status: int, text: str, encoding: str = "identity") -> None:
         self.send_response(status)
+        self.send_header("content-encoding", encoding)
         self.send_header("content-length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -218,6 +221,7 @@ def test_a_server_is_held_to_its_golden_prompts(server: Server, fault: str, fail
         ("limit", "output ids", "status 400: "),
         ("stuck", "plain answers", "no answer within 0.5 s"),
         ("dead", "output ids", "disconnected"),
+        ("garbled", "plain answers", "Error -3"),
     ],
 )
 def test_a_request_that_fails_fails_its_stage(server: Server, fault: str, failed: str, told: str):
