@@ -1,7 +1,7 @@
-"""Hold a served drafter to the golden prompts of its export: prompt ids, answers, acceptance by position, speed.
+"""Hold a served drafter to the golden prompts of its export: prompt ids, target, drafts, answers, acceptance, speed.
 
-FOLDER is what `jaxspec export --golden` wrote. Stages stop at the first failure, and the likely cause is named. Nobody
-else may ask the server meanwhile: acceptance is what its counters gain.
+FOLDER is what `jaxspec export --golden` wrote. Stages stop at the first failure, and the likely cause is named. Drafts
+are seen at `jaxspec serve` alone. Nobody else may ask the server meanwhile: acceptance is what its counters gain.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Args:
     model: str | None = None
     """The model's name. Default: the first that the server lists."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the server's computations: it decides what counts as a tie."""
+    """Of the server's computations: it decides which of the golden answers are held, and what counts as a tie."""
     json: Path | None = None
     """File for the result."""
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     golden = read_golden(args.folder)
     key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
     dtype = DTYPES[args.dtype]
+    golden.run(dtype.dtype.name)
     with closing(Client(Endpoint(args.endpoint or "", args.model, key, 1))) as client:
         version = read_version(client)
         found = check_served(client, golden, dtype=dtype.dtype.name)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 from tyro.conf import Positional
 
 from jaxspec import __version__
 from jaxspec.checkpoints.folders import refuse_to_overwrite
 from jaxspec.console import cli, results, tables
-from jaxspec.data.prompts import Prompt, read_prompts
-from jaxspec.evaluation.golden import MOST, NAME, make_golden
+from jaxspec.data.prompts import Prompt
+from jaxspec.evaluation.golden import NAME, make_golden, read_asked
 from jaxspec.interchange import export, hf
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.parallel.agreement import say
@@ -52,10 +53,12 @@ class Args:
     """Tree that a drafter is used with unless told otherwise, such as chain:3 or a FILE.json of jaxspec lab search; for
     orbax. Default: the one that it was saved with."""
     golden: Path | None = None
-    """File of prompts: golden.json is written beside the model, with what it must do where it is served, for
+    """File of 8 to 16 prompts: golden.json is written beside the model, with what it must do where it is served, for
     jaxspec check-served. The drafter is read back from the export, so the format must be one that jaxspec reads."""
     golden_tree: str = "chain:3"
     """The chain that the server verifies, for --golden."""
+    golden_dtype: Literal["fp32", "bf16"] = "bf16"
+    """Dtype that the server computes in, for --golden: golden.json is made in fp32 and in this one."""
     overwrite: bool = False
     """Replace a model that was exported to the folder before."""
     json: Path | None = None
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     refuse_to_overwrite(args.out, args.overwrite)
     if args.golden is not None and args.target is None:
         raise ValueError("--golden needs --target, whose answers they are")
-    prompts = [] if args.golden is None else read_prompts(args.golden, limit=MOST)
+    prompts = [] if args.golden is None else read_asked(args.golden, args.golden_tree)
     model = export.find_model(
         args.run, step=args.step, dtype=loading.DTYPES[args.dtype] if args.dtype else None, target=args.target
     )
@@ -117,14 +120,22 @@ def with_tree(model: export.Exportable, args: Args) -> export.Exportable:
 def write_golden(args: Args, prompts: Sequence[Prompt]) -> None:
     """Writes the golden prompts of what was exported, as it was exported."""
     assert args.target is not None
-    models = loading.load_models(args.target, drafter=args.out, tree=args.golden_tree)
-    folder = target_folder(args.target)
-    facts = {"target": args.target, "target_weights": hf.fingerprint(folder), "dtype": "float32"}
-    facts |= {"format_of_drafter": args.to, "version": __version__, **models.tokenizer.fingerprint}
-    golden = make_golden(models, prompts, args.golden_tree, facts)
+    target, dtypes = args.target, {jnp.dtype(dtype).name: dtype for dtype in loading.DTYPES.values()}
+
+    def load(dtype: str) -> loading.Models:
+        return loading.load_models(target, drafter=args.out, tree=args.golden_tree, dtype=dtypes[dtype])
+
+    facts = {"target": target, "target_weights": hf.fingerprint(target_folder(target))}
+    facts |= {"format_of_drafter": args.to, "version": __version__}
+    dtype = jnp.dtype(loading.DTYPES[args.golden_dtype]).name
+    golden = make_golden(load, prompts, args.golden_tree, facts, dtype=dtype)
     golden.save(args.out / NAME)
-    length, count = golden.acceptance["acceptance_length"], len(golden.prompts)
-    say(f"{args.out / NAME}: {count} golden prompts, acceptance length {length:.3f} with {args.golden_tree}")
+    known = {name: run.acceptance["acceptance_length"] for name, run in golden.runs.items()}
+    lengths = [f"{'unknown' if length is None else f'{length:.3f}'} in {name}" for name, length in known.items()]
+    say(
+        f"{args.out / NAME}: {len(golden.prompts)} golden prompts, acceptance length {' and '.join(lengths)} with "
+        f"{args.golden_tree}"
+    )
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ def _interval(values: np.ndarray, confidence: float) -> Interval:
     return Interval(float(values[0]), float(low), float(high))
 
 
+def share_interval(share: float, trials: float, confidence: float = CONFIDENCE) -> Interval:
+    """Returns a share of independent trials with its score interval (Wilson 1927), which holds at 0 and 1 too."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
 class Acceptance(NamedTuple):
     """Acceptance by depth 1 .. T."""
 

@@ -122,8 +122,14 @@ class ApiReply:
         return extra
 
     def _tree(self, tree: DraftedTree) -> dict[str, Any]:
-        texts = [self.show(token) for token in tree.token_N.tolist()]
-        return {"tokens": texts, "parents": tree.parent_N.tolist(), "path": list(tree.path)}
+        ids = tree.token_N.tolist()
+        texts = [self.show(token) for token in ids]
+        return {
+            "tokens": texts,
+            "ids": ids,
+            "parents": tree.parent_N.tolist(),
+            "path": list(tree.path),
+        }
 
 
 def _together(deltas: Sequence[Delta]) -> Delta:

@@ -167,7 +167,7 @@ class Client:
         try:
             response = self._http.post(self.endpoint.base.removesuffix("/v1") + "/tokenize", json=body)
             found = response.json().get("tokens") if response.status_code == 200 else None
-        except (self._httpx.TransportError, ValueError, AttributeError):
+        except (self._httpx.RequestError, ValueError, AttributeError):
             return None
         return None if (ids := _ids(found)) is None else list(ids)
 
@@ -176,7 +176,7 @@ class Client:
         address = self.endpoint.base.removesuffix("/v1") + path
         try:
             response = self._http.get(address)
-        except self._httpx.TransportError:
+        except self._httpx.RequestError:
             return None
         return response.text if response.status_code == 200 else None
 
@@ -206,7 +206,7 @@ class Client:
                 kind, said = "unreadable", f"its answer is not JSON ({error})"
             except self._httpx.TimeoutException:
                 kind, said = "timeout", f"no answer within {self.endpoint.timeout:g} s"
-            except self._httpx.TransportError as error:
+            except self._httpx.RequestError as error:
                 kind, said = "connection", str(error) or type(error).__name__
             if attempt + 1 < self.endpoint.tries:
                 time.sleep(wait)
