@@ -25,11 +25,12 @@ from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
 from jaxspec.evaluation.machine import Drift, copy_bandwidth, drift_of, matmul_rate, spread
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.flags import DraftFlags, Shape
 from jaxspec.serving.loading import Models
 from jaxspec.serving.regeneration import SENSIBLE, write_user_turns
-from jaxspec.trees import parse_tree
+from jaxspec.trees import other_batches, parse_tree
 from jaxspec.verify import rule_named
 
 NOTES = """\
@@ -134,6 +135,8 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = cli.parse(argv, Args, prog="jaxspec bench decode", description=__doc__ or "")
     args.refuse_slow_dtype()
+    for note in other_batches(args.trees, args.batch):
+        say(note)
     prompts = None if args.prompts is None else read_prompts(args.prompts, limit=args.limit)
     every = [shaped(args)] if args.shape else load_every(args)
     models = every[0]

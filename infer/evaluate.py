@@ -43,7 +43,7 @@ from jaxspec.serving.endpoint import Client, Endpoint
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
 from jaxspec.serving.streaming_client import read_version
-from jaxspec.trees import parse_tree
+from jaxspec.trees import other_batches, parse_tree
 
 SERVED_CHAIN = "chain:3"
 """The draft that servers verify by default: heads are served as chains."""
@@ -159,6 +159,8 @@ def main(argv: Sequence[str]) -> int:
     if args.endpoint is not None:
         return evaluate_served(args, questions, started)
     args.refuse_slow_dtype()
+    for note in other_batches(args.trees, args.slots or args.batch):
+        say(note)
     arms = make_arms(*load_every(args))
     kept = first_of_tasks(questions, args.rejected)
     setup = SideBySide(arms, args.batch, args.repeats, args.max_new_tokens, args.slots, kept)

@@ -28,10 +28,11 @@ from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, refuse_sam
 from jaxspec.decoding.answers import Answer, total_tau, total_tokens
 from jaxspec.decoding.generation import stream
 from jaxspec.decoding.requests import Request, Settings, make_requests
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading, queue
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
-from jaxspec.trees import parse_tree, resolve_tree
+from jaxspec.trees import other_batches, parse_tree, resolve_tree
 
 RUN_FLAGS = ("prompt", "prompts", "slots", "out", "json")
 """Flags that do not change an answer, or not by themselves."""
@@ -99,6 +100,8 @@ def main(argv: list[str]) -> int:
     log = None if args.out is None else Log(Path(args.out), args, prompts)
     models = args.load_target(NO_TEMPLATE if args.raw else None)
     if args.drafter != "none":
+        for note in other_batches([args.tree], min(args.slots, len(prompts))):
+            say(note)
         models = args.add_drafter(models, args.drafter, args.tree)
     requests, unfit = request_all(prompts, models, args, failures)
     tell_failures(prompts, unfit)

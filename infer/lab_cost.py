@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
@@ -19,41 +18,27 @@ import jax
 import numpy as np
 import tyro
 
-from jaxspec import config
-from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.evaluation.device_decode import memory_limit
 from jaxspec.evaluation.stand_ins import cache_bytes
-from jaxspec.lab.compiled import CLOCK_DOUBT, CompiledBench, Machine, cpu_machine, tpu_machine
-from jaxspec.lab.costs import CostRow, CostTable, differences, load_costs
+from jaxspec.lab.compiled import CLOCK_DOUBT, CompiledBench, Machine, cpu_machine, gpu_machine, tpu_machine
+from jaxspec.lab.costs import PART_NOTES, SOURCE_NOTES, CostRow, CostTable, differences, load_costs
 from jaxspec.lab.cpu_rates import CpuRates, median_rates, rate_programs, rates_of_json
-from jaxspec.lab.devices import CPU, DevicePeaks, check_device, device_here, is_tpu, peaks_of
+from jaxspec.lab.devices import CPU, GPU_NAMES, DevicePeaks, check_device, device_here, peaks_of
 from jaxspec.lab.measured import RoundBench
-from jaxspec.lab.pricing import RATES, Ledger, Watch, price_points, rows_of
+from jaxspec.lab.pricing import RATES, Ledger, Watch, price_points, rows_of, told
 from jaxspec.lab.roofline import Roofline
 from jaxspec.lab.round_parts import CHILDREN, Grid, Point
-from jaxspec.lab.shapes import LAB_SHAPES, abstract_models, filled
+from jaxspec.lab.row_steps import known_steps
+from jaxspec.lab.shapes import LAB_SHAPES, abstract_models, filled, priced_drafter
 from jaxspec.parallel.agreement import say
 from jaxspec.planning.decode_program import LIBTPU_ENVIRONMENT
-from jaxspec.planning.plan import scored_tokens, target_shape
-from jaxspec.serving.loading import DTYPES, Models, check_width, open_drafter
-from jaxspec.targets.decoder import LlamaConfig
-from jaxspec.training.resolve import drafter_for
+from jaxspec.planning.plan import target_shape
+from jaxspec.serving.loading import DTYPES, Models
 
 PROG = "jaxspec lab cost"
 MANY_SLOTS = 1024
 """Slots of a cache, and twice as many, between which the bytes of a token are counted."""
-SOURCE_NOTES = {
-    "measured": "measured: median of loops on this machine, all parts of a batch and context in turns",
-    "compiled": (
-        "compiled: not run; each operation of XLA's program at the slower of its memory traffic and its arithmetic"
-    ),
-    "roofline": "roofline: not run; bytes at the bandwidth or FLOPs at the peak, and nothing is faster than that",
-}
-NOTES = f"""\
-plain: a whole round of plain decoding, one row or padded to 8; verify: the target's call on so many nodes, and the rule
-draft: one level of so many nodes together, and the choice of {CHILDREN} children each; extend: the drafter reads a path
-rest: commit and loop; measured as what the parts leave of a round, 0 where fusion saves more than that"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +57,11 @@ class Args:
     source: Literal["measured", "compiled", "roofline"] = "measured"
     """Where the figures come from: this machine's clock, XLA's programs for a device, or its peak rates."""
     device: str | None = None
-    """v5e, v5p, v6e, tpu7x (one device of it), a slice such as v6e:2x4, cpu (this one), or a100, h100, h200 for the
-    roofline. Default: this machine's."""
+    """v5e, v5p, v6e, tpu7x (one device of it), a slice such as v6e:2x4, cpu (this one), or a100, h100, h200: for the
+    roofline, or compiled where it is in this machine. Default: this machine's."""
     nodes: str = "1,2,4,8,16,32,64"
-    """Nodes of the tree, root included, whose verification is priced."""
+    """Nodes of the tree, root included, whose verification is priced. CPUs are also priced at the first of the steps of
+    rows between two of these, of which products are padded to 1, 4, 8, 16, 20, 24, 32, 40, 48 and 64."""
     widths: str = "1,2,4,8,16"
     """Nodes of a draft level."""
     paths: str = "2,4,8"
@@ -130,10 +116,10 @@ class Args:
         """Raises ValueError where there are no figures of this source for a device."""
         if self.source != "measured":
             check_device(device)
-        if self.source == "compiled" and device != CPU and not is_tpu(device):
+        if self.source == "compiled" and device in GPU_NAMES and device != device_here():
             raise ValueError(
-                f"--source compiled --device {device}: XLA compiles for no GPU that is not here, and estimates no "
-                "cycles for one; take --source roofline, or measure on such a machine"
+                f"--source compiled --device {device}: XLA compiles for no GPU that is not here; take --source "
+                "roofline, or run this on such a machine"
             )
 
     @property
@@ -155,6 +141,11 @@ class Job(NamedTuple):
     watch: Watch
     against: list[tuple[str, CostTable]]
 
+    @property
+    def grid(self) -> Grid:
+        """The sizes to price, and the steps of rows between them."""
+        return self.args.grid._replace(steps=known_steps(self.args.source, self.device, self.dtype))
+
 
 class SourceFigures(NamedTuple):
     """The points that are left, and facts of the source."""
@@ -171,7 +162,7 @@ def main(argv: list[str]) -> int:
     if args.source != "measured":
         for name, value in LIBTPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if args.device not in (None, CPU):
+        if args.device not in (None, CPU) and (args.source == "roofline" or args.device not in GPU_NAMES):
             jax.config.update("jax_platforms", "cpu")
     job = make_job(args, against, started)
     try:
@@ -204,7 +195,8 @@ def make_job(args: Args, against: list[tuple[str, CostTable]], started: float) -
     shape = LAB_SHAPES[args.shape] if args.shape else target_shape(args.target or "tiny")
     if max(args.grid.contexts) > shape.max_positions:
         raise ValueError(f"--contexts {max(args.grid.contexts)}: the target has {shape.max_positions:,} positions")
-    module, scored, name = read_drafter(args, shape)
+    asked = {"drafter": args.drafter, "recipe": args.recipe, "draft_vocab": args.draft_vocab}
+    module, scored, name = priced_drafter(shape, **asked)
     models = abstract_models(shape, module, dtype=DTYPES[dtype], scored=scored, for_cpu=device == CPU)
     settings = {
         "command": "lab cost",
@@ -219,29 +211,12 @@ def make_job(args: Args, against: list[tuple[str, CostTable]], started: float) -
     return Job(args, device, dtype, models, name, ledger, Watch(deadline), against)
 
 
-def read_drafter(args: Args, shape: LlamaConfig) -> tuple[Any, int | None, str | None]:
-    """Returns the drafter's module, the number of tokens it scores (None: all), and its name; None thrice without."""
-    if args.drafter is not None:
-        found = open_drafter(args.drafter, target_layers=shape.layers)
-        scored = args.draft_vocab or (len(found.draft_vocab) if found.draft_vocab else None)
-        check_width(args.drafter, found.module, shape)
-        return found.module, scored, args.drafter
-    if args.recipe == "none":
-        return None, None, None
-    name = args.recipe or "eagle2"
-    recipe = config.load(name)
-    if not isinstance(recipe, DistillConfig):
-        raise ValueError(f"--recipe {name} trains no drafter: it is a {type(recipe).__name__}")
-    scored = scored_tokens(recipe.draft_vocab, shape.vocab, args.draft_vocab)
-    return drafter_for(dataclasses.replace(recipe, init_from=None), shape, scored).module, scored, name
-
-
 # The sources.
 
 
 def measure(job: Job) -> SourceFigures:
     """Times all parts on this machine, a batch and context at a time."""
-    args, grid = job.args, job.args.grid
+    args, grid = job.args, job.grid
     rates = rate_programs(DTYPES[job.dtype]) if job.device == CPU else None
     bench = RoundBench(filled(job.models), grid, temperature=args.temperature, rates=rates and rates.programs)
     places, left = grid.places(), []
@@ -268,32 +243,28 @@ def measure(job: Job) -> SourceFigures:
     return SourceFigures(left, {"rates": median_rates(known).as_json()} if known else {})
 
 
-def told(parts: dict[Point, float]) -> str:
-    """Returns the first figures of a batch and context in words."""
-    plain = next(seconds for point, seconds in parts.items() if point.part == "plain")
-    verify = {point.nodes: seconds for point, seconds in parts.items() if point.part == "verify"}
-    most = max(verify)
-    return f"plain {1e3 * plain:.4g} ms, verify of {most} nodes {1e3 * verify[most]:.4g} ms"
-
-
 def compile_parts(job: Job) -> SourceFigures:
     """Prices the compiled programs of all parts."""
     machine, facts = compiled_machine(job)
     args = job.args
-    bench = CompiledBench(job.models, args.grid, machine, temperature=args.temperature, exact=args.exact_layers)
-    points = [*all_points(args.grid, bench.points), *bench.check]
+    bench = CompiledBench(job.models, job.grid, machine, temperature=args.temperature, exact=args.exact_layers)
+    points = all_points(job.grid, bench.points)
     with progress.progress(f"compiling for {job.device}", len(points), "parts") as bar:
         bar.advance(len(set(points) & job.ledger.done))
         left = price_points(bench, points, job.ledger, job.watch, bar)
     mesh = None if machine.mesh is None else dict(machine.mesh.shape)
-    return SourceFigures(left, {**facts, "mesh": mesh, "layers_compiled": list(dict.fromkeys(bench.layers))})
+    facts |= {"mesh": mesh, "layers_compiled": list(dict.fromkeys(bench.layers)), "method": machine.method}
+    return SourceFigures(left, facts)
 
 
 def compiled_machine(job: Job) -> tuple[Machine, dict[str, Any]]:
-    """Returns the machine that programs are compiled for, and its facts: a clock, or a CPU's rates."""
+    """Returns the machine that programs are compiled for, and its facts: a clock, or rates."""
     if job.device == CPU:
         rates = cpu_rates(job)
         return cpu_machine(rates), {"rates": rates.as_json()}
+    if job.device in GPU_NAMES:
+        peaks = peaks_of(job.device)
+        return gpu_machine(peaks), rates_of_peaks(peaks)
     known = next((line["hz"] for line in job.ledger.lines if line["event"] == "clock"), None)
     machine = tpu_machine(job.device, known)
     if known is None:
@@ -316,12 +287,17 @@ def count_work(job: Job) -> SourceFigures:
     else:
         peaks = peaks_of(job.device)
     args = job.args
-    bench = Roofline(job.models, args.grid, peaks, overhead=1e-6 * args.overhead_us, routed=args.routed)
-    points = all_points(args.grid, bench.points)
+    bench = Roofline(job.models, job.grid, peaks, overhead=1e-6 * args.overhead_us, routed=args.routed)
+    points = all_points(job.grid, bench.points)
     with progress.progress("counting", len(points), "parts") as bar:
         left = price_points(bench, points, job.ledger, job.watch, bar)
-    rates = {"peak_flops_per_second": peaks.flops, "bandwidth_bytes_per_second": peaks.bandwidth}
-    return SourceFigures(left, {**facts, **rates, "routed": args.routed, "overhead_seconds": 1e-6 * args.overhead_us})
+    facts |= {**rates_of_peaks(peaks), "routed": args.routed, "overhead_seconds": 1e-6 * args.overhead_us}
+    return SourceFigures(left, facts)
+
+
+def rates_of_peaks(peaks: DevicePeaks) -> dict[str, float]:
+    """Returns the facts of a device's peak rates."""
+    return {"peak_flops_per_second": peaks.flops, "bandwidth_bytes_per_second": peaks.bandwidth}
 
 
 SOURCES: dict[str, Callable[[Job], SourceFigures]] = {
@@ -365,6 +341,7 @@ def facts_of(job: Job) -> dict[str, Any]:
         "layers": job.models.config.layers,
         "weights_bytes": weights,
         "cache_bytes_per_token": (caches[1] - caches[0]) // MANY_SLOTS,
+        "row_steps": job.grid.steps.as_json(),
         "held_bytes": weights + cache_bytes(job.models, **largest),
         "memory_bytes": memory if memory != float("inf") else None,
         "machine": results.machine_facts(),
@@ -383,6 +360,7 @@ def show(job: Job, table: CostTable, left: list[Point], compared: list[dict[str,
     title = f"{args.source} for {job.device}, {facts['target']} with {facts['drafter'] or 'no drafter'}, {job.dtype}"
     for part in dict.fromkeys(row.part for row in table.rows):
         show_part(f"{part}, ms: {title}", [row for row in table.rows if row.part == part])
+    show_rounds(facts["rounds"])
     for found in compared:
         rows = [
             [p["part"], p["points"], p["ratio"], f"{p['median_error']:.1%}", f"{p['worst_error']:+.1%}", place(p)]
@@ -392,7 +370,7 @@ def show(job: Job, table: CostTable, left: list[Point], compared: list[dict[str,
         tables.print_table(f"{args.source} by {found['source']} ({found['file']})", columns, rows)
     for point, reason in job.ledger.failed.items():
         sys.stdout.write(f"no figure: {' '.join(map(str, point))}: {reason}\n")
-    sys.stdout.write(f"{SOURCE_NOTES[args.source]}\n{NOTES}\n")
+    sys.stdout.write(f"{SOURCE_NOTES[args.source]}{facts.get('method', '')}\n{PART_NOTES}\n")
     if "clock_hz" in facts:
         sys.stdout.write(
             f"cycles are taken at {facts['clock_hz'] / 1e9:.2f} GHz, at which a large matmul runs at the chip's peak; "
@@ -405,6 +383,16 @@ def show(job: Job, table: CostTable, left: list[Point], compared: list[dict[str,
         )
     if left:
         say(f"note: {len(left)} figures did not fit the time: the same command goes on")
+
+
+def show_rounds(rounds: list[dict[str, Any]]) -> None:
+    """Prints the whole rounds beside the sums of their parts: the target's call, the drafter's reading, all levels."""
+    rows = []
+    for r in rounds:
+        whole, parts = r["round_seconds"], r["parts_seconds"]
+        rows.append([r["batch"], r["context"], 1e3 * whole, 1e3 * parts, f"{whole / parts - 1:+.1%}"])
+    if rows:
+        tables.print_table("Whole rounds, ms", ["batch", "context", "round", "its parts", "more"], rows)
 
 
 def place(part: dict[str, Any]) -> str:

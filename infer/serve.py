@@ -32,11 +32,12 @@ from jaxspec.decoding.rounds import CHUNK
 from jaxspec.decoding.slots import Slots
 from jaxspec.interchange import hf
 from jaxspec.interchange.target_folders import target_folder
+from jaxspec.parallel.agreement import say
 from jaxspec.serving import loading
 from jaxspec.serving.api_request import ServedLimits
 from jaxspec.serving.loading import Models
 from jaxspec.serving.scheduler import Scheduler
-from jaxspec.trees import parse_tree
+from jaxspec.trees import other_batches, parse_tree
 
 if TYPE_CHECKING:
     from jaxspec.serving.http_server import DemoServer
@@ -182,6 +183,8 @@ def make_server(args: Args) -> tuple[DemoServer, Scheduler]:
     plain = functools.partial(make_slots, models.plain(), args, limits)
     lanes = {PLAIN: functools.partial(plain, args.batch)}
     if models.engine.drafter is not None:
+        for note in other_batches([args.tree], args.batch):
+            say(note)
         lanes = {DRAFTED: functools.partial(make_slots, models, args, limits, args.batch)}
         lanes[PLAIN] = functools.partial(plain, min(PLAIN_ROWS, args.batch))
     scheduler = Scheduler(lanes, most_waiting=args.queue)

@@ -93,9 +93,9 @@ def rows_of(checked: Sequence[CheckedTree]) -> list[dict[str, Any]]:
 def summarize(checked: Sequence[CheckedTree]) -> dict[str, Any]:
     """Returns how far predictions of one or more batches are from measurements.
 
-    `median_error` has the median size of each error, and `bias` the median with its sign; those of the speed-up are of
-    drafted trees. `picked_share` is by batch what the tree of the highest prediction, plain decoding included, reached
-    of the best measured one.
+    `median_error` has the median size of each error, `worst_error` the greatest with its sign, and `bias` the median
+    with its sign; those of the speed-up are of drafted trees. `picked_share` is by batch what the tree of the highest
+    prediction, plain decoding included, reached of the best measured one.
     """
     errors = {name: np.array([c.errors[name] for c in checked]) for name in checked[0].errors}
     drafted = [row["error_of_speedup"] for row in rows_of(checked) if row["nodes"] > 1]
@@ -107,6 +107,7 @@ def summarize(checked: Sequence[CheckedTree]) -> dict[str, Any]:
         shares[str(batch)] = picked.tokens_per_second / max(c.tokens_per_second for c in mine)
     return {
         "median_error": {name: float(np.median(np.abs(values))) for name, values in errors.items()},
+        "worst_error": {name: float(max(values, key=abs)) for name, values in errors.items()},
         "bias": {name: float(np.median(values)) for name, values in errors.items()},
         "picked_share": shares,
     }

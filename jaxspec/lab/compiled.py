@@ -1,7 +1,8 @@
 """Costs of the parts of a round by what a compiler makes of them, for a chip that need not be here.
 
 An operation takes the longer of its HBM traffic at the chip's bandwidth and its arithmetic: on TPUs the cycles that the
-compiler estimates at a clock, on CPUs its FLOPs at a measured rate.
+compiler estimates at a clock, on CPUs its FLOPs at a measured rate. Of a GPU, which must be here, the compiler gives
+the FLOPs and bytes of the whole program alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec.lab.cpu_rates import CpuRates
-from jaxspec.lab.devices import CPU
+from jaxspec.lab.devices import CPU, DevicePeaks
 from jaxspec.lab.round_parts import Grid, PartPrograms, Point, sampling_at
 from jaxspec.lab.shapes import layer_period, shortened
 from jaxspec.parallel.mesh import make_mesh, replicated
@@ -48,8 +49,21 @@ class Machine(NamedTuple):
     clock: float | None = None
     """Cycles a second; None where the compiler estimates none."""
     mesh: Mesh | None = None
-    """None: this machine's CPU."""
+    """None: the device that JAX computes on here."""
     topology: str = ""
+    peak: float | None = None
+    """FLOPs a second at which the compiler's totals of a program are taken, where its instructions say too little."""
+
+    @property
+    def method(self) -> str:
+        """A sentence on how the figures are made."""
+        if self.peak is not None:
+            return (
+                "FLOPs and bytes of the whole program by the compiler's cost analysis, at the device's peak rates: it "
+                "estimates no cycles, and counts the body of a loop once"
+            )
+        arithmetic = "FLOPs at a rate measured here" if self.clock is None else "the compiler's cycles at a clock"
+        return f"each operation at the slower of its memory traffic and its arithmetic: {arithmetic}"
 
 
 class Priced(NamedTuple):
@@ -106,7 +120,7 @@ def _rate(chip: Chip, matmul: hlo.Instruction) -> float:
 def clock_of(mesh: Mesh, chip: Chip) -> float:
     """Returns the cycles a second at which a large square matmul runs at the chip's peak rate."""
     square = jax.ShapeDtypeStruct((CLOCK_SIZE, CLOCK_SIZE), jnp.bfloat16, sharding=replicated(mesh))
-    program = _compile(jnp.matmul, (square, square), mesh)
+    program = hlo.parse(_compile(jnp.matmul, (square, square), mesh).as_text() or "")
     cycles = sum(cycles_of(i) for i in program.computations[program.entry])
     return cycles * chip.flops / (2.0 * CLOCK_SIZE**3)
 
@@ -124,6 +138,11 @@ def cpu_machine(rates: CpuRates) -> Machine:
     return Machine(CPU, rates.bytes_per_second, lambda i: float(np.interp(matmul_rows(i), rows, at)))
 
 
+def gpu_machine(peaks: DevicePeaks) -> Machine:
+    """Returns the GPU of this machine, by the totals that the compiler counts and its vendor's peak rates."""
+    return Machine(peaks.device, peaks.bandwidth, lambda i: peaks.flops, peak=peaks.flops)
+
+
 def matmul_rows(matmul: hlo.Instruction) -> int:
     """Returns the smaller side of a matmul's result, of one matmul of a batch."""
     dims = matmul.result[0].dims
@@ -132,9 +151,45 @@ def matmul_rows(matmul: hlo.Instruction) -> int:
     return min(own, default=1) if len(own) > 1 else 1
 
 
-def _compile(function: Callable[..., Any], arguments: Sequence[Any], mesh: Mesh | None, **options: Any) -> hlo.Program:
+def _compile(function: Callable[..., Any], arguments: Sequence[Any], mesh: Mesh | None, **options: Any) -> Any:
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        return hlo.parse(jax.jit(function, **options).lower(*arguments).compile().as_text() or "")
+        return jax.jit(function, **options).lower(*arguments).compile()
+
+
+def price_compiled(compiled: Any, machine: Machine) -> Priced:
+    """Returns the cost of JAX's compiled program. Raises ValueError where the compiler does not say enough."""
+    program = hlo.parse(compiled.as_text() or "")
+    if machine.peak is None:
+        return price(program, machine)
+    # Noise is drawn in loops of little work; matmuls in one would be missed.
+    loops = [i for body in program.computations.values() for i in body if i.opcode == "while"]
+    for loop in loops:
+        if _reached(program, loop) & {"dot", "convolution", "custom-call"}:
+            raise ValueError(f"the compiler counts the body of a loop once, and %{loop.name} multiplies matrices")
+    return price_totals(compiled.cost_analysis() or {}, machine.peak)
+
+
+def _reached(program: hlo.Program, loop: hlo.Instruction) -> set[str]:
+    """Returns the opcodes of all that a loop runs."""
+    waiting, seen, found = loop.all_called, set(), set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            found |= {i.opcode for i in program.computations.get(name, ())}
+            waiting += [called for i in program.computations.get(name, ()) for called in i.all_called]
+    return found
+
+
+def price_totals(totals: Mapping[str, float], peak: float) -> Priced:
+    """Returns the cost of a program by the totals of the compiler's cost analysis, its FLOPs at the peak rate.
+
+    Raises ValueError where it has none.
+    """
+    flops, moved = totals.get("flops", 0.0), totals.get("bytes accessed", 0.0)
+    if not flops > 0 or not moved > 0:
+        raise ValueError("the compiler says neither FLOPs nor bytes of the program: take --source roofline")
+    return Priced(Cost(flops=flops, bytes=moved, computing=flops / peak))
 
 
 def price(program: hlo.Program, machine: Machine) -> Priced:
@@ -181,18 +236,10 @@ class CompiledBench:
         """Layers of the programs that are compiled."""
 
     def points(self, batch: int, context: int) -> list[Point]:
-        """Returns the parts to price at one batch and context; `commit` becomes the row `rest`."""
-        drafting = self.models.engine.tree is not None
-        return [
-            *self.grid.points(self.models.engine, batch, context),
-            *([Point("commit", 1, 0, batch, context)] if drafting else []),
-        ]
-
-    @property
-    def check(self) -> list[Point]:
-        """The whole reference round at the first batch and context, to hold the sum of its parts against."""
-        first = self.grid.places()[:1] if self.models.engine.tree is not None else []
-        return [Point("round", 1, 0, *place) for place in first]
+        """Returns the parts to price at one batch and context; what they leave of the whole round becomes `rest`."""
+        engine = self.models.engine
+        whole = [] if engine.tree is None else [Point("round", 1, 0, batch, context)]
+        return [*self.grid.points(engine, batch, context), *whole]
 
     def measure(self, point: Point) -> float:
         """Returns the seconds of a part. Raises ValueError where the compiler's program cannot be priced."""
@@ -209,7 +256,7 @@ class CompiledBench:
         arguments = (models.weights, state, program.given, jax.ShapeDtypeStruct((), jnp.int32))
         placed = arguments if mesh is None else place(mesh, arguments)
         try:
-            return price(_compile(program.step, placed, mesh, donate_argnums=1), self.machine)
+            return price_compiled(_compile(program.step, placed, mesh, donate_argnums=1), self.machine)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -1,18 +1,20 @@
 """The cost of a round as a function of the tree, from a table of costs at some sizes.
 
-Between two sizes of the table a time is the straight line between theirs; no line is fitted through more than two, and
-none reaches over the end of a step that the table has. In the context a time is a straight line too.
+The products of a call are padded to steps of rows, nodes times batch (`row_steps`): within a step a time holds, and
+between the ends of two steps of the table it is the straight line. No line is fitted through more than two. In the
+batch a time goes by the padded rows too, in the context by its tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxspec.lab.costs import PARTS, CostRow, CostTable
+from jaxspec.lab.row_steps import RowSteps, steps_of
 
 REACH = 2.0
 """Most that a size may lie above the greatest of the table, or below its least, as a factor."""
@@ -87,11 +89,19 @@ def paths_of(nodes_S: np.ndarray, width_SD: np.ndarray) -> np.ndarray:
     return np.where(nodes_S == 1, 1, 2 + (width_SD > 0).sum(1))
 
 
+class At(NamedTuple):
+    """The place that a cost is asked at, and the steps of rows there."""
+
+    batch: int
+    context: int
+    steps: RowSteps
+
+
 def round_cost(table: CostTable, batch: int, context: int, *, one_pass: bool | None = None) -> RoundCost:
     """Returns the cost of rounds at a batch and context, for trees up to the largest verification of the table.
 
-    Levels of the draft, and paths, go as far as a table reaches beyond its own. A table whose facts have `node_step`
-    costs a tree as the next multiple of it. Rows of context 0 are of any. Plain decoding is the cheapest that the
+    Levels of the draft, and paths, go as far as a table reaches beyond its own. A table whose facts have no
+    `row_steps` has the known ones of its device. Rows of context 0 are of any. Plain decoding is the cheapest that the
     table has: padded to more rows of a call it may be cheaper. Draft levels may be missing for a `one_pass` drafter
     (default: as the table's facts say): they are part of `extend` then. Raises ValueError for a batch or context more
     than `REACH` times off the table, and for parts that are missing.
@@ -103,11 +113,9 @@ def round_cost(table: CostTable, batch: int, context: int, *, one_pass: bool | N
     for part in ("verify",) if one_pass else ("verify", "draft"):
         if not parts[part]:
             raise ValueError(f"the costs have no rows of the part {part}: make them anew with `jaxspec lab cost`")
-    at, nodes = (batch, context), greatest(table, "verify")
-    step = int(table.facts.get("node_step", 1))
-    size_N = np.clip(-(-np.arange(nodes + 1) // step) * step, 1, nodes)
-    verify_N = _seconds(parts["verify"], at, size_N)
-    level_W = np.zeros(int(REACH * greatest(table, "draft") or nodes) + 1)
+    at = At(batch, context, steps_of(table.facts, table.rows[0].source, table.rows[0].device))
+    verify_N = _seconds(parts["verify"], at, np.maximum(np.arange(greatest(table, "verify") + 1), 1))
+    level_W = np.zeros(int(REACH * greatest(table, "draft") or greatest(table, "verify")) + 1)
     if parts["draft"]:
         level_W[1:] = _seconds(parts["draft"], at, np.arange(1, len(level_W)))
     extend_P = np.zeros(int(REACH * greatest(table, "extend")) + 1)
@@ -116,7 +124,7 @@ def round_cost(table: CostTable, batch: int, context: int, *, one_pass: bool | N
     if parts["extend"]:
         extend_P[1:] = _seconds(parts["extend"], at, np.arange(1, len(extend_P)))
     rest = float(_seconds(parts["rest"], at, np.ones(1, int))[0]) if parts["rest"] else 0.0
-    plain = [float(_seconds(rows, at, np.ones(1, int))[0]) for _, rows in _groups(parts["plain"], "nodes")]
+    plain = [float(_seconds(rows, at, np.array([n]))[0]) for n, rows in _groups(parts["plain"], "nodes")]
     # Without rows of its own, plain decoding is the target's call on one node and the rest.
     plain_seconds = min(plain, default=float(verify_N[1]) + rest)
     return RoundCost(batch, context, plain_seconds, verify_N, level_W, extend_P, rest, one_pass)
@@ -137,24 +145,54 @@ def _size(row: CostRow) -> int:
     return row.width if row.part == "draft" else row.nodes
 
 
-def _seconds(rows: Sequence[CostRow], at: tuple[int, int], size_N: np.ndarray) -> np.ndarray:
+def _seconds(rows: Sequence[CostRow], at: At, size_N: np.ndarray) -> np.ndarray:
     """Returns the seconds of a part, of which `rows` are, at these sizes: by context, then by size, then by batch.
 
     A part of one size does not depend on it.
     """
-    (batch, context), part = at, rows[0].part
+    part = rows[0].part
     by_batch = {}
-    for each, mine in _groups(rows, "batch"):
-        by_size = {
-            n: _at_context(same, context, part) for n, same in _groups(mine, "width" if part == "draft" else "nodes")
-        }
-        sizes, seconds = np.array([*by_size]), np.array([*by_size.values()])
-        by_batch[each] = _line(sizes, seconds, size_N)
+    for batch, mine in _groups(rows, "batch"):
+        groups = _groups(mine, "width" if part == "draft" else "nodes")
+        by_size = {n: _at_context(same, at.context, part) for n, same in groups}
+        by_batch[batch] = _by_steps(by_size, at.steps, batch, size_N)
     batches = np.array([*by_batch])
-    if len(batches) == 1 and batch != batches[0]:
-        raise ValueError(f"the costs of the part {part} are of batch {batches[0]} alone, not {batch}: cost that too")
-    _check_reach(batches, batch, f"a batch of {batch}")
-    return _line(batches, np.array([*by_batch.values()]), np.array([batch]))[0]
+    if len(batches) == 1 and at.batch != batches[0]:
+        raise ValueError(f"the costs of the part {part} are of batch {batches[0]} alone, not {at.batch}: cost that too")
+    _check_reach(batches, at.batch, f"a batch of {at.batch}")
+    return _at_batch(batches, np.array([*by_batch.values()]), at, size_N)
+
+
+def _at_batch(known_X: np.ndarray, seconds_XN: np.ndarray, at: At, size_N: np.ndarray) -> np.ndarray:
+    """Returns the seconds of these sizes at a batch, by padded rows between those of the two known batches around it.
+
+    Above the greatest batch the last piece goes on, under the least one its seconds hold.
+    """
+    if len(known_X) == 1:
+        return seconds_XN[0]
+    high = int(np.clip(np.searchsorted(known_X, at.batch), 1, len(known_X) - 1))
+    batch, below, above = max(at.batch, known_X[0]), known_X[high - 1], known_X[high]
+    row_N, below_N, above_N = (at.steps.padded(size_N * b) for b in (batch, below, above))
+    share_N = (row_N - below_N) / np.maximum(above_N - below_N, 1)
+    # Batches of one step differ by their caches alone.
+    share_N = np.where(above_N > below_N, share_N, (batch - below) / (above - below))
+    return np.maximum(seconds_XN[high - 1] + share_N * (seconds_XN[high] - seconds_XN[high - 1]), 0.0)
+
+
+def _by_steps(by_size: dict[int, float], steps: RowSteps, batch: int, at_N: np.ndarray) -> np.ndarray:
+    """Returns the seconds at these sizes from those of known ones, which ascend.
+
+    In a step that has a known size: the line between its known sizes, which holds beyond them. Else the line between
+    the ends of the next steps that have one.
+    """
+    size_X, value_X = np.array([*by_size]), np.array([*by_size.values()])
+    step_X, step_N = steps.padded(size_X * batch), steps.padded(at_N * batch)
+    last_X = np.append(step_X[1:] != step_X[:-1], True)
+    found_N = _line(step_X[last_X], value_X[last_X], step_N)
+    for step in np.unique(step_X):
+        in_step = step_X == step
+        found_N = np.where(step_N == step, np.interp(at_N, size_X[in_step], value_X[in_step]), found_N)
+    return found_N
 
 
 def _at_context(rows: Sequence[CostRow], context: int, part: str) -> float:

@@ -21,6 +21,18 @@ PARTS = ("plain", "verify", "draft", "extend", "rest")
 `extend`: the drafter reads the accepted path of `nodes` nodes, once a round; it drafts the root's children. `rest`: the
 commit and the loop."""
 
+SOURCE_NOTES = {
+    "measured": "measured: median of loops on this machine, all parts of a batch and context in turns",
+    "compiled": "compiled: not run; ",
+    "roofline": "roofline: not run; bytes at the bandwidth or FLOPs at the peak, and nothing is faster than that",
+}
+"""The sources in words; of a compiled table the fact `method` follows."""
+PART_NOTES = """\
+plain: a whole round of plain decoding, one row or padded to 8; verify: the target's call on so many nodes, and the rule
+draft: one level of so many nodes together, and the choice of the children of each; extend: the drafter reads a path
+rest: commit and loop; what the parts leave of a whole round, 0 where fusion saves more than that; by the roofline the
+commit's bytes"""
+
 
 class CostRow(NamedTuple):
     """Seconds of one part of a round."""

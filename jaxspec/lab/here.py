@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from jaxspec.base import TreePolicy
@@ -14,6 +13,7 @@ from jaxspec.decoding.requests import Request
 from jaxspec.lab.candidates import Limits
 from jaxspec.lab.cost_model import RoundCost, round_cost
 from jaxspec.lab.costs import CostTable
+from jaxspec.lab.devices import device_here
 from jaxspec.lab.making import joined
 from jaxspec.lab.measured import RoundBench
 from jaxspec.lab.policy import adaptive_tree
@@ -22,6 +22,7 @@ from jaxspec.lab.profile import Profile
 from jaxspec.lab.ranks import Text, batches, rank_texts, read_target
 from jaxspec.lab.reading import summarize
 from jaxspec.lab.round_parts import Grid, with_reference
+from jaxspec.lab.row_steps import known_steps
 from jaxspec.lab.search import Choice, Search
 from jaxspec.serving.loading import Models
 from jaxspec.serving.queue import answer_one_by_one
@@ -93,12 +94,14 @@ def text_profile(models: Models, texts: Sequence[Text]) -> Profile:
 def costs_here(models: Models, context: int, tell: Callable[[str], None]) -> CostTable:
     """Returns what a round of one row costs on this machine behind so many committed tokens."""
     timed = with_reference(models)
-    bench = RoundBench(timed, Grid(NODES, WIDTHS, (1,), (context,)))
+    device, dtype = device_here(), str(models.engine.target.empty_cache(1, 1).v_YBKSC.dtype)
+    steps = known_steps("measured", device, dtype)
+    bench = RoundBench(timed, Grid(NODES, WIDTHS, (1,), (context,), steps=steps))
     parts = bench.measure(1, context, repeats=REPEATS, tell=tell).parts
-    device = jax.devices()[0].device_kind
     rows = rows_of(parts, timed.engine, "measured", device).rows
     one_pass = timed.engine.drafter is not None and timed.engine.drafter.one_pass
-    return CostTable(tuple(rows), {"source": "measured", "device": device, "one_pass": one_pass})
+    facts = {"source": "measured", "device": device, "dtype": dtype, "row_steps": steps.as_json()}
+    return CostTable(tuple(rows), {**facts, "one_pass": one_pass})
 
 
 FINALISTS = 3

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -155,24 +154,3 @@ def edge_sensitivity(table: AcceptanceTable, shape: Shape) -> np.ndarray:
         for depth, rank in enumerate(path):
             slope_DK[depth, rank] += np.prod(rates[:depth] + rates[depth + 1 :])
     return slope_DK
-
-
-def step_ends(seconds: Sequence[float]) -> list[int]:
-    """Returns the numbers of nodes behind which the cost rises, and the last; `seconds[n - 1]` is that of `n` nodes."""
-    return [n for n in range(1, len(seconds)) if seconds[n] > seconds[n - 1]] + [len(seconds)]
-
-
-def best_prefix(
-    gains: Sequence[float], seconds: Callable[[int], float], ends: Sequence[int] | None = None
-) -> tuple[int, float]:
-    """Returns the nodes, and the rate, at which tokens per second are greatest; ties go to fewer nodes.
-
-    `gains` are the values of nodes in their order. `ends` are the numbers of nodes tried; by default all. On stairs
-    a first fall of the rate is not the optimum: within a step the tokens grow and the cost does not, so the step ends
-    and the single node hold it.
-    """
-    total = np.cumsum(gains)
-    tried = [n for n in (ends or range(1, len(gains) + 1)) if n <= len(gains)]
-    rates = [float(total[n - 1]) / seconds(n) for n in tried]
-    best = max(range(len(tried)), key=lambda i: (rates[i], -tried[i]))
-    return tried[best], rates[best]

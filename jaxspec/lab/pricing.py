@@ -117,6 +117,14 @@ def words_of(point: Point) -> str:
     return " ".join([point.part, *said, f"batch {point.batch} context {point.context:,}"])
 
 
+def told(parts: dict[Point, float]) -> str:
+    """Returns the first figures of a batch and context in words."""
+    plain = next(seconds for point, seconds in parts.items() if point.part == "plain")
+    verify = {point.nodes: seconds for point, seconds in parts.items() if point.part == "verify"}
+    most = max(verify)
+    return f"plain {1e3 * plain:.4g} ms, verify of {most} nodes {1e3 * verify[most]:.4g} ms"
+
+
 class Result(NamedTuple):
     """The rows of a table, and the whole rounds beside the sums of their parts."""
 
@@ -127,13 +135,17 @@ class Result(NamedTuple):
 def rows_of(seconds: dict[Point, float], engine: Engine, source: str, device: str) -> Result:
     """Returns the rows of all figures.
 
-    `rest` is the commit where that was priced alone, else what the parts leave of the reference round, and 0 where
-    fusion saves more than the rest costs.
+    `rest` is what the parts leave of the reference round, and 0 where fusion saves more than the rest costs; the commit
+    where no whole round was priced.
     """
-    named = {(p._replace(part="rest", nodes=1) if p.part == "commit" else p): taken for p, taken in seconds.items()}
-    rows = [point.row(source, device, max(0.0, taken)) for point, taken in named.items() if point.part in PARTS]
     places = dict.fromkeys((point.batch, point.context) for point in seconds)
     found = [compared_round(engine, seconds, *place) for place in places if engine.tree is not None]
     rounds = [whole for whole in found if whole is not None]
+    rest = {p._replace(part="rest", nodes=1): taken for p, taken in seconds.items() if p.part == "commit"}
+    for r in rounds:
+        rest[Point("rest", 1, 0, r["batch"], r["context"])] = r["round_seconds"] - r["parts_seconds"]
+    # What was measured as the rest, turn by turn, stays.
+    named = rest | seconds
+    rows = [point.row(source, device, max(0.0, taken)) for point, taken in named.items() if point.part in PARTS]
     order = {part: i for i, part in enumerate(PARTS)}
     return Result(sorted(rows, key=lambda row: (order[row.part], row.batch, row.context, row.nodes, row.width)), rounds)

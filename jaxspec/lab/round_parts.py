@@ -25,6 +25,7 @@ from jaxspec.decoding.rounds import (
 )
 from jaxspec.evaluation.stand_ins import plain_view, stand_in_tree
 from jaxspec.lab.costs import CostRow
+from jaxspec.lab.row_steps import RowSteps
 from jaxspec.sampling import Sampling
 from jaxspec.serving.loading import Models
 from jaxspec.trees.static import StaticTree
@@ -70,6 +71,8 @@ class Grid(NamedTuple):
     contexts: tuple[int, ...]
     paths: tuple[int, ...] = (2, 4, 8)
     """Nodes of accepted paths."""
+    steps: RowSteps = RowSteps()
+    """Of rows, by which the device's costs rise; where they rise unevenly, more nodes than asked for are verified."""
 
     @property
     def room(self) -> int:
@@ -88,7 +91,7 @@ class Grid(NamedTuple):
             found += [("draft", 1, w) for w in reference_widths(engine)[:1]]
             found += [("extend", n, 0) for n in self.paths]
             found += [("draft", 1, w) for w in self.widths if engine.tree.depth > 1]
-        found += [("verify", n, 0) for n in self.nodes]
+        found += [("verify", n, 0) for n in self.steps.with_jumps(self.nodes, batch)]
         return [Point(part, n, w, batch, context) for part, n, w in dict.fromkeys(found)]
 
 

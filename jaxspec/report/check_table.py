@@ -43,12 +43,17 @@ def _about(found: Mapping[str, Any]) -> str:
     """Returns what stands below a table: the errors of all batches, and everything that the numbers depend on."""
     picked = ", ".join(f"{share:.1%} at batch {batch}" for batch, share in found["picked_share"].items())
     machine, warm = found["machine"], at_temperature(found["temperature"] or 0.0)
-    off = {name: f"{error:.1%}" for name, error in found["median_error"].items()}
+    off = {name: f"{error:.1%} ({_worst(name, found):+.1%})" for name, error in found["median_error"].items()}
     return (
-        f"{counted(len(found['rows']), 'prediction')}: tokens/s off by {off['tokens_per_second']} in the median, "
-        f"tau by {off['tau']}, a round by {off['round_seconds']}, times plain decoding by {off['speedup']}; the tree "
-        f"predicted best reaches of the best measured {picked}. Target {Path(found['target']).name}, {warm}, "
-        f"{found['dtype']}, up to {found['max_new_tokens']} new tokens, "
+        f"{counted(len(found['rows']), 'prediction')} at all batches, off in the median (at worst): tokens/s by "
+        f"{off['tokens_per_second']}, tau by {off['tau']}, a round by {off['round_seconds']}, times plain decoding by "
+        f"{off['speedup']}; the tree predicted best reaches of the best measured {picked}. Target "
+        f"{Path(found['target']).name}, {warm}, {found['dtype']}, up to {found['max_new_tokens']} new tokens, "
         f"{medians(found['repeats'])}, trees in turns, prefill left out, "
         f"{machine.get('accelerator') or machine.get('cpu')}, {machine.get('cores')} cores:"
     )
+
+
+def _worst(name: str, found: Mapping[str, Any]) -> float:
+    """Returns the error of one figure that is farthest from 0, of all batches."""
+    return max((row[f"error_of_{name}"] for row in found["rows"]), key=abs)

@@ -10,7 +10,7 @@ from jaxspec.trees.best_first import BestFirstTree
 from jaxspec.trees.dynamic import DynamicTree
 from jaxspec.trees.lookup import LookupBranch
 from jaxspec.trees.static import EAGLE1_PATHS, MEDUSA_PATHS, StaticTree, chain, parse_paths
-from jaxspec.trees.tree_file import is_tree_file, read_tree, write_tree
+from jaxspec.trees.tree_file import is_tree_file, other_batches, read_tree, write_tree
 
 __all__ = [
     "EAGLE1_PATHS",
@@ -23,6 +23,7 @@ __all__ = [
     "cut_tree",
     "is_tree_file",
     "kept_tree",
+    "other_batches",
     "parse_paths",
     "parse_tree",
     "policy_fields",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,23 @@ def is_tree_file(text: str) -> bool:
 def write_tree(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     """Writes a tree file, and makes its folder. `tree` has `spec`, and whatever else a reader is to know; JSON."""
     write_json(path, {"format": FORMAT, **tree})
+
+
+def other_batches(texts: Iterable[str | None], batch: int) -> list[str]:
+    """Returns a sentence for each adaptive tree file of another batch, by whose seconds it decides what pays.
+
+    `texts` are those of flags: trees, files or None.
+    """
+    notes = []
+    for text in texts:
+        found = read_tree(text.strip()) if text and is_tree_file(text) else {}
+        made_for = found.get("batch")
+        if "policy" in found and made_for not in (None, batch):
+            notes.append(
+                f"note: {text}: its costs are of a batch of {made_for}, and up to {batch} rows are decoded together: "
+                f"make one with jaxspec lab search --batch {batch} --adaptive FILE.json"
+            )
+    return notes
 
 
 def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -18,8 +18,11 @@ from jaxspec.lab.compiled import (
     Priced,
     cpu_machine,
     cycles_of,
+    gpu_machine,
     matmul_rows,
     price,
+    price_compiled,
+    price_totals,
     seconds_of_layers,
 )
 from jaxspec.lab.costs import PARTS, CostRow, CostTable, differences, load_costs
@@ -241,12 +244,69 @@ def test_programs_for_this_cpu_are_priced_and_none_is_run():
     models = abstract_models(TOY, KINDS["eagle"], dtype=jnp.float32, for_cpu=True)
     machine = cpu_machine(CpuRates(1e9, {1: 1e9, 64: 1e10}))
     bench = CompiledBench(models, GRID, machine)
-    assert bench.layers == (4, 4) and [p.part for p in bench.check] == ["round"]
-    points = [*reference_parts(models.engine, 2, 24), Point("commit", 1, 0, 2, 24), *bench.check]
-    seconds = {point: bench.measure(point) for point in dict.fromkeys(points)}
+    whole, parts = Point("round", 1, 0, 2, 24), reference_parts(models.engine, 2, 24)
+    assert bench.layers == (4, 4) and {whole, *parts} <= set(bench.points(2, 24))
+    seconds = {point: bench.measure(point) for point in dict.fromkeys([whole, *parts])}
     assert min(seconds.values()) > 0
-    whole = seconds.pop(bench.check[0])
-    assert sum(seconds[p] for p in points[:-1]) == pytest.approx(whole, rel=0.35)
+    assert sum(seconds[p] for p in parts) == pytest.approx(seconds[whole], rel=0.35)
+
+
+def test_what_the_parts_leave_of_a_whole_round_is_the_rest_at_every_place():
+    engine = toy().engine
+    grid = GRID._replace(batches=(2, 3))
+    machine = cpu_machine(CpuRates(1e9, {1: 1e9, 64: 1e10}))
+    points = [p for place in grid.places() for p in CompiledBench(toy(), grid, machine).points(*place)]
+    seconds = dict.fromkeys(points, 1e-3)
+    parts = {batch: len(reference_parts(engine, batch, 24)) for batch in (2, 3)}
+    seconds |= {p: 1e-3 * parts[p.batch] + 2e-3 for p in points if p.part == "round"}
+    found = rows_of(seconds, engine, "compiled", "cpu")
+    assert [(r.batch, r.seconds) for r in found.rows if r.part == "rest"] == [
+        (2, pytest.approx(2e-3)),
+        (3, pytest.approx(2e-3)),
+    ]
+    # Rows of a round and its parts add up to it, so no round is dearer than its parts.
+    assert len(found.rounds) == 2
+    # A round that costs less than its parts leaves nothing; where none is priced, the commit is known at least.
+    shorter = rows_of(seconds | {p: 0.0 for p in points if p.part == "round"}, engine, "compiled", "cpu")
+    assert all(r.seconds == 0 for r in shorter.rows if r.part == "rest")
+    alone = {p: s for p, s in seconds.items() if p.part != "round"} | {Point("commit", 1, 0, 2, 24): 5e-4}
+    assert [r.seconds for r in rows_of(alone, engine, "compiled", "cpu").rows if r.part == "rest"] == [5e-4]
+
+
+def test_a_program_is_priced_by_the_totals_that_its_compiler_counts():
+    """This CPU's compiled program stands in for a GPU's."""
+    machine = gpu_machine(DevicePeaks("h100", 1e12, 1e9))
+
+    def three(x, w):
+        return x @ w @ w @ w
+
+    x, w = jax.ShapeDtypeStruct((64, 512), jnp.float32), jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    compiled = jax.jit(three).lower(x, w).compile()
+    priced = price_compiled(compiled, machine)
+    assert priced.cost.flops == pytest.approx(3 * 2 * 64 * 512 * 512, rel=0.01)
+    read = 4 * (512 * 512 + 64 * 512)
+    assert priced.cost.bytes >= read and priced.seconds(1e9) == pytest.approx(priced.cost.bytes / 1e9)
+    # Where memory is no limit the FLOPs are.
+    assert priced.seconds(1e15) == pytest.approx(priced.cost.flops / 1e12)
+    assert "cost analysis" in machine.method and "peak" in machine.method
+
+    def looped(x, w):
+        return jax.lax.fori_loop(0, 3, lambda i, x: x @ w, x)
+
+    with pytest.raises(ValueError, match="counts the body of a loop once"):
+        price_compiled(jax.jit(looped).lower(x, w).compile(), machine)
+    for totals in ({}, {"flops": 1.0}, {"flops": -1.0, "bytes accessed": 2.0}):
+        with pytest.raises(ValueError, match="neither FLOPs nor bytes"):
+            price_totals(totals, 1e12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_parts_of_a_round_are_priced_by_the_compilers_totals_near_their_work(temperature: float):
+    models = abstract_models(TOY, KINDS["eagle"], dtype=jnp.float32)
+    bench = CompiledBench(models, GRID, gpu_machine(PEAKS), temperature=temperature)
+    line = Roofline(models, GRID, DevicePeaks("toy", 1e15, 1e9))
+    for point in (Point("verify", 8, 0, 2, 24), Point("extend", 2, 0, 2, 24)):
+        assert bench.measure(point) > 0.9 * line.measure(point)
 
 
 # Measuring.

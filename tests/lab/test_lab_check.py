@@ -45,6 +45,11 @@ def test_errors_and_picks_by_hand():
     found = summarize(trees)
     medians = {"tokens_per_second": 0.1, "tau": 0, "round_seconds": 0, "speedup": 0}
     assert found["median_error"] == pytest.approx(medians)
+    assert found["worst_error"]["tokens_per_second"] == pytest.approx(0.25)
+    assert found["worst_error"]["round_seconds"] == pytest.approx(-0.2)
+    # Of all batches, whichever has it.
+    assert summarize(trees[3:])["worst_error"]["tokens_per_second"] == pytest.approx(0)
+    assert summarize([*trees[3:], *trees[:2]])["worst_error"]["tau"] == pytest.approx(0.25)
     first, second = (row["error_of_speedup"] for row in rows_of(trees[:3])[1:])
     assert first == pytest.approx(0) and second == pytest.approx(1.8 / 2.5 - 1)
     assert summarize(trees[:3])["bias"]["speedup"] == pytest.approx((0 + 1.8 / 2.5 - 1) / 2)
@@ -92,7 +97,9 @@ def test_trees_are_decoded_once_and_set_beside_their_predictions(flags, tmp_path
         assert row["error_of_tokens_per_second"] == pytest.approx(error)
     assert found["rows"][0]["measured_tau"] == 1 and set(found["picked_share"]) == {"1", "2"}
     printed = capsys.readouterr().out
-    assert "Batch 2, context" in printed and "6 predictions: tokens/s off by" in printed
+    assert "Batch 2, context" in printed and "6 predictions, errors in the median: tokens/s" in printed
+    assert printed.count("at worst") == 4
+    assert set(found["worst_error"]) == set(found["median_error"])
 
     monkeypatch.setattr("jaxspec.infer.lab_check.try_trees", None)  # a second run decodes nothing
     assert main(["lab", "check", *flags, *more]) == 0

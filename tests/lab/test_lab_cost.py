@@ -15,6 +15,7 @@ from jaxspec.__main__ import main
 from jaxspec.console import cli
 from jaxspec.lab.compiled import CompiledBench, tpu_machine
 from jaxspec.lab.costs import PARTS, load_costs
+from jaxspec.lab.cpu_rates import CpuRates
 from jaxspec.lab.devices import peaks_of
 from jaxspec.lab.roofline import Roofline
 from jaxspec.lab.round_parts import Grid, Point
@@ -55,6 +56,37 @@ def test_the_file_holds_the_same_rows_and_the_facts(folder: Path):
     result = json.loads((folder / "result.json").read_text())
     assert [row._asdict() for row in table.rows] == result["rows"]
     assert table.facts["one_pass"] is False and table.facts["reference_tree"].startswith("static:")
+    assert table.facts["row_steps"] == {"ends": [], "every": 1}
+
+
+def test_compiled_costs_have_a_whole_round_at_every_place_and_name_their_steps_and_method(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxspec.lab.compiled.CompiledBench.measure", lambda self, point: 1e-3 * (1 + point.nodes))
+    monkeypatch.setattr(VERB, "cpu_rates", lambda job: CpuRates(1e9, {1: 1e9}))
+    models = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--batches", "1,2"]
+    assert run(*models, "--source", "compiled", "--nodes", "1,16,32", "--out", str(folder / "compiled.json")) == 0
+    table = load_costs(folder / "compiled.json")
+    assert [r["batch"] for r in table.facts["rounds"]] == [1, 2]
+    assert table.facts["row_steps"]["ends"][:4] == [1, 4, 8, 16] and "rate measured here" in table.facts["method"]
+    nodes = {b: [r.nodes for r in table.rows if r.part == "verify" and r.batch == b] for b in (1, 2)}
+    # Between 16 and 32 rows the first step ends at 20, between 2 and 32 at 4.
+    assert nodes == {1: [1, 4, 16, 20, 32], 2: [1, 4, 16, 20, 32]}
+    said = capsys.readouterr().out
+    assert "Whole rounds, ms" in said and "rate measured here" in said
+
+
+def test_a_gpu_that_is_here_is_priced_by_what_its_compiler_counts(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """No GPU is here: this CPU's compiler stands in, under its name."""
+    monkeypatch.setattr(VERB, "device_here", lambda: "h100")
+    models = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
+    assert run(*models, "--source", "compiled", "--out", str(folder / "gpu.json")) == 0
+    table = load_costs(folder / "gpu.json")
+    assert {row.part for row in table.rows} == set(PARTS) and table.facts["device"] == "h100"
+    assert "cost analysis" in table.facts["method"] and table.facts["peak_flops_per_second"] > 1e14
+    assert "estimates no cycles" in capsys.readouterr().out
 
 
 def test_the_file_holds_the_bytes_of_weights_and_of_a_token_in_the_caches(folder: Path):

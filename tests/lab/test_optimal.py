@@ -10,13 +10,11 @@ from jaxspec.lab.acceptance import AcceptanceTable
 from jaxspec.lab.forest import beginnings, make_forest, shape_of
 from jaxspec.lab.optimal import (
     beam,
-    best_prefix,
     edge_sensitivity,
     expected_tokens,
     heap,
     path_value,
     solve,
-    step_ends,
 )
 from jaxspec.trees import StaticTree
 
@@ -175,28 +173,6 @@ def test_more_nodes_than_depth_and_ranks_hold_are_refused():
     with pytest.raises(ValueError, match="8 nodes"):
         found.shape(8)
     assert len(heap(AcceptanceTable(np.full((2, 2), 0.3)), 99)) == 7
-
-
-def test_on_stairs_the_step_ends_hold_the_optimum_and_a_first_fall_does_not():
-    rng = np.random.default_rng(0)
-    early = 0
-    for _ in range(60):
-        row = -np.sort(-rng.dirichlet(np.ones(4))[:3])
-        gains = [value for _, value in heap(AcceptanceTable(np.tile(row, (8, 1))), 96)]
-        flat, step = rng.uniform(0.5, 5), rng.uniform(0, 0.1)
-        seconds = [flat + step * 8 * -(-n // 8) for n in range(1, len(gains) + 1)]
-        whole = best_prefix(gains, lambda n, s=seconds: s[n - 1])
-        ends = step_ends(seconds)
-        assert ends == sorted({*range(8, len(gains) + 1, 8), len(gains)})
-        assert best_prefix(gains, lambda n, s=seconds: s[n - 1], [1, *ends])[1] == pytest.approx(whole[1])
-        rates = np.cumsum(gains) / seconds
-        falls = np.flatnonzero(np.diff(rates) <= 0)
-        early += rates[falls[0] if falls.size else -1] < whole[1] - 1e-9
-    assert early > 10
-
-
-def test_equal_rates_go_to_fewer_nodes():
-    assert best_prefix([1.0, 1.0, 1.0], lambda n: float(n)) == (1, 1.0)
 
 
 def test_a_forest_refuses_a_node_without_its_parent():

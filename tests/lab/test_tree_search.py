@@ -1,6 +1,7 @@
 """Tests of the search for a tree: the choice by replay, plain decoding among the candidates, halves of the prompts."""
 
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -10,12 +11,16 @@ from lab_toys import ROW, cost_table, ridge_cost, times
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.lab.candidates import Limits, ReplayedShapes, find_candidates
 from jaxspec.lab.cost_model import RoundCost, round_cost
+from jaxspec.lab.costs import CostRow, CostTable
 from jaxspec.lab.drawing import draw
-from jaxspec.lab.forest import make_forest, shape_of
+from jaxspec.lab.forest import Shape, make_forest, shape_of
+from jaxspec.lab.optimal import heap
 from jaxspec.lab.profile import Profile, split_prompts
 from jaxspec.lab.replay import node_shares, replay_calls, tokens_of
 from jaxspec.lab.search import NEAR, Rated, Search, frontier, pick
 from jaxspec.lab.simulate import join, simulate
+
+STAIRS = {"row_steps": {"ends": [], "every": 4}}
 
 
 @functools.cache
@@ -60,6 +65,48 @@ def test_a_search_for_wide_stairs_tries_every_depth_and_every_number_of_nodes():
     tried = {(len(shape) + 1, len(shape[-1]) if shape else 0) for shape in found.forest.shapes}
     assert {nodes for nodes, _ in tried} == set(range(1, 21))
     assert {(d + 1, d) for d in range(5)} <= tried
+
+
+def rate_of(found: ReplayedShapes, cost: RoundCost, shape: Shape) -> float:
+    """Returns tokens a second of a tree by the table of the search."""
+    forest = make_forest([shape])
+    return float(forest.sums(found.table.values(forest))[0] / cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
+
+
+def test_on_stairs_the_search_has_the_best_of_all_trees_where_a_first_fall_has_not():
+    """Stairs are of padded rows of a table of costs; all trees of up to 9 nodes are tried beside the search."""
+    rng, early = np.random.default_rng(0), 0
+    shapes = [shape_of(tree) for nodes in range(1, 10) for tree in every_tree(nodes, 3, 3)]
+    for _ in range(12):
+        rates = np.tile(-np.sort(-rng.dirichlet(np.ones(4))[:3]), (3, 1))
+        flat, rise = rng.uniform(0.5, 5), rng.uniform(0.02, 0.6)
+        rows = [("verify", n, 0, flat + rise * -(-n // 4)) for n in (4, 8, 9)]
+        rows += [("draft", 1, w, 0.01) for w in (1, 4)] + [("extend", 1, 0, 0.01), ("plain", 1, 0, flat + rise)]
+        table = CostTable(tuple(CostRow("measured", "toy", p, n, w, 1, 64, t) for p, n, w, t in rows), STAIRS)
+        cost = round_cost(table, 1, 64)
+        found = find_candidates(simulate(rates, prompts=20, tokens=60), [cost], Limits(nodes=9, depth=3))
+        best = max(rate_of(found, cost, shape) for shape in shapes)
+        assert max(rate_of(found, cost, shape) for shape in found.forest.shapes) == pytest.approx(best)
+        order = [path for path, _ in heap(found.table, 9)]
+        rate = [rate_of(found, cost, shape_of(order[:n])) for n in range(2, 10)]
+        falls = np.flatnonzero(np.diff(rate) < 0)
+        early += rate[falls[0] if falls.size else -1] < best - 1e-9
+    assert early > 2
+
+
+@pytest.mark.slow
+def test_a_search_over_ten_thousand_shapes_replays_as_many_in_seconds():
+    """Twenty seconds are aimed at; three times as many are allowed, for machines that are busy."""
+    rng = np.random.default_rng(2)
+    rates = -np.sort(-rng.dirichlet(np.ones(9) / 2, 8)[:, :8], axis=1)
+    profile = simulate(rates, prompts=64, tokens=129, seed=1)
+    costs = [ridge_cost(ridge, batch, nodes=224, step=1) for ridge in (153, 240, 560) for batch in (1, 4, 16, 64)]
+    started = time.monotonic()
+    search = Search(profile, costs, Limits(nodes=224), most=10_000)
+    choices = [search.choose(cost) for cost in costs]
+    assert time.monotonic() - started < 60
+    assert search.candidates.tried >= 10_000 and len(search.candidates.forest.shapes) == 10_000
+    assert len({choice.chosen.tree.spec for choice in choices}) > 3
 
 
 def test_limits_hold():

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxspec.trees import DynamicTree, StaticTree, chain, parse_tree, read_tree, resolve_tree, write_tree
+from jaxspec.trees import (
+    AdaptiveTree,
+    DynamicTree,
+    StaticTree,
+    chain,
+    other_batches,
+    parse_tree,
+    policy_fields,
+    read_tree,
+    resolve_tree,
+    write_tree,
+)
 
 WIDE = StaticTree(((0,), (12,), (0, 0), (12, 10), (3,)))
 
@@ -57,6 +68,20 @@ def test_a_missing_file_and_bytes_are_refused_by_name(tmp_path: Path):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(ValueError, match=r"folder\.json"):
         parse_tree(str(tmp_path / "folder.json"))
+
+
+def test_an_adaptive_file_of_another_batch_is_told_in_one_sentence(tmp_path: Path):
+    one = AdaptiveTree(DynamicTree(4, 2, 2), (1, 4), (1.0, 2.0), level_seconds=0.1, fixed_seconds=0.1, rate=1.0)
+    adaptive, static = str(tmp_path / "adaptive.json"), str(tmp_path / "static.json")
+    write_tree(adaptive, {**policy_fields(one), "batch": 2})
+    write_tree(static, {"spec": "chain:2", "batch": 2})
+    (note,) = other_batches([adaptive, static, "chain:4", None], 8)
+    assert note.startswith(f"note: {adaptive}: its costs are of a batch of 2, and up to 8 rows")
+    assert "\n" not in note and "--batch 8" in note
+    assert other_batches([adaptive, static], 2) == []
+    # Nobody said for which batch a file by hand is.
+    write_tree(adaptive, policy_fields(one))
+    assert other_batches([adaptive], 8) == []
 
 
 def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path):
