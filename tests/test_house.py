@@ -99,6 +99,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
             "device_train",
             "figures",
             "replay",
+            "summary_checks",
             "timing",
         },
         {"acceptance", "arms", "breakdown", "device_decode", "device_target", "peer_workers"},

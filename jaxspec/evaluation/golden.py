@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.console.results import json_text
 from jaxspec.data.prompts import Prompt, encode_prompt
 from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.generation import generate, generate_plain, run_rounds, start
@@ -69,7 +70,7 @@ class Golden(NamedTuple):
     def save(self, path: Path) -> None:
         """Writes the file."""
         found = {"format": FORMAT, **self.facts, "acceptance": self.acceptance}
-        path.write_text(json.dumps(found | {"prompts": [p._asdict() for p in self.prompts]}, indent=1) + "\n")
+        path.write_text(json_text(found | {"prompts": [p._asdict() for p in self.prompts]}, indent=1) + "\n")
 
 
 def read_golden(path: str | Path) -> Golden:
@@ -83,9 +84,15 @@ def read_golden(path: str | Path) -> Golden:
         if found.pop("format") != FORMAT:
             raise KeyError("format")
         prompts = [GoldenPrompt(**p) for p in found.pop("prompts")]
-        return Golden({k: v for k, v in found.items() if k != "acceptance"}, prompts, found["acceptance"])
+        acceptance = {name: _numbers(value) for name, value in found.pop("acceptance").items()}
+        return Golden(found, prompts, acceptance)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: is not a file of golden prompts ({error}); make it anew") from error
+
+
+def _numbers(value: Any) -> Any:
+    """Returns a list with NaN where JSON has null, and any other value as it is."""
+    return [float("nan") if x is None else x for x in value] if isinstance(value, list) else value
 
 
 def make_golden(models: Models, prompts: Sequence[Prompt], tree: str, facts: dict[str, Any]) -> Golden:
