@@ -28,13 +28,13 @@ from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import metrics, served_metrics, served_rows, side_by_side
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
+from jaxspec.evaluation.file_checks import check_file
 from jaxspec.evaluation.machine import peak_memory
-from jaxspec.evaluation.row_checks import check
-from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, read_evaluation, to_record
+from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, to_record
 from jaxspec.evaluation.served import ServedRun, by_task
-from jaxspec.evaluation.served_checks import check_served_file
-from jaxspec.evaluation.served_rows import ServedBook, is_served, read_served
+from jaxspec.evaluation.served_rows import ServedBook
 from jaxspec.evaluation.side_by_side import SideBySide
+from jaxspec.evaluation.summary_checks import OF_ROWS, SUMMARY
 from jaxspec.interchange import hf, target_folders
 from jaxspec.parallel.agreement import say
 from jaxspec.report.wording import known
@@ -89,7 +89,8 @@ class Args(DraftFlags):
     concurrency: int = 1
     """With --endpoint: requests in flight."""
     check: Path | None = None
-    """Assert the invariants of a file of rows, or of the one in a folder, and do nothing else."""
+    """Assert the invariants of a file of rows, or of the one in a folder, and that the summary beside it has their
+    figures; do nothing else. A run that has not ended is said to be partial."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
             evaluate(setup, questions, settings, book)
     evaluation = Evaluation(book.settings, book.rows)
     result = summary_of(args, evaluation, started)
-    results.write_json(args.out / "summary.json", result)
+    results.write_json(args.out / SUMMARY, result)
     if args.json:
         results.write_json(args.json, result)
     print_result(result, evaluation.rows)
@@ -349,11 +350,13 @@ def begun_with(args: Args, setup: SideBySide, questions: Sequence[Question]) -> 
         "limit": args.limit,
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
+        "max_positions": setup.plain.config.max_positions,
         "top_k": args.top_k,
         "top_p": args.top_p,
         "draft_temperature": args.draft_temperature,
         "temperatures": list(args.temperature),
         "seeds": args.seeds,
+        "passes": [[settings.temperature, settings.seed] for settings in args.passes],
         "batch": args.batch,
         "repeats": args.repeats,
         "slots": args.slots or None,
@@ -361,6 +364,7 @@ def begun_with(args: Args, setup: SideBySide, questions: Sequence[Question]) -> 
         "stop_ids": list(setup.plain.stop_ids),
         "machine": results.machine_facts(),
         "arms": {name: facts_of(arm) for name, arm in setup.arms.items()},
+        "asked": [[question.prompt.id, question.task, question.turns] for question in questions],
     }
 
 
@@ -372,7 +376,7 @@ def facts_of(arm: DecodingArm) -> dict[str, Any]:
 
 def summary_of(args: Args, evaluation: Evaluation, started: float) -> dict[str, Any]:
     """Returns the verb's JSON: the settings of the rows and every figure."""
-    shared = {k: v for k, v in evaluation.settings.items() if k not in ("dtype", "machine")}
+    shared = {k: v for k, v in evaluation.settings.items() if k not in OF_ROWS}
     return results.result(
         "evaluate",
         dtype=loading.DTYPES[args.dtype],
@@ -427,16 +431,8 @@ def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def tell_problems(path: Path) -> int:
-    """Asserts the invariants of a file of rows, ours or a server's, or of those in a folder; returns the exit code."""
-    inside = [path / name for name in ("rows.jsonl", "served.jsonl") if (path / name).is_file()]
-    if inside:
-        return max(map(tell_problems, inside))
-    if is_served(path):
-        served = read_served(path)
-        problems, count = check_served_file(served), len(served.rows)
-    else:
-        evaluation = read_evaluation(path)
-        problems, count = check(evaluation), len(evaluation.rows)
+    """Asserts the invariants of a file of rows, or of those in a folder; returns the exit code."""
+    problems, count = check_file(path)
     for problem in problems[:SHOWN]:
         sys.stderr.write(f"jaxspec evaluate: {path}: {problem}\n")
     if len(problems) > SHOWN:

@@ -21,7 +21,7 @@ import jax
 from jaxspec import __version__
 from jaxspec.checkpoints.event_file import EventFile, append_whole
 from jaxspec.checkpoints.manifest import RUN
-from jaxspec.console.results import git_sha, jsonable, machine_facts, write_json
+from jaxspec.console.results import git_sha, json_text, jsonable, machine_facts, write_json
 from jaxspec.data.jsonl import drop_torn_line, read_lines
 
 METRICS, TENSORBOARD, RECORD, LOCK = "metrics.jsonl", "tensorboard", RUN, ".lock"
@@ -48,12 +48,12 @@ class JsonLines:
         drop_torn_line(path)
         kept = [line for line in read_lines(path) if line["step"] <= resumed_from]
         draft = path.with_name(f".{path.name}.draft")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        draft.write_text("".join(json_text(line) + "\n" for line in kept), encoding="utf-8")
         draft.replace(path)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a line."""
-        append_whole(self.path, (json.dumps({"step": step, **metrics}) + "\n").encode())
+        append_whole(self.path, (json_text({"step": step, **metrics}) + "\n").encode())
 
     def close(self) -> None:
         """Does nothing, since no file is open."""

@@ -110,10 +110,18 @@ def jsonable(value: Any) -> Any:
     raise TypeError(f"a result cannot hold a {type(value).__name__}: {value!r}")
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """Returns `value` as JSON, which has no NaN: where it holds numbers that are not finite, null stands for them."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # rare, so long lists are not walked for it
+        return json.dumps(jsonable(value), allow_nan=False, **options)
+
+
 def write_json(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     """Writes `result` to `path` in one rename and makes its folder. Raises `OSError` with one sentence on failure."""
     path = Path(path)
-    text = json.dumps(jsonable(result), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json_text(jsonable(result), indent=2, ensure_ascii=False) + "\n"
     # A reader of `path` finds the old file or the whole new one.
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxspec.console.disk import writing
-from jaxspec.console.results import differences
+from jaxspec.console.results import differences, json_text
 
 
 def drop_torn_line(path: Path) -> None:
@@ -57,8 +57,8 @@ def hold(path: Path, *, of: Path) -> None:
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Appends one line for each record, and waits until they are on disk."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """Appends one line for each record, and waits until they are on disk. Numbers that are not finite become null."""
+    text = "".join(json_text(record, ensure_ascii=False) + "\n" for record in records)
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -131,6 +131,6 @@ def resume(path: Path, settings: Record, make: Callable[[list[Record]], Iterable
         return records
     for record in make(list(records)):
         append(path, [record])
-        records.append(json.loads(json.dumps(record)))  # as a later call reads it: tuples become lists
+        records.append(json.loads(json_text(record)))  # as a later call reads it: tuples become lists
     append(state, [_DONE])
     return records

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxspec.console.disk import writing
-from jaxspec.console.results import differences
+from jaxspec.console.results import differences, json_text
 
 ABOUT = "about.json"
 RECORD_OVERHEAD = 96
@@ -215,7 +215,7 @@ def read_about(folder: Path, format: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file atomically."""
-    _write(path, lambda file: file.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()))
+    _write(path, lambda file: file.write((json_text(value, ensure_ascii=False, indent=1) + "\n").encode()))
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -21,6 +21,8 @@ class Answer(NamedTuple):
     """`[P]`: rounds that accepted 0, 1, .. T drafted tokens."""
     call_of: np.ndarray = np.zeros(0, np.int32)
     """`[N]`: the target call that gave each token; 0 for prefill. Empty for answers of other programs."""
+    drafted: np.ndarray = np.zeros((0, 2), np.int32)
+    """`[calls, 2]`: drafted tokens that each target call verified, and the depth of the deepest. Empty as `call_of`."""
 
     @property
     def tau(self) -> float:

@@ -104,9 +104,15 @@ def sizes(engine: Engine, width: int, max_new: int) -> tuple[int, int]:
 
 def collect(state: DecodeState) -> list[Answer]:
     """Returns the rows of a state as answers on the host."""
-    output, given_by, produced, finish, calls, accepted = jax.device_get(
-        (state.output_BO, state.call_BO, state.produced_B, state.finish_B, state.calls_B, state.accepted_BP)
+    output, given_by, drafted, produced, finish, calls, accepted = jax.device_get(
+        (
+            *(state.output_BO, state.call_BO, state.drafted_BO2),
+            *(state.produced_B, state.finish_B, state.calls_B, state.accepted_BP),
+        )
     )
     reasons = [FINISH_REASONS[f] for f in finish]
-    tokens, call_of = ([row[:n] for row, n in zip(rows, produced, strict=True)] for rows in (output, given_by))
-    return [Answer(*row) for row in zip(tokens, reasons, calls.tolist(), accepted, call_of, strict=True)]
+    tokens, call_of, drafted_of = (
+        [row[:n] for row, n in zip(rows, count, strict=True)]
+        for rows, count in ((output, produced), (given_by, produced), (drafted, calls))
+    )
+    return [Answer(*row) for row in zip(tokens, reasons, calls.tolist(), accepted, call_of, drafted_of, strict=True)]

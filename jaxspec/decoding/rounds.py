@@ -138,6 +138,8 @@ class DecodeState(NamedTuple):
     """Target calls spent on the row, prefill not counted."""
     accepted_BP: Array
     """Rounds in which the row accepted 0, 1, .. T drafted tokens."""
+    drafted_BO2: Array
+    """Of each target call behind prefill, as in `SeenTree.drafted_B2`."""
     policy: PolicyState | None = None
     """Of an adaptive tree; None with any other."""
 
@@ -186,6 +188,7 @@ def prefill(engine: Engine, weights: Weights, requests: Requests, capacity: int,
         finish_B=jnp.zeros(batch, jnp.int32),
         calls_B=jnp.zeros(batch, jnp.int32),
         accepted_BP=jnp.zeros((batch, engine.path), jnp.int32),
+        drafted_BO2=jnp.zeros((batch, slots, 2), jnp.int32),
         policy=begin_policy(engine, jnp.zeros(batch, jnp.int32)),
     )
     return emit(state, reading.root_B[:, None], jnp.ones(batch, jnp.int32))
@@ -296,7 +299,9 @@ def finish_round(engine: Engine, weights: Weights, state: DecodeState, checked: 
     state = state._replace(policy=checked.policy)
     if engine.drafter is not None:
         draft, root_logits_BV = extend(engine, weights, state, checked.read_BND, checked.accepted)
-        state = state._replace(draft=draft, root_logits_BV=root_logits_BV)
+        # A row that has ended writes behind its last call.
+        drafted_BO2 = scatter_rows(state.drafted_BO2, state.calls_B[:, None], checked.seen.drafted_B2[:, None])
+        state = state._replace(draft=draft, root_logits_BV=root_logits_BV, drafted_BO2=drafted_BO2)
     return commit(state, checked.fresh, checked.accepted)
 
 
@@ -398,14 +403,8 @@ def extend(
     """Lets the drafter read the accepted path; returns its state, and the draft logits of the new root's children."""
     assert engine.drafter is not None
     read_BPD = jnp.take_along_axis(read_BND, accepted.path_BP[:, :, None], axis=1)
-    return engine.drafter.extend(
-        weights.drafter,
-        shared_tables(engine, weights),
-        state.draft,
-        accepted.token_BP,
-        read_BPD,
-        _added(state, accepted),
-    )
+    shared, added_B = shared_tables(engine, weights), _added(state, accepted)
+    return engine.drafter.extend(weights.drafter, shared, state.draft, accepted.token_BP, read_BPD, added_B)
 
 
 def commit(state: DecodeState, fresh: KVCache, accepted: verify.Accepted) -> DecodeState:

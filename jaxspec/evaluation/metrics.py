@@ -4,7 +4,8 @@ A conversation is the unit that is resampled; of times it is the batch, where a 
 are one measurement.
 
 Notation, of one answer: `L` new tokens (stop id counted), `R` target calls without the prefill call; of each call
-`d_j` drafted, `a_j` accepted, `e_j` emitted tokens; `D` levels and `N` nodes of the arm's tree.
+`d_j` drafted, `a_j` accepted, `e_j` emitted tokens and `l_j` drafted levels; `D` levels and `N` nodes of the arm's
+tree. Rounds of adaptive trees and of prompt lookup draft fewer than `D` levels, or none.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ FORMULAS = {
     "length_sglang": "sum L / sum R: the prefill token in, its call out",
     "length_specdec": "mean over answers of L / (R + 1), as specdec_bench prints it",
     "survival": "S_i: share of all rounds with a >= i",
-    "conditional": "c_i = S_i / S_(i-1): acceptance at depth i of rounds that got there",
-    "acceptance_rate": "of a chain sum a / sum d; of a tree (tau_raw - 1) / D",
-    "alpha": "solves tau_raw = (1 - alpha^(D+1)) / (1 - alpha): a model, not a measurement",
+    "survival_drafted": "share of the rounds with l >= i that have a >= i",
+    "conditional": "c_i: share of the rounds with a >= i - 1 and l >= i that have a >= i; S_i / S_(i-1) if all draft D",
+    "tried": "rounds with a >= i - 1 and l >= i",
+    "drafted_tokens": "sum d",
+    "acceptance_rate": "sum a / sum l: of a chain sum a / sum d; of a tree whose rounds all draft D (tau_raw - 1) / D",
+    "alpha": "solves tau_raw = 1 + sum over i of (share of rounds with l >= i) alpha^i, which is "
+    "(1 - alpha^(D+1)) / (1 - alpha) if all draft D: a model, not a measurement",
     "mbsu": "tau / (1 + cost): the speed-up if time were the weights read alone",
     "speedup": "plain seconds / seconds, over the same prompts, prefill in; each the median of its repeats",
     "speedup_macro": "mean of that ratio over conversations, or over batches of several answers",
@@ -46,7 +51,6 @@ SHARED_BATCHES = (
     "Some batches hold answers of several tasks and have one time for all, so those tasks have no speed-up and no "
     "tokens/s of their own; decode with a batch of 1 for them."
 )
-LISTS = ("survival", "conditional", "histogram")
 NAN = float("nan")
 UNKNOWN = Interval(NAN, NAN, NAN)
 
@@ -113,21 +117,44 @@ def survival(rows: Sequence[Row], depth: int) -> np.ndarray:
     return np.asarray([np.mean(accepted >= i) for i in range(1, depth + 1)])
 
 
-def conditional(survival_D: np.ndarray) -> np.ndarray:
-    """Returns `c_1 .. c_D`; NaN where no round got there."""
-    before_D = np.concatenate([[1.0], survival_D[:-1]])
-    return np.divide(survival_D, before_D, out=np.full_like(survival_D, np.nan), where=before_D > 0)
+class Depths(NamedTuple):
+    """Rounds of one arm's rows by depth `1 .. D`."""
+
+    accepted_D: np.ndarray
+    """Those that accepted so many tokens or more."""
+    drafted_D: np.ndarray
+    """Those whose drafts are so deep or deeper."""
+    tried_D: np.ndarray
+    """Of these, those that accepted all tokens above."""
 
 
-def alpha_of(tau: float, depth: int) -> float:
-    """Returns the acceptance of independent drafts that gives `tau` with a chain of `depth`; NaN where none does."""
-    if not np.isfinite(tau) or not 1 <= tau <= depth + 1:
+def depths_of(rows: Sequence[Row], depth: int) -> Depths:
+    """Returns the rows' rounds by depth."""
+    pairs = [pair for r in rows for pair in zip(r.accepted, r.levels, strict=False)]
+    accepted_R, levels_R = np.asarray(pairs, np.int64).reshape(-1, 2).T
+    at_D1 = np.arange(1, depth + 1)[:, None]
+    accepted_DR, drafted_DR, above_DR = accepted_R >= at_D1, levels_R >= at_D1, accepted_R >= at_D1 - 1
+    return Depths(accepted_DR.sum(1), drafted_DR.sum(1), (drafted_DR & above_DR).sum(1))
+
+
+def shares(some_D: np.ndarray, of_D: np.ndarray) -> list[float]:
+    """Returns the shares of counts; NaN where there is nothing to have a share of."""
+    return np.divide(some_D, of_D, out=np.full(len(some_D), np.nan), where=of_D > 0).tolist()
+
+
+def alpha_of(tau: float, drafted_D: Sequence[float]) -> float:
+    """Returns the acceptance of independent drafts that gives `tau`; NaN where none does.
+
+    `drafted_D` are the shares of rounds whose drafts are 1, 2 .. deep or deeper: ones of a chain.
+    """
+    if not np.isfinite(tau) or not sum(drafted_D) or not 1 <= tau <= 1 + sum(drafted_D):
         return NAN
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         # The sum has no division, which the closed form lacks at alpha = 1.
-        low, high = (middle, high) if sum(middle**i for i in range(depth + 1)) < tau else (low, middle)
+        found = 1 + sum(share * middle**i for i, share in enumerate(drafted_D, 1))
+        low, high = (middle, high) if found < tau else (low, middle)
     return (low + high) / 2
 
 
@@ -170,24 +197,28 @@ def summarize(rows: Sequence[Row], facts: Mapping[str, Any], plain: Sequence[Row
     units, times, depth = units_of(rows), times_of(rows), int(facts["depth"])
     tau = _figure(quotient(units.emitted_U, units.calls_U), units)
     raw = 1 + _ratio(units.accepted_U, units.calls_U)
-    kept_D = survival(rows, depth)
+    by_depth, calls = depths_of(rows, depth), int(np.sum(units.calls_U))
+    levels = np.asarray([sum(r.levels) for r in rows], np.float64)
     found = {
         "prompts": len(units.names),
         "answers": len(rows),
         "failed": failed,
         "without_rounds": sum(not r.calls for r in rows),
         "tokens": int(np.sum(units.length_U)),
-        "target_calls": int(np.sum(units.calls_U)),
+        "target_calls": calls,
         **_named("tau_micro", tau),
         **_named("tau_macro", _figure(quotient(units.macro_U, units.counted_U), units)),
         "tau_raw": raw,
         "length_sglang": _ratio(units.length_U, units.calls_U),
         "length_specdec": float(np.mean([r.length / (r.calls + 1) for r in rows])) if rows else NAN,
-        "survival": kept_D.tolist(),
-        "conditional": conditional(kept_D).tolist(),
+        "survival": survival(rows, depth).tolist(),
+        "survival_drafted": shares(by_depth.accepted_D, by_depth.drafted_D),
+        "conditional": shares(by_depth.accepted_D, by_depth.tried_D),
+        "tried": by_depth.tried_D.tolist(),
         "histogram": histogram(rows, depth).tolist(),
-        "acceptance_rate": (raw - 1) / depth if depth else None,
-        "alpha": alpha_of(raw, depth) if depth else None,
+        "drafted_tokens": sum(sum(r.drafted) for r in rows),
+        "acceptance_rate": _ratio(units.accepted_U, levels) if depth else None,
+        "alpha": alpha_of(raw, shares(by_depth.drafted_D, np.full(depth, calls))) if depth else None,
         "mbsu": tau.value / (1 + float(facts["cost"])),
         "tokens_per_second": NAN if times is None else _ratio(times.length_U, times.seconds_U),
         "user_tokens_per_second": _ratio(units.emitted_U, units.own_seconds_U),

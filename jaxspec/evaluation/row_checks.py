@@ -2,54 +2,93 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxspec.evaluation.equivalence import NEAR_TIE
-from jaxspec.evaluation.rows import PLAIN, Evaluation, Row
+from jaxspec.evaluation.rows import PLAIN, Asked, Evaluation, Row
 
-FIGURES = ("tokens", "emitted", "accepted", "prefill_seconds", "decode_seconds", "finish")
-"""Fields that a row with an error leaves empty."""
+OF_ERRORS = ("id", "task", "turn", "arm", "temperature", "seed", "prompt_tokens", "prompt_hash", "error")
+"""Fields that a row with an error has; all others are at their default."""
+FILLED = 0.95
+"""Least share of the wall time of an arm's batches that their prefill and their rounds fill."""
+EXACT_RULE = "target-draw"
+"""The rule whose text is plain decoding's above temperature 0 too."""
+ROUNDING = 1e-6
+"""Seconds by which readings of a clock may be off."""
 
 
 def check(evaluation: Evaluation) -> list[str]:
-    """Returns a sentence for everything in a file of rows that cannot be; none for a sound file."""
-    found = [f"{_named(row)}: {problem}" for row in evaluation.rows for problem in _row(row, evaluation)]
-    return [*found, *_twice(evaluation.rows), *_paired(evaluation), *_groups(evaluation.rows)]
+    """Returns a sentence for everything in a file of rows that cannot be, or is missing; none for a sound, whole file.
+
+    A file that a run is still writing, or has left, is said to be partial in one sentence.
+    """
+    asked = evaluation.asked
+    found = [f"{_named(row)}: {problem}" for row in evaluation.rows for problem in _row(row, evaluation, asked)]
+    return [
+        *found,
+        *_twice(evaluation.rows),
+        *_paired(evaluation),
+        *_prompts(evaluation.rows),
+        *_groups(evaluation),
+        *_missing(evaluation, asked),
+    ]
 
 
-def _row(row: Row, evaluation: Evaluation) -> Iterator[str]:
+def comparable(facts: Mapping[str, Any], temperature: float) -> bool:
+    """Returns whether an arm's text must be that of plain decoding, token for token."""
+    return facts.get("tree") is None or temperature == 0 or facts.get("rule") == EXACT_RULE
+
+
+def _row(row: Row, evaluation: Evaluation, asked: Mapping[str, Asked]) -> Iterator[str]:
     """Yields what is wrong with one row by itself."""
-    facts = evaluation.arms.get(row.arm)
+    facts, question = evaluation.arms.get(row.arm), asked.get(row.id)
     if facts is None:
         yield "is of an arm that the first line does not name"
         return
+    if question is None:
+        yield "is of a question that the first line does not name"
+    elif row.task != question.task:
+        yield f"is of the task {row.task}, and its question of {question.task}"
+    elif not 0 <= row.turn < question.turns:
+        yield f"is of a question that has {question.turns} turns"
+    if (row.temperature, row.seed) not in evaluation.passes:
+        yield "is of a temperature and seed that the first line does not name"
     if row.error:
-        if filled := [name for name in FIGURES if getattr(row, name)]:
+        fields = [f for f in dataclasses.fields(row) if f.name not in OF_ERRORS]
+        if filled := [f.name for f in fields if getattr(row, f.name) != f.default]:
             yield f"has an error and yet {', '.join(filled)}"
         return
-    yield from _counts(row, int(facts["depth"]))
+    yield from _counts(row, int(facts["depth"]), int(facts["nodes"]))
     yield from _ending(row, evaluation.settings)
-    repeats = len(row.decode_seconds)
-    seconds = (*row.prefill_seconds, *row.decode_seconds)
-    if not repeats or len(row.prefill_seconds) != repeats:
-        yield f"has {len(row.prefill_seconds)} times of prefill and {repeats} of its rounds"
-    if not all(math.isfinite(s) and s >= 0 for s in seconds):
-        yield "has a time that is negative or not finite"
+    yield from _times(row, evaluation.settings)
+    exact = comparable(facts, row.temperature)
+    if exact != (row.identical is not None):
+        yield f"says identical={row.identical}, and its rule {'keeps' if exact else 'does not keep'} plain's text"
 
 
-def _counts(row: Row, depth: int) -> Iterator[str]:
+def _counts(row: Row, depth: int, nodes: int) -> Iterator[str]:
     """Yields what is wrong with the tokens of a row's target calls."""
     length, calls = row.length, row.calls
     if sum(row.emitted) + 1 != length:
         yield f"emits {sum(row.emitted)} tokens and one by prefill, and has {length}"
-    if len(row.accepted) != calls:
-        yield f"has {calls} target calls and {len(row.accepted)} counts of accepted tokens"
+    counts = {"accepted": row.accepted, "drafted": row.drafted, "levels of": row.levels}
+    if short := next((name for name, found in counts.items() if len(found) != calls), None):
+        yield f"has {calls} target calls and {len(counts[short])} counts of {short} tokens"
         return
-    if not all(0 <= a <= depth for a in row.accepted):
-        yield f"accepts {max(row.accepted)} tokens in a round of a tree that is {depth} deep"
+    if wrong := [a for a in row.accepted if not 0 <= a <= depth]:
+        yield f"accepts {wrong[0]} tokens in a round of a tree that is {depth} deep"
+    for j, (a, d, levels) in enumerate(zip(row.accepted, row.drafted, row.levels, strict=True)):
+        if not 0 <= levels <= min(depth, d) or not d < nodes or (d > 0) != (levels > 0):
+            yield f"round {j} drafts {d} tokens {levels} deep, which a tree of {nodes} nodes, {depth} deep, cannot"
+            break
+        if a > levels:
+            yield f"round {j} accepts {a} tokens of drafts that are {levels} deep"
+            break
     if wrong := [j for j, (e, a) in enumerate(zip(row.emitted[:-1], row.accepted, strict=False)) if e != a + 1]:
         yield f"round {wrong[0]} emits {row.emitted[wrong[0]]} tokens and accepts {row.accepted[wrong[0]]}"
     if calls and not 1 <= row.emitted[-1] <= row.accepted[-1] + 1:
@@ -66,46 +105,84 @@ def _counts(row: Row, depth: int) -> Iterator[str]:
 
 def _ending(row: Row, settings: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is wrong with how a row ends."""
-    stops = set(settings.get("stop_ids", ()))
+    stops = set(settings["stop_ids"])
+    budget = min(settings["max_new_tokens"], settings["max_positions"] - row.prompt_tokens)
     if not row.tokens:
         yield "has no token"
-    elif any(t in stops for t in row.tokens[:-1]):
+        return
+    if any(t in stops for t in row.tokens[:-1]):
         yield "goes on behind a stop id"
+    if row.length > budget:
+        yield f"has {row.length} tokens, more than its budget of {budget}"
+    if row.finish not in ("stop", "length"):
+        yield f"ended by {row.finish!r}, which is neither stop nor length"
     elif row.finish == "stop" and row.tokens[-1] not in stops:
         yield f"stopped at {row.tokens[-1]}, which is no stop id"
-    elif row.finish == "length" and row.length > settings["max_new_tokens"]:
-        yield f"has {row.length} tokens, more than its budget of {settings['max_new_tokens']}"
-    elif row.finish not in ("stop", "length"):
-        yield f"ended by {row.finish!r}, which is neither stop nor length"
+    elif row.finish == "length" and row.tokens[-1] in stops:
+        yield f"ended by its length at {row.tokens[-1]}, which is a stop id"
+    elif row.finish == "length" and row.length < budget:
+        yield f"ended by its length with {row.length} tokens, and its budget is {budget}"
+
+
+def _times(row: Row, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with a row's times."""
+    repeats, slots = settings["repeats"], settings.get("slots")
+    wanted = {"prefill_seconds": repeats, "decode_seconds": repeats, "wall_seconds": repeats}
+    wanted["own_latency"] = repeats if slots else 0
+    for name, count in wanted.items():
+        found = getattr(row, name)
+        if len(found) != count:
+            yield f"has {len(found)} values of {name}, and the run has {count}"
+        if not all(math.isfinite(s) and s >= 0 for s in found):
+            yield f"has a value of {name} that is negative or not finite"
+    parts = list(zip(row.prefill_seconds, row.decode_seconds, row.wall_seconds, strict=False))
+    if over := next(((p + d, w) for p, d, w in parts if p + d > w + ROUNDING), None):
+        yield f"has {over[0]:.6g} s of prefill and rounds in {over[1]:.6g} s of wall time"
+    if any(own > whole + ROUNDING for own, whole in zip(row.own_latency, row.decode_seconds, strict=False)):
+        yield "took longer than the whole of its slots"
 
 
 def _twice(rows: Sequence[Row]) -> Iterator[str]:
     """Yields the rows that are there twice."""
+    first = {row.key: row for row in reversed(rows)}
     for key, count in Counter(row.key for row in rows).items():
         if count > 1:
-            yield f"arm {key[0]}, question {key[3]}, turn {key[4]}: stands {count} times"
+            yield f"{_named(first[key])}: stands {count} times"
 
 
 def _paired(evaluation: Evaluation) -> Iterator[str]:
     """Yields what differs between the arms' rows of one answer that must be equal."""
-    plain = {row.key[1:]: row for row in evaluation.rows if row.arm == PLAIN}
-    arms = [arm for arm in evaluation.arms if arm != PLAIN]
-    for arm in arms:
-        mine = {row.key[1:]: row for row in evaluation.rows if row.arm == arm}
-        for key in plain.keys() ^ mine.keys():
+    by_arm: dict[str, dict[Any, Row]] = {arm: {} for arm in evaluation.arms}
+    for row in evaluation.rows:
+        by_arm.get(row.arm, {})[row.key[1:]] = row
+    plain = by_arm.get(PLAIN, {})
+    for row in plain.values():
+        if not row.error and (not row.identical or row.divergence is not None):
+            yield f"{_named(row)}: is plain decoding, and says that its tokens are others"
+    for arm, mine in by_arm.items():
+        if arm == PLAIN:
+            continue
+        for key in sorted(plain.keys() ^ mine.keys()):
             there, lacking = (PLAIN, arm) if key in plain else (arm, PLAIN)
-            yield f"question {key[2]}, turn {key[3]}: has a row of {there} and none of {lacking}"
-        for key in plain.keys() & mine.keys():
+            yield f"{_named((plain | mine)[key])}: has a row of {there} and none of {lacking}"
+        for key in sorted(plain.keys() & mine.keys()):
             yield from (f"{_named(mine[key])}: {problem}" for problem in _against(mine[key], plain[key]))
 
 
 def _against(row: Row, plain: Row) -> Iterator[str]:
     """Yields what is wrong with a row beside the plain row of the same answer."""
-    if row.prompt_hash != plain.prompt_hash:
+    if (row.prompt_hash, row.prompt_tokens) != (plain.prompt_hash, plain.prompt_tokens):
         yield "has another prompt than plain decoding"
-    if row.error or plain.error or row.identical is None:
+    if row.error != plain.error:
+        yield f"has the error {row.error!r}, and plain decoding has {plain.error!r}"
+    if row.error or plain.error:
         return
     same = row.tokens == plain.tokens
+    if row.divergence is not None and (same or row.identical is None):
+        yield f"says that it parts from plain decoding, and its tokens {'do not' if same else 'need not be the same'}"
+        return
+    if row.identical is None:
+        return
     if same != row.identical:
         yield f"says identical={row.identical}, and its tokens {'are' if same else 'are not'} those of plain decoding"
     if same:
@@ -114,25 +191,81 @@ def _against(row: Row, plain: Row) -> Iterator[str]:
         yield "differs from plain decoding and does not say where"
         return
     index, margin = row.divergence
-    if row.tokens[:index] != plain.tokens[:index] or row.tokens[index : index + 1] == plain.tokens[index : index + 1]:
-        yield f"does not part from plain decoding at token {index}, as it says"
-    if margin >= NEAR_TIE:
+    first = next(n for n, (a, b) in enumerate(itertools.zip_longest(row.tokens, plain.tokens)) if a != b)
+    if index != first:
+        yield f"does not part from plain decoding at token {index}, as it says, but at {first}"
+    if not 0 <= margin < NEAR_TIE:
         yield f"parts from plain decoding at token {index} by a margin of {margin:.3g}, which no rounding explains"
 
 
-def _groups(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields the batches whose rows do not agree about it."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def _prompts(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields the questions whose first turn is not the same prompt in all passes."""
+    known: dict[str, str] = {}
+    told = set()
     for row in rows:
+        if row.turn == 0 and known.setdefault(row.id, row.prompt_hash) != row.prompt_hash and row.id not in told:
+            told.add(row.id)
+            yield f"question {row.id}: its rows do not have one prompt"
+
+
+def _groups(evaluation: Evaluation) -> Iterator[str]:
+    """Yields the batches whose rows do not agree about it, and the arms whose batches have time that nothing filled."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in evaluation.rows:
         if not row.error:
             groups.setdefault((row.arm, row.temperature, row.seed, row.group), []).append(row)
-    for (arm, _, _, name), mine in groups.items():
-        facts = {(r.group_rows, r.group_calls, r.prefill_seconds, r.decode_seconds) for r in mine}
+    most = math.inf if evaluation.settings.get("slots") else evaluation.settings["batch"]
+    parts: dict[str, float] = {}
+    walls: dict[str, float] = {}
+    for (arm, temperature, seed, name), mine in groups.items():
+        of = f"arm {arm}, temperature {temperature:g}, seed {seed}, batch {name}"
+        facts = {
+            tuple(map(repr, (r.group_rows, r.group_calls, r.prefill_seconds, r.decode_seconds, r.wall_seconds)))
+            for r in mine
+        }
         if len(facts) > 1 or len(mine) != mine[0].group_rows:
-            yield f"arm {arm}, batch {name}: its {len(mine)} rows do not agree about its size or its time"
+            yield f"{of}: its {len(mine)} rows do not agree about its size or its time"
+        elif len(mine) > most:
+            yield f"{of}: has {len(mine)} rows, and batches of this run have {most} at most"
         elif max(r.calls for r in mine) != mine[0].group_calls:
-            yield f"arm {arm}, batch {name}: says {mine[0].group_calls} target calls, and its longest row has fewer"
+            yield f"{of}: says {mine[0].group_calls} target calls, and its longest row has {max(r.calls for r in mine)}"
+        parts[arm] = parts.get(arm, 0.0) + sum(mine[0].prefill_seconds) + sum(mine[0].decode_seconds)
+        walls[arm] = walls.get(arm, 0.0) + sum(mine[0].wall_seconds)
+    for arm, wall in walls.items():
+        if parts[arm] < FILLED * wall:
+            yield f"arm {arm}: prefill and rounds fill {parts[arm]:.4g} of {wall:.4g} s of wall time, less than 95 %"
+
+
+def _missing(evaluation: Evaluation, asked: Mapping[str, Asked]) -> Iterator[str]:
+    """Yields what a file lacks: holes before its last row, or in one sentence all that has not been answered yet."""
+    passes = evaluation.passes
+    errors = {row.key[1:]: bool(row.error) for row in evaluation.rows}
+    lacking, last = [], (0, 0)
+    for number, one in enumerate(passes):
+        for question in asked.values():
+            for turn in range(question.turns):
+                failed = errors.get((*one, question.id, turn))
+                if failed is None:
+                    lacking.append((number, turn, question.id))
+                else:
+                    last = max(last, (number, turn))
+                if failed:
+                    break  # a question whose turn failed has no later one
+    # Passes follow each other, and in a pass turns do; within a turn batches come by length.
+    holes = [one for one in lacking if one[:2] < last]
+    for number, turn, name in holes:
+        yield f"{_place(passes[number], name, turn)}: has no row, and later ones are there"
+    if left := len(lacking) - len(holes):
+        number, turn, name = next(one for one in lacking if one[:2] >= last)
+        yield (
+            f"is partial: has rows of {len(errors):,} turns and none of {left:,}, such as "
+            f"{_place(passes[number], name, turn)}; the command that began it goes on"
+        )
 
 
 def _named(row: Row) -> str:
-    return f"arm {row.arm}, temperature {row.temperature:g}, seed {row.seed}, question {row.id}, turn {row.turn}"
+    return f"arm {row.arm}, {_place((row.temperature, row.seed), row.id, row.turn)}"
+
+
+def _place(of: tuple[float, int], id: str, turn: int) -> str:
+    return f"temperature {of[0]:g}, seed {of[1]}, question {id}, turn {turn}"

@@ -7,7 +7,8 @@ A file of rows has its settings in its first line: JSON Lines, so a stopped run 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxspec.data import jsonl
 from jaxspec.decoding.answers import Answer
 
-FORMAT = "jaxspec-evaluation/1"
+FORMAT = "jaxspec-evaluation/2"
 PLAIN = "plain"
 """Name of the arm that decodes without drafts."""
 
@@ -44,6 +45,10 @@ class Row:
     """`e_j`: tokens that each of the `R` target calls behind prefill gave, after the cut at a stop id or the budget."""
     accepted: tuple[int, ...] = ()
     """`a_j`: drafted tokens that each accepted, before that cut."""
+    drafted: tuple[int, ...] = ()
+    """`d_j`: drafted tokens that each verified. Rounds of adaptive trees and of prompt lookup may verify none."""
+    levels: tuple[int, ...] = ()
+    """`l_j`: depth of the deepest of them; of a chain it is `d_j`."""
     rejected: tuple[tuple[int, ...], ...] = ()
     """For each of them the drafted tokens behind the accepted path, the first child at each depth; empty where they
     were not kept (`evaluate --rejected`)."""
@@ -57,6 +62,8 @@ class Row:
     """Of the batch, in each repeat: from the prompt to the first token."""
     decode_seconds: tuple[float, ...] = ()
     """Of the batch's rounds, in each repeat; in slots of everything, prefill included."""
+    wall_seconds: tuple[float, ...] = ()
+    """From before prefill to behind the last round, in each repeat: what the two above must fill."""
     own_latency: tuple[float, ...] = ()
     """In slots, in each repeat: seconds from when its prompt was read to its last token."""
     identical: bool | None = None
@@ -109,15 +116,26 @@ class Row:
         return float(np.median(self.decode_seconds or (np.nan,))) * self.calls / self.group_calls
 
 
-def rounds_of(answer: Answer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns `e_j` and `a_j` of an answer's target calls.
+class Rounds(NamedTuple):
+    """Counts of an answer's target calls, named as the fields of a row."""
+
+    emitted: tuple[int, ...]
+    accepted: tuple[int, ...]
+    drafted: tuple[int, ...]
+    levels: tuple[int, ...]
+
+
+def rounds_of(answer: Answer) -> Rounds:
+    """Returns `e_j`, `a_j`, `d_j` and `l_j` of an answer's target calls.
 
     Every call but the last gives one token more than it accepts; what the last accepts is what is left of the count.
     """
     emitted = np.bincount(answer.call_of, minlength=answer.calls + 1)[1:]
     total = int(np.dot(np.arange(len(answer.accepted)), answer.accepted))
     accepted = [int(e) - 1 for e in emitted[:-1]]
-    return tuple(int(e) for e in emitted), (*accepted, *([total - sum(accepted)] if len(emitted) else []))
+    accepted += [total - sum(accepted)] if len(emitted) else []
+    drafted, levels = (tuple(answer.drafted[:, i].tolist()) for i in (0, 1))
+    return Rounds(tuple(int(e) for e in emitted), tuple(accepted), drafted, levels)
 
 
 def to_record(row: Row) -> dict[str, Any]:
@@ -126,28 +144,85 @@ def to_record(row: Row) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, (v, default) in found.items() if v != default}
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, float) or _whole(value)
+
+
+def _time(value: Any) -> bool:
+    return value is None or _real(value)  # JSON has no NaN: null stands for it
+
+
+def _listed(holds: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(map(holds, value))
+
+
+_WHOLES = functools.partial(_listed, _whole)
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "str": (lambda value: isinstance(value, str), "text"),
+    "int": (_whole, "whole number"),
+    "float": (_real, "number"),
+    "tuple[int, ...]": (_WHOLES, "list of whole numbers"),
+    "tuple[float, ...]": (functools.partial(_listed, _time), "list of numbers"),
+    "tuple[tuple[int, ...], ...]": (functools.partial(_listed, _WHOLES), "list of lists of whole numbers"),
+    "bool | None": (lambda value: value is None or isinstance(value, bool), "true, false or null"),
+    "tuple[int, float] | None": (
+        lambda v: v is None or (isinstance(v, list) and len(v) == 2 and _whole(v[0]) and _time(v[1])),
+        "pair of a place and a margin",
+    ),
+}
+"""Type of a field as it is written in `Row` -> whether a value of a JSON object is of it, and its name."""
+
+
 def from_record(record: Mapping[str, Any]) -> Row:
-    """Returns the row of a JSON object. Raises ValueError naming a field that is missing or unknown."""
+    """Returns the row of a JSON object. Raises ValueError naming a field that is missing, unknown or no such value."""
     fields = {f.name: f for f in dataclasses.fields(Row)}
     if stranger := next((name for name in record if name not in fields), None):
         raise ValueError(f"has a field {stranger!r} that rows do not have")
     if missing := next((n for n in ("id", "task") if n not in record), None):
         raise ValueError(f"has no {missing!r}")
-    many = [name for name, field in fields.items() if isinstance(field.default, tuple)]
-    if wrong := next((name for name in many if not isinstance(record.get(name, []), list)), None):
-        raise ValueError(f"{wrong!r} is no list")
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
-    if "rejected" in given:
-        given["rejected"] = tuple(map(tuple, given["rejected"]))
+    types = {name: _TYPES[str(fields[name].type)] for name in record}
+    if wrong := next((name for name, value in record.items() if not types[name][0](value)), None):
+        raise ValueError(f"{wrong!r} is no {types[wrong][1]}")
+    given = {name: _frozen(value) for name, value in record.items()}
     return Row(**given)
+
+
+def _frozen(value: Any) -> Any:
+    """Returns a value of a JSON object with its lists as tuples, in which NaN stands again for null."""
+    if not isinstance(value, list):
+        return value
+    return tuple(float("nan") if one is None else _frozen(one) for one in value)
+
+
+class Asked(NamedTuple):
+    """A question of the run, as the first line of a file names it."""
+
+    id: str
+    task: str
+    turns: int
 
 
 class Evaluation(NamedTuple):
     """A file of rows."""
 
     settings: Mapping[str, Any]
-    """Of the run, with `arms`: name -> facts of each arm (`nodes`, `depth`, `tree`, `drafter`, `rule`, `cost`)."""
+    """Of the run, with `arms`: name -> facts of each arm (`nodes`, `depth`, `tree`, `drafter`, `rule`, `cost`);
+    `asked`: an `Asked` a question; `passes`: every temperature with each of its seeds."""
     rows: Sequence[Row]
+
+    @property
+    def asked(self) -> dict[str, Asked]:
+        """The questions of the run by id."""
+        return {question[0]: Asked(*question) for question in self.settings["asked"]}
+
+    @property
+    def passes(self) -> list[tuple[float, int]]:
+        """Temperature and seed of every pass over the questions, in the order of the run."""
+        return [(temperature, seed) for temperature, seed in self.settings["passes"]]
 
     @property
     def arms(self) -> Mapping[str, Mapping[str, Any]]:
@@ -164,8 +239,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     lines = jsonl.read_lines(path)
     if not lines or not isinstance(lines[0], dict) or lines[0].get("format") != FORMAT:
         raise ValueError(f"{path}: is not a file of rows: its first line does not say {FORMAT!r}")
-    if missing := next((name for name in ("arms", "max_new_tokens") if name not in lines[0]), None):
-        raise ValueError(f"{path}: its first line has no {missing!r}: make the file anew with jaxspec evaluate")
+    if problem := _refused(lines[0]):
+        raise ValueError(f"{path}: {problem}: make the file anew with jaxspec evaluate")
     rows = []
     for number, line in enumerate(lines[1:], 2):
         try:
@@ -173,3 +248,40 @@ def read_evaluation(path: str | Path) -> Evaluation:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
     return Evaluation(lines[0], rows)
+
+
+def _are(count: int, kinds: Sequence[Callable[[Any], bool]], value: Any) -> bool:
+    """Returns whether a value is a list of at least `count` lists with a part of each of these kinds."""
+    whole = isinstance(value, list) and len(value) >= count
+    return whole and all(
+        isinstance(one, list) and len(one) == len(kinds) and all(k(x) for k, x in zip(kinds, one, strict=True))
+        for one in value
+    )
+
+
+def _are_arms(value: Any) -> bool:
+    """Returns whether a value has facts of arms by name."""
+    named = isinstance(value, dict) and all(isinstance(facts, dict) for facts in value.values())
+    return named and all(_whole(facts.get(name)) for facts in value.values() for name in ("depth", "nodes"))
+
+
+_text = _TYPES["str"][0]
+_NEEDED: dict[str, Callable[[Any], bool]] = {
+    "arms": _are_arms,
+    "asked": functools.partial(_are, 1, (_text, _text, _whole)),
+    "passes": functools.partial(_are, 1, (_real, _whole)),
+    "max_new_tokens": _whole,
+    "max_positions": _whole,
+    "repeats": _whole,
+    "batch": _whole,
+    "stop_ids": _WHOLES,
+}
+"""Settings that rows are read and checked with -> whether a value can be that."""
+
+
+def _refused(settings: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a first line; None where nothing is."""
+    if missing := next((name for name in _NEEDED if name not in settings), None):
+        return f"its first line has no {missing!r}"
+    wrong = next((name for name, holds in _NEEDED.items() if not holds(settings[name])), None)
+    return None if wrong is None else f"{wrong!r} of its first line cannot be read"

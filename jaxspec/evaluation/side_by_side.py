@@ -182,6 +182,8 @@ class Timed(NamedTuple):
     decode_seconds: float
     own_latency: Sequence[float] = ()
     """Of each answer, in slots."""
+    wall_seconds: float = 0.0
+    """From the beginning to the end, read from the clock once more."""
 
 
 def _decode(setup: SideBySide, name: str, chosen: AnswerBatch, limit: Any = NO_LIMIT) -> Timed:
@@ -190,9 +192,10 @@ def _decode(setup: SideBySide, name: str, chosen: AnswerBatch, limit: Any = NO_L
     capacity, slots = sizes(models.engine, chosen.capacity_for, setup.max_new_tokens)
     started = time.perf_counter()
     state = jax.block_until_ready(run_prefill(models.engine, models.weights, chosen.requests, capacity, slots))
-    between = time.perf_counter()
+    prefill_seconds, between = time.perf_counter() - started, time.perf_counter()
     state = jax.block_until_ready(run_rounds(models.engine, models.weights, state, limit))
-    return Timed(collect(state), between - started, time.perf_counter() - between)
+    decode_seconds, wall_seconds = time.perf_counter() - between, time.perf_counter() - started
+    return Timed(collect(state), prefill_seconds, decode_seconds, wall_seconds=wall_seconds)
 
 
 def _decode_in_slots(tell: Callable[[str], None], setup: SideBySide, name: str, chosen: AnswerBatch) -> Timed:
@@ -206,7 +209,7 @@ def _decode_in_slots(tell: Callable[[str], None], setup: SideBySide, name: str, 
     ):
         answers[request.key], latency[request.key], wall = answer, seconds - began, seconds
         tell(f"{name}: {len(answers):,} of {len(requests):,} answers")
-    return Timed([answers[number] for number in range(len(requests))], 0.0, wall, latency)
+    return Timed([answers[number] for number in range(len(requests))], 0.0, wall, latency, wall)
 
 
 def _warm(setup: SideBySide, name: str, chosen: AnswerBatch, warmed: set[Any]) -> None:
@@ -229,7 +232,6 @@ def _rows(
         parted = {d.row: (d.index, d.margin) for d in found}
     rows = []
     for number, (asked, answer) in enumerate(zip(chosen.asked, answers, strict=False)):
-        emitted, accepted = rounds_of(answer)
         rows.append(
             _row(
                 asked,
@@ -237,14 +239,14 @@ def _rows(
                 at,
                 tokens=tuple(answer.tokens.tolist()),
                 finish=answer.finish,
-                emitted=emitted,
-                accepted=accepted,
+                **rounds_of(answer)._asdict(),
                 rejected=_rejected(setup, name, asked, answer),
                 group=chosen.name,
                 group_rows=count,
                 group_calls=calls,
                 prefill_seconds=tuple(run.prefill_seconds for run in runs),
                 decode_seconds=tuple(run.decode_seconds for run in runs),
+                wall_seconds=tuple(run.wall_seconds for run in runs),
                 own_latency=tuple(run.own_latency[number] for run in runs if run.own_latency),
                 identical=number not in parted if comparable else None,
                 divergence=parted.get(number),

@@ -87,6 +87,7 @@ def at_prefix(state: DecodeState, prefix: int) -> DecodeState:
         finish_B=jnp.zeros_like(state.finish_B),
         calls_B=jnp.zeros_like(state.calls_B),
         accepted_BP=jnp.zeros_like(state.accepted_BP),
+        drafted_BO2=jnp.zeros_like(state.drafted_BO2),
     )
 
 

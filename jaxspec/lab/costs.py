@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.console.disk import writing
+from jaxspec.console.results import json_text
 
 SOURCES = ("measured", "compiled", "roofline")
 """Where a figure is from: a clock on this machine; a compiler's cycles and traffic for a chip; bytes and FLOPs."""
@@ -67,7 +68,7 @@ class CostTable:
         """Writes a JSON file."""
         value = {"format": FORMAT, **self.facts, "rows": [row._asdict() for row in self.rows]}
         with writing(path):
-            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json_text(value, indent=1) + "\n", encoding="utf-8")
 
 
 FORMAT = "jaxspec costs 1"

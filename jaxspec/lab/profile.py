@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.console.disk import writing
+from jaxspec.console.results import json_text
 
 MISSED = -1
 """Rank of a token that is not among the `K` likeliest children."""
@@ -105,7 +106,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Writes one compressed `.npz` file with the facts as JSON among the arrays."""
-        text = json.dumps({"format": FORMAT, "sources": self.sources, **self.facts})
+        text = json_text({"format": FORMAT, "sources": self.sources, **self.facts})
         arrays = {n: getattr(self, n) for n in ARRAYS} | ({} if self.counts is None else self.counts._asdict())
         with writing(path), path.open("wb") as file:
             np.savez_compressed(file, facts=np.frombuffer(text.encode(), np.uint8), **arrays)

@@ -47,7 +47,7 @@ def _set(anchor: str, title: str, lines: Mapping[str, Mapping[str, Any]]) -> lis
     return [
         _accepted(anchor, title, lines),
         _by_depth(anchor, title, lines, "survival", "S_i: rounds that accept i or more"),
-        _by_depth(anchor, title, lines, "conditional", "c_i: of rounds that accept i - 1"),
+        _by_depth(anchor, title, lines, "conditional", "c_i: of rounds that accept i - 1 and draft i"),
     ]
 
 
@@ -74,9 +74,9 @@ def _shares(counts: Sequence[int]) -> list[float]:
 def _by_depth(anchor: str, title: str, lines: Mapping[str, Mapping[str, Any]], key: str, label: str) -> Picture:
     depths = [float(i + 1) for i in range(max((len(f[key]) for f in lines.values()), default=1))]
     series = [Series(name, depths[: len(f[key])], f[key]) for name, f in lines.items()]
-    of = "rounds" if key == "survival" else "rounds that accept i - 1"
+    of = "rounds" if key == "survival" else "rounds that accept i - 1 and draft i"
     numbers = [
-        [name, i, value, sum(f["histogram"][0 if key == "survival" else i - 1 :])]
+        [name, i, value, sum(f["histogram"]) if key == "survival" else f["tried"][i - 1]]
         for name, f in lines.items()
         for i, value in enumerate(f[key], 1)
     ]

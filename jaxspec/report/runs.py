@@ -20,7 +20,7 @@ ALL = "all"
 """Name of all tasks together."""
 COMPARABLE = ("target_weights", "tokenizer", "template", "prompts_sha256", "limit", "max_new_tokens", "stop_ids")
 """Settings without which answers of two runs are not those to the same questions."""
-UNCOMPARED = ("format", "arms", "target", "prompts")
+UNCOMPARED = ("format", "arms", "target", "prompts", "passes")
 """Settings that are shown in another place, or are names beside a hash."""
 
 
@@ -36,10 +36,10 @@ class ReportRun:
     problems: Sequence[str]
     """Sentences about invariants that do not hold."""
 
-    @property
+    @functools.cached_property
     def settings(self) -> Mapping[str, Any]:
-        """Settings that all rows share."""
-        return self.evaluation.settings
+        """Settings that all rows share, without the list of questions."""
+        return {name: value for name, value in self.evaluation.settings.items() if name != "asked"}
 
     @property
     def width(self) -> int:

@@ -29,8 +29,8 @@ FIRST_SHOWN = 2
 """Tables that are shown; the rest are folded."""
 EVERY_FIGURE = (
     "prompts", "answers", "failed", "without_rounds", "tokens", "target_calls", "tau_raw", "length_sglang",
-    "length_specdec", "acceptance_rate", "alpha", "mbsu", "speedup_macro", "decode_speedup", "efficiency",
-    "user_tokens_per_second", "ttft_ms",
+    "length_specdec", "drafted_tokens", "acceptance_rate", "alpha", "mbsu", "speedup_macro", "decode_speedup",
+    "efficiency", "user_tokens_per_second", "ttft_ms",
 )  # fmt: skip
 """Figures of the last table, which those above it do not show."""
 

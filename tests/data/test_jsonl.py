@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def count_to(most: int, stop_at: int | None = None):
             yield {"n": n}
 
     return make
+
+
+def test_lines_have_null_where_numbers_are_not_finite(tmp_path: Path):
+    path = tmp_path / "kept.jsonl"
+    found = jsonl.resume(path, {}, lambda known: [{"rate": math.nan, "rates": [1.5, -math.inf], "text": "NaN é"}])
+    assert found == [{"rate": None, "rates": [1.5, None], "text": "NaN é"}]
+    assert path.read_text(encoding="utf-8") == '{"rate": null, "rates": [1.5, null], "text": "NaN é"}\n'
 
 
 def test_records_are_made_further_after_a_stop_and_never_twice(tmp_path: Path):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_rounds import assert_same_text, models
+from test_rounds import assert_same_text, batches, models, pair
 from test_slots import BUDGET, ENGINES, random_rows
 
 from jaxspec.base import ROOT
@@ -61,6 +61,41 @@ def test_rounds_one_by_one_add_up_to_the_answer_of_the_loop(rule: str):
         if rule == "adaptive":
             continue  # rows share the decision about their trees
         assert done[i].calls == alone.calls and done[i].accepted.tolist() == alone.accepted.tolist()
+
+
+DRAFTED = [("eagle", "chain"), ("eagle", "static"), ("eagle", "dynamic"), ("eagle", "adaptive")]
+DRAFTED += [("lookup", "lookup"), ("lookup", "both"), ("eagle", "ragged")]
+
+
+@pytest.mark.parametrize(("drafter", "tree"), DRAFTED)
+def test_every_call_says_how_many_drafts_it_verified_and_how_deep(drafter: str, tree: str):
+    """The rounds of one row, recorded one by one, hold as many nodes as the loop's answer counts."""
+    engine, weights = pair(drafter, tree)
+    for row in random_rows(np.random.default_rng(13), 4):
+        slots = Slots(engine, weights, 1, longest=30, max_new_tokens=BUDGET, stops=2)
+        slots.admit(row, 0)
+        (answer,), counted = generate(engine, weights, make_requests([row])), []
+        while len(counted) < answer.calls:
+            seen = slots.step().tree
+            depths = [0] * len(seen.valid_BN[0])
+            for node in np.flatnonzero(seen.valid_BN[0])[1:]:
+                depths[node] = depths[seen.parent_BN[0, node]] + 1
+            counted.append([int(seen.valid_BN[0].sum()) - 1, max(depths)])
+        assert answer.drafted.tolist() == counted
+        emitted = np.bincount(answer.call_of, minlength=answer.calls + 1)[1:]
+        assert all(e - 1 <= depth <= drafted for e, (drafted, depth) in zip(emitted, counted, strict=True))
+
+
+def test_rows_of_a_batch_count_their_own_drafts_and_lookup_alone_may_draft_none():
+    engine, weights = pair("lookup", "lookup")
+    answers = generate(engine, weights, batches()["mixed"])
+    assert [len(answer.drafted) for answer in answers] == [answer.calls for answer in answers]
+    drafted = np.concatenate([answer.drafted for answer in answers])
+    assert set(drafted[:, 0].tolist()) == {0, 7} and (drafted[:, 0] == drafted[:, 1]).all()
+    engine, weights = pair("eagle", "chain")
+    assert {tuple(d) for a in generate(engine, weights, batches()["mixed"]) for d in a.drafted.tolist()} == {(3, 3)}
+    (plain,) = generate(Engine(models().target), weights, make_requests(random_rows(np.random.default_rng(1), 1)))
+    assert plain.drafted.tolist() == [[0, 0]] * plain.calls
 
 
 def test_plain_decoding_goes_round_by_round_too():

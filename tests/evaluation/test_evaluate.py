@@ -115,7 +115,7 @@ def test_trees_that_differ_under_one_name_are_refused_and_the_same_one_twice_is_
 def test_drafts_behind_a_path_are_the_first_children_below_it():
     """Root 5 with children 6 and 7; 6 has 8 and 9, 9 has 10; the last node is padding."""
     parents, valid = [-1, 0, 0, 1, 1, 4, 2], [True] * 6 + [False]
-    tree = SeenTree(*(jnp.array([x]) for x in ([5, 6, 7, 8, 9, 10, 0], parents, valid, [0, 1, 4, 4])))
+    tree = SeenTree(*(jnp.array([x]) for x in ([5, 6, 7, 8, 9, 10, 0], parents, valid, [0, 1, 4, 4], [5, 3])))
     assert behind_path(tree, 0) == [6, 8] and behind_path(tree, 1) == [8] and behind_path(tree, 2) == [10]
     beside = tree._replace(path_BP=jnp.array([[0, 2, 2, 2]]))
     assert behind_path(beside, 1) == []  # node 7 has padding below it alone

@@ -13,30 +13,49 @@ import pytest
 from jaxspec.decoding.answers import Answer
 from jaxspec.evaluation.metrics import alpha_of, summarize, summarize_all, survival
 from jaxspec.evaluation.row_checks import check
-from jaxspec.evaluation.rows import PLAIN, Evaluation, Row, from_record, rounds_of, to_record
+from jaxspec.evaluation.rows import PLAIN, Evaluation, Row, rounds_of
 from jaxspec.evaluation.statistics import quotient, resampled
 
 STOP, DEPTH, BUDGET = 0, 3, 64
 ARMS = {
-    PLAIN: {"depth": 0, "nodes": 1, "cost": 0.0, "tree": None},
-    "chain:3": {"depth": DEPTH, "nodes": 4, "cost": 0.25, "tree": "chain:3"},
+    PLAIN: {"depth": 0, "nodes": 1, "cost": 0.0, "tree": None, "rule": None},
+    "chain:3": {"depth": DEPTH, "nodes": 4, "cost": 0.25, "tree": "chain:3", "rule": "target-draw"},
 }
-SETTINGS: dict[str, Any] = {"arms": ARMS, "stop_ids": [STOP], "max_new_tokens": BUDGET}
 
 
-def make_pair(id: str, task: str, accepted: list[int], cut: int = 0, *, finish: str = "stop", turn: int = 0, tie=None):
-    """The rows of plain decoding and of a chain of one answer; the last round is cut by `cut` tokens."""
+def evaluation_of(rows: list[Row], **changes: Any) -> Evaluation:
+    """The rows below the first line of a run that asked what they answer."""
+    task_of: dict[str, str] = {}
+    for row in rows:
+        task_of.setdefault(row.id, row.task)
+    asked = [[id, task, 1 + max(r.turn for r in rows if r.id == id)] for id, task in task_of.items()]
+    passes = sorted({(row.temperature, row.seed) for row in rows})
+    settings = {"arms": ARMS, "asked": asked, "passes": [list(one) for one in passes], "stop_ids": [STOP], "batch": 4}
+    settings |= {"max_new_tokens": BUDGET, "max_positions": 1000, "repeats": 3, "slots": None}
+    return Evaluation(settings | changes, rows)
+
+
+def make_pair(
+    id: str, task: str, accepted: list[int], cut: int = 0, *, finish: str = "stop", turn: int = 0, drafted=None
+):
+    """The rows of plain decoding and of a chain of one answer; the last round is cut by `cut` tokens.
+
+    Its rounds draft `drafted` tokens, by default as many as the chain is deep.
+    """
+    drafted = (DEPTH,) * len(accepted) if drafted is None else tuple(drafted)
     emitted = [a + 1 for a in accepted]
     if emitted:
         emitted[-1] -= cut
     length = 1 + sum(emitted)
     tokens = tuple([7] * (length - 1) + [STOP if finish == "stop" else 7])
+    prompt = 10 if finish == "stop" else 1000 - length  # a budget is what is left of the target's positions
     shared: dict[str, Any] = {
         "id": id,
         "task": task,
         "turn": turn,
         "finish": finish,
         "prompt_hash": "p",
+        "prompt_tokens": prompt,
         "group": f"{turn}:{id}",
     }
     plain = Row(
@@ -44,9 +63,12 @@ def make_pair(id: str, task: str, accepted: list[int], cut: int = 0, *, finish: 
         tokens=tokens,
         emitted=(1,) * (length - 1),
         accepted=(0,) * (length - 1),
+        drafted=(0,) * (length - 1),
+        levels=(0,) * (length - 1),
         group_calls=length - 1,
         prefill_seconds=(0.5, 0.25, 0.125),
-        decode_seconds=tuple(0.01 * (length - 1) * x for x in (1, 2, 3)),
+        decode_seconds=(seconds := tuple(0.01 * (length - 1) * x for x in (1, 2, 3))),
+        wall_seconds=tuple(map(sum, zip((0.5, 0.25, 0.125), seconds, strict=True))),
         identical=True,
     )
     other = dataclasses.replace(
@@ -54,8 +76,11 @@ def make_pair(id: str, task: str, accepted: list[int], cut: int = 0, *, finish: 
         arm="chain:3",
         emitted=tuple(emitted),
         accepted=tuple(accepted),
+        drafted=drafted,
+        levels=drafted,
         group_calls=len(emitted),
-        decode_seconds=tuple(0.015 * len(emitted) * x for x in (1, 2, 3)),
+        decode_seconds=(seconds := tuple(0.015 * len(emitted) * x for x in (1, 2, 3))),
+        wall_seconds=tuple(map(sum, zip((0.5, 0.25, 0.125), seconds, strict=True))),
     )
     return [plain, other]
 
@@ -66,7 +91,8 @@ def some_rows() -> list[Row]:
     for number in range(40):
         accepted = [rng.randint(0, DEPTH) for _ in range(rng.randint(1, 12))]
         task, finish = rng.choice(["math", "chat"]), rng.choice(["stop", "length"])
-        rows += make_pair(f"q{number}", task, accepted, rng.randint(0, accepted[-1]), finish=finish)
+        drafted = [rng.randint(a, DEPTH) for a in accepted]  # as an adaptive tree does
+        rows += make_pair(f"q{number}", task, accepted, rng.randint(0, accepted[-1]), finish=finish, drafted=drafted)
         if task == "chat":
             rows += make_pair(f"q{number}", task, [1, 2], turn=1)
     return rows
@@ -79,7 +105,7 @@ def mine(rows: list[Row], arm: str) -> list[Row]:
 def test_every_figure_is_that_of_a_second_slow_computation():
     rows = some_rows()
     found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
-    emitted = calls = kept = length = 0
+    emitted = calls = kept = length = drafts = 0
     each, specdec, ours, theirs, rounds = [], [], Fraction(0), Fraction(0), []
     for row in rows:
         repeats = zip(row.prefill_seconds, row.decode_seconds, strict=True)
@@ -89,10 +115,10 @@ def test_every_figure_is_that_of_a_second_slow_computation():
             continue
         ours += seconds
         emitted, calls, kept = emitted + sum(row.emitted), calls + len(row.emitted), kept + sum(row.accepted)
-        length += len(row.tokens)
+        length, drafts = length + len(row.tokens), drafts + sum(row.drafted)
         each.append(Fraction(sum(row.emitted), len(row.emitted)))
         specdec.append(Fraction(len(row.tokens), len(row.emitted) + 1))
-        rounds += row.accepted
+        rounds += zip(row.accepted, row.drafted, strict=True)
     tau = emitted / calls
     expected = {
         "tau_micro": tau,
@@ -100,7 +126,8 @@ def test_every_figure_is_that_of_a_second_slow_computation():
         "tau_raw": 1 + kept / calls,
         "length_sglang": length / calls,
         "length_specdec": float(sum(specdec) / len(specdec)),
-        "acceptance_rate": kept / (DEPTH * calls),
+        "acceptance_rate": kept / drafts,
+        "drafted_tokens": drafts,
         "mbsu": tau / 1.25,
         "speedup": float(theirs / ours),
         "tokens_per_second": float(length / ours),
@@ -115,10 +142,37 @@ def test_every_figure_is_that_of_a_second_slow_computation():
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-9), name
-    assert found["histogram"] == [rounds.count(k) for k in range(DEPTH + 1)]
-    assert found["survival"] == pytest.approx([sum(a >= i for a in rounds) / calls for i in (1, 2, 3)])
-    at_least = [sum(a >= i for a in rounds) for i in range(DEPTH + 1)]
-    assert found["conditional"] == pytest.approx([b / a for a, b in itertools.pairwise(at_least)])
+    assert found["histogram"] == [sum(a == k for a, _ in rounds) for k in range(DEPTH + 1)]
+    assert found["tried"] == [sum(a >= i - 1 and d >= i for a, d in rounds) for i in (1, 2, 3)]
+    got = [sum(a >= i for a, _ in rounds) for i in (1, 2, 3)]
+    drafted = [sum(d >= i for _, d in rounds) for i in (1, 2, 3)]
+    assert 0 < drafted[2] < drafted[1] < drafted[0] <= calls
+    assert found["survival"] == pytest.approx([n / calls for n in got])
+    assert found["survival_drafted"] == pytest.approx([n / of for n, of in zip(got, drafted, strict=True)])
+    assert found["conditional"] == pytest.approx([n / of for n, of in zip(got, found["tried"], strict=True)])
+    powers = sum(n / calls * found["alpha"] ** i for i, n in enumerate(drafted, 1))
+    assert 1 + powers == pytest.approx(1 + kept / calls)
+
+
+def test_rounds_that_draft_all_levels_have_the_figures_of_the_papers():
+    rows = [row for row in mine(some_rows(), "chain:3")]
+    rows = [dataclasses.replace(row, drafted=(DEPTH,) * row.calls, levels=(DEPTH,) * row.calls) for row in rows]
+    found = summarize(rows, ARMS["chain:3"], [])
+    before = [1.0, *found["survival"]]
+    assert found["conditional"] == pytest.approx([b / a for a, b in itertools.pairwise(before)])
+    assert found["survival_drafted"] == found["survival"]
+    assert found["acceptance_rate"] == pytest.approx((found["tau_raw"] - 1) / DEPTH)
+    assert sum(found["alpha"] ** i for i in range(DEPTH + 1)) == pytest.approx(found["tau_raw"])
+
+
+def test_rounds_without_drafts_say_nothing_about_acceptance():
+    """Prompt lookup that finds nothing in half of its rounds, and all of its drafts are accepted."""
+    rows = make_pair("a", "x", [3, 0, 3, 0], drafted=[3, 0, 3, 0])
+    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
+    assert found["acceptance_rate"] == 1 and found["conditional"] == [1.0] * 3 and found["survival"] == [0.5] * 3
+    assert found["alpha"] == pytest.approx(1) and check(evaluation_of(rows)) == []
+    none = summarize(mine(make_pair("a", "x", [0, 0], drafted=[0, 0]), "chain:3"), ARMS["chain:3"], [])
+    assert math.isnan(none["acceptance_rate"]) and math.isnan(none["alpha"]) and none["drafted_tokens"] == 0
 
 
 def test_the_conversions_between_conventions_hold():
@@ -135,8 +189,12 @@ def test_the_conversions_between_conventions_hold():
 @pytest.mark.parametrize("depth", [1, 7])
 def test_alpha_is_the_acceptance_that_gives_tau(alpha: float, depth: int):
     tau = sum(alpha**i for i in range(depth + 1))
-    assert alpha_of(tau, depth) == pytest.approx(alpha, abs=1e-6)
-    assert math.isnan(alpha_of(depth + 1.5, depth)) and math.isnan(alpha_of(0.5, depth))
+    whole = [1.0] * depth
+    assert alpha_of(tau, whole) == pytest.approx(alpha, abs=1e-6)
+    assert math.isnan(alpha_of(depth + 1.5, whole)) and math.isnan(alpha_of(0.5, whole))
+    # Half of the rounds draft nothing: they give a token each, and say nothing about acceptance.
+    assert alpha_of((1 + tau) / 2, [0.5] * depth) == pytest.approx(alpha, abs=1e-6)
+    assert math.isnan(alpha_of(1.0, [0.0] * depth))
 
 
 def test_hand_made_rows_have_known_figures():
@@ -169,7 +227,7 @@ TRAPS = {
 @pytest.mark.parametrize("name", TRAPS)
 def test_traps_are_sound_rows_and_are_counted(name: str):
     rows = TRAPS[name]
-    assert check(Evaluation(SETTINGS, rows)) == []
+    assert check(evaluation_of(rows)) == []
     found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
     if rows[1].calls:
         assert found["tau_micro"] == sum(rows[1].emitted) / rows[1].calls and not found["without_rounds"]
@@ -184,73 +242,11 @@ def broken(**changes: Any) -> list[Row]:
     return [plain, dataclasses.replace(other, **changes)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        (broken(emitted=(3, 3)), "emits 6 tokens and one by prefill, and has 6"),
-        (broken(accepted=(2,)), "has 2 target calls and 1 counts"),
-        (broken(accepted=(4, 1)), "accepts 4 tokens in a round of a tree that is 3 deep"),
-        (broken(emitted=(2, 3), accepted=(2, 2)), "round 0 emits 2 tokens and accepts 2"),
-        (broken(emitted=(3, 2), accepted=(2, 0)), "its last round emits 2 tokens and accepts 0"),
-        (broken(emitted=(5,), accepted=(3,), group_calls=1), "which a tree 3 deep cannot"),
-        (broken(tokens=(7, STOP, 7, 7, 7, STOP)), "goes on behind a stop id"),
-        (broken(tokens=(7,) * 6, identical=False, divergence=(5, 0.0)), "stopped at 7, which is no stop id"),
-        (broken(finish="running"), "neither stop nor length"),
-        (broken(prompt_hash="other"), "has another prompt than plain decoding"),
-        (broken(identical=False), "its tokens are those of plain decoding"),
-        (broken(tokens=(7, 8, 7, 7, 7, STOP)), "its tokens are not those of plain decoding"),
-        (broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False), "does not say where"),
-        (broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False, divergence=(2, 0.0)), "does not part from plain"),
-        (broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False, divergence=(1, 0.5)), "which no rounding explains"),
-        (broken(error="is empty"), "has an error and yet tokens"),
-        (broken(arm="other"), "is of an arm that the first line does not name"),
-        (broken(decode_seconds=(float("nan"),) * 3), "not finite"),
-        (broken(decode_seconds=()), "has 3 times of prefill and 0 of its rounds"),
-        (broken(group_rows=2), "do not agree about its size"),
-        (broken(group_calls=5), "says 5 target calls"),
-        (broken(turn=1), "has a row of plain and none of chain:3"),
-        ([*broken(), broken()[1]], "stands 2 times"),
-    ],
-)
-def test_rows_that_cannot_be_are_named(rows: list[Row], told: str):
-    assert any(told in problem for problem in check(Evaluation(SETTINGS, rows)))
-
-
-def test_plain_decoding_gives_one_token_a_call():
-    plain, other = make_pair("a", "x", [2, 1])
-    plain = dataclasses.replace(plain, emitted=(1, 1), accepted=(0, 0))
-    problems = check(Evaluation(SETTINGS, [plain, other]))
-    assert any("is plain decoding of 6 tokens in 2 target calls" in problem for problem in problems)
-
-
-def test_sound_rows_pass_and_a_near_tie_is_sound():
-    assert check(Evaluation(SETTINGS, some_rows())) == []
-    rows = broken(tokens=(7, 8, 7, 7, 7, STOP), identical=False, divergence=(1, 1e-5))
-    assert check(Evaluation(SETTINGS, rows)) == []
-    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
-    assert (found["identical_fraction"], found["near_ties"], found["differing"]) == (0.0, 1, 0)
-
-
-def test_a_row_with_an_error_is_counted_and_has_no_figures():
-    rows = [*make_pair("a", "x", [2, 1]), *(Row(id="b", task="x", arm=arm, error="is empty") for arm in ARMS)]
-    assert check(Evaluation(SETTINGS, rows)) == []
-    found = summarize(mine(rows, "chain:3"), ARMS["chain:3"], mine(rows, PLAIN))
-    assert found["failed"] == 1 and found["answers"] == 1 and found["tau_micro"] == 2.5
-
-
-def test_rows_come_back_from_their_records():
-    for row in some_rows():
-        assert from_record(to_record(row)) == row
-    with pytest.raises(ValueError, match="has a field 'speed' that rows do not have"):
-        from_record({"id": "a", "task": "x", "speed": 1})
-    with pytest.raises(ValueError, match="has no 'task'"):
-        from_record({"id": "a"})
-
-
 def test_rounds_of_an_answer_are_its_calls():
-    answer = Answer(np.arange(7), "stop", 3, np.array([1, 0, 2, 0]), np.array([0, 1, 2, 2, 2, 3, 3]))
-    assert rounds_of(answer) == ((1, 3, 2), (0, 2, 2))
-    assert rounds_of(Answer(np.arange(1), "stop", 0, np.zeros(4, int), np.zeros(1, int))) == ((), ())
+    drafted = np.array([[0, 0], [7, 2], [4, 3]])
+    answer = Answer(np.arange(7), "stop", 3, np.array([1, 0, 2, 0]), np.array([0, 1, 2, 2, 2, 3, 3]), drafted)
+    assert rounds_of(answer) == ((1, 3, 2), (0, 2, 2), (0, 7, 4), (0, 2, 3))
+    assert rounds_of(Answer(np.arange(1), "stop", 0, np.zeros(4, int), np.zeros(1, int))) == ((), (), (), ())
 
 
 def test_strata_keep_their_number_of_units_and_few_units_have_a_skewed_interval():

@@ -56,7 +56,10 @@ def settings(**changes: Any) -> dict[str, Any]:
         "limit": None,
         "dtype": "fp32",
         "max_new_tokens": 512,
+        "max_positions": 8192,
         "temperatures": [0.0],
+        "passes": [[0.0, 0]],
+        "asked": [["q0", "qa", 1]],
         "batch": 1,
         "repeats": 3,
         "stop_ids": list(known.stop_ids),
@@ -70,7 +73,8 @@ def answer_rows(id: str, task: str, chances: Mapping[str, float], *, seed: int =
     """An answer of every arm; each accepts drafted tokens with its chance, and all have the same tokens."""
     rng = random.Random(f"{id} {seed}")
     length, found = rng.randint(100, 180), []
-    tokens, slow = some_tokens()[:length], rng.uniform(0.8, 1.2)
+    tokens, slow = [*some_tokens()[: length - 1], tiny_tokenizer().stop_ids[0]], rng.uniform(0.8, 1.2)
+    prompt = rng.choice((30, 90, 300))
     for arm, facts in ARMS.items():
         emitted, accepted, left = [], [], length - 1
         while left:
@@ -81,10 +85,12 @@ def answer_rows(id: str, task: str, chances: Mapping[str, float], *, seed: int =
             accepted.append(a)
             left -= emitted[-1]
         seconds = tuple(len(emitted) * SECONDS[arm] * slow * rng.uniform(0.95, 1.05) for _ in range(3))
-        about: dict[str, Any] = {"id": id, "task": task, "arm": arm, "prompt_tokens": rng.choice((30, 90, 300))}
-        about |= {"prompt_hash": id, "tokens": tuple(tokens), "finish": "length", "group": f"from {id}"}
+        about: dict[str, Any] = {"id": id, "task": task, "arm": arm, "prompt_tokens": prompt}
+        about |= {"prompt_hash": id, "tokens": tuple(tokens), "finish": "stop", "group": f"from {id}"}
         about |= {"emitted": tuple(emitted), "accepted": tuple(accepted), "group_calls": len(emitted)}
+        about |= {"drafted": (facts["nodes"] - 1,) * len(emitted), "levels": (facts["depth"],) * len(emitted)}
         about |= {"prefill_seconds": (0.01, 0.011, 0.012), "decode_seconds": seconds, "identical": True}
+        about["wall_seconds"] = tuple(map(sum, zip(about["prefill_seconds"], seconds, strict=True)))
         found.append(Row(**{**about, **fields}))
     return found
 
@@ -108,7 +114,10 @@ def failed_rows(id: str, task: str, error: str = "is empty", **fields: Any) -> l
 def write_rows(folder: Path, rows: Sequence[Row], **changes: Any) -> Path:
     """Writes a file of rows; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [settings(**changes), *map(to_record, rows)]
+    asked = {row.id: [row.id, row.task, 1 + max(r.turn for r in rows if r.id == row.id)] for row in rows}
+    passes = sorted({(row.temperature, row.seed) for row in rows})
+    named = {"asked": list(asked.values()), "passes": [list(one) for one in passes]} if rows else {}
+    lines = [settings(**named | changes), *map(to_record, rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
