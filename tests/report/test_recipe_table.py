@@ -16,8 +16,8 @@ COMPARED: dict[str, Any] = {
             "tree": "chain:3",
             "drafted_tree": "chain:3",
             "prompts": 12,
-            "tau": tau,
-            "ratio": tau / 2,
+            **{f"tau{end}": tau for end in ("", "_low", "_high")},
+            **{f"ratio{end}": tau / 2 for end in ("", "_low", "_high")},
             "train_tokens": 1_000_000,
         }
         for recipe, tau in (("draft_lm_kld", 1.5), ("eagle2", 2.0), ("best", 2.5))
