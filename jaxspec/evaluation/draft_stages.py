@@ -29,7 +29,7 @@ CAUSES = {
 }
 
 
-class Tally(NamedTuple):
+class DraftTally(NamedTuple):
     """Drafts of one depth that were compared."""
 
     compared: int = 0
@@ -44,10 +44,10 @@ class Tally(NamedTuple):
         """Share that is equal or differs at a tie."""
         return (self.equal + self.ties) / self.compared if self.compared else None
 
-    def plus(self, equal: bool, tie: bool, place: str) -> Tally:
+    def plus(self, equal: bool, tie: bool, place: str) -> DraftTally:
         """Returns the tally with one draft more."""
         other = self.other if equal or tie else self.other or place
-        return Tally(self.compared + 1, self.equal + equal, self.ties + (tie and not equal), other)
+        return DraftTally(self.compared + 1, self.equal + equal, self.ties + (tie and not equal), other)
 
 
 def drafts_nothing(told: Sequence[ToldAnswer]) -> bool:
@@ -56,9 +56,9 @@ def drafts_nothing(told: Sequence[ToldAnswer]) -> bool:
     return bool(rounds) and all(len(one.ids) == 1 for one in rounds)
 
 
-def tally_drafts(answers: Sequence[GoldenAnswer], told: Sequence[ToldAnswer], tie: float) -> list[Tally]:
+def tally_drafts(answers: Sequence[GoldenAnswer], told: Sequence[ToldAnswer], tie: float) -> list[DraftTally]:
     """Returns by depth how the drafts of the first rounds compare, where the answers before them are the same."""
-    found: list[Tally] = []
+    found: list[DraftTally] = []
     for number, (answer, said) in enumerate(zip(answers, told, strict=True)):
         known = {draft.at: draft for draft in answer.drafts}
         for one in said.rounds:
@@ -66,7 +66,7 @@ def tally_drafts(answers: Sequence[GoldenAnswer], told: Sequence[ToldAnswer], ti
             if draft is None or said.tokens[: one.at] != answer.output_ids[: one.at]:
                 continue
             for depth, (equal, tied) in enumerate(_compare(draft, one, tie)):
-                found += [Tally()] * (depth + 1 - len(found))
+                found += [DraftTally()] * (depth + 1 - len(found))
                 found[depth] = found[depth].plus(equal, tied, f"answer {number + 1} behind token {one.at}")
     return found
 
@@ -107,7 +107,7 @@ def compare_children(
     return equal, first and all(tied(rank, max(len(served), rank + 1)) for rank in missing)
 
 
-def first_draft(tallies: Sequence[Tally], told: Sequence[ToldAnswer], dtype: str) -> Found:
+def first_draft(tallies: Sequence[DraftTally], told: Sequence[ToldAnswer], dtype: str) -> Found:
     """Returns whether the drafts behind the first step are equal."""
     need = EQUAL_DRAFTS[dtype]
     if drafts_nothing(told):
@@ -118,14 +118,14 @@ def first_draft(tallies: Sequence[Tally], told: Sequence[ToldAnswer], dtype: str
     return _judge(FIRST, tallies[:1], need)
 
 
-def unrolled_drafts(tallies: Sequence[Tally], dtype: str) -> Found:
+def unrolled_drafts(tallies: Sequence[DraftTally], dtype: str) -> Found:
     """Returns whether the drafts of the further depths are equal."""
     if len(tallies) < 2:
         return not_given(UNROLLED, "no round that begins where a golden one does drafts a second token")
     return _judge(UNROLLED, tallies[1:], EQUAL_DRAFTS[dtype])
 
 
-def _judge(name: str, tallies: Sequence[Tally], need: float) -> Found:
+def _judge(name: str, tallies: Sequence[DraftTally], need: float) -> Found:
     shares = [tally.share or 0.0 for tally in tallies]
     passed = all(share >= need for share in shares)
     note = f"{tallies[0].compared} rounds compared, {sum(tally.ties for tally in tallies)} drafts differ at ties"

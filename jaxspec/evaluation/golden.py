@@ -65,7 +65,7 @@ class GoldenDraft(NamedTuple):
 
 
 class GoldenAnswer(NamedTuple):
-    """What follows a prompt."""
+    """The answer to a prompt, and the drafts along it."""
 
     output_ids: list[int]
     """The target's greedy answer, a stop id included."""
@@ -188,20 +188,20 @@ def _rendered(models: Models, prompt: Prompt) -> GoldenPrompt:
 
 
 def make_run(models: Models, prompts: Sequence[GoldenPrompt], tree: str) -> GoldenRun:
-    """Returns what models do on prompts in their dtype."""
+    """Returns the answers and drafts of models in their dtype."""
     # A drafter beside a chain without nodes decodes plainly, a token a round, and reads along.
     reading, drafting = models.with_tree(chain(0)), models.with_tree(parse_tree(tree))
     answers, accepted = [], []
     for prompt in prompts:
         request = models.request(np.asarray(prompt.prompt_ids, np.int32), Settings(NEW_TOKENS))
-        answers.append(_answer(reading, request, parse_tree(tree).depth))
+        answers.append(_answer(reading, prompt, request, parse_tree(tree).depth))
         # As servers count: with what a last round accepts behind the answer's end, which a replay leaves out.
         (drafted,) = generate(drafting.engine, drafting.weights, make_requests([request]))
         accepted.append(drafted.accepted)
     return GoldenRun(answers, rank_hits([answer.ranks for answer in answers]), acceptance_of(np.asarray(accepted)))
 
 
-def _answer(reading: Models, request: Request, depth: int) -> GoldenAnswer:
+def _answer(reading: Models, prompt: GoldenPrompt, request: Request, depth: int) -> GoldenAnswer:
     (answer,) = generate(reading.engine, reading.weights, make_requests([request]))
     output = [int(t) for t in answer.tokens]
     led = list(led_drafts(reading, request, output, depth=depth, ranks=RANKS))
@@ -209,7 +209,7 @@ def _answer(reading: Models, request: Request, depth: int) -> GoldenAnswer:
     places = round_places(ranks, DRAFTED_ROUNDS)
     free = led_drafts(reading, request, output[: places[-1] + 1] if places else [], depth=depth, ranks=RANKS, led=False)
     drafts = [_draft(at, one) for at, one in enumerate(free, 1)]
-    margins = top_margins(reading.engine.target, reading.weights.target, request.tokens, output)
+    margins = top_margins(reading.engine.target, reading.weights.target, prompt.prompt_ids, output)
     return GoldenAnswer(output, reading.tokenizer.decode(output), margins, drafts, ranks)
 
 

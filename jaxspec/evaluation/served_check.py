@@ -151,7 +151,7 @@ class _Check:
             return not_given(draft_stages.FIRST, self.why)
         return draft_stages.first_draft(self.tallies(), self.told, self.dtype)
 
-    def tallies(self) -> list[draft_stages.Tally]:
+    def tallies(self) -> list[draft_stages.DraftTally]:
         """Returns by depth how the drafts compare."""
         return draft_stages.tally_drafts(self.run.answers, self.told or (), TIES[self.dtype])
 
