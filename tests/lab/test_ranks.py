@@ -16,14 +16,16 @@ from slow_replay import replay_paths
 from toys import each_request
 
 from jaxspec.base import Frontier
-from jaxspec.decoding.generation import generate
-from jaxspec.decoding.requests import Request, make_requests
+from jaxspec.bundled import bundled_path
+from jaxspec.data.prompts import encode_prompt, text_prompt
+from jaxspec.decoding.generation import generate, generate_plain
+from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.decoding.rounds import Engine, Weights, shared_tables
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig
 from jaxspec.evaluation.replay import record, replay
 from jaxspec.lab.profile import BEYOND, MISSED, Profile
 from jaxspec.lab.ranks import Ranks, Text, batches, padded_length, rank_texts, read_target
-from jaxspec.serving.loading import Models
+from jaxspec.serving.loading import Models, load_models
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import StaticTree, chain, parse_paths
 
@@ -103,6 +105,38 @@ def test_replay_of_a_static_tree_makes_the_calls_of_decoding(kind: str, tree: st
     for accepted, answer in zip(counts.accepted_PA, answers, strict=True):
         assert np.abs(accepted - answer.accepted).sum() in (0, 2)  # the last round may reach past the answer's end
         assert accepted[1:].sum() <= answer.accepted[1:].sum()
+
+
+@pytest.mark.slow
+def test_replay_is_decoding_token_for_token_on_twenty_prompts_of_the_bundled_target():
+    """Drafts are of the target itself with noise on its weights, so that some are accepted and some are not."""
+    models = load_models("tiny", drafter=bundled_path("tiny"), tree=TREES["bushy"].spec)
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(
+        lambda a: a + 0.3 * jnp.std(a) * rng.standard_normal(a.shape).astype(a.dtype), models.weights.drafter
+    )
+    models = models._replace(weights=models.weights._replace(drafter=noisy))
+    prompts = [f"{verb} {n} and {3 * n % 7} {end}" for n in range(1, 6) for verb, end in ASKED]
+    encoded = [encode_prompt(text_prompt(str(i), p), models.tokenizer) for i, p in enumerate(prompts)]
+    requests = [models.request(tokens, Settings(24), i) for i, tokens in enumerate(encoded)]
+    answers = generate(models.engine, models.weights, make_requests(requests))
+    plain = generate_plain(models.engine, models.weights, make_requests(requests))
+    assert len(answers) == 20
+    for ours, theirs in zip(answers, plain, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    texts = [Text(np.asarray(tokens), a.tokens) for tokens, a in zip(encoded, answers, strict=True)]
+    kept = [i for i, text in enumerate(texts) if text.starts > 0]
+    profile = profile_of(models, [texts[i] for i in kept], depth=4, ranks=RANKS)
+    counts = replay_paths(profile, TREES["bushy"].paths)
+    assert len(kept) == 20
+    assert counts.calls_P.tolist() == [answers[i].calls for i in kept]
+    assert counts.tokens_P.tolist() == [len(answers[i].tokens) - 1 for i in kept]
+    for accepted, i in zip(counts.accepted_PA, kept, strict=True):
+        assert np.abs(accepted - answers[i].accepted).sum() in (0, 2)  # the last round may reach past the answer's end
+    assert 1.3 < counts.tokens_P.sum() / counts.calls_P.sum() < 4.5
+
+
+ASKED = (("how much is", "?"), ("what do", "make?"), ("", "make a pair, or so it seems"), ("say", "again"))
 
 
 def drafted_one_by_one(models: Models, text: Text) -> np.ndarray:
