@@ -31,7 +31,7 @@ from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import metrics, served, side_by_side
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
-from jaxspec.evaluation.row_checks import check
+from jaxspec.evaluation.row_checks import check, partial
 from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, read_evaluation, to_record
 from jaxspec.evaluation.served import ServedBook
 from jaxspec.evaluation.side_by_side import SideBySide
@@ -439,7 +439,8 @@ def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
 def tell_problems(path: Path) -> int:
     """Asserts the invariants of a file of rows, and of the summary beside it; returns the exit code."""
     evaluation = read_evaluation(path)
-    problems = [*check(evaluation), *check_summary(evaluation, path)]
+    left = partial(evaluation)
+    problems = [*([left] if left else []), *check(evaluation), *check_summary(evaluation, path)]
     for problem in problems[:SHOWN]:
         sys.stderr.write(f"jaxspec evaluate: {path}: {problem}\n")
     if len(problems) > SHOWN:
