@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxspec.evaluation.row_checks import check
+from jaxspec.evaluation.row_checks import check, partial
 from jaxspec.evaluation.rows import read_evaluation
 from jaxspec.evaluation.served_checks import check_served_file
 from jaxspec.evaluation.served_rows import is_served, read_served
@@ -26,4 +26,6 @@ def check_file(path: Path) -> tuple[list[str], int]:
         served = read_served(path)
         return check_served_file(served), len(served.rows)
     evaluation = read_evaluation(path)
-    return [*check(evaluation), *check_summary(evaluation, path)], len(evaluation.rows)
+    left = partial(evaluation)
+    problems = [*([left] if left else []), *check(evaluation), *check_summary(evaluation, path)]
+    return problems, len(evaluation.rows)

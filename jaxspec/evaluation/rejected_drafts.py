@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxspec.decoding.answers import Answer
 from jaxspec.decoding.requests import Request
 from jaxspec.decoding.rounds import RUNNING
 from jaxspec.decoding.seen_tree import SeenTree
@@ -12,11 +14,12 @@ from jaxspec.decoding.slots import Slots
 from jaxspec.serving.loading import Models
 
 
-def rejected_drafts(models: Models, request: Request, tokens: Sequence[int], longest: int) -> list[list[int]] | None:
+def rejected_drafts(models: Models, request: Request, answer: Answer, longest: int) -> list[list[int]] | None:
     """Returns for every target call of an answer the drafts behind the accepted path, the first child at each depth.
 
-    `tokens` is the answer and `longest` the width of prompts that the program is compiled for. None where one row alone
-    writes another text, which a near tie of two tokens can do to answers that were decoded in a batch.
+    `longest` is the width of prompts that the program is compiled for. None where one row alone writes another text,
+    which a near tie of two tokens can do to answers that were decoded in a batch, or in other rounds: rows of a batch
+    share the decisions of an adaptive tree.
     """
     settings = request.settings
     engine, weights = models.engine, models.weights
@@ -28,14 +31,16 @@ def rejected_drafts(models: Models, request: Request, tokens: Sequence[int], lon
         max_new_tokens=settings.max_new_tokens,
         stops=max(1, len(settings.stop_ids)),
     )
-    text, found = [int(slots.admit(request, 0)[0])], []
-    while len(text) < len(tokens):
+    text, added, found = [int(slots.admit(request, 0)[0])], [], []
+    while len(text) < len(answer.tokens):
         record = slots.step()
         text += record.token_BP[0, : record.added_B[0]].tolist()
+        added.append(int(record.added_B[0]))
         found.append(behind_path(record.tree, int(record.accepted_B[0])))
         if record.finish_B[0] != RUNNING:
             break
-    return found if text == list(tokens) else None
+    emitted = np.bincount(answer.call_of, minlength=answer.calls + 1)[1:]
+    return found if text == answer.tokens.tolist() and added == emitted.tolist() else None
 
 
 def behind_path(tree: SeenTree, accepted: int) -> list[int]:

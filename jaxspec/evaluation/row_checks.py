@@ -23,9 +23,9 @@ ROUNDING = 1e-6
 
 
 def check(evaluation: Evaluation) -> list[str]:
-    """Returns a sentence for everything in a file of rows that cannot be, or is missing; none for a sound, whole file.
+    """Returns a sentence for everything in a file of rows that cannot be; none for a sound file.
 
-    A file that a run is still writing, or has left, is said to be partial in one sentence.
+    A sound file may be partial: a run is still writing it, or has left it (`partial`).
     """
     asked = evaluation.asked
     found = [f"{_named(row)}: {problem}" for row in evaluation.rows for problem in _row(row, evaluation, asked)]
@@ -35,8 +35,17 @@ def check(evaluation: Evaluation) -> list[str]:
         *_paired(evaluation),
         *_prompts(evaluation.rows),
         *_groups(evaluation),
-        *_missing(evaluation, asked),
+        *(f"{_place(*one)}: has no row, and later ones are there" for one in _lacking(evaluation)[0]),
     ]
+
+
+def partial(evaluation: Evaluation) -> str | None:
+    """Returns a sentence about what a run has not answered yet; None where it has answered all that it asked."""
+    left = _lacking(evaluation)[1]
+    if not left:
+        return None
+    turns, first = len({row.key[1:] for row in evaluation.rows}), _place(*left[0])
+    return f"is partial: has rows of {turns:,} turns and none of {len(left):,}, such as {first}; its command goes on"
 
 
 def comparable(facts: Mapping[str, Any], temperature: float) -> bool:
@@ -236,31 +245,27 @@ def _groups(evaluation: Evaluation) -> Iterator[str]:
             yield f"arm {arm}: prefill and rounds fill {parts[arm]:.4g} of {wall:.4g} s of wall time, less than 95 %"
 
 
-def _missing(evaluation: Evaluation, asked: Mapping[str, Asked]) -> Iterator[str]:
-    """Yields what a file lacks: holes before its last row, or in one sentence all that has not been answered yet."""
-    passes = evaluation.passes
-    errors = {row.key[1:]: bool(row.error) for row in evaluation.rows}
-    lacking, last = [], (0, 0)
-    for number, one in enumerate(passes):
-        for question in asked.values():
+Turn = tuple[tuple[float, int], str, int]
+"""Pass, question and number of a turn."""
+
+
+def _lacking(evaluation: Evaluation) -> tuple[list[Turn], list[Turn]]:
+    """Returns the turns without a row: those before the last turn that has one, and those that may follow."""
+    failed = {row.key[1:]: bool(row.error) for row in evaluation.rows}
+    lacking: list[tuple[tuple[int, int], Turn]] = []
+    last = (0, 0)
+    for number, one in enumerate(evaluation.passes):
+        for question in evaluation.asked.values():
             for turn in range(question.turns):
-                failed = errors.get((*one, question.id, turn))
-                if failed is None:
-                    lacking.append((number, turn, question.id))
+                error = failed.get((*one, question.id, turn))
+                if error is None:
+                    lacking.append(((number, turn), (one, question.id, turn)))
                 else:
                     last = max(last, (number, turn))
-                if failed:
+                if error:
                     break  # a question whose turn failed has no later one
     # Passes follow each other, and in a pass turns do; within a turn batches come by length.
-    holes = [one for one in lacking if one[:2] < last]
-    for number, turn, name in holes:
-        yield f"{_place(passes[number], name, turn)}: has no row, and later ones are there"
-    if left := len(lacking) - len(holes):
-        number, turn, name = next(one for one in lacking if one[:2] >= last)
-        yield (
-            f"is partial: has rows of {len(errors):,} turns and none of {left:,}, such as "
-            f"{_place(passes[number], name, turn)}; the command that began it goes on"
-        )
+    return [turn for place, turn in lacking if place < last], [turn for place, turn in lacking if place >= last]
 
 
 def _named(row: Row) -> str:

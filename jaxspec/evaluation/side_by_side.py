@@ -260,9 +260,10 @@ def _rejected(setup: SideBySide, name: str, asked: AskedTurn, answer: Answer) ->
     models = setup.arms[name].models
     if models.engine.tree is None or asked.request is None or asked.question.prompt.id not in setup.rejected_of:
         return ()
-    found = rejected_drafts(models, asked.request, answer.tokens.tolist(), _padded(asked))
+    found = rejected_drafts(models, asked.request, answer, _padded(asked))
     if found is None:
-        say(f"note: {asked.question.prompt.id}: {name} writes another text alone than in the batch; no drafts are kept")
+        alone = f"{name} writes another text, or in other rounds, alone than in the batch"
+        say(f"note: {asked.question.prompt.id}: {alone}; no drafts are kept")
     return tuple(map(tuple, found or ()))
 
 

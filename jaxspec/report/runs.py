@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxspec.evaluation.arms import telling
 from jaxspec.evaluation.metrics import summarize_all
-from jaxspec.evaluation.row_checks import check
+from jaxspec.evaluation.row_checks import check, partial
 from jaxspec.evaluation.rows import PLAIN, Evaluation, Row, read_evaluation
 
 ALL = "all"
@@ -35,6 +35,8 @@ class ReportRun:
     summary: Sequence[Mapping[str, Any]]
     problems: Sequence[str]
     """Sentences about invariants that do not hold."""
+    partial: str | None = None
+    """What has not been answered yet."""
 
     @functools.cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -170,7 +172,8 @@ def _load(name: str, file: Path) -> ReportRun:
     if stranger := next((row.arm for row in evaluation.rows if row.arm not in arms), None):
         raise ValueError(f"{file}: has rows of an arm {stranger!r} that its first line does not name")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return ReportRun(name, file, digest, evaluation, summarize_all(evaluation.rows, arms), check(evaluation))
+    summary, problems = summarize_all(evaluation.rows, arms), check(evaluation)
+    return ReportRun(name, file, digest, evaluation, summary, problems, partial(evaluation))
 
 
 def differing(runs: Sequence[ReportRun]) -> dict[str, list[str]]:

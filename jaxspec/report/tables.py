@@ -84,6 +84,8 @@ def cautions(report: Report) -> list[str]:
     for run in report.runs:
         if run.problems:
             found.append(f"Do not trust these figures. {run.name}: {broken_invariants(run)}")
+        if run.partial:
+            found.append(f"{run.name} {run.partial}. Its figures are those of the rows that are there.")
         if run.failed:
             told = counted(len(run.failed), "failed turn")
             found.append(f"{run.name}: {told}, left out of every figure (see Checks).")

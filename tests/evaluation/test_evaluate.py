@@ -70,6 +70,26 @@ def test_every_answer_of_every_arm_is_a_sound_row(folder: Path, capsys: pytest.C
         (task, arm) for task in ("all", "math", "rag") for arm in found.arms
     }
     assert main(["evaluate", "--check", "whole"]) == 0
+    drafted = [d for row in found.rows if row.arm == "lookup:7" for d in zip(row.drafted, row.levels, strict=True)]
+    assert {(0, 0), (7, 7)} == set(drafted)  # a round looks up seven tokens, or finds nothing
+    assert found.asked["1"] == ("1", "math", 2) and found.passes == [(0.0, 0), (1.0, 0), (1.0, 1)]
+
+
+def test_a_file_that_was_cut_is_partial_and_a_summary_of_other_rows_is_told(folder: Path, capsys):
+    assert main([*WORDS, "--out", "cut"]) == 0
+    path, summary = Path("cut/rows.jsonl"), Path("cut/summary.json")
+    whole, figures = path.read_bytes(), summary.read_text()
+    for kept in (1, 3, -2):
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
+        assert main(["evaluate", "--check", "cut"]) == EXIT_FAILED
+        said = capsys.readouterr().err
+        assert "is partial" in said and "summary.json" in said
+    path.write_bytes(whole)
+    summary.write_text(figures.replace('"answers": 4', '"answers": 5'))
+    assert main(["evaluate", "--check", "cut/rows.jsonl"]) == EXIT_FAILED
+    assert "summary.json: task all, method plain, temperature 0.0: says answers 5 and not 4" in capsys.readouterr().err
+    summary.unlink()
+    assert main(["evaluate", "--check", "cut"]) == 0
 
 
 def test_slots_give_the_same_rows_and_latencies(folder: Path):

@@ -11,7 +11,7 @@ from test_metrics import ARMS, STOP, broken, evaluation_of, make_pair, mine, som
 
 from jaxspec.console.results import jsonable
 from jaxspec.evaluation.metrics import summarize, summarize_all
-from jaxspec.evaluation.row_checks import check
+from jaxspec.evaluation.row_checks import check, partial
 from jaxspec.evaluation.rows import PLAIN, Row, from_record, to_record
 from jaxspec.evaluation.summary_checks import OF_ROWS, check_summary
 
@@ -90,16 +90,17 @@ def passes() -> list[Row]:
 
 
 @pytest.mark.parametrize("count", [0, 2, 100])
-def test_a_file_that_is_not_whole_is_partial_in_one_sentence(count: int):
+def test_a_file_that_is_not_whole_is_sound_and_partial(count: int):
     whole = evaluation_of(passes())
-    assert check(whole) == []
-    (problem,) = check(whole._replace(rows=whole.rows[:count]))
-    assert problem.startswith(
-        f"is partial: has rows of {count // 2} turns and none of {(len(whole.rows) - count) // 2}"
+    assert check(whole) == [] and partial(whole) is None
+    some = whole._replace(rows=whole.rows[:count])
+    left = (len(whole.rows) - count) // 2
+    assert check(some) == [] and str(partial(some)).startswith(
+        f"is partial: has rows of {count // 2} turns and none of {left}"
     )
-    without = [row for row in whole.rows if row.temperature == 0]
-    (problem,) = check(whole._replace(rows=without))
-    assert "such as temperature 1, seed 0, question q0, turn 0; the command that began it goes on" in problem
+    without = whole._replace(rows=[row for row in whole.rows if row.temperature == 0])
+    wanted = "such as temperature 1, seed 0, question q0, turn 0; its command goes on"
+    assert check(without) == [] and wanted in str(partial(without))
 
 
 def test_rows_that_lack_before_later_ones_and_rows_that_nobody_asked_for_are_named():
@@ -122,7 +123,8 @@ def test_rows_that_lack_before_later_ones_and_rows_that_nobody_asked_for_are_nam
 def test_a_turn_that_failed_has_no_later_one():
     rows = [*make_pair("a", "x", [2, 1]), *(Row(id="b", task="x", arm=arm, error="is empty") for arm in ARMS)]
     assert check(evaluation_of(rows, asked=[["a", "x", 1], ["b", "x", 2]])) == []
-    assert check(evaluation_of(rows, asked=[["a", "x", 2], ["b", "x", 2]]))[0].startswith("is partial")
+    assert partial(evaluation_of(rows, asked=[["a", "x", 1], ["b", "x", 2]])) is None
+    assert str(partial(evaluation_of(rows, asked=[["a", "x", 2], ["b", "x", 2]]))).startswith("is partial")
 
 
 def test_text_that_a_rule_need_not_keep_is_not_compared():

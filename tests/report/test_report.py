@@ -45,7 +45,8 @@ SCRIPTS = 2
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs of other batches, and files for the figures of cost."""
     home = tmp_path_factory.mktemp("report")
-    rows = [*some_rows(12), *some_rows(12, temperature=1.0), *failed_rows("gone", "qa", "is too long")]
+    failed = [row for t in (0.0, 1.0) for row in failed_rows("gone", "qa", "is too long", temperature=t)]
+    rows = [*some_rows(12), *some_rows(12, temperature=1.0), *failed]
     write_rows(home / "one", rows, temperatures=[0.0, 1.0])
     write_rows(home / "four", some_rows(5), batch=4)
     bench_result(home / "bench.json")
@@ -180,7 +181,7 @@ def test_failed_turns_are_named_and_in_no_figure(single):
     text, result = single
     assert result["runs"][0]["failed"] == 1 and "1 failed turn, left out of every figure" in text
     assert ">gone</th><td>qa</td>" in text and "is too long" in text
-    assert "all invariants hold of 219 rows" in text
+    assert "all invariants hold of 222 rows" in text
 
 
 def test_a_run_that_failed_throughout_has_a_page(tmp_path: Path):
@@ -212,6 +213,14 @@ def test_answers_that_end_with_prefill_have_a_page(tmp_path: Path):
     text, _ = write_page(tmp_path, runs=("short",))
     check_page(text, scripts=1)
     assert "No answer has a round." in text
+
+
+def test_a_run_that_has_not_ended_is_said_to_be_partial_and_its_figures_may_be_trusted(tmp_path: Path):
+    asked = [[f"{task[0]}{n}", task, 1] for task in TASKS for n in range(3)]
+    write_rows(tmp_path / "going", some_rows(2), asked=asked)
+    text, result = write_page(tmp_path, runs=("going",))
+    assert "going is partial: has rows of 6 turns and none of 3, such as" in text.split("<nav")[0]
+    assert not result["runs"][0]["problems"] and "Do not trust" not in text
 
 
 def test_broken_rows_are_told_at_the_top(tmp_path: Path):
