@@ -122,7 +122,8 @@ def _parse(path: str | Path, settings: Mapping[str, Any], lines: Sequence[dict[s
 
 
 def _row(line: Mapping[str, Any]) -> ServedRow:
-    return ServedRow(**{name: tuple(v) if isinstance(v, list) else v for name, v in line.items()})
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in line.items()}
+    return ServedRow(**given)
 
 
 def _sitting(line: Mapping[str, Any]) -> Sitting:

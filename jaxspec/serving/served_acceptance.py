@@ -144,7 +144,7 @@ def of_answer(response: Mapping[str, Any]) -> AnswerAcceptance | None:
         if (told := _integers(place, names[:3])) is not None:
             histogram = place.get(names[3])
             counts = histogram if isinstance(histogram, list) and all(_whole(h) for h in histogram) else []
-            return AnswerAcceptance(*told, tuple(counts))
+            return AnswerAcceptance(told[0], told[1], told[2], tuple(counts))
     # llama.cpp tells no rounds. Each gives a token more than it accepts, and prefill gives the first.
     told = _integers(_part(response, "timings"), ("predicted_n", "draft_n_accepted", "draft_n"))
     return None if told is None else AnswerAcceptance(max(0, told[0] - 1 - told[1]), told[1], told[2])
