@@ -82,7 +82,7 @@ def rates_alone(counts: RoundCounts, sources: Sequence[str] | None = None, **fac
     prompts, depth, ranks = counts.hits_PDK.shape
     rates = rates_of(counts.hits_PDK, counts.turns_PDK, in_turn=True)
     named = {"rates_DK": rates.rate_DK, "lows_DK": rates.low_DK, "highs_DK": rates.high_DK, "tries_DK": rates.tries_DK}
-    table = {name: np.where(np.isfinite(x), x, None).tolist() for name, x in named.items()}
+    table = {name: [[None if np.isnan(x) else float(x) for x in row] for row in rows] for name, rows in named.items()}
     about = {"kind": "rates", "ranks": ranks, "rule": "recursive-rejection", "mode": "swor", **table, **facts}
     nothing = np.zeros((0, depth))
     none = np.zeros(0, np.int32), nothing.astype(np.int16), nothing, np.zeros((0, depth, ranks)), nothing

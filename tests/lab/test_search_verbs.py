@@ -239,9 +239,10 @@ def test_a_table_marks_the_cells_that_the_memory_or_the_costs_refuse(files, tmp_
 
 
 def test_the_memory_that_weights_leave_is_the_default_limit(files, tmp_path, capsys):
-    memory = {"memory_bytes": 10**6 + 4 * 100 * 600, "weights_bytes": 10**6, "cache_bytes_per_token": 100}
-    for name, facts in (("chip", memory), ("small", memory | {"weights_bytes": 10**7})):
-        cost_table(**facts).save(tmp_path / f"{name}.json")
+    memory = 10**6 + 4 * 100 * 600
+    for name, weights in (("chip", 10**6), ("small", 10**7)):
+        table = cost_table(memory_bytes=memory, weights_bytes=weights, cache_bytes_per_token=100)
+        table.save(tmp_path / f"{name}.json")
     flags = [*files[:2], "--cost", str(tmp_path / "chip.json")]
     table = run("table", flags, tmp_path, "--batches", "1,4,16", "--contexts", "512")
     assert [row["batch"] for row in table["rows"]] == [1, 4] and len(table["refused"]) == 1
