@@ -118,6 +118,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "lab": (
         {"costs", "cpu_rates", "devices", "forest", "profile"},
+        {"row_steps"},
         {
             "acceptance",
             "calibration",
