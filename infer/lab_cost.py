@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ import jax
 import numpy as np
 import tyro
 
+from jaxspec import config
+from jaxspec.config import DistillConfig
 from jaxspec.console import cli, progress, results, tables
 from jaxspec.evaluation.device_decode import memory_limit
 from jaxspec.evaluation.stand_ins import cache_bytes
@@ -26,15 +29,17 @@ from jaxspec.lab.costs import PART_NOTES, SOURCE_NOTES, CostRow, CostTable, diff
 from jaxspec.lab.cpu_rates import CpuRates, median_rates, rate_programs, rates_of_json
 from jaxspec.lab.devices import CPU, GPU_NAMES, DevicePeaks, check_device, device_here, peaks_of
 from jaxspec.lab.measured import RoundBench
-from jaxspec.lab.pricing import RATES, Ledger, Watch, price_points, rows_of, told
+from jaxspec.lab.pricing import RATES, Ledger, Watch, all_points, price_points, rows_of, told
 from jaxspec.lab.roofline import Roofline
 from jaxspec.lab.round_parts import CHILDREN, Grid, Point
 from jaxspec.lab.row_steps import known_steps
-from jaxspec.lab.shapes import LAB_SHAPES, abstract_models, filled, priced_drafter
+from jaxspec.lab.shapes import LAB_SHAPES, abstract_models, filled
 from jaxspec.parallel.agreement import say
 from jaxspec.planning.decode_program import LIBTPU_ENVIRONMENT
-from jaxspec.planning.plan import target_shape
-from jaxspec.serving.loading import DTYPES, Models
+from jaxspec.planning.plan import scored_tokens, target_shape
+from jaxspec.serving.loading import DTYPES, Models, check_width, open_drafter
+from jaxspec.targets.decoder import LlamaConfig
+from jaxspec.training.resolve import drafter_for
 
 PROG = "jaxspec lab cost"
 MANY_SLOTS = 1024
@@ -195,8 +200,7 @@ def make_job(args: Args, against: list[tuple[str, CostTable]], started: float) -
     shape = LAB_SHAPES[args.shape] if args.shape else target_shape(args.target or "tiny")
     if max(args.grid.contexts) > shape.max_positions:
         raise ValueError(f"--contexts {max(args.grid.contexts)}: the target has {shape.max_positions:,} positions")
-    asked = {"drafter": args.drafter, "recipe": args.recipe, "draft_vocab": args.draft_vocab}
-    module, scored, name = priced_drafter(shape, **asked)
+    module, scored, name = read_drafter(args, shape)
     models = abstract_models(shape, module, dtype=DTYPES[dtype], scored=scored, for_cpu=device == CPU)
     settings = {
         "command": "lab cost",
@@ -209,6 +213,23 @@ def make_job(args: Args, against: list[tuple[str, CostTable]], started: float) -
     ledger = Ledger(None if args.source == "roofline" else Path(args.out), settings)
     deadline = float("inf") if args.minutes is None else started + 60 * args.minutes
     return Job(args, device, dtype, models, name, ledger, Watch(deadline), against)
+
+
+def read_drafter(args: Args, shape: LlamaConfig) -> tuple[Any, int | None, str | None]:
+    """Returns the drafter's module, the number of tokens it scores (None: all), and its name; None thrice without."""
+    if args.drafter is not None:
+        found = open_drafter(args.drafter, target_layers=shape.layers)
+        scored = args.draft_vocab or (len(found.draft_vocab) if found.draft_vocab else None)
+        check_width(args.drafter, found.module, shape)
+        return found.module, scored, args.drafter
+    if args.recipe == "none":
+        return None, None, None
+    name = args.recipe or "eagle2"
+    recipe = config.load(name)
+    if not isinstance(recipe, DistillConfig):
+        raise ValueError(f"--recipe {name} trains no drafter: it is a {type(recipe).__name__}")
+    scored = scored_tokens(recipe.draft_vocab, shape.vocab, args.draft_vocab)
+    return drafter_for(dataclasses.replace(recipe, init_from=None), shape, scored).module, scored, name
 
 
 # The sources.
@@ -248,7 +269,7 @@ def compile_parts(job: Job) -> SourceFigures:
     machine, facts = compiled_machine(job)
     args = job.args
     bench = CompiledBench(job.models, job.grid, machine, temperature=args.temperature, exact=args.exact_layers)
-    points = all_points(job.grid, bench.points)
+    points = all_points(job.grid, bench)
     with progress.progress(f"compiling for {job.device}", len(points), "parts") as bar:
         bar.advance(len(set(points) & job.ledger.done))
         left = price_points(bench, points, job.ledger, job.watch, bar)
@@ -264,7 +285,7 @@ def compiled_machine(job: Job) -> tuple[Machine, dict[str, Any]]:
         return cpu_machine(rates), {"rates": rates.as_json()}
     if job.device in GPU_NAMES:
         peaks = peaks_of(job.device)
-        return gpu_machine(peaks), rates_of_peaks(peaks)
+        return gpu_machine(peaks), peaks.rates
     known = next((line["hz"] for line in job.ledger.lines if line["event"] == "clock"), None)
     machine = tpu_machine(job.device, known)
     if known is None:
@@ -288,16 +309,11 @@ def count_work(job: Job) -> SourceFigures:
         peaks = peaks_of(job.device)
     args = job.args
     bench = Roofline(job.models, job.grid, peaks, overhead=1e-6 * args.overhead_us, routed=args.routed)
-    points = all_points(job.grid, bench.points)
+    points = all_points(job.grid, bench)
     with progress.progress("counting", len(points), "parts") as bar:
         left = price_points(bench, points, job.ledger, job.watch, bar)
-    facts |= {**rates_of_peaks(peaks), "routed": args.routed, "overhead_seconds": 1e-6 * args.overhead_us}
+    facts |= {**peaks.rates, "routed": args.routed, "overhead_seconds": 1e-6 * args.overhead_us}
     return SourceFigures(left, facts)
-
-
-def rates_of_peaks(peaks: DevicePeaks) -> dict[str, float]:
-    """Returns the facts of a device's peak rates."""
-    return {"peak_flops_per_second": peaks.flops, "bandwidth_bytes_per_second": peaks.bandwidth}
 
 
 SOURCES: dict[str, Callable[[Job], SourceFigures]] = {
@@ -305,11 +321,6 @@ SOURCES: dict[str, Callable[[Job], SourceFigures]] = {
     "compiled": compile_parts,
     "roofline": count_work,
 }
-
-
-def all_points(grid: Grid, points: Callable[[int, int], list[Point]]) -> list[Point]:
-    """Returns the points of every batch and context."""
-    return [point for place in grid.places() for point in points(*place)]
 
 
 # The result.

@@ -133,6 +133,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     ),
     "lab": (
         {"costs", "cpu_rates", "devices", "forest", "profile"},
+        {"row_steps"},
         {
             "acceptance",
             "calibration",

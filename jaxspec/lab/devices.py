@@ -35,6 +35,11 @@ class DevicePeaks(NamedTuple):
     memory: float = math.inf
     """Bytes that it holds."""
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The facts of its peak rates."""
+        return {"peak_flops_per_second": self.flops, "bandwidth_bytes_per_second": self.bandwidth}
+
 
 def device_here() -> str:
     """Returns the short name of the device that JAX computes on; the name that JAX gives where there is none."""

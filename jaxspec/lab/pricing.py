@@ -12,7 +12,7 @@ from jaxspec.data import jsonl
 from jaxspec.decoding.rounds import Engine
 from jaxspec.evaluation.measurements import MARGIN
 from jaxspec.lab.costs import PARTS, CostRow
-from jaxspec.lab.round_parts import Point, compared_round
+from jaxspec.lab.round_parts import Grid, Point, compared_round
 
 FIGURE, FAILED, RATES = "figure", "failed", "rates"
 """Kinds of lines of a ledger."""
@@ -89,6 +89,11 @@ class Watch:
         now = self.clock()
         self.longest, self.begun = max(self.longest, now - self.begun) if self.longest else now - self.begun, now
         return now + MARGIN * self.longest <= self.deadline
+
+
+def all_points(grid: Grid, bench: Bench) -> list[Point]:
+    """Returns the parts to price at every batch and context."""
+    return [point for place in grid.places() for point in bench.points(*place)]
 
 
 def price_points(bench: Bench, points: Sequence[Point], ledger: Ledger, watch: Watch, bar: Progress) -> list[Point]:

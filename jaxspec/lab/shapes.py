@@ -9,19 +9,15 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxspec import config
 from jaxspec.base import Params
-from jaxspec.config import DistillConfig
 from jaxspec.decoding.rounds import DraftVocab, Engine, Weights
 from jaxspec.drafters.module import DrafterModule
 from jaxspec.evaluation.stand_ins import WEIGHT_SCALE, fill
 from jaxspec.lab.round_parts import reference_tree
 from jaxspec.nn.matmul import lay_out
 from jaxspec.nn.options import Options
-from jaxspec.planning.plan import scored_tokens
-from jaxspec.serving.loading import Models, check_width, open_drafter
+from jaxspec.serving.loading import Models
 from jaxspec.targets.decoder import SHAPES, Decoder, DecoderConfig, LlamaConfig
-from jaxspec.training.resolve import drafter_for
 
 _QWEN3 = functools.partial(
     DecoderConfig, 151936, head_dim=128, rope_theta=1e6, norm_eps=1e-6, max_positions=40960, family="qwen3"
@@ -107,26 +103,3 @@ def layer_period(shape: LlamaConfig) -> int:
     windows = shape.options.windows
     periods = (n for n in range(1, shape.layers) if all(w == windows[i % n] for i, w in enumerate(windows)))
     return next(periods, shape.layers)
-
-
-def priced_drafter(
-    shape: LlamaConfig, *, drafter: str | None = None, recipe: str | None = None, draft_vocab: int | None = None
-) -> tuple[Any, int | None, str | None]:
-    """Returns a drafter's module for a target, the number of tokens it scores (None: all), and its name.
-
-    It is of a folder, or of the experiment `recipe` (None: eagle2; `none`: None thrice). Raises ValueError where it
-    does not go with the target.
-    """
-    if drafter is not None:
-        found = open_drafter(drafter, target_layers=shape.layers)
-        scored = draft_vocab or (len(found.draft_vocab) if found.draft_vocab else None)
-        check_width(drafter, found.module, shape)
-        return found.module, scored, drafter
-    if recipe == "none":
-        return None, None, None
-    name = recipe or "eagle2"
-    loaded = config.load(name)
-    if not isinstance(loaded, DistillConfig):
-        raise ValueError(f"--recipe {name} trains no drafter: it is a {type(loaded).__name__}")
-    scored = scored_tokens(loaded.draft_vocab, shape.vocab, draft_vocab)
-    return drafter_for(dataclasses.replace(loaded, init_from=None), shape, scored).module, scored, name

@@ -268,7 +268,8 @@ CHECKED = {
     "rows": [
         {"spec": spec, "nodes": nodes, "batch": batch, "expected_tau": tau, "measured_tau": tau, "round_seconds": 0.04,
          "measured_round_seconds": 0.05, "predicted_tokens_per_second": batch * tau / 0.04,
-         "measured_tokens_per_second": batch * tau / 0.05, "error_of_tokens_per_second": 0.25}
+         "measured_tokens_per_second": batch * tau / 0.05, "error_of_tokens_per_second": 0.25,
+         "error_of_tau": 0.06 / batch, "error_of_round_seconds": -0.05 * batch, "error_of_speedup": 0.0}
         for batch in (1, 4) for spec, nodes, tau in (("none", 1, 1.0), ("chain:3", 4, 1.5))
     ],
 }  # fmt: skip
@@ -303,8 +304,9 @@ PEERED = {
                 "measured | error |",
                 "| plain | 1 | 1.00 | 1.00 | 40.0 | 50.0 | 25 | 20 | +25.0% |",
                 "| `chain:3` | 4 | 1.50 | 1.50 | 40.0 | 50.0 | 150 | 120 | +25.0% |",
-                "4 predictions: tokens/s off by 5.2% in the median, tau by 3.0%, a round by 2.0%, times plain decoding "
-                "by 1.0%; the tree predicted best reaches of the best measured 100.0% at batch 1, 97.5% at batch 4.",
+                "4 predictions at all batches, off in the median (at worst): tokens/s by 5.2% (+25.0%), tau by 3.0% "
+                "(+6.0%), a round by 2.0% (-20.0%), times plain decoding by 1.0% (+0.0%); the tree "
+                "predicted best reaches of the best measured 100.0% at batch 1, 97.5% at batch 4.",
             ],
         ),
         (
