@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 
 from jaxspec.console import cli, results, tables
@@ -28,7 +26,7 @@ from jaxspec.data import jsonl
 from jaxspec.data.chat_template import parse_variables
 from jaxspec.data.questions import Question, read_questions
 from jaxspec.decoding.requests import Settings
-from jaxspec.evaluation import metrics, served, side_by_side
+from jaxspec.evaluation import machine, metrics, served, side_by_side
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
 from jaxspec.evaluation.row_checks import check, partial
@@ -383,18 +381,10 @@ def summary_of(args: Args, evaluation: Evaluation, started: float) -> dict[str, 
         **shared,
         rows=str(args.out / "rows.jsonl"),
         failed=sum(bool(row.error) for row in evaluation.rows if row.arm == PLAIN),
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=machine.peak_memory(),
         formulas=metrics.FORMULAS,
         summary=metrics.summarize_all(evaluation.rows, evaluation.arms),
     )
-
-
-def peak_memory() -> int:
-    """Returns the most bytes that the accelerator held, or on a CPU this process."""
-    facts = jax.devices()[0].memory_stats() or {}
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
 
 
 def _ends(row: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,9 @@
-"""Rates of this machine, and medians of programs timed in turns."""
+"""Rates and memory of this machine, and medians of programs timed in turns."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
@@ -81,3 +83,11 @@ def matmul_rate(dtype: Any = jnp.float32, size: int | None = None) -> float:
     """Returns the FLOPs a second of `square_matmul`."""
     part, flops = square_matmul(dtype, size)
     return flops / median_seconds(lambda: part.program(*part.arguments))
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that the accelerator held, or on a CPU this process."""
+    facts = jax.devices()[0].memory_stats() or {}
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
