@@ -1,4 +1,4 @@
-"""Rates of this machine, and medians of programs timed in turns."""
+"""Rates and memory of this machine, and medians of programs timed in turns."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxspec.evaluation.equivalence import NEAR_TIE
-from jaxspec.evaluation.rows import PLAIN, Asked, Evaluation, Row
+from jaxspec.evaluation.rows import PLAIN, AskedQuestion, Evaluation, Row
 
 OF_ERRORS = ("id", "task", "turn", "arm", "temperature", "seed", "prompt_tokens", "prompt_hash", "error")
 """Fields that a row with an error has; all others are at their default."""
@@ -53,7 +53,7 @@ def comparable(facts: Mapping[str, Any], temperature: float) -> bool:
     return facts.get("tree") is None or temperature == 0 or facts.get("rule") == EXACT_RULE
 
 
-def _row(row: Row, evaluation: Evaluation, asked: Mapping[str, Asked]) -> Iterator[str]:
+def _row(row: Row, evaluation: Evaluation, asked: Mapping[str, AskedQuestion]) -> Iterator[str]:
     """Yields what is wrong with one row by itself."""
     facts, question = evaluation.arms.get(row.arm), asked.get(row.id)
     if facts is None:

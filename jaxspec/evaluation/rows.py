@@ -198,7 +198,7 @@ def _frozen(value: Any) -> Any:
     return tuple(float("nan") if one is None else _frozen(one) for one in value)
 
 
-class Asked(NamedTuple):
+class AskedQuestion(NamedTuple):
     """A question of the run, as the first line of a file names it."""
 
     id: str
@@ -211,13 +211,13 @@ class Evaluation(NamedTuple):
 
     settings: Mapping[str, Any]
     """Of the run, with `arms`: name -> facts of each arm (`nodes`, `depth`, `tree`, `drafter`, `rule`, `cost`);
-    `asked`: an `Asked` a question; `passes`: every temperature with each of its seeds."""
+    `asked`: an `AskedQuestion` a question; `passes`: every temperature with each of its seeds."""
     rows: Sequence[Row]
 
     @property
-    def asked(self) -> dict[str, Asked]:
+    def asked(self) -> dict[str, AskedQuestion]:
         """The questions of the run by id."""
-        return {question[0]: Asked(*question) for question in self.settings["asked"]}
+        return {question[0]: AskedQuestion(*question) for question in self.settings["asked"]}
 
     @property
     def passes(self) -> list[tuple[float, int]]:

@@ -1,4 +1,4 @@
-"""Whether the figures that were written beside a file of rows are those of its rows."""
+"""Checks of the figures that were written beside a file of rows: they must be those of its rows."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ReportRun:
     problems: Sequence[str]
     """Sentences about invariants that do not hold."""
     partial: str | None = None
-    """What has not been answered yet."""
+    """A sentence about turns that are not answered yet."""
 
     @functools.cached_property
     def settings(self) -> Mapping[str, Any]:
