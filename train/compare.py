@@ -44,7 +44,7 @@ from jaxspec.training.comparison_facts import comparison_facts
 from jaxspec.training.head_share import vocab_note
 from jaxspec.training.loop import termination_notice
 from jaxspec.training.recipes import Arm, Corpora, first_of_each, train_arm
-from jaxspec.training.terms import Recipe, Terms, config_on, load_recipe, settle, takes_draft_lm, without_vocab
+from jaxspec.training.terms import NamedRecipe, Terms, config_on, load_recipe, settle, takes_draft_lm, without_vocab
 from jaxspec.trees import parse_tree
 
 NOTES = f"""\
@@ -56,11 +56,11 @@ passes: forward passes of the drafter a round
 """
 
 
-class Plan(NamedTuple):
+class PlannedComparison(NamedTuple):
     """All that is to be trained and measured."""
 
     terms: Terms
-    recipes: list[Recipe]
+    recipes: list[NamedRecipe]
     arms: list[Arm]
 
 
@@ -219,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
     return cli.EXIT_FAILED if failures else 0
 
 
-def tell_vocab(planned: Plan) -> None:
+def tell_vocab(planned: PlannedComparison) -> None:
     """Says once what a draft vocabulary would save, of the first arm for which none was chosen."""
     undecided = {recipe.name for recipe in planned.recipes if "draft_vocab" not in recipe.changed}
     trained = [a.config for a in planned.arms if isinstance(a.config, DistillConfig) and a.recipe in undecided]
@@ -245,7 +245,7 @@ def sentence_of(failure: Exception) -> str:
     return cli.sentence(failure) or type(failure).__name__
 
 
-def plan(args: Args) -> Plan:
+def plan(args: Args) -> PlannedComparison:
     """Returns the target of all, the recipes, and the arms: every recipe with its first seed, then its further seeds.
 
     Raises ValueError where recipes name different targets, or what is said of all or one of them does not fit.
@@ -267,10 +267,10 @@ def plan(args: Args) -> Plan:
         for folder in [args.out / recipe.name / f"seed-{seed}"]
     ]
     rank = {seed: i for i, seed in enumerate(args.seeds_of(args.headline_names[0]))}
-    return Plan(terms, recipes, sorted(arms, key=lambda arm: rank.get(arm.seed, 0)))
+    return PlannedComparison(terms, recipes, sorted(arms, key=lambda arm: rank.get(arm.seed, 0)))
 
 
-def seeds_of(recipe: Recipe, args: Args) -> list[int]:
+def seeds_of(recipe: NamedRecipe, args: Args) -> list[int]:
     """Returns the seeds of a recipe's arms: a pretrained one has its own."""
     return [recipe.config.seed] if isinstance(recipe.config, PretrainConfig) else args.seeds_of(recipe.name)
 
@@ -336,7 +336,7 @@ def stop_if(noticed: Callable[[int], bool], where: str) -> None:
 
 def write_report(
     args: Args,
-    planned: Plan,
+    planned: PlannedComparison,
     made: dict[str, Any],
     decoded: Sequence[Decoded],
     sources: Sequence[str],

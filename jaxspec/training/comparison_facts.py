@@ -1,4 +1,4 @@
-"""What a comparison of recipes was made of, for its result: target, files, and what was changed of every recipe."""
+"""The making of a comparison of recipes, for its result: target, files, and the changes of every recipe."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jaxspec.interchange import hf
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.training.recipes import Arm, compared
-from jaxspec.training.terms import SHARED, Recipe, Terms
+from jaxspec.training.terms import SHARED, NamedRecipe, Terms
 
 TOLD_APART = {*SHARED, "draft_vocab"}
 """Fields of a config that a result tells otherwise."""
 
 
 def comparison_facts(
-    terms: Terms, recipes: Sequence[Recipe], arms: Sequence[Arm], prompts: str, asked: int
+    terms: Terms, recipes: Sequence[NamedRecipe], arms: Sequence[Arm], prompts: str, asked: int
 ) -> dict[str, Any]:
     """Returns what decides a comparison's figures besides its budget: keys of its result.
 
@@ -65,7 +65,7 @@ def vocab_facts(config: Any, vocab: int) -> dict[str, Any] | None:
         return {"name": Path(path).name}
 
 
-def changed_settings(recipe: Recipe, config: Any) -> dict[str, Any]:
+def changed_settings(recipe: NamedRecipe, config: Any) -> dict[str, Any]:
     """Returns the fields of a config as it is run that are not as in the recipe's file, `a.b` -> value.
 
     What the result tells otherwise, and what does not touch a drafter's weights, are left out.

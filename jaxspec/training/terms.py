@@ -35,7 +35,7 @@ FOLDERS = ("name", "checkpoint.folder", "export_folder")
 """Fields that say where a pretrained model is."""
 
 
-class Recipe(NamedTuple):
+class NamedRecipe(NamedTuple):
     """A recipe as a comparison names it."""
 
     name: str
@@ -56,7 +56,7 @@ class Recipe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What a comparison says of all its recipes."""
+    """The settings that a comparison gives to all its recipes."""
 
     target: str
     train: str
@@ -69,7 +69,7 @@ class Terms:
     """Folder of the pretrained draft LM; None: that of each recipe."""
 
 
-def load_recipe(name: str, given: str, shared: Sequence[str], own: Sequence[str]) -> Recipe:
+def load_recipe(name: str, given: str, shared: Sequence[str], own: Sequence[str]) -> NamedRecipe:
     """Returns a recipe with the changes of all recipes and then its own; a pretrained one takes its own alone.
 
     Raises ValueError where it is neither, or a change does not fit.
@@ -79,10 +79,10 @@ def load_recipe(name: str, given: str, shared: Sequence[str], own: Sequence[str]
     if not isinstance(config, DistillConfig | PretrainConfig):
         raise ValueError(f"{name}: holds a {type(config).__name__}, not a DistillConfig or PretrainConfig")
     changed = load(given, changes) if changes else config
-    return Recipe(name, config, changed, changes, changed)
+    return NamedRecipe(name, config, changed, changes, changed)
 
 
-def settle(terms: Terms, recipe: Recipe) -> Recipe:
+def settle(terms: Terms, recipe: NamedRecipe) -> NamedRecipe:
     """Returns a recipe with the terms' draft LM and draft vocabulary, where it takes one.
 
     A change of the recipe goes before the terms, and a drafter whose own LM head scores other tokens keeps them.
@@ -103,7 +103,7 @@ def settle(terms: Terms, recipe: Recipe) -> Recipe:
     return recipe._replace(config=config)
 
 
-def takes_draft_lm(recipe: Recipe) -> bool:
+def takes_draft_lm(recipe: NamedRecipe) -> bool:
     """Returns whether a recipe is of a pretrained model, or trains one further."""
     config = recipe.config
     if isinstance(config, PretrainConfig):
@@ -119,13 +119,13 @@ def _own_head(config: DistillConfig, shape: LlamaConfig, scored: int) -> int | N
         return None
 
 
-def without_vocab(terms: Terms, recipes: Sequence[Recipe]) -> list[str]:
+def without_vocab(terms: Terms, recipes: Sequence[NamedRecipe]) -> list[str]:
     """Returns the names of settled recipes that cannot take the terms' draft vocabulary."""
     trained = [r for r in recipes if isinstance(r.config, DistillConfig) and "draft_vocab" not in r.changed]
     return [r.name for r in trained if terms.draft_vocab not in (None, getattr(r.config, "draft_vocab", None))]
 
 
-def config_on(terms: Terms, recipe: Recipe, folder: Path, seed: int) -> DistillConfig | PretrainConfig:
+def config_on(terms: Terms, recipe: NamedRecipe, folder: Path, seed: int) -> DistillConfig | PretrainConfig:
     """Returns the config of a settled recipe as it is run: the terms' files, the seed and the folders; else its own.
 
     Raises ValueError for a change of what all recipes share.

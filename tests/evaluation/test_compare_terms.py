@@ -99,7 +99,7 @@ def test_one_draft_vocabulary_serves_all_and_none_leaves_each_its_own():
 
 
 def test_an_arm_that_was_begun_before_goes_on():
-    """What decides whether an arm is resumed is what it was, for a drafter that takes the draft vocabulary."""
+    """An arm is resumed by the same settings as ever, for a drafter that takes the draft vocabulary."""
     for config in planned("eagle2", "eagle3", set=("data.batch=4",))[1].values():
         kept = compared(to_dict(config))
         assert (kept["draft_vocab"], kept["init_from"], kept["target"]) == ("vocab.safetensors", None, "target")

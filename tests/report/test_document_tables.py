@@ -441,8 +441,6 @@ def test_what_a_result_does_not_have_is_named(tmp_path: Path, words: str, said: 
     (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
     (tmp_path / "table.json").write_text(json.dumps(TABLED))
     (tmp_path / "other.json").write_text(json.dumps(made_with(TABLED, costs={"drafter": "medusa", "device": "v5p"})))
-    chains = made_with(TABLED, limits={"max_nodes": 8, "max_branch": 1}, profile={"file": "others.npz"})
-    (tmp_path / "chains.json").write_text(json.dumps(chains))
     (tmp_path / "check.json").write_text(json.dumps(CHECKED))
     (tmp_path / "peers.json").write_text(json.dumps(PEERED))
     document = tmp_path / "page.md"
