@@ -131,7 +131,10 @@ class Args:
     def grid(self) -> Grid:
         """The sizes to price. Raises ValueError for a list that cannot be read."""
         names = ("nodes", "widths", "batches", "contexts", "paths")
-        return Grid(*(tuple(sorted(cli.sizes(f"--{name}", getattr(self, name)))) for name in names))
+        nodes, widths, batches, contexts, paths = (
+            tuple(sorted(cli.sizes(f"--{name}", getattr(self, name)))) for name in names
+        )
+        return Grid(nodes, widths, batches, contexts, paths)
 
 
 class Job(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -85,7 +86,7 @@ def join(profiles: Sequence[Profile]) -> Profile:
     if not profiles or len({(p.rank_TD.shape[1], p.ranks, p.top_TDK.shape[1:]) for p in profiles}) > 1:
         raise ValueError("profiles of different depths or ranks cannot be joined: make them alike")
     before = np.cumsum([0, *(len(p.sources) for p in profiles[:-1])])
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.concatenate([getattr(p, name) for p in profiles])
         for name in ("rank_TD", "logp_TD", "top_TDK", "entropy_TD")
     }

@@ -74,7 +74,7 @@ def medians(repeats: int) -> str:
 
 def ends(figures: Mapping[str, Any], name: str) -> str:
     """Returns the least and greatest of a figure's repeats, such as ` (29 to 31)`; nothing where there are none."""
-    low, high = figures.get(f"{name}_min"), figures.get(f"{name}_max")
+    low, high = (figures.get(f"{name}_{end}", math.nan) for end in ("min", "max"))
     return f" ({per_second(low)} to {per_second(high)})" if known(low) and known(high) else ""
 
 

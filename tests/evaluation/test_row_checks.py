@@ -108,7 +108,7 @@ def test_rows_that_lack_before_later_ones_and_rows_that_nobody_asked_for_are_nam
     (hole,) = check(whole._replace(rows=whole.rows[2:]))
     assert hole == "temperature 0, seed 0, question q0, turn 0: has no row, and later ones are there"
     fewer = whole._replace(
-        settings=whole.settings | {"asked": whole.settings["asked"][1:], "passes": [[0.0, 0], [1, 0]]}
+        settings={**whole.settings, "asked": whole.settings["asked"][1:], "passes": [[0.0, 0], [1, 0]]}
     )
     told = " ".join(check(fewer))
     assert "is of a question that the first line does not name" in told
