@@ -30,7 +30,7 @@ from jaxspec.planning.flops import Flops, count_flops
 from jaxspec.serving import loading
 from jaxspec.serving.flags import Shape
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
-from jaxspec.training.resolve import DistillStep, build_step, drafter_for
+from jaxspec.training.resolve import DistillStep, build_step, drafter_for, takes_vocab
 
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 SHORT = {"eagle": "eagle2", "parallelspec": "parallelspec_eagle", "draft_lm": "draft_lm_kld"}
@@ -62,7 +62,7 @@ class Args:
     length: int = 512
     """Tokens of a row, one document, all of them trained."""
     draft_vocab: int = 0
-    """Tokens that the drafters score; 0 for all."""
+    """Tokens that the drafters score; 0 for all, as a draft LM does in any case."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the target and of activations; the drafters' masters are fp32."""
     repeats: int = 5
@@ -126,7 +126,8 @@ def make_arm(spec: str, args: Args) -> DistillStep:
     ValueError: there is no such experiment, or its fields do not fit the target.
     """
     found = read_recipe(spec, args)
-    drafter = drafter_for(found, args.target, args.draft_vocab or None).module
+    scored = args.draft_vocab if args.draft_vocab and takes_vocab(found, args.target, args.draft_vocab) else None
+    drafter = drafter_for(found, args.target, scored).module
     if drafter.deepest is not None and found.objective.steps > drafter.deepest:
         raise ValueError(
             f"{spec}: drafts {drafter.deepest} tokens ahead, and objective.steps is {found.objective.steps}"
@@ -172,7 +173,8 @@ def small_llama(c: LlamaConfig) -> DraftLMOptions:
 
 def make_arguments(arm: DistillStep, params: Params, args: Args) -> StepArguments:
     """Returns fresh weights and a random batch for an arm; under `jax.eval_shape`, their shapes."""
-    return random_arguments(arm, params, rows=(args.batch, args.length), scored=args.draft_vocab, seed=args.seed)
+    scored = args.draft_vocab if arm.task.drafter.vocab in (None, args.draft_vocab) else 0
+    return random_arguments(arm, params, rows=(args.batch, args.length), scored=scored, seed=args.seed)
 
 
 def count_rows(arms: dict[str, DistillStep], args: Args) -> list[dict[str, Any]]:

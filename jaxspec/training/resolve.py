@@ -74,6 +74,14 @@ def check_length(config: PretrainConfig | DistillConfig, shape: LlamaConfig) -> 
         )
 
 
+def takes_vocab(config: DistillConfig, target: LlamaConfig, scored: int) -> bool:
+    """Returns whether the drafter that `config` names can score a vocabulary of so many tokens: a draft LM cannot.
+
+    Raises ValueError where it does not fit together.
+    """
+    return initial_drafter(config, target, scored).module.vocab in (None, scored)
+
+
 def drafter_for(config: DistillConfig, target: LlamaConfig, scored: int | None = None) -> InitialDrafter:
     """Returns the drafter that `config` names, see `initial_drafter`.
 

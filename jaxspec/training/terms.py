@@ -14,7 +14,7 @@ from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.targets.decoder import LlamaConfig
 from jaxspec.training.recipes import usable_features
-from jaxspec.training.resolve import initial_drafter
+from jaxspec.training.resolve import takes_vocab
 
 SHARED = {
     "target": "--target",
@@ -98,7 +98,7 @@ def settle(terms: Terms, recipe: NamedRecipe) -> NamedRecipe:
     if terms.draft_vocab is not None and "draft_vocab" not in recipe.changed:
         shape = read_config(target_folder(terms.target))
         scored = len(load_maps(terms.draft_vocab, shape.vocab))
-        if _own_head(config, shape, scored) in (None, scored):
+        if _may_score(config, shape, scored):
             config = dataclasses.replace(config, draft_vocab=terms.draft_vocab)
     return recipe._replace(config=config)
 
@@ -111,12 +111,12 @@ def takes_draft_lm(recipe: NamedRecipe) -> bool:
     return config.drafter == "draft_lm" and config.init_from is not None
 
 
-def _own_head(config: DistillConfig, shape: LlamaConfig, scored: int) -> int | None:
-    """Returns how many tokens the drafter's own LM head scores; None where it has none, or cannot be made."""
+def _may_score(config: DistillConfig, shape: LlamaConfig, scored: int) -> bool:
+    """Returns whether the drafter takes the vocabulary; True too where it cannot be made."""
     try:
-        return initial_drafter(config, shape, scored).module.vocab
+        return takes_vocab(config, shape, scored)
     except (ValueError, OSError):  # its training says what is wrong, and fails alone
-        return None
+        return True
 
 
 def without_vocab(terms: Terms, recipes: Sequence[NamedRecipe]) -> list[str]:
