@@ -16,7 +16,7 @@ COUNTED = {
     "target": "target",
     "drafter": "drafter",
     "head_and_loss": "head and loss",
-    "ratio": "over {first}",
+    "ratio": "FLOPs over {first}",
     "optimizer": "optimizer",
 }
 TIMED = {
@@ -83,5 +83,5 @@ def _about(found: Mapping[str, Any]) -> str:
         )
     return (
         f"Target {found['target']}, a step of {counted(found['batch'], 'row')} of {found['length']:,} tokens{scored}, "
-        f"{found['dtype']}; GFLOP are of matmuls, the optimizer's not in the total or its ratio; {how}:"
+        f"{found['dtype']}; FLOPs are of matmuls, the optimizer's left out of total and ratio; {how}:"
     )

@@ -43,25 +43,25 @@ TIMED = COUNTED | {
 
 def test_counts_leave_the_optimizer_out_of_totals_and_ratios(tmp_path: Path):
     assert table_of(tmp_path, "a.json steps", a=COUNTED) == [
-        "| recipe | draft steps | GFLOP a token | target | drafter | head and loss | over `eagle` | optimizer |",
+        "| recipe | draft steps | GFLOP a token | target | drafter | head and loss | FLOPs over `eagle` | optimizer |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| `eagle` | 3 | 20 | 14.5 | 2 | 3.5 | 1.00 | 0 |",
         "| `best a=0.7` | 3 | 30 | 14.5 | 12 | 3.5 | 1.50 | 29.5 |",
-        "Target llama3-8b, a step of 1 row of 1,000 tokens, bfloat16; GFLOP are of matmuls, the optimizer's not in the "
-        "total or its ratio; counted and not run: [a.json](a.json)",
+        "Target llama3-8b, a step of 1 row of 1,000 tokens, bfloat16; FLOPs are of matmuls, the optimizer's left out "
+        "of total and ratio; counted and not run: [a.json](a.json)",
     ]
 
 
 def test_times_stand_beside_the_counted_ratio(tmp_path: Path):
     assert table_of(tmp_path, "a.json steps", a=TIMED) == [
-        "| recipe | draft steps | over `eagle` | time over `eagle` | step, ms | target, ms | drafter, ms | "
+        "| recipe | draft steps | FLOPs over `eagle` | time over `eagle` | step, ms | target, ms | drafter, ms | "
         "head and loss, ms | optimizer, ms | rest, ms | MFU |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| `eagle` | 3 | 1.00 | 1.00 | 190 | 77.4 | 65.3 | 42.4 | 1.85 | -2.65 | 48 % |",
         "| `hass:3` | 3 | 1.50 | 2.10 | 190 | 77.4 | 65.3 | 42.4 | 1.85 | -2.65 | 42 % |",
-        "Target llama3-8b, a step of 2 rows of 500 tokens, a draft vocabulary of 4,096, bfloat16; GFLOP are of matmuls, "
-        "the optimizer's not in the total or its ratio; medians of 9 steps in turns, a processor, 2 cores, whose large "
-        "matmul reached 268 GFLOP/s meanwhile: [a.json](a.json)",
+        "Target llama3-8b, a step of 2 rows of 500 tokens, a draft vocabulary of 4,096, bfloat16; FLOPs are of "
+        "matmuls, the optimizer's left out of total and ratio; medians of 9 steps in turns, a processor, 2 cores, "
+        "whose large matmul reached 268 GFLOP/s meanwhile: [a.json](a.json)",
     ]
 
 
