@@ -63,8 +63,8 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 def _outside(row: Mapping[str, Any]) -> float | None:
     """Returns the percentage of a round that is no forward pass of either model; None where it was not timed."""
-    parts = [row.get(f"{part}_ms") for part in ("verify", "commit", "overhead")]
-    return 100 * sum(parts) / row["round_ms"] if all(map(known, parts)) and known(row.get("round_ms")) else None
+    parts: list[Any] = [row.get(f"{part}_ms") for part in ("verify", "commit", "overhead")]
+    return 100 * sum(parts) / row["round_ms"] if all(map(known, [*parts, row.get("round_ms")])) else None
 
 
 def _about(found: Mapping[str, Any], batch: str) -> str:
