@@ -158,7 +158,7 @@ SHELVES: dict[str, tuple[set[str], ...]] = {
     "report": (
         {"given_files", "pieces", "runs", "wording"},
         {"coloured_text", "cost_pictures", "speed_pictures", "tables"},
-        {"arm_table", "check_table", "peer_table", "recipe_table", "tree_table"},
+        {"arm_table", "check_table", "peer_table", "quickstart_table", "recipe_table", "step_table", "tree_table"},
         {"documents", "round_pictures"},
         {"page"},
     ),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxspec.report.wording import at_temperature, figure_names, known, medians, per_second, unsteady
+from jaxspec.report.wording import at_temperature, device, figure_names, known, medians, per_second, unsteady
 
 OPTIONS = ("figures", "batch", "arms")
 FIGURES = {
@@ -22,6 +22,8 @@ FIGURES = {
     "verify_ms": ("verify", "{:.2f}"),
     "commit_ms": ("commit", "{:.2f}"),
     "overhead_ms": ("overhead", "{:.1f}"),
+    "outside": ("outside, %", "{:.1f}"),
+    "capacity": ("slots", "{:,}"),
 }
 """Figure of an arm in the option `figures` -> its column, and the form of its number."""
 BY_DEFAULT = "nodes,tokens_per_second,speedup,tau,efficiency,identical"
@@ -51,7 +53,7 @@ def by_arm(options: Mapping[str, str], found: Mapping[str, Any]) -> tuple[list[s
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    value = row.get("identical_fraction" if name == "identical" else name)
+    value = _outside(row) if name == "outside" else row.get("identical_fraction" if name == "identical" else name)
     if value is None or not known(value):
         return "-"
     if name == "identical":
@@ -59,14 +61,25 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return per_second(value) if name == "tokens_per_second" else FIGURES[name][1].format(value)
 
 
+def _outside(row: Mapping[str, Any]) -> float | None:
+    """Returns the percentage of a round that is no forward pass of either model; None where it was not timed."""
+    parts: list[Any] = [row.get(f"{part}_ms") for part in ("verify", "commit", "overhead")]
+    return 100 * sum(parts) / row["round_ms"] if all(map(known, [*parts, row.get("round_ms")])) else None
+
+
 def _about(found: Mapping[str, Any], batch: str) -> str:
     """Returns what stands below a table: everything that its numbers depend on."""
-    machine = found["machine"]
-    device = machine.get("accelerator") or f"{machine.get('cpu')}, {machine.get('cores')} cores"
     gigabytes, gigaflops = (found[f"machine_{key}_per_second"] / 1e9 for key in ("copy_bytes", "matmul_flops"))
     return (
-        f"Target {Path(found.get('target') or 'of that shape').name}, {at_temperature(found['temperature'])}, batch "
+        f"Target {Path(found.get('target') or 'of that shape').name}, {_drawn(found)}, batch "
         f"{batch}, {found['dtype']}, up to {found['max_new_tokens']:,} new tokens, "
-        f"{medians(found['repeats'])}, arms in turns, {device}, which copied "
+        f"{medians(found['repeats'])}, arms in turns, {device(found['machine'])}, which copied "
         f"{gigabytes:.1f} GB/s and multiplied {gigaflops:.0f} GFLOP/s meanwhile{unsteady(found)}:"
     )
+
+
+def _drawn(found: Mapping[str, Any]) -> str:
+    """Returns the temperature; children and rule where tokens are drawn, and an acceptance that is simulated."""
+    how = f", {found['draft_mode']} children, {found['rule']}" if found["temperature"] else ""
+    simulated = ", ".join(f"{rate:g}" for rate in found.get("simulated_acceptance") or ())
+    return at_temperature(found["temperature"]) + how + (f", acceptance simulated at {simulated}" if simulated else "")

@@ -1,11 +1,11 @@
-"""Tables of documents, made from results of `evaluate`, `compare`, `bench decode` and `lab table` kept beside them.
+"""Tables of documents, made from results of verbs that are kept beside them: `KINDS` names the verbs.
 
 A table stands between two comments, and is written anew from the file that the first one names:
 
     <!-- table: docs/results/NAME.json KIND OPTION=VALUE ... -->
     <!-- end -->
 
-Results of `lab table` may stand together: `A.json,B.json trees`.
+Results of some kinds may stand together: `A.json,B.json trees`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,20 @@ from typing import Any, NamedTuple
 
 from jaxspec.console.disk import writing
 from jaxspec.evaluation.rows import PLAIN
-from jaxspec.report import arm_table, check_table, peer_table, recipe_table, tree_table
+from jaxspec.report import arm_table, check_table, peer_table, quickstart_table, recipe_table, step_table, tree_table
 from jaxspec.report.given_files import read_result
 from jaxspec.report.runs import ALL
-from jaxspec.report.wording import at_temperature, counted, figure_names, identical, known, per_second, spoken, spread
+from jaxspec.report.wording import (
+    at_temperature,
+    counted,
+    device,
+    figure_names,
+    identical,
+    known,
+    per_second,
+    spoken,
+    spread,
+)
 
 BEGIN = re.compile(r"<!--\s*table:\s*(?P<words>.*?)\s*-->\s*")
 END = re.compile(r"<!--\s*end\s*-->\s*")
@@ -122,10 +132,10 @@ def _table(document: Path, words: str) -> list[str]:
         if not isinstance(found.get(kind.key), list) or not found[kind.key]:
             raise ValueError(f"{file}: has no figures; give the result of jaxspec {kind.verb}")
     try:
-        if len(results) == 1:
-            columns, rows, about = kind.make(asked.options, results[0])
+        if len(results) > 1 and kind.together is not None:
+            columns, rows, about = kind.together(asked.options, results)
         else:
-            columns, rows, about = tree_table.by_result(asked.options, results)
+            columns, rows, about = kind.make(asked.options, results[0])
     except (KeyError, TypeError) as error:
         names = " or ".join(map(str, asked.files))
         raise ValueError(f"{names}: lacks a figure or setting ({error}); make it again") from error
@@ -151,10 +161,9 @@ def _asked(document: Path, words: str) -> AskedTable:
             )
         options[key] = value
     files = [_beside(document, one) for one in name.split(",")]
-    if len(files) > 1 and kind != "trees":
-        raise ValueError(
-            f"a table of {kind} is made from one file, not {len(files)}; only trees of several stand together"
-        )
+    if len(files) > 1 and KINDS[kind].together is None:
+        several = " and ".join(name for name, made in KINDS.items() if made.together is not None)
+        raise ValueError(f"a table of {kind} is made from one file, not {len(files)}; only {several} stand together")
     return AskedTable(files, kind, options)
 
 
@@ -216,14 +225,12 @@ def _by_task(options: Mapping[str, str], found: Mapping[str, Any]) -> Made:
 
 def _about(found: Mapping[str, Any], temperatures: Sequence[float]) -> str:
     """Returns what stands below a table: everything that its numbers depend on."""
-    machine = found["machine"]
-    device = machine.get("accelerator") or f"{machine.get('cpu')}, {machine.get('cores')} cores"
     beside = f"{found['slots']} slots" if found.get("slots") else f"batch {found['batch']}"
     failed = f" ({counted(found['failed'], 'failed turn')} left out)" if found.get("failed") else ""
     return (
         f"{found['questions']:,} questions of {found['prompts']}{failed}, target {Path(found['target']).name}, "
         f"{' and '.join(map(at_temperature, temperatures))}, {beside}, {found['dtype']}, up to "
-        f"{found['max_new_tokens']:,} new tokens, {device}; in brackets 95 % over conversations:"
+        f"{found['max_new_tokens']:,} new tokens, {device(found['machine'])}; in brackets 95 % over conversations:"
     )
 
 
@@ -250,6 +257,8 @@ class Kind(NamedTuple):
     options: Sequence[str]
     make: Callable[[Mapping[str, str], Mapping[str, Any]], Made]
     """Options and result -> the table. Raises ValueError naming an option that the result has nothing for."""
+    together: Callable[[Mapping[str, str], Sequence[Mapping[str, Any]]], Made] | None = None
+    """Options and several results -> one table; None: a table has one result."""
 
 
 KINDS = {
@@ -259,6 +268,14 @@ KINDS = {
     "arms": Kind("bench decode", "rows", arm_table.OPTIONS, arm_table.by_arm),
     "peers": Kind("bench peers", "rows", peer_table.OPTIONS, peer_table.by_peer),
     "checks": Kind("lab check", "rows", check_table.OPTIONS, check_table.by_tree),
-    "trees": Kind("lab table", "rows", tree_table.OPTIONS, tree_table.by_place),
+    "trees": Kind("lab table", "rows", tree_table.OPTIONS, tree_table.by_place, tree_table.by_result),
+    "steps": Kind("bench train", "rows", step_table.OPTIONS, step_table.by_step),
+    "quickstart": Kind(
+        "quickstart",
+        "accept_histogram",
+        quickstart_table.OPTIONS,
+        lambda options, found: quickstart_table.by_measure(options, [found]),
+        quickstart_table.by_measure,
+    ),
 }
 """The kinds that a comment may name."""

@@ -57,9 +57,17 @@ def identical(figures: Mapping[str, Any] | None) -> str:
 
 def per_second(value: float) -> str:
     """Returns tokens a second in three digits or more; a dash where they are not known."""
-    if not known(value):
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return three_digits(value) if known(value) else "-"
+
+
+def three_digits(value: float) -> str:
+    """Returns a quantity in three digits, or in all of its whole ones."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def device(machine: Mapping[str, Any]) -> str:
+    """Returns the accelerator of a machine, or its processor with the number of cores."""
+    return machine.get("accelerator") or f"{machine.get('cpu')}, {machine.get('cores')} cores"
 
 
 def counted(number: int, noun: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxspec.data.chat import ChatTokenizer
 from jaxspec.evaluation.rows import FORMAT, PLAIN, Row, to_record
 from jaxspec.interchange.target_folders import target_folder
+from jaxspec.report.documents import renew
 
 DEPTH = 3
 ARMS: dict[str, dict[str, Any]] = {
@@ -144,3 +145,16 @@ def lab_table(path: Path) -> Path:
     ]
     path.write_text(json.dumps({"command": "lab table", "rows": rows}), encoding="utf-8")
     return path
+
+
+def table_of(folder: Path, words: str, **results: Mapping[str, Any]) -> list[str]:
+    """Writes results as files of their names, and a document with a table; returns its lines, with one for the
+    sentence below."""
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    document = folder / "page.md"
+    document.write_text(f"<!-- table: {words} -->\n<!-- end -->\n", encoding="utf-8")
+    renew(document, write=True)
+    lines = document.read_text(encoding="utf-8").splitlines()[2:-2]
+    end = lines.index("")
+    return [*lines[:end], " ".join(lines[end + 1 :])]
