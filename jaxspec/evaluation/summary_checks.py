@@ -73,10 +73,8 @@ def _same(one: Any, other: Any) -> bool:
     """Returns whether two figures are the same, up to rounding."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, float) or isinstance(other, float):
-        return all(map(_is_number, (one, other))) and math.isclose(one, other, rel_tol=SAME, abs_tol=1e-12)
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=SAME, abs_tol=1e-12)
     return one == other
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
