@@ -16,7 +16,7 @@ from jaxspec.data.conversations import split_names
 from jaxspec.interchange.hf_config import read_config
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.targets.decoder import LlamaConfig
-from jaxspec.training.resolve import initial_drafter
+from jaxspec.training.resolve import initial_drafter, takes_vocab
 
 PART = 4
 """The suggested draft vocabulary is the target's by this, as EAGLE-3's 32,000 of 128,256."""
@@ -58,7 +58,7 @@ def vocab_note(config: DistillConfig, flag: str) -> str | None:
 
 def drafter_reads(config: DistillConfig, shape: LlamaConfig) -> Reads | None:
     """Returns what the drafter of a config reads for a draft over all tokens; None where its LM head is fixed."""
-    if initial_drafter(config, shape, 1).module.vocab not in (None, 1):
+    if not takes_vocab(config, shape, 1):
         return None
     module = initial_drafter(config, shape).module
     params: Any = jax.eval_shape(module.init_params, jax.random.key(0))

@@ -1,9 +1,11 @@
 """A server whose answers have the shape of vLLM's, SGLang's or llama.cpp's, and that can fail in every way."""
 
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from quiet_handler import QuietHandler
 
 PAGE = """# HELP vllm:spec_decode_num_drafts_total Number of drafts.
 vllm:spec_decode_num_drafts_total{{engine="0",model_name="m"}} {drafts}.0
@@ -75,12 +77,8 @@ class Server(ThreadingHTTPServer):
         return [end, usage]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         found = {

@@ -5,13 +5,14 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from quiet_handler import QuietHandler
 from random_models import write_drafter, write_target
 
 from jaxspec.__main__ import main
@@ -122,12 +123,8 @@ class Server(ThreadingHTTPServer):
         self.done = threading.Event()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         s = self.server
