@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxspec.base import TreePolicy
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.serving.loading import Models
 from jaxspec.trees import parse_tree
+
+LONGEST_NAME = 60
+"""Characters of a tree's spec that still name an arm: tables and plots show the names side by side."""
 
 
 class DecodingArm(NamedTuple):
@@ -53,7 +58,7 @@ def make_arms(
     *,
     profile: tuple[float, ...] | None = None,
 ) -> dict[str, DecodingArm]:
-    """Returns `plain`, then an arm a drafter and tree, named by the tree and by the part of the path that differs.
+    """Returns `plain`, then an arm a drafter and tree, named by `tree_name` and by the part of the path that differs.
 
     `every` are the models with each of `drafters`, or one with none; `trees` are specs (None, or none at all: the tree
     of the models). `profile` draws accept lengths, see `timing.simulate`. Raises ValueError naming the drafter that a
@@ -66,13 +71,22 @@ def make_arms(
             continue
         for tree in [models.engine.tree if spec is None else parse_tree(spec) for spec in trees or (None,)]:
             spec = str(getattr(tree, "spec", tree))
-            if (known := arms.get(label + spec)) is not None and known.models.engine.tree != tree:
-                raise ValueError(f"two trees that differ are both called {label + spec}: measure them one at a time")
+            name = label + tree_name(tree)
+            if (known := arms.get(name)) is not None and known.models.engine.tree != tree:
+                raise ValueError(f"two trees that differ are both called {name}: measure them one at a time")
             try:
-                arms[label + spec] = DecodingArm(timing.simulate(models.with_tree(tree), profile), drafter, spec)
+                arms[name] = DecodingArm(timing.simulate(models.with_tree(tree), profile), drafter, spec)
             except ValueError as error:
                 raise ValueError(f"{drafter}: {error}" if drafter else str(error)) from error
     return arms
+
+
+def tree_name(tree: TreePolicy) -> str:
+    """Returns the spec of a tree, or of a long one its kind, nodes, depth and a hash: `static:60x5#3fa2c1`."""
+    spec = str(getattr(tree, "spec", tree))
+    if len(spec) <= LONGEST_NAME:
+        return spec
+    return f"{spec.partition(':')[0]}:{tree.nodes}x{tree.depth}#{hashlib.sha256(spec.encode()).hexdigest()[:6]}"
 
 
 def telling(paths: Sequence[str]) -> list[str]:
