@@ -122,7 +122,9 @@ def _axes(frame: Frame) -> Markup:
 def _reference(frame: Frame, reference: Reference) -> Markup:
     (x0, y0), (x1, y1) = (frame.at(x, y) for x, y in zip(reference.x, reference.y, strict=True))
     line = element("path", d=f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}", class_="reference")
-    name = element("text", reference.name, x=x1 - 2, y=y1 - 4, text_anchor="end", class_="tick halo")
+    # At the top edge the name would stand in the title of the axis.
+    x, y, anchor = (x1 + 3, y1 + 11, "start") if y1 < TOP + 8 and x1 < WIDTH - RIGHT - 30 else (x1 - 2, y1 - 4, "end")
+    name = element("text", reference.name, x=x, y=y, text_anchor=anchor, class_="tick halo")
     return joined(line, name)
 
 

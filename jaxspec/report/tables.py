@@ -56,7 +56,8 @@ def answer(report: Report, run: ReportRun, temperature: float) -> Markup:
     speed, (_, low, high) = spread(figures, "speedup"), interval(figures, "speedup")
     text = f": {best.arm} is fastest, {speed} times plain decoding (95 % interval), with "
     if not known(low):
-        text = f": {best.arm} is fastest, {speed} times plain decoding (too few measurements for an interval), with "
+        few = f"{speed} times plain decoding (too few measurements for an interval), with "
+        text = f": {best.arm} is fastest{' of those that draft' if figures['speedup'] < 1 else ''}, {few}"
     elif high < 1:
         text = f": no method beats plain decoding; the nearest is {best.arm}, {speed} times as fast, with "
     elif low <= 1:
