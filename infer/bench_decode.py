@@ -21,7 +21,7 @@ from jaxspec.console import cli, results, tables
 from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts, text_prompt
 from jaxspec.decoding.requests import NO_STOP, Request, Requests, make_requests
 from jaxspec.evaluation import timing
-from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
+from jaxspec.evaluation.arms import DecodingArm, check_tree, first_tree, make_arms, split_trees
 from jaxspec.evaluation.machine import Drift, copy_bandwidth, drift_of, matmul_rate, spread
 from jaxspec.evaluation.peers import load_transformers
 from jaxspec.evaluation.timing import Load, Parts, PeerRun, Run
@@ -55,8 +55,9 @@ class Args(DraftFlags):
     each with every tree. Default: plain decoding alone."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A tree to time, an arm each: chain:DEPTH, static:eagle1, static:0,1,00, dynamic:NODESxDEPTHxBEAM,
-    best_first:NODESxDEPTHxWIDTH, lookup:LENGTH, or a FILE.json of jaxspec lab search. Repeat the flag, or join trees by
-    commas. Default: the tree saved with the drafter."""
+    best_first:NODESxDEPTHxWIDTH, lookup:LENGTH, a FILE.json of jaxspec lab search, or `served`: the chain that servers
+    verify, as long as the drafter's own pass, or of three tokens. Repeat the flag, or join trees by commas. Default:
+    the tree saved with the drafter."""
     prompts: str | None = None
     """File of prompts, as `jaxspec generate` reads it; default: user turns that the target writes itself."""
     limit: int = 16
@@ -82,7 +83,7 @@ class Args(DraftFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         for spec in self.trees:
-            parse_tree(spec)
+            check_tree(spec)
         twice = [path for path in self.drafter if self.drafter.count(path) > 1]
         if twice:
             raise ValueError(f"--drafter {twice[0]} is given twice; give every drafter once")
@@ -222,14 +223,14 @@ def tell_stopped(found: BenchFigures, arms: dict[str, DecodingArm], load: Load, 
 
 def load_every(args: Args) -> list[Models]:
     """Returns the target with each drafter, or alone."""
-    plain, tree = args.load_target(), args.trees[0] if args.trees else None
+    plain, tree = args.load_target(), first_tree(args.trees)
     return [args.add_drafter(plain, drafter, tree) for drafter in args.drafter] or [plain]
 
 
 def shaped(args: Args) -> Models:
     """Returns random models of the shape that the flags name."""
     assert args.shape is not None
-    tree = parse_tree(args.trees[0] if args.trees else loading.DEFAULT_TREE)
+    tree = parse_tree(first_tree(args.trees) or loading.DEFAULT_TREE)
     models = loading.random_models(args.shape, tree, dtype=loading.DTYPES[args.dtype], seed=args.seed)
     return models.with_rule(args.draft_mode, args.rule)
 

@@ -40,6 +40,8 @@ class Args:
     """The model's name. Default: the first that the server lists."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of the server's computations: it decides which of the golden answers are held, and what counts as a tie."""
+    timeout: float = 600.0
+    """Seconds to wait for an answer."""
     json: Path | None = None
     """File for the result."""
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
     dtype = DTYPES[args.dtype]
     golden.run(dtype.dtype.name)
-    with closing(Client(Endpoint(args.endpoint or "", args.model, key, 1))) as client:
+    with closing(Client(Endpoint(args.endpoint or "", args.model, key, 1, timeout=args.timeout))) as client:
         version = read_version(client)
         found = check_served(client, golden, dtype=dtype.dtype.name)
     rows = [[s.stage, SHOWN[s.passed], s.figure, s.expected, s.note] for s in found.stages]

@@ -27,7 +27,7 @@ from jaxspec.data.questions import Question, read_questions
 from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation import metrics, served_metrics, served_rows, side_by_side
 from jaxspec.evaluation.acceptance import fingerprint
-from jaxspec.evaluation.arms import DecodingArm, make_arms, split_trees
+from jaxspec.evaluation.arms import SERVED, DecodingArm, check_tree, first_tree, make_arms, split_trees
 from jaxspec.evaluation.file_checks import check_file
 from jaxspec.evaluation.machine import peak_memory
 from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, to_record
@@ -43,10 +43,8 @@ from jaxspec.serving.endpoint import Client, Endpoint
 from jaxspec.serving.flags import DraftFlags
 from jaxspec.serving.loading import Models
 from jaxspec.serving.streaming_client import read_version
-from jaxspec.trees import other_batches, parse_tree
+from jaxspec.trees import other_batches
 
-SERVED_CHAIN = "chain:3"
-"""The draft that servers verify by default: heads are served as chains."""
 SHOWN = 20
 """Problems of a file of rows that are printed."""
 
@@ -59,8 +57,8 @@ class Args(DraftFlags):
     """Folder of a drafter, `lookup`, or `smollm2-head`, which comes with jaxspec; repeat the flag to compare several,
     each with every tree."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A draft tree, an arm each, as `jaxspec bench decode` takes them. Default: the tree saved with the drafter, and
-    beside it chain:3, which is what servers verify."""
+    """A draft tree, an arm each, as `jaxspec bench decode` takes them; `served` is the chain that servers verify of a
+    drafter. Default: the tree saved with the drafter, and `served` beside it."""
     prompts: str | None = None
     """File of questions. Needed, unless --check is given."""
     limit: int | None = None
@@ -88,6 +86,8 @@ class Args(DraftFlags):
     """With --endpoint: the model's name. Default: the first that the server lists."""
     concurrency: int = 1
     """With --endpoint: requests in flight."""
+    timeout: float = 600.0
+    """With --endpoint: seconds to wait for an answer."""
     check: Path | None = None
     """Assert the invariants of a file of rows, or of the one in a folder, and that the summary beside it has their
     figures; do nothing else. A run that has not ended is said to be partial."""
@@ -99,15 +99,12 @@ class Args(DraftFlags):
         if self.prompts is None:
             raise ValueError("--prompts is missing: name a file of questions, such as Spec-Bench's question.jsonl")
         for spec in self.trees:
-            parse_tree(spec)
+            check_tree(spec)
         if twice := next((path for path in self.drafter if self.drafter.count(path) > 1), None):
             raise ValueError(f"--drafter {twice} is given twice; give every drafter once")
         if not self.drafter:
             self.needs_drafter(tree=self.tree)
-        if self.endpoint is None and self.model is not None:
-            raise ValueError("--model names the model of an --endpoint: give that too, or --target")
-        if self.endpoint is not None:
-            self._refuse_local()
+        self._refuse_others()
         if not self.temperature or len(set(self.temperature)) < len(self.temperature):
             raise ValueError("--temperature needs one or more different temperatures")
         cli.refuse_below_one(self, "batch", "repeats", "concurrency", *([] if self.limit is None else ["limit"]))
@@ -119,11 +116,16 @@ class Args(DraftFlags):
             raise ValueError("--slots and --batch are two ways: give --slots of at least 1, or --batch")
         _ = self.passes
 
-    def _refuse_local(self) -> None:
-        """Refuses what a server decides for itself."""
+    def _refuse_others(self) -> None:
+        """Refuses what only a server needs, or what a server decides for itself."""
+        usual = {field.name: field.default for field in fields(self)}
+        if self.endpoint is None:
+            for name in ("model", "concurrency", "timeout"):
+                if getattr(self, name) != usual[name]:
+                    raise ValueError(f"--{name} is of an --endpoint: give that too, or leave it out")
+            return
         if self.drafter:
             raise ValueError("--endpoint has its own drafter: leave out --drafter and --tree")
-        usual = {field.name: field.default for field in fields(self)}
         for name in ("template", "dtype", "batch", "slots", "repeats", "draft_mode", "rule", "draft_vocab"):
             if getattr(self, name) != usual[name]:
                 raise ValueError(f"--{name.replace('_', '-')} is the server's own with --endpoint: leave it out")
@@ -181,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
 def evaluate_served(args: Args, questions: Sequence[Question], started: float) -> int:
     """Lets a server answer; writes a row for each answer and the figures by task."""
     key = os.environ.get("JAXSPEC_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
-    server = Endpoint(args.endpoint or "", args.model, key, args.concurrency)
+    server = Endpoint(args.endpoint or "", args.model, key, args.concurrency, timeout=args.timeout)
     with closing(Client(server)) as client:
         about = {"format": served_rows.FORMAT, "endpoint": args.endpoint, "model": client.model}
         about |= {"server_version": read_version(client), "concurrency": args.concurrency}
@@ -232,10 +234,8 @@ def print_served(result: dict[str, Any]) -> None:
 def load_every(args: Args) -> tuple[list[Models], tuple[str, ...], Sequence[str | None]]:
     """Returns the target with each drafter, or alone, the drafters, and the trees of all (None: each its own)."""
     plain = args.load_target()
-    first = args.trees[0] if args.trees else None
-    every = [args.add_drafter(plain, drafter, first) for drafter in args.drafter] or [plain]
-    beside = () if loading.LOOKUP in args.drafter else (SERVED_CHAIN,)  # looked-up tokens have a tree of their own
-    return every, args.drafter, args.trees or (None, *beside)
+    every = [args.add_drafter(plain, drafter, first_tree(args.trees)) for drafter in args.drafter] or [plain]
+    return every, args.drafter, args.trees or (None, SERVED)
 
 
 def check_questions(questions: list[Question]) -> list[Question]:

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxspec.base import TreePolicy
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.serving.loading import Models
-from jaxspec.trees import parse_tree
+from jaxspec.trees import chain, parse_tree
 
 LONGEST_NAME = 60
 """Characters of a tree's spec that still name an arm: tables and plots show the names side by side."""
+SERVED = "served"
+"""The spec of the chain that servers verify of a drafter, see `served_tree`."""
+SERVED_TOKENS = 3
+"""Tokens that servers draft with a head whose every level is a pass, as the configs that come with such heads say."""
 
 
 class DecodingArm(NamedTuple):
@@ -47,7 +52,7 @@ class DecodingArm(NamedTuple):
 def split_trees(given: Sequence[str]) -> list[str]:
     """Returns the trees of a repeated flag, whose values may join several by commas, in order."""
     # A comma inside a static tree's paths joins no trees.
-    between = r",\s*(?=none|chain|static|dynamic|best_first|lookup|[^,]+\.json\s*(?:,|$))"
+    between = r",\s*(?=none|served|chain|static|dynamic|best_first|lookup|[^,]+\.json\s*(?:,|$))"
     return [spec for item in given for spec in re.split(between, item)]
 
 
@@ -61,15 +66,15 @@ def make_arms(
     """Returns `plain`, then an arm a drafter and tree, named by `tree_name` and by the part of the path that differs.
 
     `every` are the models with each of `drafters`, or one with none; `trees` are specs (None, or none at all: the tree
-    of the models). `profile` draws accept lengths, see `timing.simulate`. Raises ValueError naming the drafter that a
-    tree is not for, and the name that two trees share.
+    of the models; `SERVED`: the chain that servers verify of each). `profile` draws accept lengths, see
+    `timing.simulate`. Raises ValueError naming the drafter that a tree is not for, and the name that two trees share.
     """
     arms = {PLAIN: DecodingArm(every[0].plain())}
     labels = [f"{label} " for label in telling(drafters)] if len(drafters) > 1 else [""]
     for models, label, drafter in zip(every, labels, drafters or [None], strict=True):
         if models.engine.tree is None:
             continue
-        for tree in [models.engine.tree if spec is None else parse_tree(spec) for spec in trees or (None,)]:
+        for tree in [_tree_of(models, spec) for spec in trees or (None,)]:
             spec = str(getattr(tree, "spec", tree))
             name = label + tree_name(tree)
             if (known := arms.get(name)) is not None and known.models.engine.tree != tree:
@@ -79,6 +84,36 @@ def make_arms(
             except ValueError as error:
                 raise ValueError(f"{drafter}: {error}" if drafter else str(error)) from error
     return arms
+
+
+def check_tree(spec: str) -> None:
+    """Raises ValueError unless `spec` names a tree for `make_arms`."""
+    if spec != SERVED:
+        parse_tree(spec)
+
+
+def first_tree(trees: Sequence[str]) -> str | None:
+    """Returns the first spec that is a tree whatever the drafter, with which models are loaded; None without one."""
+    return next((spec for spec in trees if spec != SERVED), None)
+
+
+def served_tree(models: Models) -> TreePolicy:
+    """Returns the chain that servers verify of the models' drafter: as many tokens as it drafts in a pass, or three.
+
+    Looked-up tokens are a chain already, whose length the tree says.
+    """
+    tree, drafter = models.engine.tree, models.engine.drafter
+    assert tree is not None and drafter is not None
+    head = drafter.head if isinstance(drafter, PromptLookup) else drafter
+    if head is None:
+        return tree
+    return chain(SERVED_TOKENS if head.deepest is None else head.deepest)
+
+
+def _tree_of(models: Models, spec: str | None) -> TreePolicy:
+    """Returns the tree of a spec of `make_arms`."""
+    assert models.engine.tree is not None
+    return models.engine.tree if spec is None else served_tree(models) if spec == SERVED else parse_tree(spec)
 
 
 def tree_name(tree: TreePolicy) -> str:

@@ -73,8 +73,11 @@ def in_turns(
     return {name: float(np.median(taken[1:])) for name, taken in samples.items()}
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Returns bytes a second, read and written counted both, of a copy far larger than any cache."""
+def copy_bandwidth(megabytes: int = 256, seconds: float = 3.0) -> float:
+    """Returns bytes a second, read and written counted both, of copies far larger than any cache: a median.
+
+    Copies go on for `seconds`, so that what disturbs a few of them does not pass for another machine.
+    """
     held = [jnp.ones(megabytes * 2**18, jnp.float32)]
     # In place, because a copy into new memory is as slow as a CPU finds its pages.
     in_place = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -83,7 +86,8 @@ def copy_bandwidth(megabytes: int = 256) -> float:
         held[0] = in_place(held[0])
         return held[0]
 
-    return 2 * held[0].nbytes / median_seconds(rewrite, repeats=15)
+    first = median_seconds(rewrite, repeats=3)
+    return 2 * held[0].nbytes / median_seconds(rewrite, repeats=max(15, round(seconds / first)))
 
 
 class Drift(NamedTuple):
