@@ -239,7 +239,7 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
         sys.stdout.write(draw(chosen.shape, node_shares(found.search.reporting, chosen.shape)) + "\n")
     else:
         sys.stdout.write(f"no tree pays at {where}: plain decoding is fastest\n")
-    before = dict(zip(("chosen", "runner-up", PLAIN), choice.choosing, strict=True))
+    before: dict[str, float] = dict(zip(("chosen", "runner-up", PLAIN), choice.choosing, strict=True))
     if found.best_first is not None:
         before["best-first"] = found.best_first.choosing
     rows = [[*figures(name, rated, plain), before[name]] for name, rated in arms_of(found).items()]

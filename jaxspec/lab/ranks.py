@@ -313,8 +313,8 @@ def _deepen(first: Ranks, depth: int) -> Ranks:
     """Returns what a drafter without features of its own has at every depth: that of depth 1, so many places later."""
     starts = len(first.rank_TD)
     at_TD = np.minimum(np.arange(starts)[:, None] + np.arange(depth), max(starts - 1, 0))
-    deep = (x[at_TD, 0] if starts else np.zeros((0, depth, *x.shape[2:]), x.dtype) for x in first[:4])
-    return Ranks(*deep, first.p_TK)
+    deep = [x[at_TD, 0] if starts else np.zeros((0, depth, *x.shape[2:]), x.dtype) for x in first[:4]]
+    return Ranks(*[*deep, first.p_TK])
 
 
 def _finish(found: Ranks, text: Text, *, whole: bool) -> Ranks:
