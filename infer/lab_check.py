@@ -1,7 +1,8 @@
-"""Hold predictions of the lab to the clock: decode static trees at several batches, in turns with plain decoding.
+"""Hold predictions of the lab to the clock: decode trees at several batches, in turns with plain decoding.
 
-Target, drafter and temperature are the profile's. By default the trees are, for each batch, the fastest of a dozen
-sizes by prediction. Tokens/s are rows times tau by the seconds of a round, prefill left out.
+Target, drafter and temperature are the profile's. Trees are static; for a one-pass drafter, best_first and dynamic
+too. By default they are, for each batch, the fastest static ones of a dozen sizes by prediction. Tokens/s are rows
+times tau by the seconds of a round, prefill left out.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from jaxspec.evaluation.rows import PLAIN
 from jaxspec.evaluation.statistics import Interval
 from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import RoundCost
-from jaxspec.lab.flags import SearchFlags, digest, static_shape
-from jaxspec.lab.forest import Shape
-from jaxspec.lab.replay import replay
-from jaxspec.lab.search import Rated, rate_shape
+from jaxspec.lab.flags import SearchFlags, digest
+from jaxspec.lab.grown import ReplayedTree, replay_tree, replayed_tree
+from jaxspec.lab.search import Rated, rate_tree
 from jaxspec.lab.trial import TriedTree, encode_requests, load_profiled, try_trees
 from jaxspec.serving.loading import Models
+from jaxspec.trees import StaticTree, chain
 
 LONGEST = 40
 """Letters of a tree's text in a printed table."""
@@ -45,7 +46,8 @@ class Args(SearchFlags):
     batches: str = "1,2,4"
     """Rows decoded together."""
     tree: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A static tree or chain; repeat the flag for more. Default: --trees of them."""
+    """A static tree or chain, or best_first and dynamic for a one-pass drafter; repeat the flag for more. Default:
+    --trees static ones."""
     trees: int = 12
     """Trees of as many sizes for each batch, the fastest of each size by prediction."""
     max_new_tokens: int = 64
@@ -62,9 +64,9 @@ class Args(SearchFlags):
         _ = self.given
 
     @property
-    def given(self) -> list[Shape]:
+    def given(self) -> list[ReplayedTree]:
         """The trees of --tree."""
-        return [shape for shape in dict.fromkeys(map(static_shape, self.tree)) if shape]
+        return [tree for tree in dict.fromkeys(map(replayed_tree, self.tree)) if tree.nodes > 1]
 
 
 def main(argv: list[str]) -> int:
@@ -105,24 +107,24 @@ def check_all(args: Args, models: Models, requests: Sequence[Request]) -> Iterat
     rated = {batch: rate_all(args, cost, before.get(batch)) for batch, cost in costs.items()}
     for batch, predicted in rated.items():
         if batch not in before:
-            trees = {r.tree.spec: r.tree for r in predicted if r.shape}
+            trees = {r.tree.spec: r.tree for r in predicted if not r.plain}
             tried = try_trees(models, trees, requests, batch=batch, repeats=args.repeats)
             before[batch] = {name: one._asdict() for name, one in tried.items()}
             # Programs of a dozen trees a batch are many mappings of memory, of which a process may have so many.
             jax.clear_caches()
             if ledger is not None:
                 jsonl.append(ledger, [{"batch": batch, "tried": before[batch]}])
-        yield [CheckedTree(r, TriedTree(**before[batch][r.tree.spec if r.shape else PLAIN])) for r in predicted]
+        yield [CheckedTree(r, TriedTree(**before[batch][PLAIN if r.plain else r.tree.spec])) for r in predicted]
 
 
 def rate_all(args: Args, cost: RoundCost, tried: dict[str, Any] | None) -> list[Rated]:
     """Returns plain decoding and the trees of one batch as predicted: those that were tried, if any, or to be tried."""
     profile = args.inputs.profile
     if tried is not None:
-        shapes = [static_shape(name) for name in tried if name != PLAIN]
+        trees = [replayed_tree(name) for name in tried if name != PLAIN]
     else:
-        shapes = args.given or trees_of_sizes(profile, cost, args.limits, args.trees)
-    return [rate_shape(shape, cost, replay(profile, shape)) for shape in ((), *shapes)]
+        trees = args.given or [StaticTree(shape) for shape in trees_of_sizes(profile, cost, args.limits, args.trees)]
+    return [rate_tree(tree, cost, replay_tree(profile, tree)) for tree in (chain(0), *trees)]
 
 
 def settings_of(args: Args) -> dict[str, Any]:

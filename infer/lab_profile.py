@@ -245,7 +245,7 @@ def rank(
     texts = own_texts(args, plain, settings, stopped)
     if args.rule_name != "target-draw":
         say(f"{args.rule_name} and target-draw keep the same when greedy: the profile is of topk and target-draw")
-    found = making.rank_arms(arms, texts.texts, args.ranks, args.work, stopped)
+    found = making.rank_arms(arms, texts.texts, settings, args.ranks, args.work, stopped)
     how = {"mode": "topk", "rule": "target-draw"}
     facts = [facts_of(args, arm, settings) | how | {"texts_sha256": digest_of(texts.texts)} for arm in arms]
     return [making.rank_profile(arm, texts, r, args.ranks, f) for arm, r, f in zip(arms, found, facts, strict=True)]

@@ -1,7 +1,8 @@
 """Find the draft tree of the most tokens per second for a drafter's acceptance and a machine's costs.
 
 Shapes of a dynamic program, a heap and a beam are replayed on one half of the profile's prompts; the best is reported
-on the other half. Plain decoding is always among them.
+on the other half. Plain decoding is always among them. For a one-pass drafter the best of the best-first trees stands
+beside it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from jaxspec.lab.forest import Shape
 from jaxspec.lab.optimal import edge_sensitivity
 from jaxspec.lab.policy import adaptive_tree
 from jaxspec.lab.replay import node_shares
-from jaxspec.lab.search import Choice, Rated, Search, frontier
+from jaxspec.lab.search import Choice, GrownChoice, Rated, Search, frontier
 from jaxspec.lab.trial import TriedTree, encode_requests, load_profiled, try_trees
-from jaxspec.trees import parse_tree, policy_fields, write_tree
+from jaxspec.trees import policy_fields, write_tree
 
 LONGEST = 60
 """Letters of a tree's text in a printed table."""
@@ -92,6 +93,8 @@ class Searched(NamedTuple):
     batch: int
     """The batch that the objective takes."""
     frontier: list[Rated]
+    best_first: GrownChoice | None
+    """The best-first tree at that batch, for a one-pass drafter."""
 
     @property
     def choice(self) -> Choice:
@@ -134,20 +137,27 @@ def run_search(args: Args) -> Searched:
     asked = [choices[batch].chosen for batch in args.batches]
     by_latency = args.objective == "latency"
     best = min(asked, key=lambda r: r.seconds_per_token if by_latency else -r.tokens_per_second.value)
-    return Searched(search, costs, choices, best.batch, frontier(choice.chosen for choice in choices.values()))
+    points = frontier(choice.chosen for choice in choices.values())
+    return Searched(search, costs, choices, best.batch, points, search.choose_best_first(costs[best.batch]))
 
 
 def try_choice(args: Args, found: Searched, prompts: Sequence[Prompt]) -> dict[str, TriedTree]:
-    """Returns how the chosen tree, the runner-up and plain decoding decode; a tree of one node is plain decoding."""
+    """Returns how the chosen tree, its rivals and plain decoding decode; a tree of one node is plain decoding."""
     facts, choice = args.inputs.profile.facts, found.choice
     if facts.get("kind") == "simulated" or facts.get("simulated_texts"):
         raise ValueError(f"--measure needs a profile that was measured: {args.profile} holds simulated texts")
     models, settings = load_profiled(facts, MEASURED_TOKENS)
-    trees = {"chosen": choice.chosen, "runner-up": choice.runner_up}
-    policies = {name: parse_tree(r.tree.spec) for name, r in trees.items() if r is not None and r.shape}
+    policies = {name: r.tree for name, r in arms_of(found).items() if not r.plain}
     requests = encode_requests(models, prompts, settings)
     tried = try_trees(models, policies, requests, batch=found.batch, repeats=args.repeats)
-    return tried if choice.chosen.shape else {"chosen": tried[PLAIN], **tried}
+    return {"chosen": tried[PLAIN], **tried} if choice.chosen.plain else tried
+
+
+def arms_of(found: Searched) -> dict[str, Rated]:
+    """Returns the chosen tree, the runner-up, the best-first tree and plain decoding, those that there are."""
+    choice, grown = found.choice, found.best_first
+    arms = {"chosen": choice.chosen, "runner-up": choice.runner_up, "best-first": grown and grown.rated}
+    return {name: rated for name, rated in (arms | {PLAIN: choice.plain}).items() if rated is not None}
 
 
 def tree_fields(args: Args, found: Searched) -> dict[str, Any]:
@@ -191,16 +201,22 @@ def make_result(args: Args, found: Searched, started: float) -> dict[str, Any]:
         objective=args.objective,
         frontier=[point.row() for point in found.frontier],
         runner_up=choice.runner_up and choice.runner_up.row(),
+        best_first=found.best_first and best_first_row(found.best_first),
         shapes_tried=found.search.candidates.tried,
         shapes_unpriced=found.search.candidates.unpriced,
         shapes_replayed=len(found.search.candidates.forest.shapes),
         node_shares=[{"path": list(path), "share": share} for path, share in shares.items()],
-        accept_histogram=found.search.counts(chosen.shape).accepted_PA.sum(0),
+        accept_histogram=found.search.counts(chosen.tree).accepted_PA.sum(0),
         edge_sensitivity=edges_of(found.search, chosen.shape),
         sensitivity=found.search.sensitivity(cost, choice.index),
         product_gap=product_gap(profile) if profile.facts.get("one_pass") else None,
         made_from=args.made_from(found.search),
     )
+
+
+def best_first_row(grown: GrownChoice) -> dict[str, Any]:
+    """Returns the best-first tree and its figures as JSON's types."""
+    return {**grown.rated.row(), "tokens_per_second_choosing": grown.choosing}
 
 
 def edges_of(search: Search, shape: Shape) -> list[dict[str, Any]]:
@@ -223,15 +239,13 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
         sys.stdout.write(draw(chosen.shape, node_shares(found.search.reporting, chosen.shape)) + "\n")
     else:
         sys.stdout.write(f"no tree pays at {where}: plain decoding is fastest\n")
-    arms = {"chosen": chosen, "runner-up": choice.runner_up, "plain": plain}
-    rows = [
-        [*figures(name, rated, plain), before]
-        for (name, rated), before in zip(arms.items(), choice.choosing, strict=True)
-        if rated is not None
-    ]
+    before: dict[str, float] = dict(zip(("chosen", "runner-up", PLAIN), choice.choosing, strict=True))
+    if found.best_first is not None:
+        before["best-first"] = found.best_first.choosing
+    rows = [[*figures(name, rated, plain), before[name]] for name, rated in arms_of(found).items()]
     columns = ["", "tree", "nodes", "depth", "tau", "tokens/s", "x plain", "ms a token"]
     tables.print_table(f"Predicted at {where}", [*columns, "tokens/s of the choosing half"], rows)
-    for told in (choice.doubt, found.search.left_out):
+    for told in (choice.doubt, found.search.left_out, grown_is_faster(found)):
         if told is not None:
             sys.stdout.write(f"{told}\n")
     if args.objective == "frontier" or len(args.batches) > 1:
@@ -264,13 +278,22 @@ def print_search(args: Args, found: Searched, result: dict[str, Any]) -> None:
     )
 
 
+def grown_is_faster(found: Searched) -> str | None:
+    """Returns a sentence where the prompts that choose find the best-first tree faster than the chosen one."""
+    grown, chosen = found.best_first, found.choice.choosing[0]
+    if grown is None or grown.choosing <= chosen:
+        return None
+    return (
+        f"the prompts that choose find the best-first tree faster, {grown.choosing:.4g} tokens/s against {chosen:.4g}: "
+        f"take it with --tree {grown.rated.tree.spec}, after a --measure, for costs leave out how its nodes are picked"
+    )
+
+
 def print_tried(found: Searched, tried: dict[str, TriedTree]) -> None:
     """Prints measured figures beside the predicted ones."""
-    choice, rows = found.choice, []
-    predicted = {"chosen": choice.chosen, "runner-up": choice.runner_up, PLAIN: choice.plain}
+    predicted, rows = arms_of(found), []
     for name, one in tried.items():
         rated = predicted[name]
-        assert rated is not None
         guess = rated.tokens_per_second.value
         rows.append([name, rated.tau.value, one.tau, guess, one.tokens_per_second, guess / one.tokens_per_second])
     if rows:

@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxspec import __version__
 from jaxspec.console import cli, results, tables
-from jaxspec.lab.flags import SearchFlags, static_shape
+from jaxspec.lab.flags import SearchFlags
+from jaxspec.lab.grown import replayed_tree
 from jaxspec.lab.search import Rated, left_out
+from jaxspec.trees import StaticTree, chain
 
 FORMAT = "jaxspec tree table 1"
 
@@ -23,14 +25,15 @@ class Args(SearchFlags):
     contexts: str | None = None
     """Committed tokens of a row, such as 512,2048; default: those of the costs."""
     tree: str | None = None
-    """Instead of the best tree of each cell: a static tree or chain, and what it makes of all of them."""
+    """Instead of the best tree of each cell: one tree, and what it makes of all of them: a static one or
+    a chain, or best_first and dynamic for a one-pass drafter."""
     out: Path | None = None
     """File for the table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tree is not None:
-            static_shape(self.tree)
+            replayed_tree(self.tree)
         for name in ("batches", "contexts"):
             if (text := getattr(self, name)) is not None:
                 sorted(cli.sizes(f"--{name}", text))
@@ -60,8 +63,8 @@ def make_table(args: Args) -> dict[str, Any]:
     known = args.cost_grid
     batches = list(known[0]) if args.batches is None else sorted(cli.sizes("--batches", args.batches))
     contexts = list(known[1]) if args.contexts is None else sorted(cli.sizes("--contexts", args.contexts))
-    shape = None if args.tree is None else static_shape(args.tree)
-    nodes = 1 if shape is None else 1 + len(shape)
+    tree = None if args.tree is None else replayed_tree(args.tree)
+    nodes = 1 if tree is None else tree.nodes
     why = {(batch, context): args.refusal(batch, context, nodes) for context in contexts for batch in batches}
     refused = {cell: reason for cell, reason in why.items() if reason is not None}
     cells = [cell for cell in why if cell not in refused]
@@ -69,10 +72,10 @@ def make_table(args: Args) -> dict[str, Any]:
         raise ValueError(f"{args.cost}: {next(iter(refused.values()))}")
     search = args.search(cells)
     costs = [args.cost_at(*cell) for cell in cells]
-    choices = [] if shape is not None else [search.choose(cost) for cost in costs]
-    rated = [c.chosen for c in choices] if shape is None else [search.rate(shape, cost) for cost in costs]
-    rows = [make_row(tree, search.rate((), cost)) for tree, cost in zip(rated, costs, strict=True)]
-    chains = all(row["nodes"] == row["depth"] + 1 for row in rows)
+    choices = [] if tree is not None else [search.choose(cost) for cost in costs]
+    rated = [c.chosen for c in choices] if tree is None else [search.rate(tree, cost) for cost in costs]
+    rows = [make_row(one, search.rate(chain(0), cost)) for one, cost in zip(rated, costs, strict=True)]
+    chains = all(isinstance(one.tree, StaticTree) and one.tree.nodes == one.tree.depth + 1 for one in rated)
     return {
         "format": FORMAT,
         "batches": batches,

@@ -87,10 +87,15 @@ def acceptance_table(
     A cell is `(hits + strength * prior) / (starts + strength)`; its prior is the rank's rate over all depths.
     `monotone` pools ranks that stand in the wrong order, so that rates do not rise with the rank. `starts` are those
     counted (default: all; those where rounds begin make it a table by round). `by_parent` fits depth 2 by the parent's
-    rank (default: for one-pass drafters). The mean is over positions: a replay is what rounds see.
+    rank (default: for one-pass drafters). Hits of depth 1 are the target's probabilities where the profile has them,
+    which have the same mean: a start is chosen by the text before it. The mean is over positions: a replay is what
+    rounds see.
     """
-    rank_TD = profile.rank_TD if starts is None else profile.rank_TD[starts]
+    at = slice(None) if starts is None else starts
+    rank_TD = profile.rank_TD[at]
     hits_DK, starts_D = _count(rank_TD, profile.ranks, given)
+    if profile.p_TK is not None:
+        hits_DK[0] = profile.p_TK[at].sum(0, dtype=np.float64)
     prior_K = hits_DK.sum(0) / max(starts_D.sum(), 1)
     rate_DK = _shrunk(hits_DK, starts_D, prior_K, strength, monotone)
     if by_parent is None:

@@ -94,11 +94,16 @@ class ReplayedShapes:
 
     def rates(self, cost: RoundCost, limits: Limits) -> np.ndarray:
         """Returns `[S]`: tokens per second of all rows together; 0 where limits or costs leave a shape out."""
-        forest, rate_S = self.forest, np.zeros(len(self.tau_S))
-        fits_S = (forest.nodes_S <= limits.allow(cost)) & cost.known(forest.nodes_S, forest.width_SD)
-        seconds_S = cost.round_seconds(forest.nodes_S[fits_S], forest.width_SD[fits_S])
-        rate_S[fits_S] = cost.batch * self.tau_S[fits_S] / seconds_S
-        return rate_S
+        return rates_at(cost, limits, self.tau_S, (self.forest.nodes_S, self.forest.width_SD))
+
+
+def rates_at(cost: RoundCost, limits: Limits, tau_S: np.ndarray, sizes: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Returns `[S]`: tokens per second of trees of these nodes and widths; 0 where limits or costs leave one out."""
+    (nodes_S, width_SD), rate_S = sizes, np.zeros(len(tau_S))
+    fits_S = (nodes_S <= limits.allow(cost)) & cost.known(nodes_S, width_SD)
+    seconds_S = cost.round_seconds(nodes_S[fits_S], width_SD[fits_S])
+    rate_S[fits_S] = cost.batch * tau_S[fits_S] / seconds_S
+    return rate_S
 
 
 def find_candidates(

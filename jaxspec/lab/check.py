@@ -1,4 +1,4 @@
-"""Predictions held to the clock: static trees that were decoded at several batches, beside what the lab foretold.
+"""Predictions held to the clock: trees that were decoded at several batches, beside what the lab foretold.
 
 A batch ends with its last row, so rows that end early idle in a measurement. A server refills them, and the lab
 predicts that: tokens/s are therefore the rows times tau by the seconds of a round, on both sides.
@@ -79,7 +79,7 @@ def rows_of(checked: Sequence[CheckedTree]) -> list[dict[str, Any]]:
 
     There a machine that is slower on one day than on another changes nothing.
     """
-    plain = {c.predicted.batch: c for c in checked if not c.predicted.shape}
+    plain = {c.predicted.batch: c for c in checked if c.predicted.plain}
     rows = []
     for one in checked:
         base = plain[one.predicted.batch]

@@ -14,6 +14,7 @@ from jaxspec.lab.flags import SearchFlags
 from jaxspec.lab.forest import Path as NodePath
 from jaxspec.lab.replay import node_shares
 from jaxspec.lab.search import Choice, Rated, Search
+from jaxspec.trees import StaticTree
 
 MOST_SIZES = 64
 """Sizes of trees in a curve."""
@@ -158,4 +159,4 @@ def best_by(search: Search, cost: RoundCost, size_S: np.ndarray) -> list[Rated]:
     if len(sizes) > MOST_SIZES:
         sizes = sizes[np.unique(np.linspace(0, len(sizes) - 1, MOST_SIZES).round().astype(int))]
     best = [int(np.argmax(np.where(size_S == size, rate_S, -1.0))) for size in sizes]
-    return [search.rate(search.candidates.forest.shapes[index], cost) for index in best]
+    return [search.rate(StaticTree(search.candidates.forest.shapes[index]), cost) for index in best]

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 from jaxspec.lab.candidates import GIB, MOST_SHAPES, Limits
 from jaxspec.lab.cost_model import RoundCost, describe, grid, round_cost
 from jaxspec.lab.costs import CostTable, load_costs
-from jaxspec.lab.forest import Shape, shape_of
 from jaxspec.lab.logged import with_texts
 from jaxspec.lab.profile import Profile, load_profile
 from jaxspec.lab.replay import check_replayable
 from jaxspec.lab.search import Search
-from jaxspec.trees import StaticTree, parse_tree
 
 
 class Inputs(NamedTuple):
@@ -153,14 +151,6 @@ class SearchFlags(LimitFlags):
         if not found[0]:
             raise ValueError(f"{self.cost}: the costs have no rows of the part verify: make them with jaxspec lab cost")
         return found
-
-
-def static_shape(spec: str) -> Shape:
-    """Returns the shape of a `--tree`. Raises ValueError for a tree that is not static."""
-    tree = parse_tree(spec)
-    if not isinstance(tree, StaticTree):
-        raise ValueError(f"--tree {spec} is no static tree: what is drafted anew each round is not replayed")
-    return shape_of(tree.paths)
 
 
 def digest(path: Path) -> str:

@@ -19,7 +19,7 @@ from jaxspec.lab.measured import RoundBench
 from jaxspec.lab.policy import adaptive_tree
 from jaxspec.lab.pricing import rows_of
 from jaxspec.lab.profile import Profile
-from jaxspec.lab.ranks import Text, batches, rank_texts, read_target
+from jaxspec.lab.ranks import Text, batches, rank_texts, ranked_profile, read_target
 from jaxspec.lab.reading import summarize
 from jaxspec.lab.round_parts import Grid, with_reference
 from jaxspec.lab.row_steps import known_steps
@@ -86,9 +86,8 @@ def text_profile(models: Models, texts: Sequence[Text]) -> Profile:
         some = [texts[i] for i in group]
         parts = rank_texts(models, some, read_target(models, some), depth=depth, ranks=RANKS)
         found |= dict(zip(group, parts, strict=True))
-    prompt_T = np.repeat(np.arange(len(texts), dtype=np.int32), [text.starts for text in texts])
     facts = {"kind": "ranks", "ranks": RANKS, "depth": depth, "temperature": 0.0, "one_pass": drafter.one_pass}
-    return Profile(prompt_T, *joined(found, len(texts)), sources=("",) * len(texts), facts=facts)
+    return ranked_profile(texts, joined(found, len(texts)), ("",) * len(texts), facts)
 
 
 def costs_here(models: Models, context: int, tell: Callable[[str], None]) -> CostTable:

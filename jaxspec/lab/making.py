@@ -16,7 +16,7 @@ from jaxspec.console.disk import writing
 from jaxspec.decoding.requests import Settings
 from jaxspec.evaluation.acceptance import Notebook, request_of
 from jaxspec.lab.profile import Profile, RoundCounts
-from jaxspec.lab.ranks import Ranks, Text, batches, rank_texts, read_target
+from jaxspec.lab.ranks import Draws, Ranks, Text, batches, rank_texts, ranked_profile, read_target
 from jaxspec.lab.rates import rates_of
 from jaxspec.lab.round_log import generous_tree, log_rounds
 from jaxspec.lab.texts import Sourced, digest_of
@@ -50,9 +50,14 @@ class LogSizes(NamedTuple):
 
 
 def rank_arms(
-    arms: Sequence[ProfiledDrafter], texts: Sequence[Text], ranks: int, folder: Path, stopped: Stopped
+    arms: Sequence[ProfiledDrafter],
+    texts: Sequence[Text],
+    settings: Settings,
+    ranks: int,
+    folder: Path,
+    stopped: Stopped,
 ) -> list[Ranks]:
-    """Returns each drafter's ranks over all texts, in the order of the texts.
+    """Returns each drafter's ranks over all texts, which were written by `settings`, in the order of the texts.
 
     The target reads a batch once for all drafters that read the same of it. Batches lie in `folder` as they are done.
     """
@@ -61,17 +66,19 @@ def rank_arms(
     taps = list(dict.fromkeys(_taps(arm) for arm in arms))
     with progress.progress("ranks of the texts", len(groups) * len(arms), "batches") as bar:
         for group in groups:
-            some = [texts[i] for i in group]
+            some, draws = [texts[i] for i in group], None
             for read_by in taps:
                 read: Array | None = None
                 for at, arm in enumerate(arms):
                     if _taps(arm) != read_by:
                         continue
-                    path = _part_path(folder, arm, ranks, some)
-                    part = _read_part(path)
+                    path = _part_path(folder, arm, ranks, some, settings)
+                    part = _read_part(path, len(some))
                     if part is None:
                         read = read_target(arm.models, some) if read is None else read
-                        part = rank_texts(arm.models, some, read, depth=arm.depth, ranks=ranks)
+                        if settings.temperature > 0 and draws is None:
+                            draws = Draws(read_target(arm.models.plain(), some) if read_by else read, settings)
+                        part = rank_texts(arm.models, some, read, depth=arm.depth, ranks=ranks, draws=draws)
                         _write_part(path, part)
                     found[at] |= dict(zip(group, part, strict=True))
                     bar.advance(1, arm.name)
@@ -90,9 +97,10 @@ def joined(by_text: dict[int, Ranks], texts: int) -> Ranks:
     return Ranks(*(np.concatenate(x) for x in zip(*(by_text[i] for i in range(texts)), strict=True)))
 
 
-def _part_path(folder: Path, arm: ProfiledDrafter, ranks: int, texts: Sequence[Text]) -> Path:
+def _part_path(folder: Path, arm: ProfiledDrafter, ranks: int, texts: Sequence[Text], settings: Settings) -> Path:
     """Returns the file of a batch, which is named by all that it depends on."""
-    return folder / "ranks" / f"{arm.digest}-{arm.depth}x{ranks}-{digest_of(texts)}.npz"
+    drawn = f"t{settings.temperature:g}-{settings.top_k}-{settings.top_p:g}" if settings.temperature else "greedy"
+    return folder / "ranks" / f"{arm.digest}-{arm.depth}x{ranks}-{drawn}-{digest_of(texts)}.npz"
 
 
 def _write_part(path: Path, part: Sequence[Ranks]) -> None:
@@ -104,11 +112,11 @@ def _write_part(path: Path, part: Sequence[Ranks]) -> None:
     os.replace(draft, path)
 
 
-def _read_part(path: Path) -> list[Ranks] | None:
+def _read_part(path: Path, texts: int) -> list[Ranks] | None:
     """Returns the texts of a batch that has been made; None where it has not, or the file is damaged, which is said."""
     try:
         with np.load(path, allow_pickle=False) as found:
-            return [Ranks(*(found[f"{name}_{i}"] for name in Ranks._fields)) for i in range(len(found.files) // 4)]
+            return [Ranks(*(found[f"{name}_{i}"] for name in Ranks._fields)) for i in range(texts)]
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever is wrong with it, it is made anew
@@ -118,9 +126,9 @@ def _read_part(path: Path) -> list[Ranks] | None:
 
 def rank_profile(arm: ProfiledDrafter, texts: Sourced, found: Ranks, ranks: int, facts: dict[str, Any]) -> Profile:
     """Returns the profile of a drafter's ranks."""
-    prompt_T = np.repeat(np.arange(len(texts.texts), dtype=np.int32), [text.starts for text in texts.texts])
-    about = {**facts, "kind": "ranks", "ranks": ranks, "depth": arm.depth}
-    return Profile(prompt_T, *found, sources=tuple(texts.sources), facts=about)
+    return ranked_profile(
+        texts.texts, found, texts.sources, {**facts, "kind": "ranks", "ranks": ranks, "depth": arm.depth}
+    )
 
 
 def log_arm(

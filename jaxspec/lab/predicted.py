@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from jaxspec.lab.devices import CPU, KINDS
 from jaxspec.lab.findings import SearchFinding
+from jaxspec.lab.grown import replayed_tree
 from jaxspec.lab.search import Rated
-from jaxspec.trees import StaticTree, parse_tree
 
 NEEDED = ("arm", "batch", "prefix", "tokens_per_second", "tau")
 """Keys of a row of `bench decode` that are compared."""
@@ -141,8 +141,4 @@ def mismatches(compared: Sequence[Compared]) -> list[str]:
 
 def _predict(arm: MeasuredArm, finding: SearchFinding) -> Rated:
     """Returns an arm's prediction. Raises ValueError where it cannot be replayed or costed."""
-    tree = parse_tree(arm.tree or "none")
-    if not isinstance(tree, StaticTree):
-        raise ValueError("its nodes depend on what is drafted, and only static trees are replayed")
-    shape = tuple(sorted(tree.paths, key=lambda path: (len(path), path)))
-    return finding.search.rate(shape, finding.flags.cost_at(arm.batch, arm.context))
+    return finding.search.rate(replayed_tree(arm.tree or "none"), finding.flags.cost_at(arm.batch, arm.context))

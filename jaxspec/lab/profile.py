@@ -54,7 +54,7 @@ class Profile:
     """Draft log-probability of that token given the text before it; NaN where the text has ended; float32."""
     top_TDK: np.ndarray
     """Log-probabilities of the `K` likeliest children there, falling along `K`; NaN where the text has ended; float16.
-    `D` may be 0: not kept."""
+    `D` may be 0: not kept. Those of a one-pass drafter are the whole tree's: float32, and kept behind the end too."""
     entropy_TD: np.ndarray
     """Entropy of the draft distribution there, in nats; NaN where the text has ended; float16."""
     sources: tuple[str, ...]
@@ -64,6 +64,9 @@ class Profile:
     `ranks` (`K`), `kind` ("ranks" or "rates") and whatever else a reader needs; JSON."""
     counts: RoundCounts | None = None
     """Of a profile of rates alone: the counts behind them, prompt by prompt."""
+    p_TK: np.ndarray | None = None
+    """Probability that the target draws each of the `K` children of depth 1, by the temperature, top-k and top-p of the
+    texts; float32. None where it is not known: of greedy texts, of rates, and in files of earlier versions."""
 
     def __post_init__(self) -> None:
         starts, depths = self.rank_TD.shape
@@ -75,6 +78,8 @@ class Profile:
             raise ValueError(f"a profile names prompts that its {len(self.sources)} sources do not have: make it anew")
         if np.any(np.diff(self.prompt_T) < 0):
             raise ValueError("a profile's starts are not in the order of their prompts: make it anew")
+        if self.p_TK is not None and self.p_TK.shape != (starts, self.ranks):
+            raise ValueError(f"a profile of {starts} starts holds the probabilities of others: make it anew")
         if self.counts is not None and {len(x) for x in self.counts} != {len(self.sources)}:
             raise ValueError(f"a profile counts rounds of other prompts than its {len(self.sources)}: make it anew")
 
@@ -102,12 +107,14 @@ class Profile:
             entropy_TD=self.entropy_TD[at],
             sources=tuple(self.sources[p] for p in prompts),
             counts=None if self.counts is None else RoundCounts(*(x[prompts] for x in self.counts)),
+            p_TK=None if self.p_TK is None else self.p_TK[at],
         )
 
     def save(self, path: Path) -> None:
         """Writes one compressed `.npz` file with the facts as JSON among the arrays."""
         text = json_text({"format": FORMAT, "sources": self.sources, **self.facts})
         arrays = {n: getattr(self, n) for n in ARRAYS} | ({} if self.counts is None else self.counts._asdict())
+        arrays |= {} if self.p_TK is None else {"p_TK": self.p_TK}
         with writing(path), path.open("wb") as file:
             np.savez_compressed(file, facts=np.frombuffer(text.encode(), np.uint8), **arrays)
 
@@ -142,6 +149,7 @@ def load_profile(path: Path) -> Profile:
             facts = json.loads(bytes(found["facts"]))
             arrays = {name: found[name] for name in ARRAYS}
             counted = [found[name] for name in RoundCounts._fields if name in found.files]
+            p_TK = found["p_TK"] if "p_TK" in found.files else None
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such profile; make one with `jaxspec lab profile`") from None
     except OSError as error:
@@ -153,4 +161,4 @@ def load_profile(path: Path) -> Profile:
     if not known or not isinstance(facts.get("ranks"), int) or not isinstance(facts.get("sources"), list):
         raise ValueError(f"{path}: is no acceptance profile of this version; make one with `jaxspec lab profile`")
     counts = RoundCounts(*counted) if len(counted) == len(RoundCounts._fields) else None
-    return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts, counts=counts)
+    return Profile(**arrays, sources=tuple(facts.pop("sources")), facts=facts, counts=counts, p_TK=p_TK)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import Array, Learner, Params, SharedTables, Target, UnrollInputs
-from jaxspec.decoding.requests import round_up
+from jaxspec.decoding.requests import Settings, round_up
 from jaxspec.decoding.rounds import shared_tables
 from jaxspec.drafters import DraftLM
 from jaxspec.drafters.module import DrafterModule
-from jaxspec.lab.profile import BEYOND, MISSED
+from jaxspec.lab.profile import BEYOND, MISSED, Profile
 from jaxspec.nn.attention import causal_mask
+from jaxspec.sampling import Sampling, distribution_of
 from jaxspec.serving.loading import Models
 from jaxspec.trees.children import likeliest
 
@@ -64,6 +65,17 @@ class Ranks(NamedTuple):
     logp_TD: np.ndarray
     top_TDK: np.ndarray
     entropy_TD: np.ndarray
+    p_TK: np.ndarray
+    """`K` is 0 where texts are greedy."""
+
+
+class Draws(NamedTuple):
+    """The distributions that a target drew some texts from."""
+
+    features_BLD: Array
+    """The target's features on the batch, which its LM head scores; padding is garbage."""
+    settings: Settings
+    """Temperature, top-k and top-p."""
 
 
 class TextBatch(NamedTuple):
@@ -85,6 +97,8 @@ class _Counted(NamedTuple):
     logp_XD: Array
     top_XDK: Array
     entropy_XD: Array
+    child_XDK: Array
+    """Places of the children among the tokens that the drafter scores."""
 
 
 def batches(texts: Sequence[Text]) -> list[list[int]]:
@@ -130,11 +144,14 @@ def _tokens(texts: Sequence[Text]) -> np.ndarray:
     return tokens_BL
 
 
-def rank_texts(models: Models, texts: Sequence[Text], read_BLD: Array, *, depth: int, ranks: int) -> list[Ranks]:
+def rank_texts(
+    models: Models, texts: Sequence[Text], read_BLD: Array, *, depth: int, ranks: int, draws: Draws | None = None
+) -> list[Ranks]:
     """Returns the ranks at every start of a batch of texts, text by text.
 
-    `read_BLD` is `read_target` of the same texts. A token outside a draft vocabulary is `MISSED` with log-probability
-    -inf. Raises ValueError where the drafter drafts less than `depth` deep, or scores fewer than `ranks` tokens.
+    `read_BLD` is `read_target` of the same texts, and `draws` is of texts that are not greedy. A token outside a draft
+    vocabulary is `MISSED` with log-probability -inf. Raises ValueError where the drafter drafts less than `depth` deep,
+    or scores fewer than `ranks` tokens.
     """
     drafter = models.engine.drafter
     assert drafter is not None
@@ -144,12 +161,21 @@ def rank_texts(models: Models, texts: Sequence[Text], read_BLD: Array, *, depth:
     batch = _arrange(models, texts)
     shared = shared_tables(models.engine, models.weights)
     found = _rank(decoding_form(drafter), (steps, ranks), models.weights.drafter, shared, batch, read_BLD)
-    counted = Ranks(*(np.asarray(x)[: batch.starts] for x in found))
+    p_XK = np.zeros((batch.starts, 0), np.float32) if draws is None else _draw(models, batch, found.child_XDK, draws)
+    counted = Ranks(*(np.asarray(x)[: batch.starts] for x in (*found[:4], p_XK)))
     ends = np.cumsum([text.starts for text in texts])
     parts = [Ranks(*(x[end - text.starts : end] for x in counted)) for text, end in zip(texts, ends, strict=True)]
     return [
-        _finish(_deepen(part, depth) if steps < depth else part, text) for part, text in zip(parts, texts, strict=True)
+        _finish(_deepen(part, depth) if steps < depth else part, text, whole=drafter.one_pass)
+        for part, text in zip(parts, texts, strict=True)
     ]
+
+
+def ranked_profile(texts: Sequence[Text], found: Ranks, sources: Sequence[str], facts: dict[str, Any]) -> Profile:
+    """Returns the profile of the ranks of some texts, one text after another."""
+    prompt_T = np.repeat(np.arange(len(texts), dtype=np.int32), [text.starts for text in texts])
+    p_TK = found.p_TK if found.p_TK.shape[1] else None
+    return Profile(prompt_T, *found[:4], sources=tuple(sources), facts=facts, p_TK=p_TK)
 
 
 def check_sizes(models: Models, *, depth: int, ranks: int) -> None:
@@ -216,7 +242,8 @@ def _rank(
         )
 
     flat = jnp.zeros((len(batch.row_X), steps))
-    nothing = _Counted(flat.astype(jnp.int16), flat, jnp.zeros((*flat.shape, ranks), jnp.float16), flat)
+    many = jnp.zeros((*flat.shape, ranks))
+    nothing = _Counted(flat.astype(jnp.int16), flat, many, flat, many.astype(jnp.int32))
     return jax.lax.fori_loop(0, (batch.starts + chunk - 1) // chunk, score, nothing)
 
 
@@ -238,25 +265,70 @@ def _place(logits_1CV: Array, token_C: Array, ranks: int) -> _Counted:
     return _Counted(
         rank_C.astype(jnp.int16),
         jnp.where(token_C < 0, -jnp.inf, logp_C),
-        children.logp_BWR[0].astype(jnp.float16),
+        children.logp_BWR[0],
         entropy_C,
+        children.token_BWR[0],
     )
+
+
+def _draw(models: Models, batch: TextBatch, child_XDK: Array, draws: Draws) -> Array:
+    """Returns `[X, K]`: the probability that the target draws each child of depth 1."""
+    of, vocab = draws.settings, models.weights.vocab
+    child_XK = child_XDK[:, 0] if vocab is None else jnp.asarray(vocab.token_U)[child_XDK[:, 0]]
+    sampling = Sampling(
+        jnp.full(1, of.temperature, jnp.float32),
+        jnp.full(1, of.top_k, jnp.int32),
+        jnp.full(1, of.top_p, jnp.float32),
+        jnp.zeros(1, jnp.uint32),  # of the noise, which is not drawn here
+    )
+    target, chunk = models.engine.target, _chunk(models.config.vocab)
+    return _draw_chunks(target, chunk, models.weights.target, batch, draws.features_BLD, child_XK, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("target", "chunk"))
+def _draw_chunks(
+    target: Target,
+    chunk: int,
+    params: Params,
+    batch: TextBatch,
+    features_BLD: Array,
+    child_XK: Array,
+    sampling: Sampling,
+) -> Array:
+    """Scores the features at a chunk of starts at a time, as many chunks as there are starts."""
+    row_X, features_ZD = jnp.asarray(batch.row_X), features_BLD.reshape(-1, features_BLD.shape[-1])
+
+    def score(index: Array, found_XK: Array) -> Array:
+        row_C, child_CK = (jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk) for x in (row_X, child_XK))
+        # The start stands behind the row that drafts there.
+        p_1CV = distribution_of(target.logits(params, features_ZD[row_C + 1][None]), sampling)
+        p_CK = jnp.take_along_axis(p_1CV[0], child_CK, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(found_XK, p_CK, index * chunk, 0)
+
+    chunks = (batch.starts + chunk - 1) // chunk
+    return jax.lax.fori_loop(0, chunks, score, jnp.zeros(child_XK.shape, jnp.float32))
 
 
 def _deepen(first: Ranks, depth: int) -> Ranks:
     """Returns what a drafter without features of its own has at every depth: that of depth 1, so many places later."""
     starts = len(first.rank_TD)
     at_TD = np.minimum(np.arange(starts)[:, None] + np.arange(depth), max(starts - 1, 0))
-    return Ranks(*(x[at_TD, 0] if starts else np.zeros((0, depth, *x.shape[2:]), x.dtype) for x in first))
+    deep = [x[at_TD, 0] if starts else np.zeros((0, depth, *x.shape[2:]), x.dtype) for x in first[:4]]
+    return Ranks(*[*deep, first.p_TK])
 
 
-def _finish(found: Ranks, text: Text) -> Ranks:
-    """Returns a text's part with what lies behind its end marked as such."""
+def _finish(found: Ranks, text: Text, *, whole: bool) -> Ranks:
+    """Returns a text's part with what lies behind its end marked as such.
+
+    With `whole` the likeliest children are those of the whole tree of a start, wherever the text ends: a one-pass
+    drafter's. They are kept in full precision, since float16 would make equals of paths that the tree tells apart.
+    """
     left_T = text.starts - np.arange(text.starts)
     ended_TD = np.arange(1, found.rank_TD.shape[1] + 1) > left_T[:, None]
     return Ranks(
         np.where(ended_TD, BEYOND, found.rank_TD).astype(np.int16),
         np.where(ended_TD, np.nan, found.logp_TD).astype(np.float32),
-        np.where(ended_TD[..., None], np.nan, found.top_TDK).astype(np.float16),
+        found.top_TDK if whole else np.where(ended_TD[..., None], np.nan, found.top_TDK).astype(np.float16),
         np.where(ended_TD, np.nan, found.entropy_TD).astype(np.float16),
+        found.p_TK,
     )

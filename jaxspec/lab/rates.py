@@ -28,7 +28,9 @@ class Rates(NamedTuple):
 def measure_rates(profile: Profile) -> Rates:
     """Returns the rates of a profile: means over all places of its texts, or those of the rounds that it counts.
 
-    A mean over places is not one over rounds, which stand closer where the text is hard: for tau replay a tree.
+    At depth 1 the target's own probabilities take the hits' place where the profile has them: the mean is the same, and
+    varies far less. A mean over places is not one over rounds, which stand closer where the text is hard: for tau
+    replay a tree.
     """
     if profile.counts is not None:
         return rates_of(profile.counts.hits_PDK, profile.counts.turns_PDK, in_turn=True)
@@ -39,7 +41,10 @@ def measure_rates(profile: Profile) -> Rates:
 
 
 def count_hits(profile: Profile) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each prompt's hits of every rank, `[P, D, K]`, and its places that have a depth at all, `[P, D, 1]`."""
+    """Returns each prompt's hits of every rank, `[P, D, K]`, and its places that have a depth at all, `[P, D, 1]`.
+
+    Hits of depth 1 are expected ones where the target's probabilities are known.
+    """
     prompts, (_, depths) = len(profile.sources), profile.rank_TD.shape
     hits_PDK = np.zeros((prompts, depths, profile.ranks))
     tries_PD1 = np.zeros((prompts, depths, 1))
@@ -47,6 +52,9 @@ def count_hits(profile: Profile) -> tuple[np.ndarray, np.ndarray]:
         there = rank_T >= 0
         np.add.at(hits_PDK[:, d], (profile.prompt_T[there], rank_T[there]), 1)
         tries_PD1[:, d, 0] = np.bincount(profile.prompt_T[rank_T != BEYOND], minlength=prompts)
+    if profile.p_TK is not None:
+        hits_PDK[:, 0] = 0
+        np.add.at(hits_PDK[:, 0], profile.prompt_T, profile.p_TK)
     return hits_PDK, tries_PD1
 
 

@@ -23,7 +23,8 @@ SHOWN_RANKS = 4
 """Ranks in the printed table."""
 NOTES = f"""\
 acceptance: of the places where a node of that depth stands on the text, the share whose next token is its child of that
-rank, [{CONFIDENCE:.0%} interval over prompts]; a mean over places, which stand denser than rounds where text is easy
+rank, [{CONFIDENCE:.0%} interval over prompts]; a mean over places, which stand denser than rounds where text is easy;
+at depth 1 above temperature 0 the mean of the target's own probability of that child
 any: of all ranks together; tau: tokens a target call by replay of a chain, prefill and its token not counted
 calibration: mean distance of draft probability and share of hits, over bins of equal size, and after isotonic
 regression on the other half of the prompts

@@ -110,9 +110,20 @@ def rounds_of(profile: Profile, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
         _check_in_turn(shape, str(profile.facts["mode"]))
     forest = make_forest([shape])
     length_T = forest.lengths(0, 1)[0][place_starts(profile, forest)].astype(np.int64)
+    at = walk_rounds(profile, length_T)
+    return at, length_T[at]
+
+
+def walk_rounds(profile: Profile, length_T: np.ndarray) -> np.ndarray:
+    """Returns the starts at which rounds begin where a round at start `t` accepts `length[t]` tokens."""
     at = np.concatenate([np.zeros(0, np.int64), *_walk(length_T, *bounds(profile))])
     at.sort()
-    return at, length_T[at]
+    return at
+
+
+def walk_calls(profile: Profile, length_ST: np.ndarray) -> np.ndarray:
+    """Returns `[S, P]`, int32: the target calls on each prompt of trees whose rounds accept these lengths."""
+    return _walk_all(length_ST, np.arange(length_ST.shape[1]), *bounds(profile))
 
 
 def _check_in_turn(shape: Shape, mode: str) -> None:
@@ -142,7 +153,12 @@ def replay(profile: Profile, shape: Shape) -> Counts:
     ValueError for a profile of another rule than `target-draw`, and a tree deeper or wider than the profile.
     """
     at, accepted = rounds_of(profile, shape)
-    prompts, most = len(profile.sources), max((len(path) for path in shape), default=0) + 1
+    return count_rounds(profile, at, accepted, max((len(path) for path in shape), default=0))
+
+
+def count_rounds(profile: Profile, at: np.ndarray, accepted: np.ndarray, deepest: int) -> Counts:
+    """Returns tokens, target calls and accept histogram of each prompt from the starts and lengths of all rounds."""
+    prompts, most = len(profile.sources), deepest + 1
     place = profile.prompt_T[at].astype(np.int64) * most + accepted
     histogram_PA = np.bincount(place, minlength=prompts * most).reshape(prompts, most)
     return Counts(tokens_of(profile), histogram_PA.sum(1), histogram_PA)

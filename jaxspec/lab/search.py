@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.evaluation.statistics import Counts, Interval, ratio_interval, tau_interval
+from jaxspec.lab.best_first import BestFirstGrid, find_best_first
 from jaxspec.lab.candidates import MOST_SHAPES, Limits, ReplayedShapes, find_candidates
 from jaxspec.lab.cost_model import RoundCost
-from jaxspec.lab.forest import Shape, make_forest
+from jaxspec.lab.forest import Shape
+from jaxspec.lab.grown import ReplayedTree, growable, replay_tree, sizes_of
 from jaxspec.lab.profile import Profile, split_prompts
-from jaxspec.lab.replay import replay
-from jaxspec.trees import StaticTree
+from jaxspec.trees import StaticTree, chain
 
 NEAR = 0.99
 """Least share of the best rate at which a smaller tree is taken, where the prompts cannot tell the two apart."""
@@ -31,7 +32,8 @@ ERROR = 0.1
 class Rated:
     """A tree with what it makes of a batch and context."""
 
-    shape: Shape
+    tree: ReplayedTree
+    """The tree as decoding takes it."""
     batch: int
     context: int
     tau: Interval
@@ -39,9 +41,14 @@ class Rated:
     round_seconds: float
 
     @property
-    def tree(self) -> StaticTree:
-        """The tree as decoding takes it."""
-        return StaticTree(self.shape)
+    def shape(self) -> Shape:
+        """Paths of a static tree; one that is grown anew each round has none."""
+        return self.tree.paths if isinstance(self.tree, StaticTree) else ()
+
+    @property
+    def plain(self) -> bool:
+        """Returns whether it is plain decoding."""
+        return self.tree.nodes == 1
 
     @property
     def tokens_per_second(self) -> Interval:
@@ -73,11 +80,10 @@ class Rated:
         }
 
 
-def rate_shape(shape: Shape, cost: RoundCost, counts: Counts) -> Rated:
+def rate_tree(tree: ReplayedTree, cost: RoundCost, counts: Counts) -> Rated:
     """Returns a tree's figures from its counts on some prompts. Raises ValueError beyond the costs."""
-    forest = make_forest([shape])
-    seconds = float(cost.round_seconds(forest.nodes_S, forest.width_SD)[0])
-    return Rated(shape, cost.batch, cost.context, tau_interval(counts), seconds)
+    seconds = float(cost.round_seconds(*sizes_of(tree))[0])
+    return Rated(tree, cost.batch, cost.context, tau_interval(counts), seconds)
 
 
 class Choice(NamedTuple):
@@ -119,6 +125,14 @@ class Choice(NamedTuple):
         )
 
 
+class GrownChoice(NamedTuple):
+    """The best-first tree chosen for a batch and context, where the drafter is of one pass."""
+
+    rated: Rated
+    choosing: float
+    """Tokens a second on the prompts that chose."""
+
+
 class Search:
     """ReplayedShapes replayed on one half of a profile's prompts, and reports on the other half.
 
@@ -130,10 +144,10 @@ class Search:
         self, profile: Profile, costs: Sequence[RoundCost], limits: Limits, *, most: int = MOST_SHAPES, seed: int = 0
     ) -> None:
         choosing, reporting = split_prompts(profile, seed)
-        self.limits = limits
-        self.candidates: ReplayedShapes = find_candidates(profile.of(choosing), costs, limits, most=most)
-        self.reporting = profile.of(reporting)
-        self.counts = functools.cache(functools.partial(replay, self.reporting))
+        self.limits, self.costs = limits, costs
+        self.choosing, self.reporting = profile.of(choosing), profile.of(reporting)
+        self.candidates: ReplayedShapes = find_candidates(self.choosing, costs, limits, most=most)
+        self.counts = functools.cache(functools.partial(replay_tree, self.reporting))
 
     @property
     def left_out(self) -> str | None:
@@ -149,16 +163,34 @@ class Search:
         rate_S = self.candidates.rates(cost, self.limits)
         index = pick(self.candidates, rate_S)
         shapes = self.candidates.forest.shapes
-        plain, chosen = self.rate((), cost), self.rate(shapes[index], cost)
+        plain, chosen = self.rate(chain(0), cost), self.rate(StaticTree(shapes[index]), cost)
         order = [int(i) for i in np.argsort(-rate_S, kind="stable")[:2] if rate_S[i] > 0]
         other = next((i for i in order if i != index), None)
-        runner_up = None if other is None else self.rate(shapes[other], cost)
+        runner_up = None if other is None else self.rate(StaticTree(shapes[other]), cost)
         before = (rate_S[index], float("nan") if other is None else rate_S[other], rate_S[0])
         return Choice(chosen, runner_up, plain, index, (float(before[0]), float(before[1]), float(before[2])))
 
-    def rate(self, shape: Shape, cost: RoundCost) -> Rated:
+    def rate(self, tree: ReplayedTree, cost: RoundCost) -> Rated:
         """Returns any tree's figures on the reporting prompts. Raises ValueError beyond the profile or the costs."""
-        return rate_shape(shape, cost, self.counts(shape))
+        return rate_tree(tree, cost, self.counts(tree))
+
+    @functools.cached_property
+    def grid(self) -> BestFirstGrid | None:
+        """Best-first trees of all sizes on the prompts that choose; None where the profile cannot replay them."""
+        return find_best_first(self.choosing, self.costs, self.limits) if growable(self.choosing) else None
+
+    def choose_best_first(self, cost: RoundCost) -> GrownChoice | None:
+        """Returns the fastest best-first tree for a batch and context, chosen on one half and reported on the other.
+
+        None for drafters that are not of one pass, and where limits and costs leave no such tree.
+        """
+        if self.grid is None:
+            return None
+        rate_S = self.grid.rates(cost, self.limits)
+        if not np.any(rate_S > 0):
+            return None
+        index = int(rate_S.argmax())
+        return GrownChoice(self.rate(self.grid.trees[index], cost), float(rate_S[index]))
 
     def sensitivity(self, cost: RoundCost, index: int) -> list[dict[str, Any]]:
         """Returns how the choice changes where acceptance or a part of the cost is off by `ERROR`.

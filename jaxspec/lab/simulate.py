@@ -81,7 +81,7 @@ def _draft(rates_DK: np.ndarray, rank_TD: np.ndarray) -> tuple[np.ndarray, np.nd
 def join(profiles: Sequence[Profile]) -> Profile:
     """Returns one profile of the prompts of all, in turn, with the facts of the first.
 
-    Raises ValueError for profiles of different depths or ranks, and for none.
+    The target's probabilities are left out. Raises ValueError for profiles of different depths or ranks, and for none.
     """
     if not profiles or len({(p.rank_TD.shape[1], p.ranks, p.top_TDK.shape[1:]) for p in profiles}) > 1:
         raise ValueError("profiles of different depths or ranks cannot be joined: make them alike")

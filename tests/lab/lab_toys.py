@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxspec.lab.cost_model import RoundCost
 from jaxspec.lab.costs import CostRow, CostTable
-from jaxspec.lab.profile import Profile, RoundCounts
+from jaxspec.lab.profile import BEYOND, MISSED, Profile, RoundCounts
 from jaxspec.lab.rates import rates_of
 from jaxspec.lab.round_log import by_rank, generous_tree
 
@@ -87,3 +87,16 @@ def rates_alone(counts: RoundCounts, sources: Sequence[str] | None = None, **fac
     nothing = np.zeros((0, depth))
     none = np.zeros(0, np.int32), nothing.astype(np.int16), nothing, np.zeros((0, depth, ranks)), nothing
     return Profile(*none, tuple(sources or [""] * prompts), about, counts)
+
+
+def one_pass_toy(*, prompts: int = 8, tokens: int = 40, depth: int = 3, ranks: int = 4, seed: int = 0) -> Profile:
+    """Returns a one-pass drafter's profile: another distribution at every place and depth, and texts drawn by it."""
+    rng, starts = np.random.default_rng(seed), prompts * (tokens - 1)
+    p_TDK = -np.sort(-rng.dirichlet(np.full(ranks + 1, 0.6), (starts, depth))[..., :ranks], axis=-1)
+    rank_TD = (rng.random((starts, depth, 1)) > np.cumsum(p_TDK, axis=-1)).sum(-1).astype(np.int16)
+    rank_TD[rank_TD == ranks] = MISSED
+    left_T = np.tile(np.arange(tokens - 1, 0, -1), prompts)
+    rank_TD[left_T[:, None] < np.arange(1, depth + 1)] = BEYOND
+    facts = {"kind": "ranks", "ranks": ranks, "one_pass": True, "rule": "target-draw", "mode": "topk"}
+    prompt_T, nothing = np.repeat(np.arange(prompts, dtype=np.int32), tokens - 1), np.zeros((starts, depth), np.float32)
+    return Profile(prompt_T, rank_TD, nothing, np.log(p_TDK).astype(np.float32), nothing, ("",) * prompts, facts)

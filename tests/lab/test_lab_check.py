@@ -19,16 +19,17 @@ from jaxspec.lab.check import CheckedTree, rows_of, summarize, trees_of_sizes
 from jaxspec.lab.cost_model import round_cost
 from jaxspec.lab.profile import load_profile
 from jaxspec.lab.replay import replay
-from jaxspec.lab.search import Rated, rate_shape
+from jaxspec.lab.search import Rated, rate_tree
 from jaxspec.lab.simulate import simulate
 from jaxspec.lab.trial import TriedTree
 from jaxspec.serving import loading
+from jaxspec.trees import StaticTree
 
 
 def checked(batch: int, predicted: tuple[float, float], measured: tuple[float, float], shape=((0,),)) -> CheckedTree:
     """Returns a tree by tau and seconds of a round."""
     tau, seconds = predicted
-    rated = Rated(shape, batch, 100, Interval(tau, tau, tau), seconds)
+    rated = Rated(StaticTree(shape), batch, 100, Interval(tau, tau, tau), seconds)
     return CheckedTree(rated, TriedTree(1.0, measured[0], measured[1]))
 
 
@@ -64,7 +65,10 @@ def test_trees_of_sizes_are_the_fastest_of_each_size_and_spread():
     assert sizes == sorted(set(sizes)) and len(sizes) == 6 and sizes[0] == 2 and sizes[-1] == 24
     widest = max(b / a for a, b in itertools.pairwise(sizes))
     assert widest <= 2  # a step of the logarithm is 12 ** (1 / 5) = 1.64
-    rates = [rate_shape(shape, cost, replay(profile, shape)).tokens_per_second.value for shape in (shapes[0], ((1,),))]
+    rates = [
+        rate_tree(StaticTree(shape), cost, replay(profile, shape)).tokens_per_second.value
+        for shape in (shapes[0], ((1,),))
+    ]
     assert rates[0] >= rates[1]
     assert len(trees_of_sizes(profile, cost, Limits(nodes=3, depth=2), 12)) == 2
 
@@ -120,7 +124,7 @@ def test_trees_are_decoded_once_and_set_beside_their_predictions(flags, tmp_path
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--tree", "dynamic:4x2x2"], "is no static tree"),
+        (["--tree", "lookup:4"], "is adaptive, so its rounds depend on seconds"),
         (["--max-new-tokens", "1"], "give at least 2"),
         (["--batches", "0"], "--batches is '0'"),
         (["--trees", "0"], "it must be at least 1"),

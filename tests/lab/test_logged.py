@@ -17,6 +17,7 @@ from jaxspec.lab.rates import measure_rates, rates_in_turn
 from jaxspec.lab.reading import logged_tau, summarize, tables_of
 from jaxspec.lab.replay import replay, tokens_of
 from jaxspec.lab.search import Search
+from jaxspec.trees import StaticTree
 
 CHAIN = ((0,), (0, 0), (0, 0, 0))
 SHARP = 0.995 * 0.5 ** np.arange(1, 17) / (1 - 0.5**16)
@@ -90,7 +91,9 @@ def test_a_tree_that_only_the_choosing_prompts_like_is_reported_for_what_it_is()
     search = Search(with_texts(rates_alone(log_toys(rates, rounds=40)), seed=3), [ridge_cost(240, 1)], Limits(), seed=3)
     found = search.choose(ridge_cost(240, 1))
     assert search.candidates.tau_S[found.index] > 2 and found.plain.tau.value == 1
-    assert search.rate(CHAIN, ridge_cost(240, 1)).tau.value == 1 and len(search.reporting.sources) == len(reporting)
+    assert search.rate(StaticTree(CHAIN), ridge_cost(240, 1)).tau.value == 1 and len(search.reporting.sources) == len(
+        reporting
+    )
 
 
 def test_counts_are_kept_in_the_file_and_sources_are_told_apart(tmp_path: Path):

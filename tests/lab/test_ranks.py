@@ -23,8 +23,9 @@ from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.decoding.rounds import Engine, Weights, shared_tables
 from jaxspec.drafters import DraftLM, DraftLMConfig, Eagle, Eagle3, Eagle3Config, EagleConfig
 from jaxspec.evaluation.replay import record, replay
+from jaxspec.lab.making import joined
 from jaxspec.lab.profile import BEYOND, MISSED, Profile
-from jaxspec.lab.ranks import Ranks, Text, batches, padded_length, rank_texts, read_target
+from jaxspec.lab.ranks import Ranks, Text, batches, padded_length, rank_texts, ranked_profile, read_target
 from jaxspec.serving.loading import Models, load_models
 from jaxspec.targets.decoder import Decoder, LlamaConfig
 from jaxspec.trees import StaticTree, chain, parse_paths
@@ -82,9 +83,7 @@ def profile_of(models: Models, texts: list[Text], depth: int = STEPS, ranks: int
         some = [texts[i] for i in group]
         read = read_target(models, some)
         found |= dict(zip(group, rank_texts(models, some, read, depth=depth, ranks=ranks), strict=True))
-    arrays = [np.concatenate(x) for x in zip(*(found[i] for i in range(len(texts))), strict=True)]
-    prompt_T = np.repeat(np.arange(len(texts), dtype=np.int32), [t.starts for t in texts])
-    return Profile(prompt_T, *arrays, sources=("",) * len(texts), facts={"ranks": ranks})
+    return ranked_profile(texts, joined(found, len(texts)), ("",) * len(texts), {"ranks": ranks})
 
 
 @functools.cache

@@ -284,9 +284,11 @@ def test_a_table_of_one_tree_says_what_it_makes_of_every_place(files, tmp_path, 
     assert any(a["speedup"] > b["speedup"] for a, b in rated)
     assert "the tree, and tokens/s over" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
-        main(["lab", "table", *files, "--tree", "dynamic:8x3x2"])
+        main(["lab", "table", *files, "--tree", "lookup:4"])
     assert left.value.code == EXIT_USAGE
-    assert "is no static tree" in capsys.readouterr().err
+    assert "is adaptive" in capsys.readouterr().err
+    assert main(["lab", "table", *files, "--tree", "dynamic:8x3x2"]) == EXIT_FAILED
+    assert "texts are drawn from rates" in capsys.readouterr().err
 
 
 def test_a_table_of_chains_is_a_schedule_of_draft_lengths(files, tmp_path):

@@ -19,6 +19,7 @@ from jaxspec.lab.profile import Profile, split_prompts
 from jaxspec.lab.replay import node_shares, replay_calls, tokens_of
 from jaxspec.lab.search import NEAR, Rated, Search, frontier, pick
 from jaxspec.lab.simulate import join, simulate
+from jaxspec.trees import chain
 
 STAIRS = {"row_steps": {"ends": [], "every": 4}}
 
@@ -245,7 +246,7 @@ def test_drawn_children_are_never_chosen_out_of_turn():
 
 def test_the_frontier_holds_what_nothing_beats_in_both():
     def point(batch: int, tau: float, seconds: float) -> Rated:
-        return Rated((), batch, 512, Interval(tau, tau, tau), seconds)
+        return Rated(chain(0), batch, 512, Interval(tau, tau, tau), seconds)
 
     slow, fast, beaten, batched = point(1, 2, 1.0), point(1, 2, 0.5), point(2, 1, 0.5), point(8, 2, 1.0)
     assert frontier([slow, beaten, batched, fast]) == [fast, batched]
