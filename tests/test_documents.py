@@ -20,9 +20,10 @@ from random_models import write_drafter
 from jaxspec import __version__, config, drafters
 from jaxspec.__main__ import VERBS, main, split_verb
 from jaxspec.config import DistillConfig
+from jaxspec.evaluation.arms import check_tree
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.pages import pictures
-from jaxspec.trees import is_tree_file, parse_tree, write_tree
+from jaxspec.trees import is_tree_file, write_tree
 from jaxspec.verify import rule_named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,7 +302,7 @@ def test_every_command_line_is_understood(command: Command, monkeypatch: pytest.
     trees = getattr(args, "tree", None) or ()
     for tree in [trees] if isinstance(trees, str) else trees:
         for one in tree.split(",") if tree.count(":") > 1 else [tree]:
-            parse_tree(one)
+            check_tree(one)
     if hasattr(args, "rule"):
         rule_named(args.rule, args.draft_mode).check_mode(args.draft_mode)
 
