@@ -28,12 +28,12 @@ from jaxspec.nn.matmul import lay_out
 from jaxspec.nn.options import PLAIN
 from jaxspec.parallel.agreement import say
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
-from jaxspec.trees import parse_tree, tree_kept
+from jaxspec.trees import cut_tree, parse_tree, tree_kept
 from jaxspec.verify import rule_named
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 DEFAULT_TREE = "dynamic:60x6x10"
-"""EAGLE-2's own tree, for a drafter that was saved without one."""
+"""EAGLE-2's own tree, for a drafter that was saved without one; cut to the depth that the drafter drafts."""
 
 LOOKUP, DEFAULT_LOOKUP = "lookup", "lookup:7"
 """The drafter that has no folder, prompt lookup, and its tree where none is given."""
@@ -217,6 +217,14 @@ def _draft_lm(path: str | Path, *, dtype: Any, tokenizer: ChatTokenizer | None) 
     return LoadedDrafter("draft_lm", DraftLM(shape, dtype=dtype), found.params, {}, None)
 
 
+def _usual_tree(head: LoadedDrafter) -> TreePolicy:
+    """Returns the tree that a drafter was saved with, or EAGLE-2's, as deep as the drafter drafts."""
+    if kept := head.about.get("tree"):
+        return tree_kept(kept)
+    tree, deepest = parse_tree(DEFAULT_TREE), cast(Drafter, head.module).deepest
+    return tree if deepest is None else cut_tree(tree, deepest)
+
+
 def check_width(path: str | Path, module: Drafter, target: LlamaConfig) -> None:
     """Raises ValueError if a drafter reads features of another width than the target's."""
     width = cast(DrafterModule, module).feature_width
@@ -263,9 +271,9 @@ def add_drafter(
 ) -> Models:
     """Returns a loaded target with the drafter of a folder.
 
-    The drafter `lookup` is prompt lookup. `tree` defaults to the one saved with the drafter. `draft_vocab` is a file of
-    maps (see `data.draft_vocab`), `none` for all tokens, or None for those saved with the drafter. Raises ValueError
-    naming the folder and what does not fit.
+    The drafter `lookup` is prompt lookup. `tree` defaults to the one saved with the drafter, else to EAGLE-2's.
+    `draft_vocab` is a file of maps (see `data.draft_vocab`), `none` for all tokens, or None for those saved with the
+    drafter. Raises ValueError naming the folder and what does not fit.
     """
     if str(drafter) == LOOKUP:
         return plain.with_prompt_lookup(parse_tree(tree or DEFAULT_LOOKUP))
@@ -281,7 +289,7 @@ def add_drafter(
         )
     if draft_vocab is not None:
         scored = None if draft_vocab == "none" else load_maps(draft_vocab, plain.config.vocab).tolist()
-    policy = parse_tree(tree) if tree else tree_kept(head.about.get("tree") or DEFAULT_TREE)
+    policy = parse_tree(tree) if tree else _usual_tree(head)
     if not tree and policy.nodes == 1:
         say(
             f"note: {drafter} was saved with the tree {policy.spec}, so it drafts nothing: give --tree chain:3 to draft"

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from random_models import write_drafter, write_target
+from random_models import random_weights, write_drafter, write_target
 
 from jaxspec.__main__ import main
-from jaxspec.checkpoints.models import load_drafter
+from jaxspec.checkpoints.models import load_drafter, save_drafter
+from jaxspec.drafters import Medusa, MedusaConfig
 from jaxspec.interchange.target_folders import target_folder
 from jaxspec.serving.loading import load_models, open_drafter
 from jaxspec.trees import AdaptiveTree, DynamicTree, StaticTree, chain, kept_tree, parse_tree, policy_fields, tree_kept
@@ -54,6 +55,13 @@ def test_a_drafter_that_was_saved_to_draft_nothing_says_so(tmp_path: Path, capfd
     assert "was saved with the tree none, so it drafts nothing: give --tree chain:3" in capfd.readouterr().err
     load_models(str(target), drafter=drafter, tree="none")
     assert "saved with" not in capfd.readouterr().err
+
+
+def test_a_shallow_drafter_without_a_tree_drafts_as_deep_as_it_can(tmp_path: Path):
+    target, folder = write_target(tmp_path / "target"), tmp_path / "medusa"
+    module = Medusa(MedusaConfig(32, 3))
+    save_drafter(folder, "medusa", module, random_weights(module, 0.3, 5))
+    assert load_models(str(target), drafter=folder).engine.tree == DynamicTree(60, 3, 10)
 
 
 def test_the_bundled_head_is_read_by_its_name(capfd: pytest.CaptureFixture[str]):
