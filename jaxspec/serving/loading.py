@@ -28,7 +28,7 @@ from jaxspec.nn.matmul import lay_out
 from jaxspec.nn.options import PLAIN
 from jaxspec.parallel.agreement import say
 from jaxspec.targets.decoder import SHAPES, Decoder, LlamaConfig
-from jaxspec.trees import cut_tree, parse_tree, tree_kept
+from jaxspec.trees import Policy, cut_tree, parse_tree, tree_kept
 from jaxspec.verify import rule_named
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -217,7 +217,7 @@ def _draft_lm(path: str | Path, *, dtype: Any, tokenizer: ChatTokenizer | None) 
     return LoadedDrafter("draft_lm", DraftLM(shape, dtype=dtype), found.params, {}, None)
 
 
-def _usual_tree(head: LoadedDrafter) -> TreePolicy:
+def _usual_tree(head: LoadedDrafter) -> Policy:
     """Returns the tree that a drafter was saved with, or EAGLE-2's, as deep as the drafter drafts."""
     if kept := head.about.get("tree"):
         return tree_kept(kept)
