@@ -220,8 +220,10 @@ class Scheduler:
             if waiting + len(jobs) > self.most_waiting + len(chosen.slots.free):
                 raise QueueFull(f"the queue of {self.most_waiting} is full")
             if not chosen.busy:
-                # A lane that was idle does not make up for the time in which it had nothing to do.
-                chosen.spent = max([chosen.spent, *(other.spent for other in self.lanes.values() if other.busy)])
+                # A lane that was idle does not make up for the time in which it had nothing to do, nor does one that
+                # was busy alone owe the others that time.
+                others = [lane for lane in self.lanes.values() if lane.busy] or self.lanes.values()
+                chosen.spent = max(chosen.spent, *(lane.spent for lane in others))
             chosen.waiting.extend(jobs)
             self._changed.notify()
 
