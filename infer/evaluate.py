@@ -29,7 +29,7 @@ from jaxspec.evaluation import metrics, served_metrics, served_rows, side_by_sid
 from jaxspec.evaluation.acceptance import fingerprint
 from jaxspec.evaluation.arms import SERVED, DecodingArm, check_tree, first_tree, make_arms, split_trees
 from jaxspec.evaluation.file_checks import check_file
-from jaxspec.evaluation.machine import peak_memory
+from jaxspec.evaluation.machine import drop_programs_if_crowded, peak_memory
 from jaxspec.evaluation.rows import FORMAT, PLAIN, Evaluation, Row, from_record, to_record
 from jaxspec.evaluation.served import ServedRun, by_task
 from jaxspec.evaluation.served_rows import ServedBook
@@ -307,6 +307,8 @@ def evaluate(setup: SideBySide, questions: Sequence[Question], settings: Setting
         label = f"{named}, turn {turn + 1}" if turn else named
         with progress(label, sum(len(g.asked) for _, g in left), "questions") as bar:
             for number, group in left:
+                if drop_programs_if_crowded():
+                    warmed.clear()
                 rows = []
                 for arm, mine in side_by_side.measure(setup, group, settings, warmed, number, bar.tell):
                     rows += mine

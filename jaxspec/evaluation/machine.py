@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 
 STEADY = 0.1
 """Largest share by which the copy bandwidth may move during a run whose times are compared."""
+CROWDED = 0.5
+"""Share of the mappings of memory that a process may have, beyond which its compiled programs are dropped."""
 ENOUGH_REPEATS = 5
 """Repeats that a median of times should be of."""
 
@@ -36,6 +39,21 @@ def peak_memory() -> int:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return int(facts.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+
+
+def drop_programs_if_crowded() -> bool:
+    """Drops all compiled programs where they crowd the process; returns whether it did.
+
+    Every program of XLA:CPU is many mappings of memory. Linux gives a process some 65,000, and LLVM ends it at the last
+    one. Programs that are needed again come from the cache on disk.
+    """
+    held, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if not (held.exists() and most.exists()):
+        return False
+    if held.read_bytes().count(b"\n") <= CROWDED * int(most.read_text()):
+        return False
+    jax.clear_caches()
+    return True
 
 
 Name = TypeVar("Name", bound=Hashable)

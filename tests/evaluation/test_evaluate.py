@@ -14,7 +14,7 @@ from jaxspec.console.cli import EXIT_FAILED
 from jaxspec.console.results import jsonable
 from jaxspec.data.questions import read_questions
 from jaxspec.decoding.seen_tree import SeenTree
-from jaxspec.evaluation import side_by_side
+from jaxspec.evaluation import machine, side_by_side
 from jaxspec.evaluation.metrics import summarize_all
 from jaxspec.evaluation.rejected_drafts import behind_path
 from jaxspec.evaluation.rows import read_evaluation
@@ -154,6 +154,14 @@ def test_rejected_drafts_of_the_first_questions_are_kept(folder: Path):
             behind = row.tokens[1 + sum(row.emitted[:number]) + accepted :]
             assert accepted + len(drafts) <= 7 and (not drafts or not behind or drafts[0] != behind[0])
     assert any(any(r.rejected) for r in mine) and main(["evaluate", "--check", "rejected"]) == 0
+
+
+def test_programs_that_are_dropped_between_batches_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    assert main([*WORDS, "--out", "kept"]) == 0
+    monkeypatch.setattr(machine, "CROWDED", 0.0)
+    assert main([*WORDS, "--out", "dropped"]) == 0
+    kept, dropped = ([(r.key, r.tokens) for r in read_evaluation(name).rows] for name in ("kept", "dropped"))
+    assert kept == dropped
 
 
 def test_a_stopped_run_goes_on_behind_its_last_whole_batch(folder: Path):

@@ -1,8 +1,14 @@
-"""Times of programs are those of their work alone."""
+"""Times of programs are those of their work alone, and programs do not crowd a process."""
 
+import sys
 import time
 
-from jaxspec.evaluation.machine import TimedProgram, median_seconds
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxspec.evaluation import machine
+from jaxspec.evaluation.machine import TimedProgram, drop_programs_if_crowded, median_seconds
 
 SLOW = 0.2
 
@@ -17,3 +23,14 @@ class SlowToFree:
 def test_freeing_a_result_is_not_timed():
     assert TimedProgram(SlowToFree, ()).run() < SLOW / 2
     assert median_seconds(SlowToFree, repeats=1) < SLOW / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are counted on Linux")
+def test_programs_are_dropped_where_their_mappings_come_near_the_limit(monkeypatch: pytest.MonkeyPatch):
+    program = jax.jit(lambda x: x + 1)
+    program(jnp.zeros(3))
+    monkeypatch.setattr(machine, "CROWDED", 1.0)
+    assert not drop_programs_if_crowded() and program._cache_size() == 1
+    monkeypatch.setattr(machine, "CROWDED", 0.0)
+    assert drop_programs_if_crowded() and program._cache_size() == 0
+    assert program(jnp.zeros(3)).sum() == 3
