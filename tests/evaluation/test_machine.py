@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def test_freeing_a_result_is_not_timed():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mappings are counted on Linux")
 def test_programs_are_dropped_where_their_mappings_come_near_the_limit(monkeypatch: pytest.MonkeyPatch):
-    program = jax.jit(lambda x: x + 1)
+    program: Any = jax.jit(lambda x: x + 1)
     program(jnp.zeros(3))
     monkeypatch.setattr(machine, "CROWDED", 1.0)
     assert not drop_programs_if_crowded() and program._cache_size() == 1
