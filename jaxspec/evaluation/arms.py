@@ -14,14 +14,12 @@ from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.evaluation import timing
 from jaxspec.evaluation.rows import PLAIN
 from jaxspec.serving.loading import Models
-from jaxspec.trees import chain, parse_tree
+from jaxspec.trees import parse_tree, served_chain
 
 LONGEST_NAME = 60
 """Characters of a tree's spec that still name an arm: tables and plots show the names side by side."""
 SERVED = "served"
-"""The spec of the chain that servers verify of a drafter, see `served_tree`."""
-SERVED_TOKENS = 3
-"""Tokens that servers draft with a head whose every level is a pass, as the configs that come with such heads say."""
+"""The spec of the chain that servers verify of a drafter, see `trees.served_chain`."""
 
 
 class DecodingArm(NamedTuple):
@@ -98,16 +96,11 @@ def first_tree(trees: Sequence[str]) -> str | None:
 
 
 def served_tree(models: Models) -> TreePolicy:
-    """Returns the chain that servers verify of the models' drafter: as many tokens as it drafts in a pass, or three.
-
-    Looked-up tokens are a chain already, whose length the tree says.
-    """
+    """Returns the chain that servers verify of the models' drafter; looked-up tokens are one already, of their tree."""
     tree, drafter = models.engine.tree, models.engine.drafter
     assert tree is not None and drafter is not None
     head = drafter.head if isinstance(drafter, PromptLookup) else drafter
-    if head is None:
-        return tree
-    return chain(SERVED_TOKENS if head.deepest is None else head.deepest)
+    return tree if head is None else served_chain(head.deepest)
 
 
 def _tree_of(models: Models, spec: str | None) -> TreePolicy:

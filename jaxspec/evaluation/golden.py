@@ -20,6 +20,7 @@ from jaxspec.data.prompts import Prompt, encode_prompt, read_prompts
 from jaxspec.decoding.generation import generate
 from jaxspec.decoding.requests import Request, Settings, make_requests
 from jaxspec.evaluation.acceptance import fingerprint
+from jaxspec.evaluation.arms import served_tree, tree_name
 from jaxspec.evaluation.equivalence import top_margins
 from jaxspec.evaluation.led_drafts import LedDraft, led_drafts
 from jaxspec.evaluation.statistics import quotient, resampled
@@ -141,12 +142,12 @@ def _read_run(fields: Mapping[str, Any]) -> GoldenRun:
     return GoldenRun(**{**fields, "answers": answers})
 
 
-def read_asked(path: Path, tree: str) -> list[Prompt]:
+def read_asked(path: Path, tree: str | None) -> list[Prompt]:
     """Returns the prompts of a file that golden prompts are made of.
 
     Raises ValueError where they are too few, naming one that cannot be used, and for a tree that is no chain.
     """
-    if not tree.startswith("chain:") or not parse_tree(tree).depth:
+    if tree is not None and (not tree.startswith("chain:") or not parse_tree(tree).depth):
         raise ValueError(f"--golden-tree is {tree!r}; servers verify chains: give chain:DEPTH")
     prompts = read_prompts(path, limit=MOST)
     if len(prompts) < FEWEST:
@@ -158,18 +159,20 @@ def read_asked(path: Path, tree: str) -> list[Prompt]:
 
 
 def make_golden(
-    load: Callable[[str], Models], prompts: Sequence[Prompt], tree: str, facts: Mapping[str, Any], *, dtype: str
+    load: Callable[[str], Models], prompts: Sequence[Prompt], tree: str | None, facts: Mapping[str, Any], *, dtype: str
 ) -> Golden:
     """Returns golden prompts of a target with its drafter, which drafts a chain: in fp32, and in the dtype served.
 
-    `load` returns the models in the dtype of a name. Raises ValueError naming a prompt that the target cannot read.
+    `load` returns the models in the dtype of a name; `tree` is the chain (None: what servers verify of the drafter).
+    Raises ValueError naming a prompt that the target cannot read.
     """
-    known: dict[str, Any] = {"tree": tree, "new_tokens": NEW_TOKENS}
+    known: dict[str, Any] = {"new_tokens": NEW_TOKENS}
     rendered, runs = [], {}
     for name in dict.fromkeys((REFERENCE, dtype)):
         models = load(name)
+        tree = tree or tree_name(served_tree(models))
         if not runs:
-            known |= {"drafter": fingerprint(models), **models.tokenizer.fingerprint, **facts}
+            known |= {"tree": tree, "drafter": fingerprint(models), **models.tokenizer.fingerprint, **facts}
             rendered = [_rendered(models, prompt) for prompt in prompts]
         runs[name] = make_run(models, rendered, tree)
     return Golden(known, rendered, runs)

@@ -23,6 +23,7 @@ from jaxspec.interchange.medusa import medusa_table
 from jaxspec.interchange.peagle import TOKENS, peagle_tables
 from jaxspec.nn.norm import rms_norm
 from jaxspec.targets.decoder import LlamaConfig
+from jaxspec.trees import SERVED_TOKENS
 
 _ROWS = 4096
 Tensors = dict[str, np.ndarray]
@@ -331,7 +332,7 @@ def speculators_fields(draft: Draft, version: str) -> ConfigFields:
     """Returns the config.json of an EAGLE-3 or P-EAGLE head for a version of the package speculators."""
     layer = llama_fields(draft, "LlamaForCausalLM")
     dtype = layer["torch_dtype"]
-    name, proposed = ("PEagle", draft.config.tokens) if draft.family == "peagle" else ("Eagle3", 3)
+    name, proposed = ("PEagle", draft.config.tokens) if draft.family == "peagle" else ("Eagle3", SERVED_TOKENS)
     return {
         "architectures": [f"{name}Speculator"],
         "auto_map": {"": f"{draft.family}.{name}SpeculatorConfig"},

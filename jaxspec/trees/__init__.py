@@ -30,6 +30,7 @@ __all__ = [
     "read_policy",
     "read_tree",
     "resolve_tree",
+    "served_chain",
     "tree_kept",
     "write_tree",
 ]
@@ -40,7 +41,19 @@ GROWN = {"dynamic": DynamicTree, "best_first": BestFirstTree}
 """Trees that three sizes describe."""
 
 
+SERVED_TOKENS = 3
+"""Tokens that servers draft with a head whose every level is a pass, as the configs that come with such heads say."""
+
+
 Policy = StaticTree | DynamicTree | BestFirstTree | AdaptiveTree
+
+
+def served_chain(deepest: int | None) -> StaticTree:
+    """Returns the chain that servers verify of a drafter: as many tokens as it drafts in a pass, or three.
+
+    `deepest` is the drafter's: None where every level is a pass of its own.
+    """
+    return chain(SERVED_TOKENS if deepest is None else deepest)
 
 
 def parse_tree(text: str) -> Policy:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from quiet_handler import QuietHandler
-from random_models import write_drafter, write_target
+from random_models import random_weights, write_drafter, write_target
 
 from jaxspec.__main__ import main
+from jaxspec.checkpoints.models import save_drafter
 from jaxspec.decoding.generation import generate, generate_plain, run_rounds, start
 from jaxspec.decoding.requests import Settings, make_requests
+from jaxspec.drafters import Medusa, MedusaConfig
 from jaxspec.evaluation.golden import Golden, GoldenRun, acceptance_of, rank_hits, read_golden, round_places
 from jaxspec.evaluation.served_check import check_prompts, check_served, parting
 from jaxspec.evaluation.timing import grow
@@ -43,6 +45,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def golden(home: Path, monkeypatch: pytest.MonkeyPatch) -> Golden:
     monkeypatch.chdir(home)
     return read_golden("served")
+
+
+def test_the_chain_is_as_long_as_the_drafters_pass(golden: Golden):
+    assert golden.facts["tree"] == "chain:3"
+    module = Medusa(MedusaConfig(32, 2))
+    save_drafter("medusa", "medusa", module, random_weights(module, 0.3, 5))
+    words = ["export", "medusa", "short", "--target", "target", "--golden", "prompts.jsonl", "--golden-dtype", "fp32"]
+    assert main(words) == 0
+    short = read_golden("short")
+    assert short.facts["tree"] == "chain:2" and len(short.run("float32").acceptance["survival"]) == 2
 
 
 def test_golden_prompts_are_what_decoding_does(golden: Golden):
