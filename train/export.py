@@ -56,8 +56,8 @@ class Args:
     """File of 8 to 16 prompts: golden.json is written beside the model, with what it must do where it is served, for
     jaxspec check-served. The drafter is read back from the export, so the format must be one that jaxspec reads."""
     golden_tree: str | None = None
-    """The chain that the server verifies, for --golden, such as chain:5. Default: as many tokens as the drafter drafts in
-    a pass, or three."""
+    """The chain that the server verifies, for --golden, such as chain:5. Default: as many tokens as the drafter drafts
+    in a pass, or three."""
     golden_dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype that the server computes in, for --golden: golden.json is made in fp32 and in this one."""
     overwrite: bool = False
