@@ -86,8 +86,12 @@ def make_arms(
 
 def check_tree(spec: str) -> None:
     """Raises ValueError unless `spec` names a tree for `make_arms`."""
-    if spec != SERVED:
+    if spec == SERVED:
+        return
+    try:
         parse_tree(spec)
+    except ValueError as error:
+        raise ValueError(f"{error}; nor is it {SERVED}, the chain that servers verify") from error
 
 
 def first_tree(trees: Sequence[str]) -> str | None:

@@ -47,5 +47,5 @@ def test_the_served_chain_stands_among_trees():
     assert first_tree([SERVED]) is None
     for spec in trees:
         check_tree(spec)
-    with pytest.raises(ValueError, match="serve"):
+    with pytest.raises(ValueError, match="nor is it served"):
         check_tree("serve")
