@@ -49,5 +49,5 @@ def test_the_served_chain_stands_among_trees():
         check_tree(spec)
     with pytest.raises(ValueError, match="nor is it served"):
         check_tree("serve")
-    with pytest.raises(ValueError, match="no such tree file; make one with `jaxspec lab search --out FILE`$"):
+    with pytest.raises(ValueError, match=r"no such tree file; make one with `jaxspec lab search --out FILE`$"):
         check_tree("missing.json")
