@@ -47,7 +47,5 @@ def test_the_served_chain_stands_among_trees():
     assert first_tree([SERVED]) is None
     for spec in trees:
         check_tree(spec)
-    with pytest.raises(ValueError, match="nor is it served"):
+    with pytest.raises(ValueError, match="serve"):
         check_tree("serve")
-    with pytest.raises(ValueError, match=r"no such tree file; make one with `jaxspec lab search --out FILE`$"):
-        check_tree("missing.json")
